@@ -1,0 +1,222 @@
+"""Every error that meshserve raises on purpose: one root, and a stable code per class that crosses the wire and HTTP.
+
+A peer that receives an error re-raises it as the same class (:func:`from_wire`), so that a caller need not know on which
+host it happened. Foreign exceptions are mapped to these once, at the edge where they appear.
+"""
+
+from typing import Any, ClassVar
+
+
+class MeshserveError(Exception):
+    """Root of all. `code` is stable; the message is for people; `http_status` is what a client of the API sees."""
+
+    code: ClassVar[str] = "internal_error"
+    http_status: ClassVar[int] = 500
+
+    def __init__(self, message: str = "internal error", **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.details = details
+
+    def to_wire(self) -> dict[str, Any]:
+        """The error as plain data for :func:`from_wire` on another peer."""
+        return {"code": self.code, "message": self.message, "details": self.details}
+
+
+# --- what the client asked for
+
+
+class InvalidRequest(MeshserveError):
+    """The request cannot be served as it stands; `param` names the field at fault."""
+
+    code, http_status = "invalid_request", 400
+
+    def __init__(self, message: str = "invalid request", *, param: str | None = None) -> None:
+        super().__init__(message, param=param)
+        self.param = param
+
+
+class ContextLengthExceeded(InvalidRequest):
+    """Prompt and output together do not fit into the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(InvalidRequest):
+    """No worker in the mesh serves this model."""
+
+    code, http_status = "model_not_found", 404
+
+
+class Unauthorized(MeshserveError):
+    """The API key is missing or wrong."""
+
+    code, http_status = "invalid_api_key", 401
+
+
+class RequestTooLarge(InvalidRequest):
+    """The body is longer than the frontend accepts."""
+
+    code, http_status = "request_too_large", 413
+
+
+# --- what the mesh cannot do now
+
+
+class Overloaded(MeshserveError):
+    """Queues are full. `retry_after_s` is a fair guess at when to come back."""
+
+    code, http_status = "overloaded", 503
+
+    def __init__(self, message: str = "the mesh is full", *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class NoWorker(MeshserveError):
+    """No live peer holds the role that the request needs next; `role` names it."""
+
+    code, http_status = "no_worker", 503
+
+    def __init__(self, message: str = "no worker", *, role: str = "decode") -> None:
+        super().__init__(message, role=role)
+        self.role = role
+
+
+class Draining(MeshserveError):
+    """The peer is shutting down and takes no new work."""
+
+    code, http_status = "draining", 503
+
+
+class PoolFull(Overloaded):
+    """The engine's block pool cannot hold this request, now or ever."""
+
+    code = "pool_full"
+
+
+# --- what went wrong on the way
+
+
+class PeerLost(MeshserveError):
+    """The peer that served the stream died or its link broke before the stream's end."""
+
+    code, http_status = "peer_lost", 502
+
+    def __init__(self, message: str = "peer lost", *, peer: str = "") -> None:
+        super().__init__(message, peer=peer)
+        self.peer = peer
+
+
+class LinkOverflow(PeerLost):
+    """A peer read too slowly, its outbox overflowed, and the link was dropped."""
+
+    code = "link_overflow"
+
+
+class DeadlineExceeded(MeshserveError):
+    """The stream was still open at its deadline."""
+
+    code, http_status = "deadline_exceeded", 504
+
+
+class Cancelled(MeshserveError):
+    """The one who opened the stream no longer wants it."""
+
+    code, http_status = "cancelled", 499
+
+
+class Gone(MeshserveError):
+    """A claim for a prefill task that another worker has, or that no longer exists."""
+
+    code, http_status = "gone", 410
+
+
+class BlockRefused(MeshserveError):
+    """A KV block did not fit its attempt, its bounds or its checksum."""
+
+    code, http_status = "block_refused", 502
+
+
+class GaveUp(MeshserveError):
+    """A request took `lost_peers` workers down with it and is tried nowhere else."""
+
+    code, http_status = "gave_up", 502
+
+    def __init__(self, message: str = "gave up", *, lost_peers: list[str] | None = None) -> None:
+        super().__init__(message, lost_peers=lost_peers or [])
+        self.lost_peers = lost_peers or []
+
+
+class EngineFailed(MeshserveError):
+    """The engine reported a failure of its own."""
+
+    code, http_status = "engine_failed", 500
+
+
+class Unsupported(InvalidRequest):
+    """An engine was asked for what it cannot do."""
+
+    code = "unsupported"
+
+
+# --- what a peer said that it must not say
+
+
+class ProtocolError(MeshserveError):
+    """Bytes from a peer that are not of this protocol. Counted and dropped by the receiver; never raised at a user."""
+
+    code, http_status = "protocol_error", 502
+
+
+class HandshakeRefused(MeshserveError):
+    """A peer answered our hello with a no: another mesh, another protocol version, an own incarnation."""
+
+    code, http_status = "handshake_refused", 502
+
+
+class UnknownMethod(MeshserveError):
+    """A call for a method that this peer's roles do not serve."""
+
+    code, http_status = "unknown_method", 502
+
+
+# --- what stops a command before it serves
+
+
+class UsageError(MeshserveError):
+    """A flag or its value is wrong: exit code 2."""
+
+    code, http_status = "usage_error", 400
+
+
+class StartupFailed(MeshserveError):
+    """The peer cannot start here: exit code 1. The message says what to do."""
+
+    code = "startup_failed"
+
+
+class KeyRefused(StartupFailed):
+    """A key file is missing, malformed, or readable by others, or the self-test of the keys failed."""
+
+    code = "key_refused"
+
+
+def _all_classes(root: type[MeshserveError]) -> list[type[MeshserveError]]:
+    return [root] + [found for child in root.__subclasses__() for found in _all_classes(child)]
+
+
+_BY_CODE: dict[str, type[MeshserveError]] = {found.code: found for found in _all_classes(MeshserveError)}
+
+
+def from_wire(data: Any) -> MeshserveError:
+    """The error that a peer's :meth:`MeshserveError.to_wire` described; what is malformed or unknown becomes the root class."""
+    if not isinstance(data, dict):
+        return MeshserveError("a peer reported an error that cannot be read")
+    message = str(data.get("message", ""))[:2000]
+    details = data.get("details")
+    error_class = _BY_CODE.get(str(data.get("code")), MeshserveError)
+    try:
+        return error_class(message, **(details if isinstance(details, dict) else {}))
+    except TypeError:  # details of a newer version of this class
+        return error_class(message)
