@@ -1,0 +1,1 @@
+"""Engines turn tokens into KV blocks and KV blocks into tokens; the mesh does the rest."""

@@ -1,0 +1,148 @@
+"""What the mesh asks of an engine.
+
+An engine is owned by one peer and shared by its roles. All methods are called on the event loop's thread and return at once;
+an engine that blocks or computes does so elsewhere and calls its sinks back on the loop (`loop.call_soon_threadsafe`).
+What an engine cannot do it says by `card.can_hand_over` and by raising :class:`~meshserve.errors.Unsupported`.
+"""
+
+from array import array
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from meshserve.errors import MeshserveError
+from meshserve.wire.card import ModelCard
+from meshserve.wire.generation import GenerateRequest
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What the command line says about an engine; each engine words its own errors about `options`."""
+
+    model: str | None = None
+    """`--model`; None is the engine's default."""
+    options: dict[str, str] = field(default_factory=dict)
+    """`--engine-opt KEY=VALUE`, as strings. An unknown key is a UsageError that lists the known ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStats:
+    """What the engine measured of one generation, on its own monotonic clock."""
+
+    num_prompt_tokens: int
+    num_cached_tokens: int
+    """Prompt tokens whose KV was there already when the sequence was admitted: in the local cache, not handed over for it."""
+    queue_ms: float
+    """From `generate` to the start of the first step that worked on it."""
+    prefill_ms: float
+    """From there to the first token."""
+    decode_ms: float
+    """From the first token to the last."""
+
+
+class GenerationSink(Protocol):
+    """Who receives one sequence's tokens. Exactly one of `on_finish` and `on_error` is called, last, unless the request is cancelled."""
+
+    def on_tokens(self, tokens: list[int]) -> None:
+        """Tokens of one step, in order: never empty, and no token twice."""
+
+    def on_finish(self, reason: str, stats: GenerationStats) -> None:
+        """`stop`: the model ended (its end-of-sequence token is not given out). `length`: `max_tokens` were generated."""
+
+    def on_error(self, error: MeshserveError) -> None:
+        """The sequence ended without its output."""
+
+
+class PrefillSink(Protocol):
+    """Who receives the KV blocks of one prompt. Exactly one of `on_finish` and `on_error` is called, last, unless it is cancelled."""
+
+    def on_block(self, index: int, num_tokens: int, payload: bytes) -> None:
+        """Block `index` of the prompt, `num_tokens` * kv_bytes_per_token bytes long, as soon as it is computed, in ascending order."""
+
+    def on_finish(self, num_cached_tokens: int) -> None:
+        """All blocks were given out; so many of the tokens had been in this worker's cache."""
+
+    def on_error(self, error: MeshserveError) -> None:
+        """No more blocks will come."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """What an engine has to do, for routers and people."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    waiting_prefill_tokens: int = 0
+    """Prompt tokens that still have to be computed, of running and waiting sequences."""
+    used_blocks: int = 0
+    """Blocks that running sequences hold."""
+    cached_blocks: int = 0
+    """Blocks that nobody holds and that can be found by their hash."""
+    num_blocks: int = 0
+
+
+class Reservation(Protocol):
+    """Blocks that a decode engine set aside for a prompt whose KV comes from another worker. Ends in `generate` or `release`."""
+
+    num_cached_tokens: int
+    """Tokens at the prompt's start whose blocks are there already: always whole blocks."""
+    num_tokens: int
+    """Tokens that the blocks cover: all of the prompt but the last one."""
+
+    def missing(self) -> Sequence[int]:
+        """Indexes of the blocks that are still to be written, ascending."""
+
+    def expected_bytes(self, index: int) -> int:
+        """Length of block `index`'s payload: whole blocks but for a partial last one."""
+
+    def write(self, index: int, payload: bytes | memoryview) -> None:
+        """Take in block `index`, in any order, once. Raises BlockRefused if it is not missing or its length is wrong."""
+
+    def release(self) -> None:
+        """Give the blocks back. Harmless after `generate` took the reservation, and when called twice."""
+
+
+BlockListener = Callable[[Sequence[int], Sequence[int]], None]
+"""Called with the hashes of blocks stored and of blocks evicted since the last call, at most once a step."""
+
+
+class Engine(Protocol):
+    """A model on this host. Built by `factory(EngineOptions)`, which raises UsageError or StartupFailed."""
+
+    card: ModelCard
+
+    def start(self) -> None:
+        """Called once, on the running event loop, before anything else."""
+
+    async def close(self) -> None:
+        """Stop all work at once and give back every resource. Sinks are called no more."""
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raises the InvalidRequest (or a subclass) with which `generate` would fail for what the request itself says."""
+
+    def num_cached_tokens(self, tokens: "array[int]") -> int:
+        """How many tokens at the start of this prompt have their KV here, in whole blocks, without computing anything."""
+
+    def reserve(self, tokens: "array[int]") -> Reservation:
+        """Set blocks aside for KV that another worker computes. Raises PoolFull, and then holds nothing; Unsupported without KV."""
+
+    def generate(self, request: GenerateRequest, sink: GenerationSink, reservation: Reservation | None = None) -> None:
+        """Queue a sequence. With a reservation that has no missing block, its KV is used and only the last prompt token is computed.
+
+        Raises InvalidRequest, or PoolFull if it could never fit. After a cancel nothing more is called on the sink.
+        """
+
+    def prefill(self, request_id: str, tokens: "array[int]", first_block: int, sink: PrefillSink) -> None:
+        """Compute the KV of all these tokens and give out the blocks from `first_block` on, a partial last one included."""
+
+    def cancel(self, request_id: str) -> None:
+        """End a generation or a prefill and release its blocks; unknown ids are ignored."""
+
+    def is_working_on(self, request_id: str) -> bool:
+        """Whether the engine holds this request and still makes progress: False once its compute hangs."""
+
+    def load(self) -> EngineLoad:
+        """A snapshot, cheap enough for every step."""
+
+    def watch_blocks(self, listener: BlockListener | None) -> list[int]:
+        """Report stored and evicted full prompt blocks from now on; returns the hashes of those that are there."""

@@ -1,0 +1,1 @@
+"""Bytes to messages and back: pure, no sockets. The only floor that imports msgpack."""

@@ -1,0 +1,103 @@
+"""What a processor asks of a decode worker, and what comes back."""
+
+import sys
+from array import array
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from meshserve.errors import ProtocolError
+
+Tokens = array  # of typecode "I": 4 bytes a token, and one object that the garbage collector does not walk
+
+MAX_TOKENS_ON_WIRE = 4_194_304
+
+
+def pack_tokens(tokens: "array[int]") -> bytes:
+    """Token ids as little-endian 32-bit words: a hundred times faster than a list of integers, and of fixed size."""
+    if sys.byteorder == "big":
+        tokens = array("I", tokens)
+        tokens.byteswap()
+    return tokens.tobytes()
+
+
+def unpack_tokens(data: Any) -> "array[int]":
+    """The inverse of :func:`pack_tokens`. Raises ProtocolError for anything else."""
+    if not isinstance(data, bytes) or len(data) % 4 or len(data) > 4 * MAX_TOKENS_ON_WIRE:
+        raise ProtocolError("token ids are 32-bit words")
+    tokens = array("I", data)
+    if sys.byteorder == "big":
+        tokens.byteswap()
+    return tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. Sampling is a function of these, the position and the logits, never of the worker or the time."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    """No end-of-sequence token before so many tokens."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is all."""
+    seed: int = 0
+    """Drawn by the processor where the client named none, so that another worker can continue identically."""
+    ignore_eos: bool = False
+    """Go on to `max_tokens` whatever the model says."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain data for :meth:`from_wire`; defaults are left out."""
+        return {key: value for key, value in asdict(self).items() if value != _SAMPLING_DEFAULTS[key]}
+
+    @classmethod
+    def from_wire(cls, data: Any) -> "Sampling":
+        """Raises ProtocolError for mistyped fields; unknown ones are ignored."""
+        if not isinstance(data, dict):
+            raise ProtocolError("sampling parameters are a map")
+        values = {}
+        for name, default in _SAMPLING_DEFAULTS.items():
+            value = data.get(name, default)
+            if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+                raise ProtocolError(f"sampling parameter {name} is malformed")
+            values[name] = value
+        return cls(**values)
+
+
+_SAMPLING_DEFAULTS: dict[str, Any] = {found.name: found.default for found in fields(Sampling)}
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateRequest:
+    """One sequence to be continued. `tokens` is the prompt, followed by what earlier workers generated already."""
+
+    request_id: str
+    """The mesh's own name of the request: the processor's incarnation and a counter. What a client sent is only a label."""
+    model: str
+    tokens: "array[int]"
+    sampling: Sampling = field(default_factory=Sampling)
+    num_generated: int = 0
+    """How many of `tokens` are output that another worker generated: sampling goes on at this position."""
+    prefill_peers: tuple[str, ...] = ()
+    """Incarnations of prefill workers, best first, as the router ranked them."""
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain data for :meth:`from_wire`."""
+        return {"request_id": self.request_id, "model": self.model, "tokens": pack_tokens(self.tokens), "sampling": self.sampling.to_wire(),
+                "num_generated": self.num_generated, "prefill_peers": list(self.prefill_peers)}
+
+    @classmethod
+    def from_wire(cls, data: Any) -> "GenerateRequest":
+        """Raises ProtocolError where a field is missing or malformed."""
+        if not isinstance(data, dict):
+            raise ProtocolError("a generate request is a map")
+        request_id, model, num_generated, peers = (data.get(key) for key in ("request_id", "model", "num_generated", "prefill_peers"))
+        if not isinstance(request_id, str) or not isinstance(model, str) or not isinstance(num_generated, int):
+            raise ProtocolError("a generate request names its id, its model and its position")
+        if not isinstance(peers, list) or len(peers) > 1024 or not all(isinstance(peer, str) for peer in peers):
+            raise ProtocolError("prefill peers are a list of incarnations")
+        tokens = unpack_tokens(data.get("tokens"))
+        if not tokens or not 0 <= num_generated < len(tokens):
+            raise ProtocolError("a prompt has at least one token")
+        return cls(request_id, model, tokens, Sampling.from_wire(data.get("sampling")), num_generated, tuple(peers))
