@@ -1,0 +1,122 @@
+"""What can be set, with defaults for a LAN. Every field says its unit, and what raising or lowering it costs."""
+
+from dataclasses import dataclass, field
+
+PROTOCOL_MAJOR = 1
+PROTOCOL_MINOR = 0
+
+FIRST_PORT = 7800
+"""Where a peer looks for its block of ports, and what `--peer HOST` means."""
+
+PORTS_PER_PEER = 4
+"""Calls, bulk, tickets and one in reserve, so that one firewall rule covers a host."""
+
+ROLES = ("frontend", "processor", "router", "decode", "prefill")
+
+
+@dataclass(frozen=True, slots=True)
+class TransportConfig:
+    """Bounds of the sockets and of what waits for them."""
+
+    max_message_bytes: int = 16 * 1024 * 1024
+    """Longest frame taken from a peer on the call sockets. Higher lets one hostile peer hold more memory; lower refuses longer prompts."""
+    max_batch_bytes: int = 1024 * 1024
+    """What is ready for one peer in one turn leaves in messages of about this size. Higher delays what shares the link."""
+    credit_bytes: int = 4 * 1024 * 1024
+    """Sent to one peer and not yet read by it. Lower throttles links with a long round trip; higher queues more in a slow peer."""
+    max_outbox_bytes: int = 32 * 1024 * 1024
+    """Waiting here for one peer's credit. A link above it is dropped: higher costs memory per slow peer, lower loses bursts."""
+    max_reads_per_turn: int = 200
+    """Messages read from one socket before others get a turn. Higher favours throughput, lower the fairness between sockets."""
+    max_streams_per_peer: int = 8192
+    """Streams that one peer may have open here. Lower refuses bursts, higher lets one peer hold more memory."""
+    bulk_window_bytes: int = 8 * 1024 * 1024
+    """KV bytes of one transfer that are on their way. Lower leaves a fast link idle, higher delays a cancellation."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeshConfig:
+    """Who a peer is, how it finds others, and when it holds them for dead."""
+
+    mesh: str = "default"
+    """Peers of other meshes are ignored."""
+    name: str | None = None
+    """For people; None is HOST-xxxx."""
+    roles: tuple[str, ...] = ()
+    """Empty: an observer, which is listed nowhere and binds nothing."""
+    interface: str | None = None
+    """Name or address of the one interface to use; None: all that are usable."""
+    port: int | None = None
+    """First of four consecutive ports; None: the first free four from 7800 on. Tests pass a block of their own."""
+    seeds: tuple[str, ...] = ()
+    """HOST or HOST:PORT, from `--peer`."""
+    use_mdns: bool = True
+    key_file: str | None = None
+    tick_interval_s: float = 0.1
+    """How often deadlines are looked at. Lower notices sooner by as much and wakes an idle peer more often."""
+    heartbeat_interval_s: float = 0.3
+    """Between pings on links whose roles talk to each other. Must be well under `failure_timeout_s`; lower costs idle CPU."""
+    failure_timeout_s: float = 1.5
+    """Silence after which a peer is suspect and gets no new work. Lower takes Wi-Fi stalls for failures, higher sends work into the void."""
+    death_timeout_s: float = 5.0
+    """Silence of a suspect after which it is dead and what it owned is dropped. Lower destroys healthy work, higher holds memory."""
+    dial_timeout_s: float = 1.0
+    """For one address, from TCP to welcome. Lower gives up on slow links, higher delays the next address."""
+    dial_stagger_s: float = 0.1
+    """Before the next address of the same peer is tried beside the first."""
+    redial_max_s: float = 2.0
+    """Longest pause between dials of a peer that does not answer. Higher finds a returning peer later, lower costs traffic."""
+    forget_hint_s: float = 60.0
+    """How long a peer that is only known by hearsay is dialled without success."""
+    lonely_after_s: float = 3.0
+    """A peer alone for so long says so."""
+    max_hints: int = 1024
+    """Peers known by hearsay. A flood of records beyond it is ignored."""
+    transport: TransportConfig = field(default_factory=TransportConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class HandoffConfig:
+    """When prompts are prefilled elsewhere, and what is waited for."""
+
+    max_local_prefill_tokens: int = 256
+    """Uncached prompt tokens up to which a decode worker prefills itself. Lower hands over more, at a round trip each."""
+    max_prefill_queue: int = 64
+    """Prompts queued at the best prefill worker, own tickets included, from which on a decode worker prefills itself."""
+    hedge_ms: float = 20.0
+    """An unclaimed ticket goes to all other prefill workers after this. Lower costs messages, higher waits for a busy one."""
+    claim_timeout_s: float = 10.0
+    """A task that nobody claimed in this time is prefilled locally, however alive the prefill workers look."""
+    prefill_slots: int = 4
+    """Prompts that a prefill worker computes at once. Higher overlaps transfer and compute, lower finishes the first one sooner."""
+    max_tickets: int = 4096
+    """Tickets that a prefill worker keeps; those beyond it are refused to their senders, who go elsewhere."""
+    max_lost_peers: int = 2
+    """A request that took so many workers down is tried nowhere else."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """How requests are served by this peer's roles."""
+
+    http_host: str = "127.0.0.1"
+    http_port: int = 8000
+    """0 takes any free port."""
+    api_keys: tuple[str, ...] = ()
+    policy: str = "kv"
+    engine: str = "dummy"
+    model: str | None = None
+    engine_options: tuple[tuple[str, str], ...] = ()
+    request_timeout_s: float = 600.0
+    """For a whole request. Lower ends long generations, higher holds what a stuck one uses."""
+    drain_timeout_s: float = 30.0
+    """How long running requests may go on after a signal to stop."""
+    max_requests: int = 4096
+    """In one frontend at a time; more are refused with 503."""
+    max_body_bytes: int = 8 * 1024 * 1024
+    """Longest HTTP body. Lower refuses long prompts."""
+    receipts_kept: int = 1000
+    """Of the last requests, in the processor's memory."""
+    observe: bool = True
+    """False: no spans, no metrics."""
+    handoff: HandoffConfig = field(default_factory=HandoffConfig)
