@@ -57,7 +57,7 @@ class MeshConfig:
     heartbeat_interval_s: float = 0.3
     """Between pings on links whose roles talk to each other. Must be well under `failure_timeout_s`; lower costs idle CPU."""
     failure_timeout_s: float = 1.5
-    """Silence after which a peer is suspect and gets no new work. Lower takes Wi-Fi stalls for failures, higher sends work into the void."""
+    """Silence after which a peer is suspect and gets no new work. Lower mistakes stalls for failures, higher sends work into the void."""
     death_timeout_s: float = 5.0
     """Silence of a suspect after which it is dead and what it owned is dropped. Lower destroys healthy work, higher holds memory."""
     dial_timeout_s: float = 1.0
@@ -68,6 +68,8 @@ class MeshConfig:
     """Longest pause between dials of a peer that does not answer. Higher finds a returning peer later, lower costs traffic."""
     forget_hint_s: float = 60.0
     """How long a peer that is only known by hearsay is dialled without success."""
+    forget_dead_s: float = 3600.0
+    """How long a peer that fell silent is dialled on, so that a host that wakes finds its way back. Lower loses it, higher costs dials."""
     lonely_after_s: float = 3.0
     """A peer alone for so long says so."""
     max_hints: int = 1024

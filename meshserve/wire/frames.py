@@ -47,8 +47,15 @@ def unpack(data: bytes | memoryview) -> list[Message]:
     """The messages of one frame, their shapes checked. Raises ProtocolError for anything else, whatever the bytes are."""
     try:
         messages = msgpack.unpackb(
-            data, raw=False, strict_map_key=True, use_list=True, max_str_len=_MAX_LENGTH, max_bin_len=_MAX_LENGTH,
-            max_array_len=MAX_MESSAGES_PER_FRAME, max_map_len=MAX_MESSAGES_PER_FRAME, max_ext_len=0,
+            data,
+            raw=False,
+            strict_map_key=True,
+            use_list=True,
+            max_str_len=_MAX_LENGTH,
+            max_bin_len=_MAX_LENGTH,
+            max_array_len=MAX_MESSAGES_PER_FRAME,
+            max_map_len=MAX_MESSAGES_PER_FRAME,
+            max_ext_len=0,
         )
     except Exception as error:  # msgpack raises many kinds for hostile bytes: ValueError, OverflowError, RecursionError, TypeError ...
         raise ProtocolError(f"not msgpack: {type(error).__name__}") from error

@@ -84,8 +84,14 @@ class GenerateRequest:
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`."""
-        return {"request_id": self.request_id, "model": self.model, "tokens": pack_tokens(self.tokens), "sampling": self.sampling.to_wire(),
-                "num_generated": self.num_generated, "prefill_peers": list(self.prefill_peers)}
+        return {
+            "request_id": self.request_id,
+            "model": self.model,
+            "tokens": pack_tokens(self.tokens),
+            "sampling": self.sampling.to_wire(),
+            "num_generated": self.num_generated,
+            "prefill_peers": list(self.prefill_peers),
+        }
 
     @classmethod
     def from_wire(cls, data: Any) -> "GenerateRequest":

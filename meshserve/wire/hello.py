@@ -92,9 +92,18 @@ class PeerInfo:
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`."""
-        return {"incarnation": self.incarnation, "name": self.name, "mesh": self.mesh, "roles": list(self.roles), "addresses": list(self.addresses),
-                "port": self.port, "version": self.version, "card": self.card.to_wire() if self.card else None, "http": self.http,
-                "draining": self.is_draining}
+        return {
+            "incarnation": self.incarnation,
+            "name": self.name,
+            "mesh": self.mesh,
+            "roles": list(self.roles),
+            "addresses": list(self.addresses),
+            "port": self.port,
+            "version": self.version,
+            "card": self.card.to_wire() if self.card else None,
+            "http": self.http,
+            "draining": self.is_draining,
+        }
 
     @classmethod
     def from_wire(cls, data: Any) -> "PeerInfo":
@@ -106,8 +115,18 @@ class PeerInfo:
         http = data.get("http")
         if http is not None and (not isinstance(http, str) or len(http) > 255):
             raise ProtocolError("hello: http is malformed")
-        return cls(_text(data, "incarnation", 64), _text(data, "name"), _text(data, "mesh"), roles, _texts(data, "addresses", MAX_ADDRESSES), _port(data),
-                   _text(data, "version", 64), ModelCard.from_wire(card) if card is not None else None, http, data.get("draining") is True)
+        return cls(
+            _text(data, "incarnation", 64),
+            _text(data, "name"),
+            _text(data, "mesh"),
+            roles,
+            _texts(data, "addresses", MAX_ADDRESSES),
+            _port(data),
+            _text(data, "version", 64),
+            ModelCard.from_wire(card) if card is not None else None,
+            http,
+            data.get("draining") is True,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +145,13 @@ class Hello:
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`."""
-        return {"protocol": [self.major, self.minor], "peer": self.peer.to_wire(), "age_s": self.age_s, "expected": self.expected,
-                "hints": [hint.to_wire() for hint in self.hints[:MAX_HINTS]]}
+        return {
+            "protocol": [self.major, self.minor],
+            "peer": self.peer.to_wire(),
+            "age_s": self.age_s,
+            "expected": self.expected,
+            "hints": [hint.to_wire() for hint in self.hints[:MAX_HINTS]],
+        }
 
     @classmethod
     def from_wire(cls, data: Any) -> "Hello":

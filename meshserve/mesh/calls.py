@@ -1,0 +1,192 @@
+"""Request streams: many calls multiplexed over the channels between peers. No sockets, no clock of its own.
+
+A stream is opened with a deadline, carries items from the one who serves it to the one who opened it, and ends in exactly one
+end or error, whatever dies. It is named by its owner's incarnation and a counter. Items of one stream arrive in order, none
+lost, none twice; streams are not ordered among each other.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from meshserve.errors import Cancelled, DeadlineExceeded, MeshserveError, Overloaded, PeerLost, UnknownMethod, from_wire
+from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, OPEN, Message
+
+
+class Wire(Protocol):
+    """Where a stream's messages go: a channel, as far as streams know one."""
+
+    peer: str
+
+    def send(self, message: Message) -> None:
+        """Send with all else of this turn."""
+
+
+class Sink(Protocol):
+    """Who opened a stream. Exactly one of `on_end` and `on_error` is called, last; neither after the stream was cancelled."""
+
+    def on_item(self, item: Any) -> None:
+        """The next item."""
+
+    def on_end(self, value: Any) -> None:
+        """The stream is complete."""
+
+    def on_error(self, error: MeshserveError) -> None:
+        """The stream failed: at the peer, on the way, or at its deadline."""
+
+
+class OutgoingCall:
+    """A stream that this peer opened. Garbage as soon as it ended."""
+
+    __slots__ = ("_table", "_wire", "deadline_s", "peer", "sink", "stream")
+
+    def __init__(self, table: "CallTable", wire: Wire, stream: int, deadline_s: float, sink: Sink) -> None:
+        self._table, self._wire, self.stream, self.deadline_s, self.sink = table, wire, stream, deadline_s, sink
+        self.peer = wire.peer
+
+    def cancel(self) -> None:
+        """Tell the peer to stop. Nothing more is called on the sink. Harmless after the end."""
+        if self._table.outgoing.pop(self.stream, None) is not None:
+            self._wire.send([CANCEL, self.stream])
+
+
+class IncomingCall:
+    """A stream that a peer opened here. The handler ends it with `end` or `fail`; what comes after that, or after a cancel, is dropped."""
+
+    __slots__ = ("_table", "_wire", "body", "deadline_s", "is_open", "on_cancel", "peer", "stream")
+
+    def __init__(self, table: "CallTable", wire: Wire, stream: int, deadline_s: float, body: Any) -> None:
+        self._table, self._wire, self.stream, self.deadline_s, self.body = table, wire, stream, deadline_s, body
+        self.peer = wire.peer
+        self.is_open = True
+        self.on_cancel: Callable[[], None] | None = None
+        """Called once if the stream ends by anything but this handler: cancelled, past its deadline, or its owner dead."""
+
+    def send(self, item: Any) -> None:
+        """One more item of plain data."""
+        if self.is_open:
+            self._wire.send([ITEM, self.stream, item])
+
+    def end(self, value: Any = None) -> None:
+        """The stream is complete; `value` is its result."""
+        if self._close():
+            self._wire.send([END, self.stream, value])
+
+    def fail(self, error: MeshserveError) -> None:
+        """The stream ends in this error."""
+        if self._close():
+            self._wire.send([ERROR, self.stream, error.to_wire()])
+
+    def _close(self) -> bool:
+        was_open, self.is_open = self.is_open, False
+        self._table.incoming.pop((self.peer, self.stream), None)
+        return was_open
+
+    def abandon(self, error: MeshserveError | None) -> None:
+        """End by something else than the handler; its owner is told if there is an error to tell."""
+        if error is not None:
+            self.fail(error)
+        self._close()
+        if self.on_cancel is not None:
+            on_cancel, self.on_cancel = self.on_cancel, None
+            on_cancel()
+
+
+Handler = Callable[[IncomingCall], None]
+
+
+class CallTable:
+    """All streams of one peer. Every method takes `now_s` of the same monotonic clock where time matters."""
+
+    def __init__(self, max_streams_per_peer: int, describe_peer: Callable[[str], str]) -> None:
+        self.handlers: dict[str, Handler] = {}
+        self.outgoing: dict[int, OutgoingCall] = {}
+        self.incoming: dict[tuple[str, int], IncomingCall] = {}
+        self._next_stream = 1
+        self._max_streams = max_streams_per_peer
+        self._describe = describe_peer
+
+    def open(self, wire: Wire, method: str, body: Any, sink: Sink, now_s: float, timeout_s: float) -> OutgoingCall:
+        """Open a stream; what comes back goes to the sink, never before this returns."""
+        stream = self._next_stream
+        self._next_stream += 1
+        call = self.outgoing[stream] = OutgoingCall(self, wire, stream, now_s + timeout_s, sink)
+        wire.send([OPEN, stream, method, int(timeout_s * 1000), body])
+        return call
+
+    def received(self, wire: Wire, message: Message, now_s: float) -> None:
+        """One message about a stream from a peer that said hello."""
+        kind = message[0]
+        if kind == OPEN:
+            self._opened(wire, message, now_s)
+        elif kind == CANCEL:
+            incoming = self.incoming.get((wire.peer, message[1]))
+            if incoming is not None:
+                incoming.abandon(None)
+        else:
+            self._answered(wire, kind, message)
+
+    def _answered(self, wire: Wire, kind: int, message: Message) -> None:
+        call = self.outgoing.get(message[1])
+        if call is None or call.peer != wire.peer:
+            return  # late, after a cancel or a deadline; or not meant for us
+        if kind == ITEM:
+            call.sink.on_item(message[2])
+            return
+        del self.outgoing[call.stream]
+        if kind == END:
+            call.sink.on_end(message[2])
+        elif kind == ERROR:
+            call.sink.on_error(from_wire(message[2]))
+
+    def _opened(self, wire: Wire, message: Message, now_s: float) -> None:
+        _, stream, method, timeout_ms, body = message
+        handler = self.handlers.get(method)
+        if handler is None:
+            wire.send([ERROR, stream, UnknownMethod(f"{method} is not served here").to_wire()])
+        elif (wire.peer, stream) in self.incoming:
+            wire.send([ERROR, stream, MeshserveError("this stream is open already").to_wire()])
+        elif len(self.incoming) >= self._max_streams and self.num_incoming(wire.peer) >= self._max_streams:
+            wire.send([ERROR, stream, Overloaded("too many open streams from this peer").to_wire()])
+        else:
+            call = self.incoming[(wire.peer, stream)] = IncomingCall(self, wire, stream, now_s + timeout_ms / 1000, body)
+            self._serve(handler, call)
+
+    @staticmethod
+    def _serve(handler: Handler, call: IncomingCall) -> None:
+        try:
+            handler(call)
+        except MeshserveError as error:
+            call.fail(error)
+
+    def num_incoming(self, peer: str) -> int:
+        """Streams that this peer has open here."""
+        return sum(owner == peer for owner, _ in self.incoming)
+
+    def expire(self, now_s: float) -> None:
+        """End what is past its deadline, on both sides."""
+        for outgoing in [call for call in self.outgoing.values() if call.deadline_s <= now_s]:
+            outgoing.cancel()
+            outgoing.sink.on_error(DeadlineExceeded(f"no answer from {self._describe(outgoing.peer)} within the deadline"))
+        for incoming in [call for call in self.incoming.values() if call.deadline_s <= now_s]:
+            incoming.abandon(DeadlineExceeded("past the deadline"))
+
+    def peer_lost(self, peer: str, reason: str) -> None:
+        """The peer is gone, or its link broke: end all streams with it."""
+        for outgoing in [call for call in self.outgoing.values() if call.peer == peer]:
+            if self.outgoing.pop(outgoing.stream, None) is not None:
+                name = self._describe(peer)
+                outgoing.sink.on_error(PeerLost(f"{name} was lost: {reason}", peer=name))
+        self.peer_stopped_listening(peer)
+
+    def peer_stopped_listening(self, peer: str) -> None:
+        """Streams that this peer opened have nobody to end for."""
+        for incoming in [call for call in self.incoming.values() if call.peer == peer]:
+            incoming.abandon(None)
+
+    def close(self) -> None:
+        """End everything: this peer stops."""
+        for outgoing in list(self.outgoing.values()):
+            outgoing.cancel()
+            outgoing.sink.on_error(Cancelled("this peer is stopping"))
+        for incoming in list(self.incoming.values()):
+            incoming.abandon(Cancelled("the peer is stopping"))

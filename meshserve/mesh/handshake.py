@@ -1,0 +1,149 @@
+"""The hello: how a dialled address becomes a link to a known peer, or a refusal that says why."""
+
+import asyncio
+import errno
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from meshserve.config import PROTOCOL_MAJOR, MeshConfig
+from meshserve.errors import HandshakeRefused, MeshserveError, PeerLost, ProtocolError, from_wire
+from meshserve.mesh.membership import Dial
+from meshserve.mesh.tasks import TaskOwner
+from meshserve.mesh.transport.channel import Channel
+from meshserve.mesh.transport.transport import Transport
+from meshserve.wire.frames import HELLO, WELCOME, Message
+from meshserve.wire.hello import Hello, protocol_of
+
+
+def check_hello(data: object, mesh: str) -> Hello:
+    """The hello of a peer that may be a member. Raises HandshakeRefused with words for its user, or ProtocolError."""
+    major, minor = protocol_of(data)
+    if major != PROTOCOL_MAJOR:
+        older = "that peer" if major < PROTOCOL_MAJOR else "this peer"
+        raise HandshakeRefused(f"protocol {major}.{minor} and {PROTOCOL_MAJOR}.x do not go together: upgrade {older}")
+    hello = Hello.from_wire(data)
+    if hello.peer.mesh != mesh:
+        raise HandshakeRefused(f"this peer belongs to the mesh {mesh!r}, not to {hello.peer.mesh!r}")
+    return hello
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A dial that led to a peer."""
+
+    channel: Channel
+    hello: Hello
+    address: tuple[str, int]
+
+
+class DialFailed(MeshserveError):
+    """No address led to the peer. `is_refused`: every one was refused by a host that is there."""
+
+    code = "dial_failed"
+
+    def __init__(self, reasons: list[str], is_refused: bool) -> None:
+        super().__init__("; ".join(reasons))
+        self.is_refused = is_refused
+
+
+async def probe(host: str, port: int, timeout_s: float) -> None:
+    """A bare TCP connection, for its clear answer. Raises ConnectionRefusedError if nobody listens there, PeerLost for any other reason."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            _, writer = await asyncio.open_connection(host, port)
+    except ConnectionRefusedError:
+        raise
+    except TimeoutError as error:
+        raise PeerLost(f"{host}:{port} does not answer") from error
+    except (OSError, socket.gaierror) as error:
+        name = errno.errorcode.get(error.errno or 0, "cannot connect")
+        raise PeerLost(f"{host}:{port}: {error.strerror or name}") from error
+    writer.transport.abort()
+
+
+class Dialler:
+    """Dials peers: all their addresses, each a little later than the one before, until one answers with the right hello."""
+
+    def __init__(self, config: MeshConfig, transport: Transport, own_hello: Callable[[str | None], Hello]) -> None:
+        self._config, self._transport, self._own_hello = config, transport, own_hello
+        self._greeted: dict[Channel, asyncio.Future[Message]] = {}
+
+    def answered(self, channel: Channel, message: Message) -> bool:
+        """A WELCOME or REFUSED came in; False if nobody waits for it here."""
+        waiting = self._greeted.get(channel)
+        if waiting is None or waiting.done():
+            return False
+        waiting.set_result(message)
+        return True
+
+    def lost(self, channel: Channel, reason: str) -> None:
+        """The channel broke before its welcome."""
+        waiting = self._greeted.get(channel)
+        if waiting is not None and not waiting.done():
+            waiting.set_exception(PeerLost(reason))
+
+    async def dial(self, dial: Dial) -> Reached:
+        """Raises DialFailed with the reason of each address."""
+        owner = TaskOwner()
+        attempts = [
+            owner.spawn(self._attempt(dial, host, index * self._config.dial_stagger_s)) for index, host in enumerate(dial.addresses)
+        ]
+        reasons: list[str] = []
+        num_refused = 0
+        try:
+            for finished in asyncio.as_completed(attempts):
+                outcome: Reached | MeshserveError | ConnectionRefusedError = await finished
+                if isinstance(outcome, Reached):
+                    return outcome
+                num_refused += isinstance(outcome, ConnectionRefusedError)
+                reasons.append(str(outcome))
+        finally:
+            await owner.close()
+            self._drop_others(attempts)
+        raise DialFailed(reasons, is_refused=num_refused == len(attempts) > 0)
+
+    def _drop_others(self, attempts: "list[asyncio.Task[Reached | MeshserveError | ConnectionRefusedError]]") -> None:
+        """Two addresses may have answered in one turn: keep the first."""
+        reached = [task.result() for task in attempts if task.done() and not task.cancelled()]
+        for extra in [outcome for outcome in reached if isinstance(outcome, Reached)][1:]:
+            self._transport.drop(extra.channel)
+
+    async def _attempt(self, dial: Dial, host: str, delay_s: float) -> Reached | MeshserveError | ConnectionRefusedError:
+        if delay_s:
+            await asyncio.sleep(delay_s)
+        try:
+            await probe(host, dial.port, self._config.dial_timeout_s)
+            return await self._greet(dial, host)
+        except ConnectionRefusedError:
+            return ConnectionRefusedError(f"{host}:{dial.port} refused the connection")
+        except MeshserveError as error:
+            return error
+
+    async def _greet(self, dial: Dial, host: str) -> Reached:
+        channel = await self._transport.dial(host, dial.port, self._config.dial_timeout_s)
+        waiting = self._greeted[channel] = asyncio.get_running_loop().create_future()
+        try:
+            channel.send([HELLO, self._own_hello(dial.incarnation).to_wire()])
+            async with asyncio.timeout(self._config.dial_timeout_s):
+                message = await waiting
+            return Reached(channel, self._checked(message, dial.incarnation), (host, dial.port))
+        except TimeoutError as error:
+            self._transport.drop(channel)
+            raise PeerLost(f"{host}:{dial.port} took the connection but says nothing") from error
+        except BaseException:
+            self._transport.drop(channel)
+            raise
+        finally:
+            del self._greeted[channel]
+
+    def _checked(self, message: Message, expected: str | None) -> Hello:
+        if message[0] != WELCOME:
+            raise from_wire(message[1])
+        try:
+            hello = check_hello(message[1], self._config.mesh)
+        except ProtocolError as error:
+            raise HandshakeRefused("it answered with something that is no hello") from error
+        if expected is not None and hello.peer.incarnation != expected:
+            raise HandshakeRefused(f"another peer lives there: {hello.peer.name}")
+        return hello

@@ -1,0 +1,328 @@
+"""Who is in the mesh and who is alive: a pure decider.
+
+It is told what happened and the time, keeps each peer's state, and answers what to do. No clock, no sockets: the rules are tables
+in its tests, and time can be made up. The failure detector is a plain timeout on any sign of life, with a grace for our own
+lateness (the idea of local health awareness: Dadgar et al., "Lifeguard", 2018).
+"""
+
+import random
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from meshserve.config import MeshConfig
+from meshserve.wire.hello import PeerHint, PeerInfo
+
+
+class PeerState(StrEnum):
+    """Of one peer as this peer sees it."""
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"
+    """Silent for the failure timeout, or its connection is gone: gets no new work."""
+
+
+class Change(StrEnum):
+    """What became of a peer."""
+
+    JOINED = "joined"
+    UPDATED = "updated"
+    CALLABLE = "callable"
+    SUSPECTED = "suspected"
+    RECOVERED = "recovered"
+    LEFT = "left"
+    DIED = "died"
+
+
+TALKING_ROLES = frozenset(
+    frozenset(pair)
+    for pair in (
+        ("frontend", "processor"),
+        ("processor", "router"),
+        ("processor", "decode"),
+        ("router", "decode"),
+        ("router", "prefill"),
+        ("decode", "prefill"),
+    )
+)
+"""Pairs of roles that call each other; only links between such peers carry application heartbeats."""
+
+
+def are_talking(one: PeerInfo, other: PeerInfo) -> bool:
+    """Whether the two need to notice quickly that the other hangs."""
+    if one.is_observer or other.is_observer:
+        return True
+    return any(frozenset((mine, theirs)) in TALKING_ROLES for mine in one.roles for theirs in other.roles)
+
+
+@dataclass(slots=True)
+class Member:
+    """One peer that said hello."""
+
+    info: PeerInfo
+    is_talking: bool
+    heard_s: float
+    joined_s: float
+    started_s: float
+    """When it started, on our clock: joined minus the age that it told."""
+    state: PeerState = PeerState.ALIVE
+    suspect_since_s: float = 0.0
+    is_callable: bool = False
+    """Our own connection to it is up."""
+    was_cut: bool = False
+    """Its connection was lost and has not come back."""
+    linked_at: tuple[str, int] | None = None
+    next_dial_s: float = 0.0
+    num_failed_dials: int = 0
+    is_dialling: bool = False
+    shown_name: str = ""
+    rtt_ms: float | None = None
+
+    @property
+    def can_take_work(self) -> bool:
+        """Alive, reachable, and not on its way out."""
+        return self.is_callable and self.state is PeerState.ALIVE and not self.info.is_draining
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """Somebody to dial, known by hearsay. `incarnation` is None for a seed, which is an address and not a peer."""
+
+    addresses: tuple[str, ...]
+    port: int
+    incarnation: str | None
+    since_s: float
+    next_dial_s: float
+    num_failed_dials: int = 0
+    is_dialling: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    """Connect to this peer: try its addresses, say hello."""
+
+    key: str
+    addresses: tuple[str, ...]
+    port: int
+    incarnation: str | None
+
+
+@dataclass(slots=True)
+class Actions:
+    """What is to be done now."""
+
+    changes: list[tuple[Change, Member]] = field(default_factory=list)
+    dials: list[Dial] = field(default_factory=list)
+    pings: list[str] = field(default_factory=list)
+
+
+class Membership:
+    """The state of all peers. Methods that report what happened return the changes that follow at once; `tick` returns all due actions."""
+
+    def __init__(self, own: PeerInfo, config: MeshConfig, now_s: float, rng: random.Random | None = None) -> None:
+        self.own, self._config = own, config
+        self.members: dict[str, Member] = {}
+        self._candidates: dict[str, _Candidate] = {}
+        self._gone: dict[str, float] = {}
+        self._last_tick_s = now_s
+        self._next_ping_s = now_s
+        self._rng = rng or random.Random()
+
+    # --- what was heard of
+
+    def seed(self, address: str, port: int, now_s: float) -> None:
+        """An address from the command line: dialled for ever."""
+        key = f"{address}:{port}"
+        self._candidates.setdefault(key, _Candidate((address,), port, None, now_s, now_s))
+
+    def hint(self, hint: PeerHint, now_s: float) -> None:
+        """Hearsay from mDNS or gossip. Members, ourselves, and those who are known to have ended are not dialled for it."""
+        incarnation = hint.incarnation
+        if incarnation in (self.own.incarnation, *self.members.keys()) or incarnation in self._gone or not hint.addresses:
+            return
+        known = self._candidates.get(incarnation)
+        if known is not None:
+            known.addresses = tuple(dict.fromkeys((*hint.addresses, *known.addresses)))[:64]
+            known.since_s = now_s
+        elif len(self._candidates) < self._config.max_hints:
+            self._candidates[incarnation] = _Candidate(hint.addresses, hint.port, incarnation, now_s, now_s)
+
+    def hello(self, info: PeerInfo, age_s: float, now_s: float) -> list[tuple[Change, Member]]:
+        """A peer introduced itself (or told what changed). An earlier incarnation at the same place ends at once."""
+        self._candidates.pop(info.incarnation, None)
+        member = self.members.get(info.incarnation)
+        if member is not None:
+            is_changed, member.info = member.info != info, info
+            return ([(Change.UPDATED, member)] if is_changed else []) + self._heard(member, now_s)
+        changes = [self._remove(old, Change.DIED, now_s) for old in self._superseded(info)]
+        member = Member(info, are_talking(self.own, info), heard_s=now_s, joined_s=now_s, started_s=now_s - age_s, next_dial_s=now_s)
+        self.members[info.incarnation] = member
+        self._gone.pop(info.incarnation, None)
+        self._name_all()
+        return [*changes, (Change.JOINED, member)]
+
+    def _superseded(self, info: PeerInfo) -> list[Member]:
+        def is_same_place(old: Member) -> bool:
+            if old.info.is_observer or old.info.port != info.port:
+                return False
+            # Addresses of container bridges are alike on many hosts, so one in common proves nothing: only the one that led us there does.
+            return old.linked_at[0] in info.addresses if old.linked_at else set(old.info.addresses) == set(info.addresses)
+
+        return [] if info.is_observer else [old for old in self.members.values() if is_same_place(old)]
+
+    def heard(self, incarnation: str, now_s: float) -> list[tuple[Change, Member]]:
+        """Any sign of life."""
+        member = self.members.get(incarnation)
+        return self._heard(member, now_s) if member is not None else []
+
+    def _heard(self, member: Member, now_s: float) -> list[tuple[Change, Member]]:
+        member.heard_s = now_s
+        if member.state is PeerState.SUSPECT and not member.was_cut:
+            member.state = PeerState.ALIVE
+            return [(Change.RECOVERED, member)]
+        return []
+
+    # --- what became of connections
+
+    def linked(self, incarnation: str, address: tuple[str, int], now_s: float) -> list[tuple[Change, Member]]:
+        """Our connection to this member is up."""
+        member = self.members[incarnation]
+        member.is_callable, member.was_cut, member.is_dialling, member.num_failed_dials = True, False, False, 0
+        member.linked_at = address
+        return [*self._heard(member, now_s), (Change.CALLABLE, member)]
+
+    def unlinked(self, incarnation: str, now_s: float) -> list[tuple[Change, Member]]:
+        """Our connection to it was lost; whether it is dead the next dial tells, which is due at once."""
+        member = self.members.get(incarnation)
+        if member is None:
+            return []
+        member.is_callable, member.was_cut, member.next_dial_s = False, True, now_s
+        return self._suspect(member, now_s) if member.state is PeerState.ALIVE else []
+
+    def dial_failed(self, key: str, is_refused: bool, now_s: float) -> list[tuple[Change, Member]]:
+        """None of the addresses led to this peer. Refused everywhere after its connection was lost: it is dead."""
+        member = self.members.get(key)
+        if member is not None:
+            member.is_dialling = False
+            if is_refused and member.was_cut:
+                return [self._remove(member, Change.DIED, now_s)]
+            member.num_failed_dials += 1
+            member.next_dial_s = now_s + self._backoff_s(member.num_failed_dials)
+        candidate = self._candidates.get(key)
+        if candidate is not None:
+            candidate.is_dialling = False
+            candidate.num_failed_dials += 1
+            candidate.next_dial_s = now_s + self._backoff_s(candidate.num_failed_dials)
+            if candidate.incarnation is not None and now_s - candidate.since_s > self._config.forget_hint_s:
+                del self._candidates[key]
+        return []
+
+    def dial_found(self, key: str, incarnation: str, now_s: float) -> None:
+        """A dial led to this peer. A seed is asked again only when the peer it led to is gone."""
+        candidate = self._candidates.get(key)
+        if candidate is not None:
+            candidate.is_dialling, candidate.num_failed_dials = False, 0
+            candidate.next_dial_s = now_s + self._config.redial_max_s
+            candidate.incarnation = None
+        member = self.members.get(incarnation)
+        if member is not None:
+            member.is_dialling = False
+
+    def goodbye(self, incarnation: str, now_s: float) -> list[tuple[Change, Member]]:
+        """The peer itself said, on its own link, that it leaves."""
+        member = self.members.get(incarnation)
+        return [self._remove(member, Change.LEFT, now_s)] if member is not None else []
+
+    # --- time
+
+    def tick(self, now_s: float) -> Actions:
+        """What is due. If we come late ourselves (a closed lid, a stopped process), all deadlines move by as much."""
+        actions = Actions()
+        late_s = now_s - self._last_tick_s - self._config.tick_interval_s
+        if late_s > max(0.25, self._config.tick_interval_s):
+            self._extend(late_s)
+        self._last_tick_s = now_s
+        for member in list(self.members.values()):
+            self._check(member, now_s, actions)
+        actions.dials = self.due_dials(now_s)
+        if now_s >= self._next_ping_s:
+            self._next_ping_s = now_s + self._config.heartbeat_interval_s
+            actions.pings = [member.info.incarnation for member in self.members.values() if member.is_callable and member.is_talking]
+        for incarnation in [gone for gone, since_s in self._gone.items() if now_s - since_s > self._config.forget_hint_s]:
+            del self._gone[incarnation]
+        return actions
+
+    def _extend(self, late_s: float) -> None:
+        for member in self.members.values():
+            member.heard_s += late_s
+            member.suspect_since_s += late_s
+
+    def _check(self, member: Member, now_s: float, actions: Actions) -> None:
+        can_be_silent = not member.is_talking and not member.was_cut
+        if member.state is PeerState.ALIVE and now_s - member.heard_s > self._config.failure_timeout_s and not can_be_silent:
+            actions.changes += self._suspect(member, now_s)
+        if member.state is PeerState.SUSPECT and now_s - member.suspect_since_s > self._config.death_timeout_s:
+            actions.changes.append(self._remove(member, Change.DIED, now_s))
+            self._look_out_for(member, now_s)
+
+    def _look_out_for(self, member: Member, now_s: float) -> None:
+        """Silence may end: a link comes up again, a host wakes. It is dialled on, as one known by hearsay."""
+        info = member.info
+        if not info.is_observer and len(self._candidates) < self._config.max_hints:
+            del self._gone[info.incarnation]
+            forget_late_s = now_s + self._config.forget_dead_s - self._config.forget_hint_s
+            self._candidates[info.incarnation] = _Candidate(info.addresses, info.port, info.incarnation, forget_late_s, now_s)
+
+    def due_dials(self, now_s: float) -> list[Dial]:
+        """Whom to dial now, marked as being dialled: each ends in `dial_found` or `dial_failed`."""
+        dials: list[Dial] = []
+        for incarnation, member in self.members.items():
+            if not member.is_callable and not member.is_dialling and not member.info.is_observer and now_s >= member.next_dial_s:
+                member.is_dialling = True
+                addresses = member.info.addresses
+                if member.linked_at is not None:
+                    addresses = tuple(dict.fromkeys((member.linked_at[0], *addresses)))
+                dials.append(Dial(incarnation, addresses, member.info.port, incarnation))
+        for key, candidate in self._candidates.items():
+            if not candidate.is_dialling and now_s >= candidate.next_dial_s and not self._is_at_member(candidate):
+                candidate.is_dialling = True
+                dials.append(Dial(key, candidate.addresses, candidate.port, candidate.incarnation))
+        return dials
+
+    def _is_at_member(self, candidate: _Candidate) -> bool:
+        place = (candidate.addresses[0], candidate.port)
+        return candidate.incarnation is None and any(member.linked_at == place for member in self.members.values())
+
+    def _suspect(self, member: Member, now_s: float) -> list[tuple[Change, Member]]:
+        member.state, member.suspect_since_s = PeerState.SUSPECT, now_s
+        return [(Change.SUSPECTED, member)]
+
+    def _remove(self, member: Member, change: Change, now_s: float) -> tuple[Change, Member]:
+        del self.members[member.info.incarnation]
+        self._gone[member.info.incarnation] = now_s
+        self._name_all()
+        return change, member
+
+    def _backoff_s(self, num_failed: int) -> float:
+        longest = min(self._config.redial_max_s, 0.1 * 2.0 ** min(num_failed, 10))
+        return longest * (0.5 + self._rng.random() / 2)
+
+    # --- names and lists
+
+    def _name_all(self) -> None:
+        """Of live peers with one name the later ones get a suffix."""
+        by_age = sorted(self.members.values(), key=lambda member: (member.started_s, member.info.incarnation))
+        seen = {self.own.name: 1}
+        for member in by_age:
+            is_taken = member.info.name in seen
+            seen[member.info.name] = 1
+            member.shown_name = (
+                f"{member.info.name}~{member.info.incarnation[:4]}" if is_taken and not member.info.is_observer else member.info.name
+            )
+
+    def listed(self) -> list[Member]:
+        """All but observers, oldest first."""
+        return sorted((member for member in self.members.values() if not member.info.is_observer), key=lambda member: member.started_s)
+
+    def hints(self) -> tuple[PeerHint, ...]:
+        """What we pass on about others: only peers that we reach ourselves."""
+        return tuple(member.info.hint for member in self.listed() if member.is_callable)

@@ -1,0 +1,141 @@
+"""The one place where ZeroMQ sockets are made, with the mesh's keys if there are any.
+
+With a key every socket is a CURVE server or client of the one key pair that the secret gives, and ZAP admits only that public
+key (RFC 26 and 27 of ZeroMQ). It fails closed: the ZAP domain is not empty and enforced, so that without a running handler
+nobody gets in, and a self-test at start tries a wrong key, which must be refused.
+"""
+
+import struct
+from types import TracebackType
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
+
+from meshserve.config import TransportConfig
+from meshserve.errors import KeyRefused
+from meshserve.mesh.keys import MeshKey
+from meshserve.telemetry import Counters
+
+_ZAP_DOMAIN = "meshserve"
+
+
+class _OnlyHolders:
+    """The ZAP rule: the one public key of the mesh, and no other."""
+
+    def __init__(self, public: bytes, counters: Counters) -> None:
+        self._public, self._counters = public, counters
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """Asked by the authenticator's thread for every connection."""
+        is_holder = key == self._public
+        if not is_holder:
+            self._counters.add("strangers_refused")
+        return is_holder
+
+
+class SocketFactory:
+    """Owns the ZeroMQ context of a peer, and makes its sockets. `close` closes whatever is still open."""
+
+    def __init__(self, config: TransportConfig, key: MeshKey | None, counters: Counters) -> None:
+        self._config, self._counters = config, counters
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._pair: tuple[bytes, bytes] | None = None
+        self._authenticator: ThreadAuthenticator | None = None
+        self._death_hint_ms = 6500
+        if key is not None:
+            try:
+                self._start_security(key)
+            except BaseException:
+                self.close()
+                raise
+
+    def set_silence_limit(self, limit_s: float) -> None:
+        """ZeroMQ's own heartbeats close a connection after so long: they notice a dead host on links without application heartbeats."""
+        self._death_hint_ms = max(1000, int(limit_s * 1000))
+
+    def _start_security(self, key: MeshKey) -> None:
+        secret = z85.encode(key.curve_secret())
+        public: bytes = zmq.curve_public(secret)
+        self._pair = (public, secret)
+        self._authenticator = ThreadAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(_ZAP_DOMAIN, credentials_provider=_OnlyHolders(public, self._counters))
+        self._self_test()
+
+    def _self_test(self) -> None:
+        """A stranger's key must be refused and ours let in, or the peer does not start."""
+        if self._gets_in(zmq.curve_keypair()) or not self._gets_in(self._pair):
+            raise KeyRefused("the self-test of the keys failed: this ZeroMQ library does not enforce them; not starting")
+        self._counters.add("strangers_refused", -1)
+
+    def _gets_in(self, pair: tuple[bytes, bytes] | None) -> bool:
+        assert self._pair is not None
+        server, client = self.server_socket(zmq.ROUTER), self._context.socket(zmq.DEALER)
+        try:
+            client.setsockopt(zmq.LINGER, 0)
+            client.curve_serverkey = self._pair[0]
+            client.curve_publickey, client.curve_secretkey = pair or self._pair
+            port = server.bind_to_random_port("tcp://127.0.0.1")  # inproc has no handshake, so it would prove nothing
+            monitor = client.get_monitor_socket(
+                zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+            )
+            client.connect(f"tcp://127.0.0.1:{port}")
+            if not monitor.poll(2000):
+                return False
+            (event,) = struct.unpack("=H", monitor.recv_multipart()[0][:2])
+            return bool(event == zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        finally:
+            client.disable_monitor()
+            client.close()
+            server.close()
+
+    def _socket(self, kind: int) -> "zmq.Socket[bytes]":
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)  # what matters is acknowledged above, never owed by a socket
+        socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.MAXMSGSIZE, self._config.max_message_bytes)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, self._death_hint_ms)
+        socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
+        return socket
+
+    def server_socket(self, kind: int) -> "zmq.Socket[bytes]":
+        """A socket to be bound: ROUTER or PULL."""
+        socket = self._socket(kind)
+        if kind == zmq.ROUTER:
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        if self._pair is not None:
+            socket.setsockopt_string(zmq.ZAP_DOMAIN, _ZAP_DOMAIN)
+            socket.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
+            socket.curve_server = True
+            socket.curve_publickey, socket.curve_secretkey = self._pair
+        return socket
+
+    def client_socket(self, kind: int) -> "zmq.Socket[bytes]":
+        """A socket to be connected once: DEALER or PUSH. It never re-connects by itself: a lost link is the mesh's business."""
+        socket = self._socket(kind)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.RECONNECT_IVL, -1)
+        if self._pair is not None:
+            socket.curve_serverkey = self._pair[0]
+            socket.curve_publickey, socket.curve_secretkey = self._pair
+        return socket
+
+    def close(self) -> None:
+        """End the authenticator's thread and the context. Safe to call twice."""
+        if self._authenticator is not None:
+            self._authenticator.stop()
+            self._authenticator = None
+        self._context.destroy(linger=0)
+
+    def __enter__(self) -> "SocketFactory":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def endpoint(host: str, port: int) -> str:
+    """ZeroMQ's form of an address; IPv6 ones in brackets."""
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"

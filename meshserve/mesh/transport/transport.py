@@ -1,0 +1,215 @@
+"""The call sockets of one peer: a ROUTER that is bound, and a DEALER for every peer that it calls."""
+
+import asyncio
+from collections.abc import Callable
+
+import zmq
+
+from meshserve.config import TransportConfig
+from meshserve.errors import PeerLost, ProtocolError
+from meshserve.mesh.transport.channel import Channel
+from meshserve.mesh.transport.reading import ConnectionMonitor, SocketReader
+from meshserve.mesh.transport.sockets import SocketFactory, endpoint
+from meshserve.telemetry import Counters
+from meshserve.wire import frames
+from meshserve.wire.frames import Message
+
+OnMessage = Callable[[Channel, Message], None]
+OnLost = Callable[[Channel, str], None]
+
+_RETRY_S = 0.005
+_MAX_CHANNELS = 4096
+
+
+class Turn:
+    """Collects the channels that have something to send, and flushes them once a turn of the event loop."""
+
+    def __init__(self, on_broken: Callable[[Channel], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._dirty: list[Channel] = []
+        self._is_due = False
+        self._on_broken = on_broken
+
+    def schedule(self, channel: Channel) -> None:
+        """Flush this channel at the end of the turn."""
+        self._dirty.append(channel)
+        if not self._is_due:
+            self._is_due = True
+            self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Send what is ready now. Called early at the end of a batch of input, where all answers to it are known."""
+        self._is_due = False
+        dirty, self._dirty = self._dirty, []
+        for channel in dirty:
+            if not channel.flush():
+                self._loop.call_later(_RETRY_S, self._retry, channel)
+            if channel.is_broken:
+                self._on_broken(channel)
+
+    def _retry(self, channel: Channel) -> None:
+        if not channel.is_dirty and not channel.is_broken:
+            channel.is_dirty = True
+            self.schedule(channel)
+
+
+class _Dealer:
+    """One outgoing connection and its socket."""
+
+    def __init__(self, transport: "Transport", socket: "zmq.Socket[bytes]") -> None:
+        self.socket = socket
+        self.channel = Channel(transport.config, self._send, transport.turn.schedule)
+        self.reader = SocketReader(socket, self._on_frames, transport.turn.flush, transport.config.max_reads_per_turn)
+        self.is_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._transport = transport
+        self._monitor = ConnectionMonitor(socket, self._on_up, self._on_down)
+
+    def _send(self, data: bytes) -> bool:
+        try:
+            self.socket.send(data, zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:
+            raise OSError(error.errno, error.strerror) from error
+        self.reader.drain_soon()
+        return True
+
+    def _on_frames(self, parts: list[bytes]) -> None:
+        self._transport.received(self.channel, parts[-1])
+
+    def _on_up(self) -> None:
+        if not self.is_up.done():
+            self.is_up.set_result(None)
+
+    def _on_down(self, reason: str) -> None:
+        if not self.is_up.done():
+            self.is_up.set_exception(PeerLost(reason))
+        else:
+            self._transport.lost(self.channel, reason)
+
+    def close(self) -> None:
+        if not self.is_up.done():
+            self.is_up.cancel()
+        self._monitor.close()
+        self.reader.close()
+        self.socket.close()
+
+
+class Transport:
+    """Sends and receives messages on channels; knows nothing of what they mean but how long they may be."""
+
+    def __init__(self, factory: SocketFactory, config: TransportConfig, counters: Counters, on_message: OnMessage, on_lost: OnLost) -> None:
+        self.config, self._factory, self._counters = config, factory, counters
+        self._on_message, self._on_lost = on_message, on_lost
+        self.turn = Turn(lambda channel: self.lost(channel, "overflow or unreachable"))
+        self._dealers: dict[Channel, _Dealer] = {}
+        self._inbound: dict[bytes, Channel] = {}
+        self._routing_ids: dict[Channel, bytes] = {}
+        self._router: zmq.Socket[bytes] | None = None
+        self._router_reader: SocketReader | None = None
+        self.loopback = Channel(config, self._send_to_self, self._schedule_loopback)
+
+    def adopt_router(self, socket: "zmq.Socket[bytes]") -> None:
+        """Serve this bound ROUTER socket; closes with the transport."""
+        self._router = socket
+        self._router_reader = SocketReader(socket, self._on_router_frames, self.turn.flush, self.config.max_reads_per_turn)
+
+    async def dial(self, host: str, port: int, timeout_s: float) -> Channel:
+        """Connect to a peer's calls port. Raises PeerLost with the reason: refused, timed out, keys differ."""
+        socket = self._factory.client_socket(zmq.DEALER)
+        dealer = _Dealer(self, socket)
+        try:
+            socket.connect(endpoint(host, port))
+            async with asyncio.timeout(timeout_s):
+                await dealer.is_up
+        except TimeoutError as error:
+            dealer.close()
+            raise PeerLost(f"{host}:{port} does not answer") from error
+        except zmq.ZMQError as error:
+            dealer.close()
+            raise PeerLost(f"{host}:{port}: {error.strerror}") from error
+        except BaseException:
+            dealer.close()
+            raise
+        self._dealers[dealer.channel] = dealer
+        return dealer.channel
+
+    def drop(self, channel: Channel) -> None:
+        """Forget a channel and close its socket if it has one of its own. Safe to call twice."""
+        channel.is_broken = True
+        dealer = self._dealers.pop(channel, None)
+        if dealer is not None:
+            dealer.close()
+        routing_id = self._routing_ids.pop(channel, None)
+        if routing_id is not None:
+            self._inbound.pop(routing_id, None)
+
+    def lost(self, channel: Channel, reason: str) -> None:
+        """A connection ended that nobody ended on purpose."""
+        if channel in self._dealers or channel in self._routing_ids:
+            self.drop(channel)
+            self._on_lost(channel, reason)
+
+    def received(self, channel: Channel, data: bytes) -> None:
+        """One frame from a peer: counted and dropped if malformed, else handed up message by message."""
+        channel.received(len(data))
+        try:
+            messages = frames.unpack(data)
+        except ProtocolError:
+            self._counters.add("frames_malformed")
+            return
+        for message in messages:
+            if message[0] == frames.CREDIT:
+                channel.credited(message[1])
+            else:
+                self._on_message(channel, message)
+
+    def _on_router_frames(self, parts: list[bytes]) -> None:
+        channel = self._inbound.get(parts[0])
+        if channel is None:
+            if len(self._inbound) >= _MAX_CHANNELS:
+                self._counters.add("channels_refused")
+                return
+            channel = self._accept(parts[0])
+        self.received(channel, parts[-1])
+
+    def _accept(self, routing_id: bytes) -> Channel:
+        def send(data: bytes) -> bool:
+            assert self._router is not None and self._router_reader is not None
+            try:
+                self._router.send_multipart((routing_id, data), zmq.NOBLOCK)
+            except zmq.Again:
+                return False
+            except zmq.ZMQError as error:
+                raise OSError(error.errno, error.strerror) from error
+            self._router_reader.drain_soon()
+            return True
+
+        channel = Channel(self.config, send, self.turn.schedule)
+        self._inbound[routing_id] = channel
+        self._routing_ids[channel] = routing_id
+        return channel
+
+    def inbound_channels(self) -> list[Channel]:
+        """Channels of connections that others made to us."""
+        return list(self._routing_ids)
+
+    def _send_to_self(self, data: bytes) -> bool:
+        raise AssertionError("loopback messages are never packed")
+
+    def _schedule_loopback(self, channel: Channel) -> None:
+        asyncio.get_running_loop().call_soon(self._deliver_loopback)
+
+    def _deliver_loopback(self) -> None:
+        for message in self.loopback.take_unpacked():
+            self._on_message(self.loopback, message)
+        self.turn.flush()
+
+    def close(self) -> None:
+        """Close every socket. What waits to be sent is lost: what must arrive was acknowledged before."""
+        for channel in list(self._dealers):
+            self.drop(channel)
+        if self._router_reader is not None and self._router is not None:
+            self._router_reader.close()
+            self._router.close()
+            self._router = None
