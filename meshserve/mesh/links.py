@@ -1,0 +1,324 @@
+"""The links of one peer: who is dialled, greeted, pinged and dropped. What a peer does to be and stay in its mesh."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from meshserve.config import FIRST_PORT, ROLES, MeshConfig
+from meshserve.errors import HandshakeRefused, ProtocolError
+from meshserve.mesh.addresses import parse_host_port, resolve
+from meshserve.mesh.handshake import DialFailed, Dialler, check_hello
+from meshserve.mesh.membership import Change, Dial, Member, Membership, PeerState
+from meshserve.mesh.tasks import TaskOwner
+from meshserve.mesh.transport.channel import Channel
+from meshserve.mesh.transport.sockets import SocketFactory
+from meshserve.mesh.transport.transport import Transport
+from meshserve.telemetry import Counters
+from meshserve.wire import frames
+from meshserve.wire.frames import Message
+from meshserve.wire.hello import Hello, PeerHint, PeerInfo
+
+if TYPE_CHECKING:
+    from meshserve.mesh.discovery import MdnsDiscovery
+
+_log = logging.getLogger(__name__)
+
+_GOSSIP_FANOUT = 3
+_GOSSIP_INTERVAL_S = 0.5
+_GOSSIP_QUIET_INTERVAL_S = 5.0
+
+
+class LinkOwner(Protocol):
+    """Whom the links report to: the mesh."""
+
+    def stream_message(self, channel: Channel, message: Message) -> None:
+        """A message about a request stream, from a peer that said hello."""
+
+    def peer_lost(self, peer: str, reason: str) -> None:
+        """Our connection to it is gone, or the peer itself."""
+
+    def peer_stopped_listening(self, peer: str) -> None:
+        """Its connection to us is gone."""
+
+    def ticked(self, now_s: float) -> None:
+        """A tick of the mesh's clock."""
+
+
+class Links:
+    """Owns the transport and the membership."""
+
+    def __init__(self, config: MeshConfig, own: PeerInfo, factory: SocketFactory, counters: Counters, owner: LinkOwner) -> None:
+        self._config, self._counters, self._owner = config, counters, owner
+        self._loop = asyncio.get_running_loop()
+        self._started_s = self._loop.time()
+        self.own = own
+        self.membership = Membership(own, config, self._started_s)
+        self.transport = Transport(factory, config.transport, counters, self._on_message, self._on_lost)
+        self.transport.loopback.peer = own.incarnation
+        self.listeners: list[Callable[[Change, Member], None]] = []
+        self.refused: dict[str, str] = {}
+        """Who could not be joined, and why: for people."""
+        self._dealers: dict[str, Channel] = {}
+        self._inbound: dict[str, Channel] = {}
+        self._dialler = Dialler(config, self.transport, self._hello)
+        self._discovery: MdnsDiscovery | None = None
+        self._tasks = TaskOwner()
+        self._is_dial_due = self._is_changed = False
+
+    # --- life
+
+    async def join(self, mdns_interfaces: tuple[str, ...] | None) -> None:
+        """Find others and be found, from now on until `close`. Returns at once; peers come as they answer."""
+        for seed in self._config.seeds:
+            host, port = parse_host_port(seed, FIRST_PORT)
+            self._tasks.spawn(self._seed(host, port))
+        self._tasks.spawn(self._tick_forever())
+        if self._config.use_mdns:
+            await self._start_discovery(mdns_interfaces)
+
+    async def _seed(self, host: str, port: int) -> None:
+        while not (found := await asyncio.to_thread(resolve, host)):
+            _log.warning("--peer %s: no such host; trying again", host)
+            await asyncio.sleep(self._config.redial_max_s)
+        for address in found[:4]:
+            self.membership.seed(address, port, self._loop.time())
+        self._dial_soon()
+
+    async def _start_discovery(self, interfaces: tuple[str, ...] | None) -> None:
+        from meshserve.mesh.discovery import MdnsDiscovery  # a slow import that peers without mDNS need not wait for
+
+        discovery = MdnsDiscovery(self.own.mesh, self.own.incarnation, interfaces, self._on_hint)
+        try:
+            await discovery.start()
+        except OSError as error:
+            _log.warning("mDNS does not work here (%s): peers are found by --peer only", error.strerror or error)
+            return
+        self._discovery = discovery
+        if self._config.roles:
+            discovery.announce(self.own)
+
+    def announce(self, own: PeerInfo) -> None:
+        """Tell all peers what changed about this one."""
+        self.own = self.membership.own = own
+        for channel in self._dealers.values():
+            channel.send([frames.HELLO, self._hello(None).to_wire()])
+
+    async def close(self) -> None:
+        """Say goodbye and give everything back."""
+        for channel in self._dealers.values():
+            channel.send([frames.GOODBYE, "bye"])
+        self.transport.turn.flush()
+        if self._dealers:
+            await asyncio.sleep(0.02)  # LINGER is 0: ZeroMQ's own thread gets a moment to send the goodbyes, which nothing depends on
+        await self._tasks.close()
+        if self._discovery is not None:
+            await self._discovery.close()
+        self.transport.close()
+
+    def channel_to(self, peer: str) -> Channel | None:
+        """Where calls to this peer go; None if there is no connection to it."""
+        return self.transport.loopback if peer == self.own.incarnation else self._dealers.get(peer)
+
+    # --- what comes in
+
+    def _on_message(self, channel: Channel, message: Message) -> None:
+        kind = message[0]
+        if channel.peer:
+            if kind >= frames.OPEN:
+                self._heard(channel.peer)
+                self._owner.stream_message(channel, message)
+                return
+        elif kind not in (frames.HELLO, frames.WELCOME, frames.REFUSED):
+            self._counters.add("messages_before_hello")
+            return
+        self._on_control(channel, kind, message)
+
+    def _heard(self, peer: str) -> None:
+        member = self.membership.members.get(peer)
+        if member is not None:
+            if member.state is PeerState.ALIVE:
+                member.heard_s = self._loop.time()
+            else:
+                self._tell(self.membership.heard(peer, self._loop.time()))
+
+    def _on_control(self, channel: Channel, kind: int, message: Message) -> None:
+        if kind == frames.HELLO:
+            self._on_hello(channel, message[1])
+        elif kind in (frames.WELCOME, frames.REFUSED):
+            if not self._dialler.answered(channel, message) and kind == frames.WELCOME and channel.peer:
+                self._on_news(channel, message[1])
+        elif kind == frames.PING:
+            self._heard(channel.peer)
+            channel.send([frames.PONG, message[1]])
+        elif kind == frames.PONG:
+            self._on_pong(channel.peer, message[1])
+        elif kind == frames.GOODBYE:
+            self._forget(channel.peer, "it left")
+            self._tell(self.membership.goodbye(channel.peer, self._loop.time()))
+
+    def _on_hello(self, channel: Channel, data: Any) -> None:
+        try:
+            hello = check_hello(data, self.own.mesh)
+            if hello.peer.incarnation == self.own.incarnation:
+                raise HandshakeRefused("you dialled yourself")
+        except ProtocolError:
+            self._counters.add("hellos_malformed")
+            return
+        except HandshakeRefused as error:
+            self._counters.add("hellos_refused")
+            channel.send([frames.REFUSED, error.to_wire()])
+            return
+        if channel.peer not in ("", hello.peer.incarnation):
+            return
+        channel.peer = hello.peer.incarnation
+        before = self._inbound.get(channel.peer)
+        if before is not None and before is not channel:
+            self._owner.peer_stopped_listening(channel.peer)
+            self.transport.drop(before)
+        self._inbound[channel.peer] = channel
+        self._learn(hello)
+        channel.send([frames.WELCOME, self._hello(None).to_wire()])
+
+    def _on_news(self, channel: Channel, data: Any) -> None:
+        """A peer that we dialled answers a repeated hello."""
+        try:
+            hello = check_hello(data, self.own.mesh)
+        except (ProtocolError, HandshakeRefused):
+            self._counters.add("hellos_malformed")
+            return
+        if hello.peer.incarnation == channel.peer:
+            self._learn(hello)
+
+    def _learn(self, hello: Hello) -> None:
+        now_s = self._loop.time()
+        self._tell(self.membership.hello(hello.peer, hello.age_s, now_s))
+        for hint in hello.hints:
+            self.membership.hint(hint, now_s)
+        self._dial_soon()
+
+    def _on_hint(self, hint: PeerHint) -> None:
+        self.membership.hint(hint, self._loop.time())
+        self._dial_soon()
+
+    def _on_pong(self, peer: str, number: int) -> None:
+        self._heard(peer)
+        member = self.membership.members.get(peer)
+        rtt_ms = self._loop.time() * 1000 - number / 1000  # the ping carried our own clock, in microseconds
+        if member is not None and 0 <= rtt_ms < 1e6:
+            member.rtt_ms = rtt_ms
+
+    def _on_lost(self, channel: Channel, reason: str) -> None:
+        if not channel.peer:
+            self._dialler.lost(channel, reason)
+        elif self._dealers.get(channel.peer) is channel:
+            del self._dealers[channel.peer]
+            self._owner.peer_lost(channel.peer, reason)
+            self._tell(self.membership.unlinked(channel.peer, self._loop.time()))
+            self._dial_soon()
+        elif self._inbound.get(channel.peer) is channel:
+            del self._inbound[channel.peer]
+            self._owner.peer_stopped_listening(channel.peer)
+
+    # --- what goes out
+
+    def _hello(self, expected: str | None) -> Hello:
+        return Hello(self.own, self._loop.time() - self._started_s, self.membership.hints(), expected)
+
+    def _dial_soon(self) -> None:
+        if not self._is_dial_due:
+            self._is_dial_due = True
+            self._loop.call_soon(self._dial_due)
+
+    def _dial_due(self) -> None:
+        self._is_dial_due = False
+        for dial in self.membership.due_dials(self._loop.time()):
+            self._tasks.spawn(self._dial(dial))
+
+    async def _dial(self, dial: Dial) -> None:
+        try:
+            reached = await self._dialler.dial(dial)
+        except DialFailed as error:
+            self._note_refusal(dial, error)
+            self._tell(self.membership.dial_failed(dial.key, error.is_refused, self._loop.time()))
+            return
+        incarnation = reached.hello.peer.incarnation
+        self.refused.pop(dial.key, None)
+        reached.channel.peer = incarnation
+        self._learn(reached.hello)
+        self.membership.dial_found(dial.key, incarnation, self._loop.time())
+        if incarnation in self._dealers:
+            self.transport.drop(reached.channel)
+            return
+        self._dealers[incarnation] = reached.channel
+        self._tell(self.membership.linked(incarnation, reached.address, self._loop.time()))
+
+    def _note_refusal(self, dial: Dial, error: DialFailed) -> None:
+        if self.refused.get(dial.key) != error.message and not error.is_refused and "dialled yourself" not in error.message:
+            _log.warning(
+                "cannot join %s: %s",
+                dial.key if dial.incarnation is None else f"the peer at {dial.addresses[0]}:{dial.port}",
+                error.message,
+            )
+        if len(self.refused) < 256:
+            self.refused[dial.key] = error.message
+
+    def _tell(self, changes: list[tuple[Change, Member]]) -> None:
+        for change, member in changes:
+            if change in (Change.DIED, Change.LEFT):
+                self._forget(member.info.incarnation, "it died" if change is Change.DIED else "it left")
+            self._is_changed = True
+            if not member.info.is_observer:
+                for listener in self.listeners:
+                    listener(change, member)
+
+    def _forget(self, incarnation: str, reason: str) -> None:
+        for channel in (self._dealers.pop(incarnation, None), self._inbound.pop(incarnation, None)):
+            if channel is not None:
+                self.transport.drop(channel)
+        self._owner.peer_lost(incarnation, reason)
+
+    # --- time
+
+    async def _tick_forever(self) -> None:
+        next_gossip_s = lonely_s = 0.0
+        while True:
+            now_s = self._loop.time()
+            self._tick(now_s)
+            if now_s >= next_gossip_s:
+                next_gossip_s = now_s + (_GOSSIP_INTERVAL_S if self._is_changed else _GOSSIP_QUIET_INTERVAL_S)
+                self._gossip()
+            if not lonely_s and now_s - self._started_s > self._config.lonely_after_s:
+                lonely_s = now_s
+                self._warn_if_lonely()
+            await asyncio.sleep(self._config.tick_interval_s)
+
+    def _tick(self, now_s: float) -> None:
+        actions = self.membership.tick(now_s)
+        self._tell(actions.changes)
+        for dial in actions.dials:
+            self._tasks.spawn(self._dial(dial))
+        number = int(now_s * 1e6)
+        for incarnation in actions.pings:
+            channel = self._dealers.get(incarnation)
+            if channel is not None:
+                channel.send([frames.PING, number])
+        self._owner.ticked(now_s)
+
+    def _gossip(self) -> None:
+        """Tell a few peers whom we know: rumours reach all in a few rounds, at a cost that does not grow with the mesh."""
+        fanout = _GOSSIP_FANOUT if self._is_changed else 1
+        self._is_changed = False
+        channels = list(self._dealers.values())
+        for channel in random.sample(channels, min(fanout, len(channels))):
+            channel.send([frames.HELLO, self._hello(None).to_wire()])
+
+    def _warn_if_lonely(self) -> None:
+        if not self._dealers and set(self.own.roles) != set(ROLES):
+            reasons = f" ({'; '.join(sorted(set(self.refused.values())))})" if self.refused else ""
+            _log.warning(
+                "no other peer of mesh %r found yet%s. Are they on this network? Try --peer HOST with the address of one of them.",
+                self.own.mesh,
+                reasons,
+            )
