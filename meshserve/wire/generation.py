@@ -79,8 +79,8 @@ class GenerateRequest:
     sampling: Sampling = field(default_factory=Sampling)
     num_generated: int = 0
     """How many of `tokens` are output that another worker generated: sampling goes on at this position."""
-    prefill_peers: tuple[str, ...] = ()
-    """Incarnations of prefill workers, best first, as the router ranked them."""
+    prefill_peers: tuple[tuple[str, int], ...] = ()
+    """Prefill workers, best first, as the router ranked them: incarnation and prompts queued there."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`."""
@@ -90,7 +90,7 @@ class GenerateRequest:
             "tokens": pack_tokens(self.tokens),
             "sampling": self.sampling.to_wire(),
             "num_generated": self.num_generated,
-            "prefill_peers": list(self.prefill_peers),
+            "prefill_peers": [list(peer) for peer in self.prefill_peers],
         }
 
     @classmethod
@@ -101,9 +101,20 @@ class GenerateRequest:
         request_id, model, num_generated, peers = (data.get(key) for key in ("request_id", "model", "num_generated", "prefill_peers"))
         if not isinstance(request_id, str) or not isinstance(model, str) or not isinstance(num_generated, int):
             raise ProtocolError("a generate request names its id, its model and its position")
-        if not isinstance(peers, list) or len(peers) > 1024 or not all(isinstance(peer, str) for peer in peers):
-            raise ProtocolError("prefill peers are a list of incarnations")
+        if not isinstance(peers, list) or len(peers) > 1024 or not all(map(_is_ranked_peer, peers)):
+            raise ProtocolError("prefill peers are pairs of incarnation and queue length")
         tokens = unpack_tokens(data.get("tokens"))
         if not tokens or not 0 <= num_generated < len(tokens):
             raise ProtocolError("a prompt has at least one token")
-        return cls(request_id, model, tokens, Sampling.from_wire(data.get("sampling")), num_generated, tuple(peers))
+        return cls(
+            request_id,
+            model,
+            tokens,
+            Sampling.from_wire(data.get("sampling")),
+            num_generated,
+            tuple((peer, queued) for peer, queued in peers),
+        )
+
+
+def _is_ranked_peer(peer: Any) -> bool:
+    return isinstance(peer, list) and len(peer) == 2 and type(peer[0]) is str and type(peer[1]) is int

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import zmq
 
 MAX_FRAMES = 3
+"""Of a message on the call sockets: routing id and payload, and one to spare."""
 
 OnFrames = Callable[[list[bytes]], None]
 
@@ -19,9 +20,16 @@ OnFrames = Callable[[list[bytes]], None]
 class SocketReader:
     """Calls `on_frames` with each message of one socket, then `on_turn` once per turn in which there were any."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]", on_frames: OnFrames, on_turn: Callable[[], None], max_reads_per_turn: int) -> None:
+    def __init__(
+        self,
+        socket: "zmq.Socket[bytes]",
+        on_frames: OnFrames,
+        on_turn: Callable[[], None],
+        max_reads_per_turn: int,
+        max_frames: int = MAX_FRAMES,
+    ) -> None:
         self._socket, self._on_frames, self._on_turn = socket, on_frames, on_turn
-        self._max_reads = max_reads_per_turn
+        self._max_reads, self._max_frames = max_reads_per_turn, max_frames
         self._loop = asyncio.get_running_loop()
         self._descriptor: int = socket.FD
         self._is_closed = self._is_draining = False
@@ -59,9 +67,9 @@ class SocketReader:
         frames = [self._socket.recv(zmq.NOBLOCK)]
         while self._socket.get(zmq.RCVMORE):
             frame = self._socket.recv(zmq.NOBLOCK)
-            if len(frames) <= MAX_FRAMES:
+            if len(frames) <= self._max_frames:
                 frames.append(frame)
-        return frames if len(frames) <= MAX_FRAMES else None
+        return frames if len(frames) <= self._max_frames else None
 
     def close(self) -> None:
         """Stop reading; the socket itself belongs to whoever made it."""

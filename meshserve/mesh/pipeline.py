@@ -1,0 +1,133 @@
+"""The ticket pipeline and the bulk path between peers: one outlet per peer, opened when first needed, closed when the peer goes."""
+
+from collections.abc import Callable
+from typing import Any
+
+from meshserve.errors import PeerLost, ProtocolError
+from meshserve.mesh.membership import Change, Member
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.transport.bulk import BulkInlet, BulkOutlet
+from meshserve.mesh.transport.tickets import TicketInlet, TicketOutlet
+from meshserve.wire.frames import pack_body, unpack_body
+
+_BULK_OFFSET, _TICKETS_OFFSET = 1, 2
+
+
+class Pipeline:
+    """Tickets out and in. What comes in is plain data, not yet checked; a peer pushes to itself without a socket."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._outlets: dict[str, TicketOutlet] = {}
+        self._inlet: TicketInlet | None = None
+        self._on_ticket: Callable[[Any], None] | None = None
+        mesh.subscribe(self._on_change)
+
+    def receive(self, on_ticket: Callable[[Any], None]) -> None:
+        """Read this peer's tickets port from now on."""
+        assert self._mesh.ports is not None
+        self._on_ticket = on_ticket
+        self._inlet = TicketInlet(self._mesh.ports.tickets, self._on_frames)
+
+    def _on_frames(self, frames: list[bytes]) -> None:
+        try:
+            ticket = unpack_body(frames[-1])
+        except ProtocolError:
+            self._mesh.counters.add("tickets_malformed")
+            return
+        if self._on_ticket is not None:
+            self._on_ticket(ticket)
+
+    def connect(self, peer: str) -> None:
+        """Have the outlet ready, so that the first ticket need not wait for a connection."""
+        member = self._mesh.member(peer)
+        if peer not in self._outlets and member is not None and member.linked_at is not None:
+            host, port = member.linked_at
+            self._outlets[peer] = TicketOutlet(self._mesh.factory, host, port + _TICKETS_OFFSET)
+
+    def push_nowait(self, peer: str, ticket: Any) -> bool:
+        """False if the peer takes no ticket now."""
+        self.connect(peer)
+        outlet = self._outlets.get(peer)
+        return outlet is not None and outlet.push_nowait(pack_body(ticket))
+
+    def _on_change(self, change: Change, member: Member) -> None:
+        incarnation = member.info.incarnation
+        if change is Change.CALLABLE and "prefill" in member.info.roles and "decode" in self._mesh.own.roles:
+            self._drop(incarnation)  # it may have come back at another address
+            self.connect(incarnation)
+        elif change in (Change.DIED, Change.LEFT):
+            self._drop(incarnation)
+
+    def _drop(self, incarnation: str) -> None:
+        outlet = self._outlets.pop(incarnation, None)
+        if outlet is not None:
+            outlet.close()
+
+    def close(self) -> None:
+        """Close all sockets of this end."""
+        for incarnation in list(self._outlets):
+            self._drop(incarnation)
+        if self._inlet is not None:
+            self._inlet.close()
+
+
+class Bulk:
+    """Bulk messages out and in."""
+
+    def __init__(self, mesh: Mesh, on_answer: Callable[[str, Any], None], on_lost: Callable[[str, str], None]) -> None:
+        self._mesh, self._on_answer, self._on_lost = mesh, on_answer, on_lost
+        self._outlets: dict[str, BulkOutlet] = {}
+        self._inlet: BulkInlet | None = None
+        mesh.subscribe(self._on_change)
+
+    def receive(self, on_bulk: Callable[[Any, list[bytes]], Any]) -> None:
+        """Read this peer's bulk port; what the callback returns, unless None, is the answer to the sender."""
+        assert self._mesh.ports is not None
+
+        def on_frames(sender: bytes, header: bytes, payloads: list[bytes]) -> None:
+            try:
+                answer = on_bulk(unpack_body(header), payloads)
+            except ProtocolError:
+                self._mesh.counters.add("bulk_malformed")
+                return
+            if answer is not None:
+                inlet.answer(sender, pack_body(answer))
+
+        inlet = self._inlet = BulkInlet(self._mesh.ports.bulk, on_frames)
+
+    def send(self, peer: str, header: Any, payloads: list[bytes]) -> None:
+        """One message to a peer. Raises PeerLost if it is not there."""
+        outlet = self._outlets.get(peer) or self._connect(peer)
+        outlet.send(pack_body(header), payloads)
+
+    def _connect(self, peer: str) -> BulkOutlet:
+        member = self._mesh.member(peer)
+        if member is None or member.linked_at is None:
+            raise PeerLost("no bulk connection", peer=self._mesh.name_of(peer))
+        host, port = member.linked_at
+
+        def on_answer(data: bytes) -> None:
+            try:
+                self._on_answer(peer, unpack_body(data))
+            except ProtocolError:
+                self._mesh.counters.add("bulk_malformed")
+
+        def on_lost(reason: str) -> None:
+            self._outlets.pop(peer, None)
+            self._on_lost(peer, reason)
+
+        outlet = self._outlets[peer] = BulkOutlet(self._mesh.factory, host, port + _BULK_OFFSET, on_answer, on_lost)
+        return outlet
+
+    def _on_change(self, change: Change, member: Member) -> None:
+        if change in (Change.DIED, Change.LEFT) and member.info.incarnation in self._outlets:
+            self._outlets.pop(member.info.incarnation).close()
+
+    def close(self) -> None:
+        """Close all sockets of this end."""
+        for outlet in self._outlets.values():
+            outlet.close()
+        self._outlets.clear()
+        if self._inlet is not None:
+            self._inlet.close()
