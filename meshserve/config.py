@@ -89,6 +89,8 @@ class HandoffConfig:
     """An unclaimed ticket goes to all other prefill workers after this. Lower costs messages, higher waits for a busy one."""
     claim_timeout_s: float = 10.0
     """A task that nobody claimed in this time is prefilled locally, however alive the prefill workers look."""
+    attempt_timeout_s: float = 600.0
+    """For one attempt at a prompt, claim to last block, however lively its worker. Lower ends long prefills, higher holds a slot."""
     prefill_slots: int = 4
     """Prompts that a prefill worker computes at once. Higher overlaps transfer and compute, lower finishes the first one sooner."""
     max_tickets: int = 4096

@@ -52,12 +52,14 @@ class OutgoingCall:
 class IncomingCall:
     """A stream that a peer opened here. The handler ends it with `end` or `fail`; what comes after that, or after a cancel, is dropped."""
 
-    __slots__ = ("_table", "_wire", "body", "deadline_s", "is_open", "on_cancel", "peer", "stream")
+    __slots__ = ("_table", "_wire", "body", "deadline_s", "ended_by", "is_open", "on_cancel", "peer", "stream")
 
     def __init__(self, table: "CallTable", wire: Wire, stream: int, deadline_s: float, body: Any) -> None:
         self._table, self._wire, self.stream, self.deadline_s, self.body = table, wire, stream, deadline_s, body
         self.peer = wire.peer
         self.is_open = True
+        self.ended_by = ""
+        """What ended the stream if not its handler: `cancel`, `deadline`, `peer lost`, `stop`. Set before `on_cancel` is called."""
         self.on_cancel: Callable[[], None] | None = None
         """Called once if the stream ends by anything but this handler: cancelled, past its deadline, or its owner dead."""
 
@@ -81,8 +83,9 @@ class IncomingCall:
         self._table.incoming.pop((self.peer, self.stream), None)
         return was_open
 
-    def abandon(self, error: MeshserveError | None) -> None:
+    def abandon(self, ended_by: str, error: MeshserveError | None = None) -> None:
         """End by something else than the handler; its owner is told if there is an error to tell."""
+        self.ended_by = ended_by
         if error is not None:
             self.fail(error)
         self._close()
@@ -121,7 +124,7 @@ class CallTable:
         elif kind == CANCEL:
             incoming = self.incoming.get((wire.peer, message[1]))
             if incoming is not None:
-                incoming.abandon(None)
+                incoming.abandon("cancel")
         else:
             self._answered(wire, kind, message)
 
@@ -168,7 +171,7 @@ class CallTable:
             outgoing.cancel()
             outgoing.sink.on_error(DeadlineExceeded(f"no answer from {self._describe(outgoing.peer)} within the deadline"))
         for incoming in [call for call in self.incoming.values() if call.deadline_s <= now_s]:
-            incoming.abandon(DeadlineExceeded("past the deadline"))
+            incoming.abandon("deadline", DeadlineExceeded("past the deadline"))
 
     def peer_lost(self, peer: str, reason: str) -> None:
         """The peer is gone, or its link broke: end all streams with it."""
@@ -181,7 +184,7 @@ class CallTable:
     def peer_stopped_listening(self, peer: str) -> None:
         """Streams that this peer opened have nobody to end for."""
         for incoming in [call for call in self.incoming.values() if call.peer == peer]:
-            incoming.abandon(None)
+            incoming.abandon("peer lost")
 
     def close(self) -> None:
         """End everything: this peer stops."""
@@ -189,4 +192,4 @@ class CallTable:
             outgoing.cancel()
             outgoing.sink.on_error(Cancelled("this peer is stopping"))
         for incoming in list(self.incoming.values()):
-            incoming.abandon(Cancelled("the peer is stopping"))
+            incoming.abandon("stop", Cancelled("the peer is stopping"))

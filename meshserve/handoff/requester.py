@@ -1,0 +1,302 @@
+"""The decode worker's side of the handoff: tickets out, claims in, blocks in.
+
+Deciding is :class:`~meshserve.handoff.task.PrefillTask`'s; this carries it out on the mesh and the engine.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from meshserve.config import HandoffConfig
+from meshserve.engines.protocol import Engine, Reservation
+from meshserve.errors import BlockRefused, Gone, MeshserveError, PoolFull, ProtocolError
+from meshserve.handoff.blocks import BulkHeader
+from meshserve.handoff.task import Action, Finish, PrefillTask, Push, Revoke, Strike, TaskState
+from meshserve.handoff.tickets import Ticket
+from meshserve.mesh.calls import IncomingCall
+from meshserve.mesh.membership import Change, Member
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.pipeline import Bulk, Pipeline
+from meshserve.wire.generation import GenerateRequest, pack_tokens
+
+_TICK_S = 0.01
+_STRIKE_TIMEOUT_S = 5.0
+
+
+@dataclass(slots=True)
+class HandoffResult:
+    """How a prefill task ended, for the generation that waits for it and for the receipt."""
+
+    state: TaskState
+    reservation: Reservation | None
+    """The prompt's KV, if the state is `done`."""
+    prefill_peer: str | None
+    """Incarnation of the worker whose blocks these are."""
+    attempts: list[dict[str, Any]]
+    lost_peers: list[str]
+    num_blocks: int
+    num_bytes: int
+    queue_ms: float
+    """From the first ticket to the claim that succeeded."""
+    prefill_ms: float
+    """Of the engine that computed the blocks, by its own clock."""
+    transfer_ms: float
+    """From that claim to the last block, less what was computing."""
+
+
+@dataclass(slots=True)
+class _Running:
+    task: PrefillTask
+    request: GenerateRequest
+    on_done: Callable[[HandoffResult], None]
+    reservation: Reservation | None = None
+    missing: set[int] = field(default_factory=set)
+    claim: IncomingCall | None = None
+    num_blocks: int = 0
+    num_bytes: int = 0
+    computed_ms: float = 0.0
+
+
+class IgnoredAnswer:
+    """The sink of a call whose answer nobody waits for."""
+
+    def on_item(self, item: Any) -> None:
+        pass
+
+    def on_end(self, value: Any) -> None:
+        pass
+
+    def on_error(self, error: MeshserveError) -> None:
+        pass
+
+
+class PrefillRequester:
+    """Has prompts prefilled by other peers. Every `start` ends in exactly one call of its `on_done`, unless it is cancelled."""
+
+    def __init__(self, mesh: Mesh, pipeline: Pipeline, bulk: Bulk, engine: Engine, config: HandoffConfig) -> None:
+        self._mesh, self._pipeline, self._engine, self._config = mesh, pipeline, engine, config
+        self._loop = asyncio.get_running_loop()
+        self._running: dict[str, _Running] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        mesh.serve("prefill.claim", self._on_claim)
+        mesh.serve("prefill.renew", self._on_renew)
+        mesh.subscribe(self._on_change)
+        bulk.receive(self._on_bulk)
+
+    @property
+    def num_outstanding(self) -> int:
+        """Tasks that are queued or running elsewhere."""
+        return len(self._running)
+
+    def candidates(self, request: GenerateRequest) -> list[str]:
+        """Prefill peers that could take this prompt, best first: as the router ranked them, then others. Empty: prefill locally."""
+        if not self._engine.card.can_hand_over:
+            return []
+        own = self._mesh.incarnation
+        able = [info.incarnation for info in self._mesh.peers_with("prefill") if info.card == self._engine.card and info.incarnation != own]
+        ranked = [peer for peer, _ in request.prefill_peers if peer in able]
+        best = ranked + [peer for peer in able if peer not in ranked]
+        queued = dict(request.prefill_peers)
+        if best and queued.get(best[0], 0) + self.num_outstanding >= self._config.max_prefill_queue:
+            return []
+        return best
+
+    def start(self, request: GenerateRequest, candidates: list[str], on_done: Callable[[HandoffResult], None]) -> None:
+        """Put out a ticket for this prompt."""
+        now_s = self._loop.time()
+        task = PrefillTask(request.request_id, self._config, self._mesh.config.failure_timeout_s, now_s)
+        running = self._running[request.request_id] = _Running(task, request, on_done)
+        self._carry_out(running, task.start(candidates, now_s))
+        if self._timer is None:
+            self._timer = self._loop.call_later(_TICK_S, self._tick)
+
+    def cancel(self, request_id: str) -> None:
+        """Nobody wants this any more: tickets are struck, a running attempt is revoked, blocks are given back."""
+        running = self._running.get(request_id)
+        if running is not None:
+            self._carry_out(running, running.task.cancel(self._loop.time()))
+
+    # --- carrying out
+
+    def _carry_out(self, running: _Running, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Push):
+                self._push(running, action)
+            elif isinstance(action, Revoke):
+                self._revoke(running)
+            elif isinstance(action, Strike):
+                self._strike(running, action)
+            else:
+                self._finish(running, action)
+
+    def _push(self, running: _Running, push: Push) -> None:
+        ticket = Ticket(self._mesh.incarnation, running.task.request_id, push.attempt, len(running.request.tokens)).to_wire()
+        self._mesh.counters.add("tickets_pushed", len(push.peers))
+        for peer in push.peers:
+            if not self._pipeline.push_nowait(peer, ticket):
+                self._mesh.counters.add("tickets_not_sent")
+                self._carry_out(running, running.task.push_failed(peer, self._loop.time()))
+
+    def _revoke(self, running: _Running) -> None:
+        self._mesh.counters.add("prefill_attempts_revoked")
+        claim, running.claim = running.claim, None
+        if claim is not None:
+            claim.on_cancel = None
+            claim.fail(Gone("this attempt is over"))
+
+    def _strike(self, running: _Running, strike: Strike) -> None:
+        for peer in strike.peers:
+            if self._mesh.member(peer) is not None and self._mesh.links.channel_to(peer) is not None:
+                self._mesh.open(peer, "prefill.strike", running.task.request_id, IgnoredAnswer(), _STRIKE_TIMEOUT_S)
+
+    def _finish(self, running: _Running, finish: Finish) -> None:
+        del self._running[running.task.request_id]
+        self._mesh.counters.add(f"prefill_tasks_{finish.state}")
+        self._revoke_quietly(running, finish.state)
+        reservation = running.reservation
+        if finish.state is not TaskState.DONE and reservation is not None:
+            reservation.release()
+        if finish.state is not TaskState.CANCELLED:
+            running.on_done(self._result(running, finish.state))
+
+    def _revoke_quietly(self, running: _Running, state: TaskState) -> None:
+        claim, running.claim = running.claim, None
+        if claim is not None:
+            claim.on_cancel = None
+            if state is TaskState.DONE:
+                claim.end()
+            else:
+                claim.fail(Gone("the task is over"))
+
+    def _result(self, running: _Running, state: TaskState) -> HandoffResult:
+        task = running.task
+        is_done = state is TaskState.DONE
+        last = task.attempts[-1] if is_done else None
+        took_ms = (last.ended_s - last.claimed_s) * 1000 if last else 0.0
+        return HandoffResult(
+            state=state,
+            reservation=running.reservation if is_done else None,
+            prefill_peer=task.peer if is_done else None,
+            attempts=[attempt.to_wire(self._mesh.name_of) for attempt in task.attempts],
+            lost_peers=[self._mesh.name_of(peer) for peer in task.lost_peers],
+            num_blocks=running.num_blocks,
+            num_bytes=running.num_bytes,
+            queue_ms=((last.claimed_s if last else self._loop.time()) - task.created_s) * 1000,
+            prefill_ms=min(running.computed_ms, took_ms),
+            transfer_ms=max(0.0, took_ms - running.computed_ms),
+        )
+
+    # --- what comes in
+
+    def _on_claim(self, call: IncomingCall) -> None:
+        request_id = call.body
+        running = self._running.get(request_id) if isinstance(request_id, str) else None
+        if running is None or not running.task.claim(call.peer, self._loop.time()):
+            self._mesh.counters.add("claims_gone")
+            raise Gone("claimed by another, or over")
+        self._mesh.counters.add("claims_granted")
+        running.claim = call
+        if running.reservation is None and not self._reserve(running):
+            return
+        running.missing = set(running.reservation.missing()) if running.reservation is not None else set()
+        if not running.missing:
+            self._carry_out(running, running.task.complete(self._loop.time()))
+            return
+        attempt = running.task.attempt
+        call.on_cancel = lambda: self._claim_ended(running, call, attempt)
+        call.send({"tokens": pack_tokens(running.request.tokens[:-1]), "attempt": attempt, "first_block": min(running.missing)})
+
+    def _reserve(self, running: _Running) -> bool:
+        """All blocks or none. Without room the prompt waits its turn in the engine's own queue, and is prefilled there."""
+        try:
+            running.reservation = self._engine.reserve(running.request.tokens)
+        except PoolFull:
+            self._mesh.counters.add("reservations_refused")
+            self._carry_out(running, running.task.fall_back(self._loop.time()))
+            return False
+        return True
+
+    def _claim_ended(self, running: _Running, call: IncomingCall, attempt: int) -> None:
+        """By the worker, or by its death: whether its connection broke or it said so tells which."""
+        is_lost = call.ended_by == "peer lost"
+        self._attempt_failed(running, call.peer, attempt, "peer died" if is_lost else "the worker gave up", is_peer_dead=is_lost)
+
+    def _on_renew(self, call: IncomingCall) -> None:
+        if not isinstance(call.body, list):
+            raise ProtocolError("attempts are a list")
+        for named in call.body[:4096]:
+            if isinstance(named, list) and len(named) == 2 and isinstance(named[0], str) and isinstance(named[1], int):
+                running = self._running.get(named[0])
+                if running is not None:
+                    running.task.renew(call.peer, named[1], self._loop.time())
+        call.end()
+
+    def _on_bulk(self, data: Any, payloads: list[bytes]) -> Any:
+        header = BulkHeader.from_wire(data)
+        running = self._running.get(header.request_id)
+        task = running.task if running is not None else None
+        if (
+            running is None
+            or task is None
+            or task.peer is None
+            or header.decode_peer != self._mesh.incarnation
+            or not task.is_current(task.peer, header.attempt)
+        ):
+            self._mesh.counters.add("blocks_stale", len(payloads))
+            return None
+        try:
+            header.check(payloads)
+            self._take_in(running, header, payloads)
+        except BlockRefused as error:
+            self._mesh.counters.add("blocks_refused")
+            self._attempt_failed(running, task.peer, header.attempt, f"block refused: {error.message}")
+            return None
+        task.renew(task.peer, header.attempt, self._loop.time())
+        if not running.missing:
+            self._carry_out(running, task.complete(self._loop.time()))
+        return [header.request_id, header.attempt, sum(map(len, payloads))]
+
+    def _take_in(self, running: _Running, header: BulkHeader, payloads: list[bytes]) -> None:
+        assert running.reservation is not None
+        for mark, payload in zip(header.marks, payloads, strict=True):
+            if mark.index not in running.missing:
+                continue  # an earlier attempt brought it already, and its checksum was right
+            running.reservation.write(mark.index, payload)
+            running.missing.discard(mark.index)
+            running.num_blocks += 1
+            running.num_bytes += len(payload)
+        running.computed_ms = header.computed_ms
+
+    def _attempt_failed(self, running: _Running, peer: str, attempt: int, reason: str, is_peer_dead: bool = False) -> None:
+        self._mesh.counters.add("prefill_attempts_failed")
+        now_s = self._loop.time()
+        self._carry_out(running, running.task.attempt_failed(peer, attempt, reason, now_s, is_peer_dead=is_peer_dead))
+
+    def _on_change(self, change: Change, member: Member) -> None:
+        if "prefill" not in member.info.roles:
+            return
+        peer, now_s = member.info.incarnation, self._loop.time()
+        for running in list(self._running.values()):
+            task = running.task
+            if change in (Change.DIED, Change.LEFT, Change.SUSPECTED):
+                self._carry_out(running, task.peer_gone(peer, now_s, is_dead=change is Change.DIED))
+            elif change is Change.UPDATED and member.info.is_draining:
+                self._carry_out(running, task.peer_draining(peer, now_s))
+            elif change in (Change.CALLABLE, Change.RECOVERED) and member.info.card == self._engine.card:
+                task.peer_joined(peer)
+
+    def _tick(self) -> None:
+        self._timer = None
+        now_s = self._loop.time()
+        for running in list(self._running.values()):
+            self._carry_out(running, running.task.tick(now_s))
+        if self._running:
+            self._timer = self._loop.call_later(_TICK_S, self._tick)
+
+    def close(self) -> None:
+        """Cancel everything."""
+        for request_id in list(self._running):
+            self.cancel(request_id)
+        if self._timer is not None:
+            self._timer.cancel()

@@ -1,0 +1,244 @@
+"""A prefill task as its decode worker sees it: a pure state machine.
+
+The decode worker owns the task until the KV is in. Tickets say that there is work; a claim is what assigns it; an attempt is one
+assignment. Every input takes the time and returns what to do. Inputs that come late, twice, or for what has ended change nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from meshserve.config import HandoffConfig
+
+
+class TaskState(StrEnum):
+    """Where a task stands. The last four are final."""
+
+    QUEUED = "queued"
+    """Tickets are out; nobody claimed."""
+    CLAIMED = "claimed"
+    """A prefill worker computes; its lease is renewed by its heartbeats."""
+    DONE = "done"
+    """All blocks are in."""
+    LOCAL = "local"
+    """Nobody else can do it: the decode worker prefills itself."""
+    GAVE_UP = "gave_up"
+    """It took too many workers down."""
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """Send a ticket for `attempt` to these peers."""
+
+    peers: tuple[str, ...]
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    """Tell the peer of this attempt to stop, and take no more blocks from it."""
+
+    peer: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """Tell these peers that their tickets are void."""
+
+    peers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The task came to its end in this state."""
+
+    state: TaskState
+
+
+Action = Push | Revoke | Strike | Finish
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One assignment, for the receipt."""
+
+    number: int
+    peer: str
+    claimed_s: float
+    outcome: str = "running"
+    ended_s: float = 0.0
+
+    def to_wire(self, name_of: Callable[[str], str]) -> dict[str, Any]:
+        """For the receipt."""
+        took_ms = round((self.ended_s - self.claimed_s) * 1000, 3) if self.ended_s else None
+        return {"attempt": self.number, "peer": name_of(self.peer), "outcome": self.outcome, "ms": took_ms}
+
+
+@dataclass(slots=True)
+class PrefillTask:
+    """One prompt to be prefilled elsewhere."""
+
+    request_id: str
+    config: HandoffConfig
+    lease_s: float
+    """How long an attempt lives without being named."""
+    created_s: float
+    state: TaskState = TaskState.QUEUED
+    attempt: int = 1
+    """The one that is queued or running now; blocks of any other are refused."""
+    peer: str | None = None
+    """Who claimed it."""
+    attempts: list[Attempt] = field(default_factory=list)
+    lost_peers: list[str] = field(default_factory=list)
+    num_hedges: int = 0
+    _candidates: list[str] = field(default_factory=list)
+    _ticketed: list[str] = field(default_factory=list)
+    _asked: set[str] = field(default_factory=set)
+    _tried: set[str] = field(default_factory=set)
+    _queued_s: float = 0.0
+    _renewed_s: float = 0.0
+    _is_hedged: bool = False
+
+    @property
+    def is_final(self) -> bool:
+        """Nothing changes any more."""
+        return self.state not in (TaskState.QUEUED, TaskState.CLAIMED)
+
+    def start(self, candidates: Sequence[str], now_s: float) -> list[Action]:
+        """Ticket to the best of these peers, ranked."""
+        self._candidates = list(candidates)
+        return self._queue(now_s)
+
+    def _queue(self, now_s: float) -> list[Action]:
+        if not self._candidates:
+            return self._finish(TaskState.LOCAL)
+        self.state, self.peer, self._queued_s, self._is_hedged = TaskState.QUEUED, None, now_s, False
+        self._asked.clear()
+        return [self._push(self._candidates[:1])]
+
+    def _push(self, peers: Sequence[str]) -> Push:
+        self._ticketed += [peer for peer in peers if peer not in self._ticketed]
+        self._asked.update(peers)
+        return Push(tuple(peers), self.attempt)
+
+    def push_failed(self, peer: str, now_s: float) -> list[Action]:
+        """The ticket could not be sent: the others get theirs at once."""
+        return self._hedge() if self.state is TaskState.QUEUED and not self._is_hedged else []
+
+    def claim(self, peer: str, now_s: float) -> bool:
+        """Whether this peer gets the task. False is "gone": claimed by another, ended, or failed there before."""
+        if self.state is not TaskState.QUEUED or peer in self._tried:
+            return False
+        self.state, self.peer, self._renewed_s = TaskState.CLAIMED, peer, now_s
+        self.attempts.append(Attempt(self.attempt, peer, now_s))
+        return True
+
+    def renew(self, peer: str, attempt: int, now_s: float) -> None:
+        """The peer's heartbeat named this attempt, or a block of it came."""
+        if self.is_current(peer, attempt):
+            self._renewed_s = now_s
+
+    def is_current(self, peer: str, attempt: int) -> bool:
+        """Whether this is the attempt that runs."""
+        return self.state is TaskState.CLAIMED and self.peer == peer and self.attempt == attempt
+
+    def complete(self, now_s: float) -> list[Action]:
+        """All blocks are in."""
+        if self.state is not TaskState.CLAIMED:
+            return []
+        self._close_attempt("done", now_s)
+        return self._finish(TaskState.DONE)
+
+    def attempt_failed(self, peer: str, attempt: int, reason: str, now_s: float, *, is_peer_dead: bool = False) -> list[Action]:
+        """The running attempt came to nothing: the worker died, fell silent, gave up, or a block was refused. Try elsewhere."""
+        if not self.is_current(peer, attempt):
+            return []
+        self._close_attempt(reason, now_s)
+        self._tried.add(peer)
+        self._candidates = [candidate for candidate in self._candidates if candidate != peer]
+        if is_peer_dead:
+            self.lost_peers.append(peer)
+            if len(self.lost_peers) >= self.config.max_lost_peers:
+                return self._finish(TaskState.GAVE_UP)
+        self.attempt += 1
+        return [Revoke(peer, attempt), *self._queue(now_s)]
+
+    def peer_gone(self, peer: str, now_s: float, *, is_dead: bool) -> list[Action]:
+        """A prefill worker is suspect or dead."""
+        if self.state is TaskState.CLAIMED and self.peer == peer:
+            return self.attempt_failed(peer, self.attempt, "peer died" if is_dead else "peer silent", now_s, is_peer_dead=is_dead)
+        if is_dead and not self.is_final and self._was_silent(peer):
+            self.lost_peers.append(peer)  # first silent, then dead: that attempt took a worker down too
+            if len(self.lost_peers) >= self.config.max_lost_peers:
+                return [*self._revoke_running("gave up", now_s), *self._finish(TaskState.GAVE_UP)]
+        if self.is_final or peer not in self._candidates:
+            return []
+        self._candidates.remove(peer)
+        if self.state is TaskState.QUEUED and not self._candidates:
+            return self._finish(TaskState.LOCAL)
+        return self._hedge() if self.state is TaskState.QUEUED and peer in self._asked else []
+
+    def peer_draining(self, peer: str, now_s: float) -> list[Action]:
+        """A prefill worker takes no new work: what it runs it finishes, what waits there goes to others."""
+        is_running_there = self.state is TaskState.CLAIMED and self.peer == peer
+        return [] if is_running_there else self.peer_gone(peer, now_s, is_dead=False)
+
+    def _was_silent(self, peer: str) -> bool:
+        return peer not in self.lost_peers and any(past.peer == peer and past.outcome == "peer silent" for past in self.attempts)
+
+    def _revoke_running(self, outcome: str, now_s: float) -> list[Action]:
+        if self.state is not TaskState.CLAIMED:
+            return []
+        assert self.peer is not None
+        self._close_attempt(outcome, now_s)
+        return [Revoke(self.peer, self.attempt)]
+
+    def peer_joined(self, peer: str) -> None:
+        """A prefill worker that came, or came back, is one more to ask."""
+        if not self.is_final and peer not in self._candidates and peer not in self._tried:
+            self._candidates.append(peer)
+
+    def fall_back(self, now_s: float) -> list[Action]:
+        """The decode worker has no room for blocks from elsewhere: it will prefill itself when its engine's turn comes."""
+        if self.is_final:
+            return []
+        if self.state is TaskState.CLAIMED:
+            self._close_attempt("no room", now_s)
+        return self._finish(TaskState.LOCAL)
+
+    def cancel(self, now_s: float) -> list[Action]:
+        """Nobody wants the result any more."""
+        if self.is_final:
+            return []
+        return [*self._revoke_running("cancelled", now_s), *self._finish(TaskState.CANCELLED)]
+
+    def tick(self, now_s: float) -> list[Action]:
+        """What the time alone brings: hedging, a lease that ran out, a claim that never came."""
+        if self.state is TaskState.CLAIMED and now_s - self._renewed_s > self.lease_s:
+            assert self.peer is not None
+            return self.attempt_failed(self.peer, self.attempt, "no longer named", now_s)
+        if self.state is TaskState.QUEUED and now_s - self._queued_s > self.config.claim_timeout_s:
+            return self._finish(TaskState.LOCAL)
+        if self.state is TaskState.QUEUED and not self._is_hedged and now_s - self._queued_s >= self.config.hedge_ms / 1000:
+            return self._hedge()
+        return []
+
+    def _hedge(self) -> list[Action]:
+        self._is_hedged = True
+        others = [peer for peer in self._candidates if peer not in self._asked]
+        if not others:
+            return []
+        self.num_hedges += 1
+        return [self._push(others)]
+
+    def _close_attempt(self, outcome: str, now_s: float) -> None:
+        self.attempts[-1].outcome, self.attempts[-1].ended_s = outcome, now_s
+
+    def _finish(self, state: TaskState) -> list[Action]:
+        holder, self.state = self.peer, state
+        void = tuple(peer for peer in self._ticketed if peer != holder)
+        struck: list[Action] = [Strike(void)] if void else []
+        return [*struck, Finish(state)]
