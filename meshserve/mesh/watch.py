@@ -1,0 +1,86 @@
+"""Watches: state of one peer that others follow. A stream that starts with a snapshot and goes on with changes.
+
+If it breaks, or overflows with its link, it is opened again and starts with a new snapshot. (PUB/SUB would drop silently and join
+slowly.)
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from meshserve.errors import MeshserveError, PeerLost
+from meshserve.mesh.calls import IncomingCall, OutgoingCall
+from meshserve.mesh.mesh import Mesh
+
+_FOREVER_S = 30 * 86_400.0
+_REOPEN_S = 0.25
+
+
+class WatchSource:
+    """The side that has the state."""
+
+    def __init__(self, mesh: Mesh, method: str, snapshot: Callable[[], Iterable[Any]]) -> None:
+        self._snapshot = snapshot
+        self._watchers: set[IncomingCall] = set()
+        mesh.serve(method, self._on_open)
+
+    def _on_open(self, call: IncomingCall) -> None:
+        self._watchers.add(call)
+        call.on_cancel = lambda: self._watchers.discard(call)
+        for item in self._snapshot():
+            call.send(item)
+
+    @property
+    def has_watchers(self) -> bool:
+        """Whether a change is worth describing."""
+        return bool(self._watchers)
+
+    def publish(self, change: Any) -> None:
+        """One change, to all who watch."""
+        for call in self._watchers:
+            call.send(change)
+
+
+class Watcher:
+    """The side that follows one peer's state, until `close`. Also the sink of its stream."""
+
+    def __init__(self, mesh: Mesh, peer: str, method: str, on_reset: Callable[[], None], on_change: Callable[[Any], None]) -> None:
+        self._mesh, self._peer, self._method = mesh, peer, method
+        self._on_reset, self._on_change = on_reset, on_change
+        self._call: OutgoingCall | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_closed = False
+        self._open()
+
+    def _open(self) -> None:
+        self._timer = None
+        self._on_reset()
+        try:
+            self._call = self._mesh.open(self._peer, self._method, None, self, _FOREVER_S)
+        except PeerLost:
+            self._reopen_later()
+
+    def _reopen_later(self) -> None:
+        self._call = None
+        if not self._is_closed:
+            self._timer = asyncio.get_running_loop().call_later(_REOPEN_S, self._open)
+
+    def on_item(self, item: Any) -> None:
+        """The snapshot, then changes."""
+        self._on_change(item)
+
+    def on_end(self, value: Any) -> None:
+        """A watch has no natural end: the peer's side was replaced."""
+        self._reopen_later()
+
+    def on_error(self, error: MeshserveError) -> None:
+        """Broken; once it is open again it starts anew."""
+        self._reopen_later()
+
+    def close(self) -> None:
+        """Follow no longer."""
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._call is not None:
+            self._call.cancel()

@@ -1,0 +1,1 @@
+"""Which worker is best, and why: pure functions of the request, the workers, the index and the load."""

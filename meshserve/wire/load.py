@@ -1,0 +1,69 @@
+"""What a worker reports of itself to the routers that watch it."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from meshserve.errors import ProtocolError
+
+MAX_HASHES_PER_REPORT = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """How busy one worker is."""
+
+    num_running: int = 0
+    """Sequences in the engine's batch."""
+    num_waiting: int = 0
+    """Sequences that wait for a place in it."""
+    waiting_prefill_tokens: int = 0
+    """Prompt tokens still to be computed here."""
+    used_blocks: int = 0
+    cached_blocks: int = 0
+    num_blocks: int = 0
+    num_tickets: int = 0
+    """Prompts queued for prefill here, claimed or not."""
+
+    def to_wire(self) -> list[int]:
+        """Plain data for :meth:`from_wire`."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+    @classmethod
+    def from_wire(cls, data: Any) -> "WorkerLoad":
+        """Later versions may send more numbers; fewer raise ProtocolError."""
+        names = [field.name for field in fields(cls)]
+        if (
+            not isinstance(data, list)
+            or len(data) < len(names)
+            or not all(type(value) is int and value >= 0 for value in data[: len(names)])
+        ):
+            raise ProtocolError("malformed load")
+        return cls(*data[: len(names)])
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """One change of a worker's state. The first of a watch is the snapshot."""
+
+    load: WorkerLoad
+    stored: tuple[int, ...] = ()
+    """Hashes of full prompt blocks whose KV is there now."""
+    evicted: tuple[int, ...] = ()
+    admitted: tuple[str, ...] = ()
+    """Requests that the worker counts in its load by now, so that nobody else need."""
+
+    def to_wire(self) -> list[Any]:
+        """Plain data for :meth:`from_wire`."""
+        return [self.load.to_wire(), list(self.stored), list(self.evicted), list(self.admitted)]
+
+    @classmethod
+    def from_wire(cls, data: Any) -> "WorkerReport":
+        """Raises ProtocolError for anything else."""
+        if not isinstance(data, list) or len(data) < 4 or not all(isinstance(part, list) for part in data[:4]):
+            raise ProtocolError("malformed worker report")
+        load, stored, evicted, admitted = data[:4]
+        if not all(type(number) is int for number in stored) or not all(type(number) is int for number in evicted):
+            raise ProtocolError("block hashes are integers")
+        if not all(isinstance(request_id, str) for request_id in admitted):
+            raise ProtocolError("request ids are strings")
+        return cls(WorkerLoad.from_wire(load), tuple(stored), tuple(evicted), tuple(admitted))
