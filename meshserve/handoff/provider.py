@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +93,8 @@ class PrefillProvider:
         self._jobs: dict[tuple[str, str], _Job] = {}
         self._is_closing = False
         self._bulk: Bulk | None = None
+        self.on_queue_changed: Callable[[], None] = lambda: None
+        """Called when prompts come or go."""
         pipeline.receive(self._on_ticket)
         mesh.serve("prefill.strike", self._on_strike)
         mesh.subscribe(self._on_change)
@@ -123,6 +126,7 @@ class PrefillProvider:
             self.counters.add("tickets_refused")
             return
         self.counters.add("tickets_received")
+        self.on_queue_changed()
         self.pump()
 
     def _on_strike(self, call: IncomingCall) -> None:
@@ -187,6 +191,7 @@ class PrefillProvider:
         self._jobs.pop((job.ticket.decode_peer, job.ticket.request_id), None)
         if job.engine_id and not job.is_computed:
             self._engine.cancel(job.engine_id)
+        self.on_queue_changed()
         self.pump()
 
     # --- blocks

@@ -86,7 +86,7 @@ POLICIES: dict[str, Callable[[list[_Estimate], random.Random], list[tuple[_Estim
 
 
 def rank(policy: str, prompt: Prompt, workers: Sequence[Worker], overlaps: Sequence[int], rng: random.Random) -> list[Candidate]:
-    """All workers, best first, each with its figures and the reason for its place. Empty without workers; KeyError for an unknown policy."""
+    """All workers, best first, each with its figures and the reason for its place. KeyError for an unknown policy."""
     order = POLICIES[policy]
     if not workers:
         return []

@@ -1,0 +1,1 @@
+"""What peers show of themselves: receipts, reports, metrics."""

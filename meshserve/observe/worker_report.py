@@ -1,0 +1,88 @@
+"""A worker's reports to the routers that watch it: its load, and the KV blocks that it holds."""
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from meshserve.engines.protocol import Engine
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.watch import WatchSource
+from meshserve.wire.load import MAX_HASHES_PER_REPORT, WorkerLoad, WorkerReport
+
+REPORT_METHOD = "worker.watch"
+
+_REPORT_INTERVAL_S = 0.02
+"""Changes within it leave as one report: well under the time that a booking bridges, and 50 small messages a second at most."""
+
+
+class WorkerReporter:
+    """One a peer that has an engine, whatever its roles."""
+
+    def __init__(self, mesh: Mesh, engine: Engine) -> None:
+        self._engine = engine
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._stored: dict[int, None] = {}
+        self._evicted: dict[int, None] = {}
+        self._held = dict.fromkeys(engine.watch_blocks(self._on_blocks))
+        self._admitted: list[str] = []
+        self.num_tickets: Callable[[], int] = lambda: 0
+        """How many prompts wait for prefill here; set by whoever keeps the tickets."""
+        self._source = WatchSource(mesh, REPORT_METHOD, self._snapshot)
+
+    def load(self) -> WorkerLoad:
+        """As it is now."""
+        found = self._engine.load()
+        return WorkerLoad(
+            found.num_running,
+            found.num_waiting,
+            found.waiting_prefill_tokens,
+            found.used_blocks,
+            found.cached_blocks,
+            found.num_blocks,
+            self.num_tickets(),
+        )
+
+    def admitted(self, request_id: str) -> None:
+        """The engine, or the handoff, counts this request from now on."""
+        if self._source.has_watchers:
+            self._admitted.append(request_id)
+        self.changed()
+
+    def changed(self) -> None:
+        """Something is different: tell the watchers soon."""
+        if self._timer is None and self._source.has_watchers:
+            self._timer = self._loop.call_later(_REPORT_INTERVAL_S, self._publish)
+
+    def _on_blocks(self, stored: Sequence[int], evicted: Sequence[int]) -> None:
+        for block_hash in evicted:
+            self._held.pop(block_hash, None)
+            if self._stored.pop(block_hash, 0) is not None:
+                self._evicted[block_hash] = None
+        for block_hash in stored:
+            self._held[block_hash] = None
+            if self._evicted.pop(block_hash, 0) is not None:
+                self._stored[block_hash] = None
+        self.changed()
+
+    def _publish(self) -> None:
+        self._timer = None
+        admitted, self._admitted = tuple(self._admitted), []
+        stored, self._stored = tuple(self._stored), {}
+        evicted, self._evicted = tuple(self._evicted), {}
+        self._source.publish(WorkerReport(self.load(), stored, evicted, admitted).to_wire())
+        if self._engine.load().num_running:
+            self.changed()  # load goes on changing as long as anything runs
+
+    def _snapshot(self) -> Iterable[Any]:
+        """Changes that are not published yet are part of it: hearing of them again does no harm."""
+        held = tuple(self._held)
+        yield WorkerReport(self.load(), held[:MAX_HASHES_PER_REPORT]).to_wire()
+        for start in range(MAX_HASHES_PER_REPORT, len(held), MAX_HASHES_PER_REPORT):
+            yield WorkerReport(self.load(), held[start : start + MAX_HASHES_PER_REPORT]).to_wire()
+
+    def close(self) -> None:
+        """Report no more."""
+        self._engine.watch_blocks(None)
+        if self._timer is not None:
+            self._timer.cancel()

@@ -1,0 +1,138 @@
+"""The decode role: generates tokens. Prompts are prefilled elsewhere if that pays and somebody is there, else here: the monolith."""
+
+import time
+from typing import Any
+
+from meshserve.config import HandoffConfig
+from meshserve.engines.protocol import Engine, GenerationStats, Reservation
+from meshserve.errors import Draining, GaveUp, InvalidRequest, MeshserveError
+from meshserve.handoff.requester import HandoffResult, PrefillRequester
+from meshserve.handoff.task import TaskState
+from meshserve.mesh.calls import IncomingCall
+from meshserve.mesh.mesh import Mesh
+from meshserve.observe.worker_report import WorkerReporter
+from meshserve.wire.generation import GenerateRequest
+
+
+class _Generation:
+    """One request on this worker: the sink of its engine run, and the end of its stream."""
+
+    __slots__ = ("_began_s", "_call", "_handoff", "_position", "_role", "request")
+
+    def __init__(self, role: "DecodeRole", call: IncomingCall, request: GenerateRequest) -> None:
+        self._role, self._call, self.request = role, call, request
+        self._position = request.num_generated
+        self._began_s = time.monotonic()
+        self._handoff: HandoffResult | None = None
+
+    def on_tokens(self, tokens: list[int]) -> None:
+        """Tokens carry their position, so that a gap or a repeat cannot pass unseen."""
+        self._call.send([self._position, *tokens])
+        self._position += len(tokens)
+
+    def on_finish(self, reason: str, stats: GenerationStats) -> None:
+        self._role.ended(self)
+        self._call.end({"reason": reason, **self._account(stats)})
+
+    def on_error(self, error: MeshserveError) -> None:
+        self._role.ended(self)
+        self._call.fail(error)
+
+    def prefilled(self, result: HandoffResult) -> None:
+        """The prefill task came to its end, one way or another."""
+        self._handoff = result
+        if result.state is TaskState.GAVE_UP:
+            lost = ", ".join(result.lost_peers)
+            self.on_error(GaveUp(f"prefilling this prompt took down {lost}; it is tried nowhere else", lost_peers=result.lost_peers))
+        else:
+            self._role.run(self, result.reservation)
+
+    def _account(self, stats: GenerationStats) -> dict[str, Any]:
+        """What this worker knows for the receipt."""
+        handoff = self._handoff
+        phases = {
+            "queue": stats.queue_ms + (handoff.queue_ms if handoff else 0.0),
+            "prefill": stats.prefill_ms + (handoff.prefill_ms if handoff else 0.0),
+            "kv_transfer": handoff.transfer_ms if handoff else 0.0,
+            "decode": stats.decode_ms,
+        }
+        return {
+            "num_cached_tokens": self._role.cached_before(self, stats),
+            "phases_ms": phases,
+            "total_ms": (time.monotonic() - self._began_s) * 1000,
+            "prefill_peer": handoff.prefill_peer if handoff else None,
+            "attempts": handoff.attempts if handoff else [],
+            "num_blocks": handoff.num_blocks if handoff else 0,
+            "num_bytes": handoff.num_bytes if handoff else 0,
+        }
+
+    def num_handed_over(self, kv_bytes_per_token: int) -> int:
+        """Tokens whose KV came from elsewhere: the engine counts them as cached, the receipt does not."""
+        if self._handoff is None or not kv_bytes_per_token:
+            return 0
+        return self._handoff.num_bytes // kv_bytes_per_token
+
+
+class DecodeRole:
+    """Serves `generate`."""
+
+    def __init__(self, mesh: Mesh, engine: Engine, requester: PrefillRequester, reporter: WorkerReporter, config: HandoffConfig) -> None:
+        self._mesh, self._engine, self._requester, self._reporter, self._config = mesh, engine, requester, reporter, config
+        self._running: dict[str, _Generation] = {}
+        mesh.serve("generate", self._on_generate)
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing accepted is unfinished."""
+        return not self._running
+
+    def _on_generate(self, call: IncomingCall) -> None:
+        if self._mesh.own.is_draining:
+            raise Draining("this worker is shutting down")
+        request = call.body if isinstance(call.body, GenerateRequest) else GenerateRequest.from_wire(call.body)
+        if request.request_id in self._running:
+            raise InvalidRequest("this request is running here already")
+        self._engine.check(request)
+        generation = _Generation(self, call, request)
+        self._running[request.request_id] = generation
+        call.on_cancel = lambda: self._cancel(generation)
+        candidates = self._candidates(request)
+        if candidates:
+            self._requester.start(request, candidates, generation.prefilled)
+        else:
+            self.run(generation, None)
+        self._reporter.admitted(request.request_id)
+
+    def _candidates(self, request: GenerateRequest) -> list[str]:
+        """Prefill workers, if this prompt is worth handing over; its last token is always computed here."""
+        num_to_compute = len(request.tokens) - 1
+        if num_to_compute < 1 or num_to_compute <= self._config.max_local_prefill_tokens:
+            return []
+        num_uncached = num_to_compute - self._engine.num_cached_tokens(request.tokens)
+        if num_uncached < 1 or num_uncached <= self._config.max_local_prefill_tokens:
+            return []
+        return self._requester.candidates(request)
+
+    def run(self, generation: _Generation, reservation: Reservation | None) -> None:
+        """Hand the request to the engine, with its prompt's KV or without."""
+        try:
+            self._engine.generate(generation.request, generation, reservation)
+        except MeshserveError as error:
+            if reservation is not None:
+                reservation.release()
+            generation.on_error(error)
+
+    def cached_before(self, generation: _Generation, stats: GenerationStats) -> int:
+        """Prompt tokens whose KV was on this worker when the request came."""
+        return max(0, stats.num_cached_tokens - generation.num_handed_over(self._engine.card.kv_bytes_per_token))
+
+    def ended(self, generation: _Generation) -> None:
+        """No longer running here."""
+        if self._running.get(generation.request.request_id) is generation:
+            del self._running[generation.request.request_id]
+            self._reporter.changed()
+
+    def _cancel(self, generation: _Generation) -> None:
+        self._requester.cancel(generation.request.request_id)
+        self._engine.cancel(generation.request.request_id)
+        self.ended(generation)

@@ -1,0 +1,22 @@
+"""The prefill role: computes prompts' KV for decode workers. All it does is the handoff's; here it is joined to a peer."""
+
+from meshserve.handoff.provider import PrefillProvider
+from meshserve.observe.worker_report import WorkerReporter
+
+
+class PrefillRole:
+    """Pulls tickets for this peer's engine."""
+
+    def __init__(self, provider: PrefillProvider, reporter: WorkerReporter) -> None:
+        self._provider = provider
+        reporter.num_tickets = lambda: provider.num_queued
+        provider.on_queue_changed = reporter.changed
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing claimed is unfinished."""
+        return self._provider.is_idle
+
+    def drain(self) -> None:
+        """Claim no more."""
+        self._provider.stop_claiming()
