@@ -1,0 +1,143 @@
+"""Plays the scheduler's steps on the event loop, in slices short enough that nobody else on the loop waits for them."""
+
+import asyncio
+from collections.abc import Callable
+from typing import NamedTuple
+
+from meshserve.engines.dummy.contents import Cursor, KVContents
+from meshserve.engines.dummy.jobs import Job
+from meshserve.engines.dummy.scheduler import Outcome, Scheduler, Stage, Step
+
+_SLICE_TOKENS = 512
+_SLICE_BYTES = 1 << 20
+"""What one turn of the event loop computes at most: about half a millisecond of either."""
+_OVERDUE_S = 1.0
+
+
+class _Slice(NamedTuple):
+    job: Job
+    start: int
+    end: int
+    due: float
+
+
+class Driver:
+    """One step at a time, each at least one turn of the event loop. No tasks and no futures: one handle, re-armed.
+
+    A step's prompt tokens are computed evenly over its duration and all its output appears at its end. A step is due at its
+    predecessor's due time plus its own duration, so that late wake-ups do not add up; only who is later than a whole step starts afresh.
+    """
+
+    def __init__(self, scheduler: Scheduler[Job], contents: KVContents, clock: Callable[[], float],
+                 on_outcome: Callable[[Outcome[Job], float], None], on_failure: Callable[[Job, Exception], None],
+                 on_turn: Callable[[], None]) -> None:
+        self._scheduler = scheduler
+        self._contents = contents
+        self._clock = clock
+        self._on_outcome = on_outcome
+        self._on_failure = on_failure
+        self._on_turn = on_turn
+        self._slice_tokens = max(1, min(_SLICE_TOKENS, _SLICE_BYTES // contents.kv_bytes_per_token))
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._handle: asyncio.Handle | None = None
+        self._step: Step[Job] | None = None
+        self._slices: list[_Slice] = []  # last one first
+        self._due: float | None = None  # when the current step, or the last one of an unbroken row, ends
+        self._expected_at: float | None = None
+
+    def start(self) -> None:
+        """Take the running event loop for one's own."""
+        self._loop = asyncio.get_running_loop()
+        self.kick()
+
+    def stop(self) -> None:
+        """Cancel what is scheduled, for good."""
+        if self._handle is not None:
+            self._handle.cancel()
+        self._loop = self._handle = self._step = self._expected_at = None
+        self._slices = []
+
+    def kick(self) -> None:
+        """There may be something to do. Harmless when that is known."""
+        if self._handle is None and self._loop is not None:
+            self._wait(0.0)
+
+    def is_overdue(self) -> bool:
+        """Whether the next turn should have come more than a second ago."""
+        return self._expected_at is not None and self._clock() > self._expected_at + _OVERDUE_S
+
+    def _wait(self, delay_s: float) -> None:
+        if self._loop is None:  # stopped by a sink within this turn
+            return
+        self._expected_at = self._clock() + delay_s
+        self._handle = self._loop.call_later(delay_s, self._turn) if delay_s > 0 else self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        if self._step is None and not self._begin():
+            self._handle = self._due = self._expected_at = None
+            self._on_turn()
+            return
+        now = self._clock()
+        delay_s = self._compute_slices(now)
+        if delay_s is None:
+            self._finish(now)
+            delay_s = 0.0
+        self._on_turn()
+        self._wait(delay_s)
+
+    def _begin(self) -> bool:
+        now = self._clock()
+        step = self._scheduler.plan(now)
+        if step is None:
+            return False
+        begins_at = now if self._due is None or now > self._due + step.duration_s else self._due
+        self._due = begins_at + step.duration_s
+        for job in step.admitted:
+            job.cursor = Cursor(self._contents, job.blocks, job.num_computed)
+        for job in step.decodes:
+            job.cursor.append(job.tokens[-1])  # type: ignore[union-attr]  # set when it was admitted; this is the hot path
+        self._step = step
+        self._slices = self._cut(step, begins_at)
+        return True
+
+    def _cut(self, step: Step[Job], begins_at: float) -> list[_Slice]:
+        slices: list[_Slice] = []
+        num_new = sum(num_tokens for _, num_tokens in step.prefills)
+        num_done = 0
+        for job, num_tokens in step.prefills:
+            start, end = job.first_to_visit(self._contents.block_size), job.num_computed + num_tokens
+            while start < end:
+                stop = min(start + self._slice_tokens, end)
+                num_done += max(0, stop - max(start, job.num_computed))
+                slices.append(_Slice(job, start, stop, begins_at + step.duration_s * (num_done / num_new if num_new else 1.0)))
+                start = stop
+        slices.reverse()
+        return slices
+
+    def _compute_slices(self, now: float) -> float | None:
+        """Compute what is due and fits into one turn. Seconds until the next turn, or None at the end of the step."""
+        budget = self._slice_tokens
+        while self._slices:
+            job, start, end, due = self._slices[-1]
+            if due > now:
+                return due - now
+            budget -= end - start
+            if budget < 0:
+                return 0.0
+            self._slices.pop()
+            self._visit(job, end)
+        assert self._due is not None
+        return self._due - now if self._due > now else None
+
+    def _visit(self, job: Job, end: int) -> None:
+        if job.stage is not Stage.RUNNING:  # cancelled meanwhile: its blocks may be somebody else's by now
+            return
+        try:
+            job.visit(end, self._contents)
+        except Exception as exc:
+            self._on_failure(job, exc)
+
+    def _finish(self, now: float) -> None:
+        step, self._step = self._step, None
+        if step is not None:
+            self._on_outcome(self._scheduler.complete(step, now), now)

@@ -1,0 +1,192 @@
+"""The dummy engine: the engine protocol over scheduler, KV contents and driver."""
+
+import time
+from array import array
+from collections.abc import Callable
+
+from meshserve.engines.dummy.contents import KVContents
+from meshserve.engines.dummy.driver import Driver
+from meshserve.engines.dummy.jobs import GenerationJob, Job, PrefillJob
+from meshserve.engines.dummy.options import parse_options
+from meshserve.engines.dummy.reservation import DummyReservation
+from meshserve.engines.dummy.sampling import next_token
+from meshserve.engines.dummy.scheduler import Outcome, Scheduler, Stage
+from meshserve.engines.protocol import BlockListener, EngineLoad, EngineOptions, GenerationSink, PrefillSink, Reservation
+from meshserve.engines.tokenizers import EOS_TOKEN
+from meshserve.errors import BlockRefused, ContextLengthExceeded, EngineFailed, InvalidRequest
+from meshserve.kv.hashes import block_hashes
+from meshserve.kv.pool import BlockPool
+from meshserve.wire.generation import GenerateRequest
+
+
+class DummyEngine:
+    """Real KV bytes, tokens that depend on their contents, the timing of a profile; no model.
+
+    `clock` gives monotonic seconds. Raises UsageError for options it does not know. `max_tokens` and `min_tokens` count all output
+    of a sequence, what earlier workers generated (`num_generated`) included.
+    """
+
+    def __init__(self, options: EngineOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        parsed = parse_options(options)
+        self.card = parsed.card(options.model or "dummy")
+        self._clock = clock
+        self._pool = BlockPool(parsed.num_blocks)
+        self._contents = KVContents(parsed.block_size, parsed.kv_bytes_per_token, self.card.model_hash)
+        self._scheduler: Scheduler[Job] = Scheduler(self._pool, parsed.timing(), block_size=parsed.block_size,
+                                                    max_batch=parsed.max_batch, max_batch_tokens=parsed.max_batch_tokens)
+        self._driver = Driver(self._scheduler, self._contents, clock, self._take_outcome, self._fail, self._report_blocks)
+        self._jobs: dict[str, Job] = {}
+        self._listener: BlockListener | None = None
+
+    def start(self) -> None:
+        """Called once, on the running event loop, before anything else."""
+        self._driver.start()
+
+    async def close(self) -> None:
+        """Stop all work at once. Sinks are called no more."""
+        self._driver.stop()
+        self._listener = None
+        for request_id in list(self._jobs):
+            self.cancel(request_id)
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raises InvalidRequest or ContextLengthExceeded for what the request itself says."""
+        sampling = request.sampling
+        if not request.tokens:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if sampling.max_tokens < 1:
+            raise InvalidRequest(f"max_tokens must be at least 1, not {sampling.max_tokens}", param="max_tokens")
+        if not 0 <= request.num_generated < min(sampling.max_tokens, len(request.tokens)):
+            raise InvalidRequest(f"num_generated is {request.num_generated} with max_tokens {sampling.max_tokens}", param="num_generated")
+        if not sampling.temperature >= 0:
+            raise InvalidRequest(f"temperature must not be negative, as {sampling.temperature} is", param="temperature")
+        if not 0 < sampling.top_p <= 1:
+            raise InvalidRequest(f"top_p must be above 0 and at most 1, not {sampling.top_p}", param="top_p")
+        self._check_length(len(request.tokens) - request.num_generated, sampling.max_tokens)
+
+    def num_cached_tokens(self, tokens: "array[int]") -> int:
+        """Tokens in cached whole blocks at the prompt's start; at least the last token is always left to compute."""
+        hashes = self._hashes(tokens[:-1])
+        return len(self._pool.lookup(hashes)) * self.card.block_size
+
+    def reserve(self, tokens: "array[int]") -> DummyReservation:
+        """Set blocks aside for a prompt's KV. Raises PoolFull, and then holds nothing; InvalidRequest for an empty prompt."""
+        if not tokens:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        reservation = DummyReservation(tokens, self._hashes(tokens), self._pool, self._contents, self._release)
+        self._driver.kick()  # what was evicted for it must be reported
+        return reservation
+
+    def generate(self, request: GenerateRequest, sink: GenerationSink, reservation: Reservation | None = None) -> None:
+        """Queue a sequence. Raises what :meth:`check` raises, PoolFull if it could never fit, BlockRefused for an unfit reservation."""
+        self.check(request)
+        self._check_is_new(request.request_id)
+        if reservation is None:
+            self._add(GenerationJob(request, self._hashes(request.tokens), sink), None)
+            return
+        if not isinstance(reservation, DummyReservation) or not reservation.is_open or reservation.tokens != request.tokens:
+            raise BlockRefused("the reservation is not for this request, or has ended")
+        if reservation.missing():
+            raise BlockRefused(f"{len(reservation.missing())} blocks of the reservation were never written")
+        job = GenerationJob(request, reservation.hashes, sink)
+        job.num_cached = reservation.num_cached_tokens
+        self._add(job, reservation.blocks)
+        reservation.is_open = False
+
+    def prefill(self, request_id: str, tokens: "array[int]", first_block: int, sink: PrefillSink) -> None:
+        """Compute the KV of all these tokens and give out the blocks from `first_block` on. Raises as :meth:`generate` does."""
+        if not tokens:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        self._check_length(len(tokens), 0)
+        self._check_is_new(request_id)
+        self._add(PrefillJob(request_id, tokens, self._hashes(tokens), first_block, sink), None)
+
+    def cancel(self, request_id: str) -> None:
+        """End a generation or a prefill and release its blocks; unknown ids are ignored."""
+        job = self._jobs.get(request_id)
+        if job is not None:
+            self._end(job)
+            self._driver.kick()  # what it held may be what another waits for
+
+    def is_working_on(self, request_id: str) -> bool:
+        """False for unknown ids, and when the engine is more than a second behind its own schedule."""
+        return request_id in self._jobs and not self._driver.is_overdue()
+
+    def load(self) -> EngineLoad:
+        """A snapshot, cheap enough for every step."""
+        scheduler, pool = self._scheduler, self._pool
+        return EngineLoad(scheduler.num_running, scheduler.num_waiting, scheduler.waiting_prefill_tokens, pool.num_used, pool.num_idle,
+                          pool.num_blocks)
+
+    def watch_blocks(self, listener: BlockListener | None) -> list[int]:
+        """Report stored and evicted full prompt blocks from now on, at most once a turn; returns the hashes of those there are."""
+        self._listener = listener
+        self._pool.record_changes(listener is not None)
+        return self._pool.hashes()
+
+    def _hashes(self, tokens: "array[int]") -> list[int]:
+        return block_hashes(tokens, self.card.block_size, self.card.model_hash)
+
+    def _check_length(self, num_prompt: int, num_output: int) -> None:
+        if num_prompt + num_output > self.card.context_length:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.card.context_length} tokens. However, you requested "
+                f"{num_prompt + num_output} tokens ({num_prompt} in the prompt, {num_output} in the completion). "
+                "Please reduce the length of either.",
+                param="prompt" if num_prompt >= self.card.context_length else "max_tokens")
+
+    def _check_is_new(self, request_id: str) -> None:
+        if request_id in self._jobs:
+            raise InvalidRequest(f"the engine works on a request {request_id} already", param="request_id")
+
+    def _add(self, job: Job, blocks: list[int] | None) -> None:
+        self._scheduler.add(job, self._clock(), blocks)
+        self._jobs[job.request_id] = job
+        self._driver.kick()
+
+    def _end(self, job: Job) -> None:
+        job.is_live = False
+        del self._jobs[job.request_id]
+        self._scheduler.end(job)
+
+    def _release(self, reservation: DummyReservation) -> None:
+        self._pool.release(reservation.blocks)
+        self._driver.kick()
+
+    def _take_outcome(self, outcome: Outcome[Job], now: float) -> None:
+        for job in outcome.producing:
+            if job.is_live:
+                try:
+                    self._produce(job, now)
+                except Exception as exc:
+                    self._fail(job, exc)
+        for job in outcome.prefilled:
+            if job.is_live and isinstance(job, PrefillJob):
+                self._end(job)
+                job.sink.on_finish(job.num_cached or 0)
+
+    def _produce(self, job: Job, now: float) -> None:
+        assert isinstance(job, GenerationJob)
+        token = next_token(job.cursor.context, job.sampling, job.position)  # type: ignore[union-attr]  # open while it runs
+        if token == EOS_TOKEN:
+            self._end(job)
+            job.sink.on_finish("stop", job.stats(now))
+            return
+        job.position += 1
+        job.tokens.append(token)
+        job.sink.on_tokens([token])
+        if job.stage is Stage.ENDED and job.is_live:
+            self._end(job)
+            job.sink.on_finish("length", job.stats(now))
+
+    def _fail(self, job: Job, exc: Exception) -> None:
+        """A sink raised: its sequence ends, the others go on."""
+        if job.is_live and isinstance(job, GenerationJob | PrefillJob):
+            self._end(job)
+            job.sink.on_error(EngineFailed(f"the output could not be given out: {exc}"))
+
+    def _report_blocks(self) -> None:
+        if self._listener is not None:
+            stored, evicted = self._pool.take_changes()
+            if stored or evicted:
+                self._listener(stored, evicted)

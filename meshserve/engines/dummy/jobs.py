@@ -1,0 +1,79 @@
+"""Sequences with what the scheduler does not know of them: tokens, KV contents and who receives the output."""
+
+from array import array
+
+from meshserve.engines.dummy.contents import Cursor, KVContents
+from meshserve.engines.dummy.scheduler import Sequence, Stage
+from meshserve.engines.protocol import GenerationSink, GenerationStats, PrefillSink
+from meshserve.wire.generation import GenerateRequest
+
+
+class Job(Sequence):
+    """A sequence with tokens. `is_live` until it ended or was cancelled: only then may its sink be called."""
+
+    __slots__ = ("cursor", "is_live", "request_id", "tokens")
+
+    def __init__(self, request_id: str, tokens: "array[int]", hashes: list[int], max_new_tokens: int) -> None:
+        super().__init__(len(tokens), hashes, max_new_tokens)
+        self.request_id = request_id
+        self.tokens = tokens
+        self.is_live = True
+        self.cursor: Cursor | None = None
+
+    def first_to_visit(self, block_size: int) -> int:
+        """The first token that the next step has to do with."""
+        return self.num_computed
+
+    def visit(self, end: int, contents: KVContents) -> None:
+        """Compute what is not computed yet of the tokens before `end`."""
+        cursor = self.cursor
+        assert cursor is not None, "the step that admits a job opens its cursor"
+        if end > cursor.num_tokens:
+            cursor.extend(self.tokens[cursor.num_tokens:end])
+
+
+class GenerationJob(Job):
+    """A sequence to be continued. `position` counts the output of earlier workers too."""
+
+    __slots__ = ("position", "sampling", "sink")
+
+    def __init__(self, request: GenerateRequest, hashes: list[int], sink: GenerationSink) -> None:
+        # a copy, to which the output is appended: after a preemption it is recomputed with the prompt
+        super().__init__(request.request_id, request.tokens[:], hashes, request.sampling.max_tokens - request.num_generated)
+        self.sampling = request.sampling
+        self.position = request.num_generated
+        self.sink = sink
+
+    def stats(self, now: float) -> GenerationStats:
+        """What was measured, if the last token came at `now`."""
+        started_at = now if self.started_at is None else self.started_at
+        first_token_at = now if self.first_token_at is None else self.first_token_at
+        return GenerationStats(self.num_tokens, self.num_cached or 0, (started_at - self.added_at) * 1000,
+                               (first_token_at - started_at) * 1000, (now - first_token_at) * 1000)
+
+
+class PrefillJob(Job):
+    """A prompt whose blocks are given out as they are computed. `next_block` outlives a preemption: no block is given out twice."""
+
+    __slots__ = ("next_block", "sink")
+
+    def __init__(self, request_id: str, tokens: "array[int]", hashes: list[int], first_block: int, sink: PrefillSink) -> None:
+        super().__init__(request_id, tokens, hashes, 0)
+        self.next_block = first_block
+        self.sink = sink
+
+    def first_to_visit(self, block_size: int) -> int:
+        """Cached tokens too, if their blocks are still to be given out."""
+        return min(self.num_computed, self.next_block * block_size)
+
+    def visit(self, end: int, contents: KVContents) -> None:
+        """Compute up to `end` and give out the blocks that are complete with it."""
+        super().visit(end, contents)
+        size = contents.block_size
+        while self.stage is Stage.RUNNING and self.next_block * size < end:
+            index = self.next_block
+            num_tokens = min(size, self.num_tokens - index * size)
+            if index * size + num_tokens > end:
+                break
+            self.next_block += 1
+            self.sink.on_block(index, num_tokens, contents.read(self.blocks[index], num_tokens))

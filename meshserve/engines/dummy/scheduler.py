@@ -1,0 +1,287 @@
+"""Continuous batching with chunked prefill over a paged pool: which sequence computes how many tokens in the next step.
+
+Pure: no clock, no event loop, no bytes. The dummy engine runs it in real time, a simulator in virtual time. The rules are those of
+vLLM's scheduler (Kwon et al., SOSP 2023) with Sarathi's chunked prefill (Agrawal et al., 2023).
+"""
+
+from bisect import insort
+from collections import deque
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from enum import Enum
+from operator import attrgetter
+from typing import Generic, TypeVar
+
+from meshserve.engines.dummy.timing import Timing
+from meshserve.errors import PoolFull
+from meshserve.kv.pool import BlockPool
+
+
+class Stage(Enum):
+    """Where a sequence is."""
+
+    NEW = "new"
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+class Sequence:
+    """One job as the scheduler sees it: lengths, hashes and blocks, no tokens.
+
+    `num_tokens` is the prompt's length and `hashes` are those of its full blocks. With `max_new_tokens` 0 it is a prefill:
+    all its tokens are computed and none is produced.
+    """
+
+    __slots__ = ("added_at", "arrival", "blocks", "capacity", "first_token_at", "hashes", "max_new_tokens", "num_cached", "num_computed",
+                 "num_generated", "num_pending", "num_registered", "num_tokens", "stage", "started_at")
+
+    def __init__(self, num_tokens: int, hashes: Seq[int], max_new_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self.hashes = hashes
+        self.max_new_tokens = max_new_tokens
+        self.stage = Stage.NEW
+        self.arrival = 0
+        self.blocks: list[int] = []
+        self.capacity = 0  # tokens that `blocks` can hold
+        self.num_computed = 0  # tokens whose KV is there
+        self.num_pending = 0  # tokens to be computed before the next one can be produced; 0 while decoding
+        self.num_generated = 0
+        self.num_registered = 0  # prompt blocks that were offered to the prefix cache
+        self.num_cached: int | None = None  # prompt tokens found in the prefix cache when first admitted
+        self.added_at = 0.0
+        self.started_at: float | None = None
+        self.first_token_at: float | None = None
+
+
+S = TypeVar("S", bound=Sequence)
+
+
+@dataclass(slots=True)
+class Step(Generic[S]):
+    """One forward pass. The sequences of `decodes` compute one token each; those of `prefills` as many as stands beside them."""
+
+    decodes: list[S]
+    prefills: list[tuple[S, int]] = field(default_factory=list)
+    admitted: list[S] = field(default_factory=list)
+    """Those of `prefills` that were waiting until now, some of them perhaps for the second time after a preemption."""
+    duration_s: float = 0.0
+
+
+@dataclass(slots=True)
+class Outcome(Generic[S]):
+    """What a step led to. Each sequence in `producing` has one more token; those whose stage is ENDED have all of `max_new_tokens`."""
+
+    producing: list[S] = field(default_factory=list)
+    prefilled: list[S] = field(default_factory=list)
+    """Prefills that ended with this step."""
+
+
+_by_arrival = attrgetter("arrival")
+
+
+class Scheduler(Generic[S]):
+    """Owns the queue and the running batch. `plan` and `complete` alternate; `add` and `end` may come at any time.
+
+    Running decodes come first in a step, then prompts in order of arrival, up to `max_batch` sequences and `max_batch_tokens`
+    tokens. All blocks of a prompt are allocated when it is admitted, so that half-computed prompts never starve each other.
+    """
+
+    def __init__(self, pool: BlockPool, timing: Timing, *, block_size: int, max_batch: int, max_batch_tokens: int) -> None:
+        self.pool = pool
+        self.timing = timing
+        self.block_size = block_size
+        self.max_batch = min(max_batch, max_batch_tokens)  # else some decodes would never get a place in a step
+        self.max_batch_tokens = max_batch_tokens
+        self.waiting_prefill_tokens = 0
+        self._running: list[S] = []
+        self._waiting: deque[S] = deque()
+        self._holding: deque[S] = deque()  # waiting with their blocks in hand: behind a head that needs those, all would wait for ever
+        self._num_arrived = 0
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the batch."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that no step worked on yet, or that were preempted."""
+        return len(self._waiting) + len(self._holding)
+
+    def add(self, sequence: S, now: float, blocks: list[int] | None = None) -> None:
+        """Queue a sequence. Raises PoolFull if it could never fit.
+
+        `blocks`, already held, have room for all its tokens and contain the KV of all but the last one.
+        """
+        most_tokens = sequence.num_tokens + max(0, sequence.max_new_tokens - 1)
+        needed = self._num_blocks(most_tokens)
+        if needed > self.pool.num_blocks:
+            raise PoolFull(f"{most_tokens} tokens need {needed} KV blocks, and this worker has {self.pool.num_blocks} in all")
+        self._num_arrived += 1
+        sequence.arrival = self._num_arrived
+        sequence.added_at = now
+        sequence.stage = Stage.WAITING
+        if blocks is None:
+            self._set_pending(sequence, sequence.num_tokens)
+            self._waiting.append(sequence)
+            return
+        self._hold(sequence, blocks, sequence.num_tokens - 1)
+        self._register(sequence)
+        self._holding.append(sequence)
+
+    def end(self, sequence: S) -> None:
+        """Take a sequence out, whatever it does, and release its blocks. Harmless when it has ended."""
+        if sequence.stage is Stage.RUNNING:
+            self._running.remove(sequence)
+        elif sequence.stage is Stage.WAITING:
+            (self._holding if sequence in self._holding else self._waiting).remove(sequence)
+        self._drop_blocks(sequence)
+        self._set_pending(sequence, 0)
+        sequence.stage = Stage.ENDED
+
+    def plan(self, now: float) -> Step[S] | None:
+        """The next step, its blocks allocated; None if there is nothing to do, or no room for any of what waits."""
+        is_short = self._grow_decodes()
+        decodes = [sequence for sequence in self._running if not sequence.num_pending]
+        step = Step(decodes)
+        budget = self._plan_running(step, self.max_batch_tokens - len(decodes))
+        if not is_short or not self._running:  # else what was preempted would only take back the blocks it gave up
+            budget = self._plan_waiting(step, budget, now)
+        if not decodes and not step.prefills:
+            return None
+        num_new = self.max_batch_tokens - len(decodes) - budget
+        step.duration_s = self.timing.step_s(num_new, len(decodes), self.pool.num_used / self.pool.num_blocks)
+        return step
+
+    def complete(self, step: Step[S], now: float) -> Outcome[S]:
+        """Take note that a step's tokens were computed. Sequences that ended in the meantime are passed over."""
+        outcome: Outcome[S] = Outcome()
+        producing = outcome.producing
+        running = Stage.RUNNING
+        for sequence in step.decodes:
+            if sequence.stage is running:
+                sequence.num_computed += 1
+                sequence.num_generated += 1
+                producing.append(sequence)
+        for sequence, num_tokens in step.prefills:
+            if sequence.stage is running:
+                self._complete_prefill(sequence, num_tokens, outcome, now)
+        for sequence in producing:
+            if sequence.num_generated == sequence.max_new_tokens:
+                self.end(sequence)
+        return outcome
+
+    def _complete_prefill(self, sequence: S, num_tokens: int, outcome: Outcome[S], now: float) -> None:
+        sequence.num_computed += num_tokens
+        self._set_pending(sequence, sequence.num_pending - num_tokens)
+        self._register(sequence)
+        if sequence.num_pending:
+            return
+        if not sequence.max_new_tokens:
+            outcome.prefilled.append(sequence)
+            self.end(sequence)
+            return
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+        sequence.num_generated += 1
+        outcome.producing.append(sequence)
+
+    def _plan_running(self, step: Step[S], budget: int) -> int:
+        for sequence in self._running:
+            if sequence.num_pending and budget:
+                num_tokens = min(sequence.num_pending, budget)
+                step.prefills.append((sequence, num_tokens))
+                budget -= num_tokens
+        return budget
+
+    def _plan_waiting(self, step: Step[S], budget: int, now: float) -> int:
+        while budget and len(self._running) < self.max_batch:
+            sequence = self._admit(now)
+            if sequence is None:
+                break
+            num_tokens = min(sequence.num_pending, budget)
+            step.admitted.append(sequence)
+            step.prefills.append((sequence, num_tokens))
+            budget -= num_tokens
+        return budget
+
+    def _admit(self, now: float) -> S | None:
+        """Move the next waiting sequence that has a place in the pool into the batch."""
+        if self._holding:
+            sequence = self._holding.popleft()
+        elif self._waiting and self._place(self._waiting[0]):
+            sequence = self._waiting.popleft()
+        else:
+            return None
+        sequence.stage = Stage.RUNNING
+        if sequence.started_at is None:
+            sequence.started_at = now
+        insort(self._running, sequence, key=_by_arrival)
+        return sequence
+
+    def _place(self, sequence: S) -> bool:
+        num_tokens = sequence.num_tokens + sequence.num_generated
+        # a token can only be produced from one that is computed; a prefill produces none
+        most_cached = (num_tokens - 1 if sequence.max_new_tokens else num_tokens) // self.block_size
+        prefix = self.pool.lookup(sequence.hashes[:most_cached])
+        try:
+            blocks = self.pool.acquire(prefix, self._num_blocks(num_tokens) - len(prefix))
+        except PoolFull:
+            return False
+        self._hold(sequence, blocks, len(prefix) * self.block_size)
+        sequence.num_registered = len(prefix)
+        if sequence.num_cached is None:
+            sequence.num_cached = sequence.num_computed
+        return True
+
+    def _hold(self, sequence: S, blocks: list[int], num_computed: int) -> None:
+        sequence.blocks = blocks
+        sequence.capacity = len(blocks) * self.block_size
+        sequence.num_computed = num_computed
+        self._set_pending(sequence, sequence.num_tokens + sequence.num_generated - num_computed)
+
+    def _grow_decodes(self) -> bool:
+        """A block more for each decode whose last one is full. True if others had to give up theirs for it."""
+        is_short = False
+        for sequence in [found for found in self._running if not found.num_pending and found.num_computed == found.capacity]:
+            if sequence.stage is Stage.RUNNING:
+                is_short |= self._make_room(sequence)
+                if sequence.stage is Stage.RUNNING:
+                    sequence.blocks += self.pool.allocate(1)
+                    sequence.capacity += self.block_size
+        return is_short
+
+    def _make_room(self, sequence: S) -> bool:
+        """Preempt the latest arrivals, `sequence` itself among them, until one block is available."""
+        if self.pool.num_available:
+            return False
+        while not self.pool.num_available and sequence.stage is Stage.RUNNING:
+            self._preempt(self._running[-1])
+        return True
+
+    def _preempt(self, sequence: S) -> None:
+        self._running.pop()
+        self._drop_blocks(sequence)
+        sequence.num_computed = sequence.num_registered = 0
+        self._set_pending(sequence, sequence.num_tokens + sequence.num_generated)
+        sequence.stage = Stage.WAITING
+        self._waiting.appendleft(sequence)
+
+    def _drop_blocks(self, sequence: S) -> None:
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []  # a new list: the old one may still be in somebody's hands
+        sequence.capacity = 0
+
+    def _register(self, sequence: S) -> None:
+        num_full = min(sequence.num_computed // self.block_size, len(sequence.hashes))
+        for index in range(sequence.num_registered, num_full):
+            self.pool.register(sequence.blocks[index], sequence.hashes[index])
+        sequence.num_registered = max(sequence.num_registered, num_full)
+
+    def _set_pending(self, sequence: S, num_tokens: int) -> None:
+        self.waiting_prefill_tokens += num_tokens - sequence.num_pending
+        sequence.num_pending = num_tokens
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)

@@ -1,0 +1,33 @@
+"""Finding an engine by its name."""
+
+import importlib
+from importlib.metadata import entry_points
+
+from meshserve.engines.protocol import Engine, EngineOptions
+from meshserve.errors import StartupFailed, UsageError
+
+_GROUP = "meshserve.engines"
+_OWN = {"dummy": "meshserve.engines.dummy:DummyEngine"}
+"""The engines of this package, also when it runs from a source tree that was never installed."""
+
+
+def load_engine(name: str, options: EngineOptions) -> Engine:
+    """Build the engine called `name`: an entry point of the group `meshserve.engines`, or `module:Class`.
+
+    Raises UsageError for an unknown name (it lists those there are) or unknown options, StartupFailed if it cannot be loaded here.
+    """
+    target = name if ":" in name else _OWN.get(name) or _installed().get(name)
+    if target is None:
+        available = ", ".join(sorted({*_OWN, *_installed()}))
+        raise UsageError(f"there is no engine {name!r}; there are {available}, or name one as module:Class")
+    module_name, _, attribute = target.partition(":")
+    try:
+        factory = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as exc:
+        raise StartupFailed(f"the engine {name!r} cannot be loaded: {exc}") from exc
+    engine: Engine = factory(options)
+    return engine
+
+
+def _installed() -> dict[str, str]:
+    return {found.name: found.value for found in entry_points(group=_GROUP)}

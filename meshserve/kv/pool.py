@@ -1,0 +1,135 @@
+"""Paged KV memory by number: which block is held by how many, which can be found by its hash, which goes next.
+
+The idea is that of PagedAttention (Kwon et al., "Efficient Memory Management for Large Language Model Serving with
+PagedAttention", SOSP 2023) with vLLM's automatic prefix caching: fixed-size blocks, reference counts, full blocks found again by
+the hash of their prefix, least recently used ones evicted first. The pool knows no bytes and no sequences.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+
+from meshserve.errors import PoolFull
+
+
+class BlockPool:
+    """`num_blocks` blocks, numbered from 0. A block is either free, held (by one or more), or idle: cached and held by nobody."""
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._holders: dict[int, int] = {}
+        self._never_used = 0
+        self._free: list[int] = []
+        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first; a plain dict pops its head in linear time
+        self._block_of: dict[int, int] = {}
+        self._hash_of: dict[int, int] = {}
+        self._is_recording = False
+        self._stored: dict[int, None] = {}
+        self._evicted: dict[int, None] = {}
+
+    @property
+    def num_used(self) -> int:
+        """Blocks that somebody holds."""
+        return len(self._holders)
+
+    @property
+    def num_idle(self) -> int:
+        """Blocks that nobody holds and that can be found by their hash."""
+        return len(self._idle)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that :meth:`allocate` could give out now: free ones and idle ones."""
+        return self.num_blocks - len(self._holders)
+
+    def hashes(self) -> list[int]:
+        """The hashes of all blocks that can be found, held or idle."""
+        return list(self._block_of)
+
+    def lookup(self, hashes: Iterable[int]) -> list[int]:
+        """The blocks registered under these hashes, up to the first that is not there. Holds nothing."""
+        found = []
+        block_of = self._block_of
+        for block_hash in hashes:
+            block = block_of.get(block_hash)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def allocate(self, num_blocks: int) -> list[int]:
+        """So many blocks, held once each; idle blocks are evicted when no free one is left. Raises PoolFull and then changes nothing."""
+        if num_blocks > self.num_available:
+            raise PoolFull(f"{num_blocks} blocks are needed and {self.num_available} of {self.num_blocks} are available")
+        blocks = [self._take_one() for _ in range(num_blocks)]
+        self._holders.update(dict.fromkeys(blocks, 1))
+        return blocks
+
+    def acquire(self, prefix: Sequence[int], num_fresh: int) -> list[int]:
+        """Hold the blocks of `prefix` (as found by :meth:`lookup`) and allocate `num_fresh` more: all of them, or PoolFull and none."""
+        idle = self._idle
+        available = self.num_available - sum(1 for block in prefix if block in idle)
+        if num_fresh > available:
+            raise PoolFull(f"{num_fresh} blocks are needed and {available} of {self.num_blocks} are available")
+        self.retain(prefix)
+        return [*prefix, *self.allocate(num_fresh)]
+
+    def retain(self, blocks: Iterable[int]) -> None:
+        """Hold each of these blocks once more; they must be held or idle."""
+        for block in blocks:
+            holders = self._holders.get(block, 0)
+            if not holders:
+                del self._idle[block]
+            self._holders[block] = holders + 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Hold each once less. What nobody holds becomes idle if it is registered, else free.
+
+        The last block is released first: a prefix is worth more than what follows it, so its end is evicted before its start.
+        """
+        for block in reversed(blocks):
+            holders = self._holders[block] - 1
+            if holders:
+                self._holders[block] = holders
+                continue
+            del self._holders[block]
+            if block in self._hash_of:
+                self._idle[block] = None
+            else:
+                self._free.append(block)
+
+    def register(self, block: int, block_hash: int) -> bool:
+        """Make a full, held block known under its hash. The first one wins: False if another block, or this one, has a name already."""
+        assert block in self._holders, "only a held block can be registered"
+        if block_hash in self._block_of or block in self._hash_of:
+            return False
+        self._block_of[block_hash] = block
+        self._hash_of[block] = block_hash
+        if self._is_recording and self._evicted.pop(block_hash, 0) == 0:
+            self._stored[block_hash] = None
+        return True
+
+    def record_changes(self, is_recording: bool) -> None:
+        """Whether to keep what :meth:`take_changes` returns; nothing is kept at first, as nobody may ever ask."""
+        self._is_recording = is_recording
+        self._stored, self._evicted = {}, {}
+
+    def take_changes(self) -> tuple[list[int], list[int]]:
+        """Hashes stored and hashes evicted since the last call. Net: what came and went between two calls is in neither."""
+        if not self._stored and not self._evicted:
+            return [], []
+        changes = list(self._stored), list(self._evicted)
+        self._stored, self._evicted = {}, {}
+        return changes
+
+    def _take_one(self) -> int:
+        if self._free:
+            return self._free.pop()
+        if self._never_used < self.num_blocks:
+            self._never_used += 1
+            return self._never_used - 1
+        block, _ = self._idle.popitem(last=False)
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
+        if self._is_recording and self._stored.pop(block_hash, 0) == 0:
+            self._evicted[block_hash] = None
+        return block
