@@ -149,6 +149,10 @@ class Mesh:
 
     # --- calls
 
+    def now_s(self) -> float:
+        """The clock of deadlines: monotonic, this process's own."""
+        return self._loop.time()
+
     def serve(self, method: str, handler: Handler) -> None:
         """Answer calls of this method. The handler returns at once and ends the call when it is done."""
         self.calls.handlers[method] = handler
