@@ -6,9 +6,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from meshserve.kv.hashes import block_hashes
-
 from meshserve.errors import InvalidRequest, NoWorker, ProtocolError
+from meshserve.kv.hashes import block_hashes
 from meshserve.kv.index import PrefixIndex
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member

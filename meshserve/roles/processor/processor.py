@@ -21,7 +21,6 @@ from meshserve.telemetry import Phases
 from meshserve.wire.completion import CompletionRequest
 from meshserve.wire.generation import GenerateRequest, pack_tokens
 
-
 _ROUTE_TIMEOUT_S = 2.0
 _MAX_ATTEMPTS = 4
 _RETRIED_CODES = frozenset(("peer_lost", "link_overflow", "draining", "no_worker", "unknown_method"))
@@ -261,7 +260,8 @@ class ProcessorRole:
 
     def take_turns(self, model: str, excluded: list[str]) -> list[Candidate]:
         """Without a router: live workers of this model, each time another one first."""
-        able = [info for info in self.mesh.peers_with("decode") if info.card and info.card.model == model and info.incarnation not in excluded]
+        serving = [info for info in self.mesh.peers_with("decode") if info.card is not None and info.card.model == model]
+        able = [info for info in serving if info.incarnation not in excluded]
         start = next(self._turn) % len(able) if able else 0
         return [
             Candidate(info.incarnation, self.mesh.name_of(info.incarnation), 0, 0, 0.0, 0.0, "its turn; there is no router")

@@ -1,0 +1,143 @@
+"""A peer: its roles, joined to the floors below; starts, drains and stops it."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+from collections.abc import Callable
+
+from meshserve.config import MeshConfig, ServeConfig
+from meshserve.engines.loading import load_engine
+from meshserve.engines.protocol import Engine, EngineOptions
+from meshserve.handoff.provider import PrefillProvider
+from meshserve.handoff.requester import PrefillRequester
+from meshserve.mesh.membership import Change, Member
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.pipeline import Bulk, Pipeline
+from meshserve.mesh.transport.sockets import endpoint
+from meshserve.observe.worker_report import WorkerReporter
+from meshserve.roles.decode import DecodeRole
+from meshserve.roles.prefill import PrefillRole
+from meshserve.roles.processor.processor import ProcessorRole
+from meshserve.roles.router import RouterRole
+
+_log = logging.getLogger(__name__)
+
+_IDLE_CHECK_S = 0.02
+
+
+class Peer:
+    """One process of a mesh. `start` returns when it serves; `stop` when nothing of it is left."""
+
+    def __init__(self, mesh_config: MeshConfig, config: ServeConfig, say: Callable[[str], None] = lambda line: None) -> None:
+        self._config, self._say = config, say
+        self._roles = mesh_config.roles
+        self._engine: Engine | None = None
+        if {"decode", "prefill"} & set(self._roles):
+            self._engine = load_engine(config.engine, EngineOptions(config.model, dict(config.engine_options)))
+        self.mesh = Mesh(mesh_config, self._engine.card if self._engine else None)
+        self._closers = contextlib.AsyncExitStack()
+        self._is_idle: list[Callable[[], bool]] = []
+        self._on_drain: list[Callable[[], None]] = []
+        self.http_url: str | None = None
+        self._workers_line = ""
+
+    async def start(self) -> None:
+        """Bind, build the roles, join the mesh, and say so in the ready line. Raises StartupFailed, UsageError or KeyRefused."""
+        try:
+            await self.mesh.start()
+            self._closers.push_async_callback(self.mesh.close)
+            await self._start_roles()
+            if "router" in self._roles:
+                self.mesh.subscribe(self._say_workers)
+            await self.mesh.join(self.http_url)
+        except BaseException:
+            await self._closers.aclose()
+            raise
+        gc.collect()
+        gc.freeze()  # what start-up made stays: the collector need not walk it again
+        self._say(self.ready_line())
+        self._say_workers()
+
+    def ready_line(self) -> str:
+        """Of the contract: for scripts, and for people."""
+        own = self.mesh.own
+        address = endpoint(own.addresses[0], own.port)
+        http = f" http={self.http_url}" if self.http_url else ""
+        return f"ready name={own.name} roles={','.join(own.roles)} mesh={own.mesh} address={address}{http}"
+
+    async def _start_roles(self) -> None:
+        if self._engine is not None:
+            self._start_workers(self._engine)
+        if "router" in self._roles:
+            router = RouterRole(self.mesh, self._config.policy)
+            self._closers.callback(router.close)
+        if "processor" in self._roles:
+            processor = ProcessorRole(self.mesh)
+            self._is_idle.append(lambda: processor.is_idle)
+        if "frontend" in self._roles:
+            await self._start_frontend()
+
+    def _start_workers(self, engine: Engine) -> None:
+        """Decode and prefill share one engine, its reports, and the paths of the handoff."""
+        engine.start()
+        self._closers.push_async_callback(engine.close)
+        reporter = WorkerReporter(self.mesh, engine)
+        pipeline = Pipeline(self.mesh)
+        self._closers.callback(pipeline.close)
+        provider = PrefillProvider(self.mesh, pipeline, engine, self._config.handoff) if "prefill" in self._roles else None
+        bulk = Bulk(self.mesh, *((provider.acknowledged, provider.bulk_lost) if provider else (_ignore, _ignore)))
+        self._closers.callback(bulk.close)
+        if provider is not None:
+            provider.use(bulk)
+            prefill = PrefillRole(provider, reporter)
+            self._closers.callback(provider.close)
+            self._is_idle.append(lambda: prefill.is_idle)
+            self._on_drain.append(prefill.drain)
+        if "decode" in self._roles:
+            requester = PrefillRequester(self.mesh, pipeline, bulk, engine, self._config.handoff)
+            decode = DecodeRole(self.mesh, engine, requester, reporter, self._config.handoff)
+            self._closers.callback(requester.close)
+            self._is_idle.append(lambda: decode.is_idle)
+        self._closers.callback(reporter.close)
+
+    async def _start_frontend(self) -> None:
+        from meshserve.roles.frontend.server import FrontendRole  # HTTP is a slow import that other roles need not wait for
+
+        frontend = FrontendRole(self.mesh, self._config)
+        self.http_url = await frontend.start()
+        self._closers.push_async_callback(frontend.close)
+        self._is_idle.append(lambda: frontend.is_idle)
+
+    def _say_workers(self, change: Change | None = None, member: Member | None = None) -> None:
+        """One line when the workers that could be routed to come or go."""
+        groups = {role: [self.mesh.name_of(info.incarnation) for info in self.mesh.peers_with(role)] for role in ("decode", "prefill")}
+        counts = ", ".join(f"{len(names)} {role}" for role, names in groups.items())
+        names = ", ".join(name for role in groups for name in groups[role])
+        line = f"{counts} ready: {names}" if names else "no workers: waiting for `meshserve run --role decode` somewhere on this network"
+        if "router" in self._roles and line != self._workers_line:
+            self._workers_line = line
+            self._say(line)
+
+    async def drain(self) -> bool:
+        """Take no new work and finish what runs; False if the drain timeout came first."""
+        self.mesh.announce_draining()
+        for stop_taking in self._on_drain:
+            stop_taking()
+        try:
+            async with asyncio.timeout(self._config.drain_timeout_s):
+                while not all(is_idle() for is_idle in self._is_idle):
+                    await asyncio.sleep(_IDLE_CHECK_S)
+        except TimeoutError:
+            _log.warning("running requests did not finish within --drain-timeout %gs: they end in an error", self._config.drain_timeout_s)
+            return False
+        return True
+
+    async def stop(self) -> None:
+        """Say goodbye and give everything back. Whatever still runs ends in an error."""
+        await self._closers.aclose()
+        gc.unfreeze()
+
+
+def _ignore(peer: str, what: object) -> None:
+    """A peer without the prefill role sends no blocks, so none of its are answered or lost."""

@@ -1,0 +1,1 @@
+"""The command line: flags to config to app to exit code."""

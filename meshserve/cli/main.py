@@ -1,0 +1,24 @@
+"""The `meshserve` command."""
+
+import click
+
+from meshserve import __version__
+from meshserve.cli.demo import demo
+from meshserve.cli.generate import generate
+from meshserve.cli.key import key
+from meshserve.cli.peers import peers
+from meshserve.cli.run import run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="meshserve")
+def main() -> None:
+    """Disaggregated LLM serving as a mesh of peers, with no broker.
+
+    Try `meshserve demo`. On a LAN: `meshserve run --role frontend,processor,router` on one machine, `meshserve run --role decode` and
+    `meshserve run --role prefill` on others.
+    """
+
+
+for command in (run, demo, peers, generate, key):
+    main.add_command(command)

@@ -1,0 +1,91 @@
+"""`meshserve run`: one peer, until it is told to stop."""
+
+import asyncio
+import os
+import signal
+from typing import Any
+
+import click
+
+from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles
+from meshserve.cli.running import execute, leave
+from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
+from meshserve.errors import UsageError
+
+_POLICIES = ("kv", "round-robin", "random", "least-loaded")
+
+
+@click.command()
+@option("--role", "roles", multiple=True, metavar="ROLE", envvar="MESHSERVE_ROLE", help=f"{', '.join(ROLES)}, or all; repeatable or comma-separated.")
+@option("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="Where the frontend listens; port 0 takes a free one.")
+@option("--api-key", "api_keys", multiple=True, envvar="MESHSERVE_API_KEY", help="Asked of HTTP clients, on all routes but /health and /ready.")
+@option("--engine", default="dummy", metavar="NAME", help="An installed engine, or module:Class.")
+@option("--model", default=None, metavar="NAME", help="The model that the engine serves.  [default: the engine's]", show_default=False)
+@option("--engine-opt", "engine_options", multiple=True, metavar="KEY=VALUE", help="An option of the engine; repeatable.")
+@option("--policy", type=click.Choice(_POLICIES), default="kv", help="How the router chooses.")
+@option("--max-local-prefill-tokens", type=click.IntRange(0), default=HandoffConfig.max_local_prefill_tokens, help="Longer uncached prompts are handed over.")
+@option("--max-prefill-queue", type=click.IntRange(0), default=HandoffConfig.max_prefill_queue, help="No hand-over to a queue as long as this.")
+@option("--failure-timeout", type=click.FloatRange(0.1, 60), default=MeshConfig.failure_timeout_s, help="Seconds of silence until a peer gets no new work.")
+@option("--drain-timeout", type=click.FloatRange(0), default=ServeConfig.drain_timeout_s, help="Seconds that running requests get to finish.")
+@option("--no-observe", is_flag=True, help="No spans and no metrics.")
+@mesh_options
+def run(**settings: Any) -> None:
+    """Run one peer of a mesh, with one or more roles."""
+    try:
+        roles = parse_roles(settings["roles"], ROLES)
+        config = serve_config(settings)
+    except UsageError as error:
+        leave(error)
+    execute(settings, lambda: serve(mesh_config(settings, roles), config))
+
+
+def serve_config(settings: dict[str, Any]) -> ServeConfig:
+    """What the flags of `run` say about serving. Raises UsageError."""
+    host, _, port = settings["http"].rpartition(":")
+    if not host or not port.isdigit() or int(port) > 65_535:
+        raise UsageError(f"--http {settings['http']!r} is not HOST:PORT")
+    options = []
+    for text in settings["engine_options"]:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise UsageError(f"--engine-opt {text!r} is not KEY=VALUE")
+        options.append((key, value))
+    handoff = HandoffConfig(max_local_prefill_tokens=settings["max_local_prefill_tokens"], max_prefill_queue=settings["max_prefill_queue"])
+    return ServeConfig(
+        http_host=host.strip("[]"),
+        http_port=int(port),
+        api_keys=tuple(key for key in settings["api_keys"] if key),
+        policy=settings["policy"],
+        engine=settings["engine"],
+        model=settings["model"],
+        engine_options=tuple(options),
+        drain_timeout_s=settings["drain_timeout"],
+        observe=not settings["no_observe"],
+        handoff=handoff,
+    )
+
+
+async def serve(mesh: MeshConfig, config: ServeConfig) -> int:
+    """Start a peer, serve until the first signal, drain, stop. A second signal ends at once."""
+    from meshserve.app import Peer  # the whole house: not needed to print a usage error
+
+    told_to_stop = asyncio.Event()
+
+    def on_signal() -> None:
+        if told_to_stop.is_set():
+            os._exit(130)
+        told_to_stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    if mesh.key_file is None:
+        click.echo(f"meshserve: no --key-file: mesh {mesh.mesh!r} is open to everyone on this network", err=True)
+    peer = Peer(mesh, config, lambda line: click.echo(line))
+    await peer.start()
+    try:
+        await told_to_stop.wait()
+        await peer.drain()
+    finally:
+        await peer.stop()
+    return 0

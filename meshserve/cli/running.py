@@ -1,0 +1,58 @@
+"""From a coroutine to an exit code: the event loop, logging, signals, and errors in one line."""
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any, NoReturn
+
+import click
+
+from meshserve.errors import MeshserveError, UsageError
+
+
+class _JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower(), "logger": record.name}
+        return json.dumps({**line, "message": record.getMessage()})
+
+
+def set_up_logging(settings: dict[str, Any]) -> None:
+    """Logs go to stderr; `--log-level` and `--log-json` say how. No library's chatter below a warning."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_JsonFormatter() if settings.get("log_json") else logging.Formatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("meshserve").setLevel(str(settings.get("log_level", "warning")).upper())
+
+
+def run_loop(coroutine: Coroutine[Any, Any, int]) -> int:
+    """Run under uvloop where there is one."""
+    try:
+        from uvloop import new_event_loop as factory
+    except ImportError:
+        factory = asyncio.new_event_loop
+    make_loop: Callable[[], asyncio.AbstractEventLoop] = factory
+    with asyncio.Runner(loop_factory=make_loop) as runner:
+        return runner.run(coroutine)
+
+
+def leave(error: MeshserveError) -> NoReturn:
+    """One line, and the exit code of the contract: 2 for usage, 1 for the rest."""
+    click.echo(f"meshserve: {error.message}", err=True)
+    sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def execute(settings: dict[str, Any], make: Callable[[], Coroutine[Any, Any, int]]) -> NoReturn:
+    """Run a command's coroutine and exit with its code."""
+    set_up_logging(settings)
+    try:
+        code = run_loop(make())
+    except MeshserveError as error:
+        leave(error)
+    except KeyboardInterrupt:
+        code = 130
+    except BrokenPipeError:  # `meshserve peers | head`
+        sys.stderr.close()
+        code = 0
+    sys.exit(code)
