@@ -15,6 +15,7 @@ from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.mesh.transport.sockets import endpoint
+from meshserve.observe.status import serve_status
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.roles.decode import DecodeRole
 from meshserve.roles.prefill import PrefillRole
@@ -41,6 +42,7 @@ class Peer:
         self._on_drain: list[Callable[[], None]] = []
         self.http_url: str | None = None
         self._workers_line = ""
+        self._reporter: WorkerReporter | None = None
 
     async def start(self) -> None:
         """Bind, build the roles, join the mesh, and say so in the ready line. Raises StartupFailed, UsageError or KeyRefused."""
@@ -75,6 +77,7 @@ class Peer:
         if "processor" in self._roles:
             processor = ProcessorRole(self.mesh)
             self._is_idle.append(lambda: processor.is_idle)
+        serve_status(self.mesh, self._reporter)
         if "frontend" in self._roles:
             await self._start_frontend()
 
@@ -100,6 +103,7 @@ class Peer:
             self._closers.callback(requester.close)
             self._is_idle.append(lambda: decode.is_idle)
         self._closers.callback(reporter.close)
+        self._reporter = reporter
 
     async def _start_frontend(self) -> None:
         from meshserve.roles.frontend.server import FrontendRole  # HTTP is a slow import that other roles need not wait for

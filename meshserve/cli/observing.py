@@ -32,4 +32,6 @@ async def wait_for(mesh: Mesh, condition: Callable[[], bool], what: str) -> None
                 await asyncio.sleep(_CHECK_S)
     except TimeoutError as error:
         reasons = "; ".join(sorted(set(mesh.links.refused.values())))
-        raise StartupFailed(f"{what} in mesh {mesh.own.mesh!r}{f' ({reasons})' if reasons else ''}; try --peer HOST with the address of one") from error
+        raise StartupFailed(
+            f"{what} in mesh {mesh.own.mesh!r}{f' ({reasons})' if reasons else ''}; try --peer HOST with the address of one"
+        ) from error

@@ -23,8 +23,20 @@ _MESH_OPTIONS = [
     option("--mesh", default="default", help="Only peers of the same mesh see each other."),
     option("--name", default=None, help="What people call this peer.  [default: HOST-xxxx]", show_default=False),
     option("--interface", default=None, help="Use only this interface or address.  [default: all]", show_default=False),
-    option("--port", type=click.IntRange(1, 65532), default=None, help="First of four ports in a row.  [default: the first free four from 7800]"),
-    option("--peer", "peers", multiple=True, metavar="HOST[:PORT]", envvar="MESHSERVE_PEER", help="A peer to join through, where mDNS does not reach."),
+    option(
+        "--port",
+        type=click.IntRange(1, 65532),
+        default=None,
+        help="First of four ports in a row.  [default: the first free four from 7800]",
+    ),
+    option(
+        "--peer",
+        "peers",
+        multiple=True,
+        metavar="HOST[:PORT]",
+        envvar="MESHSERVE_PEER",
+        help="A peer to join through, where mDNS does not reach.",
+    ),
     option("--no-mdns", is_flag=True, help="Neither announce this peer by mDNS nor look for others."),
     option("--key-file", type=click.Path(), default=None, help="Admit only peers with the same key; see `meshserve key`."),
     option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", help="What goes to stderr."),
@@ -51,7 +63,11 @@ def mesh_config(settings: dict[str, Any], roles: tuple[str, ...] = ()) -> MeshCo
         seeds=tuple(settings["peers"]),
         use_mdns=not settings["no_mdns"],
         key_file=settings["key_file"],
-        **({} if failure_timeout_s is None else {"failure_timeout_s": failure_timeout_s, "heartbeat_interval_s": min(0.3, failure_timeout_s / 5)}),
+        **(
+            {}
+            if failure_timeout_s is None
+            else {"failure_timeout_s": failure_timeout_s, "heartbeat_interval_s": min(0.3, failure_timeout_s / 5)}
+        ),
     )
 
 

@@ -12,21 +12,41 @@ from meshserve.cli.running import execute, leave
 from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
 from meshserve.errors import UsageError
 
+_HANDOFF, _SERVE, _MESH = HandoffConfig(), ServeConfig(), MeshConfig()
 _POLICIES = ("kv", "round-robin", "random", "least-loaded")
 
 
 @click.command()
-@option("--role", "roles", multiple=True, metavar="ROLE", envvar="MESHSERVE_ROLE", help=f"{', '.join(ROLES)}, or all; repeatable or comma-separated.")
+@option(
+    "--role",
+    "roles",
+    multiple=True,
+    metavar="ROLE",
+    envvar="MESHSERVE_ROLE",
+    help=f"{', '.join(ROLES)}, or all; repeatable or comma-separated.",
+)
 @option("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="Where the frontend listens; port 0 takes a free one.")
-@option("--api-key", "api_keys", multiple=True, envvar="MESHSERVE_API_KEY", help="Asked of HTTP clients, on all routes but /health and /ready.")
+@option(
+    "--api-key", "api_keys", multiple=True, envvar="MESHSERVE_API_KEY", help="Asked of HTTP clients, on all routes but /health and /ready."
+)
 @option("--engine", default="dummy", metavar="NAME", help="An installed engine, or module:Class.")
 @option("--model", default=None, metavar="NAME", help="The model that the engine serves.  [default: the engine's]", show_default=False)
 @option("--engine-opt", "engine_options", multiple=True, metavar="KEY=VALUE", help="An option of the engine; repeatable.")
 @option("--policy", type=click.Choice(_POLICIES), default="kv", help="How the router chooses.")
-@option("--max-local-prefill-tokens", type=click.IntRange(0), default=HandoffConfig.max_local_prefill_tokens, help="Longer uncached prompts are handed over.")
-@option("--max-prefill-queue", type=click.IntRange(0), default=HandoffConfig.max_prefill_queue, help="No hand-over to a queue as long as this.")
-@option("--failure-timeout", type=click.FloatRange(0.1, 60), default=MeshConfig.failure_timeout_s, help="Seconds of silence until a peer gets no new work.")
-@option("--drain-timeout", type=click.FloatRange(0), default=ServeConfig.drain_timeout_s, help="Seconds that running requests get to finish.")
+@option(
+    "--max-local-prefill-tokens",
+    type=click.IntRange(0),
+    default=_HANDOFF.max_local_prefill_tokens,
+    help="Longer uncached prompts are handed over.",
+)
+@option("--max-prefill-queue", type=click.IntRange(0), default=_HANDOFF.max_prefill_queue, help="No hand-over to a queue as long as this.")
+@option(
+    "--failure-timeout",
+    type=click.FloatRange(0.1, 60),
+    default=_MESH.failure_timeout_s,
+    help="Seconds of silence until a peer gets no new work.",
+)
+@option("--drain-timeout", type=click.FloatRange(0), default=_SERVE.drain_timeout_s, help="Seconds that running requests get to finish.")
 @option("--no-observe", is_flag=True, help="No spans and no metrics.")
 @mesh_options
 def run(**settings: Any) -> None:

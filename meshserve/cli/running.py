@@ -1,6 +1,7 @@
 """From a coroutine to an exit code: the event loop, logging, signals, and errors in one line."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import sys
@@ -28,11 +29,11 @@ def set_up_logging(settings: dict[str, Any]) -> None:
 
 def run_loop(coroutine: Coroutine[Any, Any, int]) -> int:
     """Run under uvloop where there is one."""
-    try:
-        from uvloop import new_event_loop as factory
-    except ImportError:
-        factory = asyncio.new_event_loop
-    make_loop: Callable[[], asyncio.AbstractEventLoop] = factory
+    make_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    with contextlib.suppress(ImportError):
+        from uvloop import new_event_loop
+
+        make_loop = new_event_loop
     with asyncio.Runner(loop_factory=make_loop) as runner:
         return runner.run(coroutine)
 

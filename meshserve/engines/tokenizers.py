@@ -64,7 +64,7 @@ class ByteTokenizer:
         """The UTF-8 bytes of `text`, one token each; a lone surrogate becomes a question mark."""
         data = text.encode("utf-8", "replace")
         ids = bytearray(len(data) * 4)
-        ids[0 if sys.byteorder == "little" else 3::4] = data  # widened in one go: an iterator takes 20 ns a byte
+        ids[0 if sys.byteorder == "little" else 3 :: 4] = data  # widened in one go: an iterator takes 20 ns a byte
         return array("I", bytes(ids))
 
     def token_bytes(self, token: int) -> bytes:

@@ -1,5 +1,6 @@
 """The words that the dummy model speaks, by the part they play in a sentence."""
 
+
 def _split(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 

@@ -18,6 +18,6 @@ def block_hashes(tokens: "array[int]", block_size: int, salt: str) -> list[int]:
     parent = digest(salt.encode())
     hashes = []
     for start in range(0, len(data) - size + 1, size):
-        parent = digest(data[start:start + size], parent)
+        parent = digest(data[start : start + size], parent)
         hashes.append(parent)
     return hashes

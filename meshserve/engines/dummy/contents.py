@@ -34,12 +34,12 @@ class KVContents:
 
     def read(self, block: int, num_tokens: int) -> bytes:
         """A copy of the block's first `num_tokens` rows."""
-        return bytes(memoryview(self.buffer(block))[:num_tokens * self.kv_bytes_per_token])
+        return bytes(memoryview(self.buffer(block))[: num_tokens * self.kv_bytes_per_token])
 
     def write(self, block: int, payload: bytes | memoryview) -> None:
         """Take in rows that were computed elsewhere. They are visible once :meth:`digest` was called."""
         self._digests.pop(block, None)
-        self.buffer(block)[:len(payload)] = payload
+        self.buffer(block)[: len(payload)] = payload
 
     def digest(self, blocks: list[int], index: int) -> None:
         """Digest block `index` of a sequence's blocks, which is full, from what it holds and from the digest before it."""
@@ -75,7 +75,7 @@ class Cursor:
         self.context = contents.parent(blocks, index)
         self._offset = num_rows * self._row_bytes
         self._buffer = contents.buffer(blocks[index]) if num_rows else bytearray()
-        self._hasher = xxhash.xxh3_64(memoryview(self._buffer)[:self._offset], seed=self.context)
+        self._hasher = xxhash.xxh3_64(memoryview(self._buffer)[: self._offset], seed=self.context)
         if num_rows:
             self.context = self._hasher.intdigest()
 
@@ -87,7 +87,7 @@ class Cursor:
         row = xxhash.xxh3_128_digest(_pack_state(self.context, token)) * self._repeats
         end = offset + self._row_bytes
         if len(row) != self._row_bytes:
-            row = row[:self._row_bytes]
+            row = row[: self._row_bytes]
         self._buffer[offset:end] = row
         self._hasher.update(row)
         self.context = self._hasher.intdigest()

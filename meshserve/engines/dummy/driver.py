@@ -28,9 +28,15 @@ class Driver:
     predecessor's due time plus its own duration, so that late wake-ups do not add up; only who is later than a whole step starts afresh.
     """
 
-    def __init__(self, scheduler: Scheduler[Job], contents: KVContents, clock: Callable[[], float],
-                 on_outcome: Callable[[Outcome[Job], float], None], on_failure: Callable[[Job, Exception], None],
-                 on_turn: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler[Job],
+        contents: KVContents,
+        clock: Callable[[], float],
+        on_outcome: Callable[[Outcome[Job], float], None],
+        on_failure: Callable[[Job, Exception], None],
+        on_turn: Callable[[], None],
+    ) -> None:
         self._scheduler = scheduler
         self._contents = contents
         self._clock = clock

@@ -32,8 +32,9 @@ class DummyEngine:
         self._clock = clock
         self._pool = BlockPool(parsed.num_blocks)
         self._contents = KVContents(parsed.block_size, parsed.kv_bytes_per_token, self.card.model_hash)
-        self._scheduler: Scheduler[Job] = Scheduler(self._pool, parsed.timing(), block_size=parsed.block_size,
-                                                    max_batch=parsed.max_batch, max_batch_tokens=parsed.max_batch_tokens)
+        self._scheduler: Scheduler[Job] = Scheduler(
+            self._pool, parsed.timing(), block_size=parsed.block_size, max_batch=parsed.max_batch, max_batch_tokens=parsed.max_batch_tokens
+        )
         self._driver = Driver(self._scheduler, self._contents, clock, self._take_outcome, self._fail, self._report_blocks)
         self._jobs: dict[str, Job] = {}
         self._listener: BlockListener | None = None
@@ -115,8 +116,9 @@ class DummyEngine:
     def load(self) -> EngineLoad:
         """A snapshot, cheap enough for every step."""
         scheduler, pool = self._scheduler, self._pool
-        return EngineLoad(scheduler.num_running, scheduler.num_waiting, scheduler.waiting_prefill_tokens, pool.num_used, pool.num_idle,
-                          pool.num_blocks)
+        return EngineLoad(
+            scheduler.num_running, scheduler.num_waiting, scheduler.waiting_prefill_tokens, pool.num_used, pool.num_idle, pool.num_blocks
+        )
 
     def watch_blocks(self, listener: BlockListener | None) -> list[int]:
         """Report stored and evicted full prompt blocks from now on, at most once a turn; returns the hashes of those there are."""
@@ -133,7 +135,8 @@ class DummyEngine:
                 f"This model's maximum context length is {self.card.context_length} tokens. However, you requested "
                 f"{num_prompt + num_output} tokens ({num_prompt} in the prompt, {num_output} in the completion). "
                 "Please reduce the length of either.",
-                param="prompt" if num_prompt >= self.card.context_length else "max_tokens")
+                param="prompt" if num_prompt >= self.card.context_length else "max_tokens",
+            )
 
     def _check_is_new(self, request_id: str) -> None:
         if request_id in self._jobs:

@@ -29,7 +29,7 @@ class Job(Sequence):
         cursor = self.cursor
         assert cursor is not None, "the step that admits a job opens its cursor"
         if end > cursor.num_tokens:
-            cursor.extend(self.tokens[cursor.num_tokens:end])
+            cursor.extend(self.tokens[cursor.num_tokens : end])
 
 
 class GenerationJob(Job):
@@ -48,8 +48,13 @@ class GenerationJob(Job):
         """What was measured, if the last token came at `now`."""
         started_at = now if self.started_at is None else self.started_at
         first_token_at = now if self.first_token_at is None else self.first_token_at
-        return GenerationStats(self.num_tokens, self.num_cached or 0, (started_at - self.added_at) * 1000,
-                               (first_token_at - started_at) * 1000, (now - first_token_at) * 1000)
+        return GenerationStats(
+            self.num_tokens,
+            self.num_cached or 0,
+            (started_at - self.added_at) * 1000,
+            (first_token_at - started_at) * 1000,
+            (now - first_token_at) * 1000,
+        )
 
 
 class PrefillJob(Job):

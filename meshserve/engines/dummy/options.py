@@ -48,9 +48,19 @@ class DummyOptions:
     def card(self, model: str) -> ModelCard:
         """The card of a dummy model of this name. Its hash covers whatever changes tokens or KV, and no timing."""
         identity = f"dummy/{_OUTPUT_VERSION}/{model}/{self.kv_bytes_per_token}/{self.block_size}/{self.tokenizer}/{self.context_length}"
-        return ModelCard(model=model, model_hash=xxhash.xxh3_128_hexdigest(identity.encode()), context_length=self.context_length,
-                         tokenizer=self.tokenizer, chat_template=_CHAT_TEMPLATE, default_temperature=0.0, layers=1, dtype="uint8",
-                         kv_bytes_per_token=self.kv_bytes_per_token, block_size=self.block_size, can_hand_over=True)
+        return ModelCard(
+            model=model,
+            model_hash=xxhash.xxh3_128_hexdigest(identity.encode()),
+            context_length=self.context_length,
+            tokenizer=self.tokenizer,
+            chat_template=_CHAT_TEMPLATE,
+            default_temperature=0.0,
+            layers=1,
+            dtype="uint8",
+            kv_bytes_per_token=self.kv_bytes_per_token,
+            block_size=self.block_size,
+            can_hand_over=True,
+        )
 
 
 def parse_options(options: EngineOptions) -> DummyOptions:

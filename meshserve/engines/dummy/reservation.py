@@ -11,15 +11,21 @@ from meshserve.kv.pool import BlockPool
 class DummyReservation:
     """Holds all the blocks of a prompt but for its last token: those that were cached, and room for those that were not."""
 
-    def __init__(self, tokens: "array[int]", hashes: list[int], pool: BlockPool, contents: KVContents,
-                 on_release: Callable[["DummyReservation"], None]) -> None:
+    def __init__(
+        self,
+        tokens: "array[int]",
+        hashes: list[int],
+        pool: BlockPool,
+        contents: KVContents,
+        on_release: Callable[["DummyReservation"], None],
+    ) -> None:
         self.tokens = tokens
         self.hashes = hashes
         self.num_tokens = len(tokens) - 1
         self._contents = contents
         self._on_release = on_release
         size = contents.block_size
-        prefix = pool.lookup(hashes[:self.num_tokens // size])
+        prefix = pool.lookup(hashes[: self.num_tokens // size])
         # room for the last token too: two full reservations that each wait for one more block would wait for ever
         self.blocks = pool.acquire(prefix, -(-len(tokens) // size) - len(prefix))
         self.num_cached_tokens = len(prefix) * size

@@ -36,8 +36,13 @@ def next_token(context: int, sampling: Sampling, position: int) -> int:
     worker continues identically. The end of sequence is a candidate where sentences begin.
     """
     first, size, is_start = _SLOTS[position % _PERIOD]
-    wins_eos = is_start and (context >> 40) % _EOS_OUT_OF < _EOS_WINS_BELOW and position > 0 \
-        and not sampling.ignore_eos and position >= sampling.min_tokens
+    wins_eos = (
+        is_start
+        and (context >> 40) % _EOS_OUT_OF < _EOS_WINS_BELOW
+        and position > 0
+        and not sampling.ignore_eos
+        and position >= sampling.min_tokens
+    )
     if sampling.temperature <= 0:
         return EOS_TOKEN if wins_eos else first + context % size
     rank = _draw(sampling, position, size, wins_eos)

@@ -33,8 +33,23 @@ class Sequence:
     all its tokens are computed and none is produced.
     """
 
-    __slots__ = ("added_at", "arrival", "blocks", "capacity", "first_token_at", "hashes", "max_new_tokens", "num_cached", "num_computed",
-                 "num_generated", "num_pending", "num_registered", "num_tokens", "stage", "started_at")
+    __slots__ = (
+        "added_at",
+        "arrival",
+        "blocks",
+        "capacity",
+        "first_token_at",
+        "hashes",
+        "max_new_tokens",
+        "num_cached",
+        "num_computed",
+        "num_generated",
+        "num_pending",
+        "num_registered",
+        "num_tokens",
+        "stage",
+        "started_at",
+    )
 
     def __init__(self, num_tokens: int, hashes: Seq[int], max_new_tokens: int) -> None:
         self.num_tokens = num_tokens

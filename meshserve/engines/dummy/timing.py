@@ -32,9 +32,14 @@ class Timing:
     def with_options(self, step_ms: float, prefill_tokens_per_s: float) -> "Timing":
         """The same hardware with `step_ms` more a decode step and, unless it is 0, prefill at a constant rate instead."""
         per_token_ms = 1000 / prefill_tokens_per_s if prefill_tokens_per_s else self.prefill_ms_per_token
-        return Timing(0.0 if prefill_tokens_per_s else self.prefill_base_ms, per_token_ms,
-                      0.0 if prefill_tokens_per_s else self.prefill_ms_per_token2, self.decode_base_ms + step_ms,
-                      self.decode_ms_by_occupancy, self.decode_ms_by_occupancy2)
+        return Timing(
+            0.0 if prefill_tokens_per_s else self.prefill_base_ms,
+            per_token_ms,
+            0.0 if prefill_tokens_per_s else self.prefill_ms_per_token2,
+            self.decode_base_ms + step_ms,
+            self.decode_ms_by_occupancy,
+            self.decode_ms_by_occupancy2,
+        )
 
 
 PROFILES: dict[str, Timing] = {

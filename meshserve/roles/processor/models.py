@@ -50,7 +50,7 @@ class Models:
         wanted = request.max_tokens or 1
         if len(tokens) + wanted > card.context_length:
             raise ContextLengthExceeded(
-                f"this model's context is {card.context_length} tokens; {len(tokens)} of the prompt and {wanted} to complete it are too many",
+                f"this model's context is {card.context_length} tokens; {len(tokens)} of prompt and {wanted} of completion are too many",
                 param=param,
             )
         return tokens

@@ -33,7 +33,7 @@ class _Request:
     def __init__(self, role: "ProcessorRole", call: IncomingCall, request: CompletionRequest) -> None:
         self._role, self._call, self._request = role, call, request
         self._phases = Phases()
-        self.request_id = role.next_request_id()
+        self.request_id = request.request_id
         self._card = role.models.card(request.model)
         self._tokens = role.models.encode(request, self._card)
         self._sampling = role.models.sampling(request, self._card, len(self._tokens), role.draw_seed())
@@ -225,7 +225,6 @@ class ProcessorRole:
         self.mesh = mesh
         self.models = Models(mesh)
         self._running: dict[str, _Request] = {}
-        self._ids = itertools.count(1)
         self._turn = itertools.count()
         self._rng = random.Random()
         mesh.serve("complete", self._on_complete)
@@ -240,10 +239,6 @@ class ProcessorRole:
     def is_idle(self) -> bool:
         """No request is under way."""
         return not self._running
-
-    def next_request_id(self) -> str:
-        """Unique in all meshes: this incarnation and a counter."""
-        return f"{self.mesh.incarnation}-{next(self._ids)}"
 
     def draw_seed(self) -> int:
         """For a request that names none."""
@@ -270,6 +265,8 @@ class ProcessorRole:
 
     def _on_complete(self, call: IncomingCall) -> None:
         request = call.body if isinstance(call.body, CompletionRequest) else CompletionRequest.from_wire(call.body)
+        if request.request_id in self._running:
+            raise InvalidRequest("a request of this id is under way")
         running = _Request(self, call, request)
         self._running[running.request_id] = running
         call.on_cancel = running.cancel

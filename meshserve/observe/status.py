@@ -1,0 +1,72 @@
+"""Who is in the mesh: what every peer says of itself when asked, in one list."""
+
+import asyncio
+from typing import Any
+
+from meshserve.errors import MeshserveError
+from meshserve.mesh.calls import IncomingCall
+from meshserve.mesh.membership import Member
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.transport.sockets import endpoint
+from meshserve.observe.worker_report import WorkerReporter
+from meshserve.wire.hello import PeerInfo
+
+_METHOD = "mesh.status"
+_TIMEOUT_S = 0.5
+
+
+def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
+    """Answer questions about this peer."""
+    began_s = mesh.now_s()
+
+    def on_status(call: IncomingCall) -> None:
+        load = reporter.load() if reporter is not None else None
+        call.end(
+            {"up_s": round(mesh.now_s() - began_s, 3), "load": _load(load) if load else None, "counters": dict(mesh.counters.snapshot())}
+        )
+
+    def _load(load: Any) -> dict[str, int]:
+        return {name: getattr(load, name) for name in load.__dataclass_fields__}
+
+    mesh.serve(_METHOD, on_status)
+
+
+async def list_peers(mesh: Mesh) -> list[dict[str, Any]]:
+    """All peers but observers, oldest first, with what they say of themselves; those that do not answer are listed all the same."""
+    members = mesh.links.membership.listed()
+    own = [] if mesh.own.is_observer else [mesh.own]
+    infos = own + [member.info for member in members]
+    answers = await asyncio.gather(*(_ask(mesh, info.incarnation) for info in infos))
+    by_incarnation = {member.info.incarnation: member for member in members}
+    return [_entry(mesh, info, by_incarnation.get(info.incarnation), answer) for info, answer in zip(infos, answers, strict=True)]
+
+
+async def _ask(mesh: Mesh, incarnation: str) -> tuple[dict[str, Any], float | None]:
+    began_s = mesh.now_s()
+    try:
+        answer = await mesh.call(incarnation, _METHOD, None, _TIMEOUT_S)
+    except MeshserveError:
+        return {}, None
+    return answer if isinstance(answer, dict) else {}, (mesh.now_s() - began_s) * 1000
+
+
+def _entry(mesh: Mesh, info: PeerInfo, member: Member | None, answer: tuple[dict[str, Any], float | None]) -> dict[str, Any]:
+    status, rtt_ms = answer
+    state = "draining" if info.is_draining else (member.state.value if member is not None else "alive")
+    host = member.linked_at[0] if member is not None and member.linked_at else info.addresses[0]
+    return {
+        "name": mesh.name_of(info.incarnation),
+        "incarnation": info.incarnation,
+        "roles": list(info.roles),
+        "model": info.card.model if info.card else None,
+        "address": endpoint(host, info.port),
+        "state": state,
+        "mesh": info.mesh,
+        "load": status.get("load"),
+        "rtt_ms": round(rtt_ms, 3) if rtt_ms is not None else None,
+        "up_s": status.get("up_s"),
+        "version": info.version,
+        "http": info.http,
+        "addresses": list(info.addresses),
+        "counters": status.get("counters", {}),
+    }

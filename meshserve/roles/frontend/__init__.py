@@ -1,0 +1,1 @@
+"""The frontend role: HTTP in, tokens streamed out."""

@@ -1,0 +1,177 @@
+"""The HTTP server of a frontend: its routes, its socket, its life."""
+
+import asyncio
+import contextlib
+import hmac
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from meshserve.config import ServeConfig
+from meshserve.errors import InvalidRequest, MeshserveError, ModelNotFound, StartupFailed, Unauthorized
+from meshserve.mesh.mesh import Mesh
+from meshserve.observe.status import list_peers
+from meshserve.roles.frontend import shapes
+from meshserve.roles.frontend.completions import Completions, Receive, Scope, Send, error_headers, send_whole
+
+_OPEN_PATHS = ("/health", "/ready")
+_START_CHECK_S = 0.002
+
+
+class _Endpoint:
+    """A raw ASGI route: Starlette calls functions with a request object, and anything else as an application."""
+
+    def __init__(self, application: Any) -> None:
+        self._application = application
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._application(scope, receive, send)
+
+
+class _Guard:
+    """Asks for an API key, if there are any, before anything else looks at a request."""
+
+    def __init__(self, application: Any, keys: tuple[str, ...]) -> None:
+        self._application = application
+        self._keys = [key.encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS and not self._is_known(scope):
+            error = Unauthorized("the API key is missing or wrong: send it as `Authorization: Bearer KEY`")
+            await send_whole(send, 401, shapes.error_body(error), [*error_headers(error), (b"www-authenticate", b"Bearer")])
+            return
+        await self._application(scope, receive, send)
+
+    def _is_known(self, scope: Scope) -> bool:
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"").removeprefix(b"Bearer ")
+        matches = [hmac.compare_digest(given, key) for key in self._keys]  # every key is compared, whichever matches
+        return any(matches)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its signal handlers: signals are the peer's business."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class FrontendRole:
+    """Listens; `start` returns the URL once it does."""
+
+    def __init__(self, mesh: Mesh, config: ServeConfig) -> None:
+        self._mesh, self._config = mesh, config
+        self._completions = Completions(mesh, config)
+        self._started_s = int(time.time())
+        self._server: _Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """No request is under way."""
+        return not self._completions.num_open
+
+    async def start(self) -> str:
+        """Bind and serve. Raises StartupFailed if the port is taken or the address not this host's."""
+        listening = self._bind()
+        application: Any = self._routes()
+        if self._config.api_keys:
+            application = _Guard(application, self._config.api_keys)
+        self._server = _Server(
+            uvicorn.Config(
+                application,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                interface="asgi3",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                timeout_graceful_shutdown=1,
+            )
+        )
+        self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listening]))
+        while not self._server.started and not self._serving.done():
+            await asyncio.sleep(_START_CHECK_S)
+        host, port = listening.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def _bind(self) -> socket.socket:
+        host, port = self._config.http_host, self._config.http_port
+        try:
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            return socket.create_server((host, port), family=family, backlog=2048)
+        except OSError as error:
+            advice = "choose another port" if error.errno is not None else "choose another address"
+            raise StartupFailed(f"cannot listen for HTTP on {host}:{port} ({error.strerror or error}): {advice} with --http") from error
+
+    def _routes(self) -> Starlette:
+        completions = self._completions
+        return Starlette(
+            routes=[
+                Route("/v1/completions", _Endpoint(completions.completion), methods=["POST"]),
+                Route("/v1/chat/completions", _Endpoint(completions.chat), methods=["POST"]),
+                Route("/generate", _Endpoint(completions.generate), methods=["POST"]),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{model:path}", self._model),
+                Route("/health", self._health),
+                Route("/ready", self._ready),
+                Route("/mesh/peers", self._peers),
+            ],
+            exception_handlers={HTTPException: _http_error, MeshserveError: _own_error, Exception: _unexpected},
+        )
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse(shapes.models_body([info.card for info in self._mesh.peers_with("decode") if info.card], self._started_s))
+
+    async def _model(self, request: Request) -> Response:
+        cards = [info.card for info in self._mesh.peers_with("decode") if info.card]
+        for card in cards:
+            if card.model == request.path_params["model"]:
+                return JSONResponse(shapes.model_entry(card, self._started_s))
+        names = ", ".join(sorted({card.model for card in cards})) or "none yet"
+        raise ModelNotFound(f"the model {request.path_params['model']!r} is not served here; there are: {names}", param="model")
+
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({"status": "alive", "name": self._mesh.own.name})
+
+    async def _ready(self, request: Request) -> Response:
+        missing = [role for role in ("processor", "decode") if not self._mesh.peers_with(role)]
+        if self._mesh.own.is_draining:
+            return JSONResponse({"status": "draining", "missing": missing}, 503, {"retry-after": "1"})
+        if missing:
+            return JSONResponse({"status": "waiting", "missing": missing}, 503, {"retry-after": "1"})
+        return JSONResponse({"status": "ready"})
+
+    async def _peers(self, request: Request) -> Response:
+        return JSONResponse(await list_peers(self._mesh))
+
+    async def close(self) -> None:
+        """Stop listening; connections that still stream are cut after a second."""
+        if self._server is not None and self._serving is not None:
+            self._server.should_exit = True
+            await self._serving
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    words = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not for {request.url.path}"}
+    body = shapes.error_body(InvalidRequest(words.get(error.status_code, error.detail)))
+    return Response(body, error.status_code, dict(error.headers or {}), "application/json")
+
+
+async def _own_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, MeshserveError)
+    return Response(shapes.error_body(error), error.http_status, media_type="application/json")
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    return Response(shapes.error_body(MeshserveError("internal error")), 500, media_type="application/json")

@@ -1,0 +1,28 @@
+"""Tokens to text, as they come: only whole characters are given out. Pure."""
+
+import codecs
+from collections.abc import Callable, Sequence
+
+
+class Detokenizer:
+    """One sequence's. Whatever the split into calls, the texts joined are the bytes joined and decoded, malformed ones replaced."""
+
+    __slots__ = ("_decoder", "_is_between", "_token_bytes")
+
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._is_between = True
+
+    def feed(self, tokens: Sequence[int]) -> str:
+        """The characters that these tokens complete; may be empty."""
+        data = self._token_bytes(tokens[0]) if len(tokens) == 1 else b"".join(map(self._token_bytes, tokens))
+        if self._is_between and data.isascii():
+            return data.decode("ascii")
+        text = self._decoder.decode(data)
+        self._is_between = not self._decoder.getstate()[0]
+        return text
+
+    def finish(self) -> str:
+        """What an unfinished character leaves."""
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,43 @@
+"""Stop strings, also across token borders. Pure."""
+
+
+class StopChecker:
+    """Gives out text up to the first place at which a stop string is complete, and never a part of one that may still become complete.
+
+    Of several stop strings the one whose *end* comes first counts, and of those the longest: what a reader would do who looks at one
+    character after the other. So the outcome does not depend on how the text was split.
+    """
+
+    __slots__ = ("_held", "_longest", "_stops")
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._stops = tuple(sorted(stops, key=len, reverse=True))
+        self._longest = max(map(len, stops), default=0)
+        self._held = ""
+
+    def feed(self, text: str) -> tuple[str, bool]:
+        """The text that may be given out, and whether a stop string ended it: then nothing more must be fed."""
+        if not self._stops:
+            return text, False
+        text = self._held + text
+        found = [(start + len(stop), -len(stop)) for stop in self._stops if (start := text.find(stop)) >= 0]
+        if found:
+            end, negative_length = min(found)
+            self._held = ""
+            return text[: end + negative_length], True
+        num_held = self._num_undecided(text)
+        self._held = text[len(text) - num_held :]
+        return text[: len(text) - num_held], False
+
+    def _num_undecided(self, text: str) -> int:
+        """The longest end of the text that a stop string begins with."""
+        for length in range(min(self._longest - 1, len(text)), 0, -1):
+            tail = text[-length:]
+            if any(stop.startswith(tail) for stop in self._stops):
+                return length
+        return 0
+
+    def finish(self) -> str:
+        """The sequence ended without a stop string: what was held back."""
+        held, self._held = self._held, ""
+        return held
