@@ -60,7 +60,13 @@ class BlockPool:
         """So many blocks, held once each; idle blocks are evicted when no free one is left. Raises PoolFull and then changes nothing."""
         if num_blocks > self.num_available:
             raise PoolFull(f"{num_blocks} blocks are needed and {self.num_available} of {self.num_blocks} are available")
-        blocks = [self._take_one() for _ in range(num_blocks)]
+        num_free = min(num_blocks, len(self._free))
+        blocks = self._free[len(self._free) - num_free:]
+        del self._free[len(self._free) - num_free:]
+        num_new = min(num_blocks - num_free, self.num_blocks - self._never_used)
+        blocks += range(self._never_used, self._never_used + num_new)
+        self._never_used += num_new
+        blocks += [self._evict() for _ in range(num_blocks - num_free - num_new)]
         self._holders.update(dict.fromkeys(blocks, 1))
         return blocks
 
@@ -75,25 +81,27 @@ class BlockPool:
 
     def retain(self, blocks: Iterable[int]) -> None:
         """Hold each of these blocks once more; they must be held or idle."""
+        holders, idle = self._holders, self._idle  # looked up once: a prompt of 100k tokens has thousands of blocks
         for block in blocks:
-            holders = self._holders.get(block, 0)
-            if not holders:
-                del self._idle[block]
-            self._holders[block] = holders + 1
+            if block in holders:
+                holders[block] += 1
+            else:
+                del idle[block]
+                holders[block] = 1
 
     def release(self, blocks: Sequence[int]) -> None:
         """Hold each once less. What nobody holds becomes idle if it is registered, else free.
 
         The last block is released first: a prefix is worth more than what follows it, so its end is evicted before its start.
         """
+        holders, idle, hash_of = self._holders, self._idle, self._hash_of
         for block in reversed(blocks):
-            holders = self._holders[block] - 1
-            if holders:
-                self._holders[block] = holders
+            if holders[block] > 1:
+                holders[block] -= 1
                 continue
-            del self._holders[block]
-            if block in self._hash_of:
-                self._idle[block] = None
+            del holders[block]
+            if block in hash_of:
+                idle[block] = None
             else:
                 self._free.append(block)
 
@@ -121,12 +129,7 @@ class BlockPool:
         self._stored, self._evicted = {}, {}
         return changes
 
-    def _take_one(self) -> int:
-        if self._free:
-            return self._free.pop()
-        if self._never_used < self.num_blocks:
-            self._never_used += 1
-            return self._never_used - 1
+    def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)
         block_hash = self._hash_of.pop(block)
         del self._block_of[block_hash]

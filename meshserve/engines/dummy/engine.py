@@ -157,19 +157,24 @@ class DummyEngine:
         self._driver.kick()
 
     def _take_outcome(self, outcome: Outcome[Job], now: float) -> None:
-        for job in outcome.producing:
-            if job.is_live:
-                try:
-                    self._produce(job, now)
-                except Exception as exc:
-                    self._fail(job, exc)
         for job in outcome.prefilled:
-            if job.is_live and isinstance(job, PrefillJob):
+            self._give_out(job, now)
+        for job in outcome.producing:
+            self._give_out(job, now)
+
+    def _give_out(self, job: Job, now: float) -> None:
+        if not job.is_live:  # cancelled meanwhile, perhaps by the sink that was called before
+            return
+        try:
+            if isinstance(job, GenerationJob):
+                self._produce(job, now)
+            elif isinstance(job, PrefillJob):
                 self._end(job)
                 job.sink.on_finish(job.num_cached or 0)
+        except Exception as exc:
+            self._fail(job, exc)
 
-    def _produce(self, job: Job, now: float) -> None:
-        assert isinstance(job, GenerationJob)
+    def _produce(self, job: GenerationJob, now: float) -> None:
         token = next_token(job.cursor.context, job.sampling, job.position)  # type: ignore[union-attr]  # open while it runs
         if token == EOS_TOKEN:
             self._end(job)

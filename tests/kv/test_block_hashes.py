@@ -1,0 +1,33 @@
+"""Chained hashes: equal hashes, equal prefixes."""
+
+from array import array
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshserve.kv.hashes import block_hashes
+
+TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=64).map(lambda found: array("I", found))
+
+
+@given(TOKENS, st.integers(1, 9))
+def test_only_full_blocks_have_a_hash(tokens: "array[int]", block_size: int) -> None:
+    hashes = block_hashes(tokens, block_size, "model")
+    assert len(hashes) == len(tokens) // block_size
+    assert all(0 <= found < 2**64 for found in hashes)
+
+
+@given(TOKENS, TOKENS, st.integers(1, 9))
+def test_prompts_share_exactly_the_hashes_of_their_common_whole_blocks(one: "array[int]", other: "array[int]", block_size: int) -> None:
+    common = next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    hashes = zip(block_hashes(one, block_size, "model"), block_hashes(other, block_size, "model"), strict=False)
+    assert sum(a == b for a, b in hashes) == common // block_size
+
+
+def test_equal_blocks_after_different_prefixes_have_different_hashes() -> None:
+    assert block_hashes(array("I", [1, 2, 9, 9]), 2, "m")[1] != block_hashes(array("I", [1, 3, 9, 9]), 2, "m")[1]
+
+
+def test_another_model_has_other_hashes_for_the_same_tokens() -> None:
+    tokens = array("I", range(8))
+    assert not set(block_hashes(tokens, 2, "one")) & set(block_hashes(tokens, 2, "other"))
