@@ -4,6 +4,7 @@ Deciding is :class:`~meshserve.handoff.task.PrefillTask`'s; this carries it out 
 """
 
 import asyncio
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,7 +105,7 @@ class PrefillRequester:
 
     def start(self, request: GenerateRequest, candidates: list[str], on_done: Callable[[HandoffResult], None]) -> None:
         """Put out a ticket for this prompt."""
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         task = PrefillTask(request.request_id, self._config, self._mesh.config.failure_timeout_s, now_s)
         running = self._running[request.request_id] = _Running(task, request, on_done)
         self._carry_out(running, task.start(candidates, now_s))
@@ -115,7 +116,7 @@ class PrefillRequester:
         """Nobody wants this any more: tickets are struck, a running attempt is revoked, blocks are given back."""
         running = self._running.get(request_id)
         if running is not None:
-            self._carry_out(running, running.task.cancel(self._loop.time()))
+            self._carry_out(running, running.task.cancel(time.monotonic()))
 
     # --- carrying out
 
@@ -136,7 +137,7 @@ class PrefillRequester:
         for peer in push.peers:
             if not self._pipeline.push_nowait(peer, ticket):
                 self._mesh.counters.add("tickets_not_sent")
-                self._carry_out(running, running.task.push_failed(peer, self._loop.time()))
+                self._carry_out(running, running.task.push_failed(peer, time.monotonic()))
 
     def _revoke(self, running: _Running) -> None:
         self._mesh.counters.add("prefill_attempts_revoked")
@@ -182,7 +183,7 @@ class PrefillRequester:
             lost_peers=[self._mesh.name_of(peer) for peer in task.lost_peers],
             num_blocks=running.num_blocks,
             num_bytes=running.num_bytes,
-            queue_ms=((last.claimed_s if last else self._loop.time()) - task.created_s) * 1000,
+            queue_ms=((last.claimed_s if last else time.monotonic()) - task.created_s) * 1000,
             prefill_ms=min(running.computed_ms, took_ms),
             transfer_ms=max(0.0, took_ms - running.computed_ms),
         )
@@ -192,7 +193,7 @@ class PrefillRequester:
     def _on_claim(self, call: IncomingCall) -> None:
         request_id = call.body
         running = self._running.get(request_id) if isinstance(request_id, str) else None
-        if running is None or not running.task.claim(call.peer, self._loop.time()):
+        if running is None or not running.task.claim(call.peer, time.monotonic()):
             self._mesh.counters.add("claims_gone")
             raise Gone("claimed by another, or over")
         self._mesh.counters.add("claims_granted")
@@ -201,7 +202,7 @@ class PrefillRequester:
             return
         running.missing = set(running.reservation.missing()) if running.reservation is not None else set()
         if not running.missing:
-            self._carry_out(running, running.task.complete(self._loop.time()))
+            self._carry_out(running, running.task.complete(time.monotonic()))
             return
         attempt = running.task.attempt
         call.on_cancel = lambda: self._claim_ended(running, call, attempt)
@@ -213,7 +214,7 @@ class PrefillRequester:
             running.reservation = self._engine.reserve(running.request.tokens)
         except PoolFull:
             self._mesh.counters.add("reservations_refused")
-            self._carry_out(running, running.task.fall_back(self._loop.time()))
+            self._carry_out(running, running.task.fall_back(time.monotonic()))
             return False
         return True
 
@@ -229,7 +230,7 @@ class PrefillRequester:
             if isinstance(named, list) and len(named) == 2 and isinstance(named[0], str) and isinstance(named[1], int):
                 running = self._running.get(named[0])
                 if running is not None:
-                    running.task.renew(call.peer, named[1], self._loop.time())
+                    running.task.renew(call.peer, named[1], time.monotonic())
         call.end()
 
     def _on_bulk(self, data: Any, payloads: list[bytes]) -> Any:
@@ -252,9 +253,9 @@ class PrefillRequester:
             self._mesh.counters.add("blocks_refused")
             self._attempt_failed(running, task.peer, header.attempt, f"block refused: {error.message}")
             return None
-        task.renew(task.peer, header.attempt, self._loop.time())
+        task.renew(task.peer, header.attempt, time.monotonic())
         if not running.missing:
-            self._carry_out(running, task.complete(self._loop.time()))
+            self._carry_out(running, task.complete(time.monotonic()))
         return [header.request_id, header.attempt, sum(map(len, payloads))]
 
     def _take_in(self, running: _Running, header: BulkHeader, payloads: list[bytes]) -> None:
@@ -270,13 +271,13 @@ class PrefillRequester:
 
     def _attempt_failed(self, running: _Running, peer: str, attempt: int, reason: str, is_peer_dead: bool = False) -> None:
         self._mesh.counters.add("prefill_attempts_failed")
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         self._carry_out(running, running.task.attempt_failed(peer, attempt, reason, now_s, is_peer_dead=is_peer_dead))
 
     def _on_change(self, change: Change, member: Member) -> None:
         if "prefill" not in member.info.roles:
             return
-        peer, now_s = member.info.incarnation, self._loop.time()
+        peer, now_s = member.info.incarnation, time.monotonic()
         for running in list(self._running.values()):
             task = running.task
             if change in (Change.DIED, Change.LEFT, Change.SUSPECTED):
@@ -288,7 +289,7 @@ class PrefillRequester:
 
     def _tick(self) -> None:
         self._timer = None
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         for running in list(self._running.values()):
             self._carry_out(running, running.task.tick(now_s))
         if self._running:

@@ -61,8 +61,8 @@ class BlockPool:
         if num_blocks > self.num_available:
             raise PoolFull(f"{num_blocks} blocks are needed and {self.num_available} of {self.num_blocks} are available")
         num_free = min(num_blocks, len(self._free))
-        blocks = self._free[len(self._free) - num_free:]
-        del self._free[len(self._free) - num_free:]
+        blocks = self._free[len(self._free) - num_free :]
+        del self._free[len(self._free) - num_free :]
         num_new = min(num_blocks - num_free, self.num_blocks - self._never_used)
         blocks += range(self._never_used, self._never_used + num_new)
         self._never_used += num_new

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -52,7 +53,7 @@ class Links:
     def __init__(self, config: MeshConfig, own: PeerInfo, factory: SocketFactory, counters: Counters, owner: LinkOwner) -> None:
         self._config, self._counters, self._owner = config, counters, owner
         self._loop = asyncio.get_running_loop()
-        self._started_s = self._loop.time()
+        self._started_s = time.monotonic()
         self.own = own
         self.membership = Membership(own, config, self._started_s)
         self.transport = Transport(factory, config.transport, counters, self._on_message, self._on_lost)
@@ -83,7 +84,7 @@ class Links:
             _log.warning("--peer %s: no such host; trying again", host)
             await asyncio.sleep(self._config.redial_max_s)
         for address in found[:4]:
-            self.membership.seed(address, port, self._loop.time())
+            self.membership.seed(address, port, time.monotonic())
         self._dial_soon()
 
     async def _start_discovery(self, interfaces: tuple[str, ...] | None) -> None:
@@ -139,9 +140,9 @@ class Links:
         member = self.membership.members.get(peer)
         if member is not None:
             if member.state is PeerState.ALIVE:
-                member.heard_s = self._loop.time()
+                member.heard_s = time.monotonic()
             else:
-                self._tell(self.membership.heard(peer, self._loop.time()))
+                self._tell(self.membership.heard(peer, time.monotonic()))
 
     def _on_control(self, channel: Channel, kind: int, message: Message) -> None:
         if kind == frames.HELLO:
@@ -156,7 +157,7 @@ class Links:
             self._on_pong(channel.peer, message[1])
         elif kind == frames.GOODBYE:
             self._forget(channel.peer, "it left")
-            self._tell(self.membership.goodbye(channel.peer, self._loop.time()))
+            self._tell(self.membership.goodbye(channel.peer, time.monotonic()))
 
     def _on_hello(self, channel: Channel, data: Any) -> None:
         try:
@@ -192,20 +193,20 @@ class Links:
             self._learn(hello)
 
     def _learn(self, hello: Hello) -> None:
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         self._tell(self.membership.hello(hello.peer, hello.age_s, now_s))
         for hint in hello.hints:
             self.membership.hint(hint, now_s)
         self._dial_soon()
 
     def _on_hint(self, hint: PeerHint) -> None:
-        self.membership.hint(hint, self._loop.time())
+        self.membership.hint(hint, time.monotonic())
         self._dial_soon()
 
     def _on_pong(self, peer: str, number: int) -> None:
         self._heard(peer)
         member = self.membership.members.get(peer)
-        rtt_ms = self._loop.time() * 1000 - number / 1000  # the ping carried our own clock, in microseconds
+        rtt_ms = time.monotonic() * 1000 - number / 1000  # the ping carried our own clock, in microseconds
         if member is not None and 0 <= rtt_ms < 1e6:
             member.rtt_ms = rtt_ms
 
@@ -215,7 +216,7 @@ class Links:
         elif self._dealers.get(channel.peer) is channel:
             del self._dealers[channel.peer]
             self._owner.peer_lost(channel.peer, reason)
-            self._tell(self.membership.unlinked(channel.peer, self._loop.time()))
+            self._tell(self.membership.unlinked(channel.peer, time.monotonic()))
             self._dial_soon()
         elif self._inbound.get(channel.peer) is channel:
             del self._inbound[channel.peer]
@@ -224,7 +225,7 @@ class Links:
     # --- what goes out
 
     def _hello(self, expected: str | None) -> Hello:
-        return Hello(self.own, self._loop.time() - self._started_s, self.membership.hints(), expected)
+        return Hello(self.own, time.monotonic() - self._started_s, self.membership.hints(), expected)
 
     def _dial_soon(self) -> None:
         if not self._is_dial_due:
@@ -233,7 +234,7 @@ class Links:
 
     def _dial_due(self) -> None:
         self._is_dial_due = False
-        for dial in self.membership.due_dials(self._loop.time()):
+        for dial in self.membership.due_dials(time.monotonic()):
             self._tasks.spawn(self._dial(dial))
 
     async def _dial(self, dial: Dial) -> None:
@@ -241,18 +242,18 @@ class Links:
             reached = await self._dialler.dial(dial)
         except DialFailed as error:
             self._note_refusal(dial, error)
-            self._tell(self.membership.dial_failed(dial.key, error.is_refused, self._loop.time()))
+            self._tell(self.membership.dial_failed(dial.key, error.is_refused, time.monotonic()))
             return
         incarnation = reached.hello.peer.incarnation
         self.refused.pop(dial.key, None)
         reached.channel.peer = incarnation
         self._learn(reached.hello)
-        self.membership.dial_found(dial.key, incarnation, self._loop.time())
+        self.membership.dial_found(dial.key, incarnation, time.monotonic())
         if incarnation in self._dealers:
             self.transport.drop(reached.channel)
             return
         self._dealers[incarnation] = reached.channel
-        self._tell(self.membership.linked(incarnation, reached.address, self._loop.time()))
+        self._tell(self.membership.linked(incarnation, reached.address, time.monotonic()))
 
     def _note_refusal(self, dial: Dial, error: DialFailed) -> None:
         if self.refused.get(dial.key) != error.message and not error.is_refused and "dialled yourself" not in error.message:
@@ -284,7 +285,7 @@ class Links:
     async def _tick_forever(self) -> None:
         next_gossip_s = lonely_s = 0.0
         while True:
-            now_s = self._loop.time()
+            now_s = time.monotonic()
             self._tick(now_s)
             if now_s >= next_gossip_s:
                 next_gossip_s = now_s + (_GOSSIP_INTERVAL_S if self._is_changed else _GOSSIP_QUIET_INTERVAL_S)

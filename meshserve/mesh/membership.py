@@ -148,13 +148,14 @@ class Membership:
 
     def hello(self, info: PeerInfo, age_s: float, now_s: float) -> list[tuple[Change, Member]]:
         """A peer introduced itself (or told what changed). An earlier incarnation at the same place ends at once."""
-        self._candidates.pop(info.incarnation, None)
+        candidate = self._candidates.pop(info.incarnation, None)
         member = self.members.get(info.incarnation)
         if member is not None:
             is_changed, member.info = member.info != info, info
             return ([(Change.UPDATED, member)] if is_changed else []) + self._heard(member, now_s)
         changes = [self._remove(old, Change.DIED, now_s) for old in self._superseded(info)]
         member = Member(info, are_talking(self.own, info), heard_s=now_s, joined_s=now_s, started_s=now_s - age_s, next_dial_s=now_s)
+        member.is_dialling = candidate is not None and candidate.is_dialling  # its outcome will be told under the same key
         self.members[info.incarnation] = member
         self._gone.pop(info.incarnation, None)
         self._name_all()

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import secrets
 import socket
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -150,8 +151,8 @@ class Mesh:
     # --- calls
 
     def now_s(self) -> float:
-        """The clock of deadlines: monotonic, this process's own."""
-        return self._loop.time()
+        """The clock of deadlines and measurements: monotonic, this process's own. (uvloop's own clock has steps of a millisecond.)"""
+        return time.monotonic()
 
     def serve(self, method: str, handler: Handler) -> None:
         """Answer calls of this method. The handler returns at once and ends the call when it is done."""
@@ -184,7 +185,7 @@ class Mesh:
         if channel is None:
             name = self.name_of(peer)
             raise PeerLost(f"no connection to {name}", peer=name)
-        return self.calls.open(channel, method, body, sink, self._loop.time(), timeout_s)
+        return self.calls.open(channel, method, body, sink, time.monotonic(), timeout_s)
 
     async def call(self, peer: str, method: str, body: Any, timeout_s: float) -> Any:
         """Open a stream and wait for its end value. Raises the MeshserveError it ends in; cancelling cancels the call."""
@@ -199,7 +200,7 @@ class Mesh:
     # --- what the links report
 
     def stream_message(self, channel: Channel, message: Message) -> None:
-        self.calls.received(channel, message, self._loop.time())
+        self.calls.received(channel, message, time.monotonic())
 
     def peer_lost(self, peer: str, reason: str) -> None:
         self.calls.peer_lost(peer, reason)

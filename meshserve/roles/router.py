@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -97,7 +98,7 @@ class RouterRole:
         call.end(self._answer(body["request_id"], body["model"], tokens, policy, excluded))
 
     def _answer(self, request_id: str, model: str, tokens: "array[int]", policy: str, excluded: Sequence[str]) -> dict[str, Any]:
-        now_s = self._loop.time()
+        now_s = time.monotonic()
         self._bookings.expire(now_s)
         decode = self._able("decode", model, excluded)
         if not decode:
@@ -142,7 +143,7 @@ class RouterRole:
         worker = self._workers[chosen.incarnation]
         worker.last_chosen = self._num_choices
         uncached = max(1, prompt.num_tokens - chosen.overlap_blocks * prompt.block_size)
-        self._bookings.book(worker, request_id, uncached, self._loop.time())
+        self._bookings.book(worker, request_id, uncached, time.monotonic())
 
     def close(self) -> None:
         """Follow nobody any more."""

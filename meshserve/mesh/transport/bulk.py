@@ -5,6 +5,7 @@ handed to ZeroMQ without a copy; the receiver copies once, into its pool.
 """
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Callable
 
@@ -33,10 +34,8 @@ class BulkInlet:
 
     def answer(self, sender: bytes, data: bytes) -> None:
         """Back to the connection that a message came on. Lost if that is gone: then there is nobody who waits for it."""
-        try:
+        with contextlib.suppress(zmq.ZMQError):
             self._socket.send_multipart((sender, data), zmq.NOBLOCK)
-        except zmq.ZMQError:
-            return
         self._reader.drain_soon()
 
     def close(self) -> None:
@@ -70,6 +69,7 @@ class BulkOutlet:
                 self._socket.send_multipart(self._waiting[0], zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 self._loop.call_later(_RETRY_S, self._pump)
+                self._reader.drain_soon()
                 return
             self._waiting.popleft()
             self._reader.drain_soon()

@@ -71,7 +71,8 @@ class _Dealer:
             return False
         except zmq.ZMQError as error:
             raise OSError(error.errno, error.strerror) from error
-        self.reader.drain_soon()
+        finally:
+            self.reader.drain_soon()  # a send may swallow the edge of what came in, also one that fails
         return True
 
     def _on_frames(self, parts: list[bytes]) -> None:
@@ -182,7 +183,8 @@ class Transport:
                 return False
             except zmq.ZMQError as error:
                 raise OSError(error.errno, error.strerror) from error
-            self._router_reader.drain_soon()
+            finally:
+                self._router_reader.drain_soon()  # as above
             return True
 
         channel = Channel(self.config, send, self.turn.schedule)
