@@ -30,6 +30,7 @@ def test_another_worker_continues_at_any_position_with_the_same_tail() -> None:
 def test_the_seed_matters_only_above_temperature_zero() -> None:
     async def run() -> None:
         async with running_engine() as engine:
+
             async def tokens(**sampling: Any) -> list[int]:
                 return await generated(engine, a_request(tokens_of(9), **sampling))
 
@@ -104,6 +105,7 @@ class CancelsAtFirstToken(GenerationRecord):
 def test_a_sink_may_cancel_from_within_its_own_call() -> None:
     async def run() -> None:
         async with running_engine() as engine:
+
             class Leaving(CancelsAtFirstToken):
                 def leave(self) -> None:
                     engine.cancel("leaving")
@@ -246,9 +248,13 @@ def test_requests_that_cannot_be_served_are_refused_in_words() -> None:
             with pytest.raises(ContextLengthExceeded, match=r"context length is 100 tokens.*requested 110 tokens .90 in the prompt, 20 in"):
                 engine.check(a_request(tokens_of(90)))
             five = tokens_of(5)
-            for request, param in ((a_request(tokens_of(0)), "prompt"), (a_request(five, max_tokens=0), "max_tokens"),
-                                   (a_request(five, temperature=-1.0), "temperature"), (a_request(five, top_p=0.0), "top_p"),
-                                   (a_request(tokens_of(30), num_generated=20), "num_generated")):
+            for request, param in (
+                (a_request(tokens_of(0)), "prompt"),
+                (a_request(five, max_tokens=0), "max_tokens"),
+                (a_request(five, temperature=-1.0), "temperature"),
+                (a_request(five, top_p=0.0), "top_p"),
+                (a_request(tokens_of(30), num_generated=20), "num_generated"),
+            ):
                 with pytest.raises(InvalidRequest) as refused:
                     engine.generate(request, sink)
                 assert refused.value.param == param

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from meshserve.errors import BlockRefused, InvalidRequest, PoolFull
 
 
-async def handed_over(num_tokens: int, num_known: int, order_seed: int, kv_bytes: int,
-                      flip: int | None = None) -> tuple[list[int], list[int]]:
+async def handed_over(
+    num_tokens: int, num_known: int, order_seed: int, kv_bytes: int, flip: int | None = None
+) -> tuple[list[int], list[int]]:
     """The tokens of a prompt computed at one engine, and of the same one whose KV went to another that knew `num_known` tokens."""
     tokens = tokens_of(num_tokens)
     async with running_engine(kv_bytes_per_token=kv_bytes) as prefill, running_engine(kv_bytes_per_token=kv_bytes) as decode:

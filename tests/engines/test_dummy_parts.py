@@ -22,12 +22,18 @@ def card(model: str | None = None, **options: str) -> ModelCard:
     return DummyEngine(EngineOptions(model, options)).card
 
 
-@pytest.mark.parametrize(("key", "value", "words"), [
-    ("colour", "red", "no option 'colour'; it knows profile, kv_bytes_per_token, block_size"),
-    ("block_size", "0", "whole number of at least 1"),
-    ("num_blocks", "many", "not 'many'"), ("profile", "warp", "one of instant, reference, "), ("step_ms", "-1", "not negative"),
-    ("step_ms", "nan", "not negative"), ("tokenizer", "gpt2", "one of bytes"),
-])
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("colour", "red", "no option 'colour'; it knows profile, kv_bytes_per_token, block_size"),
+        ("block_size", "0", "whole number of at least 1"),
+        ("num_blocks", "many", "not 'many'"),
+        ("profile", "warp", "one of instant, reference, "),
+        ("step_ms", "-1", "not negative"),
+        ("step_ms", "nan", "not negative"),
+        ("tokenizer", "gpt2", "one of bytes"),
+    ],
+)
 def test_options_that_will_not_do_are_refused_with_what_would(key: str, value: str, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         card(**{key: value})
@@ -75,9 +81,14 @@ def test_a_tokenizer_that_is_not_here_is_named() -> None:
 
 CONTEXTS = st.integers(0, 2**64 - 1)
 SAMPLINGS = st.builds(
-    Sampling, temperature=st.sampled_from([0.0, 0.01, 0.7, 5.0]), top_k=st.integers(0, 40),
-    seed=st.integers(-2**70, 2**70), top_p=st.floats(0.001, 1),
-    min_tokens=st.integers(0, 30), ignore_eos=st.booleans())
+    Sampling,
+    temperature=st.sampled_from([0.0, 0.01, 0.7, 5.0]),
+    top_k=st.integers(0, 40),
+    seed=st.integers(-(2**70), 2**70),
+    top_p=st.floats(0.001, 1),
+    min_tokens=st.integers(0, 30),
+    ignore_eos=st.booleans(),
+)
 
 
 @given(CONTEXTS, SAMPLINGS, st.integers(0, 200))

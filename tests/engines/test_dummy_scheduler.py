@@ -10,10 +10,10 @@ from meshserve.errors import PoolFull
 from meshserve.kv.pool import BlockPool
 
 
-def a_scheduler(num_blocks: int = 64, max_batch: int = 8, max_batch_tokens: int = 100,
-                timing: Timing = PROFILES["instant"]) -> Scheduler[Sequence]:
-    return Scheduler(BlockPool(num_blocks), timing, block_size=4, max_batch=max_batch,
-                     max_batch_tokens=max_batch_tokens)
+def a_scheduler(
+    num_blocks: int = 64, max_batch: int = 8, max_batch_tokens: int = 100, timing: Timing = PROFILES["instant"]
+) -> Scheduler[Sequence]:
+    return Scheduler(BlockPool(num_blocks), timing, block_size=4, max_batch=max_batch, max_batch_tokens=max_batch_tokens)
 
 
 def hashes(num_tokens: int, prefix: int = 0) -> list[int]:
@@ -81,7 +81,8 @@ def test_a_batch_has_at_most_max_batch_sequences() -> None:
 
 @pytest.mark.parametrize(("num_tokens", "max_new_tokens", "num_computed"), [(12, 1, 4), (13, 1, 1), (11, 1, 3), (12, 0, 0), (15, 0, 3)])
 def test_a_cached_prompt_computes_what_is_left_and_a_generation_at_least_its_last_token(
-        num_tokens: int, max_new_tokens: int, num_computed: int) -> None:
+    num_tokens: int, max_new_tokens: int, num_computed: int
+) -> None:
     scheduler = a_scheduler()
     added(scheduler, 12, 1)
     scheduler.complete(planned(scheduler), 0.0)
@@ -156,10 +157,15 @@ def test_a_sequence_that_ends_within_a_step_is_passed_over() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 24), st.integers(0, 12), st.integers(0, 3)), min_size=1, max_size=8), st.integers(9, 14),
-       st.integers(1, 30), st.integers(1, 5))
+@given(
+    st.lists(st.tuples(st.integers(1, 24), st.integers(0, 12), st.integers(0, 3)), min_size=1, max_size=8),
+    st.integers(9, 14),
+    st.integers(1, 30),
+    st.integers(1, 5),
+)
 def test_every_sequence_gets_its_tokens_and_leaves_no_block_behind(
-        jobs: list[tuple[int, int, int]], num_blocks: int, max_batch_tokens: int, max_batch: int) -> None:
+    jobs: list[tuple[int, int, int]], num_blocks: int, max_batch_tokens: int, max_batch: int
+) -> None:
     scheduler = a_scheduler(num_blocks, max_batch, max_batch_tokens)
     sequences = [added(scheduler, *job) for job in jobs]
     produced: dict[int, int] = {}
@@ -176,13 +182,19 @@ def test_every_sequence_gets_its_tokens_and_leaves_no_block_behind(
     assert scheduler.pool.num_used == scheduler.num_waiting == scheduler.waiting_prefill_tokens == 0
 
 
-@pytest.mark.parametrize(("num_prompt_tokens", "num_decodes", "occupancy", "milliseconds"), [
-    (0, 0, 0.5, 0.0), (1000, 0, 0.0, 16.50142 + 15.18344 + 0.4209989), (0, 3, 0.5, 5.74 + 27.005 - 6.435),
-    (0, 1, 2.0, 5.74 + 54.01 - 25.74),
-    (1, 1, 0.0, 16.50142 + 0.01518344 + 5.74),
-])
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "num_decodes", "occupancy", "milliseconds"),
+    [
+        (0, 0, 0.5, 0.0),
+        (1000, 0, 0.0, 16.50142 + 15.18344 + 0.4209989),
+        (0, 3, 0.5, 5.74 + 27.005 - 6.435),
+        (0, 1, 2.0, 5.74 + 54.01 - 25.74),
+        (1, 1, 0.0, 16.50142 + 0.01518344 + 5.74),
+    ],
+)
 def test_the_reference_profile_is_the_one_of_the_traces(
-        num_prompt_tokens: int, num_decodes: int, occupancy: float, milliseconds: float) -> None:
+    num_prompt_tokens: int, num_decodes: int, occupancy: float, milliseconds: float
+) -> None:
     assert PROFILES["reference"].step_s(num_prompt_tokens, num_decodes, occupancy) * 1000 == pytest.approx(milliseconds, rel=1e-5)
 
 

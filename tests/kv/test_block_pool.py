@@ -98,8 +98,8 @@ class PoolWalk(RuleBasedStateMachine):
             blocks = self.pool.acquire(prefix, num_fresh)
         except PoolFull:
             return
-        assert blocks[:len(prefix)] == prefix
-        assert self.pool.lookup(hashes)[:len(prefix)] == prefix
+        assert blocks[: len(prefix)] == prefix
+        assert self.pool.lookup(hashes)[: len(prefix)] == prefix
         self.held.append(blocks)
 
     @precondition(lambda self: any(self.held))

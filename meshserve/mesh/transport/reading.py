@@ -14,6 +14,9 @@ import zmq
 MAX_FRAMES = 3
 """Of a message on the call sockets: routing id and payload, and one to spare."""
 
+# Plain integers: looking at an enum's members costs about as much as receiving a message.
+_EVENTS, _POLLIN, _RCVMORE, _NOBLOCK = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE), int(zmq.NOBLOCK)
+
 OnFrames = Callable[[list[bytes]], None]
 
 
@@ -33,8 +36,8 @@ class SocketReader:
         self._loop = asyncio.get_running_loop()
         self._descriptor: int = socket.FD
         self._is_closed = self._is_draining = False
-        self._loop.add_reader(self._descriptor, self.drain)
-        self.drain_soon()  # what came before the descriptor was watched
+        self._loop.add_reader(self._descriptor, self._on_descriptor)
+        self._loop.call_soon(self.drain)  # what came before the descriptor was watched
 
     def drain(self) -> None:
         """Read what is there, up to the bound; the rest in the next turn. Looks again after `on_turn`, whose sends may swallow an edge."""
@@ -43,13 +46,15 @@ class SocketReader:
         self._is_draining = True
         num_read = 0
         try:
-            while num_read < self._max_reads and self._has_input():
-                while num_read < self._max_reads and self._has_input():
+            has_input = True
+            while has_input and num_read < self._max_reads and not self._is_closed:
+                while has_input and num_read < self._max_reads:
                     num_read += 1
-                    frames = self._receive()
-                    if frames is not None:
+                    if frames := self._receive():
                         self._on_frames(frames)
+                    has_input = self._has_input()
                 self._on_turn()
+                has_input = has_input or self._has_input()
         finally:
             self._is_draining = False
         if num_read >= self._max_reads:
@@ -57,19 +62,29 @@ class SocketReader:
 
     def drain_soon(self) -> None:
         """To be called after a send on this socket from outside of its own `on_turn`."""
-        if not self._is_closed and not self._is_draining:
+        if not self._is_draining and self._has_input():
             self._loop.call_soon(self.drain)
 
+    def _on_descriptor(self) -> None:
+        if self._has_input():
+            self.drain()
+
     def _has_input(self) -> bool:
-        return not self._is_closed and bool(int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN)
+        return not self._is_closed and bool(self._socket.get(_EVENTS) & _POLLIN)  # type: ignore[operator]  # EVENTS is an integer
 
     def _receive(self) -> list[bytes] | None:
-        frames = [self._socket.recv(zmq.NOBLOCK)]
-        while self._socket.get(zmq.RCVMORE):
-            frame = self._socket.recv(zmq.NOBLOCK)
+        """The next message, empty if it had too many frames; None if there is none."""
+        if self._is_closed:
+            return None
+        try:
+            frames = [self._socket.recv(_NOBLOCK)]
+        except zmq.Again:
+            return None
+        while self._socket.get(_RCVMORE):
+            frame = self._socket.recv(_NOBLOCK)
             if len(frames) <= self._max_frames:
                 frames.append(frame)
-        return frames if len(frames) <= self._max_frames else None
+        return frames if len(frames) <= self._max_frames else []
 
     def close(self) -> None:
         """Stop reading; the socket itself belongs to whoever made it."""

@@ -17,6 +17,7 @@ from meshserve.wire.frames import Message
 OnMessage = Callable[[Channel, Message], None]
 OnLost = Callable[[Channel, str], None]
 
+_NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _RETRY_S = 0.005
 _MAX_CHANNELS = 4096
 
@@ -66,7 +67,7 @@ class _Dealer:
 
     def _send(self, data: bytes) -> bool:
         try:
-            self.socket.send(data, zmq.NOBLOCK)
+            self.socket.send(data, _NOBLOCK)
         except zmq.Again:
             return False
         except zmq.ZMQError as error:
@@ -178,7 +179,8 @@ class Transport:
         def send(data: bytes) -> bool:
             assert self._router is not None and self._router_reader is not None
             try:
-                self._router.send_multipart((routing_id, data), zmq.NOBLOCK)
+                self._router.send(routing_id, _NOBLOCK_MORE)
+                self._router.send(data, _NOBLOCK)
             except zmq.Again:
                 return False
             except zmq.ZMQError as error:

@@ -1,0 +1,145 @@
+"""`python -m bench.hop [--json]`: a 100-byte call between two peers, against a blocking DEALER/ROUTER echo in the same run.
+
+Both sides of each are processes of their own on loopback. The floor is the least that ZeroMQ in Python can do: two blocking sockets, no
+event loop, no msgpack, no streams, no deadline. Also: the same call to a role in the same peer.
+"""
+
+import asyncio
+import json
+import multiprocessing
+import statistics
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import click
+import uvloop
+import zmq
+
+from bench.pairing import ratio_of
+from meshserve.config import MeshConfig
+from meshserve.mesh.calls import IncomingCall
+from meshserve.mesh.mesh import Mesh
+
+_PAYLOAD = b"x" * 100
+
+
+def _config(role: str, seeds: tuple[str, ...] = ()) -> MeshConfig:
+    return MeshConfig(mesh="bench-hop", roles=(role,), interface="127.0.0.1", use_mdns=False, seeds=seeds)
+
+
+def _answer(call: IncomingCall) -> None:
+    call.end(call.body)
+
+
+def echo_peer(pipe: Connection) -> None:
+    """A peer that answers calls, in a process of its own."""
+
+    async def serve() -> None:
+        mesh = Mesh(_config("decode"))
+        await mesh.start()
+        mesh.serve("echo", _answer)
+        await mesh.join()
+        pipe.send(mesh.own.port)
+        await asyncio.to_thread(pipe.recv)
+        await mesh.close()
+
+    uvloop.run(serve())
+
+
+def echo_socket(pipe: Connection) -> None:
+    """The floor's far side: a blocking ROUTER."""
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        socket.linger = 0
+        pipe.send(socket.bind_to_random_port("tcp://127.0.0.1"))
+        while True:
+            frames = socket.recv_multipart()
+            if frames[-1] == b"stop":
+                return
+            socket.send_multipart(frames)
+
+
+def time_floor(socket: "zmq.Socket[bytes]", num_calls: int) -> float:
+    """Median round trip in microseconds."""
+    times = []
+    for _ in range(num_calls):
+        began = time.perf_counter()
+        socket.send(_PAYLOAD)
+        socket.recv()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1e6
+
+
+async def time_calls(mesh: Mesh, peer: str, num_calls: int) -> float:
+    """Median round trip in microseconds."""
+    times = []
+    for _ in range(num_calls):
+        began = time.perf_counter()
+        await mesh.call(peer, "echo", _PAYLOAD, 10.0)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1e6
+
+
+async def compare(peer_port: int, floor_port: int, num_pairs: int, num_calls: int) -> dict[str, Any]:
+    """Alternate between the two."""
+    mesh = Mesh(_config("processor", (f"127.0.0.1:{peer_port}",)))
+    await mesh.start()
+    mesh.serve("echo", _answer)
+    await mesh.join()
+    while not mesh.peers_with("decode"):
+        await asyncio.sleep(0.005)
+    peer = mesh.peers_with("decode")[0].incarnation
+    hops, floors = [], []
+    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+        socket.linger = 0
+        socket.connect(f"tcp://127.0.0.1:{floor_port}")
+        await time_calls(mesh, peer, num_calls)
+        time_floor(socket, num_calls)
+        for _ in range(num_pairs):
+            hops.append(await time_calls(mesh, peer, num_calls))
+            floors.append(time_floor(socket, num_calls))
+        socket.send(b"stop", zmq.NOBLOCK)
+        await asyncio.sleep(0.05)
+    local = await time_calls(mesh, mesh.incarnation, num_calls * 5)
+    await mesh.close()
+    return {
+        "hop_us_p50": round(statistics.median(hops), 1),
+        "floor_us_p50": round(statistics.median(floors), 1),
+        "ratio": ratio_of(hops, floors).to_dict(),
+        "in_process_us_p50": round(local, 1),
+    }
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--pairs", default=30, show_default=True, help="Alternations.")
+@click.option("--calls", default=300, show_default=True, help="Calls in each turn.")
+def main(as_json: bool, pairs: int, calls: int) -> None:
+    """Round trip between two peers, as a ratio to a blocking ZeroMQ echo."""
+    spawn = multiprocessing.get_context("spawn")
+    ports, processes, pipes = [], [], []
+    for target in (echo_peer, echo_socket):
+        near, far = spawn.Pipe()
+        process = spawn.Process(target=target, args=(far,), daemon=True)
+        process.start()
+        processes.append(process)
+        pipes.append(near)
+        ports.append(near.recv())
+    found = uvloop.run(compare(ports[0], ports[1], pairs, calls))
+    pipes[0].send("stop")
+    for process in processes:
+        process.join(5)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    ratio = found["ratio"]
+    click.echo(f"a call to another peer   {found['hop_us_p50']:8.1f} us  p50")
+    click.echo(f"blocking DEALER/ROUTER   {found['floor_us_p50']:8.1f} us  p50")
+    click.echo(
+        f"ratio                    {ratio['median']:8.2f}     95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['num_pairs']} pairs"
+    )
+    click.echo(f"a call within a peer     {found['in_process_us_p50']:8.1f} us  p50")
+
+
+if __name__ == "__main__":
+    main()
