@@ -5,11 +5,20 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from dummy_harness import DEADLINE_S, GenerationRecord, PrefillRecord, a_request, generated, prefilled, running_engine, tokens_of
 
 from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, PoolFull
+from tests.engines.dummy_harness import (
+    DEADLINE_S,
+    GenerationRecord,
+    PrefillRecord,
+    a_request,
+    generated,
+    prefilled,
+    running_engine,
+    tokens_of,
+)
 
 
 def test_another_worker_continues_at_any_position_with_the_same_tail() -> None:

@@ -3,11 +3,11 @@
 import asyncio
 
 import pytest
-from dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshserve.errors import BlockRefused, InvalidRequest, PoolFull
+from tests.engines.dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of
 
 
 async def handed_over(

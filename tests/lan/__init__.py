@@ -1,0 +1,1 @@
+"""Tests on a LAN: a network namespace per host, real processes, real mDNS."""

@@ -1,0 +1,77 @@
+"""Meshes on a `Lan` for tests: the two deployments, and questions to them."""
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.harness import Host, Lan, Process, wait_until
+
+READY_S = 10.0
+HTTP = "http://127.0.0.1:8000"
+
+LONG_PROMPT = "The prompt of a long document that is worth handing over. " * 20
+SHORT_PROMPT = "A short question"
+
+
+@dataclass
+class LanMesh:
+    """A running mesh; `front` is the host whose HTTP side is asked."""
+
+    front: Host
+    frontend: Process
+    decode: list[Process] = field(default_factory=list)
+    prefill: list[Process] = field(default_factory=list)
+
+    def names(self, processes: Iterable[Process]) -> list[str]:
+        """What peers call themselves."""
+        return [process.ready(READY_S)["name"] for process in processes]
+
+    def wait_until_ready(self, deadline_s: float = READY_S) -> None:
+        """Until the router says that it has all of them."""
+        self.frontend.wait_for_line(rf"^{len(self.decode)} decode, {len(self.prefill)} prefill ready", deadline_s)
+
+    def complete(self, prompt: str, max_tokens: int = 24, **fields: Any) -> dict[str, Any]:
+        """One completion with its receipt; anything but success fails the test."""
+        body = {"model": "dummy", "prompt": prompt, "max_tokens": max_tokens, "meshserve": {"receipt": True}, **fields}
+        response = self.front.post_json(f"{HTTP}/v1/completions", body, timeout_s=30.0)
+        assert response.status == 200, response.body
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def complete_all(self, prompts: list[str], num_at_once: int, max_tokens: int = 24, **fields: Any) -> list[dict[str, Any]]:
+        """Many, so many at a time; in the order of the prompts."""
+        with ThreadPoolExecutor(num_at_once) as pool:
+            return list(pool.map(lambda prompt: self.complete(prompt, max_tokens, **fields), prompts))
+
+    def peers(self) -> list[dict[str, Any]]:
+        """What `/mesh/peers` says."""
+        found: list[dict[str, Any]] = self.front.get(f"{HTTP}/mesh/peers").json()
+        return found
+
+    def wait_for_peers(self, count: int, deadline_s: float = READY_S) -> None:
+        """Until so many are listed."""
+        wait_until(lambda: len(self.peers()) == count, deadline_s, f"{count} peers are listed")
+
+
+def text_of(answer: dict[str, Any]) -> str:
+    """What was completed."""
+    text: str = answer["choices"][0]["text"]
+    return text
+
+
+def start_aggregated(lan: Lan, *options: str) -> LanMesh:
+    """Two hosts: frontend, processor and router in one peer and a decode worker in another on the first, a decode worker on the second."""
+    host1, host2 = lan.add_host(), lan.add_host()
+    mesh = LanMesh(host1, host1.run("--role", "frontend,processor,router", *options))
+    mesh.decode = [host1.run("--role", "decode", *options), host2.run("--role", "decode", *options)]
+    mesh.wait_until_ready()
+    return mesh
+
+
+def start_disaggregated(lan: Lan, *options: str) -> LanMesh:
+    """The same, and a prefill worker on a third host."""
+    mesh = start_aggregated(lan, *options)
+    mesh.prefill = [lan.add_host().run("--role", "prefill", *options)]
+    mesh.wait_until_ready()
+    return mesh

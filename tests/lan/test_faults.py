@@ -1,0 +1,97 @@
+"""Workers that are killed or stopped, as the rest of the mesh sees it."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.harness import Lan, wait_until
+from tests.lan.meshes import HTTP, READY_S, LanMesh, start_aggregated, text_of
+
+NOTICED_S = 0.2
+FAILURE_TIMEOUT_S = 1.5
+
+
+def noticed_after_s(mesh: LanMesh, since: float, line: str) -> float:
+    """Seconds from `since` until the router's own line about its workers."""
+    mesh.frontend.wait_for_line(line, READY_S, since)
+    return next(found.at for found in mesh.frontend.stdout if found.at >= since and found.text.startswith(line.strip("^"))) - since
+
+
+def test_a_killed_worker_is_noticed_at_once_and_the_other_serves_on(lan: Lan) -> None:
+    mesh = start_aggregated(lan)
+    killed_at = time.monotonic()
+    mesh.decode[1].kill()
+    assert noticed_after_s(mesh, killed_at, "^1 decode") <= NOTICED_S
+    (survivor,) = mesh.names(mesh.decode[:1])
+    answers = [mesh.complete(f"prompt {number}") for number in range(4)]
+    assert {answer["meshserve"]["peers"]["decode"] for answer in answers} == {survivor}
+
+
+def test_a_stopped_worker_gets_no_new_work_after_the_failure_timeout_and_is_used_again_when_it_goes_on(lan: Lan) -> None:
+    mesh = start_aggregated(lan)
+    stopped_at = time.monotonic()
+    mesh.decode[1].stop()
+    assert noticed_after_s(mesh, stopped_at, "^1 decode") <= FAILURE_TIMEOUT_S + 0.3
+    (survivor,) = mesh.names(mesh.decode[:1])
+    answers = [mesh.complete(f"prompt {number}") for number in range(4)]
+    assert {answer["meshserve"]["peers"]["decode"] for answer in answers} == {survivor}
+    mesh.decode[1].resume()
+    mesh.frontend.wait_for_line("^2 decode", READY_S, time.monotonic() - 0.05)
+
+
+def test_what_had_not_started_on_a_stopped_worker_is_served_elsewhere(lan: Lan) -> None:
+    mesh = start_aggregated(lan)
+    mesh.decode[1].stop()
+    began = time.monotonic()
+    answers = mesh.complete_all([f"prompt {number}" for number in range(8)], num_at_once=8)
+    assert time.monotonic() - began < FAILURE_TIMEOUT_S + 1.0
+    assert len(answers) == 8
+    rerouted = [answer for answer in answers if answer["meshserve"]["attempts"]]
+    assert rerouted and all(attempt["role"] == "decode" for answer in rerouted for attempt in answer["meshserve"]["attempts"])
+
+
+def test_a_stream_that_had_started_on_a_killed_worker_ends_in_a_clear_error_and_without_done(lan: Lan) -> None:
+    mesh = start_paced(lan)
+    lines: dict[int, list[str]] = {0: [], 1: []}
+
+    def follow(number: int) -> None:
+        body = {"model": "dummy", "prompt": f"stream {number}", "max_tokens": 400, "stream": True, "ignore_eos": True}
+        with mesh.front.stream("POST", f"{HTTP}/v1/completions", body, timeout_s=20.0) as received:
+            for line in received:
+                lines[number].append(line)
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(follow, number) for number in (0, 1)]
+        wait_until(lambda: all(len(found) > 10 for found in lines.values()), READY_S, "both streams run")
+        mesh.decode[1].kill()
+        for stream in both:
+            stream.result()
+    ends = [[line for line in found if line.strip()][-1] for found in lines.values()]
+    broken = [end for end in ends if "error" in end]
+    assert len(broken) == 1 and sum("[DONE]" in end for end in ends) == 1
+    error = json.loads(broken[0].removeprefix("data: "))["error"]
+    assert error["code"] == "peer_lost" and mesh.names(mesh.decode[1:])[0] in error["message"]
+
+
+def start_paced(lan: Lan) -> LanMesh:
+    """Two workers that take 10 ms a token, in turn."""
+    options = ("--engine-opt", "step_ms=10")
+    host1, host2 = lan.add_host(), lan.add_host()
+    mesh = LanMesh(host1, host1.run("--role", "frontend,processor,router", "--policy", "round-robin"))
+    mesh.decode = [host1.run("--role", "decode", *options), host2.run("--role", "decode", *options)]
+    mesh.wait_until_ready()
+    return mesh
+
+
+def test_draining_finishes_what_runs_and_takes_nothing_new(lan: Lan) -> None:
+    mesh = start_paced(lan)
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(mesh.complete, f"prompt {number}", 60, ignore_eos=True) for number in range(8)]
+        wait_until(lambda: sum((peer["load"] or {}).get("num_running", 0) for peer in mesh.peers()) == 8, READY_S, "eight run")
+        terminated_at = time.monotonic()
+        mesh.decode[1].terminate()
+        mesh.frontend.wait_for_line("^1 decode", READY_S, terminated_at)
+        later = [text_of(mesh.complete(f"later {number}", 2)) for number in range(4)]
+        assert len(later) == 4
+        assert all(len(text_of(future.result())) > 60 for future in running)
+    assert mesh.decode[1].wait() == 0

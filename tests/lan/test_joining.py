@@ -1,0 +1,90 @@
+"""How peers find each other, how fast, and whom they leave alone."""
+
+import statistics
+import time
+
+from tests.harness import Host, Lan, Process, wait_until
+from tests.lan.meshes import HTTP, READY_S, LanMesh, start_aggregated
+
+JOIN_S = 1.0
+
+
+def routed_after_s(frontend: Process, started_at: float, count: int) -> float:
+    """Seconds from a worker's process start until the router can choose it."""
+    frontend.wait_for_line(f"^{count} decode", READY_S, started_at)
+    return next(line.at for line in frontend.stdout if line.at >= started_at and line.text.startswith(f"{count} decode")) - started_at
+
+
+def test_a_decode_worker_can_be_routed_to_within_a_second_of_its_start(lan: Lan) -> None:
+    front, host = lan.add_host(), lan.add_host()
+    frontend = front.run("--role", "frontend,processor,router")
+    for role in ("decode", "prefill", "prefill"):
+        host.run("--role", role).ready(READY_S)
+    frontend.wait_for_line("^1 decode, 2 prefill", READY_S)
+    times_s = []
+    for _ in range(10):
+        worker = host.run("--role", "decode")
+        times_s.append(routed_after_s(frontend, worker.started_at, 2))
+        ended_at = time.monotonic()
+        worker.terminate()
+        assert worker.wait() == 0
+        frontend.wait_for_line("^1 decode", READY_S, ended_at)
+    print(f"routed to after {statistics.median(times_s):.3f} s (median of 10, longest {max(times_s):.3f} s)")
+    assert statistics.median(times_s) <= JOIN_S
+
+
+def knows(host: Host, count: int) -> bool:
+    return len(host.get(f"{HTTP}/mesh/peers").json()) == count
+
+
+def test_with_multicast_blocked_one_peer_option_joins_the_whole_mesh(lan: Lan) -> None:
+    mesh = start_aggregated(lan)
+    newcomer = lan.add_host()
+    newcomer.block_multicast()
+    worker = newcomer.run("--role", "decode", "--peer", lan.hosts[1].address)
+    worker.ready(READY_S)
+    ready_at = time.monotonic()
+    wait_until(lambda: len(mesh.peers()) == 4, 2.0, "the whole mesh knows the newcomer")
+    assert routed_after_s(mesh.frontend, worker.started_at, 3) < ready_at - worker.started_at + 2.0
+
+
+def test_two_meshes_on_one_lan_never_mix(lan: Lan) -> None:
+    one, other = lan.add_host(), lan.add_host()
+    frontends = [host.run("--role", "frontend,processor,router", "--mesh", name) for host, name in ((one, "one"), (other, "other"))]
+    for host, name in ((other, "one"), (one, "other")):
+        host.run("--role", "decode", "--mesh", name)
+    for frontend in frontends:
+        frontend.wait_for_line("^1 decode, 0 prefill", READY_S)
+    for host, name in ((one, "one"), (other, "other")):
+        assert {peer["mesh"] for peer in host.get(f"{HTTP}/mesh/peers").json()} == {name}
+        assert knows(host, 2)
+
+
+def test_peers_find_each_other_over_ipv6_alone(lan: Lan) -> None:
+    front, host = lan.add_host(), lan.add_host()
+    frontend = front.run("--role", "frontend,processor,router", "--interface", front.address6)
+    worker = host.run("--role", "decode", "--interface", host.address6)
+    assert worker.ready(READY_S)["address"] == f"tcp://[{host.address6}]:7800"
+    frontend.wait_for_line("^1 decode", READY_S)
+    assert front.post_json(f"{HTTP}/v1/completions", {"model": "dummy", "prompt": "hi"}).status == 200
+
+
+def test_peers_of_one_name_are_told_apart(lan: Lan) -> None:
+    front, host = lan.add_host(), lan.add_host()
+    frontend = front.run("--role", "frontend,processor,router")
+    for _ in range(2):
+        host.run("--role", "decode", "--name", "twin").ready(READY_S)
+    frontend.wait_for_line("^2 decode", READY_S)
+    names = [peer["name"] for peer in front.get(f"{HTTP}/mesh/peers").json() if peer["roles"] == ["decode"]]
+    assert sorted(name.partition("~")[0] for name in names) == ["twin", "twin"] and len(set(names)) == 2
+
+
+def test_a_worker_that_comes_back_under_its_name_and_port_replaces_the_old_one(lan: Lan) -> None:
+    mesh: LanMesh = start_aggregated(lan)
+    mesh.decode[1].kill()
+    mesh.frontend.wait_for_line("^1 decode", READY_S)
+    again = lan.hosts[1].run("--role", "decode")
+    assert routed_after_s(mesh.frontend, again.started_at, 2) < 2.0
+    assert len(mesh.peers()) == 3
+    names = {mesh.complete(f"prompt {number}")["meshserve"]["peers"]["decode"] for number in range(4)}
+    assert again.ready(READY_S)["name"] in names
