@@ -53,6 +53,10 @@ def mesh_options(command: Command) -> Command:
 
 def mesh_config(settings: dict[str, Any], roles: tuple[str, ...] = ()) -> MeshConfig:
     """What :func:`mesh_options` said."""
+    for name in ("mesh", "name"):
+        text = settings[name]
+        if text is not None and (not 0 < len(text) <= 63 or not text.isprintable() or " " in text):
+            raise UsageError(f"--{name} {text!r}: up to 63 printable characters, without spaces")
     failure_timeout_s = settings.get("failure_timeout")
     return MeshConfig(
         mesh=settings["mesh"],

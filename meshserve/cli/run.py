@@ -99,10 +99,10 @@ async def serve(mesh: MeshConfig, config: ServeConfig) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-    if mesh.key_file is None:
-        click.echo(f"meshserve: no --key-file: mesh {mesh.mesh!r} is open to everyone on this network", err=True)
     peer = Peer(mesh, config, lambda line: click.echo(line))
     await peer.start()
+    if mesh.key_file is None:
+        click.echo(f"meshserve: OPEN MESH: no --key-file, so everyone on this network can join {mesh.mesh!r}", err=True)
     try:
         await told_to_stop.wait()
         await peer.drain()

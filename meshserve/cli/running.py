@@ -24,6 +24,7 @@ def set_up_logging(settings: dict[str, Any]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if settings.get("log_json") else logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # it logs tracebacks for interfaces without multicast
     logging.getLogger("meshserve").setLevel(str(settings.get("log_level", "warning")).upper())
 
 
@@ -56,4 +57,7 @@ def execute(settings: dict[str, Any], make: Callable[[], Coroutine[Any, Any, int
     except BrokenPipeError:  # `meshserve peers | head`
         sys.stderr.close()
         code = 0
+    except Exception as error:  # a bug: people get one line, and a way to see more
+        logging.getLogger("meshserve").debug("unexpected", exc_info=error)
+        leave(MeshserveError(f"unexpected {type(error).__name__}: {error}; --log-level debug shows where"))
     sys.exit(code)

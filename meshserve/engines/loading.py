@@ -25,7 +25,12 @@ def load_engine(name: str, options: EngineOptions) -> Engine:
         factory = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError, ValueError) as exc:
         raise StartupFailed(f"the engine {name!r} cannot be loaded: {exc}") from exc
-    engine: Engine = factory(options)
+    if not callable(factory):
+        raise StartupFailed(f"the engine {name!r} cannot be loaded: {attribute} of {module_name} is not a class")
+    try:
+        engine: Engine = factory(options)
+    except TypeError as exc:
+        raise StartupFailed(f"the engine {name!r} cannot be built: {exc}") from exc
     return engine
 
 

@@ -29,8 +29,8 @@ class Addresses:
     """`*` is every interface, IPv4 and IPv6."""
     advertised: tuple[str, ...]
     """Best first."""
-    mdns_interfaces: tuple[str, ...] | None
-    """None: all of them."""
+    mdns_interfaces: tuple[str, ...]
+    """Where mDNS is spoken: loopback only if there is nothing else."""
 
 
 def local_addresses() -> list[LocalAddress]:
@@ -55,7 +55,7 @@ def choose_addresses(interface: str | None, found: list[LocalAddress]) -> Addres
     if interface is None:
         outside = [local for local in found if not ipaddress.ip_address(local.address).is_loopback]
         chosen = sorted(outside or found, key=_rank)
-        return Addresses(("*",), _texts(chosen), None)
+        return Addresses(("*",), _texts(chosen), _texts(chosen))
     pinned = [local for local in found if interface in (local.interface, local.address)]
     if not pinned and _is_loopback(interface):
         pinned = [LocalAddress("lo", interface)]  # 127.0.0.0/8 is all there, though only one of it is listed

@@ -10,7 +10,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 
-from zeroconf import DNSQuestionType, InterfaceChoice, IPVersion, NonUniqueNameException, ServiceStateChange, Zeroconf
+from zeroconf import DNSQuestionType, IPVersion, NonUniqueNameException, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from meshserve.config import PROTOCOL_MAJOR
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 class MdnsDiscovery:
     """Announces one peer and reports the others of its mesh."""
 
-    def __init__(self, mesh: str, incarnation: str, interfaces: tuple[str, ...] | None, on_hint: Callable[[PeerHint], None]) -> None:
+    def __init__(self, mesh: str, incarnation: str, interfaces: tuple[str, ...], on_hint: Callable[[PeerHint], None]) -> None:
         self._mesh, self._incarnation, self._on_hint = mesh, incarnation, on_hint
         self._interfaces = interfaces
         self._zeroconf: AsyncZeroconf | None = None
@@ -37,7 +37,7 @@ class MdnsDiscovery:
 
     async def start(self) -> None:
         """Browse. Raises OSError where this host has no multicast."""
-        chosen = list(self._interfaces) if self._interfaces else InterfaceChoice.All
+        chosen = list(self._interfaces)
         try:
             self._zeroconf = AsyncZeroconf(interfaces=chosen, ip_version=IPVersion.All)
         except OSError:

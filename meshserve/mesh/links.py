@@ -70,7 +70,7 @@ class Links:
 
     # --- life
 
-    async def join(self, mdns_interfaces: tuple[str, ...] | None) -> None:
+    async def join(self, mdns_interfaces: tuple[str, ...]) -> None:
         """Find others and be found, from now on until `close`. Returns at once; peers come as they answer."""
         for seed in self._config.seeds:
             host, port = parse_host_port(seed, FIRST_PORT)
@@ -87,7 +87,7 @@ class Links:
             self.membership.seed(address, port, time.monotonic())
         self._dial_soon()
 
-    async def _start_discovery(self, interfaces: tuple[str, ...] | None) -> None:
+    async def _start_discovery(self, interfaces: tuple[str, ...]) -> None:
         from meshserve.mesh.discovery import MdnsDiscovery  # a slow import that peers without mDNS need not wait for
 
         discovery = MdnsDiscovery(self.own.mesh, self.own.incarnation, interfaces, self._on_hint)

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import hmac
 import socket
 import time
@@ -110,8 +111,8 @@ class FrontendRole:
             family = socket.AF_INET6 if ":" in host else socket.AF_INET
             return socket.create_server((host, port), family=family, backlog=2048)
         except OSError as error:
-            advice = "choose another port" if error.errno is not None else "choose another address"
-            raise StartupFailed(f"cannot listen for HTTP on {host}:{port} ({error.strerror or error}): {advice} with --http") from error
+            what, reason = ("port", "is taken") if error.errno == errno.EADDRINUSE else ("address", "is not this host's")
+            raise StartupFailed(f"cannot listen for HTTP on {host}:{port}: the {what} {reason}; choose another with --http") from error
 
     def _routes(self) -> Starlette:
         completions = self._completions
