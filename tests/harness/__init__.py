@@ -3,7 +3,7 @@
 from tests.harness.lan import Host, Lan
 from tests.harness.loops import run_async
 from tests.harness.processes import Completed, Process, meshserve_command, run_command
-from tests.harness.waiting import pace, pace_async, until, wait_until
+from tests.harness.waiting import pace, pace_async, until, until_awaited, wait_until
 
 __all__ = [
     "Completed",
@@ -16,5 +16,6 @@ __all__ = [
     "run_async",
     "run_command",
     "until",
+    "until_awaited",
     "wait_until",
 ]

@@ -9,14 +9,14 @@ import itertools
 import shutil
 import socket
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import httpx
 
-from tests.harness import http
+from tests.harness import fetch
 from tests.harness.namespaces import add_namespace, inside, namespace_name, remove_namespace, run_tool, sweep
 from tests.harness.processes import Completed, Process, meshserve_command, run_command
 
@@ -100,13 +100,15 @@ class Host:
 
     def block_towards(self, other: "Host", both: bool = False) -> None:
         """Let nothing from this host reach `other`; nor the reverse, if `both`."""
-        self._drop(other.netns, INTERFACE, [f"ether saddr {self._mac} drop"])
+        other._drop_from(self, self._undo)
         if both:
-            self._drop(self.netns, INTERFACE, [f"ether saddr {other._mac} drop"])
+            self._drop_from(other, self._undo)
 
     def drop_packets(self, percent: float) -> None:
         """Lose `percent` of all packets at random, in each direction."""
-        self._drop_both_ways([f"numgen random mod 10000 < {round(percent * 100)} drop"])
+        share = round(percent * 100)
+        # nft takes no comparison that is always true
+        self._drop_both_ways([f"numgen random mod 10000 < {share} drop" if share < 10000 else "drop"])
 
     def limit_rate(self, bytes_per_s: int) -> None:
         """Let at most `bytes_per_s` through in each direction, behind a queue of 50 ms."""
@@ -127,9 +129,9 @@ class Host:
         Raises:
             OSError: nobody answered, or refused.
         """
-        return http.connect(self.netns, host, port, timeout_s)
+        return fetch.connect(self.netns, host, port, timeout_s)
 
-    def get(self, url: str, timeout_s: float = HTTP_TIMEOUT_S) -> http.Response:
+    def get(self, url: str, timeout_s: float = HTTP_TIMEOUT_S) -> fetch.Response:
         """GET `url` from this host.
 
         Raises:
@@ -137,25 +139,25 @@ class Host:
         """
         return self.http("GET", url, timeout_s=timeout_s)
 
-    def post_json(self, url: str, body: Any, timeout_s: float = HTTP_TIMEOUT_S) -> http.Response:
+    def post_json(self, url: str, body: Any, timeout_s: float = HTTP_TIMEOUT_S) -> fetch.Response:
         """POST `body` as JSON to `url` from this host; errors as `get`."""
         return self.http("POST", url, body, timeout_s=timeout_s)
 
     def http(
         self, method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None, timeout_s: float = HTTP_TIMEOUT_S
-    ) -> http.Response:
+    ) -> fetch.Response:
         """Send one request from this host, a `body` other than bytes as JSON, and return the whole response; errors as `get`."""
-        return http.request(self.netns, method, url, body, headers, timeout_s)
+        return fetch.request(self.netns, method, url, body, headers, timeout_s)
 
     def stream(
         self, method: str, url: str, body: Any = None, headers: Mapping[str, str] | None = None, timeout_s: float = HTTP_TIMEOUT_S
-    ) -> Any:
+    ) -> fetch.Lines:
         """Like `http`, as a context manager that gives the response's lines as they arrive; leaving it hangs up."""
-        return http.stream(self.netns, method, url, body, headers, timeout_s)
+        return fetch.stream(self.netns, method, url, body, headers, timeout_s)
 
     def async_client(self, timeout_s: float = HTTP_TIMEOUT_S) -> httpx.AsyncClient:
         """Return an asynchronous client whose connections come from this host, for many requests at once."""
-        return http.async_client(self.netns, timeout_s)
+        return fetch.async_client(self.netns, timeout_s)
 
     def close(self) -> None:
         """End its processes and remove it."""
@@ -181,16 +183,21 @@ class Host:
             f"route add default dev {INTERFACE}",
         )
 
-    def _drop_both_ways(self, rules: "list[str] | tuple[str, ...]") -> None:
-        self._drop(self.netns, INTERFACE, rules)
-        self._drop(self._lan.netns, self._port, rules)
+    def _drop_from(self, sender: "Host", undo: list[Callable[[], object]]) -> None:
+        # who has which address must stay known, or the other direction would end with this one
+        rules = ["ether type ip drop", "ether type ip6 meta l4proto != ipv6-icmp drop"]
+        self._drop(self.netns, INTERFACE, [f"ether saddr {sender._mac} {rule}" for rule in rules], undo)
 
-    def _drop(self, netns: str, device: str, rules: "list[str] | tuple[str, ...]") -> None:
+    def _drop_both_ways(self, rules: Sequence[str]) -> None:
+        self._drop(self.netns, INTERFACE, rules, self._undo)
+        self._drop(self._lan.netns, self._port, rules, self._undo)
+
+    def _drop(self, netns: str, device: str, rules: Sequence[str], undo: list[Callable[[], object]]) -> None:
         table = f"netdev fault_{self._port}_{next(self._fault_numbers)}"
         hook = f"type filter hook ingress device {device} priority 0"
         lines = [f"table {table} {{", "chain faults {", hook, *rules, "}", "}", ""]
         run_tool("ip", "netns", "exec", netns, "nft", "-f", "-", script="\n".join(lines))
-        self._undo.append(lambda: run_tool("ip", "netns", "exec", netns, "nft", "delete", "table", *table.split()))
+        undo.append(lambda: run_tool("ip", "netns", "exec", netns, "nft", "delete", "table", *table.split()))
 
     def _environment(self, extra: Mapping[str, str] | None) -> dict[str, str]:
         # what a peer remembers of its mesh is its host's own, and never the developer's

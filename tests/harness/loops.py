@@ -40,4 +40,4 @@ async def _supervised(coroutine: Coroutine[Any, Any, T], deadline_s: float) -> T
 
 
 def _other_tasks() -> set[asyncio.Task[Any]]:
-    return asyncio.all_tasks() - {asyncio.current_task()}  # type: ignore[arg-type]
+    return asyncio.all_tasks() - {asyncio.current_task()}

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from tests.harness.waiting import wait_until
+
 T = TypeVar("T")
 
 PREFIX = "msh"
@@ -62,11 +64,10 @@ def remove_namespace(name: str) -> None:
     """Kill what still runs in the namespace `name` and remove it; one that is gone already is no error."""
     if not (DIRECTORY / name).exists():
         return
-    for pid in run_tool("ip", "netns", "pids", name).split():
+    for pid in map(int, run_tool("ip", "netns", "pids", name).split()):
         # this process is in the list while one of its own threads is inside
-        if int(pid) != os.getpid():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+        if pid != os.getpid():
+            _end(pid)
     run_tool("ip", "netns", "delete", name)
 
 
@@ -106,6 +107,14 @@ def inside(name: str, action: Callable[[], T]) -> T:
         raise errors.pop()
     assert results, f"still inside {name} after {ENTER_DEADLINE_S:g} s"
     return results[0]
+
+
+def _end(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    # an orphan becomes a child of the test process, which has to wait for it
+    with contextlib.suppress(ChildProcessError):
+        wait_until(lambda: os.waitpid(pid, os.WNOHANG)[0], TOOL_DEADLINE_S, f"process {pid} ended")
 
 
 def _enter(name: str) -> None:

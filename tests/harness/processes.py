@@ -131,14 +131,16 @@ class Process:
             AssertionError: no such line within `deadline_s` seconds, or the process ended without it.
         """
 
-        def find() -> re.Match[str] | str | None:
-            has_ended = self._has_ended()
-            return self.find_line(pattern, since) or ("ended" if has_ended else None)
+        what = f"a line like {pattern!r}"
 
-        found = self._explained(lambda: wait_until(find, deadline_s, f"a line like {pattern!r}"))
-        if isinstance(found, str):
-            raise AssertionError(f"exit code {self.exit_code} before a line like {pattern!r}\n{self._describe()}")
-        return found
+        def find() -> re.Match[str] | None:
+            # asked before the search, so that the last lines of one that has just ended are searched too
+            has_ended = self._has_ended()
+            match = self.find_line(pattern, since)
+            assert match or not has_ended, f"ended before {what}"
+            return match
+
+        return self._explained(lambda: wait_until(find, deadline_s, what))
 
     def kill(self) -> None:
         """Send SIGKILL to the process, though not to its children."""

@@ -19,13 +19,18 @@ def pace(seconds: float) -> None:
 async def pace_async(seconds: float) -> None:
     """Like `pace`, while the event loop goes on."""
     loop = asyncio.get_running_loop()
-    passed = loop.create_future()
-    # a cancelled wait may see its timer fire before it runs again
-    timer = loop.call_later(seconds, lambda: passed.done() or passed.set_result(None))
+    passed: asyncio.Future[None] = loop.create_future()
+    timer = loop.call_later(seconds, _resolve, passed)
     try:
         await passed
     finally:
         timer.cancel()
+
+
+def _resolve(passed: asyncio.Future[None]) -> None:
+    # a cancelled wait may see its timer fire before it runs again
+    if not passed.done():
+        passed.set_result(None)
 
 
 def wait_until(condition: Callable[[], T | None], deadline_s: float, what: str) -> T:
