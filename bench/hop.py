@@ -135,10 +135,8 @@ def main(as_json: bool, pairs: int, calls: int) -> None:
     ratio = found["ratio"]
     click.echo(f"a call to another peer   {found['hop_us_p50']:8.1f} us  p50")
     click.echo(f"blocking DEALER/ROUTER   {found['floor_us_p50']:8.1f} us  p50")
-    click.echo(
     interval = f"95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['num_pairs']} pairs"
     click.echo(f"ratio                    {ratio['median']:8.2f}     {interval}")
-    )
     click.echo(f"a call within a peer     {found['in_process_us_p50']:8.1f} us  p50")
 
 

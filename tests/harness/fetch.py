@@ -73,9 +73,7 @@ def request(netns: str, method: str, url: str, body: Any, headers: Mapping[str, 
 
 
 @contextlib.contextmanager
-def stream(
-    netns: str, method: str, url: str, body: Any, headers: Mapping[str, str] | None, timeout_s: float
-) -> Iterator[Iterator[str]]:
+def stream(netns: str, method: str, url: str, body: Any, headers: Mapping[str, str] | None, timeout_s: float) -> Iterator[Iterator[str]]:
     """Send one request from inside `netns` and yield the lines of its response as they arrive; leaving it hangs up.
 
     Raises:
