@@ -316,7 +316,7 @@ class Links:
             channel.send([frames.HELLO, self._hello(None).to_wire()])
 
     def _warn_if_lonely(self) -> None:
-        if not self._dealers and set(self.own.roles) != set(ROLES):
+        if not self._dealers and not self.own.is_observer and set(self.own.roles) != set(ROLES):
             reasons = f" ({'; '.join(sorted(set(self.refused.values())))})" if self.refused else ""
             _log.warning(
                 "no other peer of mesh %r found yet%s. Are they on this network? Try --peer HOST with the address of one of them.",

@@ -1,0 +1,71 @@
+"""What users get wrong: one clear line, the exit code of the contract, no traceback."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.harness import Completed, run_command
+from tests.harness.processes import meshserve_command
+
+ALONE = ("--interface", "127.0.0.1", "--no-mdns")
+
+
+def meshserve(*arguments: str) -> Completed:
+    return run_command(meshserve_command(*arguments), 10.0)
+
+
+def assert_one_line(done: Completed, exit_code: int, words: str) -> None:
+    assert done.exit_code == exit_code, done
+    assert words in done.stderr and "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--role is missing"),
+        (("--role", "chef"), "unknown role 'chef'"),
+        (("--role", "decode", "--interface", "nope0"), "no interface or address 'nope0'"),
+        (("--role", "decode", "--engine", "warp"), "no engine 'warp'; there are dummy"),
+        (("--role", "decode", "--engine-opt", "colour=red"), "no option 'colour'"),
+        (("--role", "decode", "--engine-opt", "block_size=-1"), "block_size"),
+        (("--role", "decode", "--engine-opt", "block_size"), "not KEY=VALUE"),
+        (("--role", "frontend", "--http", "here"), "not HOST:PORT"),
+        (("--role", "decode", *ALONE, "--peer", "host:99999"), "not HOST or HOST:PORT"),
+        (("--role", "decode", "--mesh", "two words"), "without spaces"),
+    ],
+)
+def test_a_usage_error_says_what_is_wrong_and_exits_with_two(arguments: tuple[str, ...], words: str) -> None:
+    assert_one_line(meshserve("run", *arguments), 2, words)
+
+
+def test_an_unknown_option_is_refused() -> None:
+    done = meshserve("run", "--role", "decode", "--warp", "9")
+    assert done.exit_code == 2 and "No such option" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--port", "--http"])
+def test_a_taken_port_is_named(option: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        value = str(min(port, 65532)) if option == "--port" else f"127.0.0.1:{port}"
+        assert_one_line(meshserve("run", "--role", "frontend", *ALONE, option, value), 1, "taken")
+
+
+def test_a_key_file_that_others_can_read_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "mesh.key"
+    made = meshserve("key", "new", str(path))
+    shown = meshserve("key", "show", str(path))
+    assert made.exit_code == shown.exit_code == 0 and made.stdout.strip().endswith(shown.stdout.strip())
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert_one_line(meshserve("key", "new", str(path)), 1, "exists already")
+    path.chmod(0o644)
+    assert_one_line(meshserve("run", "--role", "decode", *ALONE, "--key-file", str(path)), 1, "chmod 600")
+    assert_one_line(meshserve("run", "--role", "decode", *ALONE, "--key-file", str(tmp_path / "none")), 1, "No such file")
+
+
+def test_looking_at_a_mesh_that_is_not_there_ends_in_one_line() -> None:
+    assert_one_line(meshserve("generate", "hi", *ALONE), 1, "try --peer HOST")
+    done = meshserve("peers", *ALONE)
+    assert done.exit_code == 1 and "no peer of mesh" in done.stdout and not done.stderr
