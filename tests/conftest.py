@@ -1,5 +1,6 @@
 """Fixtures for all tests: hosts where they can be made, and a check that each test has cleaned up."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 
@@ -39,10 +40,10 @@ def nothing_is_left() -> Iterator[None]:
     """Fail a test that leaves a thread, child process, ZeroMQ context, connection or event loop behind for two seconds."""
     before = inventory()
     yield
-    try:
+    with contextlib.suppress(AssertionError):
         wait_until(lambda: not left_since(before), LEAVE_S, "nothing is left")
-    except AssertionError:
-        pytest.fail("left behind:\n" + "\n".join(sorted(left_since(before))), pytrace=False)
+    if left := left_since(before):
+        pytest.fail("left behind:\n" + "\n".join(sorted(left)), pytrace=False)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import uvloop
+import zmq
 
 PR_SET_CHILD_SUBREAPER = 36
 TASKS = Path("/proc/self/task")
@@ -42,10 +43,12 @@ def left_since(before: set[str]) -> set[str]:
 
 
 def _start_zmq_collector() -> None:
-    # pyzmq starts it, with a context of its own, at the first message that it sends without a copy, and keeps it
-    from zmq.utils.garbage import gc as collector
-
-    collector.start()
+    # pyzmq starts a thread and a context at the first large message that is sent without a copy, and keeps them
+    with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
+        one.bind("inproc://first")
+        other.connect("inproc://first")
+        other.send(bytes(zmq.COPY_THRESHOLD), copy=False)
+        one.recv()
 
 
 def _threads() -> Iterator[str]:

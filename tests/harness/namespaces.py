@@ -71,10 +71,10 @@ def remove_namespace(name: str) -> None:
     run_tool("ip", "netns", "delete", name)
 
 
-def sweep() -> list[str]:
-    """Remove the namespaces of test processes that are no longer alive and return their names."""
-    names = [path.name for path in DIRECTORY.glob(f"{PREFIX}-*")]
-    dead = [name for name in names if (match := re.match(rf"{PREFIX}-(\d+)-", name)) and not Path("/proc", match[1]).exists()]
+def sweep(prefix: str = PREFIX) -> list[str]:
+    """Remove the namespaces named after `prefix` and a process that is no longer alive, and return their names."""
+    names = [path.name for path in DIRECTORY.glob(f"{prefix}-*")]
+    dead = [name for name in names if (match := re.match(rf"{prefix}-(\d+)-", name)) and not Path("/proc", match[1]).exists()]
     for name in dead:
         # another suite may be sweeping the same one
         with contextlib.suppress(ToolError):

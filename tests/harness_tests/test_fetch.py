@@ -11,7 +11,8 @@ import pytest
 from tests.harness import Host, Lan, Process, run_async
 
 SERVER = """
-import http.server, time
+import http.server, threading
+pause = threading.Event()
 class Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def log_message(self, *args): pass
@@ -33,7 +34,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             for n in range(1000):
                 self.wfile.write(b"line %d\\n" % n)
-                time.sleep(0.02)
+                pause.wait(0.02)
         except OSError:
             print("hung up", flush=True)
         self.close_connection = True

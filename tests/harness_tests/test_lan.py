@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.harness import Host, Lan, Process, wait_until
-from tests.harness.namespaces import DIRECTORY, PREFIX, ToolError, add_namespace, run_tool
+from tests.harness.namespaces import DIRECTORY, PREFIX, ToolError, run_tool, sweep
 
 GROUP = "224.0.0.251"
 PORT = 5353
@@ -234,16 +234,17 @@ def test_a_name_can_be_used_once(lan: Lan) -> None:
 
 
 def test_what_a_dead_test_process_left_is_swept_and_what_a_live_one_has_is_kept() -> None:
-    dead = Process(["true"])
-    dead.wait()
-    dead.close()
-    leftover, kept = f"{PREFIX}-{dead.pid}-0-switch", f"{PREFIX}-{os.getppid()}-0-test"
-    add_namespace(leftover)
-    add_namespace(kept)
+    with Process(["true"]) as dead:
+        dead.wait()
+    # a prefix of its own, as another suite would sweep it too
+    prefix = f"swept{os.getpid()}"
+    leftover, kept = f"{prefix}-{dead.pid}-0-switch", f"{prefix}-{os.getppid()}-0-switch"
+    run_tool("ip", "netns", "add", leftover)
+    run_tool("ip", "netns", "add", kept)
     try:
-        with Lan():
-            assert namespaces(dead.pid) == []
-            assert (DIRECTORY / kept).exists()
+        assert sweep(prefix) == [leftover]
+        assert not (DIRECTORY / leftover).exists()
+        assert (DIRECTORY / kept).exists()
     finally:
         run_tool("ip", "netns", "delete", kept)
 

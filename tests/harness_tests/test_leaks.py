@@ -47,6 +47,14 @@ def test_a_context_is_named() -> None:
     assert any("ZeroMQ context" in item for item in left)
 
 
+def test_what_pyzmq_keeps_for_messages_sent_without_a_copy_is_not_held_against_a_test() -> None:
+    with zmq.Context() as context, context.socket(zmq.PAIR) as one, context.socket(zmq.PAIR) as other:
+        one.bind("inproc://here")
+        other.connect("inproc://here")
+        other.send(bytes(1_000_000), copy=False)
+        assert len(one.recv()) == 1_000_000
+
+
 def test_event_loops_and_connections_are_named() -> None:
     for make in (uvloop.new_event_loop, asyncio.new_event_loop, socket.socket):
         before = inventory()
