@@ -91,23 +91,28 @@ class Dialler:
         ]
         reasons: list[str] = []
         num_refused = 0
+        chosen: Reached | None = None
         try:
             for finished in asyncio.as_completed(attempts):
                 outcome: Reached | MeshserveError | ConnectionRefusedError = await finished
                 if isinstance(outcome, Reached):
+                    chosen = outcome
                     return outcome
                 num_refused += isinstance(outcome, ConnectionRefusedError)
                 reasons.append(str(outcome))
         finally:
             await owner.close()
-            self._drop_others(attempts)
+            self._drop_others(attempts, chosen)
         raise DialFailed(reasons, is_refused=num_refused == len(attempts) > 0)
 
-    def _drop_others(self, attempts: "list[asyncio.Task[Reached | MeshserveError | ConnectionRefusedError]]") -> None:
-        """Two addresses may have answered in one turn: keep the first."""
-        reached = [task.result() for task in attempts if task.done() and not task.cancelled()]
-        for extra in [outcome for outcome in reached if isinstance(outcome, Reached)][1:]:
-            self._transport.drop(extra.channel)
+    def _drop_others(
+        self, attempts: "list[asyncio.Task[Reached | MeshserveError | ConnectionRefusedError]]", chosen: Reached | None
+    ) -> None:
+        """Two addresses may have answered in one turn."""
+        for task in attempts:
+            outcome = None if task.cancelled() or not task.done() else task.result()
+            if isinstance(outcome, Reached) and outcome is not chosen:
+                self._transport.drop(outcome.channel)
 
     async def _attempt(self, dial: Dial, host: str, delay_s: float) -> Reached | MeshserveError | ConnectionRefusedError:
         if delay_s:

@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 _GOSSIP_FANOUT = 3
 _GOSSIP_INTERVAL_S = 0.5
 _GOSSIP_QUIET_INTERVAL_S = 5.0
+_MAX_INBOUND_PER_PEER = 8
 
 
 class LinkOwner(Protocol):
@@ -62,7 +63,8 @@ class Links:
         self.refused: dict[str, str] = {}
         """Who could not be joined, and why: for people."""
         self._dealers: dict[str, Channel] = {}
-        self._inbound: dict[str, Channel] = {}
+        self._inbound: dict[str, list[Channel]] = {}
+        self._broken: set[str] = set()
         self._dialler = Dialler(config, self.transport, self._hello)
         self._discovery: MdnsDiscovery | None = None
         self._tasks = TaskOwner()
@@ -174,13 +176,20 @@ class Links:
         if channel.peer not in ("", hello.peer.incarnation):
             return
         channel.peer = hello.peer.incarnation
-        before = self._inbound.get(channel.peer)
-        if before is not None and before is not channel:
-            self._owner.peer_stopped_listening(channel.peer)
-            self.transport.drop(before)
-        self._inbound[channel.peer] = channel
+        self._accept(channel, is_reset=hello.is_reset)
         self._learn(hello)
         channel.send([frames.WELCOME, self._hello(None).to_wire()])
+
+    def _accept(self, channel: Channel, *, is_reset: bool) -> None:
+        """A peer may have several connections to us for a while: two of its dials answered, and one is yet to be closed. All count."""
+        channels = self._inbound.setdefault(channel.peer, [])
+        if channel in channels:
+            return
+        if is_reset:
+            self._owner.peer_stopped_listening(channel.peer)
+        while channels and (is_reset or len(channels) >= _MAX_INBOUND_PER_PEER):
+            self.transport.drop(channels.pop(0))
+        channels.append(channel)
 
     def _on_news(self, channel: Channel, data: Any) -> None:
         """A peer that we dialled answers a repeated hello."""
@@ -215,17 +224,18 @@ class Links:
             self._dialler.lost(channel, reason)
         elif self._dealers.get(channel.peer) is channel:
             del self._dealers[channel.peer]
+            self._broken.add(channel.peer)
             self._owner.peer_lost(channel.peer, reason)
             self._tell(self.membership.unlinked(channel.peer, time.monotonic()))
             self._dial_soon()
-        elif self._inbound.get(channel.peer) is channel:
-            del self._inbound[channel.peer]
+        elif channel in self._inbound.get(channel.peer, ()):
+            self._inbound[channel.peer].remove(channel)
             self._owner.peer_stopped_listening(channel.peer)
 
     # --- what goes out
 
     def _hello(self, expected: str | None) -> Hello:
-        return Hello(self.own, time.monotonic() - self._started_s, self.membership.hints(), expected)
+        return Hello(self.own, time.monotonic() - self._started_s, self.membership.hints(), expected, is_reset=expected in self._broken)
 
     def _dial_soon(self) -> None:
         if not self._is_dial_due:
@@ -252,7 +262,11 @@ class Links:
         if incarnation in self._dealers:
             self.transport.drop(reached.channel)
             return
+        if reached.channel.is_broken:  # lost again before it could be of use
+            self._tell(self.membership.dial_failed(dial.key, False, time.monotonic()))
+            return
         self._dealers[incarnation] = reached.channel
+        self._broken.discard(incarnation)
         self._tell(self.membership.linked(incarnation, reached.address, time.monotonic()))
 
     def _note_refusal(self, dial: Dial, error: DialFailed) -> None:
@@ -275,9 +289,10 @@ class Links:
                     listener(change, member)
 
     def _forget(self, incarnation: str, reason: str) -> None:
-        for channel in (self._dealers.pop(incarnation, None), self._inbound.pop(incarnation, None)):
-            if channel is not None:
-                self.transport.drop(channel)
+        self._broken.discard(incarnation)
+        dealer = self._dealers.pop(incarnation, None)
+        for channel in [*self._inbound.pop(incarnation, ()), *([dealer] if dealer is not None else [])]:
+            self.transport.drop(channel)
         self._owner.peer_lost(incarnation, reason)
 
     # --- time

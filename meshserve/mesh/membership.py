@@ -94,6 +94,8 @@ class _Candidate:
     next_dial_s: float
     num_failed_dials: int = 0
     is_dialling: bool = False
+    led_to: str | None = None
+    """The peer that a seed's address turned out to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +225,7 @@ class Membership:
         if candidate is not None:
             candidate.is_dialling, candidate.num_failed_dials = False, 0
             candidate.next_dial_s = now_s + self._config.redial_max_s
-            candidate.incarnation = None
+            candidate.led_to = incarnation
         member = self.members.get(incarnation)
         if member is not None:
             member.is_dialling = False
@@ -291,7 +293,8 @@ class Membership:
 
     def _is_at_member(self, candidate: _Candidate) -> bool:
         place = (candidate.addresses[0], candidate.port)
-        return candidate.incarnation is None and any(member.linked_at == place for member in self.members.values())
+        is_known = candidate.led_to in self.members or any(member.linked_at == place for member in self.members.values())
+        return candidate.incarnation is None and is_known
 
     def _suspect(self, member: Member, now_s: float) -> list[tuple[Change, Member]]:
         member.state, member.suspect_since_s = PeerState.SUSPECT, now_s

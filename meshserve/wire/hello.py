@@ -140,6 +140,8 @@ class Hello:
     """Other members that it knows: gossip."""
     expected: str | None = None
     """Incarnation that the dialling peer means to reach; another one answers with a refusal."""
+    is_reset: bool = False
+    """The dialling peer lost its connection to the other: what it had asked for there, nobody waits for any more."""
     major: int = PROTOCOL_MAJOR
     minor: int = PROTOCOL_MINOR
 
@@ -150,6 +152,7 @@ class Hello:
             "peer": self.peer.to_wire(),
             "age_s": self.age_s,
             "expected": self.expected,
+            "reset": self.is_reset,
             "hints": [hint.to_wire() for hint in self.hints[:MAX_HINTS]],
         }
 
@@ -162,7 +165,15 @@ class Hello:
             raise ProtocolError("hello: age_s is missing or malformed")
         if not isinstance(hints, list) or len(hints) > MAX_HINTS or not (expected is None or isinstance(expected, str)):
             raise ProtocolError("hello: hints or expected are malformed")
-        return cls(PeerInfo.from_wire(data.get("peer")), float(age_s), tuple(map(PeerHint.from_wire, hints)), expected, major, minor)
+        return cls(
+            PeerInfo.from_wire(data.get("peer")),
+            float(age_s),
+            tuple(map(PeerHint.from_wire, hints)),
+            expected,
+            data.get("reset") is True,
+            major,
+            minor,
+        )
 
 
 def protocol_of(data: Any) -> tuple[int, int]:
