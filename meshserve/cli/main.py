@@ -3,6 +3,7 @@
 import click
 
 from meshserve import __version__
+from meshserve.cli.demo.command import demo
 from meshserve.cli.generate import generate
 from meshserve.cli.key import key
 from meshserve.cli.peers import peers
@@ -19,5 +20,5 @@ def main() -> None:
     """
 
 
-for command in (run, peers, generate, key):
+for command in (run, demo, peers, generate, key):
     main.add_command(command)

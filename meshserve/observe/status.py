@@ -21,8 +21,14 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
 
     def on_status(call: IncomingCall) -> None:
         load = reporter.load() if reporter is not None else None
+        reached = sum(member.is_callable for member in mesh.links.membership.listed())
         call.end(
-            {"up_s": round(mesh.now_s() - began_s, 3), "load": _load(load) if load else None, "counters": dict(mesh.counters.snapshot())}
+            {
+                "up_s": round(mesh.now_s() - began_s, 3),
+                "load": _load(load) if load else None,
+                "num_reached": reached,
+                "counters": dict(mesh.counters.snapshot()),
+            }
         )
 
     def _load(load: Any) -> dict[str, int]:
@@ -65,6 +71,7 @@ def _entry(mesh: Mesh, info: PeerInfo, member: Member | None, answer: tuple[dict
         "load": status.get("load"),
         "rtt_ms": round(rtt_ms, 3) if rtt_ms is not None else None,
         "up_s": status.get("up_s"),
+        "num_reached": status.get("num_reached"),
         "version": info.version,
         "http": info.http,
         "addresses": list(info.addresses),

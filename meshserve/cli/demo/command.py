@@ -1,0 +1,171 @@
+"""The demo's command and its course."""
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from meshserve.cli.options import mesh_options, option
+from meshserve.cli.running import execute
+from meshserve.errors import StartupFailed
+
+if TYPE_CHECKING:
+    from meshserve.cli.demo.children import Children
+    from meshserve.cli.demo.view import View
+
+_START_TIMEOUT_S = 20.0
+_CHECK_S = 0.02
+_PAUSE_S = 0.6
+"""Before each prompt, for the eyes of an audience."""
+_SHORT_PAUSE_S = 0.1
+"""The same without an audience: routers have heard by then what workers hold."""
+_HTTP = "127.0.0.1:8000"
+
+
+@click.command()
+@option("--decode", type=click.IntRange(1, 16), default=2, help="Decode workers.")
+@option("--prefill", type=click.IntRange(0, 16), default=1, help="Prefill workers; 0 is the aggregated deployment.")
+@option("--http", default=None, metavar="HOST:PORT", help=f"Where to listen.  [default: {_HTTP}, or a free port]", show_default=False)
+@click.option("--once", is_flag=True, help="End after the prompts.")
+@click.option("--lan", is_flag=True, help="Open the mesh and its HTTP side to this network.")
+@mesh_options
+def demo(**settings: Any) -> None:
+    """Show a whole disaggregated mesh on this machine: who serves each prompt, why, and where its time goes."""
+    execute(settings, lambda: _demo(settings))
+
+
+async def _demo(settings: dict[str, Any]) -> int:
+    from meshserve.cli.demo.children import Children
+    from meshserve.cli.demo.view import View
+
+    interrupted = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    course = asyncio.current_task()
+    assert course is not None
+
+    def on_signal() -> None:
+        if interrupted.is_set():
+            course.cancel()
+        interrupted.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    children, view = Children(_common_options(settings)), View()
+    try:
+        return await _until(interrupted, _course(settings, children, view, interrupted))
+    finally:
+        view.close()
+        await children.stop()
+
+
+async def _until(interrupted: asyncio.Event, course: Any) -> int:
+    """The course's exit code, or 130 as soon as somebody interrupts it."""
+    running, waiting = asyncio.ensure_future(course), asyncio.ensure_future(interrupted.wait())
+    try:
+        await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            return int(await running)
+        return 130
+    finally:
+        for task in (running, waiting):
+            task.cancel()
+        await asyncio.gather(running, waiting, return_exceptions=True)
+
+
+def _common_options(settings: dict[str, Any]) -> list[str]:
+    mesh = settings["mesh"] if settings["lan"] or settings["mesh"] != "default" else f"demo-{os.getpid()}"
+    options = ["--mesh", mesh, "--log-level", settings["log_level"], "--drain-timeout", "2"]
+    if not settings["lan"]:
+        options += ["--interface", "127.0.0.1", "--no-mdns"]
+    if settings["key_file"]:
+        options += ["--key-file", settings["key_file"]]
+    return options
+
+
+def _http_address(settings: dict[str, Any]) -> str:
+    """The one that was asked for, else the usual one if it is free, else any."""
+    if settings["http"]:
+        return str(settings["http"])
+    host = "0.0.0.0" if settings["lan"] else "127.0.0.1"
+    try:
+        with socket.create_server((host, 8000)):
+            return f"{host}:8000"
+    except OSError:
+        return f"{host}:0"
+
+
+async def _course(settings: dict[str, Any], children: "Children", view: "View", interrupted: asyncio.Event) -> int:
+    began_s = time.monotonic()
+    seed_port = _free_port_block()
+    seed = ["--peer", f"127.0.0.1:{seed_port}"]
+    tasks = [children.start("front", "frontend,processor,router", "--http", _http_address(settings), "--port", str(seed_port))]
+    tasks += [children.start(f"decode-{number + 1}", "decode", *seed) for number in range(settings["decode"])]
+    tasks += [children.start(f"prefill-{number + 1}", "prefill", *seed) for number in range(settings["prefill"])]
+    await asyncio.gather(*tasks)
+    wanted = f"{settings['decode']} decode, {settings['prefill']} prefill ready"
+    while not children.workers_line.startswith(wanted) or not all(child.ready_s for child in children.all):
+        children.check()
+        view.starting(children.all)
+        if time.monotonic() - began_s > _START_TIMEOUT_S:
+            raise StartupFailed("the demo's peers did not find each other in 20 s; --log-level info says more")
+        await asyncio.sleep(_CHECK_S)
+    url = children.all[0].fields["http"].replace("0.0.0.0", "127.0.0.1")
+    await _all_linked(url, len(children.all))
+    view.started(children.all, time.monotonic() - began_s)
+    num_answered = await _ask_all(url, view)
+    view.finished(url, "dummy", num_answered, not settings["once"], _joining(settings, seed_port))
+    while not settings["once"]:
+        children.check()
+        await asyncio.sleep(0.2)
+    return 0
+
+
+async def _all_linked(url: str, count: int) -> None:
+    """Until each peer reaches all others: the first prompts show what a mesh does that has settled."""
+    from meshserve.cli.demo.asking import list_peers
+
+    for _ in range(200):
+        peers = await list_peers(url)
+        if len(peers) >= count and all((peer["num_reached"] or 0) >= count - 1 for peer in peers):
+            return
+        await asyncio.sleep(_CHECK_S)
+
+
+def _free_port_block() -> int:
+    """Four free ports in a row for the first peer, chosen here so that all can start at once."""
+    for first in range(7800, 65_000, 4):
+        try:
+            for port in range(first, first + 4):
+                socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            continue
+        return first
+    raise StartupFailed("no four free ports in a row from 7800 on")
+
+
+def _joining(settings: dict[str, Any], seed_port: int) -> str:
+    if settings["lan"]:
+        return f"meshserve run --role decode --mesh {settings['mesh']}    # on any machine of this network: one more worker"
+    return "meshserve demo --lan    # the same, open to this network"
+
+
+async def _ask_all(url: str, view: "View") -> int:
+    from meshserve.cli.demo.asking import ask, questions
+
+    num_answered = 0
+    pause_s = _PAUSE_S if view.console.is_terminal else _SHORT_PAUSE_S
+    for question in questions():
+        prompt = question.body.get("prompt") or question.body["messages"][0]["content"]
+        view.asking(num_answered + 1, question.title, prompt)
+        await asyncio.sleep(pause_s)
+        async for part in ask(url, question, "dummy"):
+            if isinstance(part, str):
+                view.text(part)
+            else:
+                view.answered(part)
+                num_answered += 1
+    return num_answered
