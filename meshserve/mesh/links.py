@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _GOSSIP_FANOUT = 3
-_GOSSIP_INTERVAL_S = 0.5
+_GOSSIP_INTERVAL_S = 0.2
 _GOSSIP_QUIET_INTERVAL_S = 5.0
 _MAX_INBOUND_PER_PEER = 8
 
@@ -298,12 +298,12 @@ class Links:
     # --- time
 
     async def _tick_forever(self) -> None:
-        next_gossip_s = lonely_s = 0.0
+        last_gossip_s = lonely_s = 0.0
         while True:
             now_s = time.monotonic()
             self._tick(now_s)
-            if now_s >= next_gossip_s:
-                next_gossip_s = now_s + (_GOSSIP_INTERVAL_S if self._is_changed else _GOSSIP_QUIET_INTERVAL_S)
+            if now_s - last_gossip_s >= (_GOSSIP_INTERVAL_S if self._is_changed else _GOSSIP_QUIET_INTERVAL_S):
+                last_gossip_s = now_s
                 self._gossip()
             if not lonely_s and now_s - self._started_s > self._config.lonely_after_s:
                 lonely_s = now_s

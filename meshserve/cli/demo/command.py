@@ -56,20 +56,20 @@ async def _demo(settings: dict[str, Any]) -> int:
         loop.add_signal_handler(number, on_signal)
     children, view = Children(_common_options(settings)), View()
     try:
-        return await _until(interrupted, _course(settings, children, view, interrupted))
+        return await _until(interrupted, _course(settings, children, view))
     finally:
         view.close()
         await children.stop()
 
 
 async def _until(interrupted: asyncio.Event, course: Any) -> int:
-    """The course's exit code, or 130 as soon as somebody interrupts it."""
+    """The course's exit code; an interrupt is how a demo ends."""
     running, waiting = asyncio.ensure_future(course), asyncio.ensure_future(interrupted.wait())
     try:
         await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
         if running.done():
             return int(await running)
-        return 130
+        return 0
     finally:
         for task in (running, waiting):
             task.cancel()
@@ -98,7 +98,7 @@ def _http_address(settings: dict[str, Any]) -> str:
         return f"{host}:0"
 
 
-async def _course(settings: dict[str, Any], children: "Children", view: "View", interrupted: asyncio.Event) -> int:
+async def _course(settings: dict[str, Any], children: "Children", view: "View") -> int:
     began_s = time.monotonic()
     seed_port = _free_port_block()
     seed = ["--peer", f"127.0.0.1:{seed_port}"]

@@ -1,0 +1,57 @@
+"""The demo, as a user starts it."""
+
+import os
+import re
+import socket
+import time
+
+import pytest
+
+from tests.harness import Completed, Process, run_command
+from tests.harness.processes import meshserve_command
+from tests.harness.rights import missing_right
+
+PROMPTS = 5
+
+
+def demo(*options: str, prefix: tuple[str, ...] = ()) -> Completed:
+    return run_command([*prefix, *meshserve_command("demo", "--once", *options)], 15.0)
+
+
+def test_demo_once_answers_every_prompt_over_every_path() -> None:
+    done = demo("--http", "127.0.0.1:0")
+    assert done.exit_code == 0, done
+    assert f"{PROMPTS} of {PROMPTS} prompts answered" in done.stdout and not done.stderr
+    assert "\x1b" not in done.stdout
+    started = re.search(r"serve after ([\d.]+) s", done.stdout)
+    assert started and float(started[1]) <= 4.0
+    assert "<- prefill-1" in done.stdout and "prefilled locally" in done.stdout and "tokens cached" in done.stdout
+
+
+def test_demo_without_prefill_workers_is_the_aggregated_deployment() -> None:
+    done = demo("--http", "127.0.0.1:0", "--prefill", "0", "--decode", "1")
+    assert done.exit_code == 0 and "<- prefill" not in done.stdout
+
+
+def test_demo_on_a_taken_port_says_so_in_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        done = demo("--http", f"127.0.0.1:{taken.getsockname()[1]}")
+    assert done.exit_code == 1 and "taken" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_demo_runs_on_a_machine_without_any_network() -> None:
+    if missing_right() is not None and not os.environ.get("CI"):
+        pytest.skip("no right to make a network namespace")
+    began = time.monotonic()
+    done = demo(prefix=("unshare", "-n", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"))
+    assert done.exit_code == 0, done
+    assert f"{PROMPTS} of {PROMPTS} prompts answered" in done.stdout
+    assert time.monotonic() - began < 15.0
+
+
+def test_an_interrupted_demo_takes_its_peers_with_it() -> None:
+    with Process(meshserve_command("demo", "--http", "127.0.0.1:0")) as process:
+        process.wait_for_line("Ctrl-C ends it", 15.0)
+        process.interrupt()
+        assert process.wait() == 0
+        assert "Traceback" not in process.stderr_text
