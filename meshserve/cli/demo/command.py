@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -100,24 +101,20 @@ def _http_address(settings: dict[str, Any]) -> str:
 
 async def _course(settings: dict[str, Any], children: "Children", view: "View") -> int:
     began_s = time.monotonic()
-    seed_port = _free_port_block()
-    seed = ["--peer", f"127.0.0.1:{seed_port}"]
-    tasks = [children.start("front", "frontend,processor,router", "--http", _http_address(settings), "--port", str(seed_port))]
-    tasks += [children.start(f"decode-{number + 1}", "decode", *seed) for number in range(settings["decode"])]
-    tasks += [children.start(f"prefill-{number + 1}", "prefill", *seed) for number in range(settings["prefill"])]
-    await asyncio.gather(*tasks)
+    front = await children.start("front", "frontend,processor,router", "--http", _http_address(settings))
+    await _wait_for(children, view, lambda: front.ready_s is not None)
+    seed = front.fields["address"].removeprefix("tcp://")  # a port chosen for it beforehand could be taken by the time it starts
+    workers = [f"decode-{number + 1}" for number in range(settings["decode"])] + [
+        f"prefill-{number + 1}" for number in range(settings["prefill"])
+    ]
+    await asyncio.gather(*(children.start(name, name.partition("-")[0], "--peer", seed) for name in workers))
     wanted = f"{settings['decode']} decode, {settings['prefill']} prefill ready"
-    while not children.workers_line.startswith(wanted) or not all(child.ready_s for child in children.all):
-        children.check()
-        view.starting(children.all)
-        if time.monotonic() - began_s > _START_TIMEOUT_S:
-            raise StartupFailed("the demo's peers did not find each other in 20 s; --log-level info says more")
-        await asyncio.sleep(_CHECK_S)
-    url = children.all[0].fields["http"].replace("0.0.0.0", "127.0.0.1")
+    await _wait_for(children, view, lambda: children.workers_line.startswith(wanted) and all(child.ready_s for child in children.all))
+    url = front.fields["http"].replace("0.0.0.0", "127.0.0.1")
     await _all_linked(url, len(children.all))
     view.started(children.all, time.monotonic() - began_s)
     num_answered = await _ask_all(url, view)
-    view.finished(url, "dummy", num_answered, not settings["once"], _joining(settings, seed_port))
+    view.finished(url, "dummy", num_answered, not settings["once"], _joining(settings))
     while not settings["once"]:
         children.check()
         await asyncio.sleep(0.2)
@@ -135,19 +132,18 @@ async def _all_linked(url: str, count: int) -> None:
         await asyncio.sleep(_CHECK_S)
 
 
-def _free_port_block() -> int:
-    """Four free ports in a row for the first peer, chosen here so that all can start at once."""
-    for first in range(7800, 65_000, 4):
-        try:
-            for port in range(first, first + 4):
-                socket.create_server(("127.0.0.1", port)).close()
-        except OSError:
-            continue
-        return first
-    raise StartupFailed("no four free ports in a row from 7800 on")
+async def _wait_for(children: "Children", view: "View", condition: Callable[[], bool]) -> None:
+    """Raises StartupFailed if a peer ends, or the condition does not come true in time."""
+    for _ in range(round(_START_TIMEOUT_S / _CHECK_S)):
+        children.check()
+        view.starting(children.all)
+        if condition():
+            return
+        await asyncio.sleep(_CHECK_S)
+    raise StartupFailed(f"the demo's peers did not find each other in {_START_TIMEOUT_S:g} s; --log-level info says more")
 
 
-def _joining(settings: dict[str, Any], seed_port: int) -> str:
+def _joining(settings: dict[str, Any]) -> str:
     if settings["lan"]:
         return f"meshserve run --role decode --mesh {settings['mesh']}    # on any machine of this network: one more worker"
     return "meshserve demo --lan    # the same, open to this network"
