@@ -119,7 +119,11 @@ class CallTable:
     def received(self, wire: Wire, message: Message, now_s: float) -> None:
         """One message about a stream from a peer that said hello."""
         kind = message[0]
-        if kind == OPEN:
+        if kind == ITEM:  # first, as it is nearly all there is
+            call = self.outgoing.get(message[1])
+            if call is not None and call.peer == wire.peer:
+                call.sink.on_item(message[2])
+        elif kind == OPEN:
             self._opened(wire, message, now_s)
         elif kind == CANCEL:
             incoming = self.incoming.get((wire.peer, message[1]))
@@ -132,9 +136,6 @@ class CallTable:
         call = self.outgoing.get(message[1])
         if call is None or call.peer != wire.peer:
             return  # late, after a cancel or a deadline; or not meant for us
-        if kind == ITEM:
-            call.sink.on_item(message[2])
-            return
         del self.outgoing[call.stream]
         if kind == END:
             call.sink.on_end(message[2])

@@ -35,7 +35,7 @@ _MAX_INBOUND_PER_PEER = 8
 class LinkOwner(Protocol):
     """Whom the links report to: the mesh."""
 
-    def stream_message(self, channel: Channel, message: Message) -> None:
+    def stream_message(self, channel: Channel, message: Message, now_s: float) -> None:
         """A message about a request stream, from a peer that said hello."""
 
     def peer_lost(self, peer: str, reason: str) -> None:
@@ -57,7 +57,7 @@ class Links:
         self._started_s = time.monotonic()
         self.own = own
         self.membership = Membership(own, config, self._started_s)
-        self.transport = Transport(factory, config.transport, counters, self._on_message, self._on_lost)
+        self.transport = Transport(factory, config.transport, counters, self._on_frame, self._on_lost)
         self.transport.loopback.peer = own.incarnation
         self.listeners: list[Callable[[Change, Member], None]] = []
         self.refused: dict[str, str] = {}
@@ -126,25 +126,29 @@ class Links:
 
     # --- what comes in
 
-    def _on_message(self, channel: Channel, message: Message) -> None:
-        kind = message[0]
+    def _on_frame(self, channel: Channel, messages: list[Message]) -> None:
+        """Any frame is one sign of life, however many streams' messages it holds."""
+        now_s = time.monotonic()
         if channel.peer:
-            if kind >= frames.OPEN:
-                self._heard(channel.peer)
-                self._owner.stream_message(channel, message)
-                return
-        elif kind not in (frames.HELLO, frames.WELCOME, frames.REFUSED):
-            self._counters.add("messages_before_hello")
-            return
-        self._on_control(channel, kind, message)
+            self._heard(channel.peer, now_s)
+        for message in messages:
+            kind = message[0]
+            if kind >= frames.OPEN and channel.peer:
+                self._owner.stream_message(channel, message, now_s)
+            elif kind == frames.CREDIT:
+                channel.credited(message[1])
+            elif channel.peer or kind in (frames.HELLO, frames.WELCOME, frames.REFUSED):
+                self._on_control(channel, kind, message)
+            else:
+                self._counters.add("messages_before_hello")
 
-    def _heard(self, peer: str) -> None:
+    def _heard(self, peer: str, now_s: float) -> None:
         member = self.membership.members.get(peer)
         if member is not None:
             if member.state is PeerState.ALIVE:
-                member.heard_s = time.monotonic()
+                member.heard_s = now_s
             else:
-                self._tell(self.membership.heard(peer, time.monotonic()))
+                self._tell(self.membership.heard(peer, now_s))
 
     def _on_control(self, channel: Channel, kind: int, message: Message) -> None:
         if kind == frames.HELLO:
@@ -153,7 +157,6 @@ class Links:
             if not self._dialler.answered(channel, message) and kind == frames.WELCOME and channel.peer:
                 self._on_news(channel, message[1])
         elif kind == frames.PING:
-            self._heard(channel.peer)
             channel.send([frames.PONG, message[1]])
         elif kind == frames.PONG:
             self._on_pong(channel.peer, message[1])
@@ -213,7 +216,6 @@ class Links:
         self._dial_soon()
 
     def _on_pong(self, peer: str, number: int) -> None:
-        self._heard(peer)
         member = self.membership.members.get(peer)
         rtt_ms = time.monotonic() * 1000 - number / 1000  # the ping carried our own clock, in microseconds
         if member is not None and 0 <= rtt_ms < 1e6:

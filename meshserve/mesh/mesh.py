@@ -199,8 +199,8 @@ class Mesh:
 
     # --- what the links report
 
-    def stream_message(self, channel: Channel, message: Message) -> None:
-        self.calls.received(channel, message, time.monotonic())
+    def stream_message(self, channel: Channel, message: Message, now_s: float) -> None:
+        self.calls.received(channel, message, now_s)
 
     def peer_lost(self, peer: str, reason: str) -> None:
         self.calls.peer_lost(peer, reason)

@@ -14,7 +14,7 @@ from meshserve.telemetry import Counters
 from meshserve.wire import frames
 from meshserve.wire.frames import Message
 
-OnMessage = Callable[[Channel, Message], None]
+OnFrame = Callable[[Channel, list[Message]], None]
 OnLost = Callable[[Channel, str], None]
 
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -100,9 +100,9 @@ class _Dealer:
 class Transport:
     """Sends and receives messages on channels; knows nothing of what they mean but how long they may be."""
 
-    def __init__(self, factory: SocketFactory, config: TransportConfig, counters: Counters, on_message: OnMessage, on_lost: OnLost) -> None:
+    def __init__(self, factory: SocketFactory, config: TransportConfig, counters: Counters, on_frame: OnFrame, on_lost: OnLost) -> None:
         self.config, self._factory, self._counters = config, factory, counters
-        self._on_message, self._on_lost = on_message, on_lost
+        self._on_frame, self._on_lost = on_frame, on_lost
         self.turn = Turn(lambda channel: self.lost(channel, "overflow or unreachable"))
         self._dealers: dict[Channel, _Dealer] = {}
         self._inbound: dict[bytes, Channel] = {}
@@ -153,18 +153,14 @@ class Transport:
             self._on_lost(channel, reason)
 
     def received(self, channel: Channel, data: bytes) -> None:
-        """One frame from a peer: counted and dropped if malformed, else handed up message by message."""
+        """One frame from a peer: counted and dropped if malformed, else handed up."""
         channel.received(len(data))
         try:
             messages = frames.unpack(data)
         except ProtocolError:
             self._counters.add("frames_malformed")
             return
-        for message in messages:
-            if message[0] == frames.CREDIT:
-                channel.credited(message[1])
-            else:
-                self._on_message(channel, message)
+        self._on_frame(channel, messages)
 
     def _on_router_frames(self, parts: list[bytes]) -> None:
         channel = self._inbound.get(parts[0])
@@ -205,8 +201,7 @@ class Transport:
         asyncio.get_running_loop().call_soon(self._deliver_loopback)
 
     def _deliver_loopback(self) -> None:
-        for message in self.loopback.take_unpacked():
-            self._on_message(self.loopback, message)
+        self._on_frame(self.loopback, self.loopback.take_unpacked())
         self.turn.flush()
 
     def close(self) -> None:

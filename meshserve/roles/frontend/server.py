@@ -6,7 +6,7 @@ import errno
 import hmac
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import uvicorn
@@ -27,14 +27,15 @@ _OPEN_PATHS = ("/health", "/ready")
 _START_CHECK_S = 0.002
 
 
-class _Endpoint:
-    """A raw ASGI route: Starlette calls functions with a request object, and anything else as an application."""
+class _HotRoutes:
+    """The routes that every token passes, ahead of Starlette's routing and its wrappers around each write."""
 
-    def __init__(self, application: Any) -> None:
-        self._application = application
+    def __init__(self, application: Any, routes: dict[str, Any]) -> None:
+        self._application, self._routes = application, routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._application(scope, receive, send)
+        route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+        await (route or self._application)(scope, receive, send)
 
 
 class _Guard:
@@ -83,7 +84,9 @@ class FrontendRole:
     async def start(self) -> str:
         """Bind and serve. Raises StartupFailed if the port is taken or the address not this host's."""
         listening = self._bind()
-        application: Any = self._routes()
+        completions = self._completions
+        hot = {"/v1/completions": completions.completion, "/v1/chat/completions": completions.chat, "/generate": completions.generate}
+        application: Any = _HotRoutes(self._routes(hot), hot)
         if self._config.api_keys:
             application = _Guard(application, self._config.api_keys)
         self._server = _Server(
@@ -95,6 +98,7 @@ class FrontendRole:
                 interface="asgi3",
                 log_config=None,
                 access_log=False,
+                proxy_headers=False,
                 server_header=False,
                 timeout_graceful_shutdown=1,
             )
@@ -114,13 +118,10 @@ class FrontendRole:
             what, reason = ("port", "is taken") if error.errno == errno.EADDRINUSE else ("address", "is not this host's")
             raise StartupFailed(f"cannot listen for HTTP on {host}:{port}: the {what} {reason}; choose another with --http") from error
 
-    def _routes(self) -> Starlette:
-        completions = self._completions
+    def _routes(self, hot: Iterable[str]) -> Starlette:
         return Starlette(
             routes=[
-                Route("/v1/completions", _Endpoint(completions.completion), methods=["POST"]),
-                Route("/v1/chat/completions", _Endpoint(completions.chat), methods=["POST"]),
-                Route("/generate", _Endpoint(completions.generate), methods=["POST"]),
+                *(Route(path, _only_post, methods=["POST"]) for path in hot),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{model:path}", self._model),
                 Route("/health", self._health),
@@ -160,6 +161,11 @@ class FrontendRole:
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await self._serving
+
+
+async def _only_post(request: Request) -> Response:
+    """Never called: a POST took the hot route. It is there so that other methods are answered 405 and not 404."""
+    raise HTTPException(405)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

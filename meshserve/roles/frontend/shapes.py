@@ -11,6 +11,7 @@ from meshserve.wire.card import ModelCard
 DONE = b"data: [DONE]\n\n"
 
 _FINGERPRINT = f"meshserve-{__version__}"
+_dump = json.JSONEncoder(separators=(",", ":")).encode
 _encode_text = json.encoder.encode_basestring_ascii
 
 
@@ -31,9 +32,9 @@ class ChunkWriter:
         kind = "chat.completion.chunk" if is_chat else "text_completion"
         self._fields = {"id": response_id, "object": kind, "created": created_s, "model": model, "system_fingerprint": _FINGERPRINT}
         self._is_chat = is_chat
-        opening = json.dumps(self._fields)[:-1] + ', "choices": [{"index": 0, '
-        self._head = "data: " + opening + ('"delta": {"content": ' if is_chat else '"text": ')
-        self._tail = ('}, "finish_reason": null}]}\n\n') if is_chat else ', "finish_reason": null}]}\n\n'
+        opening = _dump(self._fields)[:-1] + ',"choices":[{"index":0,'
+        self._head = "data: " + opening + ('"delta":{"content":' if is_chat else '"text":')
+        self._tail = ('},"finish_reason":null}]}\n\n') if is_chat else ',"finish_reason":null}]}\n\n'
 
     def role(self) -> bytes:
         """The first chunk of a chat: the role only."""
@@ -57,7 +58,7 @@ class ChunkWriter:
 
     @staticmethod
     def _event(chunk: dict[str, Any]) -> bytes:
-        return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+        return b"data: " + _dump(chunk).encode() + b"\n\n"
 
 
 def error_event(error: MeshserveError) -> bytes:
@@ -92,7 +93,7 @@ def whole_body(
     }
     if receipt is not None:
         body["meshserve"] = receipt
-    return json.dumps(body).encode()
+    return _dump(body).encode()
 
 
 def error_body(error: MeshserveError) -> bytes:
@@ -105,7 +106,7 @@ def error_body(error: MeshserveError) -> bytes:
     elif error.http_status == 503:
         kind = "service_unavailable"
     param = error.param if isinstance(error, InvalidRequest) else None
-    return json.dumps({"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}).encode()
+    return _dump({"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}).encode()
 
 
 def models_body(cards: Sequence[ModelCard], created_s: int) -> dict[str, Any]:
@@ -121,4 +122,4 @@ def model_entry(card: ModelCard, created_s: int) -> dict[str, Any]:
 
 def line(fields: dict[str, Any]) -> bytes:
     """One line of `/generate`'s stream."""
-    return json.dumps(fields).encode() + b"\n"
+    return _dump(fields).encode() + b"\n"
