@@ -1,0 +1,178 @@
+"""A prefill task: tables, and all interleavings of what can happen to it."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from meshserve.config import HandoffConfig
+from meshserve.handoff.task import Action, Finish, PrefillTask, Push, Revoke, Strike, TaskState
+
+CONFIG = HandoffConfig()
+LEASE_S = 1.5
+PEERS = ("p1", "p2", "p3")
+
+
+def a_task(*candidates: str) -> tuple[PrefillTask, list[Action]]:
+    task = PrefillTask("r1", CONFIG, LEASE_S, 0.0)
+    return task, task.start(candidates, 0.0)
+
+
+def test_the_ticket_goes_to_the_best_and_after_the_hedge_time_to_all_others() -> None:
+    task, actions = a_task(*PEERS)
+    assert actions == [Push(("p1",), 1)]
+    assert task.tick(0.019) == []
+    assert task.tick(0.021) == [Push(("p2", "p3"), 1)]
+    assert task.tick(1.0) == []
+
+
+def test_a_ticket_that_cannot_be_sent_is_hedged_at_once() -> None:
+    task, _ = a_task(*PEERS)
+    assert task.push_failed("p1", 0.0) == [Push(("p2", "p3"), 1)]
+
+
+def test_the_first_claim_wins_and_late_ones_are_gone() -> None:
+    task, _ = a_task(*PEERS)
+    assert task.claim("p2", 0.01)
+    assert not task.claim("p1", 0.01) and not task.claim("p2", 0.01)
+    assert task.complete(0.5) == [Strike(("p1",)), Finish(TaskState.DONE)]
+    assert not task.claim("p3", 0.6)
+
+
+def test_without_anybody_to_ask_it_is_local_at_once() -> None:
+    assert a_task()[1] == [Finish(TaskState.LOCAL)]
+
+
+def test_an_attempt_that_is_no_longer_named_is_made_elsewhere() -> None:
+    task, _ = a_task("p1", "p2")
+    assert task.claim("p1", 0.0)
+    task.renew("p1", 1, 1.0)
+    assert task.tick(2.4) == []
+    assert task.tick(2.6) == [Revoke("p1", 1), Push(("p2",), 2)]
+    assert not task.claim("p1", 2.7), "it had its try"
+    assert task.claim("p2", 2.7) and task.is_current("p2", 2) and not task.is_current("p1", 1)
+
+
+def test_when_all_workers_die_it_is_local() -> None:
+    task, _ = a_task("p1")
+    assert task.peer_gone("p1", 0.1, is_dead=True)[-1] == Finish(TaskState.LOCAL)
+
+
+def test_two_workers_lost_are_enough() -> None:
+    task, _ = a_task(*PEERS)
+    assert task.claim("p1", 0.0)
+    assert task.peer_gone("p1", 0.1, is_dead=True) == [Revoke("p1", 1), Push(("p2",), 2)]
+    assert task.claim("p2", 0.2)
+    assert task.peer_gone("p2", 0.3, is_dead=True)[-1] == Finish(TaskState.GAVE_UP)
+    assert task.lost_peers == ["p1", "p2"] and not task.claim("p3", 0.4)
+
+
+def test_a_worker_that_falls_silent_and_then_dies_counts_as_lost() -> None:
+    task, _ = a_task(*PEERS)
+    assert task.claim("p1", 0.0)
+    task.peer_gone("p1", 1.5, is_dead=False)
+    task.peer_gone("p1", 6.5, is_dead=True)
+    assert task.lost_peers == ["p1"]
+
+
+def test_a_queued_ticket_at_a_draining_worker_goes_to_others_and_a_running_one_stays() -> None:
+    task, _ = a_task("p1", "p2")
+    assert task.peer_draining("p1", 0.0) == [Push(("p2",), 1)]
+    assert task.claim("p2", 0.1)
+    assert task.peer_draining("p2", 0.2) == [] and task.state is TaskState.CLAIMED
+
+
+def test_an_unclaimed_task_is_local_in_the_end() -> None:
+    task, _ = a_task("p1")
+    assert task.tick(CONFIG.claim_timeout_s + 0.1)[-1] == Finish(TaskState.LOCAL)
+
+
+class TaskMachine(RuleBasedStateMachine):
+    """Anything in any order."""
+
+    peers = st.sampled_from(PEERS)
+
+    @initialize(count=st.integers(1, 3))
+    def start(self, count: int) -> None:
+        self.now_s = 0.0
+        self.task = PrefillTask("r", CONFIG, LEASE_S, 0.0)
+        self.finishes = 0
+        self.claims: list[str] = []
+        self.dead: set[str] = set()
+        self.carry_out(self.task.start(PEERS[:count], 0.0))
+
+    def carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            assert not (self.finishes and not isinstance(action, Finish)), "nothing follows the end"
+            self.finishes += isinstance(action, Finish)
+            if isinstance(action, Push):
+                assert action.peers and action.attempt == self.task.attempt
+
+    @rule(peer=peers)
+    def claim(self, peer: str) -> None:
+        was_queued = self.task.state is TaskState.QUEUED
+        is_granted = self.task.claim(peer, self.now_s)
+        assert not is_granted or (was_queued and peer not in self.task.lost_peers)
+        if is_granted:
+            self.claims.append(peer)
+
+    @rule(peer=peers, attempt=st.integers(1, 3))
+    def renew(self, peer: str, attempt: int) -> None:
+        self.task.renew(peer, attempt, self.now_s)
+
+    @rule(peer=peers)
+    def push_failed(self, peer: str) -> None:
+        self.carry_out(self.task.push_failed(peer, self.now_s))
+
+    @rule()
+    def complete(self) -> None:
+        self.carry_out(self.task.complete(self.now_s))
+
+    @rule(peer=peers, attempt=st.integers(1, 3), is_dead=st.booleans())
+    def fail(self, peer: str, attempt: int, is_dead: bool) -> None:
+        self.carry_out(self.task.attempt_failed(peer, attempt, "test", self.now_s, is_peer_dead=is_dead))
+
+    @rule(peer=peers, is_dead=st.booleans())
+    def gone(self, peer: str, is_dead: bool) -> None:
+        self.carry_out(self.task.peer_gone(peer, self.now_s, is_dead=is_dead))
+
+    @rule(peer=peers)
+    def drain(self, peer: str) -> None:
+        self.carry_out(self.task.peer_draining(peer, self.now_s))
+
+    @rule(peer=peers)
+    def join(self, peer: str) -> None:
+        self.task.peer_joined(peer)
+
+    @rule()
+    def cancel(self) -> None:
+        self.carry_out(self.task.cancel(self.now_s))
+
+    @rule()
+    def fall_back(self) -> None:
+        self.carry_out(self.task.fall_back(self.now_s))
+
+    @rule(seconds=st.sampled_from((0.001, 0.03, 1.0, 2.0, 11.0)))
+    def time_passes(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.carry_out(self.task.tick(self.now_s))
+
+    @invariant()
+    def it_ends_once_and_runs_once(self) -> None:
+        if not hasattr(self, "task"):
+            return
+        assert self.finishes == self.task.is_final
+        assert len(self.task.lost_peers) <= CONFIG.max_lost_peers
+        assert sum(attempt.outcome == "running" for attempt in self.task.attempts) == (self.task.state is TaskState.CLAIMED)
+        assert len(set(self.claims)) == len(self.claims), "nobody gets the same task twice"
+
+    def teardown(self) -> None:
+        if hasattr(self, "task") and not self.task.is_final:
+            self.now_s += 60
+            for _ in range(8):
+                self.carry_out(self.task.tick(self.now_s))
+                self.now_s += 60
+            assert self.task.is_final, "time alone ends every task"
+
+
+TestTaskMachine = TaskMachine.TestCase
+TestTaskMachine.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)

@@ -1,0 +1,192 @@
+"""Request streams: two tables joined in memory."""
+
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MeshserveError, PeerLost, UnknownMethod
+from meshserve.mesh.calls import CallTable, IncomingCall
+from meshserve.wire import frames
+from meshserve.wire.frames import Message
+
+
+class Wire:
+    """One direction; what was sent waits for `deliver`."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.sent: list[Message] = []
+
+    def send(self, message: Message) -> None:
+        self.sent.append(message)
+
+
+class Record:
+    """A sink that remembers."""
+
+    def __init__(self) -> None:
+        self.items: list[Any] = []
+        self.ends: list[Any] = []
+
+    def on_item(self, item: Any) -> None:
+        assert not self.ends
+        self.items.append(item)
+
+    def on_end(self, value: Any) -> None:
+        self.ends.append(value)
+
+    def on_error(self, error: MeshserveError) -> None:
+        self.ends.append(error)
+
+
+class Pair:
+    """A caller and a callee."""
+
+    def __init__(self, max_streams: int = 10) -> None:
+        self.caller, self.callee = CallTable(max_streams, str), CallTable(max_streams, str)
+        self.there, self.back = Wire("callee"), Wire("caller")
+        self.served: list[IncomingCall] = []
+        self.callee.handlers["work"] = self.served.append
+
+    def open(self, method: str = "work", timeout_s: float = 10.0) -> Record:
+        record = Record()
+        self.caller.open(self.there, method, {"a": 1}, record, 0.0, timeout_s)
+        return record
+
+    def deliver(self, now_s: float = 0.0) -> None:
+        """Everything on its way, through the real encoding."""
+        while self.there.sent or self.back.sent:
+            for table, wire, reply in ((self.callee, self.there, self.back), (self.caller, self.back, self.there)):
+                messages, wire.sent = wire.sent, []
+                for message in frames.unpack(frames.pack(messages)) if messages else []:
+                    table.received(reply, message, now_s)
+
+
+def test_items_come_in_order_and_then_the_end() -> None:
+    pair = Pair()
+    record = pair.open()
+    pair.deliver()
+    (call,) = pair.served
+    assert call.body == {"a": 1} and call.peer == "caller"
+    for number in range(5):
+        call.send(number)
+    call.end("done")
+    call.send("too late")
+    call.end("again")
+    pair.deliver()
+    assert record.items == [0, 1, 2, 3, 4] and record.ends == ["done"]
+    assert not pair.caller.outgoing and not pair.callee.incoming
+
+
+def test_an_error_arrives_as_its_own_class() -> None:
+    pair = Pair()
+    record = pair.open()
+    pair.deliver()
+    pair.served[0].fail(InvalidRequest("no such thing", param="thing"))
+    pair.deliver()
+    (error,) = record.ends
+    assert isinstance(error, InvalidRequest) and error.param == "thing"
+
+
+def test_a_cancel_reaches_the_handler_once_and_silences_the_sink() -> None:
+    pair = Pair()
+    record = Record()
+    outgoing = pair.caller.open(pair.there, "work", None, record, 0.0, 10.0)
+    pair.deliver()
+    cancelled: list[str] = []
+    pair.served[0].on_cancel = lambda: cancelled.append(pair.served[0].ended_by)
+    outgoing.cancel()
+    outgoing.cancel()
+    pair.served[0].send("on its way")
+    pair.deliver()
+    assert cancelled == ["cancel"] and record.items == record.ends == []
+
+
+def test_both_sides_end_a_stream_at_its_deadline() -> None:
+    pair = Pair()
+    record = pair.open(timeout_s=1.0)
+    pair.deliver()
+    cancelled: list[str] = []
+    pair.served[0].on_cancel = lambda: cancelled.append(pair.served[0].ended_by)
+    pair.caller.expire(1.1)
+    pair.callee.expire(1.1)
+    pair.deliver()
+    assert isinstance(record.ends[0], DeadlineExceeded) and len(record.ends) == 1 and cancelled == ["deadline"]
+
+
+def test_a_lost_peer_ends_the_streams_of_both_directions() -> None:
+    pair = Pair()
+    record = pair.open()
+    pair.deliver()
+    reasons: list[str] = []
+    pair.served[0].on_cancel = lambda: reasons.append(pair.served[0].ended_by)
+    pair.caller.peer_lost("callee", "it died")
+    pair.callee.peer_lost("caller", "it died")
+    assert isinstance(record.ends[0], PeerLost) and reasons == ["peer lost"]
+
+
+def test_an_unknown_method_and_too_many_streams_are_refused() -> None:
+    pair = Pair(max_streams=2)
+    unknown = pair.open("fly")
+    records = [pair.open() for _ in range(3)]
+    pair.deliver()
+    assert isinstance(unknown.ends[0], UnknownMethod)
+    assert [len(record.ends) for record in records] == [0, 0, 1] and records[2].ends[0].code == "overloaded"
+
+
+def test_what_another_peer_says_about_a_stream_is_ignored() -> None:
+    pair = Pair()
+    record = pair.open()
+    stream = next(iter(pair.caller.outgoing))
+    pair.caller.received(Wire("stranger"), [frames.END, stream, "forged"], 0.0)
+    pair.caller.received(Wire("stranger"), [frames.ITEM, stream, "forged"], 0.0)
+    assert record.ends == record.items == []
+
+
+def test_closing_a_table_ends_everything() -> None:
+    pair = Pair()
+    record = pair.open()
+    pair.deliver()
+    pair.callee.close()
+    pair.deliver()
+    assert isinstance(record.ends[0], Cancelled)
+
+
+STEPS = st.lists(st.sampled_from(["item", "end", "fail", "cancel", "deliver", "late", "lose caller", "lose callee"]), max_size=25)
+
+
+@given(STEPS)
+def test_every_stream_ends_exactly_once_whatever_happens_in_which_order(steps: list[str]) -> None:
+    pair = Pair()
+    record = Record()
+    outgoing = pair.caller.open(pair.there, "work", None, record, 0.0, 5.0)
+    pair.deliver()
+    (call,) = pair.served
+    sent = 0
+    is_cancelled = False
+    for step in steps:
+        if step == "item" and call.is_open:
+            call.send(sent)
+            sent += 1
+        elif step == "end":
+            call.end(None)
+        elif step == "fail":
+            call.fail(InvalidRequest("x"))
+        elif step == "cancel":
+            is_cancelled |= bool(pair.caller.outgoing)
+            outgoing.cancel()
+        elif step == "deliver":
+            pair.deliver()
+        elif step == "late":
+            pair.caller.expire(6.0)
+            pair.callee.expire(6.0)
+        elif step == "lose caller":
+            pair.callee.peer_lost("caller", "gone")
+        elif step == "lose callee":
+            pair.caller.peer_lost("callee", "gone")
+    pair.deliver()
+    pair.caller.expire(6.0)
+    assert len(record.ends) == (0 if is_cancelled else 1)
+    assert record.items == list(range(len(record.items)))
+    assert not pair.caller.outgoing

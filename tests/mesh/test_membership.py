@@ -1,0 +1,186 @@
+"""Who is alive: the rules as tables, with a made-up clock."""
+
+import random
+from dataclasses import replace
+
+from meshserve.config import MeshConfig
+from meshserve.mesh.membership import Actions, Change, Member, Membership, PeerState
+from meshserve.wire.hello import PeerHint, PeerInfo
+
+CONFIG = MeshConfig(roles=("decode",))
+TICK_S = CONFIG.tick_interval_s
+
+
+def a_peer(incarnation: str, role: str = "prefill", address: str = "10.0.0.2", port: int = 7800, name: str | None = None) -> PeerInfo:
+    return PeerInfo(incarnation, name or incarnation, "default", (role,) if role else (), (address,), port, "1")
+
+
+class Story:
+    """A membership and its clock."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.membership = Membership(a_peer("me", "decode", "10.0.0.1"), CONFIG, self.now_s, random.Random(1))
+        self.told: list[tuple[Change, str]] = []
+
+    def tell(self, changes: list[tuple[Change, Member]]) -> None:
+        self.told += [(change, member.info.incarnation) for change, member in changes]
+
+    def joins(self, info: PeerInfo, age_s: float = 1.0) -> None:
+        self.tell(self.membership.hello(info, age_s, self.now_s))
+        if not info.is_observer:
+            self.tell(self.membership.linked(info.incarnation, (info.addresses[0], info.port), self.now_s))
+
+    def passes(self, seconds: float) -> Actions:
+        """Time, tick by tick; the actions of the last tick, with all dials."""
+        actions, dials = Actions(), []
+        for _ in range(round(seconds / TICK_S)):
+            self.now_s += TICK_S
+            actions = self.membership.tick(self.now_s)
+            self.tell(actions.changes)
+            dials += actions.dials
+        actions.dials = dials
+        return actions
+
+    def state(self, incarnation: str) -> PeerState | None:
+        member = self.membership.members.get(incarnation)
+        return member.state if member else None
+
+
+def test_silence_makes_a_talking_peer_suspect_and_then_dead() -> None:
+    story = Story()
+    story.joins(a_peer("worker"))
+    story.passes(1.4)
+    assert story.state("worker") is PeerState.ALIVE
+    story.passes(0.3)
+    assert story.state("worker") is PeerState.SUSPECT and not story.membership.members["worker"].can_take_work
+    story.passes(4.8)
+    assert story.state("worker") is PeerState.SUSPECT
+    story.passes(0.4)
+    assert story.state("worker") is None
+    assert story.told == [(Change.JOINED, "worker"), (Change.CALLABLE, "worker"), (Change.SUSPECTED, "worker"), (Change.DIED, "worker")]
+
+
+def test_any_sign_of_life_makes_a_suspect_alive_again() -> None:
+    story = Story()
+    story.joins(a_peer("worker"))
+    story.passes(2.0)
+    story.tell(story.membership.heard("worker", story.now_s))
+    assert story.told[-1] == (Change.RECOVERED, "worker")
+    assert story.membership.members["worker"].can_take_work
+
+
+def test_a_peer_whose_role_does_not_talk_to_ours_may_be_silent() -> None:
+    story = Story()
+    story.joins(a_peer("far", "frontend"))
+    actions = story.passes(20.0)
+    assert story.state("far") is PeerState.ALIVE and actions.pings == []
+
+
+def test_a_late_tick_of_our_own_moves_all_deadlines() -> None:
+    story = Story()
+    story.joins(a_peer("worker"))
+    story.now_s += 60.0  # a lid was closed
+    story.passes(1.0)
+    assert story.state("worker") is PeerState.ALIVE
+
+
+def test_a_cut_connection_whose_redial_is_refused_is_a_death_at_once() -> None:
+    story = Story()
+    story.joins(a_peer("worker"))
+    story.tell(story.membership.unlinked("worker", story.now_s))
+    (dial,) = story.membership.due_dials(story.now_s)
+    story.tell(story.membership.dial_failed(dial.key, True, story.now_s))
+    assert story.told[-2:] == [(Change.SUSPECTED, "worker"), (Change.DIED, "worker")]
+    story.membership.hint(PeerHint("worker", ("10.0.0.2",), 7800), story.now_s)
+    assert story.passes(3.0).dials == [], "hearsay about the dead is not followed"
+
+
+def test_a_cut_connection_whose_redial_only_times_out_stays_suspect_and_is_looked_for_after_its_death() -> None:
+    story = Story()
+    story.joins(a_peer("worker"))
+    story.tell(story.membership.unlinked("worker", story.now_s))
+    for dial in story.membership.due_dials(story.now_s):
+        story.tell(story.membership.dial_failed(dial.key, False, story.now_s))
+    assert story.state("worker") is PeerState.SUSPECT
+    story.passes(5.2)
+    assert story.state("worker") is None
+    story.passes(3.0)
+    story.joins(a_peer("worker"))
+    assert story.state("worker") is PeerState.ALIVE
+
+
+def test_a_cut_peer_is_not_alive_by_words_alone_before_its_connection_is_back() -> None:
+    story = Story()
+    story.joins(a_peer("worker"))
+    story.tell(story.membership.unlinked("worker", story.now_s))
+    story.tell(story.membership.heard("worker", story.now_s))
+    assert story.state("worker") is PeerState.SUSPECT
+    story.tell(story.membership.linked("worker", ("10.0.0.2", 7800), story.now_s))
+    assert story.state("worker") is PeerState.ALIVE
+
+
+def test_a_hello_from_the_place_of_an_earlier_incarnation_ends_that_one() -> None:
+    story = Story()
+    story.joins(a_peer("old"))
+    story.joins(a_peer("new"))
+    assert story.told[2:4] == [(Change.DIED, "old"), (Change.JOINED, "new")]
+
+
+def test_an_address_that_many_hosts_share_proves_nothing() -> None:
+    story = Story()
+    bridge = "172.17.0.1"
+    story.joins(replace(a_peer("one"), addresses=("10.0.0.2", bridge)))
+    story.joins(replace(a_peer("two"), addresses=("10.0.0.3", bridge)))
+    assert set(story.membership.members) == {"one", "two"}
+
+
+def test_a_goodbye_ends_a_membership_and_hearsay_does_not_bring_it_back() -> None:
+    story = Story()
+    story.joins(a_peer("worker"))
+    story.tell(story.membership.goodbye("worker", story.now_s))
+    assert story.told[-1] == (Change.LEFT, "worker")
+    story.membership.hint(PeerHint("worker", ("10.0.0.2",), 7800), story.now_s)
+    assert story.membership.due_dials(story.now_s) == []
+
+
+def test_of_two_peers_with_one_name_the_later_gets_a_suffix() -> None:
+    story = Story()
+    story.joins(a_peer("bbbb1", address="10.0.0.2", name="twin"), age_s=50.0)
+    story.joins(a_peer("aaaa1", address="10.0.0.3", name="twin"), age_s=10.0)
+    shown = {incarnation: member.shown_name for incarnation, member in story.membership.members.items()}
+    assert shown == {"bbbb1": "twin", "aaaa1": "twin~aaaa"}
+
+
+def test_observers_are_neither_dialled_nor_listed_nor_passed_on() -> None:
+    story = Story()
+    story.joins(replace(a_peer("watcher", ""), addresses=()))
+    assert story.membership.due_dials(story.now_s) == [] and story.membership.listed() == [] and story.membership.hints() == ()
+
+
+def test_a_seed_is_dialled_for_ever_with_pauses_and_left_alone_once_it_led_to_a_peer() -> None:
+    story = Story()
+    story.membership.seed("10.0.0.9", 7800, story.now_s)
+    num_dials = 0
+    for _ in range(600):
+        story.now_s += TICK_S
+        for dial in story.membership.tick(story.now_s).dials:
+            num_dials += 1
+            story.membership.dial_failed(dial.key, True, story.now_s)
+    assert 25 <= num_dials <= 80
+    story.passes(3.0)
+    story.joins(a_peer("found", address="10.0.0.8"))
+    story.membership.dial_found("10.0.0.9:7800", "found", story.now_s)
+    story.tell(story.membership.heard("found", story.now_s))
+    assert story.passes(1.0).dials == []
+
+
+def test_hints_beyond_the_cap_are_ignored_and_fruitless_ones_forgotten() -> None:
+    story = Story()
+    for number in range(CONFIG.max_hints + 50):
+        story.membership.hint(PeerHint(f"forged{number}", ("10.9.9.9",), 7800), story.now_s)
+    assert len(story.membership.due_dials(story.now_s)) == CONFIG.max_hints
+    story.now_s += CONFIG.forget_hint_s + 1
+    for number in range(CONFIG.max_hints):
+        story.membership.dial_failed(f"forged{number}", False, story.now_s)
+    assert story.passes(5.0).dials == []

@@ -1,0 +1,52 @@
+"""Tokens to text, stop strings and chat templates."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshserve.errors import InvalidRequest
+from meshserve.roles.processor.detokenizing import Detokenizer
+from meshserve.roles.processor.stopping import StopChecker
+from meshserve.roles.processor.templating import render_chat
+
+
+@given(st.binary(max_size=40) | st.text(max_size=20).map(str.encode), st.data())
+def test_any_bytes_in_any_split_become_the_same_text(data: bytes, draw: st.DataObject) -> None:
+    detokenizer = Detokenizer(lambda token: bytes([token]))
+    texts, rest = [], list(data)
+    while rest:
+        size = draw.draw(st.integers(1, len(rest)))
+        texts.append(detokenizer.feed(rest[:size]))
+        rest = rest[size:]
+    assert "".join([*texts, detokenizer.finish()]) == data.decode("utf-8", "replace")
+
+
+def by_character(text: str, stops: tuple[str, ...]) -> str:
+    """What a reader does who looks at one character after the other."""
+    for end in range(1, len(text) + 1):
+        matching = [stop for stop in stops if text[:end].endswith(stop)]
+        if matching:
+            return text[: end - max(map(len, matching))]
+    return text
+
+
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), max_size=3).map(tuple), st.data())
+def test_stop_strings_end_the_text_in_the_same_place_however_it_is_split(text: str, stops: tuple[str, ...], draw: st.DataObject) -> None:
+    checker, given_out, is_stopped, rest = StopChecker(stops), "", False, text
+    expected = by_character(text, stops)
+    while rest and not is_stopped:
+        size = draw.draw(st.integers(1, len(rest)))
+        safe, is_stopped = checker.feed(rest[:size])
+        given_out, rest = given_out + safe, rest[size:]
+        assert expected.startswith(given_out), "a part of a stop string leaked"
+    assert given_out + ("" if is_stopped else checker.finish()) == expected
+
+
+def test_a_chat_template_sees_the_messages_and_can_refuse_them() -> None:
+    template = (
+        "{% for message in messages %}{{ message.role }}={{ message.content }};{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    assert render_chat(template, [{"role": "user", "content": "hi"}]) == "user=hi;>"
+    for bad in ("{{ raise_exception('no') }}", "{{ messages[0]", "{{ messages.__class__.__mro__[1].__subclasses__() }}"):
+        with pytest.raises(InvalidRequest):
+            render_chat(bad, [{"role": "user", "content": "hi"}])
