@@ -1,5 +1,6 @@
 """The ticket pipeline and the bulk path between peers: one outlet per peer, opened when first needed, closed when the peer goes."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from meshserve.mesh.transport.tickets import TicketInlet, TicketOutlet
 from meshserve.wire.frames import pack_body, unpack_body
 
 _BULK_OFFSET, _TICKETS_OFFSET = 1, 2
+_RENEW_AFTER_S = 1.0
+"""An outlet younger than this may just not be connected yet."""
 
 
 class Pipeline:
@@ -49,7 +52,11 @@ class Pipeline:
         """False if the peer takes no ticket now."""
         self.connect(peer)
         outlet = self._outlets.get(peer)
-        return outlet is not None and outlet.push_nowait(pack_body(ticket))
+        if outlet is None or outlet.push_nowait(pack_body(ticket)):
+            return outlet is not None
+        if time.monotonic() - outlet.made_s > _RENEW_AFTER_S:
+            self._drop(peer)  # its one connection is gone, or stuck: the next ticket goes over a new one
+        return False
 
     def _on_change(self, change: Change, member: Member) -> None:
         incarnation = member.info.incarnation

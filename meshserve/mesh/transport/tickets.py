@@ -4,6 +4,8 @@ PUSH hands out eagerly and nothing is acknowledged (with two workers and one `ki
 settings), so what goes through here are tickets and never the work itself.
 """
 
+import time
+
 import zmq
 
 from meshserve.mesh.transport.reading import OnFrames, SocketReader
@@ -16,6 +18,7 @@ class TicketOutlet:
     """A PUSH socket to one peer's tickets port."""
 
     def __init__(self, factory: SocketFactory, host: str, port: int) -> None:
+        self.made_s = time.monotonic()
         self._socket = factory.client_socket(zmq.PUSH)
         self._socket.connect(endpoint(host, port))
 

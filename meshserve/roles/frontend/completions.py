@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from meshserve.config import ServeConfig
-from meshserve.errors import DeadlineExceeded, MeshserveError, NoWorker, Overloaded, RequestTooLarge
+from meshserve.errors import DeadlineExceeded, Draining, MeshserveError, NoWorker, Overloaded, RequestTooLarge
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import with_http
@@ -165,6 +165,8 @@ class Completions:
 
     def _open(self, request: CompletionRequest, answer: Answer) -> None:
         """Raises Overloaded, or NoWorker if there is no processor."""
+        if self._mesh.own.is_draining:
+            raise Draining("this frontend is shutting down")
         if self.num_open > self._config.max_requests:
             raise Overloaded(f"this frontend has {self._config.max_requests} requests under way; try again")
         peer = self.processor()
