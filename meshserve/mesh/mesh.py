@@ -62,6 +62,8 @@ class Mesh:
         self._card = card
         self.key: MeshKey | None = None
         self.ports: BoundPorts | None = None
+        self._able: dict[str, list[PeerInfo]] = {}
+        """Answers of `peers_with`, until a peer changes: every request asks several times."""
 
     # --- life
 
@@ -79,6 +81,7 @@ class Mesh:
             self.factory.close()
             raise
         self.links = Links(self.config, self._introduction(), self.factory, self.counters, self)
+        self.links.listeners.append(self._forget_able)
         if self.ports is not None:
             self.links.transport.adopt_router(self.ports.calls)
         self.calls = CallTable(self.config.transport.max_streams_per_peer, self.name_of)
@@ -97,11 +100,13 @@ class Mesh:
     async def join(self, http: str | None = None) -> None:
         """Find others and be found, from now on until `close`. Returns at once; peers come as they answer."""
         self.links.announce(replace(self.own, http=http))
+        self._able.clear()
         await self.links.join(self._addresses.mdns_interfaces)
 
     def announce_draining(self) -> None:
         """Tell all peers that this one takes no new work."""
         self.links.announce(self.own.draining())
+        self._able.clear()
 
     async def close(self) -> None:
         """End all streams, say goodbye, and give everything back."""
@@ -137,9 +142,16 @@ class Mesh:
         return member.info if member is not None else None
 
     def peers_with(self, role: str) -> list[PeerInfo]:
-        """Peers that can take work in this role now, oldest first; this peer too, if it holds it."""
-        own = [self.own] if role in self.own.roles and not self.own.is_draining else []
-        return own + [member.info for member in self.links.membership.listed() if role in member.info.roles and member.can_take_work]
+        """Peers that can take work in this role now, this one first if it holds it, then oldest first. Not to be changed."""
+        able = self._able.get(role)
+        if able is None:
+            own = [self.own] if role in self.own.roles and not self.own.is_draining else []
+            others = [member.info for member in self.links.membership.listed() if role in member.info.roles and member.can_take_work]
+            able = self._able[role] = own + others
+        return able
+
+    def _forget_able(self, change: Change, member: Member) -> None:
+        self._able.clear()
 
     def can_take_work(self, incarnation: str) -> bool:
         """Alive, reachable and not draining; this very peer always is, until it drains."""
