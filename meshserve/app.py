@@ -9,6 +9,7 @@ from collections.abc import Callable
 from meshserve.config import MeshConfig, ServeConfig
 from meshserve.engines.loading import load_engine
 from meshserve.engines.protocol import Engine, EngineOptions
+from meshserve.errors import StartupFailed
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.requester import PrefillRequester
 from meshserve.mesh.membership import Change, Member
@@ -21,6 +22,7 @@ from meshserve.roles.decode import DecodeRole
 from meshserve.roles.prefill import PrefillRole
 from meshserve.roles.processor.processor import ProcessorRole
 from meshserve.roles.router import RouterRole
+from meshserve.telemetry import Journal
 
 _log = logging.getLogger(__name__)
 
@@ -36,7 +38,8 @@ class Peer:
         self._engine: Engine | None = None
         if {"decode", "prefill"} & set(self._roles):
             self._engine = load_engine(config.engine, EngineOptions(config.model, dict(config.engine_options)))
-        self.mesh = Mesh(mesh_config, self._engine.card if self._engine else None)
+        self._journal = _open_journal(config.record)
+        self.mesh = Mesh(mesh_config, self._engine.card if self._engine else None, journal=self._journal)
         self._closers = contextlib.AsyncExitStack()
         self._is_idle: list[Callable[[], bool]] = []
         self._on_drain: list[Callable[[], None]] = []
@@ -75,7 +78,7 @@ class Peer:
             router = RouterRole(self.mesh, self._config.policy)
             self._closers.callback(router.close)
         if "processor" in self._roles:
-            processor = ProcessorRole(self.mesh)
+            processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers)
             self._is_idle.append(lambda: processor.is_idle)
         serve_status(self.mesh, self._reporter)
         if "frontend" in self._roles:
@@ -140,7 +143,15 @@ class Peer:
     async def stop(self) -> None:
         """Say goodbye and give everything back. Whatever still runs ends in an error."""
         await self._closers.aclose()
+        self._journal.close()
         gc.unfreeze()
+
+
+def _open_journal(path: str | None) -> Journal:
+    try:
+        return Journal(path)
+    except OSError as error:
+        raise StartupFailed(f"--record {path}: cannot write there: {error.strerror}") from error
 
 
 def _ignore(peer: str, what: object) -> None:

@@ -32,6 +32,10 @@ class TransportConfig:
     """Streams that one peer may have open here. Lower refuses bursts, higher lets one peer hold more memory."""
     bulk_window_bytes: int = 8 * 1024 * 1024
     """KV bytes of one transfer that are on their way. Lower leaves a fast link idle, higher delays a cancellation."""
+    bulk_message_bytes: int = 1024 * 1024
+    """KV bytes in one message; a bigger block goes alone. Higher holds up the receiver's event loop, lower costs more of them."""
+    bulk_bytes_per_s: float = 0.0
+    """KV bytes that this peer sends in a second, to all others together; 0 is no limit. Lower keeps a slow link smooth for tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +95,15 @@ class HandoffConfig:
     """A task that nobody claimed in this time is prefilled locally, however alive the prefill workers look."""
     attempt_timeout_s: float = 600.0
     """For one attempt at a prompt, claim to last block, however lively its worker. Lower ends long prefills, higher holds a slot."""
-    prefill_slots: int = 4
-    """Prompts that a prefill worker computes at once. Higher overlaps transfer and compute, lower finishes the first one sooner."""
+    block_timeout_s: float = 30.0
+    """For the acknowledgement of a block by a decode worker that lives otherwise. Lower gives up on slow links, higher holds a slot."""
+    prefill_slots: int = 16
+    """Most prompts that a prefill worker computes at once, if they are small."""
+    prefill_batch_tokens: int = 2048
+    """Prompts that are no more than this together are claimed together. Higher batches more in the engine, lower leaves more to others."""
+    claim_ahead_ms: float = 5.0
+    """A worker claims its next prompt when what it has takes no longer than this. Lower idles for a round trip between two prompts,
+    higher binds a prompt to this worker while another may come free sooner."""
     max_tickets: int = 4096
     """Tickets that a prefill worker keeps; those beyond it are refused to their senders, who go elsewhere."""
     max_lost_peers: int = 2
@@ -121,6 +132,8 @@ class ServeConfig:
     """Longest HTTP body. Lower refuses long prompts."""
     receipts_kept: int = 1000
     """Of the last requests, in the processor's memory."""
+    record: str | None = None
+    """A file that gets a line of JSON for every step of every request; None: no record. It costs a write each."""
     observe: bool = True
     """False: no spans, no metrics."""
     handoff: HandoffConfig = field(default_factory=HandoffConfig)

@@ -108,6 +108,12 @@ class PeerLost(MeshserveError):
         self.peer = peer
 
 
+class PeerSilent(MeshserveError):
+    """The peer that served the stream gave no sign of life before it began; it may live, and others are asked."""
+
+    code, http_status = "peer_silent", 502
+
+
 class LinkOverflow(PeerLost):
     """A peer read too slowly, its outbox overflowed, and the link was dropped."""
 

@@ -1,8 +1,15 @@
-"""What every floor may report to: counters and stopwatches. It knows nobody, and costs next to nothing."""
+"""What every floor may report to: counts, durations, stopwatches, a journal. It knows nobody, and costs next to nothing."""
 
+import json
+import os
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Mapping
+from typing import Any
+
+BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+"""Upper bounds of the histograms' buckets: from a hop on loopback to a prompt of 100,000 tokens on one GPU."""
 
 
 class Counters:
@@ -18,6 +25,55 @@ class Counters:
     def snapshot(self) -> Mapping[str, int]:
         """All counts that are not zero."""
         return dict(self._values)
+
+
+class Histograms:
+    """Named distributions of durations since the process started. One instance a peer; an observation costs under a microsecond."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, list[int]] = {}
+        self._sums_s: defaultdict[str, float] = defaultdict(float)
+
+    def observe(self, name: str, duration_s: float) -> None:
+        """One more duration of `name`, e.g. `prefill_wait`."""
+        counts = self._counts.get(name)
+        if counts is None:
+            counts = self._counts[name] = [0] * (len(BUCKETS_S) + 1)
+        counts[bisect_left(BUCKETS_S, duration_s)] += 1
+        self._sums_s[name] += duration_s
+
+    def snapshot(self) -> dict[str, Any]:
+        """By name: the sum in seconds, and the counts between the bounds of `BUCKETS_S`, the last one above all of them."""
+        return {name: [self._sums_s[name], counts[:]] for name, counts in self._counts.items()}
+
+
+class Journal:
+    """What happened to each request on this peer, one line of JSON an event: for tests and for people who look for a fault.
+
+    Without a path it is off and keeps nothing: callers ask `is_on` before they make up an event. With one, each event is in the file
+    when `note` returns, so that a killed process takes none with it. Times are of the host's monotonic clock, which all its
+    processes share.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.is_on = path is not None
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if path is not None else -1
+        self._peer = ""
+
+    def begin(self, peer: str) -> None:
+        """All events from now on are this peer's (an incarnation)."""
+        self._peer = peer
+
+    def note(self, event: str, request_id: str, **details: Any) -> None:
+        """One event, e.g. `ticket` or `block`, of a request."""
+        line = json.dumps({"at_s": time.monotonic(), "peer": self._peer, "event": event, "request": request_id, **details})
+        os.write(self._descriptor, line.encode() + b"\n")
+
+    def close(self) -> None:
+        """No more events."""
+        if self.is_on:
+            self.is_on = False
+            os.close(self._descriptor)
 
 
 class Phases:

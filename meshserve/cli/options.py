@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 
 import click
 
-from meshserve.config import MeshConfig
+from meshserve.config import MeshConfig, TransportConfig
 from meshserve.errors import UsageError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -67,6 +67,7 @@ def mesh_config(settings: dict[str, Any], roles: tuple[str, ...] = ()) -> MeshCo
         seeds=tuple(settings["peers"]),
         use_mdns=not settings["no_mdns"],
         key_file=settings["key_file"],
+        transport=TransportConfig(bulk_bytes_per_s=settings.get("bulk_limit_mb_per_s", 0.0) * 1e6),
         **(
             {}
             if failure_timeout_s is None

@@ -47,6 +47,14 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded")
     help="Seconds of silence until a peer gets no new work.",
 )
 @option("--drain-timeout", type=click.FloatRange(0), default=_SERVE.drain_timeout_s, help="Seconds that running requests get to finish.")
+@option(
+    "--bulk-limit",
+    "bulk_limit_mb_per_s",
+    type=click.FloatRange(0),
+    default=0.0,
+    help="Megabytes of KV that this peer sends in a second, so that tokens stay smooth on a slow link; 0 is no limit.",
+)
+@option("--record", type=click.Path(), default=None, metavar="FILE", help="Append what happens to each request, as lines of JSON.")
 @option("--no-observe", is_flag=True, help="No spans and no metrics.")
 @mesh_options
 def run(**settings: Any) -> None:
@@ -80,6 +88,7 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
         model=settings["model"],
         engine_options=tuple(options),
         drain_timeout_s=settings["drain_timeout"],
+        record=settings["record"],
         observe=not settings["no_observe"],
         handoff=handoff,
     )

@@ -138,8 +138,11 @@ class Engine(Protocol):
     def cancel(self, request_id: str) -> None:
         """End a generation or a prefill and release its blocks; unknown ids are ignored."""
 
-    def is_working_on(self, request_id: str) -> bool:
-        """Whether the engine holds this request and still makes progress: False once its compute hangs."""
+    def overdue_s(self, request_id: str) -> float | None:
+        """How long the engine's next sign of progress is overdue by its own expectation: near 0 while it works, growing once it hangs.
+
+        None if it does not hold this request. A step that is meant to take long is not overdue before its end.
+        """
 
     def load(self) -> EngineLoad:
         """A snapshot, cheap enough for every step."""

@@ -1,12 +1,16 @@
-"""KV blocks on the move: what goes before them on the bulk path, and the window that bounds them. Pure."""
+"""KV blocks on the move: what goes before them on the bulk path, the window that bounds them, the rate. Pure."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 
 from meshserve.errors import BlockRefused, ProtocolError
+
+BURST_S = 0.002
+"""What a limited link may be ahead of its rate: timers have steps of a millisecond, and the rate must be reached all the same."""
 
 
 def checksum(payload: bytes | memoryview) -> bytes:
@@ -29,6 +33,8 @@ class BulkHeader:
 
     decode_peer: str
     """Incarnation that the blocks are meant for."""
+    prefill_peer: str
+    """Incarnation that sends them."""
     request_id: str
     attempt: int
     marks: tuple[BlockMark, ...]
@@ -39,6 +45,7 @@ class BulkHeader:
         """Plain data for :meth:`from_wire`."""
         return [
             self.decode_peer,
+            self.prefill_peer,
             self.request_id,
             self.attempt,
             [[mark.index, mark.num_tokens, mark.digest] for mark in self.marks],
@@ -48,14 +55,14 @@ class BulkHeader:
     @classmethod
     def from_wire(cls, data: Any) -> "BulkHeader":
         """Raises ProtocolError for anything else."""
-        if not isinstance(data, list) or [type(part) for part in data] != [str, str, int, list, float]:
+        if not isinstance(data, list) or [type(part) for part in data] != [str, str, str, int, list, float]:
             raise ProtocolError("malformed bulk header")
-        for mark in data[3]:
+        for mark in data[4]:
             if not isinstance(mark, list) or [type(part) for part in mark] != [int, int, bytes]:
                 raise ProtocolError("malformed bulk header")
-        return cls(data[0], data[1], data[2], tuple(BlockMark(*mark) for mark in data[3]), data[4])
+        return cls(data[0], data[1], data[2], data[3], tuple(BlockMark(*mark) for mark in data[4]), data[5])
 
-    def check(self, payloads: list[bytes]) -> None:
+    def check(self, payloads: Sequence[bytes | memoryview]) -> None:
         """Raises BlockRefused unless each payload is what its mark says."""
         if len(payloads) != len(self.marks):
             raise BlockRefused(f"{len(self.marks)} blocks announced, {len(payloads)} came")
@@ -67,28 +74,37 @@ class BulkHeader:
 class BlockWindow:
     """Blocks of one attempt on their way: computed, sent, acknowledged."""
 
-    def __init__(self, window_bytes: int, max_blocks_per_message: int) -> None:
-        self._window_bytes, self._max_blocks = window_bytes, max_blocks_per_message
-        self._ready: deque[tuple[BlockMark, bytes]] = deque()
+    def __init__(self, window_bytes: int, max_message_bytes: int, max_blocks_per_message: int) -> None:
+        self._window_bytes, self._max_message_bytes, self._max_blocks = window_bytes, max_message_bytes, max_blocks_per_message
+        self._ready: deque[tuple[int, int, bytes]] = deque()
         self._unacknowledged_bytes = 0
         self.num_blocks = self.num_bytes = 0
         """Sent in all."""
 
     def add(self, index: int, num_tokens: int, payload: bytes) -> None:
         """The next block is computed."""
-        self._ready.append((BlockMark(index, num_tokens, checksum(payload)), payload))
+        self._ready.append((index, num_tokens, payload))
+
+    @property
+    def can_send(self) -> bool:
+        """Whether :meth:`take` has something now: a block is ready and the window has room, or is empty."""
+        unacknowledged = self._unacknowledged_bytes
+        return bool(self._ready) and (not unacknowledged or unacknowledged + len(self._ready[0][2]) <= self._window_bytes)
 
     def take(self) -> list[tuple[BlockMark, bytes]]:
-        """What may go out now as one message; empty if the window is full or nothing is ready. A block wider than the window goes alone."""
+        """What may go out now as one message; empty if the window is full or nothing is ready. A block wider than a bound goes alone."""
         taken: list[tuple[BlockMark, bytes]] = []
-        while self._ready and len(taken) < self._max_blocks:
-            size_bytes = len(self._ready[0][1])
-            if self._unacknowledged_bytes and self._unacknowledged_bytes + size_bytes > self._window_bytes:
+        message_bytes = 0
+        while self.can_send and len(taken) < self._max_blocks:
+            index, num_tokens, payload = self._ready[0]
+            if taken and message_bytes + len(payload) > self._max_message_bytes:
                 break
-            taken.append(self._ready.popleft())
-            self._unacknowledged_bytes += size_bytes
-            self.num_bytes += size_bytes
+            self._ready.popleft()
+            taken.append((BlockMark(index, num_tokens, checksum(payload)), payload))
+            message_bytes += len(payload)
+            self._unacknowledged_bytes += len(payload)
         self.num_blocks += len(taken)
+        self.num_bytes += message_bytes
         return taken
 
     def acknowledged(self, num_bytes: int) -> None:
@@ -99,3 +115,20 @@ class BlockWindow:
     def is_drained(self) -> bool:
         """All that was added is sent and acknowledged."""
         return not self._ready and not self._unacknowledged_bytes
+
+
+class RateLimit:
+    """So many bytes a second, with a burst of :data:`BURST_S`: a message may go while nothing is owed, and what it was too big is owed."""
+
+    def __init__(self, bytes_per_s: float) -> None:
+        self._bytes_per_s = bytes_per_s
+        self._free_at_s = 0.0
+
+    def wait_s(self, now_s: float) -> float:
+        """Until the next message may go; 0 or less: now. Without a limit, always now."""
+        return self._free_at_s - BURST_S - now_s if self._bytes_per_s else 0.0
+
+    def sent(self, size_bytes: int, now_s: float) -> None:
+        """A message of this size went out."""
+        if self._bytes_per_s:
+            self._free_at_s = max(self._free_at_s, now_s) + size_bytes / self._bytes_per_s

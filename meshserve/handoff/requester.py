@@ -13,7 +13,7 @@ from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine, Reservation
 from meshserve.errors import BlockRefused, Gone, MeshserveError, PoolFull, ProtocolError
 from meshserve.handoff.blocks import BulkHeader
-from meshserve.handoff.task import Action, Finish, PrefillTask, Push, Revoke, Strike, TaskState
+from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 from meshserve.handoff.tickets import Ticket
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
@@ -23,6 +23,10 @@ from meshserve.wire.generation import GenerateRequest, pack_tokens
 
 _TICK_S = 0.01
 _STRIKE_TIMEOUT_S = 5.0
+_STALL_S = 0.1
+"""A tick that comes later than this says that this process stood still, and could not hear what others said meanwhile."""
+_MAX_RENEWED = 4096
+"""Attempts named in one renewal."""
 
 
 @dataclass(slots=True)
@@ -51,12 +55,13 @@ class _Running:
     task: PrefillTask
     request: GenerateRequest
     on_done: Callable[[HandoffResult], None]
+    on_lost: Callable[[str], None]
     reservation: Reservation | None = None
     missing: set[int] = field(default_factory=set)
     claim: IncomingCall | None = None
-    num_blocks: int = 0
-    num_bytes: int = 0
     computed_ms: float = 0.0
+    names: dict[str, str] = field(default_factory=dict)
+    """Of the peers that claimed, as a dead one's is soon forgotten."""
 
 
 class IgnoredAnswer:
@@ -80,6 +85,7 @@ class PrefillRequester:
         self._loop = asyncio.get_running_loop()
         self._running: dict[str, _Running] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._ticked_s = 0.0
         mesh.serve("prefill.claim", self._on_claim)
         mesh.serve("prefill.renew", self._on_renew)
         mesh.subscribe(self._on_change)
@@ -96,20 +102,41 @@ class PrefillRequester:
             return []
         own = self._mesh.incarnation
         able = [info.incarnation for info in self._mesh.peers_with("prefill") if info.card == self._engine.card and info.incarnation != own]
-        ranked = [peer for peer, _ in request.prefill_peers if peer in able]
+        ranked = [peer for peer, _, _ in request.prefill_peers if peer in able]
         best = ranked + [peer for peer in able if peer not in ranked]
-        queued = dict(request.prefill_peers)
-        if best and queued.get(best[0], 0) + self.num_outstanding >= self._config.max_prefill_queue:
+        if best and self._num_queued(best[0], request) >= self._config.max_prefill_queue:
             return []
         return best
 
-    def start(self, request: GenerateRequest, candidates: list[str], on_done: Callable[[HandoffResult], None]) -> None:
-        """Put out a ticket for this prompt."""
+    def _num_queued(self, peer: str, request: GenerateRequest) -> int:
+        """Prompts ahead of this one, as far as is known here: what the router heard of that peer, and what this one has out itself."""
+        return sum(queued for ranked, queued, _ in request.prefill_peers if ranked == peer) + self.num_outstanding
+
+    def _num_preferred(self, candidates: list[str], request: GenerateRequest) -> int:
+        """How many are asked at first: the best if it is idle, else all that have as much of the prompt: the first one free gets it."""
+        overlaps = {peer: overlap_blocks for peer, _, overlap_blocks in request.prefill_peers}
+        best = overlaps.get(candidates[0], 0)
+        if not self._num_queued(candidates[0], request):
+            return 1
+        return next((rank for rank, peer in enumerate(candidates) if overlaps.get(peer, 0) != best), len(candidates))
+
+    def start(
+        self,
+        request: GenerateRequest,
+        candidates: list[str],
+        deadline_s: float,
+        on_done: Callable[[HandoffResult], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        """Put out tickets for this prompt. `on_lost` gets the name of each prefill worker that dies with it."""
         now_s = time.monotonic()
-        task = PrefillTask(request.request_id, self._config, self._mesh.config.failure_timeout_s, now_s)
-        running = self._running[request.request_id] = _Running(task, request, on_done)
-        self._carry_out(running, task.start(candidates, now_s))
-        if self._timer is None:
+        lease_s = self._mesh.config.failure_timeout_s
+        task = PrefillTask(request.request_id, self._config, lease_s, now_s, deadline_s, num_lost_before=len(request.lost_peers))
+        num_preferred = self._num_preferred(candidates, request)
+        running = self._running[request.request_id] = _Running(task, request, on_done, on_lost)
+        self._carry_out(running, task.start(candidates, now_s, num_preferred))
+        if self._timer is None and self._running:
+            self._ticked_s = now_s
             self._timer = self._loop.call_later(_TICK_S, self._tick)
 
     def cancel(self, request_id: str) -> None:
@@ -125,7 +152,9 @@ class PrefillRequester:
             if isinstance(action, Push):
                 self._push(running, action)
             elif isinstance(action, Revoke):
-                self._revoke(running)
+                self._revoke(running, action)
+            elif isinstance(action, Lose):
+                running.on_lost(running.names[action.peer])
             elif isinstance(action, Strike):
                 self._strike(running, action)
             else:
@@ -134,13 +163,20 @@ class PrefillRequester:
     def _push(self, running: _Running, push: Push) -> None:
         ticket = Ticket(self._mesh.incarnation, running.task.request_id, push.attempt, len(running.request.tokens)).to_wire()
         self._mesh.counters.add("tickets_pushed", len(push.peers))
+        self._note(running, "ticket", attempt=push.attempt, peers=list(push.peers))
         for peer in push.peers:
             if not self._pipeline.push_nowait(peer, ticket):
                 self._mesh.counters.add("tickets_not_sent")
                 self._carry_out(running, running.task.push_failed(peer, time.monotonic()))
 
-    def _revoke(self, running: _Running) -> None:
+    def _note(self, running: _Running, event: str, **details: Any) -> None:
+        if self._mesh.journal.is_on:
+            self._mesh.journal.note(event, running.task.request_id, **details)
+
+    def _revoke(self, running: _Running, revoke: Revoke) -> None:
         self._mesh.counters.add("prefill_attempts_revoked")
+        outcome = running.task.attempts[-1].outcome
+        self._note(running, "attempt_failed", attempt=revoke.attempt, peer_failing=revoke.peer, outcome=outcome)
         claim, running.claim = running.claim, None
         if claim is not None:
             claim.on_cancel = None
@@ -154,6 +190,8 @@ class PrefillRequester:
     def _finish(self, running: _Running, finish: Finish) -> None:
         del self._running[running.task.request_id]
         self._mesh.counters.add(f"prefill_tasks_{finish.state}")
+        self._mesh.counters.add("tickets_hedged", running.task.num_hedges)
+        self._note(running, "handoff_ended", attempt=running.task.attempt, state=finish.state.value)
         self._revoke_quietly(running, finish.state)
         reservation = running.reservation
         if finish.state is not TaskState.DONE and reservation is not None:
@@ -174,19 +212,28 @@ class PrefillRequester:
         task = running.task
         is_done = state is TaskState.DONE
         last = task.attempts[-1] if is_done else None
-        took_ms = (last.ended_s - last.claimed_s) * 1000 if last else 0.0
-        return HandoffResult(
+        took_ms = last.took_s * 1000 if last else 0.0
+        result = HandoffResult(
             state=state,
             reservation=running.reservation if is_done else None,
             prefill_peer=task.peer if is_done else None,
-            attempts=[attempt.to_wire(self._mesh.name_of) for attempt in task.attempts],
-            lost_peers=[self._mesh.name_of(peer) for peer in task.lost_peers],
-            num_blocks=running.num_blocks,
-            num_bytes=running.num_bytes,
+            attempts=[attempt.to_wire(lambda peer: running.names[peer]) for attempt in task.attempts],
+            lost_peers=[running.names[peer] for peer in task.lost_peers],
+            num_blocks=sum(attempt.num_blocks for attempt in task.attempts),
+            num_bytes=sum(attempt.num_bytes for attempt in task.attempts),
             queue_ms=((last.claimed_s if last else time.monotonic()) - task.created_s) * 1000,
             prefill_ms=min(running.computed_ms, took_ms),
             transfer_ms=max(0.0, took_ms - running.computed_ms),
         )
+        self._observe(result)
+        return result
+
+    def _observe(self, result: HandoffResult) -> None:
+        histograms = self._mesh.histograms
+        histograms.observe("prefill_wait", result.queue_ms / 1000)
+        if result.state is TaskState.DONE:
+            histograms.observe("prefill_compute", result.prefill_ms / 1000)
+            histograms.observe("kv_transfer", result.transfer_ms / 1000)
 
     # --- what comes in
 
@@ -198,6 +245,8 @@ class PrefillRequester:
             raise Gone("claimed by another, or over")
         self._mesh.counters.add("claims_granted")
         running.claim = call
+        running.names[call.peer] = self._mesh.name_of(call.peer)
+        self._note(running, "claim", attempt=running.task.attempt, peer_claiming=call.peer)
         if running.reservation is None and not self._reserve(running):
             return
         running.missing = set(running.reservation.missing()) if running.reservation is not None else set()
@@ -226,47 +275,49 @@ class PrefillRequester:
     def _on_renew(self, call: IncomingCall) -> None:
         if not isinstance(call.body, list):
             raise ProtocolError("attempts are a list")
-        for named in call.body[:4096]:
-            if isinstance(named, list) and len(named) == 2 and isinstance(named[0], str) and isinstance(named[1], int):
-                running = self._running.get(named[0])
-                if running is not None:
-                    running.task.renew(call.peer, named[1], time.monotonic())
+        now_s = time.monotonic()
+        for named in call.body[:_MAX_RENEWED]:
+            if not isinstance(named, list) or [type(part) for part in named] != [str, int, float]:
+                raise ProtocolError("an attempt is named by its request, its number, and how long its progress is overdue")
+            request_id, attempt, overdue_s = named
+            if (running := self._running.get(request_id)) is not None:
+                running.task.renew(call.peer, attempt, now_s - max(0.0, overdue_s))
         call.end()
 
-    def _on_bulk(self, data: Any, payloads: list[bytes]) -> Any:
+    def _on_bulk(self, data: Any, payloads: list[memoryview]) -> Any:
         header = BulkHeader.from_wire(data)
         running = self._running.get(header.request_id)
-        task = running.task if running is not None else None
         if (
             running is None
-            or task is None
-            or task.peer is None
             or header.decode_peer != self._mesh.incarnation
-            or not task.is_current(task.peer, header.attempt)
+            or not running.task.is_current(header.prefill_peer, header.attempt)
         ):
-            self._mesh.counters.add("blocks_stale", len(payloads))
+            self._mesh.counters.add("kv_blocks_stale", len(payloads))
             return None
         try:
             header.check(payloads)
             self._take_in(running, header, payloads)
         except BlockRefused as error:
-            self._mesh.counters.add("blocks_refused")
-            self._attempt_failed(running, task.peer, header.attempt, f"block refused: {error.message}")
+            self._mesh.counters.add("kv_blocks_refused")
+            self._attempt_failed(running, header.prefill_peer, header.attempt, f"block refused: {error.message}")
             return None
-        task.renew(task.peer, header.attempt, time.monotonic())
+        running.task.renew(header.prefill_peer, header.attempt, time.monotonic())
         if not running.missing:
-            self._carry_out(running, task.complete(time.monotonic()))
+            self._carry_out(running, running.task.complete(time.monotonic()))
         return [header.request_id, header.attempt, sum(map(len, payloads))]
 
-    def _take_in(self, running: _Running, header: BulkHeader, payloads: list[bytes]) -> None:
+    def _take_in(self, running: _Running, header: BulkHeader, payloads: list[memoryview]) -> None:
         assert running.reservation is not None
         for mark, payload in zip(header.marks, payloads, strict=True):
             if mark.index not in running.missing:
+                self._mesh.counters.add("kv_blocks_double")
                 continue  # an earlier attempt brought it already, and its checksum was right
             running.reservation.write(mark.index, payload)
             running.missing.discard(mark.index)
-            running.num_blocks += 1
-            running.num_bytes += len(payload)
+            running.task.received(len(payload))
+            self._mesh.counters.add("kv_blocks_received")
+            self._mesh.counters.add("kv_bytes_received", len(payload))
+            self._note(running, "block", attempt=header.attempt, peer_sending=header.prefill_peer, index=mark.index)
         running.computed_ms = header.computed_ms
 
     def _attempt_failed(self, running: _Running, peer: str, attempt: int, reason: str, is_peer_dead: bool = False) -> None:
@@ -290,7 +341,11 @@ class PrefillRequester:
     def _tick(self) -> None:
         self._timer = None
         now_s = time.monotonic()
+        stall_s = now_s - self._ticked_s - _TICK_S
+        self._ticked_s = now_s
         for running in list(self._running.values()):
+            if stall_s > _STALL_S:
+                running.task.stalled(stall_s)
             self._carry_out(running, running.task.tick(now_s))
         if self._running:
             self._timer = self._loop.call_later(_TICK_S, self._tick)

@@ -58,7 +58,14 @@ class Finish:
     state: TaskState
 
 
-Action = Push | Revoke | Strike | Finish
+@dataclass(frozen=True, slots=True)
+class Lose:
+    """This peer died while it had the task; whoever tries the request next must know."""
+
+    peer: str
+
+
+Action = Lose | Push | Revoke | Strike | Finish
 
 
 @dataclass(slots=True)
@@ -67,14 +74,33 @@ class Attempt:
 
     number: int
     peer: str
+    queued_s: float
     claimed_s: float
+    is_hedged: bool
+    """Whether others than the preferred peers had been asked by then."""
     outcome: str = "running"
     ended_s: float = 0.0
+    num_blocks: int = 0
+    num_bytes: int = 0
+    """Of KV that came in."""
+
+    @property
+    def took_s(self) -> float:
+        """From the claim to its end."""
+        return self.ended_s - self.claimed_s
 
     def to_wire(self, name_of: Callable[[str], str]) -> dict[str, Any]:
         """For the receipt."""
-        took_ms = round((self.ended_s - self.claimed_s) * 1000, 3) if self.ended_s else None
-        return {"attempt": self.number, "peer": name_of(self.peer), "outcome": self.outcome, "ms": took_ms}
+        return {
+            "attempt": self.number,
+            "peer": name_of(self.peer),
+            "outcome": self.outcome,
+            "waited_ms": round((self.claimed_s - self.queued_s) * 1000, 3),
+            "ms": round(self.took_s * 1000, 3) if self.ended_s else None,
+            "hedged": self.is_hedged,
+            "blocks": self.num_blocks,
+            "bytes": self.num_bytes,
+        }
 
 
 @dataclass(slots=True)
@@ -86,12 +112,16 @@ class PrefillTask:
     lease_s: float
     """How long an attempt lives without being named."""
     created_s: float
+    deadline_s: float = float("inf")
+    """Of the request, on the same clock."""
     state: TaskState = TaskState.QUEUED
     attempt: int = 1
     """The one that is queued or running now; blocks of any other are refused."""
     peer: str | None = None
     """Who claimed it."""
     attempts: list[Attempt] = field(default_factory=list)
+    num_lost_before: int = 0
+    """Workers that this request took down before this task began."""
     lost_peers: list[str] = field(default_factory=list)
     num_hedges: int = 0
     _candidates: list[str] = field(default_factory=list)
@@ -107,17 +137,25 @@ class PrefillTask:
         """Nothing changes any more."""
         return self.state not in (TaskState.QUEUED, TaskState.CLAIMED)
 
-    def start(self, candidates: Sequence[str], now_s: float) -> list[Action]:
-        """Ticket to the best of these peers, ranked."""
+    def start(self, candidates: Sequence[str], now_s: float, num_preferred: int = 1) -> list[Action]:
+        """Tickets to the first `num_preferred` of these peers, ranked; to the others if none of them claims in time."""
         self._candidates = list(candidates)
-        return self._queue(now_s)
+        return self._queue(now_s, num_preferred)
 
-    def _queue(self, now_s: float) -> list[Action]:
+    def _queue(self, now_s: float, num_preferred: int) -> list[Action]:
         if not self._candidates:
             return self._finish(TaskState.LOCAL)
-        self.state, self.peer, self._queued_s, self._is_hedged = TaskState.QUEUED, None, now_s, False
+        self.state, self.peer, self._queued_s = TaskState.QUEUED, None, now_s
+        self._is_hedged = num_preferred >= len(self._candidates)
         self._asked.clear()
-        return [self._push(self._candidates[:1])]
+        return [self._push(self._candidates[:num_preferred])]
+
+    def _retry(self, now_s: float) -> list[Action]:
+        """Elsewhere, asking everybody at once, as it is late already; or locally, if another failure would only show after the deadline."""
+        longest_s = max([self.lease_s, *(attempt.took_s for attempt in self.attempts)])
+        if self.deadline_s - now_s < longest_s:
+            return self._finish(TaskState.LOCAL)
+        return self._queue(now_s, len(self._candidates))
 
     def _push(self, peers: Sequence[str]) -> Push:
         self._ticketed += [peer for peer in peers if peer not in self._ticketed]
@@ -133,13 +171,23 @@ class PrefillTask:
         if self.state is not TaskState.QUEUED or peer in self._tried:
             return False
         self.state, self.peer, self._renewed_s = TaskState.CLAIMED, peer, now_s
-        self.attempts.append(Attempt(self.attempt, peer, now_s))
+        self.attempts.append(Attempt(self.attempt, peer, self._queued_s, now_s, is_hedged=self.num_hedges > 0))
         return True
 
-    def renew(self, peer: str, attempt: int, now_s: float) -> None:
-        """The peer's heartbeat named this attempt, or a block of it came."""
+    def renew(self, peer: str, attempt: int, seen_s: float) -> None:
+        """This attempt made progress at `seen_s`: the peer's heartbeat says so, or a block of it came."""
         if self.is_current(peer, attempt):
-            self._renewed_s = now_s
+            self._renewed_s = max(self._renewed_s, seen_s)
+
+    def received(self, num_bytes: int) -> None:
+        """A block of the running attempt is in."""
+        self.attempts[-1].num_blocks += 1
+        self.attempts[-1].num_bytes += num_bytes
+
+    def stalled(self, stall_s: float) -> None:
+        """This very process stood still for so long: whoever waits for it is given as much more time."""
+        self._renewed_s += stall_s
+        self._queued_s += stall_s
 
     def is_current(self, peer: str, attempt: int) -> bool:
         """Whether this is the attempt that runs."""
@@ -159,21 +207,23 @@ class PrefillTask:
         self._close_attempt(reason, now_s)
         self._tried.add(peer)
         self._candidates = [candidate for candidate in self._candidates if candidate != peer]
+        actions: list[Action] = [Revoke(peer, attempt)]
         if is_peer_dead:
-            self.lost_peers.append(peer)
-            if len(self.lost_peers) >= self.config.max_lost_peers:
-                return self._finish(TaskState.GAVE_UP)
+            actions.append(self._lose(peer))
+            if self._has_lost_too_many():
+                return [*actions, *self._finish(TaskState.GAVE_UP)]
         self.attempt += 1
-        return [Revoke(peer, attempt), *self._queue(now_s)]
+        return [*actions, *self._retry(now_s)]
 
     def peer_gone(self, peer: str, now_s: float, *, is_dead: bool) -> list[Action]:
         """A prefill worker is suspect or dead."""
         if self.state is TaskState.CLAIMED and self.peer == peer:
             return self.attempt_failed(peer, self.attempt, "peer died" if is_dead else "peer silent", now_s, is_peer_dead=is_dead)
         if is_dead and not self.is_final and self._was_silent(peer):
-            self.lost_peers.append(peer)  # first silent, then dead: that attempt took a worker down too
-            if len(self.lost_peers) >= self.config.max_lost_peers:
-                return [*self._revoke_running("gave up", now_s), *self._finish(TaskState.GAVE_UP)]
+            lost = self._lose(peer)  # first silent, then dead: that attempt took a worker down too
+            if self._has_lost_too_many():
+                return [lost, *self._revoke_running("gave up", now_s), *self._finish(TaskState.GAVE_UP)]
+            return [lost]
         if self.is_final or peer not in self._candidates:
             return []
         self._candidates.remove(peer)
@@ -185,6 +235,13 @@ class PrefillTask:
         """A prefill worker takes no new work: what it runs it finishes, what waits there goes to others."""
         is_running_there = self.state is TaskState.CLAIMED and self.peer == peer
         return [] if is_running_there else self.peer_gone(peer, now_s, is_dead=False)
+
+    def _lose(self, peer: str) -> Lose:
+        self.lost_peers.append(peer)
+        return Lose(peer)
+
+    def _has_lost_too_many(self) -> bool:
+        return self.num_lost_before + len(self.lost_peers) >= self.config.max_lost_peers
 
     def _was_silent(self, peer: str) -> bool:
         return peer not in self.lost_peers and any(past.peer == peer and past.outcome == "peer silent" for past in self.attempts)
@@ -220,11 +277,15 @@ class PrefillTask:
         if self.state is TaskState.CLAIMED and now_s - self._renewed_s > self.lease_s:
             assert self.peer is not None
             return self.attempt_failed(self.peer, self.attempt, "no longer named", now_s)
-        if self.state is TaskState.QUEUED and now_s - self._queued_s > self.config.claim_timeout_s:
+        if self.state is TaskState.QUEUED and now_s - self._queued_s > self._longest_wait_s():
             return self._finish(TaskState.LOCAL)
         if self.state is TaskState.QUEUED and not self._is_hedged and now_s - self._queued_s >= self.config.hedge_ms / 1000:
             return self._hedge()
         return []
+
+    def _longest_wait_s(self) -> float:
+        """For a claim. Half of what the request has left stays for prefilling it here."""
+        return min(self.config.claim_timeout_s, (self.deadline_s - self._queued_s) / 2)
 
     def _hedge(self) -> list[Action]:
         self._is_hedged = True

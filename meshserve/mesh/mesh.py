@@ -22,7 +22,7 @@ from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.binding import BoundPorts, bind_port_block
 from meshserve.mesh.transport.channel import Channel
 from meshserve.mesh.transport.sockets import SocketFactory
-from meshserve.telemetry import Counters
+from meshserve.telemetry import Counters, Histograms, Journal
 from meshserve.wire.card import ModelCard
 from meshserve.wire.frames import Message
 from meshserve.wire.hello import PeerInfo
@@ -54,10 +54,15 @@ class Mesh:
     Life: `start` (bind), register handlers, `join` (be found), ..., `announce_draining`, `close`.
     """
 
-    def __init__(self, config: MeshConfig, card: ModelCard | None = None, counters: Counters | None = None) -> None:
+    def __init__(
+        self, config: MeshConfig, card: ModelCard | None = None, counters: Counters | None = None, journal: Journal | None = None
+    ) -> None:
         self.config = config
         self.counters = counters or Counters()
+        self.histograms = Histograms()
+        self.journal = journal or Journal()
         self.incarnation = secrets.token_hex(8)
+        self.journal.begin(self.incarnation)
         self.tasks = TaskOwner()
         self._card = card
         self.key: MeshKey | None = None

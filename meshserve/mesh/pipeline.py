@@ -88,11 +88,11 @@ class Bulk:
         self._inlet: BulkInlet | None = None
         mesh.subscribe(self._on_change)
 
-    def receive(self, on_bulk: Callable[[Any, list[bytes]], Any]) -> None:
+    def receive(self, on_bulk: Callable[[Any, list[memoryview]], Any]) -> None:
         """Read this peer's bulk port; what the callback returns, unless None, is the answer to the sender."""
         assert self._mesh.ports is not None
 
-        def on_frames(sender: bytes, header: bytes, payloads: list[bytes]) -> None:
+        def on_frames(sender: bytes, header: bytes, payloads: list[memoryview]) -> None:
             try:
                 answer = on_bulk(unpack_body(header), payloads)
             except ProtocolError:

@@ -28,6 +28,7 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
                 "load": _load(load) if load else None,
                 "num_reached": reached,
                 "counters": dict(mesh.counters.snapshot()),
+                "histograms": mesh.histograms.snapshot(),
             }
         )
 
@@ -76,4 +77,5 @@ def _entry(mesh: Mesh, info: PeerInfo, member: Member | None, answer: tuple[dict
         "http": info.http,
         "addresses": list(info.addresses),
         "counters": status.get("counters", {}),
+        "histograms": status.get("histograms", {}),
     }

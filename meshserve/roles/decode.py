@@ -95,10 +95,12 @@ class DecodeRole:
         self._engine.check(request)
         generation = _Generation(self, call, request)
         self._running[request.request_id] = generation
+        if self._mesh.journal.is_on:
+            self._mesh.journal.note("accepted", request.request_id)
         call.on_cancel = lambda: self._cancel(generation)
         candidates = self._candidates(request)
         if candidates:
-            self._requester.start(request, candidates, generation.prefilled)
+            self._requester.start(request, candidates, call.deadline_s, generation.prefilled, call.send)
         else:
             self.run(generation, None)
         self._reporter.admitted(request.request_id)
@@ -131,6 +133,8 @@ class DecodeRole:
         if self._running.get(generation.request.request_id) is generation:
             del self._running[generation.request.request_id]
             self._reporter.changed()
+            if self._mesh.journal.is_on:
+                self._mesh.journal.note("left", generation.request.request_id)
 
     def _cancel(self, generation: _Generation) -> None:
         self._requester.cancel(generation.request.request_id)

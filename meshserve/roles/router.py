@@ -114,7 +114,7 @@ class RouterRole:
             "router": self._mesh.own.name,
             "policy": policy,
             "decode": [candidate.to_wire() for candidate in ranked[:MAX_CANDIDATES]],
-            "prefill": [[candidate.incarnation, candidate.load] for candidate in prefill[:MAX_CANDIDATES]],
+            "prefill": [[candidate.incarnation, candidate.load, candidate.overlap_blocks] for candidate in prefill[:MAX_CANDIDATES]],
         }
 
     def _able(self, role: str, model: str, excluded: Sequence[str]) -> list[PeerInfo]:

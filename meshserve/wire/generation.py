@@ -79,8 +79,10 @@ class GenerateRequest:
     sampling: Sampling = field(default_factory=Sampling)
     num_generated: int = 0
     """How many of `tokens` are output that another worker generated: sampling goes on at this position."""
-    prefill_peers: tuple[tuple[str, int], ...] = ()
-    """Prefill workers, best first, as the router ranked them: incarnation and prompts queued there."""
+    prefill_peers: tuple[tuple[str, int, int], ...] = ()
+    """Prefill workers, best first, as the router ranked them: incarnation, prompts queued there, blocks of this prompt there."""
+    lost_peers: tuple[str, ...] = ()
+    """Names of workers that died while they had this request."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`."""
@@ -91,6 +93,7 @@ class GenerateRequest:
             "sampling": self.sampling.to_wire(),
             "num_generated": self.num_generated,
             "prefill_peers": [list(peer) for peer in self.prefill_peers],
+            "lost_peers": list(self.lost_peers),
         }
 
     @classmethod
@@ -102,7 +105,10 @@ class GenerateRequest:
         if not isinstance(request_id, str) or not isinstance(model, str) or not isinstance(num_generated, int):
             raise ProtocolError("a generate request names its id, its model and its position")
         if not isinstance(peers, list) or len(peers) > 1024 or not all(map(_is_ranked_peer, peers)):
-            raise ProtocolError("prefill peers are pairs of incarnation and queue length")
+            raise ProtocolError("prefill peers are an incarnation, a queue length and a number of blocks each")
+        lost = data.get("lost_peers") or []
+        if not isinstance(lost, list) or not all(isinstance(name, str) for name in lost):
+            raise ProtocolError("lost peers are names")
         tokens = unpack_tokens(data.get("tokens"))
         if not tokens or not 0 <= num_generated < len(tokens):
             raise ProtocolError("a prompt has at least one token")
@@ -112,9 +118,10 @@ class GenerateRequest:
             tokens,
             Sampling.from_wire(data.get("sampling")),
             num_generated,
-            tuple((peer, queued) for peer, queued in peers),
+            tuple((peer, queued, overlap_blocks) for peer, queued, overlap_blocks in peers),
+            tuple(lost),
         )
 
 
 def _is_ranked_peer(peer: Any) -> bool:
-    return isinstance(peer, list) and len(peer) == 2 and type(peer[0]) is str and type(peer[1]) is int
+    return isinstance(peer, list) and [type(part) for part in peer] == [str, int, int]

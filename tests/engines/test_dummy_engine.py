@@ -88,10 +88,10 @@ def test_cancelling_releases_all_blocks_and_silences_the_sink() -> None:
             async with asyncio.timeout(DEADLINE_S):
                 await sink.progressed.wait()
             engine.generate(a_request(tokens_of(20), "q"), queued)
-            assert engine.is_working_on("g")
+            assert engine.overdue_s("g") is not None
             for request_id in ("g", "p", "q", "unknown"):
                 engine.cancel(request_id)
-                assert not engine.is_working_on(request_id)
+                assert engine.overdue_s(request_id) is None
             count = len(sink.tokens)
             await generated(engine, a_request(tokens_of(5)))
             assert (len(sink.tokens), sink.reason, queued.tokens) == (count, None, [])
@@ -292,21 +292,20 @@ def test_an_engine_that_closes_calls_nobody_any_more() -> None:
     asyncio.run(run())
 
 
-def test_an_engine_that_is_a_second_behind_its_schedule_does_not_claim_to_work() -> None:
+def test_an_engine_says_how_far_it_is_behind_its_schedule() -> None:
     async def run() -> None:
         now = [100.0]
         engine = DummyEngine(EngineOptions(), clock=lambda: now[0])
         engine.start()
         sink = GenerationRecord()
         engine.generate(a_request(tokens_of(9)), sink)
+        assert engine.overdue_s("r") == 0.0
         now[0] += 0.9
-        assert engine.is_working_on("r")
-        now[0] += 0.2
-        assert not engine.is_working_on("r")
+        assert engine.overdue_s("r") == pytest.approx(0.9)
         await asyncio.sleep(0)
-        assert engine.is_working_on("r")
+        assert engine.overdue_s("r") == 0.0
         assert len(await sink.end()) == 20
-        assert not engine.is_working_on("r")
+        assert engine.overdue_s("r") is None
         await engine.close()
 
     asyncio.run(run())

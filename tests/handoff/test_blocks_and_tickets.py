@@ -5,14 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.errors import BlockRefused, ProtocolError
-from meshserve.handoff.blocks import BlockMark, BlockWindow, BulkHeader, checksum
+from meshserve.handoff.blocks import BURST_S, BlockMark, BlockWindow, BulkHeader, RateLimit, checksum
 from meshserve.handoff.tickets import Ticket, TicketList
 from meshserve.wire.frames import pack_body, unpack_body
 
 
 def header_for(payloads: list[bytes]) -> BulkHeader:
     marks = tuple(BlockMark(index, len(payload), checksum(payload)) for index, payload in enumerate(payloads))
-    return BulkHeader("decode", "r1", 2, marks, 1.5)
+    return BulkHeader("decode", "prefill", "r1", 2, marks, 1.5)
 
 
 @given(st.lists(st.binary(min_size=1, max_size=64), min_size=1, max_size=5), st.data())
@@ -41,7 +41,7 @@ def test_anything_else_is_no_header_and_no_ticket(data: object) -> None:
 
 @given(st.lists(st.integers(1, 40), max_size=40), st.integers(8, 100), st.randoms())
 def test_the_window_is_never_exceeded_and_all_blocks_leave_once_in_order(sizes: list[int], window_bytes: int, rng: object) -> None:
-    window = BlockWindow(window_bytes, 4)
+    window = BlockWindow(window_bytes, 50, 4)
     for index, size in enumerate(sizes):
         window.add(index, size, bytes(size))
     sent: list[int] = []
@@ -50,6 +50,7 @@ def test_the_window_is_never_exceeded_and_all_blocks_leave_once_in_order(sizes: 
         taken = window.take()
         on_the_way += [len(payload) for _, payload in taken]
         sent += [mark.index for mark, _ in taken]
+        assert len(taken) <= 1 or sum(len(payload) for _, payload in taken) <= 50
         assert len(taken) <= 4 and (sum(on_the_way) <= window_bytes or len(on_the_way) == 1)
         if on_the_way:
             window.acknowledged(on_the_way.pop(0))
@@ -60,10 +61,9 @@ def test_tickets_wait_in_order_bounded_and_once_a_request() -> None:
     tickets = TicketList(2)
     first, second = Ticket("d", "r1", 1, 10), Ticket("d", "r2", 1, 20)
     assert tickets.add(first) and tickets.add(second) and tickets.add(first)
-    assert len(tickets) == 2 and tickets.num_tokens == 30
+    assert len(tickets) == 2
     assert not tickets.add(Ticket("d", "r3", 1, 5)), "full"
     assert tickets.take() == first and tickets.take() == second and tickets.take() is None
-    assert tickets.num_tokens == 0
 
 
 def test_a_struck_ticket_is_gone_and_a_newer_attempt_replaces_an_older_one() -> None:
@@ -76,3 +76,75 @@ def test_a_struck_ticket_is_gone_and_a_newer_attempt_replaces_an_older_one() -> 
     tickets.add(Ticket("d", "r9", 1, 10))
     tickets.strike_all_of("d")
     assert tickets.take() == Ticket("other", "r9", 1, 10) and len(tickets) == 0
+
+
+def test_one_prompt_of_a_second_decode_worker_does_not_wait_behind_a_hundred_of_the_first() -> None:
+    tickets = TicketList(200)
+    for number in range(100):
+        tickets.add(Ticket("busy", f"r{number}", 1, 1000))
+    first = tickets.take()
+    assert first is not None and first.decode_peer == "busy"
+    tickets.serve("busy", 1000)
+    tickets.add(Ticket("other", "r", 1, 1000))
+    assert tickets.take() == Ticket("other", "r", 1, 1000)
+
+
+def test_decode_workers_get_equal_tokens_whatever_their_prompts_sizes_and_none_saves_up_for_later() -> None:
+    tickets = TicketList(1000)
+    for number in range(300):
+        tickets.add(Ticket("long", f"r{number}", 1, 3000))
+        tickets.add(Ticket("short", f"r{number}", 1, 1000))
+    served = dict.fromkeys(("long", "short", "late"), 0)
+
+    def serve_next() -> None:
+        ticket = tickets.take()
+        assert ticket is not None
+        tickets.serve(ticket.decode_peer, ticket.num_tokens)
+        served[ticket.decode_peer] += ticket.num_tokens
+
+    for _ in range(100):
+        serve_next()
+    assert abs(served["long"] - served["short"]) <= 3000
+    for number in range(100):
+        tickets.add(Ticket("late", f"r{number}", 1, 1000))
+    for _ in range(30):
+        serve_next()
+    assert served["late"] <= 14_000, "a newcomer gets its share from now on, and not what it missed"
+
+
+def test_a_second_attempt_does_not_wait_behind_first_ones() -> None:
+    tickets = TicketList(9)
+    for number in range(3):
+        tickets.add(Ticket("d", f"r{number}", 1, 10))
+    tickets.add(Ticket("d", "lost", 2, 10))
+    assert tickets.take() == Ticket("d", "lost", 2, 10)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 5), st.integers(1, 3)), max_size=60), st.data())
+def test_the_list_holds_each_request_once_and_counts_right(adds: list[tuple[str, int, int]], data: st.DataObject) -> None:
+    tickets = TicketList(8)
+    there: dict[tuple[str, str], int] = {}
+    for peer, number, attempt in adds:
+        key = (peer, f"r{number}")
+        is_taken = tickets.add(Ticket(*key, attempt, 10))
+        assert is_taken == (key in there or len(there) < 8)
+        if is_taken:
+            there[key] = max(attempt, there.get(key, 0))
+        if data.draw(st.booleans()):
+            assert tickets.strike(*key) == (there.pop(key, None) is not None)
+        assert len(tickets) == len(there)
+    while (ticket := tickets.take()) is not None:
+        assert there.pop((ticket.decode_peer, ticket.request_id)) == ticket.attempt
+    assert not there
+
+
+@given(st.lists(st.integers(1, 5_000_000), min_size=2, max_size=60))
+def test_a_limited_rate_is_kept_over_any_row_of_messages(sizes: list[int]) -> None:
+    limit = RateLimit(1e9)
+    now_s = 10.0
+    for size in sizes:
+        now_s += max(0.0, limit.wait_s(now_s))
+        limit.sent(size, now_s)
+    assert now_s - 10.0 >= sum(sizes[:-1]) / 1e9 - BURST_S - 1e-9
+    assert limit.wait_s(now_s + sizes[-1] / 1e9) <= 0, "who kept to the rate need not wait"
+    assert RateLimit(0.0).wait_s(1.0) <= 0

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from meshserve.config import HandoffConfig
-from meshserve.handoff.task import Action, Finish, PrefillTask, Push, Revoke, Strike, TaskState
+from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 
 CONFIG = HandoffConfig()
 LEASE_S = 1.5
@@ -60,10 +60,57 @@ def test_when_all_workers_die_it_is_local() -> None:
 def test_two_workers_lost_are_enough() -> None:
     task, _ = a_task(*PEERS)
     assert task.claim("p1", 0.0)
-    assert task.peer_gone("p1", 0.1, is_dead=True) == [Revoke("p1", 1), Push(("p2",), 2)]
+    assert task.peer_gone("p1", 0.1, is_dead=True) == [Revoke("p1", 1), Lose("p1"), Push(("p2", "p3"), 2)]
     assert task.claim("p2", 0.2)
     assert task.peer_gone("p2", 0.3, is_dead=True)[-1] == Finish(TaskState.GAVE_UP)
     assert task.lost_peers == ["p1", "p2"] and not task.claim("p3", 0.4)
+
+
+def test_a_request_that_took_a_worker_down_before_may_take_one_more() -> None:
+    task = PrefillTask("r1", CONFIG, LEASE_S, 0.0, num_lost_before=1)
+    task.start(PEERS, 0.0)
+    assert task.claim("p1", 0.0)
+    assert task.peer_gone("p1", 0.1, is_dead=True)[-1] == Finish(TaskState.GAVE_UP)
+
+
+def test_a_second_attempt_asks_everybody_at_once_and_is_local_when_the_deadline_is_nearer_than_another_failure() -> None:
+    for deadline_s, follows in ((60.0, Push(("p2", "p3"), 2)), (3.0, Finish(TaskState.LOCAL))):
+        task = PrefillTask("r1", CONFIG, LEASE_S, 0.0, deadline_s)
+        task.start(PEERS, 0.0)
+        assert task.claim("p1", 0.0)
+        actions = task.tick(1.6)
+        assert actions[0] == Revoke("p1", 1) and follows in actions
+
+
+def test_a_claim_is_waited_for_until_half_of_the_time_that_is_left() -> None:
+    task = PrefillTask("r1", CONFIG, LEASE_S, 0.0, 4.0)
+    task.start(PEERS, 0.0)
+    task.tick(1.0)
+    assert task.tick(1.9) == [] and task.tick(2.1)[-1] == Finish(TaskState.LOCAL)
+
+
+def test_all_that_are_preferred_are_asked_at_first_and_the_others_later() -> None:
+    task = PrefillTask("r1", CONFIG, LEASE_S, 0.0)
+    assert task.start(PEERS, 0.0, num_preferred=2) == [Push(("p1", "p2"), 1)]
+    assert task.tick(0.021) == [Push(("p3",), 1)] and task.num_hedges == 1
+    everybody = PrefillTask("r1", CONFIG, LEASE_S, 0.0)
+    assert everybody.start(PEERS, 0.0, num_preferred=3) == [Push(PEERS, 1)]
+    assert everybody.tick(0.021) == [] and everybody.num_hedges == 0
+
+
+def test_progress_that_is_overdue_counts_against_the_lease() -> None:
+    task, _ = a_task("p1")
+    assert task.claim("p1", 0.0)
+    for now_s, overdue_s in ((0.3, 0.0), (0.6, 0.3), (0.9, 0.6), (1.2, 0.9), (1.5, 1.2)):
+        task.renew("p1", 1, now_s - overdue_s)
+    assert task.tick(1.79) == [] and task.tick(1.81)[0] == Revoke("p1", 1)
+
+
+def test_who_stood_still_itself_does_not_blame_others() -> None:
+    task, _ = a_task("p1")
+    assert task.claim("p1", 0.0)
+    task.stalled(3.0)
+    assert task.tick(4.4) == [] and task.tick(4.6) != []
 
 
 def test_a_worker_that_falls_silent_and_then_dies_counts_as_lost() -> None:

@@ -15,7 +15,6 @@ _TURN_SLICES = 8
 _TURN_S = 0.0005
 """After so many slices or so long the turn ends: 64 tokens take 50 us in memory that was used before, and 500 us have been measured
 where the system had to find the pages first."""
-_OVERDUE_S = 1.0
 
 
 class _Slice(NamedTuple):
@@ -71,9 +70,9 @@ class Driver:
         if self._handle is None and self._loop is not None:
             self._wait(0.0)
 
-    def is_overdue(self) -> bool:
-        """Whether the next turn should have come more than a second ago."""
-        return self._expected_at is not None and self._clock() > self._expected_at + _OVERDUE_S
+    def overdue_s(self) -> float:
+        """How long ago the next turn should have come."""
+        return max(0.0, self._clock() - self._expected_at) if self._expected_at is not None else 0.0
 
     def _wait(self, delay_s: float) -> None:
         if self._loop is None:  # stopped by a sink within this turn

@@ -109,9 +109,9 @@ class DummyEngine:
             self._end(job)
             self._driver.kick()  # what it held may be what another waits for
 
-    def is_working_on(self, request_id: str) -> bool:
-        """False for unknown ids, and when the engine is more than a second behind its own schedule."""
-        return request_id in self._jobs and not self._driver.is_overdue()
+    def overdue_s(self, request_id: str) -> float | None:
+        """How far the engine is behind its own schedule; None for unknown ids."""
+        return self._driver.overdue_s() if request_id in self._jobs else None
 
     def load(self) -> EngineLoad:
         """A snapshot, cheap enough for every step."""

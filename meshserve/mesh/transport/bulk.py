@@ -1,7 +1,7 @@
 """The bulk sockets: KV blocks on a connection of their own, so that tokens never wait behind them.
 
 A message is a header and payload frames, from a DEALER to the receiving peer's ROUTER; short answers come back. Payloads are
-handed to ZeroMQ without a copy; the receiver copies once, into its pool.
+handed to ZeroMQ without a copy; the receiver copies once, from ZeroMQ's memory into its pool.
 """
 
 import asyncio
@@ -11,26 +11,28 @@ from collections.abc import Callable
 
 import zmq
 
-from meshserve.mesh.transport.reading import ConnectionMonitor, SocketReader
+from meshserve.mesh.transport.reading import BufferReader, ConnectionMonitor, SocketReader
 from meshserve.mesh.transport.sockets import SocketFactory, endpoint
 
 MAX_PAYLOADS = 64
 """Payload frames in one message."""
 
 _MAX_READS_PER_TURN = 16
+_MAX_BULK_READS_PER_TURN = 1
+"""Bulk messages are big: between two of them the loop looks after the tokens."""
 _RETRY_S = 0.002
 
 
 class BulkInlet:
     """Reads this peer's bulk ROUTER."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]", on_bulk: Callable[[bytes, bytes, list[bytes]], None]) -> None:
+    def __init__(self, socket: "zmq.Socket[bytes]", on_bulk: Callable[[bytes, bytes, list[memoryview]], None]) -> None:
         self._socket, self._on_bulk = socket, on_bulk
-        self._reader = SocketReader(socket, self._on_frames, lambda: None, _MAX_READS_PER_TURN, MAX_PAYLOADS + 2)
+        self._reader = BufferReader(socket, self._on_frames, lambda: None, _MAX_BULK_READS_PER_TURN, MAX_PAYLOADS + 2)
 
-    def _on_frames(self, frames: list[bytes]) -> None:
+    def _on_frames(self, frames: list[memoryview]) -> None:
         if len(frames) >= 2:
-            self._on_bulk(frames[0], frames[1], frames[2:])
+            self._on_bulk(bytes(frames[0]), bytes(frames[1]), frames[2:])
 
     def answer(self, sender: bytes, data: bytes) -> None:
         """Back to the connection that a message came on. Lost if that is gone: then there is nobody who waits for it."""

@@ -8,6 +8,7 @@ half-way through a message. (Reading the descriptor under uvloop costs about two
 import asyncio
 import struct
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 import zmq
 
@@ -19,19 +20,22 @@ _EVENTS, _POLLIN, _RCVMORE, _NOBLOCK = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq
 
 OnFrames = Callable[[list[bytes]], None]
 
+F = TypeVar("F", bytes, memoryview)
 
-class SocketReader:
+
+class _Reader(Generic[F]):
     """Calls `on_frames` with each message of one socket, then `on_turn` once per turn in which there were any."""
 
     def __init__(
         self,
         socket: "zmq.Socket[bytes]",
-        on_frames: OnFrames,
+        on_frames: Callable[[list[F]], None],
         on_turn: Callable[[], None],
         max_reads_per_turn: int,
         max_frames: int = MAX_FRAMES,
     ) -> None:
-        self._socket, self._on_frames, self._on_turn = socket, on_frames, on_turn
+        self._on_frames: Callable[[list[F]], None] = on_frames
+        self._socket, self._on_turn = socket, on_turn
         self._max_reads, self._max_frames = max_reads_per_turn, max_frames
         self._loop = asyncio.get_running_loop()
         self._descriptor: int = socket.FD
@@ -71,8 +75,21 @@ class SocketReader:
     def _has_input(self) -> bool:
         return not self._is_closed and bool(self._socket.get(_EVENTS) & _POLLIN)  # type: ignore[operator]  # EVENTS is an integer
 
-    def _receive(self) -> list[bytes] | None:
+    def _receive(self) -> list[F] | None:
         """The next message, empty if it had too many frames; None if there is none."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Stop reading; the socket itself belongs to whoever made it."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._loop.remove_reader(self._descriptor)
+
+
+class SocketReader(_Reader[bytes]):
+    """For messages of a few KB: each frame is copied, which costs less than to share it."""
+
+    def _receive(self) -> list[bytes] | None:
         if self._is_closed:
             return None
         try:
@@ -85,11 +102,23 @@ class SocketReader:
                 frames.append(frame)
         return frames if len(frames) <= self._max_frames else []
 
-    def close(self) -> None:
-        """Stop reading; the socket itself belongs to whoever made it."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._loop.remove_reader(self._descriptor)
+
+class BufferReader(_Reader[memoryview]):
+    """For big frames: views of ZeroMQ's own memory, which lives as long as somebody holds them."""
+
+    def _receive(self) -> list[memoryview] | None:
+        if self._is_closed:
+            return None
+        try:
+            frame = self._socket.recv(_NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        frames = [frame.buffer]
+        while frame.more:
+            frame = self._socket.recv(_NOBLOCK, copy=False)
+            if len(frames) <= self._max_frames:
+                frames.append(frame.buffer)
+        return frames if len(frames) <= self._max_frames else []
 
 
 class ConnectionMonitor:

@@ -127,6 +127,7 @@ class FrontendRole:
                 Route("/health", self._health),
                 Route("/ready", self._ready),
                 Route("/mesh/peers", self._peers),
+                *([Route("/metrics", self._metrics)] if self._config.observe else []),
             ],
             exception_handlers={HTTPException: _http_error, MeshserveError: _own_error, Exception: _unexpected},
         )
@@ -155,6 +156,11 @@ class FrontendRole:
 
     async def _peers(self, request: Request) -> Response:
         return JSONResponse(await list_peers(self._mesh))
+
+    async def _metrics(self, request: Request) -> Response:
+        from meshserve.observe import metrics  # a slow import that only those who scrape need wait for, once
+
+        return Response(metrics.metrics_text(await list_peers(self._mesh)), media_type=metrics.CONTENT_TYPE)
 
     async def close(self) -> None:
         """Stop listening; connections that still stream are cut after a second."""

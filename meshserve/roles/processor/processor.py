@@ -8,7 +8,7 @@ import itertools
 import random
 from typing import Any
 
-from meshserve.errors import InvalidRequest, MeshserveError, NoWorker, PeerLost, ProtocolError
+from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoWorker, PeerLost, PeerSilent, ProtocolError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
@@ -23,7 +23,7 @@ from meshserve.wire.generation import GenerateRequest, pack_tokens
 
 _ROUTE_TIMEOUT_S = 2.0
 _MAX_ATTEMPTS = 4
-_RETRIED_CODES = frozenset(("peer_lost", "link_overflow", "draining", "no_worker", "unknown_method"))
+_RETRIED_CODES = frozenset(("peer_lost", "peer_silent", "link_overflow", "draining", "no_worker", "unknown_method"))
 """Errors that say nothing about the request itself: another worker may do."""
 
 
@@ -43,12 +43,17 @@ class _Request:
         self._receipt.peers["processor"] = role.name
         self._excluded: list[str] = []
         self._candidates: list[Candidate] = []
-        self._prefill_peers: tuple[tuple[str, int], ...] = ()
+        self._prefill_peers: tuple[tuple[str, int, int], ...] = ()
+        self._lost: list[str] = []
+        """Names of workers that died with this request."""
         self._opened: OutgoingCall | None = None
         self.worker: str | None = None
         """Incarnation of the decode worker that has the request now."""
         self.num_tokens = 0
         self._receipt.add("process", self._phases.end("process"))
+        self._journal = role.mesh.journal
+        if self._journal.is_on:
+            self._journal.note("submit", self.request_id, num_tokens=len(self._tokens))
 
     # --- which worker
 
@@ -75,7 +80,7 @@ class _Request:
         """The router's answer."""
         try:
             candidates = [Candidate.from_wire(item) for item in answer["decode"]]
-            prefill = tuple((str(peer), int(queued)) for peer, queued in answer["prefill"])
+            prefill = tuple((str(peer), int(queued), int(overlap_blocks)) for peer, queued, overlap_blocks in answer["prefill"])
             router, policy = str(answer["router"]), str(answer["policy"])
         except (ProtocolError, KeyError, TypeError, ValueError):
             self._role.mesh.counters.add("router_answers_malformed")
@@ -109,20 +114,27 @@ class _Request:
         chosen = candidates[0]
         self.worker = chosen.incarnation
         self._receipt.peers["decode"] = chosen.peer
-        request = GenerateRequest(self.request_id, self._request.model, self._tokens, self._sampling, 0, self._prefill_peers)
+        request = GenerateRequest(
+            self.request_id, self._request.model, self._tokens, self._sampling, 0, self._prefill_peers, tuple(self._lost)
+        )
         remaining_s = self._role.remaining_s(self._call)
         body = request if chosen.incarnation == self._role.mesh.incarnation else request.to_wire()
         try:
             self._opened = self._role.mesh.open(chosen.incarnation, "generate", body, self, remaining_s)
         except PeerLost as error:
-            self.on_error(error)
+            self._retry_or_fail(error)
 
     def on_item(self, item: Any) -> None:
-        """Tokens of one step, after their position."""
+        """Tokens of one step, after their position; or the name of a prefill worker that died with this request."""
+        if isinstance(item, str):
+            self._lost.append(item)
+            return
         if not isinstance(item, list) or len(item) < 2 or item[0] != self.num_tokens:
             self._abort(ProtocolError("a worker's tokens do not follow each other"))
             return
         tokens = item[1:]
+        if self._journal.is_on:
+            self._journal.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
         self.num_tokens += len(tokens)
         text, is_stopped = self._stops.feed(self._detokenizer.feed(tokens))
         self._call.send(text)
@@ -140,11 +152,19 @@ class _Request:
         self._end("stop" if is_stopped or account.get("reason") == "stop" else "length")
 
     def on_error(self, error: MeshserveError) -> None:
-        """The worker failed, or was lost: nothing given out yet means that another may start over."""
-        if self.worker is not None:
-            self._note_attempt(error)
+        """The worker failed, or was lost."""
+        if error.code == PeerLost.code:
+            self._lost.append(self._receipt.peers["decode"] or "a worker")
+        self._retry_or_fail(error)
+
+    def _retry_or_fail(self, error: MeshserveError) -> None:
+        """Nothing given out yet means that another may start over, unless the request itself seems to be what takes workers down."""
+        self._note_attempt(error)
         can_retry = self.num_tokens == 0 and error.code in _RETRIED_CODES and len(self._receipt.attempts) < _MAX_ATTEMPTS
-        if can_retry and self.worker is not None:
+        if can_retry and len(self._lost) >= self._role.max_lost_peers:
+            names = ", ".join(self._lost)
+            self._fail(GaveUp(f"this request took down {names}; it is tried nowhere else", lost_peers=self._lost))
+        elif can_retry and self.worker is not None:
             self._role.mesh.counters.add("requests_rerouted")
             self._excluded.append(self.worker)
             self.route()
@@ -155,7 +175,7 @@ class _Request:
         """Its worker fell silent. What has not begun there is taken elsewhere; what has may still go on."""
         if self.num_tokens == 0 and self._opened is not None:
             self._opened.cancel()
-            self.on_error(PeerLost("the worker fell silent"))
+            self.on_error(PeerSilent("the worker fell silent"))
 
     def _note_attempt(self, error: MeshserveError) -> None:
         name = self._role.mesh.name_of(self.worker or "")
@@ -184,7 +204,7 @@ class _Request:
         self._end("stop")
 
     def _end(self, reason: str) -> None:
-        self._role.ended(self)
+        self._ended("ok")
         self._receipt.num_completion_tokens = self.num_tokens
         usage = [len(self._tokens), self.num_tokens, self._receipt.num_cached_tokens]
         receipt = self._receipt.to_wire(self._phases.total_ms()) if self._request.wants_receipt else None
@@ -196,12 +216,17 @@ class _Request:
         self._fail(error)
 
     def _fail(self, error: MeshserveError) -> None:
-        self._role.ended(self)
+        self._ended(error.code)
         self._call.fail(error)
+
+    def _ended(self, outcome: str) -> None:
+        self._role.ended(self)
+        if self._journal.is_on:
+            self._journal.note("result", self.request_id, outcome=outcome, num_tokens=self.num_tokens)
 
     def cancel(self) -> None:
         """The client is gone."""
-        self._role.ended(self)
+        self._ended("cancelled")
         if self._opened is not None:
             self._opened.cancel()
 
@@ -221,8 +246,8 @@ class _Answer:
 class ProcessorRole:
     """Serves `complete`: items are text, the end is [finish reason, [prompt, completion and cached tokens], receipt or None]."""
 
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
+    def __init__(self, mesh: Mesh, max_lost_peers: int) -> None:
+        self.mesh, self.max_lost_peers = mesh, max_lost_peers
         self.models = Models(mesh)
         self._running: dict[str, _Request] = {}
         self._turn = itertools.count()

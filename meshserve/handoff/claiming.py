@@ -1,0 +1,73 @@
+"""When a prefill worker claims its next prompt: pure arithmetic.
+
+Too late, and the worker is idle for a round trip between two prompts. Too early, and a prompt is bound to a worker that still computes a
+long one, while another comes free. So a worker claims when it has nothing, when it is about to have nothing, and as long as all that
+it has is one small batch, which the engine computes in one step anyway.
+"""
+
+from collections.abc import Hashable
+
+from meshserve.config import HandoffConfig
+
+_RATE_WEIGHT = 0.25
+"""Of a new measurement in the running average."""
+
+
+class ClaimPace:
+    """Keeps what is claimed and not yet computed. Keys are the caller's; times are seconds of one monotonic clock."""
+
+    def __init__(self, config: HandoffConfig) -> None:
+        self._config = config
+        self._remaining: dict[Hashable, int] = {}
+        self._computed_tokens = 0
+        self._marked_s = 0.0
+        self.tokens_per_s: float | None = None
+        """How fast this worker computes prompts; None before the first one ended."""
+
+    @property
+    def num_claimed(self) -> int:
+        """Prompts that are not computed yet."""
+        return len(self._remaining)
+
+    @property
+    def remaining_tokens(self) -> int:
+        """Tokens of theirs."""
+        return sum(self._remaining.values())
+
+    def may_claim(self, num_tokens: int) -> bool:
+        """Whether now is the time for the next prompt, which has so many tokens."""
+        if not self._remaining:
+            return True
+        if len(self._remaining) >= self._config.prefill_slots:
+            return False
+        remaining = self.remaining_tokens
+        if remaining + num_tokens <= self._config.prefill_batch_tokens:
+            return True
+        return self.tokens_per_s is not None and remaining / self.tokens_per_s <= self._config.claim_ahead_ms / 1000
+
+    def claimed(self, key: Hashable, num_tokens: int, now_s: float) -> None:
+        """A claim goes out for a prompt of so many tokens."""
+        if not self._remaining:
+            self._computed_tokens, self._marked_s = 0, now_s
+        self._remaining[key] = num_tokens
+
+    def granted(self, key: Hashable, num_tokens: int, now_s: float) -> None:
+        """The claim was granted, and so many tokens are left to compute."""
+        if len(self._remaining) == 1:
+            self._computed_tokens, self._marked_s = 0, now_s  # nothing ran while it was on its way
+        self._remaining[key] = num_tokens
+
+    def computed(self, key: Hashable, num_tokens: int) -> None:
+        """So many of its tokens are done."""
+        remaining = self._remaining.get(key)
+        if remaining is not None:
+            done = min(num_tokens, remaining)
+            self._remaining[key] = remaining - done
+            self._computed_tokens += done
+
+    def ended(self, key: Hashable, now_s: float) -> None:
+        """Computed, or given up."""
+        if self._remaining.pop(key, None) is not None and self._computed_tokens and now_s > self._marked_s:
+            rate = self._computed_tokens / (now_s - self._marked_s)
+            self.tokens_per_s = rate if self.tokens_per_s is None else self.tokens_per_s + _RATE_WEIGHT * (rate - self.tokens_per_s)
+            self._computed_tokens, self._marked_s = 0, now_s

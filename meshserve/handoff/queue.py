@@ -1,0 +1,119 @@
+"""A prefill worker's prompts, from ticket to delivery: a pure state machine. The other end of :mod:`meshserve.handoff.task`.
+
+A ticket waits until the engine has room, then it is claimed; a granted claim is computed, its blocks are sent until the decode worker says
+that it has them all. Every input takes the time; inputs about what is not here (any more) change nothing.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from meshserve.config import HandoffConfig
+from meshserve.handoff.claiming import ClaimPace
+from meshserve.handoff.tickets import Ticket, TicketList
+
+JobKey = tuple[str, str]
+"""Decode worker and request: ids are unique at one decode worker, and need not be beyond."""
+
+
+class JobState(StrEnum):
+    """Where a claimed prompt stands."""
+
+    CLAIMING = "claiming"
+    """The claim is on its way; nothing is known but the ticket."""
+    COMPUTING = "computing"
+    """The engine has it; blocks leave as they are ready."""
+    SENDING = "sending"
+    """All is computed; blocks are still on their way."""
+
+
+@dataclass(slots=True)
+class _Job:
+    state: JobState
+    attempt: int = 0
+
+
+class PrefillQueue:
+    """Owns what waits and what runs, and decides what is claimed next."""
+
+    def __init__(self, config: HandoffConfig) -> None:
+        self._tickets = TicketList(config.max_tickets)
+        self._pace = ClaimPace(config)
+        self._jobs: dict[JobKey, _Job] = {}
+
+    @property
+    def num_waiting(self) -> int:
+        """Tickets that are not claimed."""
+        return len(self._tickets)
+
+    @property
+    def num_claimed(self) -> int:
+        """Prompts that are not delivered yet."""
+        return len(self._jobs)
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """How fast this worker computes prompts; None before the first one ended."""
+        return self._pace.tokens_per_s
+
+    def state(self, key: JobKey) -> JobState | None:
+        """None if it is not claimed here (any more)."""
+        job = self._jobs.get(key)
+        return job.state if job is not None else None
+
+    def is_running(self, key: JobKey, attempt: int) -> bool:
+        """Whether this very attempt was granted to this worker and has not ended."""
+        job = self._jobs.get(key)
+        return job is not None and job.state is not JobState.CLAIMING and job.attempt == attempt
+
+    def ticket(self, ticket: Ticket) -> bool:
+        """There is a prompt to compute. False if the list is full."""
+        return self._tickets.add(ticket)
+
+    def strike(self, key: JobKey) -> bool:
+        """This ticket is void. False if it is not here (any more)."""
+        return self._tickets.strike(*key)
+
+    def peer_gone(self, decode_peer: str) -> None:
+        """The decode worker is dead: its tickets are void. What runs for it ends with its claim's stream."""
+        self._tickets.strike_all_of(decode_peer)
+
+    def next_claim(self, now_s: float) -> Ticket | None:
+        """The ticket to claim now, if it is time for one: it is `CLAIMING` from here on, until `granted` or `ended`."""
+        while (ticket := self._tickets.peek()) is not None and self._pace.may_claim(ticket.num_tokens):
+            self._tickets.take()
+            key = (ticket.decode_peer, ticket.request_id)
+            if key in self._jobs:
+                continue  # an older attempt at it runs here, and its end is on its way: this worker had its try
+            self._jobs[key] = _Job(JobState.CLAIMING)
+            self._pace.claimed(key, ticket.num_tokens, now_s)
+            return ticket
+        return None
+
+    def granted(self, key: JobKey, attempt: int, num_tokens: int, now_s: float) -> bool:
+        """The claim was the first: so many tokens are to be computed. False if it is not wanted (any more)."""
+        job = self._jobs.get(key)
+        if job is None or job.state is not JobState.CLAIMING:
+            return False
+        job.state, job.attempt = JobState.COMPUTING, attempt
+        self._pace.granted(key, num_tokens, now_s)
+        self._tickets.serve(key[0], num_tokens)
+        return True
+
+    def computed(self, key: JobKey, num_tokens: int) -> None:
+        """So many more of its tokens are done."""
+        self._pace.computed(key, num_tokens)
+
+    def all_computed(self, key: JobKey, now_s: float) -> None:
+        """The engine has room again."""
+        job = self._jobs.get(key)
+        if job is not None and job.state is JobState.COMPUTING:
+            job.state = JobState.SENDING
+            self._pace.ended(key, now_s)
+
+    def ended(self, key: JobKey, now_s: float) -> JobState | None:
+        """Delivered, gone, revoked or lost. Returns where it stood; None if it was not here."""
+        job = self._jobs.pop(key, None)
+        if job is None:
+            return None
+        self._pace.ended(key, now_s)
+        return job.state

@@ -1,0 +1,113 @@
+"""Metrics of the whole mesh in Prometheus' text format, from what every peer says of itself when asked: one scrape shows all."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector, CollectorRegistry
+
+from meshserve.telemetry import BUCKETS_S
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+_COUNTERS = {
+    "tickets_pushed": "Prefill tickets sent, hedges included.",
+    "tickets_hedged": "Times that others were asked too, as the preferred prefill workers did not claim in time.",
+    "tickets_received": "Prefill tickets taken.",
+    "tickets_refused": "Prefill tickets refused: the list is full, or their sender is unknown.",
+    "tickets_struck": "Prefill tickets that became void before they were claimed.",
+    "claims_granted": "Claims that got their task.",
+    "claims_gone": "Claims that came too late.",
+    "prefill_tasks_done": "Prompts prefilled elsewhere.",
+    "prefill_tasks_local": "Prompts that were to be prefilled elsewhere, and in the end were not.",
+    "prefill_tasks_gave_up": "Prompts that took too many workers down.",
+    "prefill_tasks_cancelled": "Prompts that nobody wanted any more.",
+    "prefill_attempts_failed": "Attempts at a prompt that came to nothing.",
+    "prefill_attempts_revoked": "Attempts that were called off.",
+    "requests_rerouted": "Requests that went to another decode worker.",
+    "reservations_refused": "Handoffs that found no room in the decode worker's pool.",
+    "kv_blocks_sent": "KV blocks sent.",
+    "kv_blocks_received": "KV blocks taken in.",
+    "kv_blocks_stale": "KV blocks of another attempt, which were dropped.",
+    "kv_blocks_double": "KV blocks that were there already.",
+    "kv_blocks_refused": "KV blocks with a wrong checksum, length or place.",
+    "kv_bytes_sent": "Bytes of KV sent.",
+    "kv_bytes_received": "Bytes of KV taken in.",
+    "strangers_refused": "Connections without the mesh's key.",
+}
+"""Those that every peer shows, at 0 if need be; a counter that is not here shows as soon as it counts."""
+
+_GAUGES = {
+    "num_tickets": ("prefill_queue_depth", "Prompts queued for prefill, claimed or not."),
+    "num_running": ("running_sequences", "Sequences in the engine's batch."),
+    "num_waiting": ("waiting_sequences", "Sequences that wait for a place in it."),
+    "waiting_prefill_tokens": ("waiting_prefill_tokens", "Prompt tokens still to be computed."),
+    "used_blocks": ("kv_blocks_used", "KV blocks that running sequences hold."),
+    "cached_blocks": ("kv_blocks_cached", "KV blocks that can be found again."),
+    "num_blocks": ("kv_blocks", "KV blocks in all."),
+}
+
+_HISTOGRAMS = {
+    "prefill_wait": "From the first ticket to the claim that got the prompt.",
+    "prefill_compute": "Of a prompt that was prefilled elsewhere, by that worker's clock.",
+    "kv_transfer": "From the claim to the last block, less what was computing.",
+}
+
+_LABELS = ("peer", "incarnation")
+
+
+class _Mesh(Collector):
+    """The peers as `list_peers` gives them, as metric families."""
+
+    def __init__(self, peers: list[dict[str, Any]]) -> None:
+        self._peers = [((peer["name"], peer["incarnation"]), peer) for peer in peers]
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by `generate_latest`."""
+        up = GaugeMetricFamily("meshserve_peer_up", "1 if the peer answered this scrape.", labels=(*_LABELS, "state", "roles"))
+        for labels, peer in self._peers:
+            up.add_metric((*labels, peer["state"], ",".join(peer["roles"])), float(peer["rtt_ms"] is not None))
+        yield up
+        yield from self._counters()
+        yield from self._gauges()
+        yield from self._histograms()
+
+    def _counters(self) -> Iterator[Metric]:
+        extra = sorted({name for _, peer in self._peers for name in peer["counters"]} - _COUNTERS.keys())
+        for name in (*_COUNTERS, *extra):
+            family = CounterMetricFamily(f"meshserve_{name}", _COUNTERS.get(name, name.replace("_", " ") + "."), labels=_LABELS)
+            for labels, peer in self._peers:
+                if name in peer["counters"] or (name in _COUNTERS and peer["rtt_ms"] is not None):
+                    family.add_metric(labels, peer["counters"].get(name, 0))
+            yield family
+
+    def _gauges(self) -> Iterator[Metric]:
+        for key, (name, help_text) in _GAUGES.items():
+            family = GaugeMetricFamily(f"meshserve_{name}", help_text, labels=_LABELS)
+            for labels, peer in self._peers:
+                if peer["load"] is not None:
+                    family.add_metric(labels, peer["load"].get(key, 0))
+            yield family
+
+    def _histograms(self) -> Iterator[Metric]:
+        for name, help_text in _HISTOGRAMS.items():
+            family = HistogramMetricFamily(f"meshserve_{name}_seconds", help_text, labels=_LABELS)
+            for labels, peer in self._peers:
+                if name in peer["histograms"]:
+                    sum_s, counts = peer["histograms"][name]
+                    family.add_metric(labels, _cumulated(counts), sum_s)
+            yield family
+
+
+def _cumulated(counts: list[int]) -> list[tuple[str, float]]:
+    bounds = [*map(str, BUCKETS_S), "+Inf"]
+    return [(bound, float(sum(counts[: rank + 1]))) for rank, bound in enumerate(bounds)]
+
+
+def metrics_text(peers: list[dict[str, Any]]) -> bytes:
+    """What `/metrics` answers."""
+    registry = CollectorRegistry()
+    registry.register(_Mesh(peers))
+    return generate_latest(registry)
