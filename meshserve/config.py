@@ -91,6 +91,9 @@ class HandoffConfig:
     """Prompts queued at the best prefill worker, own tickets included, from which on a decode worker prefills itself."""
     hedge_ms: float = 20.0
     """An unclaimed ticket goes to all other prefill workers after this. Lower costs messages, higher waits for a busy one."""
+    reminder_ms: float = 250.0
+    """A ticket that nobody claimed for so long is sent again, then after twice the time, and so on: it may have been lost on its way.
+    Lower costs messages where many prompts wait, higher delays the few whose ticket was lost."""
     claim_timeout_s: float = 10.0
     """A task that nobody claimed in this time is prefilled locally, however alive the prefill workers look."""
     attempt_timeout_s: float = 600.0
@@ -98,9 +101,9 @@ class HandoffConfig:
     block_timeout_s: float = 30.0
     """For the acknowledgement of a block by a decode worker that lives otherwise. Lower gives up on slow links, higher holds a slot."""
     prefill_slots: int = 16
-    """Most prompts that a prefill worker computes at once, if they are small."""
+    """Most prompts that a prefill worker has at once. Where more than so many wait, it batches small ones."""
     prefill_batch_tokens: int = 2048
-    """Prompts that are no more than this together are claimed together. Higher batches more in the engine, lower leaves more to others."""
+    """Such a batch, in tokens. Higher gives the engine more to do in one step, lower delays the first of them less."""
     claim_ahead_ms: float = 5.0
     """A worker claims its next prompt when what it has takes no longer than this. Lower idles for a round trip between two prompts,
     higher binds a prompt to this worker while another may come free sooner."""

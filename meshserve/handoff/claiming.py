@@ -1,8 +1,8 @@
 """When a prefill worker claims its next prompt: pure arithmetic.
 
 Too late, and the worker is idle for a round trip between two prompts. Too early, and a prompt is bound to a worker that still computes a
-long one, while another comes free. So a worker claims when it has nothing, when it is about to have nothing, and as long as all that
-it has is one small batch, which the engine computes in one step anyway.
+long one, while another comes free. So a worker claims when it has nothing, and when it is about to have nothing. Where so many wait that
+nobody will come free for lack of work, it also claims what fits into one batch, which an engine computes in less time than one by one.
 """
 
 from collections.abc import Hashable
@@ -34,14 +34,14 @@ class ClaimPace:
         """Tokens of theirs."""
         return sum(self._remaining.values())
 
-    def may_claim(self, num_tokens: int) -> bool:
-        """Whether now is the time for the next prompt, which has so many tokens."""
+    def may_claim(self, num_tokens: int, num_waiting: int) -> bool:
+        """Whether now is the time for the next prompt, which has so many tokens, when so many wait."""
         if not self._remaining:
             return True
         if len(self._remaining) >= self._config.prefill_slots:
             return False
         remaining = self.remaining_tokens
-        if remaining + num_tokens <= self._config.prefill_batch_tokens:
+        if num_waiting > self._config.prefill_slots and remaining + num_tokens <= self._config.prefill_batch_tokens:
             return True
         return self.tokens_per_s is not None and remaining / self.tokens_per_s <= self._config.claim_ahead_ms / 1000
 

@@ -79,7 +79,7 @@ class PrefillQueue:
 
     def next_claim(self, now_s: float) -> Ticket | None:
         """The ticket to claim now, if it is time for one: it is `CLAIMING` from here on, until `granted` or `ended`."""
-        while (ticket := self._tickets.peek()) is not None and self._pace.may_claim(ticket.num_tokens):
+        while (ticket := self._tickets.peek()) is not None and self._pace.may_claim(ticket.num_tokens, len(self._tickets)):
             self._tickets.take()
             key = (ticket.decode_peer, ticket.request_id)
             if key in self._jobs:

@@ -131,6 +131,8 @@ class PrefillTask:
     _queued_s: float = 0.0
     _renewed_s: float = 0.0
     _is_hedged: bool = False
+    _reminder_s: float = 0.0
+    """How long after the queueing the next reminder goes out."""
 
     @property
     def is_final(self) -> bool:
@@ -147,6 +149,7 @@ class PrefillTask:
             return self._finish(TaskState.LOCAL)
         self.state, self.peer, self._queued_s = TaskState.QUEUED, None, now_s
         self._is_hedged = num_preferred >= len(self._candidates)
+        self._reminder_s = self.config.reminder_ms / 1000
         self._asked.clear()
         return [self._push(self._candidates[:num_preferred])]
 
@@ -163,8 +166,11 @@ class PrefillTask:
         return Push(tuple(peers), self.attempt)
 
     def push_failed(self, peer: str, now_s: float) -> list[Action]:
-        """The ticket could not be sent: the others get theirs at once."""
-        return self._hedge() if self.state is TaskState.QUEUED and not self._is_hedged else []
+        """The ticket could not be sent: the others get theirs at once; without any, this one is asked again in a moment."""
+        self._asked.discard(peer)
+        if self.state is not TaskState.QUEUED or self._is_hedged or not self._unasked(besides=peer):
+            return []
+        return self._hedge(besides=peer)
 
     def claim(self, peer: str, now_s: float) -> bool:
         """Whether this peer gets the task. False is "gone": claimed by another, ended, or failed there before."""
@@ -281,19 +287,30 @@ class PrefillTask:
             return self._finish(TaskState.LOCAL)
         if self.state is TaskState.QUEUED and not self._is_hedged and now_s - self._queued_s >= self.config.hedge_ms / 1000:
             return self._hedge()
+        if self.state is TaskState.QUEUED and now_s - self._queued_s >= self._reminder_s:
+            return self._remind()
         return []
 
     def _longest_wait_s(self) -> float:
         """For a claim. Half of what the request has left stays for prefilling it here."""
         return min(self.config.claim_timeout_s, (self.deadline_s - self._queued_s) / 2)
 
-    def _hedge(self) -> list[Action]:
+    def _remind(self) -> list[Action]:
+        """Tickets are not acknowledged: one that was lost is sent again, ever more seldom; one that waits there changes nothing."""
+        self._reminder_s *= 2
         self._is_hedged = True
-        others = [peer for peer in self._candidates if peer not in self._asked]
+        return [self._push(self._candidates)]
+
+    def _hedge(self, besides: str | None = None) -> list[Action]:
+        self._is_hedged = True
+        others = self._unasked(besides)
         if not others:
             return []
         self.num_hedges += 1
         return [self._push(others)]
+
+    def _unasked(self, besides: str | None) -> list[str]:
+        return [peer for peer in self._candidates if peer not in self._asked and peer != besides]
 
     def _close_attempt(self, outcome: str, now_s: float) -> None:
         self.attempts[-1].outcome, self.attempts[-1].ended_s = outcome, now_s

@@ -22,12 +22,21 @@ def test_the_ticket_goes_to_the_best_and_after_the_hedge_time_to_all_others() ->
     assert actions == [Push(("p1",), 1)]
     assert task.tick(0.019) == []
     assert task.tick(0.021) == [Push(("p2", "p3"), 1)]
-    assert task.tick(1.0) == []
+    assert task.tick(0.2) == []
+
+
+def test_tickets_that_nobody_claims_are_sent_again_ever_more_seldom() -> None:
+    task, _ = a_task("p1")
+    sent_at = [step / 100 for step in range(500) if task.tick(step / 100)]
+    assert sent_at == [0.25, 0.5, 1.0, 2.0, 4.0]
 
 
 def test_a_ticket_that_cannot_be_sent_is_hedged_at_once() -> None:
     task, _ = a_task(*PEERS)
     assert task.push_failed("p1", 0.0) == [Push(("p2", "p3"), 1)]
+    assert task.tick(0.3) == [Push(PEERS, 1)], "and tried again later"
+    alone, _ = a_task("p1")
+    assert alone.push_failed("p1", 0.0) == [] and alone.tick(0.021) == [Push(("p1",), 1)]
 
 
 def test_the_first_claim_wins_and_late_ones_are_gone() -> None:
@@ -86,7 +95,8 @@ def test_a_claim_is_waited_for_until_half_of_the_time_that_is_left() -> None:
     task = PrefillTask("r1", CONFIG, LEASE_S, 0.0, 4.0)
     task.start(PEERS, 0.0)
     task.tick(1.0)
-    assert task.tick(1.9) == [] and task.tick(2.1)[-1] == Finish(TaskState.LOCAL)
+    task.tick(1.9)
+    assert not task.is_final and task.tick(2.1)[-1] == Finish(TaskState.LOCAL)
 
 
 def test_all_that_are_preferred_are_asked_at_first_and_the_others_later() -> None:

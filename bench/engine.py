@@ -1,0 +1,100 @@
+"""An engine that costs nothing, so that a benchmark measures the handoff alone: its blocks are made beforehand."""
+
+from array import array
+from collections.abc import Callable, Sequence
+
+from meshserve.engines.protocol import BlockListener, EngineLoad, GenerationSink, PrefillSink, Reservation
+from meshserve.errors import BlockRefused, Unsupported
+from meshserve.wire.card import ModelCard
+from meshserve.wire.generation import GenerateRequest
+
+_NUM_PAYLOADS = 16
+"""Different blocks in memory, given out in turn: more than fit the processor's caches."""
+
+
+def bench_card(kv_bytes_per_token: int, block_size: int) -> ModelCard:
+    """A model of which only the KV's size matters."""
+    return ModelCard("bench", "bench", 1 << 22, "bytes", "", 0.0, 1, "uint8", kv_bytes_per_token, block_size, True)
+
+
+class BenchReservation:
+    """Copies what comes into memory that is there already, as an engine's pool is."""
+
+    def __init__(self, buffers: list[bytearray], num_blocks: int, num_tokens: int) -> None:
+        self.num_cached_tokens, self.num_tokens = 0, num_tokens
+        self._buffers = buffers
+        self._missing = set(range(num_blocks))
+
+    def missing(self) -> Sequence[int]:
+        """Indexes of the blocks that are still to be written, ascending."""
+        return sorted(self._missing)
+
+    def expected_bytes(self, index: int) -> int:
+        """All blocks are full."""
+        return len(self._buffers[0])
+
+    def write(self, index: int, payload: bytes | memoryview) -> None:
+        """Take in block `index`. Raises BlockRefused if it is not missing or its length is wrong."""
+        if index not in self._missing or len(payload) != len(self._buffers[0]):
+            raise BlockRefused(f"block {index} does not fit")
+        self._missing.discard(index)
+        self._buffers[index % len(self._buffers)][:] = payload
+
+    def release(self) -> None:
+        """The memory stays."""
+
+
+class BenchEngine:
+    """Prefill gives out all blocks at once; nothing is ever cached."""
+
+    def __init__(self, card: ModelCard, on_prefill: Callable[[str], None] = lambda request_id: None) -> None:
+        self.card, self._on_prefill = card, on_prefill
+        size_bytes = card.kv_bytes_per_token * card.block_size
+        self._payloads = [bytes([number]) * size_bytes for number in range(_NUM_PAYLOADS)]
+        self._buffers = [bytearray(size_bytes) for _ in range(_NUM_PAYLOADS)]
+        for buffer in self._buffers:
+            buffer[:] = self._payloads[0]  # the system finds the pages now, not while time is taken
+
+    def start(self) -> None:
+        """Nothing to start."""
+
+    async def close(self) -> None:
+        """Nothing to give back."""
+
+    def check(self, request: GenerateRequest) -> None:
+        """Anything goes."""
+
+    def num_cached_tokens(self, tokens: "array[int]") -> int:
+        """None."""
+        return 0
+
+    def reserve(self, tokens: "array[int]") -> Reservation:
+        """Room for all of the prompt but its last token, in whole blocks."""
+        num_tokens = len(tokens) - 1
+        return BenchReservation(self._buffers, num_tokens // self.card.block_size, num_tokens)
+
+    def generate(self, request: GenerateRequest, sink: GenerationSink, reservation: Reservation | None = None) -> None:
+        """It generates nothing."""
+        raise Unsupported("this engine only hands KV over")
+
+    def prefill(self, request_id: str, tokens: "array[int]", first_block: int, sink: PrefillSink) -> None:
+        """Give out the blocks."""
+        self._on_prefill(request_id)
+        for index in range(first_block, len(tokens) // self.card.block_size):
+            sink.on_block(index, self.card.block_size, self._payloads[index % _NUM_PAYLOADS])
+        sink.on_finish(0)
+
+    def cancel(self, request_id: str) -> None:
+        """Nothing runs for long."""
+
+    def overdue_s(self, request_id: str) -> float | None:
+        """Never."""
+        return 0.0
+
+    def load(self) -> EngineLoad:
+        """None."""
+        return EngineLoad()
+
+    def watch_blocks(self, listener: BlockListener | None) -> list[int]:
+        """There are none."""
+        return []
