@@ -64,7 +64,9 @@ def prefill_peer(pipe: Connection, is_timed: bool) -> None:
         begun: dict[str, float] = {}
         engine: Engine
         if is_timed:
-            engine = BenchEngine(bench_card(1, _BLOCK_TOKENS), lambda attempt: begun.update({attempt.split("@")[0]: time.monotonic()}))
+            engine = BenchEngine(
+                bench_card(1, _BLOCK_TOKENS), lambda attempt: begun.update({attempt.partition("/")[2].partition("@")[0]: time.monotonic()})
+            )
         else:
             engine = _dummy()
         engine.start()

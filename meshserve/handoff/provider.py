@@ -159,7 +159,7 @@ class PrefillProvider:
         if not self._queue.granted(job.key, attempt, num_tokens, job.began_s):
             return
         job.transfer = self._sender.open(*job.key, attempt)
-        job.engine_id = f"{job.ticket.request_id}@{attempt}"
+        job.engine_id = f"{job.ticket.decode_peer}/{job.ticket.request_id}@{attempt}"
         self._note(job, "prefill_begun", num_tokens=num_tokens)
         try:
             self._engine.prefill(job.engine_id, tokens, first_block, _EngineSink(job))
