@@ -1,5 +1,6 @@
 """The decode role: generates tokens. Prompts are prefilled elsewhere if that pays and somebody is there, else here: the monolith."""
 
+import asyncio
 import time
 from typing import Any
 
@@ -12,6 +13,8 @@ from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.wire.generation import GenerateRequest
+
+_WORD_GETS_OUT_S = 0.02
 
 
 class _Generation:
@@ -44,6 +47,8 @@ class _Generation:
         if result.state is TaskState.GAVE_UP:
             lost = ", ".join(result.lost_peers)
             self.on_error(GaveUp(f"prefilling this prompt took down {lost}; it is tried nowhere else", lost_peers=result.lost_peers))
+        elif result.state is TaskState.LOCAL and result.lost_peers:
+            self._role.run_warily(self)
         else:
             self._role.run(self, result.reservation)
 
@@ -123,6 +128,14 @@ class DecodeRole:
             if reservation is not None:
                 reservation.release()
             generation.on_error(error)
+
+    def run_warily(self, generation: _Generation) -> None:
+        """This prompt took a prefill worker down, and may do so here: the word of it must be on its way to the processor before."""
+        asyncio.get_running_loop().call_later(_WORD_GETS_OUT_S, self._run_if_wanted, generation)
+
+    def _run_if_wanted(self, generation: _Generation) -> None:
+        if self._running.get(generation.request.request_id) is generation:
+            self.run(generation, None)
 
     def cached_before(self, generation: _Generation, stats: GenerationStats) -> int:
         """Prompt tokens whose KV was on this worker when the request came."""

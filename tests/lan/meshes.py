@@ -1,8 +1,9 @@
 """Meshes on a `Lan` for tests: the two deployments, and questions to them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.harness import Host, Lan, Process, wait_until
@@ -49,6 +50,16 @@ class LanMesh:
         found: list[dict[str, Any]] = self.front.get(f"{HTTP}/mesh/peers").json()
         return found
 
+    def wait_until_all_meet(self) -> None:
+        """Until each peer can call all others: the router may know a pair of workers before they know each other."""
+        count = 1 + len(self.decode) + len(self.prefill)
+
+        def have_met() -> bool:
+            peers = self.peers()
+            return len(peers) == count and all(peer["num_reached"] == count - 1 for peer in peers)
+
+        wait_until(have_met, READY_S, "all peers reach each other")
+
     def wait_for_peers(self, count: int, deadline_s: float = READY_S) -> None:
         """Until so many are listed."""
         wait_until(lambda: len(self.peers()) == count, deadline_s, f"{count} peers are listed")
@@ -75,3 +86,28 @@ def start_disaggregated(lan: Lan, *options: str) -> LanMesh:
     mesh.prefill = [lan.add_host().run("--role", "prefill", *options)]
     mesh.wait_until_ready()
     return mesh
+
+
+def start_recorded(lan: Lan, record: Path, num_decode: int, num_prefill: int, *options: str, prefill: Sequence[str] = ()) -> LanMesh:
+    """A frontend, processor and router on one host, each worker on a host of its own; all write one record."""
+    common = ("--record", str(record), *options)
+    front = lan.add_host()
+    mesh = LanMesh(front, front.run("--role", "frontend,processor,router", *common))
+    mesh.decode = [lan.add_host().run("--role", "decode", *common) for _ in range(num_decode)]
+    mesh.prefill = [lan.add_host().run("--role", "prefill", *common, *prefill) for _ in range(num_prefill)]
+    mesh.wait_until_ready()
+    mesh.wait_until_all_meet()
+    return mesh
+
+
+def undisturbed(lan: Lan, prompts: list[str], max_tokens: int = 24) -> list[str]:
+    """What a peer alone answers."""
+    host = lan.add_host()
+    alone = LanMesh(host, host.run("--role", "all", "--mesh", "undisturbed"))
+    alone.frontend.wait_for_line("^1 decode, 1 prefill ready", READY_S)
+    return [text_of(answer) for answer in alone.complete_all(prompts, 8, max_tokens)]
+
+
+def long_prompts(count: int, repeats: int = 20) -> list[str]:
+    """Different from the first token on, so that no worker has any of another's KV."""
+    return [f"{number:04} is a long document. " + "It is worth handing over to somebody else. " * repeats for number in range(count)]
