@@ -124,7 +124,10 @@ class Engine(Protocol):
         """How many tokens at the start of this prompt have their KV here, in whole blocks, without computing anything."""
 
     def reserve(self, tokens: "array[int]") -> Reservation:
-        """Set blocks aside for KV that another worker computes. Raises PoolFull, and then holds nothing; Unsupported without KV."""
+        """Set blocks aside for KV that another worker computes. Raises PoolFull, and then holds nothing; Unsupported without KV.
+
+        PoolFull also while earlier sequences wait for room: whoever is refused waits behind them, in order.
+        """
 
     def generate(self, request: GenerateRequest, sink: GenerationSink, reservation: Reservation | None = None) -> None:
         """Queue a sequence. With a reservation that has no missing block, its KV is used and only the last prompt token is computed.

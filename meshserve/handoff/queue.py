@@ -29,7 +29,8 @@ class JobState(StrEnum):
 @dataclass(slots=True)
 class _Job:
     state: JobState
-    attempt: int = 0
+    attempt: int
+    """The ticket's, then that of the granted claim."""
 
 
 class PrefillQueue:
@@ -66,7 +67,10 @@ class PrefillQueue:
         return job is not None and job.state is not JobState.CLAIMING and job.attempt == attempt
 
     def ticket(self, ticket: Ticket) -> bool:
-        """There is a prompt to compute. False if the list is full."""
+        """There is a prompt to compute. False if the list is full. One for what is claimed already is passed over."""
+        job = self._jobs.get((ticket.decode_peer, ticket.request_id))
+        if job is not None and job.attempt >= ticket.attempt:
+            return True
         return self._tickets.add(ticket)
 
     def strike(self, key: JobKey) -> bool:
@@ -84,7 +88,7 @@ class PrefillQueue:
             key = (ticket.decode_peer, ticket.request_id)
             if key in self._jobs:
                 continue  # an older attempt at it runs here, and its end is on its way: this worker had its try
-            self._jobs[key] = _Job(JobState.CLAIMING)
+            self._jobs[key] = _Job(JobState.CLAIMING, ticket.attempt)
             self._pace.claimed(key, ticket.num_tokens, now_s)
             return ticket
         return None

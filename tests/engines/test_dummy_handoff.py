@@ -133,3 +133,19 @@ def test_two_reservations_that_fill_the_pool_both_come_to_their_end() -> None:
                 assert await sink.end() == await generated(prefill, a_request(tokens_of(9, seed), max_tokens=12))
 
     asyncio.run(run())
+
+
+def test_nobody_is_reserved_room_that_an_earlier_prompt_waits_for() -> None:
+    async def run() -> None:
+        async with running_engine(num_blocks=6) as engine:
+            first = engine.reserve(tokens_of(16))
+            waiting = GenerationRecord()
+            engine.generate(a_request(tokens_of(20, seed=1), "waiting", max_tokens=4), waiting)
+            await asyncio.sleep(0)
+            with pytest.raises(PoolFull):
+                engine.reserve(tokens_of(4, seed=2))
+            first.release()
+            assert len(await waiting.end()) == 4
+            engine.reserve(tokens_of(4, seed=2)).release()
+
+    asyncio.run(run())

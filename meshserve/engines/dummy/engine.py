@@ -13,7 +13,7 @@ from meshserve.engines.dummy.sampling import next_token
 from meshserve.engines.dummy.scheduler import Outcome, Scheduler, Stage
 from meshserve.engines.protocol import BlockListener, EngineLoad, EngineOptions, GenerationSink, PrefillSink, Reservation
 from meshserve.engines.tokenizers import EOS_TOKEN
-from meshserve.errors import BlockRefused, ContextLengthExceeded, EngineFailed, InvalidRequest
+from meshserve.errors import BlockRefused, ContextLengthExceeded, EngineFailed, InvalidRequest, PoolFull
 from meshserve.kv.hashes import block_hashes
 from meshserve.kv.pool import BlockPool
 from meshserve.wire.generation import GenerateRequest
@@ -71,9 +71,14 @@ class DummyEngine:
         return len(self._pool.lookup(hashes)) * self.card.block_size
 
     def reserve(self, tokens: "array[int]") -> DummyReservation:
-        """Set blocks aside for a prompt's KV. Raises PoolFull, and then holds nothing; InvalidRequest for an empty prompt."""
+        """Set blocks aside for a prompt's KV. Raises PoolFull, and then holds nothing, if there is no room, or others wait for it already.
+
+        InvalidRequest for an empty prompt.
+        """
         if not tokens:
             raise InvalidRequest("the prompt is empty", param="prompt")
+        if self._scheduler.is_waiting_for_room:
+            raise PoolFull("others wait for room already")
         reservation = DummyReservation(tokens, self._hashes(tokens), self._pool, self._contents, self._release)
         self._driver.kick()  # what was evicted for it must be reported
         return reservation

@@ -109,6 +109,8 @@ class Scheduler(Generic[S]):
         self.max_batch = min(max_batch, max_batch_tokens)  # else some decodes would never get a place in a step
         self.max_batch_tokens = max_batch_tokens
         self.waiting_prefill_tokens = 0
+        self.is_waiting_for_room = False
+        """The next one to be admitted did not fit at the last plan: what comes later must not take the blocks that it waits for."""
         self._running: list[S] = []
         self._waiting: deque[S] = deque()
         self._holding: deque[S] = deque()  # waiting with their blocks in hand: behind a head that needs those, all would wait for ever
@@ -211,9 +213,11 @@ class Scheduler(Generic[S]):
         return budget
 
     def _plan_waiting(self, step: Step[S], budget: int, now: float) -> int:
+        self.is_waiting_for_room = False
         while budget and len(self._running) < self.max_batch:
             sequence = self._admit(now)
             if sequence is None:
+                self.is_waiting_for_room = bool(self._waiting)
                 break
             num_tokens = min(sequence.num_pending, budget)
             step.admitted.append(sequence)

@@ -1,0 +1,185 @@
+"""Both state machines of the handoff joined in memory by a network that reorders, doubles and loses: all interleavings keep the laws.
+
+Messages wait in a bag and are delivered in any order, some twice, tickets perhaps never; calls and blocks between live peers do arrive, as
+streams do, unless their attempt is over. Peers die; the decode worker cancels; time passes.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from meshserve.config import HandoffConfig
+from meshserve.handoff.queue import JobState, PrefillQueue
+from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
+from meshserve.handoff.tickets import Ticket
+
+CONFIG = HandoffConfig()
+LEASE_S = 1.5
+PEERS = ("p1", "p2", "p3")
+NUM_BLOCKS, BLOCK_TOKENS = 3, 16
+KEY = ("d", "r")
+
+
+@dataclass(frozen=True)
+class Letter:
+    """On its way to a prefill worker, or from one."""
+
+    kind: str
+    peer: str
+    attempt: int = 0
+    index: int = 0
+
+
+class BothEnds(RuleBasedStateMachine):
+    """One prompt of one decode worker, three prefill workers."""
+
+    @initialize(count=st.integers(1, 3), num_preferred=st.integers(1, 3))
+    def start(self, count: int, num_preferred: int) -> None:
+        self.now_s = 0.0
+        self.bag: list[Letter] = []
+        self.queues = {peer: PrefillQueue(CONFIG) for peer in PEERS}
+        self.running: dict[str, tuple[int, int]] = {}  # by worker: attempt, next block
+        self.task = PrefillTask("r", CONFIG, LEASE_S, 0.0)
+        self.missing = set(range(NUM_BLOCKS))
+        self.taken: list[int] = []
+        self.ends: list[TaskState] = []
+        self.num_lost = 0
+        self.carry_out(self.task.start(PEERS[:count], 0.0, num_preferred))
+
+    def carry_out(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Push):
+                self.bag += [Letter("ticket", peer, action.attempt) for peer in action.peers]
+            elif isinstance(action, Strike):
+                self.bag += [Letter("strike", peer) for peer in action.peers]
+            elif isinstance(action, Revoke):
+                self.bag.append(Letter("over", action.peer, action.attempt))
+            elif isinstance(action, Lose):
+                self.num_lost += 1
+            elif isinstance(action, Finish):
+                self.ends.append(action.state)
+                self.bag += [Letter("over", peer, attempt) for peer, (attempt, _) in self.running.items()]
+
+    @precondition(lambda self: self.bag)
+    @rule(data=st.data(), is_doubled=st.booleans())
+    def deliver(self, data: Any, is_doubled: bool) -> None:
+        letter = data.draw(st.sampled_from(self.bag))
+        if not is_doubled or letter.kind in ("claim", "over"):
+            self.bag.remove(letter)
+        if letter.peer in self.queues:
+            getattr(self, f"on_{letter.kind}")(letter)
+
+    @precondition(lambda self: any(letter.kind == "ticket" for letter in self.bag))
+    @rule()
+    def lose_a_ticket(self) -> None:
+        self.bag.remove(next(letter for letter in self.bag if letter.kind == "ticket"))
+
+    # what a prefill worker does
+
+    def on_ticket(self, letter: Letter) -> None:
+        queue = self.queues[letter.peer]
+        queue.ticket(Ticket(*KEY, letter.attempt, NUM_BLOCKS * BLOCK_TOKENS))
+        self.pump(letter.peer)
+
+    def pump(self, peer: str) -> None:
+        while self.queues[peer].next_claim(self.now_s) is not None:
+            self.bag.append(Letter("claim", peer))
+
+    def on_strike(self, letter: Letter) -> None:
+        self.queues[letter.peer].strike(KEY)
+
+    def on_over(self, letter: Letter) -> None:
+        """The claim's stream ended: revoked, gone or delivered."""
+        if letter.attempt == 0 or self.running.get(letter.peer, (letter.attempt, 0))[0] == letter.attempt:
+            self.running.pop(letter.peer, None)
+            self.queues[letter.peer].ended(KEY, self.now_s)
+            self.pump(letter.peer)
+
+    @rule(peer=st.sampled_from(PEERS))
+    def compute_a_block(self, peer: str) -> None:
+        if peer in self.running and self.running[peer][1] < NUM_BLOCKS:
+            attempt, index = self.running[peer]
+            self.bag.append(Letter("block", peer, attempt, index))
+            self.running[peer] = (attempt, index + 1)
+            self.queues[peer].computed(KEY, BLOCK_TOKENS)
+            if index + 1 == NUM_BLOCKS:
+                self.queues[peer].all_computed(KEY, self.now_s)
+
+    # what the decode worker hears
+
+    def on_claim(self, letter: Letter) -> None:
+        queue = self.queues[letter.peer]
+        if not self.task.claim(letter.peer, self.now_s):
+            queue.ended(KEY, self.now_s)
+            self.pump(letter.peer)
+            return
+        if queue.granted(KEY, self.task.attempt, NUM_BLOCKS * BLOCK_TOKENS, self.now_s):
+            self.running[letter.peer] = (self.task.attempt, 0)
+
+    def on_block(self, letter: Letter) -> None:
+        if not self.task.is_current(letter.peer, letter.attempt) or letter.index not in self.missing:
+            return
+        self.missing.discard(letter.index)
+        self.taken.append(letter.index)
+        self.task.renew(letter.peer, letter.attempt, self.now_s)
+        if not self.missing:
+            self.carry_out(self.task.complete(self.now_s))
+
+    @rule(peer=st.sampled_from(PEERS))
+    def renewal(self, peer: str) -> None:
+        if peer in self.running:
+            self.task.renew(peer, self.running[peer][0], self.now_s)
+
+    @rule(peer=st.sampled_from(PEERS), is_killed=st.booleans())
+    def a_worker_is_gone(self, peer: str, is_killed: bool) -> None:
+        if is_killed and peer in self.queues and len(self.queues) > 1:
+            del self.queues[peer]
+            self.running.pop(peer, None)
+            self.carry_out(self.task.peer_gone(peer, self.now_s, is_dead=True))
+        elif not is_killed:
+            self.carry_out(self.task.peer_gone(peer, self.now_s, is_dead=False))
+
+    @rule()
+    def the_client_leaves(self) -> None:
+        self.carry_out(self.task.cancel(self.now_s))
+
+    @rule(seconds=st.sampled_from((0.001, 0.03, 0.3, 1.0, 2.0)))
+    def time_passes(self, seconds: float) -> None:
+        self.now_s += seconds
+        self.carry_out(self.task.tick(self.now_s))
+
+    @invariant()
+    def laws(self) -> None:
+        if not hasattr(self, "task"):
+            return
+        assert len(self.ends) == self.task.is_final, "it ends once"
+        assert len(set(self.taken)) == len(self.taken), "no block is taken twice"
+        assert (TaskState.DONE in self.ends) == (not self.missing)
+        assert self.num_lost <= CONFIG.max_lost_peers
+        for peer, queue in self.queues.items():
+            assert queue.num_claimed <= 1 and queue.num_waiting <= 1
+            if peer in self.running:
+                assert queue.is_running(KEY, self.running[peer][0])
+                assert queue.state(KEY) is (JobState.SENDING if self.running[peer][1] == NUM_BLOCKS else JobState.COMPUTING)
+
+    def teardown(self) -> None:
+        """In the end all is delivered, and nobody holds anything."""
+        if not hasattr(self, "task"):
+            return
+        for _ in range(12):
+            self.now_s += 30.0
+            self.carry_out(self.task.tick(self.now_s))
+        assert self.task.is_final, "time alone ends every task"
+        while self.bag:
+            letter = self.bag.pop(0)
+            if letter.peer in self.queues:
+                getattr(self, f"on_{letter.kind}")(letter)
+        for queue in self.queues.values():
+            assert not queue.num_claimed and not queue.num_waiting, "nothing is left behind"
+
+
+TestBothEnds = BothEnds.TestCase
+TestBothEnds.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
