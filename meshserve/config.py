@@ -102,6 +102,8 @@ class HandoffConfig:
     """For the acknowledgement of a block by a decode worker that lives otherwise. Lower gives up on slow links, higher holds a slot."""
     prefill_slots: int = 16
     """Most prompts that a prefill worker has at once. Where more than so many wait, it batches small ones."""
+    sending_slots: int = 16
+    """Prompts more whose blocks are computed and still on their way. Higher holds more KV for slow links, lower leaves the engine idle."""
     prefill_batch_tokens: int = 2048
     """Such a batch, in tokens. Higher gives the engine more to do in one step, lower delays the first of them less."""
     claim_ahead_ms: float = 5.0

@@ -143,6 +143,10 @@ class BlockRefused(MeshserveError):
 
     code, http_status = "block_refused", 502
 
+    def __init__(self, message: str = "block refused", *, is_checksum: bool = False) -> None:
+        super().__init__(message, is_checksum=is_checksum)
+        self.is_checksum = is_checksum
+
 
 class GaveUp(MeshserveError):
     """A request took `lost_peers` workers down with it and is tried nowhere else."""

@@ -1,5 +1,6 @@
 """KV blocks on the move: what goes before them on the bulk path, the window that bounds them, the rate. Pure."""
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class BulkHeader:
         """Raises ProtocolError for anything else."""
         if not isinstance(data, list) or [type(part) for part in data] != [str, str, str, int, list, float]:
             raise ProtocolError("malformed bulk header")
+        if not 0.0 <= data[5] < math.inf:
+            raise ProtocolError("a bulk header says how long computing took")
         for mark in data[4]:
             if not isinstance(mark, list) or [type(part) for part in mark] != [int, int, bytes]:
                 raise ProtocolError("malformed bulk header")
@@ -68,7 +71,7 @@ class BulkHeader:
             raise BlockRefused(f"{len(self.marks)} blocks announced, {len(payloads)} came")
         for mark, payload in zip(self.marks, payloads, strict=True):
             if checksum(payload) != mark.digest:
-                raise BlockRefused(f"the checksum of block {mark.index} is wrong")
+                raise BlockRefused(f"the checksum of block {mark.index} is wrong", is_checksum=True)
 
 
 class BlockWindow:

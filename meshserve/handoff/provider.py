@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,7 @@ class _EngineSink:
         self._job.provider.computed(self._job, index, num_tokens, payload)
 
     def on_finish(self, num_cached_tokens: int) -> None:
-        self._job.provider.all_computed(self._job)
+        self._job.provider.all_computed(self._job, num_cached_tokens)
 
     def on_error(self, error: MeshserveError) -> None:
         self._job.provider.engine_failed(self._job)
@@ -83,6 +84,8 @@ class PrefillProvider:
         self._queue = PrefillQueue(config)
         self._jobs: dict[JobKey, _Job] = {}
         self._is_closing = False
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
         self._sender: BlockSender | None = None
         self.on_queue_changed: Callable[[], None] = lambda: None
         """Called when prompts come or go."""
@@ -132,6 +135,12 @@ class PrefillProvider:
         """Claim as long as the engine has room."""
         while not self._is_closing and (ticket := self._queue.next_claim(time.monotonic())) is not None:
             self._claim(ticket)
+        if self._timer is None and (wait_s := self._queue.claim_in_s(time.monotonic())) is not None:
+            self._timer = self._loop.call_later(wait_s, self._pump_later)
+
+    def _pump_later(self) -> None:
+        self._timer = None
+        self.pump()
 
     def _claim(self, ticket: Ticket) -> None:
         job = _Job(self, ticket)
@@ -149,8 +158,8 @@ class PrefillProvider:
         """The claim was the first: the task is ours."""
         assert self._sender is not None
         try:
-            tokens, attempt, first_block = unpack_tokens(item["tokens"]), int(item["attempt"]), int(item["first_block"])
-        except (KeyError, TypeError, ValueError, ProtocolError):
+            tokens, attempt, first_block = self._task_from(item)
+        except ProtocolError:
             self.counters.add("tasks_malformed")
             self._give_up(job, "malformed task")
             return
@@ -166,6 +175,14 @@ class PrefillProvider:
         except MeshserveError:
             self.engine_failed(job)
 
+    def _task_from(self, item: Any) -> tuple["array[int]", int, int]:
+        if not isinstance(item, dict) or type(item.get("attempt")) is not int or type(item.get("first_block")) is not int:
+            raise ProtocolError("a task is tokens, an attempt and a first block")
+        tokens, attempt, first_block = unpack_tokens(item.get("tokens")), item["attempt"], item["first_block"]
+        if attempt < 1 or not 0 <= first_block * self._engine.card.block_size < len(tokens):
+            raise ProtocolError("a task begins within its prompt")
+        return tokens, attempt, first_block
+
     def _note(self, job: _Job, event: str, **details: Any) -> None:
         if self._mesh.journal.is_on and job.transfer is not None:
             decode, attempt = job.ticket.decode_peer, job.transfer.attempt
@@ -176,13 +193,13 @@ class PrefillProvider:
         assert self._sender is not None and job.transfer is not None
         now_s = time.monotonic()
         job.acknowledged_s = job.acknowledged_s or now_s
-        self._queue.computed(job.key, num_tokens)
+        self._queue.computed(job.key, num_tokens, now_s)
         self._sender.add(job.transfer, index, num_tokens, payload, (now_s - job.began_s) * 1000)
         self.pump()
 
-    def all_computed(self, job: _Job) -> None:
+    def all_computed(self, job: _Job, num_cached_tokens: int) -> None:
         """The engine has room again; the blocks may still be on their way."""
-        self._queue.all_computed(job.key, time.monotonic())
+        self._queue.all_computed(job.key, num_cached_tokens, time.monotonic())
         self.pump()
 
     def engine_failed(self, job: _Job) -> None:
@@ -240,6 +257,7 @@ class PrefillProvider:
         """Name the attempts that make progress, with how long it is overdue: what a hung engine runs is tried elsewhere."""
         while True:
             await asyncio.sleep(self._mesh.config.heartbeat_interval_s)
+            self.pump()  # claims that are not answered no longer keep others waiting
             named: dict[str, list[list[Any]]] = {}
             for job in list(self._jobs.values()):
                 if job.transfer is not None and (overdue_s := self._overdue_s(job)) is not None:
@@ -262,6 +280,8 @@ class PrefillProvider:
         self._is_closing = True
         for job in list(self._jobs.values()):
             self._give_up(job, "stopped")
+        if self._timer is not None:
+            self._timer.cancel()
         if self._sender is not None:
             self._sender.stop()
 

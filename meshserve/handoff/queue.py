@@ -4,6 +4,7 @@ A ticket waits until the engine has room, then it is claimed; a granted claim is
 that it has them all. Every input takes the time; inputs about what is not here (any more) change nothing.
 """
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -40,6 +41,7 @@ class PrefillQueue:
         self._tickets = TicketList(config.max_tickets)
         self._pace = ClaimPace(config)
         self._jobs: dict[JobKey, _Job] = {}
+        self._max_jobs = config.prefill_slots + config.sending_slots
 
     @property
     def num_waiting(self) -> int:
@@ -83,15 +85,25 @@ class PrefillQueue:
 
     def next_claim(self, now_s: float) -> Ticket | None:
         """The ticket to claim now, if it is time for one: it is `CLAIMING` from here on, until `granted` or `ended`."""
-        while (ticket := self._tickets.peek()) is not None and self._pace.may_claim(ticket.num_tokens, len(self._tickets)):
-            self._tickets.take()
+        while (ticket := self._tickets.peek()) is not None and self._pace.may_claim(ticket.num_tokens, len(self._tickets), now_s):
             key = (ticket.decode_peer, ticket.request_id)
-            if key in self._jobs:
+            job = self._jobs.get(key)
+            if len(self._jobs) >= self._max_jobs or (job is not None and job.state is JobState.CLAIMING):
+                return None  # the answer to the earlier claim comes first: `ended` is followed by another look
+            self._tickets.take()
+            if job is not None:
                 continue  # an older attempt at it runs here, and its end is on its way: this worker had its try
             self._jobs[key] = _Job(JobState.CLAIMING, ticket.attempt)
             self._pace.claimed(key, ticket.num_tokens, now_s)
             return ticket
         return None
+
+    def claim_in_s(self, now_s: float) -> float | None:
+        """When to ask :meth:`next_claim` again if nothing happens until then; None if nothing waits, or only an event can make room."""
+        if not self._tickets:
+            return None
+        wait_s = self._pace.claim_in_s(now_s)
+        return wait_s if 0 < wait_s < math.inf else None
 
     def granted(self, key: JobKey, attempt: int, num_tokens: int, now_s: float) -> bool:
         """The claim was the first: so many tokens are to be computed. False if it is not wanted (any more)."""
@@ -103,13 +115,14 @@ class PrefillQueue:
         self._tickets.serve(key[0], num_tokens)
         return True
 
-    def computed(self, key: JobKey, num_tokens: int) -> None:
+    def computed(self, key: JobKey, num_tokens: int, now_s: float) -> None:
         """So many more of its tokens are done."""
-        self._pace.computed(key, num_tokens)
+        self._pace.computed(key, num_tokens, now_s)
 
-    def all_computed(self, key: JobKey, now_s: float) -> None:
-        """The engine has room again."""
+    def all_computed(self, key: JobKey, num_cached_tokens: int, now_s: float) -> None:
+        """The engine has room again. So many of the tokens had been in its cache."""
         job = self._jobs.get(key)
+        self._pace.was_cached(num_cached_tokens)
         if job is not None and job.state is JobState.COMPUTING:
             job.state = JobState.SENDING
             self._pace.ended(key, now_s)

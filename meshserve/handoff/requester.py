@@ -15,7 +15,7 @@ from meshserve.errors import BlockRefused, Gone, MeshserveError, PoolFull, Proto
 from meshserve.handoff.blocks import BulkHeader
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 from meshserve.handoff.tickets import Ticket
-from meshserve.mesh.calls import IncomingCall
+from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
@@ -176,6 +176,8 @@ class PrefillRequester:
     def _revoke(self, running: _Running, revoke: Revoke) -> None:
         self._mesh.counters.add("prefill_attempts_revoked")
         outcome = running.task.attempts[-1].outcome
+        if outcome != "cancelled":
+            self._mesh.counters.add("prefill_attempts_failed")
         self._note(running, "attempt_failed", attempt=revoke.attempt, peer_failing=revoke.peer, outcome=outcome)
         claim, running.claim = running.claim, None
         if claim is not None:
@@ -230,8 +232,8 @@ class PrefillRequester:
 
     def _observe(self, result: HandoffResult) -> None:
         histograms = self._mesh.histograms
-        histograms.observe("prefill_wait", result.queue_ms / 1000)
         if result.state is TaskState.DONE:
+            histograms.observe("prefill_wait", result.queue_ms / 1000)
             histograms.observe("prefill_compute", result.prefill_ms / 1000)
             histograms.observe("kv_transfer", result.transfer_ms / 1000)
 
@@ -261,15 +263,15 @@ class PrefillRequester:
         """All blocks or none. Without room the prompt waits its turn in the engine's own queue, and is prefilled there."""
         try:
             running.reservation = self._engine.reserve(running.request.tokens)
-        except PoolFull:
-            self._mesh.counters.add("reservations_refused")
+        except MeshserveError as error:
+            self._mesh.counters.add("reservations_refused" if isinstance(error, PoolFull) else "reservations_failed")
             self._carry_out(running, running.task.fall_back(time.monotonic()))
             return False
         return True
 
     def _claim_ended(self, running: _Running, call: IncomingCall, attempt: int) -> None:
-        """By the worker, or by its death: whether its connection broke or it said so tells which."""
-        is_lost = call.ended_by == "peer lost"
+        """By the worker, by its death, or by a link that broke: what the call ended by tells which."""
+        is_lost = call.ended_by in (CONNECTION_CLOSED, PEER_DIED)
         self._attempt_failed(running, call.peer, attempt, "peer died" if is_lost else "the worker gave up", is_peer_dead=is_lost)
 
     def _on_renew(self, call: IncomingCall) -> None:
@@ -298,7 +300,9 @@ class PrefillRequester:
             header.check(payloads)
             self._take_in(running, header, payloads)
         except BlockRefused as error:
-            self._mesh.counters.add("kv_blocks_refused")
+            self._mesh.counters.add("kv_blocks_refused", len(payloads))
+            if error.is_checksum:
+                self._mesh.counters.add("kv_checksum_failures")
             self._attempt_failed(running, header.prefill_peer, header.attempt, f"block refused: {error.message}")
             return None
         running.task.renew(header.prefill_peer, header.attempt, time.monotonic())
@@ -309,6 +313,8 @@ class PrefillRequester:
     def _take_in(self, running: _Running, header: BulkHeader, payloads: list[memoryview]) -> None:
         assert running.reservation is not None
         for mark, payload in zip(header.marks, payloads, strict=True):
+            if not 0 <= mark.index * self._engine.card.block_size < running.reservation.num_tokens:
+                raise BlockRefused(f"there is no block {mark.index} in this prompt")
             if mark.index not in running.missing:
                 self._mesh.counters.add("kv_blocks_double")
                 continue  # an earlier attempt brought it already, and its checksum was right
@@ -321,7 +327,6 @@ class PrefillRequester:
         running.computed_ms = header.computed_ms
 
     def _attempt_failed(self, running: _Running, peer: str, attempt: int, reason: str, is_peer_dead: bool = False) -> None:
-        self._mesh.counters.add("prefill_attempts_failed")
         now_s = time.monotonic()
         self._carry_out(running, running.task.attempt_failed(peer, attempt, reason, now_s, is_peer_dead=is_peer_dead))
 
@@ -336,7 +341,7 @@ class PrefillRequester:
             elif change is Change.UPDATED and member.info.is_draining:
                 self._carry_out(running, task.peer_draining(peer, now_s))
             elif change in (Change.CALLABLE, Change.RECOVERED) and member.info.card == self._engine.card:
-                task.peer_joined(peer)
+                task.peer_joined(peer, now_s)
 
     def _tick(self) -> None:
         self._timer = None

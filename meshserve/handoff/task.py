@@ -11,6 +11,9 @@ from typing import Any
 
 from meshserve.config import HandoffConfig
 
+_SILENT = ("peer silent", "no longer named")
+"""Outcomes of an attempt after which its worker may turn out to be dead."""
+
 
 class TaskState(StrEnum):
     """Where a task stands. The last four are final."""
@@ -168,7 +171,10 @@ class PrefillTask:
     def push_failed(self, peer: str, now_s: float) -> list[Action]:
         """The ticket could not be sent: the others get theirs at once; without any, this one is asked again in a moment."""
         self._asked.discard(peer)
-        if self.state is not TaskState.QUEUED or self._is_hedged or not self._unasked(besides=peer):
+        if self.state is not TaskState.QUEUED:
+            return []
+        if not self._unasked(besides=peer):
+            self._reminder_s = min(self._reminder_s, now_s - self._queued_s + self.config.hedge_ms / 1000)
             return []
         return self._hedge(besides=peer)
 
@@ -250,7 +256,7 @@ class PrefillTask:
         return self.num_lost_before + len(self.lost_peers) >= self.config.max_lost_peers
 
     def _was_silent(self, peer: str) -> bool:
-        return peer not in self.lost_peers and any(past.peer == peer and past.outcome == "peer silent" for past in self.attempts)
+        return peer not in self.lost_peers and any(past.peer == peer and past.outcome in _SILENT for past in self.attempts)
 
     def _revoke_running(self, outcome: str, now_s: float) -> list[Action]:
         if self.state is not TaskState.CLAIMED:
@@ -259,10 +265,12 @@ class PrefillTask:
         self._close_attempt(outcome, now_s)
         return [Revoke(self.peer, self.attempt)]
 
-    def peer_joined(self, peer: str) -> None:
-        """A prefill worker that came, or came back, is one more to ask."""
+    def peer_joined(self, peer: str, now_s: float) -> None:
+        """A prefill worker that came, or came back, is one more to ask, in a moment: its connection for tickets has to come up first."""
         if not self.is_final and peer not in self._candidates and peer not in self._tried:
             self._candidates.append(peer)
+            if self.state is TaskState.QUEUED:
+                self._reminder_s = min(self._reminder_s, now_s - self._queued_s + self.config.hedge_ms / 1000)
 
     def fall_back(self, now_s: float) -> list[Action]:
         """The decode worker has no room for blocks from elsewhere: it will prefill itself when its engine's turn comes."""
@@ -297,7 +305,7 @@ class PrefillTask:
 
     def _remind(self) -> list[Action]:
         """Tickets are not acknowledged: one that was lost is sent again, ever more seldom; one that waits there changes nothing."""
-        self._reminder_s *= 2
+        self._reminder_s = max(2 * self._reminder_s, self.config.reminder_ms / 1000)
         self._is_hedged = True
         return [self._push(self._candidates)]
 

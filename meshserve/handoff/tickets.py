@@ -67,7 +67,8 @@ class TicketList:
             self._served_tokens[ticket.decode_peer] = max(self._level_tokens, self._served_tokens.get(ticket.decode_peer, 0))
         own[ticket.request_id] = ticket
         if ticket.attempt > 1:
-            own.move_to_end(ticket.request_id, last=False)
+            for waiting in [found.request_id for found in own.values() if found.attempt == 1]:
+                own.move_to_end(waiting)
         self._num += 1
 
     def strike(self, decode_peer: str, request_id: str) -> bool:

@@ -11,6 +11,10 @@ from typing import Any, Protocol
 from meshserve.errors import Cancelled, DeadlineExceeded, MeshserveError, Overloaded, PeerLost, UnknownMethod, from_wire
 from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, OPEN, Message
 
+CONNECTION_CLOSED, PEER_DIED = "connection closed", "it died"
+"""Of the reasons why a stream's peer is lost, those that say that its process is gone. A link that overflowed, was made anew or said
+goodbye says no such thing."""
+
 
 class Wire(Protocol):
     """Where a stream's messages go: a channel, as far as streams know one."""
@@ -180,12 +184,12 @@ class CallTable:
             if self.outgoing.pop(outgoing.stream, None) is not None:
                 name = self._describe(peer)
                 outgoing.sink.on_error(PeerLost(f"{name} was lost: {reason}", peer=name))
-        self.peer_stopped_listening(peer)
+        self.peer_stopped_listening(peer, reason)
 
-    def peer_stopped_listening(self, peer: str) -> None:
+    def peer_stopped_listening(self, peer: str, reason: str) -> None:
         """Streams that this peer opened have nobody to end for."""
         for incoming in [call for call in self.incoming.values() if call.peer == peer]:
-            incoming.abandon("peer lost")
+            incoming.abandon(reason)
 
     def close(self) -> None:
         """End everything: this peer stops."""

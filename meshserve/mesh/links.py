@@ -22,7 +22,8 @@ from meshserve.wire.frames import Message
 from meshserve.wire.hello import Hello, PeerHint, PeerInfo
 
 if TYPE_CHECKING:
-    from meshserve.mesh.discovery import MdnsDiscovery
+    from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED
+from meshserve.mesh.discovery import MdnsDiscovery
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class LinkOwner(Protocol):
     def peer_lost(self, peer: str, reason: str) -> None:
         """Our connection to it is gone, or the peer itself."""
 
-    def peer_stopped_listening(self, peer: str) -> None:
+    def peer_stopped_listening(self, peer: str, reason: str) -> None:
         """Its connection to us is gone."""
 
     def ticked(self, now_s: float) -> None:
@@ -189,7 +190,7 @@ class Links:
         if channel in channels:
             return
         if is_reset:
-            self._owner.peer_stopped_listening(channel.peer)
+            self._owner.peer_stopped_listening(channel.peer, "its link broke")
         while channels and (is_reset or len(channels) >= _MAX_INBOUND_PER_PEER):
             self.transport.drop(channels.pop(0))
         channels.append(channel)
@@ -232,7 +233,7 @@ class Links:
             self._dial_soon()
         elif channel in self._inbound.get(channel.peer, ()):
             self._inbound[channel.peer].remove(channel)
-            self._owner.peer_stopped_listening(channel.peer)
+            self._owner.peer_stopped_listening(channel.peer, CONNECTION_CLOSED)
 
     # --- what goes out
 
@@ -284,7 +285,7 @@ class Links:
     def _tell(self, changes: list[tuple[Change, Member]]) -> None:
         for change, member in changes:
             if change in (Change.DIED, Change.LEFT):
-                self._forget(member.info.incarnation, "it died" if change is Change.DIED else "it left")
+                self._forget(member.info.incarnation, PEER_DIED if change is Change.DIED else "it left")
             self._is_changed = True
             if not member.info.is_observer:
                 for listener in self.listeners:

@@ -222,8 +222,8 @@ class Mesh:
     def peer_lost(self, peer: str, reason: str) -> None:
         self.calls.peer_lost(peer, reason)
 
-    def peer_stopped_listening(self, peer: str) -> None:
-        self.calls.peer_stopped_listening(peer)
+    def peer_stopped_listening(self, peer: str, reason: str) -> None:
+        self.calls.peer_stopped_listening(peer, reason)
 
     def ticked(self, now_s: float) -> None:
         self.calls.expire(now_s)

@@ -33,6 +33,7 @@ _COUNTERS = {
     "kv_blocks_stale": "KV blocks of another attempt, which were dropped.",
     "kv_blocks_double": "KV blocks that were there already.",
     "kv_blocks_refused": "KV blocks with a wrong checksum, length or place.",
+    "kv_checksum_failures": "Messages of KV with a wrong checksum.",
     "kv_bytes_sent": "Bytes of KV sent.",
     "kv_bytes_received": "Bytes of KV taken in.",
     "strangers_refused": "Connections without the mesh's key.",

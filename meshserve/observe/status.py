@@ -1,6 +1,7 @@
 """Who is in the mesh: what every peer says of itself when asked, in one list."""
 
 import asyncio
+import math
 from typing import Any
 
 from meshserve.errors import MeshserveError
@@ -9,6 +10,7 @@ from meshserve.mesh.membership import Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.sockets import endpoint
 from meshserve.observe.worker_report import WorkerReporter
+from meshserve.telemetry import BUCKETS_S
 from meshserve.wire.hello import PeerInfo
 
 _METHOD = "mesh.status"
@@ -54,7 +56,29 @@ async def _ask(mesh: Mesh, incarnation: str) -> tuple[dict[str, Any], float | No
         answer = await mesh.call(incarnation, _METHOD, None, _TIMEOUT_S)
     except MeshserveError:
         return {}, None
-    return answer if isinstance(answer, dict) else {}, (mesh.now_s() - began_s) * 1000
+    if not _is_status(answer):
+        mesh.counters.add("status_malformed")
+        answer = {}
+    return answer, (mesh.now_s() - began_s) * 1000
+
+
+def _is_status(answer: Any) -> bool:
+    """What others send is checked here, once, so that one peer cannot spoil what is shown of all."""
+    if not isinstance(answer, dict) or not isinstance(answer.get("histograms", {}), dict):
+        return False
+    numbers = [answer.get("counters", {}), answer.get("load") or {}]
+    return all(map(_are_counts, numbers)) and all(map(_is_histogram, answer.get("histograms", {}).values()))
+
+
+def _are_counts(data: Any) -> bool:
+    return isinstance(data, dict) and all(isinstance(name, str) and type(count) is int for name, count in data.items())
+
+
+def _is_histogram(data: Any) -> bool:
+    if not isinstance(data, list) or len(data) != 2 or type(data[0]) is not float or not math.isfinite(data[0]):
+        return False
+    counts = data[1]
+    return isinstance(counts, list) and len(counts) == len(BUCKETS_S) + 1 and all(type(count) is int for count in counts)
 
 
 def _entry(mesh: Mesh, info: PeerInfo, member: Member | None, answer: tuple[dict[str, Any], float | None]) -> dict[str, Any]:

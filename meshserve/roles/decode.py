@@ -73,7 +73,7 @@ class _Generation:
 
     def num_handed_over(self, kv_bytes_per_token: int) -> int:
         """Tokens whose KV came from elsewhere: the engine counts them as cached, the receipt does not."""
-        if self._handoff is None or not kv_bytes_per_token:
+        if self._handoff is None or self._handoff.state is not TaskState.DONE or not kv_bytes_per_token:
             return 0
         return self._handoff.num_bytes // kv_bytes_per_token
 

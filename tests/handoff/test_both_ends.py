@@ -104,9 +104,9 @@ class BothEnds(RuleBasedStateMachine):
             attempt, index = self.running[peer]
             self.bag.append(Letter("block", peer, attempt, index))
             self.running[peer] = (attempt, index + 1)
-            self.queues[peer].computed(KEY, BLOCK_TOKENS)
+            self.queues[peer].computed(KEY, BLOCK_TOKENS, self.now_s)
             if index + 1 == NUM_BLOCKS:
-                self.queues[peer].all_computed(KEY, self.now_s)
+                self.queues[peer].all_computed(KEY, 0, self.now_s)
 
     # what the decode worker hears
 

@@ -198,7 +198,7 @@ class TaskMachine(RuleBasedStateMachine):
 
     @rule(peer=peers)
     def join(self, peer: str) -> None:
-        self.task.peer_joined(peer)
+        self.task.peer_joined(peer, self.now_s)
 
     @rule()
     def cancel(self) -> None:

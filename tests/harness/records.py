@@ -22,7 +22,8 @@ class Record:
     """All events of a run, in order of time. Peers are started with `--record` and one path for all of them."""
 
     def __init__(self, path: Path) -> None:
-        lines = path.read_text().splitlines()
+        text = path.read_text()
+        lines = text[: text.rfind("\n") + 1].splitlines()  # the last one may be half written at this moment
         self.events = sorted((_event(json.loads(line)) for line in lines), key=lambda event: event.at_s)
 
     def of(self, *kinds: str) -> list[Event]:

@@ -123,7 +123,7 @@ def test_a_lost_peer_ends_the_streams_of_both_directions() -> None:
     pair.served[0].on_cancel = lambda: reasons.append(pair.served[0].ended_by)
     pair.caller.peer_lost("callee", "it died")
     pair.callee.peer_lost("caller", "it died")
-    assert isinstance(record.ends[0], PeerLost) and reasons == ["peer lost"]
+    assert isinstance(record.ends[0], PeerLost) and reasons == ["it died"]
 
 
 def test_an_unknown_method_and_too_many_streams_are_refused() -> None:

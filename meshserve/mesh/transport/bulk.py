@@ -56,6 +56,7 @@ class BulkOutlet:
         self._waiting: deque[list[bytes]] = deque()
         self._on_answer, self._on_lost = on_answer, on_lost
         self._is_up = self._is_closed = False
+        self._retry: asyncio.TimerHandle | None = None
         self._reader = SocketReader(self._socket, self._on_frames, lambda: None, _MAX_READS_PER_TURN)
         self._monitor = ConnectionMonitor(self._socket, self._on_up, self._on_down)
         self._socket.connect(endpoint(host, port))
@@ -70,11 +71,16 @@ class BulkOutlet:
             try:
                 self._socket.send_multipart(self._waiting[0], zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                self._loop.call_later(_RETRY_S, self._pump)
+                if self._retry is None:
+                    self._retry = self._loop.call_later(_RETRY_S, self._try_again)
                 self._reader.drain_soon()
                 return
             self._waiting.popleft()
             self._reader.drain_soon()
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self._pump()
 
     def _on_up(self) -> None:
         self._is_up = True
@@ -93,6 +99,8 @@ class BulkOutlet:
         if not self._is_closed:
             self._is_closed = True
             self._waiting.clear()
+            if self._retry is not None:
+                self._retry.cancel()
             self._monitor.close()
             self._reader.close()
             self._socket.close()
