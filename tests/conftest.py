@@ -51,3 +51,4 @@ def lan() -> Iterator[Lan]:
     """Give a private LAN without hosts, removed after the test."""
     with Lan() as made:
         yield made
+        assert not made.tracebacks(), made.tracebacks()[0]

@@ -173,10 +173,10 @@ class PrefillTask:
         self._asked.discard(peer)
         if self.state is not TaskState.QUEUED:
             return []
-        if not self._unasked(besides=peer):
-            self._reminder_s = min(self._reminder_s, now_s - self._queued_s + self.config.hedge_ms / 1000)
-            return []
-        return self._hedge(besides=peer)
+        if not self._is_hedged and self._unasked(besides=peer):
+            return self._hedge(besides=peer)
+        self._reminder_s = min(self._reminder_s, now_s - self._queued_s + self.config.hedge_ms / 1000)
+        return []
 
     def claim(self, peer: str, now_s: float) -> bool:
         """Whether this peer gets the task. False is "gone": claimed by another, ended, or failed there before."""

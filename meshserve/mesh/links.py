@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from meshserve.config import FIRST_PORT, ROLES, MeshConfig
 from meshserve.errors import HandshakeRefused, ProtocolError
 from meshserve.mesh.addresses import parse_host_port, resolve
+from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED
 from meshserve.mesh.handshake import DialFailed, Dialler, check_hello
 from meshserve.mesh.membership import Change, Dial, Member, Membership, PeerState
 from meshserve.mesh.tasks import TaskOwner
@@ -22,8 +23,7 @@ from meshserve.wire.frames import Message
 from meshserve.wire.hello import Hello, PeerHint, PeerInfo
 
 if TYPE_CHECKING:
-    from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED
-from meshserve.mesh.discovery import MdnsDiscovery
+    from meshserve.mesh.discovery import MdnsDiscovery
 
 _log = logging.getLogger(__name__)
 

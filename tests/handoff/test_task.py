@@ -35,6 +35,7 @@ def test_a_ticket_that_cannot_be_sent_is_hedged_at_once() -> None:
     task, _ = a_task(*PEERS)
     assert task.push_failed("p1", 0.0) == [Push(("p2", "p3"), 1)]
     assert task.tick(0.3) == [Push(PEERS, 1)], "and tried again later"
+    assert task.push_failed("p2", 0.3) == task.push_failed("p3", 0.3) == [], "who fails again is not asked again in the same moment"
     alone, _ = a_task("p1")
     assert alone.push_failed("p1", 0.0) == [] and alone.tick(0.021) == [Push(("p1",), 1)]
 

@@ -56,7 +56,7 @@ class Host:
         self._mac = f"02:77:00:00:{number // 256:02x}:{number % 256:02x}"
         self._fault_numbers = itertools.count()
         self._undo: list[Callable[[], object]] = []
-        self._processes: list[Process] = []
+        self.processes: list[Process] = []
         add_namespace(self.netns)
         self._plug_in(number)
 
@@ -67,7 +67,7 @@ class Host:
     def start(self, *command: str, env: Mapping[str, str] | None = None) -> Process:
         """Start any command on this host, with a home directory of the host's own; the LAN ends it at the latest."""
         process = Process(command, netns=self.netns, env=self._environment(env))
-        self._processes.append(process)
+        self.processes.append(process)
         return process
 
     def command(self, *command: str, deadline_s: float = 10.0, env: Mapping[str, str] | None = None) -> Completed:
@@ -161,7 +161,7 @@ class Host:
 
     def close(self) -> None:
         """End its processes and remove it."""
-        for process in self._processes:
+        for process in self.processes:
             process.close()
         remove_namespace(self.netns)
 
@@ -248,6 +248,11 @@ class Lan:
             raise
         self.hosts.append(host)
         return host
+
+    def tracebacks(self) -> list[str]:
+        """What its processes printed to stderr, of those that printed a traceback."""
+        outputs = [process.stderr_text for host in self.hosts for process in host.processes]
+        return [text for text in outputs if "Traceback" in text]
 
     def ip(self, *lines: str) -> None:
         """Run lines of `ip -batch` on the switch.

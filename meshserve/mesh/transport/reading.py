@@ -12,6 +12,8 @@ from typing import Generic, TypeVar
 
 import zmq
 
+from meshserve.mesh.calls import CONNECTION_CLOSED
+
 MAX_FRAMES = 3
 """Of a message on the call sockets: routing id and payload, and one to spare."""
 
@@ -146,7 +148,7 @@ class ConnectionMonitor:
         elif event in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
             self._on_down("keys differ")
         else:
-            self._on_down("connection closed")
+            self._on_down(CONNECTION_CLOSED)
 
     def close(self) -> None:
         """Stop watching."""
