@@ -28,6 +28,8 @@ class Prompt:
 
     num_tokens: int
     block_size: int
+    hashes: Sequence[int] = ()
+    """Of its full blocks."""
 
 
 @dataclass(frozen=True, slots=True)
