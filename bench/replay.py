@@ -24,7 +24,7 @@ from meshserve.routing.policies import POLICIES
 
 def replay(requests: Sequence[TraceRequest], cluster: Cluster, policy: str, seed: int = 0, is_shown: bool = False) -> Summary:
     """Serve these requests by one policy. With `is_shown`, a progress bar on stderr where that is a terminal."""
-    simulation = Simulation(cluster, policy, Fleet(random.Random(seed)))
+    simulation = Simulation(cluster, policy, Fleet(rng=random.Random(seed)))
     if is_shown:
         simulation.run(_with_progress(requests, policy))
     else:

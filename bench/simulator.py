@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from bench.traces import TraceRequest
 from meshserve.engines.dummy.scheduler import Scheduler, Sequence, Stage, Step
 from meshserve.engines.dummy.timing import Timing
+from meshserve.engines.rates import StepRates
 from meshserve.errors import PoolFull
 from meshserve.kv.pool import BlockPool
-from meshserve.routing.fleet import Fleet
-from meshserve.routing.policies import Prompt
+from meshserve.routing.candidates import Prompt
+from meshserve.routing.fleet import Fleet, Question
 from meshserve.wire.load import WorkerLoad, WorkerReport
 
 
@@ -77,6 +78,7 @@ class _Worker:
             max_batch=cluster.max_batch,
             max_batch_tokens=cluster.max_batch_tokens,
         )
+        self.rates = StepRates()
         self.is_due = False
         self._admitted: list[str] = []
 
@@ -89,7 +91,13 @@ class _Worker:
         """What changed since the last one."""
         scheduler, pool = self.scheduler, self.pool
         load = WorkerLoad(
-            scheduler.num_running, scheduler.num_waiting, scheduler.waiting_prefill_tokens, pool.num_used, pool.num_idle, pool.num_blocks
+            scheduler.num_running,
+            scheduler.num_waiting,
+            scheduler.waiting_prefill_tokens,
+            pool.num_used,
+            pool.num_idle,
+            pool.num_blocks,
+            **self.rates.figures(),
         )
         stored, evicted = pool.take_changes()
         admitted, self._admitted = self._admitted, []
@@ -134,7 +142,7 @@ class Simulation:
     def _arrive(self, number: int, request: TraceRequest) -> None:
         now, request_id = request.arrival_s, str(number)
         prompt = Prompt(request.num_tokens, self.cluster.block_size, request.hashes)
-        chosen = self.fleet.choose(self.policy, request_id, prompt, list(self._workers), now)[0]
+        chosen = self.fleet.choose(self.policy, Question(request_id, prompt, self.worker_names), now).decode[0]
         worker = self._workers[chosen.incarnation]
         try:
             worker.add(_Job(request_id, Served(request, chosen.incarnation)), now)
@@ -152,6 +160,8 @@ class Simulation:
             self._at(now + step.duration_s, lambda now: self._end(worker, step, now))
 
     def _end(self, worker: _Worker, step: Step[_Job], now: float) -> None:
+        num_prompt_tokens = sum(num_tokens for _, num_tokens in step.prefills)
+        worker.rates.observe(num_prompt_tokens, len(step.decodes), worker.pool.num_used, step.duration_s)
         for job in worker.scheduler.complete(step, now).producing:
             if job.stage is Stage.ENDED:
                 self._finish(job, now)
@@ -160,6 +170,7 @@ class Simulation:
 
     def _finish(self, job: _Job, now: float) -> None:
         served = job.served
+        self._workers[served.worker].rates.finished(job.num_generated)
         served.num_cached_tokens = job.num_cached or 0
         served.first_token_at = job.first_token_at or now
         served.finished_at = now

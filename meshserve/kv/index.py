@@ -34,14 +34,18 @@ class PrefixIndex:
                 added += 1
         self._num_blocks[worker] += added
 
-    def evicted(self, worker: str, hashes: Iterable[int]) -> None:
-        """The worker holds these no longer. Unknown ones are ignored."""
+    def evicted(self, worker: str, hashes: Iterable[int]) -> list[int]:
+        """The worker holds these no longer; returns those that nobody holds any more. Unknown ones are ignored."""
         bit = self._bit(worker)
+        lost = []
         for block_hash in hashes:
             before = self._holders.get(block_hash, 0)
             if before & bit:
                 self._num_blocks[worker] -= 1
                 self._set(block_hash, before & ~bit)
+                if before == bit:
+                    lost.append(block_hash)
+        return lost
 
     def forget(self, worker: str) -> None:
         """The worker is gone, or its watch begins anew: it holds nothing."""
