@@ -28,7 +28,7 @@ class Bookings:
         """
         self.end(worker.incarnation, request_id)
         self._bookings[(worker.incarnation, request_id)] = _Booking(worker, num_tokens, num_blocks, now_s + BOOKING_TIMEOUT_S)
-        worker.book(num_tokens, num_blocks, now_s)
+        worker.book(num_tokens, num_blocks)
 
     def end(self, incarnation: str, request_id: str) -> None:
         """The worker's own report counts it, or it went elsewhere."""

@@ -1,7 +1,7 @@
 """What routing knows of a request and of a worker, and what it answers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from meshserve.errors import ProtocolError
@@ -9,6 +9,11 @@ from meshserve.wire.load import WorkerLoad
 
 _LEAST_PREFILL_MS_PER_TOKEN = 0.005
 """200,000 tokens/s, more than models are served with: a prefix is worth something even to an engine that takes no time."""
+
+_TYPICAL_TOKENS = 2048
+_ALIKE = 1.5
+"""Rates within this factor are taken for one: which prompts a worker happened to see makes as much difference, and taking that for
+speed would send the next ones there, or keep them away, for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +41,10 @@ class Rates:
     """For KV that comes from a prefill worker."""
 
     @classmethod
-    def reported(cls, load: WorkerLoad, otherwise: "Rates") -> "Rates":
-        """As this load says; where it says nothing, `otherwise`."""
-        if not load.prefill_ns_per_token:
-            return otherwise
+    def reported(cls, load: WorkerLoad) -> "Rates | None":
+        """As this load says; None where it says nothing yet."""
+        if not load.prefill_ns_per_token or not load.decode_base_us:
+            return None
         return cls(
             load.prefill_base_us / 1e3,
             max(_LEAST_PREFILL_MS_PER_TOKEN, load.prefill_ns_per_token / 1e6),
@@ -48,12 +53,34 @@ class Rates:
             load.handoff_ns_per_token / 1e6,
         )
 
+    def is_like(self, other: "Rates", num_blocks: int) -> bool:
+        """Whether both could be the same hardware: a prompt, and a decode step with a half-full cache, take about as long."""
+        prompt = self.prefill_ms(_TYPICAL_TOKENS), other.prefill_ms(_TYPICAL_TOKENS)
+        step = self.decode_ms(num_blocks // 2), other.decode_ms(num_blocks // 2)
+        return max(prompt) <= _ALIKE * min(prompt) and max(step) <= _ALIKE * min(step)
+
+    def towards(self, other: "Rates", share: float) -> "Rates":
+        """A running mean."""
+        pairs = ((getattr(self, found.name), getattr(other, found.name)) for found in fields(self))
+        return Rates(*(before + (now - before) * share for before, now in pairs))
+
+    def prefill_ms(self, num_tokens: int) -> float:
+        """To compute so many prompt tokens."""
+        return self.prefill_base_ms + self.prefill_ms_per_token * num_tokens if num_tokens else 0.0
+
+    def decode_ms(self, used_blocks: int) -> float:
+        """A decode step with so many blocks held."""
+        return self.decode_base_ms + self.decode_ms_per_block * used_blocks
+
 
 @dataclass(frozen=True, slots=True)
 class Terms:
     """What the formula of :mod:`meshserve.routing.cost` needs of one worker. It changes with reports and bookings only, so it is worked out once for many requests."""
 
     ready_at_s: float
+    """When the prompts that it reported as queued should all be computed."""
+    booked_ms: float
+    """To compute what is on its way there."""
     min_wait_ms: float
     prefill_base_ms: float
     prefill_ms_per_token: float
@@ -76,9 +103,9 @@ class Worker:
     incarnation: str
     name: str
     load: WorkerLoad = field(default_factory=WorkerLoad)
-    rates: Rates = field(default_factory=Rates)
-    ready_at_s: float = 0.0
-    """When the prompts queued and booked there should all be computed."""
+    rates: Rates | None = None
+    """None if it is like the others."""
+    reported_at_s: float = 0.0
     recent_evictions: float = 0.0
     """Blocks that it evicted, older ones counting less."""
     booked_tokens: int = 0
@@ -95,25 +122,19 @@ class Worker:
         """Running, waiting and on their way."""
         return self.load.num_running + self.load.num_waiting + self.num_booked
 
-    def prefill_ms(self, num_tokens: int) -> float:
-        """To compute so many prompt tokens here."""
-        return self.rates.prefill_base_ms + self.rates.prefill_ms_per_token * num_tokens if num_tokens else 0.0
-
-    def take_load(self, load: WorkerLoad, rates: Rates, now_s: float) -> None:
+    def take_load(self, load: WorkerLoad, now_s: float) -> None:
         """What it reports holds from now on; bookings come on top."""
-        self.load, self.rates, self.terms = load, rates, None
-        self.ready_at_s = now_s + self.prefill_ms(load.waiting_prefill_tokens + self.booked_tokens) / 1000
+        self.load, self.reported_at_s, self.terms = load, now_s, None
 
-    def book(self, num_tokens: int, num_blocks: int, now_s: float) -> None:
+    def book(self, num_tokens: int, num_blocks: int) -> None:
         """Work that it has not reported yet is on its way there."""
         self.booked_tokens += num_tokens
         self.booked_blocks += num_blocks
         self.num_booked += 1
-        self.ready_at_s = max(self.ready_at_s, now_s) + self.prefill_ms(num_tokens) / 1000
         self.terms = None
 
     def unbook(self, num_tokens: int, num_blocks: int) -> None:
-        """It is reported, or was not done. When the worker is ready comes with its next report."""
+        """It is reported, or was not done."""
         self.booked_tokens -= num_tokens
         self.booked_blocks -= num_blocks
         self.num_booked -= 1

@@ -33,7 +33,7 @@ What was measured and left out stands in bench/README.md.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from meshserve.routing.candidates import Prompt, Terms, Worker
+from meshserve.routing.candidates import Prompt, Rates, Terms, Worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,8 @@ class Outlook:
     regret: float = 0.3
     mean_turnover: float = 0.0
     """Evictions per block held, lately."""
+    rates: Rates = field(default_factory=Rates)
+    """Of workers that are like each other, or have not measured theirs."""
     mean_output_tokens: float = 128.0
     mean_uncached_tokens: float = 1024.0
 
@@ -77,17 +79,18 @@ class Estimate:
 
 def terms_of(worker: Worker, outlook: Outlook) -> Terms:
     """Work out a worker's terms."""
-    load, rates, settings = worker.load, worker.rates, outlook.settings
+    load, rates, settings = worker.load, worker.rates or outlook.rates, outlook.settings
     num_sequences, weight = worker.num_sequences, settings.stream_weight
     used = load.used_blocks + worker.booked_blocks
-    step_ms = rates.decode_base_ms + rates.decode_ms_per_block * used if num_sequences else 0.0
+    step_ms = rates.decode_ms(used) if num_sequences else 0.0
     slowing_ms = weight * outlook.mean_output_tokens * rates.decode_ms_per_block
     turnover = 1.0
     if outlook.mean_turnover and load.num_blocks:
         turnover = worker.recent_evictions / load.num_blocks / outlook.mean_turnover
     turnover = min(settings.max_turnover, max(1 / settings.max_turnover, turnover))
     return Terms(
-        worker.ready_at_s,
+        worker.reported_at_s + rates.prefill_ms(load.waiting_prefill_tokens) / 1000,
+        rates.prefill_ms(worker.booked_tokens),
         step_ms / 2,
         rates.prefill_base_ms,
         rates.prefill_ms_per_token,
@@ -117,7 +120,7 @@ def estimate_all(
         terms = worker.terms
         if terms is None:
             terms = worker.terms = terms_of(worker, outlook)
-        wait_ms = max(terms.min_wait_ms, (terms.ready_at_s - now_s) * 1000)
+        wait_ms = max(terms.min_wait_ms, (terms.ready_at_s - now_s) * 1000) + terms.booked_ms
         uncached = max(1, num_tokens - overlap * size)
         if remote_ms is None or uncached <= most_local:
             cost_ms = wait_ms + (terms.prefill_base_ms + terms.prefill_ms_per_token * uncached) * terms.burden
@@ -139,7 +142,7 @@ def estimate_prefill(
     estimates = []
     for found in estimate_all(prompt, workers, overlaps, outlook, now_s):
         worker = found.worker
-        ticket_ms = worker.rates.prefill_base_ms + worker.rates.prefill_ms_per_token * outlook.mean_uncached_tokens
+        ticket_ms = (worker.rates or outlook.rates).prefill_ms(round(outlook.mean_uncached_tokens))
         wait_ms = found.wait_ms + worker.load.num_tickets * ticket_ms
         estimates.append(Estimate(worker, found.overlap_blocks, wait_ms, found.cost_ms + wait_ms - found.wait_ms))
     return estimates

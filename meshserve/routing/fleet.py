@@ -21,6 +21,8 @@ MAX_SESSIONS = 10_000
 _FOLLOW = 0.02
 """Weight of the newest in a running mean: it follows the last fifty."""
 
+_REFRESH_REPORTS = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Question:
@@ -53,10 +55,10 @@ class Fleet:
         self._workers: dict[str, Worker] = {}
         self._bookings = Bookings()
         self._regret = Regret()
-        self._usual_rates = Rates()
         self._sessions: dict[str, str] = {}
         self._rng = rng or random.Random()
         self._num_choices = 0
+        self._num_measured = 0
         self._num_blocks = 0
 
     # --- what workers say
@@ -64,13 +66,14 @@ class Fleet:
     def join(self, incarnation: str, name: str) -> None:
         """Follow a worker. Harmless when that is done already."""
         if incarnation not in self._workers:
-            self._workers[incarnation] = Worker(incarnation, name, rates=self._usual_rates)
+            self._workers[incarnation] = Worker(incarnation, name)
 
     def leave(self, incarnation: str) -> None:
         """The worker is gone, and its blocks with it. Harmless when nobody followed it."""
-        if self._workers.pop(incarnation, None) is not None:
+        worker = self._workers.pop(incarnation, None)
+        if worker is not None:
             self._index.forget(incarnation)
-            self._count_blocks()
+            self._num_blocks -= worker.load.num_blocks
 
     def forget_blocks(self, incarnation: str) -> None:
         """The worker's watch begins anew: what it holds comes with the next reports."""
@@ -83,19 +86,31 @@ class Fleet:
             return
         for request_id in report.admitted:
             self._bookings.end(incarnation, request_id)
-        is_resized = worker.load.num_blocks != report.load.num_blocks
-        rates = Rates.reported(report.load, self._usual_rates)
-        worker.take_load(report.load, rates, now_s)
-        if report.load.prefill_ns_per_token:
-            self._usual_rates = rates
-        if report.load.mean_output_tokens:
-            outlook = self.outlook
-            outlook.mean_output_tokens += (report.load.mean_output_tokens - outlook.mean_output_tokens) * _FOLLOW
+        if worker.load.num_blocks != report.load.num_blocks:
+            self._num_blocks += report.load.num_blocks - worker.load.num_blocks
+            self._regret.capacity = max(2, self._num_blocks)
+        worker.take_load(report.load, now_s)
+        self._measure(worker)
         if report.evicted:
             self._take_evictions(worker, report.evicted)
         self._index.stored(incarnation, report.stored)
-        if is_resized:
-            self._count_blocks()
+
+    def _measure(self, worker: Worker) -> None:
+        """Follow how fast workers are and how much they write; tell all terms from time to time, since idle workers do not report."""
+        load, outlook = worker.load, self.outlook
+        if load.mean_output_tokens:
+            outlook.mean_output_tokens += (load.mean_output_tokens - outlook.mean_output_tokens) * _FOLLOW
+        found = Rates.reported(load)
+        if found is None:
+            return
+        is_first, self._num_measured = not self._num_measured, self._num_measured + 1
+        is_alike = is_first or found.is_like(outlook.rates, load.num_blocks)
+        worker.rates = None if is_alike else found
+        if is_alike:
+            outlook.rates = found if is_first else outlook.rates.towards(found, _FOLLOW)
+        if is_first or self._num_measured % _REFRESH_REPORTS == 0:
+            for other in self._workers.values():
+                other.terms = None
 
     def _take_evictions(self, worker: Worker, evicted: Sequence[int]) -> None:
         lost = self._index.evicted(worker.incarnation, evicted)
@@ -112,10 +127,6 @@ class Fleet:
         worker.recent_evictions += len(evicted)
         worker.terms = None
         self.outlook.mean_turnover = (total + len(evicted)) / self._num_blocks
-
-    def _count_blocks(self) -> None:
-        self._num_blocks = sum(worker.load.num_blocks for worker in self._workers.values())
-        self._regret.capacity = max(2, self._num_blocks)
 
     # --- what is asked
 
