@@ -102,7 +102,7 @@ def conversations(dice: Dice) -> Iterator[TraceRequest]:
 
 
 def agents(dice: Dice) -> Iterator[TraceRequest]:
-    """Programs: one of 12 applications with 8 to 40 blocks of instructions and tools, 12 calls each, 4 s apart, short answers, long results."""
+    """Programs: one of 12 applications with 8 to 40 blocks of instructions and tools, 12 calls each, 4 s apart; short answers."""
     prompts = [dice.blocks(8 + dice.length(8, 0.8, 32)) for _ in range(12)]
     return _sessions(dice, prompts, _Habits(2.5, 600, 12.0, 4.0, 700, 60))
 

@@ -75,7 +75,10 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the formula of :mod:`meshserve.routing.cost` needs of one worker. It changes with reports and bookings only, so it is worked out once for many requests."""
+    """What the formula of :mod:`meshserve.routing.cost` needs of one worker.
+
+    It changes with reports and bookings only, so it is worked out once for many requests.
+    """
 
     ready_at_s: float
     """When the prompts that it reported as queued should all be computed."""

@@ -47,7 +47,10 @@ def _by_two_choices(estimates: list[Estimate], outlook: Outlook, home: str | Non
     drawn = rng.sample(estimates, min(2, len(estimates)))
     rest = [estimate for estimate in estimates if estimate not in drawn]
     ranked = sorted(drawn, key=_load_of) + sorted(rest, key=_load_of)
-    return [(estimate, ("fewer sequences of two drawn", "the other of two")[rank] if rank < 2 else "not drawn") for rank, estimate in enumerate(ranked)]
+    return [
+        (estimate, ("fewer sequences of two drawn", "the other of two")[rank] if rank < 2 else "not drawn")
+        for rank, estimate in enumerate(ranked)
+    ]
 
 
 def _by_turn(estimates: list[Estimate], outlook: Outlook, home: str | None, rng: random.Random) -> Ranking:
