@@ -1,10 +1,102 @@
-"""What routing knows of a worker, and what it answers."""
+"""What routing knows of a request and of a worker, and what it answers."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from meshserve.errors import ProtocolError
 from meshserve.wire.load import WorkerLoad
+
+_LEAST_PREFILL_MS_PER_TOKEN = 0.005
+"""200,000 tokens/s, more than models are served with: a prefix is worth something even to an engine that takes no time."""
+
+_TYPICAL_TOKENS = 2048
+_ALIKE = 1.5
+"""Rates within this factor are taken for one: which prompts a worker happened to see makes as much difference, and taking that for
+speed would send the next ones there, or keep them away, for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What routing needs to know of a request."""
+
+    num_tokens: int
+    block_size: int
+    hashes: Sequence[int] = ()
+    """Of its full blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """How fast one worker is. The defaults stand for a mid-size model on one current accelerator, until somebody has measured."""
+
+    prefill_base_ms: float = 5.0
+    """Of a step that computes prompt tokens, however few."""
+    prefill_ms_per_token: float = 0.05
+    decode_base_ms: float = 10.0
+    """Of a decode step with an empty cache."""
+    decode_ms_per_block: float = 0.0
+    """What one more held block adds to it."""
+    handoff_ms_per_token: float = 0.0
+    """For KV that comes from a prefill worker."""
+
+    @classmethod
+    def reported(cls, load: WorkerLoad) -> "Rates | None":
+        """As this load says; None where it says nothing yet."""
+        if not load.prefill_ns_per_token or not load.decode_base_us:
+            return None
+        return cls(
+            load.prefill_base_us / 1e3,
+            max(_LEAST_PREFILL_MS_PER_TOKEN, load.prefill_ns_per_token / 1e6),
+            load.decode_base_us / 1e3,
+            load.decode_ns_per_block / 1e6,
+            load.handoff_ns_per_token / 1e6,
+        )
+
+    def is_like(self, other: "Rates", num_blocks: int) -> bool:
+        """Whether both could be the same hardware: a prompt, and a decode step with a half-full cache, take about as long."""
+        prompt = self.prefill_ms(_TYPICAL_TOKENS), other.prefill_ms(_TYPICAL_TOKENS)
+        step = self.decode_ms(num_blocks // 2), other.decode_ms(num_blocks // 2)
+        return max(prompt) <= _ALIKE * min(prompt) and max(step) <= _ALIKE * min(step)
+
+    def towards(self, other: "Rates", share: float) -> "Rates":
+        """A running mean."""
+        pairs = ((getattr(self, found.name), getattr(other, found.name)) for found in fields(self))
+        return Rates(*(before + (now - before) * share for before, now in pairs))
+
+    def prefill_ms(self, num_tokens: int) -> float:
+        """To compute so many prompt tokens."""
+        return self.prefill_base_ms + self.prefill_ms_per_token * num_tokens if num_tokens else 0.0
+
+    def decode_ms(self, used_blocks: int) -> float:
+        """A decode step with so many blocks held."""
+        return self.decode_base_ms + self.decode_ms_per_block * used_blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the formula of :mod:`meshserve.routing.cost` needs of one worker.
+
+    It changes with reports and bookings only, so it is worked out once for many requests.
+    """
+
+    ready_at_s: float
+    """When the prompts that it reported as queued should all be computed."""
+    booked_ms: float
+    """To compute what is on its way there."""
+    min_wait_ms: float
+    prefill_base_ms: float
+    prefill_ms_per_token: float
+    handoff_ms_per_token: float
+    burden: float
+    """1 + w n."""
+    fixed_ms: float
+    """step + w L b used."""
+    held_block_ms: float
+    """w L b n: per block that the request will hold."""
+    free_blocks: int
+    evicted_token_ms: float
+    """regret * turnover * ms per token."""
 
 
 @dataclass(slots=True)
@@ -14,16 +106,42 @@ class Worker:
     incarnation: str
     name: str
     load: WorkerLoad = field(default_factory=WorkerLoad)
+    rates: Rates | None = None
+    """None if it is like the others."""
+    reported_at_s: float = 0.0
+    recent_evictions: float = 0.0
+    """Blocks that it evicted, older ones counting less."""
     booked_tokens: int = 0
     """Uncached prompt tokens of requests that it has not reported yet."""
+    booked_blocks: int = 0
     num_booked: int = 0
     last_chosen: int = 0
     """The router's choice number at which it was last chosen: breaks ties, oldest first."""
+    terms: Terms | None = None
+    """Worked out from all this when first needed; None again after every change."""
 
     @property
     def num_sequences(self) -> int:
         """Running, waiting and on their way."""
         return self.load.num_running + self.load.num_waiting + self.num_booked
+
+    def take_load(self, load: WorkerLoad, now_s: float) -> None:
+        """What it reports holds from now on; bookings come on top."""
+        self.load, self.reported_at_s, self.terms = load, now_s, None
+
+    def book(self, num_tokens: int, num_blocks: int) -> None:
+        """Work that it has not reported yet is on its way there."""
+        self.booked_tokens += num_tokens
+        self.booked_blocks += num_blocks
+        self.num_booked += 1
+        self.terms = None
+
+    def unbook(self, num_tokens: int, num_blocks: int) -> None:
+        """It is reported, or was not done."""
+        self.booked_tokens -= num_tokens
+        self.booked_blocks -= num_blocks
+        self.num_booked -= 1
+        self.terms = None
 
 
 @dataclass(frozen=True, slots=True)

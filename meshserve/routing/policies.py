@@ -1,120 +1,116 @@
-"""The policies: how decode workers are ranked, and prefill workers.
+"""The policies: how workers are ranked. What `kv` ranks by stands in :mod:`meshserve.routing.cost`.
 
-`kv` estimates, in milliseconds, when a worker could give the first token: its prompt tokens still to be computed, those of requests
-sent there that it has not reported yet, the uncached part of this prompt, and a little for every sequence that shares its steps.
-Counting cached tokens against waiting work is the idea of Mooncake's cache-aware scheduling (Qin et al., FAST 2025, section 6) and
-of Dynamo's KV router. Estimates closer than one `_TIE_MS` are held for equal, and the worker chosen longest ago is taken: a few
-tokens of common prefix must not send everything to one place.
+`power-of-two` draws two workers and takes the one with fewer sequences: nearly as even as looking at all, where what one knows of
+the load is old (Mitzenmacher, "The power of two choices in randomized load balancing", 2001).
 """
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
-from meshserve.routing.candidates import Candidate, Worker
+from meshserve.routing.candidates import Candidate, Prompt, Worker
+from meshserve.routing.cost import Estimate, Outlook, estimate_all, estimate_prefill
 
-_PREFILL_MS_PER_TOKEN = 0.05
-"""About 20,000 tokens/s, a mid-size model on one current accelerator; only ratios matter."""
-
-_DECODE_MS_PER_SEQUENCE = 1.0
-"""What one more sequence in the batch adds to a step, and so to the waiting of all."""
-
-_TIE_MS = 64 * _PREFILL_MS_PER_TOKEN
+Ranking = list[tuple[Estimate, str]]
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What routing needs to know of a request."""
-
-    num_tokens: int
-    block_size: int
+def _load_of(estimate: Estimate) -> tuple[int, int]:
+    return estimate.worker.num_sequences, estimate.worker.last_chosen
 
 
-@dataclass(frozen=True, slots=True)
-class _Estimate:
-    worker: Worker
-    overlap_blocks: int
-    wait_ms: float
-    cost_ms: float
-
-
-def _estimate(prompt: Prompt, worker: Worker, overlap_blocks: int) -> _Estimate:
-    wait_ms = (worker.load.waiting_prefill_tokens + worker.booked_tokens) * _PREFILL_MS_PER_TOKEN
-    uncached = max(1, prompt.num_tokens - overlap_blocks * prompt.block_size)
-    cost_ms = wait_ms + uncached * _PREFILL_MS_PER_TOKEN + worker.num_sequences * _DECODE_MS_PER_SEQUENCE
-    return _Estimate(worker, overlap_blocks, wait_ms, cost_ms)
-
-
-def _by_kv(estimates: list[_Estimate], rng: random.Random) -> list[tuple[_Estimate, str]]:
-    cheapest_ms = min(estimate.cost_ms for estimate in estimates)
-    tied = [estimate for estimate in estimates if estimate.cost_ms < cheapest_ms + _TIE_MS]
-    tied.sort(key=lambda estimate: (estimate.worker.num_sequences, estimate.worker.last_chosen))
-    rest = sorted((estimate for estimate in estimates if estimate.cost_ms >= cheapest_ms + _TIE_MS), key=lambda estimate: estimate.cost_ms)
-    deepest = max(estimate.overlap_blocks for estimate in estimates)
-    if len(tied) > 1:
-        why = "as good as any, and its turn"
-    elif tied[0].overlap_blocks == deepest > 0:
+def _by_kv(estimates: list[Estimate], outlook: Outlook, home: str | None, rng: random.Random) -> Ranking:
+    ranked = sorted(estimates, key=lambda estimate: estimate.cost_ms)
+    limit_ms = ranked[0].cost_ms + outlook.settings.tie_ms
+    num_tied = next((rank for rank, estimate in enumerate(ranked) if estimate.cost_ms > limit_ms), len(ranked))
+    tied = sorted(ranked[:num_tied], key=lambda estimate: (estimate.worker.incarnation != home, *_load_of(estimate)))
+    best, deepest = tied[0], max(estimate.overlap_blocks for estimate in estimates)
+    if num_tied > 1:
+        why = "as good as any, and the session was there" if best.worker.incarnation == home else "as good as any, and its turn"
+    elif not best.overlap_blocks:
+        why = "would answer first" if not deepest else f"computing anew costs less than waiting for {deepest} blocks"
+    elif best.overlap_blocks == deepest:
         why = f"holds {deepest} blocks of this prompt"
     else:
-        why = "would answer first"
-    return (
-        [(tied[0], why)] + [(estimate, "about as good") for estimate in tied[1:]] + [(estimate, "would answer later") for estimate in rest]
-    )
+        why = f"holds {best.overlap_blocks} of {deepest} blocks, with less to wait for"
+    return [
+        (best, why),
+        *((estimate, "about as good") for estimate in tied[1:]),
+        *((estimate, "would cost more") for estimate in ranked[num_tied:]),
+    ]
 
 
-def _by_load(estimates: list[_Estimate], rng: random.Random) -> list[tuple[_Estimate, str]]:
-    ranked = sorted(estimates, key=lambda estimate: (estimate.worker.num_sequences, estimate.worker.last_chosen))
+def _by_load(estimates: list[Estimate], outlook: Outlook, home: str | None, rng: random.Random) -> Ranking:
+    ranked = sorted(estimates, key=_load_of)
     return [(estimate, "fewest sequences" if rank == 0 else "more sequences, or chosen later") for rank, estimate in enumerate(ranked)]
 
 
-def _by_turn(estimates: list[_Estimate], rng: random.Random) -> list[tuple[_Estimate, str]]:
+def _by_two_choices(estimates: list[Estimate], outlook: Outlook, home: str | None, rng: random.Random) -> Ranking:
+    drawn = rng.sample(estimates, min(2, len(estimates)))
+    rest = [estimate for estimate in estimates if estimate not in drawn]
+    ranked = sorted(drawn, key=_load_of) + sorted(rest, key=_load_of)
+    return [
+        (estimate, ("fewer sequences of two drawn", "the other of two")[rank] if rank < 2 else "not drawn")
+        for rank, estimate in enumerate(ranked)
+    ]
+
+
+def _by_turn(estimates: list[Estimate], outlook: Outlook, home: str | None, rng: random.Random) -> Ranking:
     ranked = sorted(estimates, key=lambda estimate: (estimate.worker.last_chosen, estimate.worker.incarnation))
     return [(estimate, "its turn" if rank == 0 else "later turn") for rank, estimate in enumerate(ranked)]
 
 
-def _by_chance(estimates: list[_Estimate], rng: random.Random) -> list[tuple[_Estimate, str]]:
-    shuffled = rng.sample(estimates, len(estimates))
-    return [(estimate, "by chance") for estimate in shuffled]
+def _by_chance(estimates: list[Estimate], outlook: Outlook, home: str | None, rng: random.Random) -> Ranking:
+    return [(estimate, "by chance") for estimate in rng.sample(estimates, len(estimates))]
 
 
-POLICIES: dict[str, Callable[[list[_Estimate], random.Random], list[tuple[_Estimate, str]]]] = {
+POLICIES: dict[str, Callable[[list[Estimate], Outlook, str | None, random.Random], Ranking]] = {
     "kv": _by_kv,
     "round-robin": _by_turn,
     "random": _by_chance,
     "least-loaded": _by_load,
+    "power-of-two": _by_two_choices,
 }
 
 
-def rank(policy: str, prompt: Prompt, workers: Sequence[Worker], overlaps: Sequence[int], rng: random.Random) -> list[Candidate]:
-    """All workers, best first, each with its figures and the reason for its place. KeyError for an unknown policy."""
+def rank(
+    policy: str,
+    prompt: Prompt,
+    workers: Sequence[Worker],
+    overlaps: Sequence[int],
+    rng: random.Random,
+    *,
+    outlook: Outlook | None = None,
+    now_s: float = 0.0,
+    remote_ms: float | None = None,
+    home: str | None = None,
+    limit: int | None = None,
+) -> list[Candidate]:
+    """The best `limit` of the workers, or all, each with its figures and the reason for its place. KeyError for an unknown policy.
+
+    `home` is the incarnation of the worker that served the session last, a hint; `remote_ms` is when a prefill worker could be done.
+    """
     order = POLICIES[policy]
     if not workers:
         return []
-    estimates = [_estimate(prompt, worker, overlap) for worker, overlap in zip(workers, overlaps, strict=True)]
-    return [
-        Candidate(
-            found.worker.incarnation, found.worker.name, found.overlap_blocks, found.worker.num_sequences, found.wait_ms, found.cost_ms, why
-        )
-        for found, why in order(estimates, rng)
-    ]
+    outlook = outlook or Outlook()
+    ranked = order(estimate_all(prompt, workers, overlaps, outlook, now_s, remote_ms), outlook, home, rng)
+    return [_candidate(found, found.worker.num_sequences, why) for found, why in ranked[:limit]]
 
 
-def rank_prefill(prompt: Prompt, workers: Sequence[Worker], overlaps: Sequence[int]) -> list[Candidate]:
-    """Prefill workers, best first: when each could be done with this prompt, by what is queued there and what it has cached."""
-    estimates = [_estimate(prompt, worker, overlap) for worker, overlap in zip(workers, overlaps, strict=True)]
+def rank_prefill(
+    prompt: Prompt,
+    workers: Sequence[Worker],
+    overlaps: Sequence[int],
+    *,
+    outlook: Outlook | None = None,
+    now_s: float = 0.0,
+    limit: int | None = None,
+) -> list[Candidate]:
+    """Prefill workers, best first: when each could be done with this prompt, and what that would push out of its cache."""
+    estimates = estimate_prefill(prompt, workers, overlaps, outlook or Outlook(), now_s)
+    estimates.sort(key=lambda estimate: (estimate.cost_ms, *_load_of(estimate)))
+    return [_candidate(found, found.worker.load.num_tickets, "prefill") for found in estimates[:limit]]
 
-    def key(found: _Estimate) -> tuple[float, int]:
-        return found.cost_ms + (found.worker.load.num_tickets + found.worker.num_booked) * _TIE_MS, found.worker.last_chosen
 
-    return [
-        Candidate(
-            found.worker.incarnation,
-            found.worker.name,
-            found.overlap_blocks,
-            found.worker.load.num_tickets,
-            found.wait_ms,
-            found.cost_ms,
-            "prefill",
-        )
-        for found in sorted(estimates, key=key)
-    ]
+def _candidate(found: Estimate, load: int, why: str) -> Candidate:
+    worker = found.worker
+    return Candidate(worker.incarnation, worker.name, found.overlap_blocks, load, found.wait_ms, found.cost_ms, why)

@@ -23,6 +23,17 @@ class WorkerLoad:
     num_blocks: int = 0
     num_tickets: int = 0
     """Prompts queued for prefill here, claimed or not."""
+    prefill_base_us: int = 0
+    """Measured here, as are those below; 0 until there was something to measure. Of a step with prompt tokens, however few."""
+    prefill_ns_per_token: int = 0
+    decode_base_us: int = 0
+    """Of a decode step with an empty cache."""
+    decode_ns_per_block: int = 0
+    """What one more held block adds to a decode step."""
+    handoff_ns_per_token: int = 0
+    """For KV received from prefill workers."""
+    mean_output_tokens: int = 0
+    """Of the sequences that finished here lately."""
 
     def to_wire(self) -> list[int]:
         """Plain data for :meth:`from_wire`."""

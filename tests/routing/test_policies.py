@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from meshserve.kv.index import PrefixIndex
 from meshserve.routing.bookings import BOOKING_TIMEOUT_S, Bookings
-from meshserve.routing.candidates import Worker
-from meshserve.routing.policies import POLICIES, Prompt, rank, rank_prefill
+from meshserve.routing.candidates import Prompt, Worker
+from meshserve.routing.policies import POLICIES, rank, rank_prefill
 from meshserve.wire.load import WorkerLoad
 
 PROMPT = Prompt(1600, 16)
@@ -26,9 +26,9 @@ def best(policy: str, found: list[Worker], overlaps: list[int] | None = None) ->
 def test_kv_goes_where_the_prefix_is_unless_that_would_take_longer() -> None:
     found = workers()
     assert best("kv", found, [0, 90, 10]) == "w1"
-    found[1].load = WorkerLoad(waiting_prefill_tokens=4000)
+    found[1].take_load(WorkerLoad(waiting_prefill_tokens=4000), 0.0)
     assert best("kv", found, [0, 90, 10]) == "w2"
-    found[2].booked_tokens = 4000
+    found[2].book(4000, 0)
     assert best("kv", found, [0, 90, 10]) == "w0"
 
 
@@ -41,7 +41,8 @@ def test_what_is_about_as_good_goes_to_the_one_chosen_longest_ago() -> None:
 
 def test_least_loaded_counts_what_is_booked() -> None:
     found = workers()
-    found[0].num_booked, found[1].load = 2, WorkerLoad(num_running=1)
+    found[0].book(0, 0)
+    found[1].take_load(WorkerLoad(num_running=1), 0.0)
     assert best("least-loaded", found) == "w2"
 
 
@@ -65,7 +66,7 @@ def test_every_candidate_is_named_once_with_a_reason() -> None:
 
 def test_prefill_goes_to_the_shorter_queue_or_to_the_prefix() -> None:
     found = workers(2)
-    found[0].load = WorkerLoad(num_tickets=3)
+    found[0].take_load(WorkerLoad(num_tickets=1), 0.0)
     assert rank_prefill(PROMPT, found, [0, 0])[0].incarnation == "w1"
     assert rank_prefill(PROMPT, found, [95, 0])[0].incarnation == "w0"
 

@@ -1,0 +1,147 @@
+"""What it costs to send a request to a worker, in milliseconds. The formula of the policy `kv` stands here and nowhere else.
+
+    cost = wait + step + prefill + w * prefill * n                    time to the first token, and how long it holds up streams
+         + w * L * b * (used + n * B)                                 decoding slowly where memory is full, and slowing others
+         + regret * turnover * evicted * block_ms                     computing again what this placement pushes out
+
+wait       until the prompts queued and booked at the worker are computed, less what has passed since it said so; with sequences
+           running at least half a step. Mooncake's scheduler estimates the same queueing time (Qin et al., FAST 2025, section 6.1).
+step       one decode step, if sequences run there: the first token shares its step with them.
+prefill    base + (prompt - overlap) * ms per token: the prompt's tokens that are not in the worker's cache. Cached tokens against
+           queued work is the cost of Dynamo's KV router and of Mooncake; both count them in blocks, we in measured time, so that
+           workers of unequal speed compare. Where prompts are prefilled elsewhere: the smaller of this and the handoff.
+n          sequences there. While the new prompt is computed none of them gets a token (Agrawal et al., Sarathi-Serve, OSDI 2024):
+           Preble (Srivatsa et al., 2024, section 3.2) adds the same delay to its load cost.
+L, b, B    expected output (the mean of what workers finished; nobody knows it beforehand), milliseconds that one more block held
+           adds to a decode step, and the blocks that this request will hold. The new sequence is slowed by the blocks `used`
+           there, and slows the n others by its own. Dynamo counts active decode blocks with a fixed weight; this is their time.
+w          what a millisecond of a stream's delay counts against one of waiting for the first token.
+evicted    blocks that must go from the worker's cache to make room: blocks needed less overlap less free ones.
+regret     share of evicted blocks that were asked for again within one more lifetime of the cache, measured with a ghost list as
+           ARC keeps one (Megiddo and Modha, FAST 2003). Preble's eviction cost has the hit rate in this place. It falls to 0 where
+           nothing is shared, so that only load counts there.
+turnover   how fast the worker's cache turns over, relative to the others': by Little's law the inverse of how long a block lives.
+           Sending what is new to where blocks live longest makes the many caches age alike, as one pooled LRU cache would.
+
+A prefix is replicated as soon as waiting for it, and what that delays, costs more than computing it again and what that evicts:
+no threshold says when. Workers within `tie_ms` of the cheapest count as equal and the choice goes to the session's last worker, then
+to the least loaded, then to the one chosen longest ago.
+
+What was measured and left out stands in bench/README.md.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from meshserve.routing.candidates import Prompt, Rates, Terms, Worker
+
+
+@dataclass(frozen=True, slots=True)
+class CostSettings:
+    """The parameters of the formula."""
+
+    stream_weight: float = 0.1
+    """w, 0 to 1. Higher spreads sequences over workers and decodes faster, lower keeps prefixes together and starts sooner. Below 1,
+    since who reads a stream notices a late start and not a late token, and since what spreads sequences also scatters prefixes."""
+    regret_weight: float = 1.0
+    """Multiplies the measured regret. Higher keeps more in the caches, lower waits less; 0 forgets about evictions."""
+    max_turnover: float = 2.0
+    """Turnover counts between 1 over this and this: beyond it the estimate says more about chance than about the cache."""
+    tie_ms: float = 2.0
+    """Milliseconds that nobody notices. Higher follows sessions and load more, lower trusts estimates to the last digit."""
+    max_local_prefill_tokens: int = 256
+    """Where there are prefill workers: uncached tokens up to which a decode worker computes a prompt itself, as in HandoffConfig."""
+
+
+@dataclass(slots=True)
+class Outlook:
+    """What holds for all workers, measured by the router as it goes."""
+
+    settings: CostSettings = field(default_factory=CostSettings)
+    regret: float = 0.3
+    mean_turnover: float = 0.0
+    """Evictions per block held, lately."""
+    rates: Rates = field(default_factory=Rates)
+    """Of workers that are like each other, or have not measured theirs."""
+    mean_output_tokens: float = 128.0
+    mean_uncached_tokens: float = 1024.0
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One worker for one request."""
+
+    worker: Worker
+    overlap_blocks: int
+    wait_ms: float
+    cost_ms: float
+
+
+def terms_of(worker: Worker, outlook: Outlook) -> Terms:
+    """Work out a worker's terms."""
+    load, rates, settings = worker.load, worker.rates or outlook.rates, outlook.settings
+    num_sequences, weight = worker.num_sequences, settings.stream_weight
+    used = load.used_blocks + worker.booked_blocks
+    step_ms = rates.decode_ms(used) if num_sequences else 0.0
+    slowing_ms = weight * outlook.mean_output_tokens * rates.decode_ms_per_block
+    turnover = 1.0
+    if outlook.mean_turnover and load.num_blocks:
+        turnover = worker.recent_evictions / load.num_blocks / outlook.mean_turnover
+    turnover = min(settings.max_turnover, max(1 / settings.max_turnover, turnover))
+    return Terms(
+        worker.reported_at_s + rates.prefill_ms(load.waiting_prefill_tokens) / 1000,
+        rates.prefill_ms(worker.booked_tokens),
+        step_ms / 2,
+        rates.prefill_base_ms,
+        rates.prefill_ms_per_token,
+        rates.handoff_ms_per_token,
+        1 + weight * num_sequences,
+        step_ms + slowing_ms * used,
+        slowing_ms * num_sequences,
+        load.num_blocks - load.used_blocks - load.cached_blocks - worker.booked_blocks,
+        settings.regret_weight * outlook.regret * turnover * rates.prefill_ms_per_token,
+    )
+
+
+def estimate_all(
+    prompt: Prompt,
+    workers: Sequence[Worker],
+    overlaps: Sequence[int],
+    outlook: Outlook,
+    now_s: float,
+    remote_ms: float | None = None,
+) -> list[Estimate]:
+    """The formula, for every worker. `remote_ms` is when the best prefill worker could have computed the prompt, if there is one."""
+    num_tokens, size = prompt.num_tokens, prompt.block_size
+    num_blocks = int(num_tokens + outlook.mean_output_tokens) // size + 1
+    most_local = outlook.settings.max_local_prefill_tokens
+    estimates = []
+    for worker, overlap in zip(workers, overlaps, strict=True):
+        terms = worker.terms
+        if terms is None:
+            terms = worker.terms = terms_of(worker, outlook)
+        wait_ms = max(terms.min_wait_ms, (terms.ready_at_s - now_s) * 1000) + terms.booked_ms
+        uncached = max(1, num_tokens - overlap * size)
+        if remote_ms is None or uncached <= most_local:
+            cost_ms = wait_ms + (terms.prefill_base_ms + terms.prefill_ms_per_token * uncached) * terms.burden
+        else:
+            wait_ms = remote_ms
+            cost_ms = remote_ms + terms.handoff_ms_per_token * uncached
+        cost_ms += terms.fixed_ms + terms.held_block_ms * num_blocks
+        evicted = num_blocks - overlap - max(0, terms.free_blocks)
+        if evicted > 0:
+            cost_ms += terms.evicted_token_ms * size * evicted
+        estimates.append(Estimate(worker, overlap, wait_ms, cost_ms))
+    return estimates
+
+
+def estimate_prefill(prompt: Prompt, workers: Sequence[Worker], overlaps: Sequence[int], outlook: Outlook, now_s: float) -> list[Estimate]:
+    """The formula for prefill workers: no streams to slow, but tickets that nobody has claimed yet, each as long as is usual."""
+    estimates = []
+    for found in estimate_all(prompt, workers, overlaps, outlook, now_s):
+        worker = found.worker
+        ticket_ms = (worker.rates or outlook.rates).prefill_ms(round(outlook.mean_uncached_tokens))
+        num_unclaimed = max(0, worker.load.num_tickets - worker.load.num_running - worker.load.num_waiting)
+        wait_ms = found.wait_ms + num_unclaimed * ticket_ms
+        estimates.append(Estimate(worker, found.overlap_blocks, wait_ms, found.cost_ms + wait_ms - found.wait_ms))
+    return estimates

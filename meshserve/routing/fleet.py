@@ -1,0 +1,188 @@
+"""All that a router knows, and what it answers from that. Pure: reports and questions in, rankings out."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from meshserve.kv.index import PrefixIndex
+from meshserve.routing.bookings import Bookings
+from meshserve.routing.candidates import Candidate, Prompt, Rates, Worker
+from meshserve.routing.cost import CostSettings, Outlook
+from meshserve.routing.policies import rank, rank_prefill
+from meshserve.routing.regret import Regret
+from meshserve.wire.load import WorkerReport
+
+MAX_CANDIDATES = 8
+"""Named in an answer: enough to go on to when the first is lost."""
+
+MAX_SESSIONS = 10_000
+"""Whose last worker is remembered. More cost memory, fewer forget a session that pauses."""
+
+_FOLLOW = 0.02
+"""Weight of the newest in a running mean: it follows the last fifty."""
+
+_REFRESH_REPORTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A request to be placed."""
+
+    request_id: str
+    prompt: Prompt
+    decode: Sequence[str]
+    """Incarnations of the workers that could take it."""
+    prefill: Sequence[str] = ()
+    """Those of the prefill workers that work with them."""
+    session: str = ""
+    """Requests of one session like to go to one worker; empty for none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """The best candidates, first come first. Empty where there are no workers."""
+
+    decode: list[Candidate]
+    prefill: list[Candidate]
+
+
+class Fleet:
+    """The workers that a router follows, the prefixes they hold, and what is on its way to them."""
+
+    def __init__(self, settings: CostSettings | None = None, rng: random.Random | None = None) -> None:
+        self.outlook = Outlook(settings or CostSettings())
+        self._index = PrefixIndex()
+        self._workers: dict[str, Worker] = {}
+        self._bookings = Bookings()
+        self._regret = Regret()
+        self._sessions: dict[str, str] = {}
+        self._rng = rng or random.Random()
+        self._num_choices = 0
+        self._num_measured = 0
+        self._num_blocks = 0
+
+    # --- what workers say
+
+    def join(self, incarnation: str, name: str) -> None:
+        """Follow a worker. Harmless when that is done already."""
+        if incarnation not in self._workers:
+            self._workers[incarnation] = Worker(incarnation, name)
+
+    def leave(self, incarnation: str) -> None:
+        """The worker is gone, and its blocks with it. Harmless when nobody followed it."""
+        worker = self._workers.pop(incarnation, None)
+        if worker is not None:
+            self._index.forget(incarnation)
+            self._num_blocks -= worker.load.num_blocks
+
+    def forget_blocks(self, incarnation: str) -> None:
+        """The worker's watch begins anew: what it holds comes with the next reports."""
+        self._index.forget(incarnation)
+
+    def report(self, incarnation: str, report: WorkerReport, now_s: float) -> None:
+        """A worker says how it is. Reports of workers that nobody follows are ignored."""
+        worker = self._workers.get(incarnation)
+        if worker is None:
+            return
+        for request_id in report.admitted:
+            self._bookings.end(incarnation, request_id)
+        if worker.load.num_blocks != report.load.num_blocks:
+            self._num_blocks += report.load.num_blocks - worker.load.num_blocks
+            self._regret.capacity = max(2, self._num_blocks)
+        worker.take_load(report.load, now_s)
+        self._measure(worker)
+        if report.evicted:
+            self._take_evictions(worker, report.evicted)
+        self._index.stored(incarnation, report.stored)
+
+    def _measure(self, worker: Worker) -> None:
+        """Follow how fast workers are and how much they write; tell all terms from time to time, since idle workers do not report."""
+        load, outlook = worker.load, self.outlook
+        if load.mean_output_tokens:
+            outlook.mean_output_tokens += (load.mean_output_tokens - outlook.mean_output_tokens) * _FOLLOW
+        found = Rates.reported(load)
+        if found is None:
+            return
+        is_first, self._num_measured = not self._num_measured, self._num_measured + 1
+        is_alike = is_first or found.is_like(outlook.rates, load.num_blocks)
+        worker.rates = None if is_alike else found
+        if is_alike:
+            outlook.rates = found if is_first else outlook.rates.towards(found, _FOLLOW)
+        if is_first or self._num_measured % _REFRESH_REPORTS == 0:
+            for other in self._workers.values():
+                other.terms = None
+
+    def _take_evictions(self, worker: Worker, evicted: Sequence[int]) -> None:
+        lost = self._index.evicted(worker.incarnation, evicted)
+        self._regret.evicted(lost, len(evicted) - len(lost))
+        self.outlook.regret = self._regret.share
+        if not self._num_blocks:
+            return
+        # old evictions fade as new ones come, not with time: half of them count when a quarter of all blocks has been replaced
+        keep = 0.5 ** (4 * len(evicted) / self._num_blocks)
+        total = 0.0
+        for other in self._workers.values():
+            other.recent_evictions *= keep
+            total += other.recent_evictions
+        worker.recent_evictions += len(evicted)
+        worker.terms = None
+        self.outlook.mean_turnover = (total + len(evicted)) / self._num_blocks
+
+    # --- what is asked
+
+    def choose(self, policy: str, question: Question, now_s: float) -> Answer:
+        """Rank the workers and book the request on the best. KeyError for an unknown policy, or a worker that is not followed."""
+        self._bookings.expire(now_s)
+        prompt, outlook, hashes = question.prompt, self.outlook, question.prompt.hashes
+        prefill: list[Candidate] = []
+        if question.prefill:
+            workers = [self._workers[incarnation] for incarnation in question.prefill]
+            overlaps = self._index.overlaps(hashes, question.prefill)
+            prefill = rank_prefill(prompt, workers, overlaps, outlook=outlook, now_s=now_s, limit=MAX_CANDIDATES)
+        workers = [self._workers[incarnation] for incarnation in question.decode]
+        overlaps = self._index.overlaps(hashes, question.decode)
+        decode = rank(
+            policy,
+            prompt,
+            workers,
+            overlaps,
+            self._rng,
+            outlook=outlook,
+            now_s=now_s,
+            remote_ms=prefill[0].cost_ms if prefill else None,
+            home=self._sessions.get(question.session),
+            limit=MAX_CANDIDATES,
+        )
+        if decode:
+            self._regret.asked(hashes[max(overlaps) :])
+            self._take_choice(question, decode[0], prefill, now_s)
+        return Answer(decode, prefill)
+
+    def _take_choice(self, question: Question, chosen: Candidate, prefill: list[Candidate], now_s: float) -> None:
+        self._num_choices += 1
+        prompt, outlook = question.prompt, self.outlook
+        uncached = max(1, prompt.num_tokens - chosen.overlap_blocks * prompt.block_size)
+        outlook.mean_uncached_tokens += (uncached - outlook.mean_uncached_tokens) * _FOLLOW
+        self._workers[chosen.incarnation].last_chosen = self._num_choices
+        if question.session:
+            self._sessions.pop(question.session, None)
+            self._sessions[question.session] = chosen.incarnation
+            if len(self._sessions) > MAX_SESSIONS:
+                del self._sessions[next(iter(self._sessions))]
+        num_blocks = -(-prompt.num_tokens // prompt.block_size)
+        if prefill and uncached > outlook.settings.max_local_prefill_tokens:
+            self._workers[prefill[0].incarnation].last_chosen = self._num_choices
+            remaining = max(1, prompt.num_tokens - prefill[0].overlap_blocks * prompt.block_size)
+            self.book(prefill[0].incarnation, question.request_id, remaining, num_blocks, now_s)
+            uncached = 1
+        self.book(chosen.incarnation, question.request_id, uncached, num_blocks, now_s)
+
+    def book(self, incarnation: str, request_id: str, num_tokens: int, num_blocks: int, now_s: float) -> None:
+        """This router, or another that says so, has sent the worker a request with so many tokens to compute and blocks to hold."""
+        worker = self._workers.get(incarnation)
+        if worker is not None:
+            self._bookings.book(worker, request_id, num_tokens, now_s, num_blocks)
+
+    def unbook(self, incarnation: str, request_id: str) -> None:
+        """It went elsewhere. Harmless when it is not booked."""
+        self._bookings.end(incarnation, request_id)
