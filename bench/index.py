@@ -123,19 +123,22 @@ def measure(num_blocks: int, num_lookups: int, num_decisions: int) -> dict[str, 
     documents, holdings = make_holdings(rng, num_blocks)
     prompts = make_prompts(rng, documents, num_lookups)
     index, bytes_per_block = build_index(holdings)
+
+    def look_up(prompt: list[int]) -> list[int]:
+        return index.overlaps(prompt, _WORKERS)
+
     found: dict[str, Any] = {
         "blocks": len(index),
         "copies": sum(len(hashes) for _, hashes in holdings),
         "workers": _NUM_WORKERS,
         "lookups": num_lookups,
         "bytes_per_block": round(bytes_per_block, 1),
-        "lookup_us": _quantiles(time_each(prompts, lambda prompt: index.overlaps(prompt, _WORKERS))),
+        "lookup_us": _quantiles(time_each(prompts, look_up)),
         "dynamo_radix_tree": None,
     }
     tree = build_radix_tree(holdings)
     if tree is not None:
-        found["dynamo_radix_tree"] = _in_turns(prompts, lambda prompt: index.overlaps(prompt, _WORKERS), tree.find_matches)
-    del index, tree
+        found["dynamo_radix_tree"] = _in_turns(prompts, look_up, tree.find_matches)
     fleet = build_fleet(holdings, 4 * num_blocks // _NUM_WORKERS)
     found["decision_us"] = _quantiles(time_decisions(fleet, prompts[:num_decisions]))
     return found
