@@ -131,18 +131,22 @@ def measure(num_blocks: int, num_lookups: int, num_decisions: int) -> dict[str, 
 def _time_lookups(holdings: Any, prompts: list[list[int]], num_lookups: int) -> dict[str, Any]:
     """Of the index, beside the other tree if it is there. Both are gone when this returns: a fleet needs the memory."""
     index, bytes_per_block = build_index(holdings)
+
+    def look_up(prompt: list[int]) -> list[int]:
+        return index.overlaps(prompt, _WORKERS)
+
     found: dict[str, Any] = {
         "blocks": len(index),
         "copies": sum(len(hashes) for _, hashes in holdings),
         "workers": _NUM_WORKERS,
         "lookups": num_lookups,
         "bytes_per_block": round(bytes_per_block, 1),
-        "lookup_us": _quantiles(time_each(prompts, lambda prompt: index.overlaps(prompt, _WORKERS))),
+        "lookup_us": _quantiles(time_each(prompts, look_up)),
         "dynamo_radix_tree": None,
     }
     tree = build_radix_tree(holdings)
     if tree is not None:
-        found["dynamo_radix_tree"] = _in_turns(prompts, lambda prompt: index.overlaps(prompt, _WORKERS), tree.find_matches)
+        found["dynamo_radix_tree"] = _in_turns(prompts, look_up, tree.find_matches)
     return found
 
 

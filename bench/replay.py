@@ -1,40 +1,44 @@
 """`python -m bench.replay TRACE --workers N --policy P[,P2..]`: a trace in virtual time, through the code that serves.
 
-TRACE is a file in Mooncake's format, or the name of a workload of `bench.workloads`. What is simulated, and what the router may know,
+TRACE is a file in Mooncake's format, or NAME[:SEED] of a workload of `bench.workloads`. What is simulated, and what the router may know,
 stands in `bench.simulator`. Defaults are those under which Dynamo's offline replay gave the figures that we compare with.
 """
 
 import json
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.table import Table
 
+from bench.plot import draw
 from bench.simulator import Cluster, Simulation
 from bench.summary import Summary, summarize
-from bench.traces import TRACE_BLOCK_SIZE, TraceRequest, read_trace
+from bench.traces import TRACE_BLOCK_SIZE, TraceRequest, format_trace, parse_trace, read_trace
+from bench.workloads import WORKLOADS, make_workload
 from meshserve.engines.dummy.timing import PROFILES
 from meshserve.errors import UsageError
 from meshserve.routing.fleet import Fleet
 from meshserve.routing.policies import POLICIES
 
 
-def replay(requests: Sequence[TraceRequest], cluster: Cluster, policy: str, seed: int = 0, is_shown: bool = False) -> Summary:
-    """Serve these requests by one policy. With `is_shown`, a progress bar on stderr where that is a terminal."""
+def replay(requests: Iterable[TraceRequest], cluster: Cluster, policy: str, seed: int = 0) -> Simulation:
+    """Serve these requests by one policy, and return what came of it."""
     simulation = Simulation(cluster, policy, Fleet(rng=random.Random(seed)))
-    if is_shown:
-        simulation.run(_with_progress(requests, policy))
-    else:
-        simulation.run(requests)
-    return summarize(policy, simulation.worker_names, simulation.served)
+    simulation.run(requests)
+    return simulation
+
+
+def summary_of(simulation: Simulation) -> Summary:
+    """The figures of one run."""
+    return summarize(simulation.policy, simulation.worker_names, simulation.served)
 
 
 def _with_progress(requests: Sequence[TraceRequest], label: str) -> Iterator[TraceRequest]:
-    with click.progressbar(requests, label=f"{label:>14}", file=sys.stderr) as shown:
+    with click.progressbar(requests, label=f"{label:>14}", file=sys.stderr, hidden=not sys.stderr.isatty()) as shown:
         yield from shown
 
 
@@ -49,6 +53,14 @@ def _table(summaries: Sequence[Summary]) -> Table:
     return table
 
 
+def _requests(trace: str, num_requests: int, block_size: int, speed: float) -> list[TraceRequest]:
+    """A generated workload goes through the trace's own format, so that all block sizes work."""
+    name, _, seed = trace.partition(":")
+    if name not in WORKLOADS:
+        return read_trace(Path(trace), block_size, speed)[: num_requests or None]
+    return parse_trace(format_trace(make_workload(name, int(seed or 0), num_requests or 4000)), block_size, speed)
+
+
 def _policies(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
     policies = value.split(",")
     for policy in policies:
@@ -58,37 +70,52 @@ def _policies(context: click.Context, parameter: click.Parameter, value: str) ->
 
 
 @click.command()
-@click.argument("trace", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("trace")
 @click.option("--workers", default=4, show_default=True, help="Decode workers; with no --prefill they prefill too.")
+@click.option("--prefill", default=0, show_default=True, help="Prefill workers; none is aggregated serving.")
+@click.option("--kv-gbps", default=10.0, show_default=True, help="Network between prefill and decode workers.")
+@click.option("--kv-bytes-per-token", default=131_072, show_default=True, help="What goes over it: 128 KiB for an 8B Llama 3.")
 @click.option("--policy", "policies", default="kv", show_default=True, callback=_policies, help="One, or several with commas between.")
 @click.option("--blocks", default=2048, show_default=True, help="KV blocks of each worker.")
 @click.option("--block-size", default=TRACE_BLOCK_SIZE, show_default=True, help="Tokens a block; a divisor of the trace's 512.")
 @click.option("--speed", default=1.0, show_default=True, help="Replay so many times as fast.")
 @click.option("--profile", type=click.Choice(sorted(PROFILES)), default="reference", show_default=True, help="Whose timing.")
+@click.option("--requests", "num_requests", default=0, help="Only the first so many.")
+@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the distributions of TTFT and latency here.")
 @click.option("--seed", default=0, show_default=True, help="Of the policies that draw lots.")
 @click.option("--json", "as_json", is_flag=True, help="A list with one object per policy.")
 def main(
-    trace: Path,
+    trace: str,
     workers: int,
+    prefill: int,
+    kv_gbps: float,
+    kv_bytes_per_token: int,
     policies: list[str],
     blocks: int,
     block_size: int,
     speed: float,
     profile: str,
+    num_requests: int,
+    plot: Path | None,
     seed: int,
     as_json: bool,
 ) -> None:
     """Replay TRACE and print what each policy makes of it."""
     try:
-        requests = read_trace(trace, block_size, speed)
-    except UsageError as exc:
+        requests = _requests(trace, num_requests, block_size, speed)
+    except (UsageError, OSError) as exc:
         raise click.UsageError(str(exc)) from exc
-    cluster = Cluster(workers, blocks, block_size, PROFILES[profile])
-    summaries = [replay(requests, cluster, policy, seed, is_shown=True) for policy in policies]
+    cluster = Cluster(workers, blocks, block_size, PROFILES[profile], prefill, kv_gbps, kv_bytes_per_token)
+    simulations = [replay(_with_progress(requests, policy), cluster, policy, seed) for policy in policies]
+    summaries = [summary_of(simulation) for simulation in simulations]
+    if plot is not None:
+        draw({simulation.policy: simulation.served for simulation in simulations}, plot)
     if as_json:
         click.echo(json.dumps([found.to_dict() for found in summaries], indent=1))
-    else:
-        Console().print(_table(summaries))
+        return
+    Console(width=None if sys.stdout.isatty() else 130).print(_table(summaries))
+    if any(simulation.num_refused for simulation in simulations):
+        click.echo(f"{simulations[0].num_refused} prompts fit on no worker and were refused")
 
 
 if __name__ == "__main__":

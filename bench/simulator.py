@@ -1,23 +1,24 @@
 """A mesh in virtual time: the serving code's own scheduler, pool, index and policies, with an event heap for a clock.
 
 The router sees what a live one sees: each worker's report after each of its steps, and at once what it sent out itself. It is never
-told how long an output will be.
+told how long an output will be. With prefill workers, prompts go where the router ranks them first: the claims, hedges and retries of
+a live mesh, which cost it a round trip of a millisecond, are left out, and so is a queue for the network.
 """
 
 import heapq
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from bench.traces import TraceRequest
-from meshserve.engines.dummy.scheduler import Scheduler, Sequence, Stage, Step
+from bench.virtual_engine import SimulatedEngine
+from meshserve.config import HandoffConfig
+from meshserve.engines.dummy.scheduler import Sequence, Stage, Step
 from meshserve.engines.dummy.timing import Timing
-from meshserve.engines.rates import StepRates
 from meshserve.errors import PoolFull
-from meshserve.kv.pool import BlockPool
 from meshserve.routing.candidates import Prompt
-from meshserve.routing.fleet import Fleet, Question
-from meshserve.wire.load import WorkerLoad, WorkerReport
+from meshserve.routing.fleet import Answer, Fleet, Question
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,19 @@ class Cluster:
     """KV blocks of each worker."""
     block_size: int
     timing: Timing
+    num_prefill: int = 0
+    """Prefill workers beside them, with as many blocks each."""
+    kv_gbps: float = 10.0
+    """Gigabits per second at which KV goes from one worker to another."""
+    kv_bytes_per_token: int = 131_072
+    """Of an 8-billion-parameter Llama 3 in bfloat16: 32 layers, 8 KV heads of 128, two bytes, keys and values."""
     max_batch: int = 256
     max_batch_tokens: int = 8192
+
+    @property
+    def handoff_s_per_token(self) -> float:
+        """Seconds on the network for the KV of one token."""
+        return self.kv_bytes_per_token * 8 / (self.kv_gbps * 1e9)
 
 
 @dataclass(slots=True)
@@ -38,8 +50,11 @@ class Served:
     """What became of one request."""
 
     request: TraceRequest
-    worker: str = ""
+    worker: str
+    prefill_worker: str | None = None
+    """None if the worker computed the prompt itself."""
     num_cached_tokens: int = 0
+    """Of the prompt, in the cache of the worker that computed the rest of it."""
     first_token_at: float = 0.0
     finished_at: float = 0.0
 
@@ -55,53 +70,16 @@ class Served:
 
 
 class _Job(Sequence):
-    __slots__ = ("request_id", "served")
+    __slots__ = ("is_prefill", "request_id", "served")
 
-    def __init__(self, request_id: str, served: Served) -> None:
+    def __init__(self, request_id: str, served: Served, is_prefill: bool = False) -> None:
         request = served.request
-        super().__init__(request.num_tokens, request.hashes, request.num_output_tokens)
-        self.request_id = request_id
-        self.served = served
+        num_tokens, num_output = (request.num_tokens - 1, 0) if is_prefill else (request.num_tokens, request.num_output_tokens)
+        super().__init__(num_tokens, request.hashes, num_output)
+        self.request_id, self.served, self.is_prefill = request_id, served, is_prefill
 
 
-class _Worker:
-    """One engine: at most one step at a time, a report after each."""
-
-    def __init__(self, incarnation: str, cluster: Cluster) -> None:
-        self.incarnation = incarnation
-        self.pool = BlockPool(cluster.num_blocks)
-        self.pool.record_changes(True)
-        self.scheduler: Scheduler[_Job] = Scheduler(
-            self.pool,
-            cluster.timing,
-            block_size=cluster.block_size,
-            max_batch=cluster.max_batch,
-            max_batch_tokens=cluster.max_batch_tokens,
-        )
-        self.rates = StepRates()
-        self.is_due = False
-        self._admitted: list[str] = []
-
-    def add(self, job: _Job, now: float) -> None:
-        """Raises PoolFull if it could never fit."""
-        self.scheduler.add(job, now)
-        self._admitted.append(job.request_id)
-
-    def report(self) -> WorkerReport:
-        """What changed since the last one."""
-        scheduler, pool = self.scheduler, self.pool
-        load = WorkerLoad(
-            scheduler.num_running,
-            scheduler.num_waiting,
-            scheduler.waiting_prefill_tokens,
-            pool.num_used,
-            pool.num_idle,
-            pool.num_blocks,
-            **self.rates.figures(),
-        )
-        stored, evicted = pool.take_changes()
-        admitted, self._admitted = self._admitted, []
-        return WorkerReport(load, tuple(stored), tuple(evicted), tuple(admitted))
+Engine = SimulatedEngine[_Job]
 
 
 @dataclass(slots=True)
@@ -113,8 +91,8 @@ class Simulation:
     fleet: Fleet
     served: list[Served] = field(default_factory=list)
     num_refused: int = 0
-    _workers: dict[str, _Worker] = field(default_factory=dict)
-    _events: list[tuple[float, int, Callable[[float], None]]] = field(default_factory=list)
+    _engines: dict[str, Engine] = field(default_factory=dict)
+    _events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = field(default_factory=list)
     _order: "itertools.count[int]" = field(default_factory=itertools.count)
 
     @property
@@ -122,59 +100,108 @@ class Simulation:
         """Those that tokens come from."""
         return [f"w{number}" for number in range(self.cluster.num_workers)]
 
+    @property
+    def prefill_names(self) -> list[str]:
+        """Those that only compute prompts."""
+        return [f"p{number}" for number in range(self.cluster.num_prefill)]
+
     def run(self, requests: Iterable[TraceRequest]) -> None:
         """Serve them all."""
-        for name in self.worker_names:
-            worker = _Worker(name, self.cluster)
-            self._workers[worker.incarnation] = worker
-            self.fleet.join(worker.incarnation, worker.incarnation)
-            self.fleet.report(worker.incarnation, worker.report(), 0.0)
-        events = self._events
+        self._start()
         for number, request in enumerate(requests):
-            while events and events[0][0] < request.arrival_s:
-                now, _, happen = heapq.heappop(events)
-                happen(now)
-            self._arrive(number, request)
-        while events:
-            now, _, happen = heapq.heappop(events)
-            happen(now)
+            self._happen_until(request.arrival_s)
+            self._arrive(str(number), request)
+        self._happen_until(float("inf"))
 
-    def _arrive(self, number: int, request: TraceRequest) -> None:
-        now, request_id = request.arrival_s, str(number)
+    def _start(self) -> None:
+        cluster = self.cluster
+        handoff_s = cluster.handoff_s_per_token if cluster.num_prefill else 0.0
+        for name in self.worker_names + self.prefill_names:
+            engine = Engine(
+                name, cluster.num_blocks, cluster.block_size, cluster.timing, cluster.max_batch, cluster.max_batch_tokens, handoff_s
+            )
+            self._engines[name] = engine
+            self.fleet.join(name, name)
+            self.fleet.report(name, engine.report(), 0.0)
+
+    def _happen_until(self, time_s: float) -> None:
+        events = self._events
+        while events and events[0][0] < time_s:
+            now, _, happen, arguments = heapq.heappop(events)
+            happen(*arguments, now)
+
+    def _at(self, time_s: float, happen: Callable[..., None], *arguments: Any) -> None:
+        heapq.heappush(self._events, (time_s, next(self._order), happen, arguments))
+
+    # --- requests
+
+    def _arrive(self, request_id: str, request: TraceRequest) -> None:
+        now = request.arrival_s
         prompt = Prompt(request.num_tokens, self.cluster.block_size, request.hashes)
-        chosen = self.fleet.choose(self.policy, Question(request_id, prompt, self.worker_names), now).decode[0]
-        worker = self._workers[chosen.incarnation]
+        answer = self.fleet.choose(self.policy, Question(request_id, prompt, self.worker_names, self.prefill_names), now)
+        served = Served(request, answer.decode[0].incarnation)
+        job = _Job(request_id, served)
         try:
-            worker.add(_Job(request_id, Served(request, chosen.incarnation)), now)
+            self._engines[served.worker].check_fits(job)
         except PoolFull:
             self.num_refused += 1
             return
-        if not worker.is_due:  # not at once: what arrives at the same moment shares the first step
-            worker.is_due = True
-            self._at(now, lambda now: self._begin(worker, now))
+        if self._is_remote(request, answer):
+            served.prefill_worker = answer.prefill[0].incarnation
+            self._add(self._engines[served.prefill_worker], _Job(request_id, served, is_prefill=True), now)
+        else:
+            self._add(self._engines[served.worker], job, now)
 
-    def _begin(self, worker: _Worker, now: float) -> None:
-        step = worker.scheduler.plan(now)
-        worker.is_due = step is not None
+    def _is_remote(self, request: TraceRequest, answer: Answer) -> bool:
+        """The decode worker's rule."""
+        config = HandoffConfig()
+        uncached = request.num_tokens - answer.decode[0].overlap_blocks * self.cluster.block_size
+        return bool(answer.prefill) and uncached > config.max_local_prefill_tokens and answer.prefill[0].load < config.max_prefill_queue
+
+    def _add(self, engine: Engine, job: _Job, now: float) -> None:
+        engine.add(job, job.request_id, now)
+        self._kick(engine, now)
+
+    def _take_over(self, job: _Job, now: float) -> None:
+        """The prompt's KV is on its worker."""
+        served = job.served
+        engine = self._engines[served.worker]
+        engine.add(_Job(job.request_id, served), job.request_id, now, is_computed=True)
+        self._kick(engine, now)
+
+    # --- steps
+
+    def _kick(self, engine: Engine, now: float) -> None:
+        if not engine.is_due:  # an event, not at once: what arrives at the same moment shares the first step
+            engine.is_due = True
+            self._at(now, self._begin, engine)
+
+    def _begin(self, engine: Engine, now: float) -> None:
+        step = engine.begin(now)
+        engine.is_due = step is not None
         if step is not None:
-            self._at(now + step.duration_s, lambda now: self._end(worker, step, now))
+            self._at(now + step.duration_s, self._end, engine, step)
 
-    def _end(self, worker: _Worker, step: Step[_Job], now: float) -> None:
-        num_prompt_tokens = sum(num_tokens for _, num_tokens in step.prefills)
-        worker.rates.observe(num_prompt_tokens, len(step.decodes), worker.pool.num_used, step.duration_s)
-        for job in worker.scheduler.complete(step, now).producing:
+    def _end(self, engine: Engine, step: Step[_Job], now: float) -> None:
+        outcome = engine.end(step, now)
+        for job in outcome.producing:
             if job.stage is Stage.ENDED:
                 self._finish(job, now)
-        self.fleet.report(worker.incarnation, worker.report(), now)
-        self._begin(worker, now)
+        for job in outcome.prefilled:
+            self._hand_over(job, now)
+        self.fleet.report(engine.incarnation, engine.report(), now)
+        self._begin(engine, now)
 
     def _finish(self, job: _Job, now: float) -> None:
         served = job.served
-        self._workers[served.worker].rates.finished(job.num_generated)
-        served.num_cached_tokens = job.num_cached or 0
-        served.first_token_at = job.first_token_at or now
+        if served.prefill_worker is None:
+            served.num_cached_tokens = job.num_cached or 0
+        served.first_token_at = now if job.first_token_at is None else job.first_token_at
         served.finished_at = now
         self.served.append(served)
 
-    def _at(self, time_s: float, happen: Callable[[float], None]) -> None:
-        heapq.heappush(self._events, (time_s, next(self._order), happen))
+    def _hand_over(self, job: _Job, now: float) -> None:
+        served, size = job.served, self.cluster.block_size
+        served.num_cached_tokens = job.num_cached or 0
+        held = len(self._engines[served.worker].pool.lookup(job.hashes[: job.num_tokens // size]))
+        self._at(now + (job.num_tokens - held * size) * self.cluster.handoff_s_per_token, self._take_over, job)

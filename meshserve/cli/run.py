@@ -13,7 +13,7 @@ from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
 from meshserve.errors import UsageError
 
 _HANDOFF, _SERVE, _MESH = HandoffConfig(), ServeConfig(), MeshConfig()
-_POLICIES = ("kv", "round-robin", "random", "least-loaded")
+_POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
 
 
 @click.command()

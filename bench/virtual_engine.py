@@ -1,0 +1,98 @@
+"""One engine in virtual time: the dummy's scheduler over its block pool, without KV bytes, and the reports that routers get of it."""
+
+from collections import deque
+from typing import Generic, TypeVar
+
+from meshserve.engines.dummy.scheduler import Outcome, Scheduler, Sequence, Step
+from meshserve.engines.dummy.timing import Timing
+from meshserve.engines.rates import StepRates
+from meshserve.errors import PoolFull
+from meshserve.kv.pool import BlockPool
+from meshserve.wire.load import WorkerLoad, WorkerReport
+
+S = TypeVar("S", bound=Sequence)
+
+
+class SimulatedEngine(Generic[S]):
+    """At most one step at a time; `is_due` says that one runs or is about to."""
+
+    def __init__(
+        self,
+        incarnation: str,
+        num_blocks: int,
+        block_size: int,
+        timing: Timing,
+        max_batch: int,
+        max_batch_tokens: int,
+        handoff_s_per_token: float = 0.0,
+    ) -> None:
+        self.incarnation = incarnation
+        self.is_due = False
+        self.pool = BlockPool(num_blocks)
+        self.pool.record_changes(True)
+        self._scheduler: Scheduler[S] = Scheduler(
+            self.pool, timing, block_size=block_size, max_batch=max_batch, max_batch_tokens=max_batch_tokens
+        )
+        self._rates = StepRates()
+        self._handoff_ns_per_token = round(handoff_s_per_token * 1e9)
+        self._admitted: list[str] = []
+        self._computed: deque[S] = deque()  # their KV came from elsewhere, and there was no room for it yet
+
+    def check_fits(self, sequence: S) -> None:
+        """Raises PoolFull if it could never fit."""
+        needed = self._num_blocks(sequence.num_tokens + max(0, sequence.max_new_tokens - 1))
+        if needed > self.pool.num_blocks:
+            raise PoolFull(f"{needed} KV blocks are needed, and this worker has {self.pool.num_blocks} in all")
+
+    def add(self, sequence: S, request_id: str, now: float, is_computed: bool = False) -> None:
+        """Queue a sequence. With `is_computed`, the KV of all its tokens but the last has come from elsewhere."""
+        self._admitted.append(request_id)
+        if is_computed:
+            self._computed.append(sequence)
+        else:
+            self._scheduler.add(sequence, now)
+
+    def begin(self, now: float) -> Step[S] | None:
+        """The next step, if there is something to do."""
+        while self._computed and self._take_in(self._computed[0], now):
+            self._computed.popleft()
+        return self._scheduler.plan(now)
+
+    def end(self, step: Step[S], now: float) -> Outcome[S]:
+        """The step was computed, and measured as a real engine would."""
+        num_prompt_tokens = sum(num_tokens for _, num_tokens in step.prefills)
+        self._rates.observe(num_prompt_tokens, len(step.decodes), self.pool.num_used, step.duration_s)
+        outcome = self._scheduler.complete(step, now)
+        for sequence in outcome.producing:
+            if sequence.num_generated == sequence.max_new_tokens:
+                self._rates.finished(sequence.num_generated)
+        return outcome
+
+    def report(self) -> WorkerReport:
+        """What changed since the last one."""
+        scheduler, pool = self._scheduler, self.pool
+        load = WorkerLoad(
+            scheduler.num_running,
+            scheduler.num_waiting + len(self._computed),
+            scheduler.waiting_prefill_tokens,
+            pool.num_used,
+            pool.num_idle,
+            pool.num_blocks,
+            handoff_ns_per_token=self._handoff_ns_per_token,
+            **self._rates.figures(),
+        )
+        stored, evicted = pool.take_changes()
+        admitted, self._admitted = self._admitted, []
+        return WorkerReport(load, tuple(stored), tuple(evicted), tuple(admitted))
+
+    def _take_in(self, sequence: S, now: float) -> bool:
+        prefix = self.pool.lookup(sequence.hashes[: (sequence.num_tokens - 1) // self._scheduler.block_size])
+        try:
+            blocks = self.pool.acquire(prefix, self._num_blocks(sequence.num_tokens) - len(prefix))
+        except PoolFull:
+            return False
+        self._scheduler.add(sequence, now, blocks)
+        return True
+
+    def _num_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._scheduler.block_size)
