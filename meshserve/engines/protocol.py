@@ -12,7 +12,7 @@ from typing import Protocol
 
 from meshserve.errors import MeshserveError
 from meshserve.wire.card import ModelCard
-from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.generation import GenerateRequest, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ class GenerationStats:
 class GenerationSink(Protocol):
     """Who receives one sequence's tokens. Exactly one of `on_finish` and `on_error` is called, last, unless the request is cancelled."""
 
-    def on_tokens(self, tokens: list[int]) -> None:
-        """Tokens of one step, in order: never empty, and no token twice."""
+    def on_tokens(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
+        """Tokens of one step, in order: never empty, and no token twice; `logprobs` one each, if the request asked for them."""
 
     def on_finish(self, reason: str, stats: GenerationStats) -> None:
         """`stop`: the model ended (its end-of-sequence token is not given out). `length`: `max_tokens` were generated."""

@@ -12,7 +12,7 @@ from meshserve.handoff.task import TaskState
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.worker_report import WorkerReporter
-from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.generation import GenerateRequest, TokenLogprobs
 
 _WORD_GETS_OUT_S = 0.02
 
@@ -28,9 +28,10 @@ class _Generation:
         self._began_s = time.monotonic()
         self._handoff: HandoffResult | None = None
 
-    def on_tokens(self, tokens: list[int]) -> None:
-        """Tokens carry their position, so that a gap or a repeat cannot pass unseen."""
-        self._call.send([self._position, *tokens])
+    def on_tokens(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
+        """Tokens carry their position, so that a gap or a repeat cannot pass unseen. With log probabilities, the item is a pair."""
+        item = [self._position, *tokens]
+        self._call.send(item if logprobs is None else [item, logprobs])
         self._position += len(tokens)
 
     def on_finish(self, reason: str, stats: GenerationStats) -> None:

@@ -5,6 +5,9 @@ from typing import Any
 
 from meshserve.errors import ProtocolError
 
+FEATURES = ("logprobs", "penalties", "logit_bias", "json_schema", "tools")
+"""`json_schema`: output that is valid under a schema; `tools`: it may call them. Requests for what a model cannot do are refused."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
@@ -32,6 +35,8 @@ class ModelCard:
     """KV layout: tokens per block."""
     can_hand_over: bool
     """Whether the engine gives out and takes in KV blocks at all."""
+    features: tuple[str, ...] = ()
+    """What the engine can do beyond sampling with temperature, top_p, top_k and a seed: of :data:`FEATURES`."""
 
     @property
     def block_bytes(self) -> int:
@@ -49,6 +54,8 @@ class ModelCard:
             raise ProtocolError("a model card is a map")
         values = {}
         for field in fields(cls):
+            if field.name == "features":
+                continue
             value = data.get(field.name)
             expected: Any = {str: str, int: int, float: (int, float), bool: bool}[field.type]  # type: ignore[index]  # all fields are plain types
             if not isinstance(value, expected) or (field.type is int and (isinstance(value, bool) or not 0 <= value < 2**40)):
@@ -56,4 +63,7 @@ class ModelCard:
             values[field.name] = value
         if values["block_size"] < 1 or values["kv_bytes_per_token"] < 0 or values["context_length"] < 1:
             raise ProtocolError("the model card's sizes are out of range")
-        return cls(**values)
+        features = data.get("features", [])
+        if not isinstance(features, (list, tuple)) or not all(isinstance(name, str) for name in features):
+            raise ProtocolError("the model card's features are malformed")
+        return cls(**values, features=tuple(name for name in features if name in FEATURES))

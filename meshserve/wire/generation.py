@@ -10,6 +10,10 @@ from meshserve.errors import ProtocolError
 Tokens = array  # of typecode "I": 4 bytes a token, and one object that the garbage collector does not walk
 
 MAX_TOKENS_ON_WIRE = 4_194_304
+MAX_LOGIT_BIASES = 4096
+
+TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
+"""A token's log probability, and the likeliest tokens at its place with theirs, likeliest first. Natural logarithms."""
 
 
 def pack_tokens(tokens: "array[int]") -> bytes:
@@ -46,6 +50,18 @@ class Sampling:
     """Drawn by the processor where the client named none, so that another worker can continue identically."""
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever the model says."""
+    choice: int = 0
+    """Which of several answers to one prompt this is: each draws its own tokens from the one seed."""
+    presence_penalty: float = 0.0
+    """Taken from the logits of tokens that are in the output so far."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time that it is in the output so far."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """Token ids and what is added to their logits."""
+    logprobs: int = -1
+    """How many alternatives are reported with each token's log probability; 0 is the token's own only, -1 none."""
+    json_schema: str = ""
+    """The output's text must be a JSON document that is valid under this JSON Schema (its text); empty: it is free."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`; defaults are left out."""
@@ -59,10 +75,22 @@ class Sampling:
         values = {}
         for name, default in _SAMPLING_DEFAULTS.items():
             value = data.get(name, default)
+            if name == "logit_bias":
+                value = _logit_bias(value)
             if type(value) is not type(default) and not (type(default) is float and type(value) is int):
                 raise ProtocolError(f"sampling parameter {name} is malformed")
             values[name] = value
         return cls(**values)
+
+
+def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, (list, tuple)) or len(value) > MAX_LOGIT_BIASES or not all(map(_is_bias, value)):
+        raise ProtocolError("the logit bias is pairs of a token and a number")
+    return tuple((token, float(bias)) for token, bias in value)
+
+
+def _is_bias(pair: Any) -> bool:
+    return isinstance(pair, (list, tuple)) and len(pair) == 2 and type(pair[0]) is int and type(pair[1]) in (int, float)
 
 
 _SAMPLING_DEFAULTS: dict[str, Any] = {found.name: found.default for found in fields(Sampling)}

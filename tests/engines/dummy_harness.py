@@ -30,7 +30,7 @@ class GenerationRecord:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     progressed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def on_tokens(self, tokens: list[int]) -> None:
+    def on_tokens(self, tokens: list[int], logprobs: object = None) -> None:
         assert tokens
         assert not self.ended.is_set()
         self.tokens += tokens

@@ -103,7 +103,7 @@ def test_cancelling_releases_all_blocks_and_silences_the_sink() -> None:
 class CancelsAtFirstToken(GenerationRecord):
     """A client that leaves as soon as it has seen something."""
 
-    def on_tokens(self, tokens: list[int]) -> None:
+    def on_tokens(self, tokens: list[int], logprobs: object = None) -> None:
         super().on_tokens(tokens)
         self.leave()
 
