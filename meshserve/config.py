@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 0
+PROTOCOL_MINOR = 1
 
 FIRST_PORT = 7800
 """Where a peer looks for its block of ports, and what `--peer HOST` means."""

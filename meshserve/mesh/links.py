@@ -140,8 +140,10 @@ class Links:
                 channel.credited(message[1])
             elif channel.peer or kind in (frames.HELLO, frames.WELCOME, frames.REFUSED):
                 self._on_control(channel, kind, message)
-            else:
+            elif kind != frames.RESET:
                 self._counters.add("messages_before_hello")
+                self.transport.lost(channel, "it said no hello")
+                return
 
     def _heard(self, peer: str, now_s: float) -> None:
         member = self.membership.members.get(peer)
@@ -161,6 +163,9 @@ class Links:
             channel.send([frames.PONG, message[1]])
         elif kind == frames.PONG:
             self._on_pong(channel.peer, message[1])
+        elif kind == frames.RESET:
+            if self._dealers.get(channel.peer) is channel:
+                self.transport.lost(channel, f"it was dropped there: {message[1][:80]}")
         elif kind == frames.GOODBYE:
             self._forget(channel.peer, "it left")
             self._tell(self.membership.goodbye(channel.peer, time.monotonic()))

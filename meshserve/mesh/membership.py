@@ -41,6 +41,7 @@ TALKING_ROLES = frozenset(
         ("processor", "decode"),
         ("router", "decode"),
         ("router", "prefill"),
+        ("router", "router"),
         ("decode", "prefill"),
     )
 )

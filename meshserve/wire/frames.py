@@ -10,7 +10,7 @@ import msgpack
 
 from meshserve.errors import ProtocolError
 
-HELLO, WELCOME, REFUSED, GOODBYE, PING, PONG, CREDIT = 0, 1, 2, 3, 4, 5, 6
+HELLO, WELCOME, REFUSED, GOODBYE, PING, PONG, CREDIT, RESET = 0, 1, 2, 3, 4, 5, 6, 7
 OPEN, ITEM, END, ERROR, CANCEL = 10, 11, 12, 13, 14
 
 Message = list[Any]
@@ -24,6 +24,7 @@ _SHAPES: dict[int, tuple[type, ...]] = {
     PING: (int,),
     PONG: (int,),
     CREDIT: (int,),
+    RESET: (str,),  # why: this connection is not known here (any more), its owner must make a new one
     OPEN: (int, str, int, object),  # stream, method, milliseconds to the deadline, body
     ITEM: (int, object),
     END: (int, object),

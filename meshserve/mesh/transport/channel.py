@@ -5,6 +5,7 @@ peer, so each channel counts the bytes that its reader has not yet confirmed (by
 outbox, and is dropped when that overflows.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 
@@ -48,6 +49,11 @@ class Channel:
         if not self.is_dirty:
             self.is_dirty = True
             self._schedule(self)
+
+    def send_last(self, message: Message) -> None:
+        """Try to send this ahead of all that waits, as the channel is about to be dropped. Nothing depends on its arrival."""
+        with contextlib.suppress(OSError):
+            self._send_frame(frames.pack([message]))
 
     def received(self, num_bytes: int) -> None:
         """Count what came in; the other side is told once a quarter of its credit is used."""

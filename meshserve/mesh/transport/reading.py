@@ -156,3 +156,4 @@ class ConnectionMonitor:
             self._is_closed = True
             self._reader.close()
             self._socket.disable_monitor()
+            self._events.close(linger=0)  # after that: whoever still reported into a closed one would wait for ever
