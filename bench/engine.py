@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Callable, Sequence
 
 from meshserve.engines.protocol import BlockListener, EngineLoad, GenerationSink, PrefillSink, Reservation
+from meshserve.engines.rates import StepRates
 from meshserve.errors import BlockRefused, Unsupported
 from meshserve.wire.card import ModelCard
 from meshserve.wire.generation import GenerateRequest
@@ -48,7 +49,7 @@ class BenchEngine:
     """Prefill gives out all blocks at once; nothing is ever cached."""
 
     def __init__(self, card: ModelCard, on_prefill: Callable[[str], None] = lambda request_id: None) -> None:
-        self.card, self._on_prefill = card, on_prefill
+        self.card, self.rates, self._on_prefill = card, StepRates(), on_prefill
         size_bytes = card.kv_bytes_per_token * card.block_size
         self._payloads = [bytes([number]) * size_bytes for number in range(_NUM_PAYLOADS)]
         self._buffers = [bytearray(size_bytes) for _ in range(_NUM_PAYLOADS)]

@@ -78,8 +78,7 @@ class SimulatedEngine(Generic[S]):
             pool.num_used,
             pool.num_idle,
             pool.num_blocks,
-            handoff_ns_per_token=self._handoff_ns_per_token,
-            **self._rates.figures(),
+            **(self._rates.figures() | {"handoff_ns_per_token": self._handoff_ns_per_token}),
         )
         stored, evicted = pool.take_changes()
         admitted, self._admitted = self._admitted, []

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from meshserve.engines.rates import StepRates
 from meshserve.errors import MeshserveError
 from meshserve.wire.card import ModelCard
 from meshserve.wire.generation import GenerateRequest, TokenLogprobs
@@ -110,6 +111,9 @@ class Engine(Protocol):
     """A model on this host. Built by `factory(EngineOptions)`, which raises UsageError or StartupFailed."""
 
     card: ModelCard
+
+    rates: StepRates
+    """What was measured of its steps, for routers. An engine that cannot see its own steps leaves it empty."""
 
     def start(self) -> None:
         """Called once, on the running event loop, before anything else."""

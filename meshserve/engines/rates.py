@@ -5,6 +5,10 @@ _MEMORY_STEPS = 1000.0
 
 _ENOUGH_STEPS = 3.0
 
+_ENOUGH_TOKENS = 16.0
+"""Prompt tokens in the mean step, below which their steps say nothing of what a token takes: those of prompts that were handed over, or
+were cached but for the last token."""
+
 
 class _Line:
     """y = base + slope x by least squares, older points counting less."""
@@ -19,6 +23,11 @@ class _Line:
         self._y = self._y * keep + y
         self._xx = self._xx * keep + x * x
         self._xy = self._xy * keep + x * y
+
+    @property
+    def mean_x(self) -> float:
+        """0 without points."""
+        return self._x / self.weight if self.weight else 0.0
 
     def fit(self, is_flat_otherwise: bool) -> tuple[float, float]:
         """Base and slope, neither negative. Where all x are alike: all of it base, or all of it slope."""
@@ -39,6 +48,7 @@ class StepRates:
     def __init__(self) -> None:
         self._decodes, self._prefills = _Line(), _Line()
         self._mean_output_tokens = 0.0
+        self._handoff_s_per_token = 0.0
 
     def observe(self, num_prompt_tokens: int, num_decodes: int, used_blocks: int, duration_s: float) -> None:
         """A step took so long. Of one that did both, what decoding alone would have taken is not counted for the prompt."""
@@ -55,16 +65,19 @@ class StepRates:
         mean = self._mean_output_tokens
         self._mean_output_tokens = mean + (num_output_tokens - mean) * 0.02 if mean else float(num_output_tokens)
 
+    def handed_over(self, num_tokens: int, duration_s: float) -> None:
+        """The KV of so many tokens came from another worker. The mean follows the last twenty or so."""
+        if num_tokens > 0:
+            mean, now = self._handoff_s_per_token, duration_s / num_tokens
+            self._handoff_s_per_token = mean + (now - mean) * 0.1 if mean else now
+
     def figures(self) -> dict[str, int]:
-        """As fields of a WorkerLoad; what was hardly observed yet is 0."""
-        if self._prefills.weight < _ENOUGH_STEPS:
-            return {}
-        prefill_base_s, prefill_s_per_token = self._prefills.fit(False)
-        decode_base_s, decode_s_per_block = self._decodes.fit(True)
-        return {
-            "prefill_base_us": round(prefill_base_s * 1e6),
-            "prefill_ns_per_token": max(1, round(prefill_s_per_token * 1e9)),
-            "decode_base_us": round(decode_base_s * 1e6),
-            "decode_ns_per_block": round(decode_s_per_block * 1e9),
-            "mean_output_tokens": round(self._mean_output_tokens),
-        }
+        """As fields of a WorkerLoad; what was hardly observed yet is left out."""
+        found = {"mean_output_tokens": round(self._mean_output_tokens), "handoff_ns_per_token": round(self._handoff_s_per_token * 1e9)}
+        if self._prefills.weight >= _ENOUGH_STEPS and self._prefills.mean_x >= _ENOUGH_TOKENS:
+            base_s, s_per_token = self._prefills.fit(False)
+            found |= {"prefill_base_us": round(base_s * 1e6), "prefill_ns_per_token": max(1, round(s_per_token * 1e9))}
+        if self._decodes.weight >= _ENOUGH_STEPS:
+            base_s, s_per_block = self._decodes.fit(True)
+            found |= {"decode_base_us": max(1, round(base_s * 1e6)), "decode_ns_per_block": round(s_per_block * 1e9)}
+        return found

@@ -237,6 +237,8 @@ class PrefillRequester:
     def _observe(self, result: HandoffResult) -> None:
         histograms = self._mesh.histograms
         if result.state is TaskState.DONE:
+            per_token = self._engine.card.kv_bytes_per_token
+            self._engine.rates.handed_over(result.num_bytes // per_token if per_token else 0, result.transfer_ms / 1000)
             histograms.observe("prefill_wait", result.queue_ms / 1000)
             histograms.observe("prefill_compute", result.prefill_ms / 1000)
             histograms.observe("kv_transfer", result.transfer_ms / 1000)

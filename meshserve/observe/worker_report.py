@@ -41,6 +41,7 @@ class WorkerReporter:
             found.cached_blocks,
             found.num_blocks,
             self.num_tickets(),
+            **self._engine.rates.figures(),
         )
 
     def admitted(self, request_id: str) -> None:
@@ -57,10 +58,14 @@ class WorkerReporter:
     def _on_blocks(self, stored: Sequence[int], evicted: Sequence[int]) -> None:
         for block_hash in evicted:
             self._held.pop(block_hash, None)
+        self._held.update(dict.fromkeys(stored))
+        if not self._source.has_watchers:  # who comes later starts with what is held then
+            self._stored, self._evicted = {}, {}
+            return
+        for block_hash in evicted:
             if self._stored.pop(block_hash, 0) is not None:
                 self._evicted[block_hash] = None
         for block_hash in stored:
-            self._held[block_hash] = None
             if self._evicted.pop(block_hash, 0) is not None:
                 self._stored[block_hash] = None
         self.changed()

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from meshserve.engines.dummy.contents import Cursor, KVContents
 from meshserve.engines.dummy.jobs import Job
-from meshserve.engines.dummy.scheduler import Outcome, Scheduler, Stage, Step
+from meshserve.engines.dummy.scheduler import Scheduler, Stage, Step
 
 _SLICE_TOKENS = 64
 _SLICE_BYTES = 1 << 18
@@ -35,14 +35,14 @@ class Driver:
         scheduler: Scheduler[Job],
         contents: KVContents,
         clock: Callable[[], float],
-        on_outcome: Callable[[Outcome[Job], float], None],
+        on_step: Callable[[Step[Job], float, float], None],
         on_failure: Callable[[Job, Exception], None],
         on_turn: Callable[[], None],
     ) -> None:
         self._scheduler = scheduler
         self._contents = contents
         self._clock = clock
-        self._on_outcome = on_outcome
+        self._on_step = on_step
         self._on_failure = on_failure
         self._on_turn = on_turn
         self._slice_tokens = max(1, min(_SLICE_TOKENS, _SLICE_BYTES // contents.kv_bytes_per_token))
@@ -50,6 +50,7 @@ class Driver:
         self._handle: asyncio.Handle | None = None
         self._step: Step[Job] | None = None
         self._slices: list[_Slice] = []  # last one first
+        self._began = 0.0
         self._due: float | None = None  # when the current step, or the last one of an unbroken row, ends
         self._expected_at: float | None = None
 
@@ -99,7 +100,7 @@ class Driver:
         if step is None:
             return False
         begins_at = now if self._due is None or now > self._due + step.duration_s else self._due
-        self._due = begins_at + step.duration_s
+        self._began, self._due = begins_at, begins_at + step.duration_s
         for job in step.admitted:
             job.cursor = Cursor(self._contents, job.blocks, job.num_computed)
         for job in step.decodes:
@@ -151,4 +152,4 @@ class Driver:
     def _finish(self, now: float) -> None:
         step, self._step = self._step, None
         if step is not None:
-            self._on_outcome(self._scheduler.complete(step, now), now)
+            self._on_step(step, self._began, now)

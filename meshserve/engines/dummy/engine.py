@@ -10,8 +10,9 @@ from meshserve.engines.dummy.jobs import GenerationJob, Job, PrefillJob
 from meshserve.engines.dummy.options import parse_options
 from meshserve.engines.dummy.reservation import DummyReservation
 from meshserve.engines.dummy.sampling import next_token
-from meshserve.engines.dummy.scheduler import Outcome, Scheduler, Stage
+from meshserve.engines.dummy.scheduler import Scheduler, Stage, Step
 from meshserve.engines.protocol import BlockListener, EngineLoad, EngineOptions, GenerationSink, PrefillSink, Reservation
+from meshserve.engines.rates import StepRates
 from meshserve.engines.tokenizers import EOS_TOKEN
 from meshserve.errors import BlockRefused, ContextLengthExceeded, EngineFailed, InvalidRequest, PoolFull
 from meshserve.kv.hashes import block_hashes
@@ -35,7 +36,8 @@ class DummyEngine:
         self._scheduler: Scheduler[Job] = Scheduler(
             self._pool, parsed.timing(), block_size=parsed.block_size, max_batch=parsed.max_batch, max_batch_tokens=parsed.max_batch_tokens
         )
-        self._driver = Driver(self._scheduler, self._contents, clock, self._take_outcome, self._fail, self._report_blocks)
+        self.rates = StepRates()
+        self._driver = Driver(self._scheduler, self._contents, clock, self._take_step, self._fail, self._report_blocks)
         self._jobs: dict[str, Job] = {}
         self._listener: BlockListener | None = None
 
@@ -161,7 +163,10 @@ class DummyEngine:
         self._pool.release(reservation.blocks)
         self._driver.kick()
 
-    def _take_outcome(self, outcome: Outcome[Job], now: float) -> None:
+    def _take_step(self, step: Step[Job], began: float, now: float) -> None:
+        num_prompt_tokens = sum(num_tokens for _, num_tokens in step.prefills)
+        self.rates.observe(num_prompt_tokens, len(step.decodes), self._pool.num_used, now - began)
+        outcome = self._scheduler.complete(step, now)
         for job in outcome.prefilled:
             self._give_out(job, now)
         for job in outcome.producing:
@@ -183,6 +188,7 @@ class DummyEngine:
         token = next_token(job.cursor.context, job.sampling, job.position)  # type: ignore[union-attr]  # open while it runs
         if token == EOS_TOKEN:
             self._end(job)
+            self.rates.finished(job.num_generated)
             job.sink.on_finish("stop", job.stats(now))
             return
         job.position += 1
@@ -190,6 +196,7 @@ class DummyEngine:
         job.sink.on_tokens([token])
         if job.stage is Stage.ENDED and job.is_live:
             self._end(job)
+            self.rates.finished(job.num_generated)
             job.sink.on_finish("length", job.stats(now))
 
     def _fail(self, job: Job, exc: Exception) -> None:
