@@ -32,6 +32,11 @@ class PrefixIndex:
         """Blocks that this worker holds."""
         return self._num_blocks.get(worker, 0)
 
+    def held_by(self, worker: str) -> set[int]:
+        """All of them. Walks the whole index: for checks, not for routing."""
+        bit = self._bits.get(worker, 0)
+        return {block_hash for block_hash, holders in self._holders.items() if holders & bit}
+
     def stored(self, worker: str, hashes: Iterable[int]) -> None:
         """The worker holds these blocks now. Saying so twice changes nothing."""
         bit = self._bit(worker)

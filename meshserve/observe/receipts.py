@@ -20,6 +20,7 @@ class Receipt:
     policy: str = ""
     peers: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(("frontend", "processor", "router", "decode", "prefill")))
     candidates: list[dict[str, Any]] = field(default_factory=list)
+    prefill_candidates: list[dict[str, Any]] = field(default_factory=list)
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_completion_tokens: int = 0
@@ -43,6 +44,7 @@ class Receipt:
             "policy": self.policy,
             "peers": self.peers,
             "candidates": self.candidates,
+            "prefill_candidates": self.prefill_candidates,
             "tokens": {"prompt": self.num_prompt_tokens, "cached": self.num_cached_tokens, "completion": self.num_completion_tokens},
             "kv": {"blocks": self.num_blocks, "bytes": self.num_bytes},
             "attempts": self.attempts,

@@ -1,9 +1,8 @@
-"""The router role: answers "which worker is best, and why" from what workers report and what it sent out itself."""
+"""The router role: answers "which worker is best, and why" from what workers report and what routers send out."""
 
-import asyncio
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from meshserve.errors import InvalidRequest, NoWorker, ProtocolError
@@ -11,65 +10,74 @@ from meshserve.kv.hashes import block_hashes
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.watch import Watcher
+from meshserve.mesh.watch import Watcher, WatchSource
 from meshserve.observe.worker_report import REPORT_METHOD
 from meshserve.routing.candidates import Prompt
 from meshserve.routing.fleet import Fleet, Question
 from meshserve.routing.policies import POLICIES
+from meshserve.wire.booking import Booking
 from meshserve.wire.generation import unpack_tokens
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.load import WorkerReport
 
+_BOOKINGS_METHOD = "router.bookings"
+_WORKERS = {"decode", "prefill"}
+
 
 class RouterRole:
-    """Serves `route`. Follows every worker that it can reach."""
+    """Serves `route`. Follows every worker that it can reach, and what other routers send them."""
 
     def __init__(self, mesh: Mesh, policy: str) -> None:
         self._mesh, self._policy = mesh, policy
-        self._loop = asyncio.get_running_loop()
-        self._fleet = Fleet()
-        self._watchers: dict[str, Watcher] = {}
+        self.fleet = Fleet()
+        self._workers: dict[str, Watcher] = {}
+        self._routers: dict[str, Watcher] = {}
+        self._bookings = WatchSource(mesh, _BOOKINGS_METHOD, lambda: ())  # what was booked before fades within two seconds
         mesh.serve("route", self._on_route)
         mesh.subscribe(self._on_change)
-        if {"decode", "prefill"} & set(mesh.own.roles):
+        if _WORKERS & set(mesh.own.roles):
             self._follow(mesh.incarnation)
 
-    # --- following workers
+    # --- following workers and other routers
 
     def _on_change(self, change: Change, member: Member) -> None:
-        incarnation = member.info.incarnation
-        if not {"decode", "prefill"} & set(member.info.roles):
-            return
+        incarnation, roles = member.info.incarnation, set(member.info.roles)
         if change is Change.CALLABLE:
-            self._follow(incarnation)
+            if _WORKERS & roles:
+                self._follow(incarnation)
+            if "router" in roles and incarnation not in self._routers:
+                self._routers[incarnation] = self._watch(incarnation, _BOOKINGS_METHOD, self._on_booking)
         elif change in (Change.DIED, Change.LEFT):
             self._forget(incarnation)
 
     def _follow(self, incarnation: str) -> None:
-        if incarnation in self._watchers:
+        if incarnation in self._workers:
             return
-        self._fleet.join(incarnation, self._mesh.name_of(incarnation))
+        self.fleet.join(incarnation, self._mesh.name_of(incarnation))
 
+        def on_report(item: Any) -> None:
+            self.fleet.report(incarnation, WorkerReport.from_wire(item), time.monotonic())
+
+        self._workers[incarnation] = self._watch(incarnation, REPORT_METHOD, on_report, lambda: self.fleet.forget_blocks(incarnation))
+
+    def _watch(self, peer: str, method: str, take: Callable[[Any], None], on_reset: Callable[[], None] = lambda: None) -> Watcher:
         def on_change(item: Any) -> None:
-            self._on_report(incarnation, item)
+            try:
+                take(item)
+            except ProtocolError:
+                self._mesh.counters.add("reports_malformed")
 
-        self._watchers[incarnation] = Watcher(
-            self._mesh, incarnation, REPORT_METHOD, lambda: self._fleet.forget_blocks(incarnation), on_change
-        )
+        return Watcher(self._mesh, peer, method, on_reset, on_change)
 
-    def _on_report(self, incarnation: str, item: Any) -> None:
-        try:
-            report = WorkerReport.from_wire(item)
-        except ProtocolError:
-            self._mesh.counters.add("reports_malformed")
-            return
-        self._fleet.report(incarnation, report, time.monotonic())
+    def _on_booking(self, item: Any) -> None:
+        self.fleet.hear(Booking.from_wire(item), time.monotonic())
 
     def _forget(self, incarnation: str) -> None:
-        watcher = self._watchers.pop(incarnation, None)
-        if watcher is not None:
-            watcher.close()
-        self._fleet.leave(incarnation)
+        for watchers in (self._workers, self._routers):
+            watcher = watchers.pop(incarnation, None)
+            if watcher is not None:
+                watcher.close()
+        self.fleet.leave(incarnation)
 
     # --- answering
 
@@ -77,14 +85,18 @@ class RouterRole:
         body = call.body
         if not isinstance(body, dict) or not isinstance(body.get("request_id"), str) or not isinstance(body.get("model"), str):
             raise ProtocolError("a question to a router names a request and a model")
-        policy = body.get("policy") or self._policy
+        policy, session, excluded = body.get("policy") or self._policy, body.get("session") or "", body.get("excluded") or []
+        if not isinstance(session, str) or not isinstance(excluded, list):
+            raise ProtocolError("a session is a string, and excluded workers are a list")
         if policy not in POLICIES:
             raise InvalidRequest(f"unknown policy {policy!r}; there are: {', '.join(POLICIES)}", param="meshserve.policy")
-        excluded = body.get("excluded") or []
-        tokens = unpack_tokens(body.get("tokens"))
-        call.end(self._answer(body["request_id"], body["model"], tokens, policy, excluded))
+        for incarnation in excluded:
+            self.fleet.unbook(incarnation, body["request_id"])
+        call.end(self._answer(body["request_id"], body["model"], unpack_tokens(body.get("tokens")), policy, session, excluded))
 
-    def _answer(self, request_id: str, model: str, tokens: "array[int]", policy: str, excluded: Sequence[str]) -> dict[str, Any]:
+    def _answer(
+        self, request_id: str, model: str, tokens: "array[int]", policy: str, session: str, excluded: Sequence[str]
+    ) -> dict[str, Any]:
         decode = self._able("decode", model, excluded)
         if not decode:
             raise NoWorker(f"no decode worker for the model {model!r} can take work now")
@@ -92,13 +104,15 @@ class RouterRole:
         assert card is not None
         prefill = [info for info in self._able("prefill", model, excluded) if info.card == card]
         prompt = Prompt(len(tokens), card.block_size, block_hashes(tokens, card.block_size, card.model_hash))
-        question = Question(request_id, prompt, self._followed(decode), self._followed(prefill))
-        found = self._fleet.choose(policy, question, time.monotonic())
+        question = Question(request_id, prompt, self._followed(decode), self._followed(prefill), session)
+        found = self.fleet.choose(policy, question, time.monotonic())
+        if found.booking is not None and self._bookings.has_watchers:
+            self._bookings.publish(found.booking.to_wire())
         return {
             "router": self._mesh.own.name,
             "policy": policy,
             "decode": [candidate.to_wire() for candidate in found.decode],
-            "prefill": [[candidate.incarnation, candidate.load, candidate.overlap_blocks] for candidate in found.prefill],
+            "prefill": [candidate.to_wire() for candidate in found.prefill],
         }
 
     def _able(self, role: str, model: str, excluded: Sequence[str]) -> list[PeerInfo]:
@@ -115,5 +129,5 @@ class RouterRole:
 
     def close(self) -> None:
         """Follow nobody any more."""
-        for incarnation in list(self._watchers):
+        for incarnation in [*self._workers, *self._routers]:
             self._forget(incarnation)

@@ -6,6 +6,9 @@ from meshserve.routing.candidates import Worker
 
 BOOKING_TIMEOUT_S = 2.0
 
+_MAX_REPORTED = 4096
+"""Requests that a worker reported before this router heard of them; beyond it the oldest are forgotten."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Booking:
@@ -20,6 +23,7 @@ class Bookings:
 
     def __init__(self) -> None:
         self._bookings: dict[tuple[str, str], _Booking] = {}
+        self._reported: dict[tuple[str, str], float] = {}
 
     def book(self, worker: Worker, request_id: str, num_tokens: int, now_s: float, num_blocks: int = 0) -> None:
         """Count this request on the worker until it reports it itself, or for two seconds.
@@ -30,11 +34,25 @@ class Bookings:
         self._bookings[(worker.incarnation, request_id)] = _Booking(worker, num_tokens, num_blocks, now_s + BOOKING_TIMEOUT_S)
         worker.book(num_tokens, num_blocks)
 
-    def end(self, incarnation: str, request_id: str) -> None:
-        """The worker's own report counts it, or it went elsewhere."""
+    def hear(self, worker: Worker, request_id: str, num_tokens: int, now_s: float, num_blocks: int = 0) -> None:
+        """Another router's booking: the same, unless the worker's report was faster than the other router's word."""
+        if self._reported.pop((worker.incarnation, request_id), None) is None:
+            self.book(worker, request_id, num_tokens, now_s, num_blocks)
+
+    def end(self, incarnation: str, request_id: str) -> bool:
+        """The worker's own report counts it, or it went elsewhere. False if it was not booked."""
         booking = self._bookings.pop((incarnation, request_id), None)
-        if booking is not None:
-            booking.worker.unbook(booking.num_tokens, booking.num_blocks)
+        if booking is None:
+            return False
+        booking.worker.unbook(booking.num_tokens, booking.num_blocks)
+        return True
+
+    def reported(self, incarnation: str, request_id: str, now_s: float) -> None:
+        """The worker's own report counts it, even if this router has not heard yet who sent it there."""
+        if not self.end(incarnation, request_id):
+            self._reported[(incarnation, request_id)] = now_s + BOOKING_TIMEOUT_S
+            if len(self._reported) > _MAX_REPORTED:
+                del self._reported[next(iter(self._reported))]
 
     def expire(self, now_s: float) -> None:
         """Bookings are made in order of time, so the first that is not due ends the search."""
@@ -45,6 +63,8 @@ class Bookings:
             due.append(key)
         for key in due:
             self.end(*key)
+        while self._reported and next(iter(self._reported.values())) <= now_s:
+            del self._reported[next(iter(self._reported))]
 
     def __len__(self) -> int:
         return len(self._bookings)

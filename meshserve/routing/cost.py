@@ -23,9 +23,10 @@ regret     share of evicted blocks that were asked for again within one more lif
 turnover   how fast the worker's cache turns over, relative to the others': by Little's law the inverse of how long a block lives.
            Sending what is new to where blocks live longest makes the many caches age alike, as one pooled LRU cache would.
 
-A prefix is replicated as soon as waiting for it, and what that delays, costs more than computing it again and what that evicts:
-no threshold says when. Workers within `tie_ms` of the cheapest count as equal and the choice goes to the session's last worker, then
-to the least loaded, then to the one chosen longest ago.
+A prefix is replicated as soon as waiting for it, and what that delays, costs more than computing it again and what that evicts; or,
+where many wait a little each, once all their waiting has cost as much (:mod:`meshserve.routing.replication`). Workers within `tie_ms`
+of the cheapest count as equal and the choice goes to the session's last worker, then to the least loaded, then to the one chosen
+longest ago.
 
 What was measured and left out stands in bench/README.md.
 """
@@ -34,6 +35,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from meshserve.routing.candidates import Prompt, Rates, Terms, Worker
+from meshserve.routing.replication import Replication
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,7 @@ class Outlook:
     """Of workers that are like each other, or have not measured theirs."""
     mean_output_tokens: float = 128.0
     mean_uncached_tokens: float = 1024.0
+    replication: Replication = field(default_factory=Replication)
 
 
 @dataclass(frozen=True, slots=True)

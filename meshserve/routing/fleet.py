@@ -10,6 +10,7 @@ from meshserve.routing.candidates import Candidate, Prompt, Rates, Worker
 from meshserve.routing.cost import CostSettings, Outlook
 from meshserve.routing.policies import rank, rank_prefill
 from meshserve.routing.regret import Regret
+from meshserve.wire.booking import Booking, Share
 from meshserve.wire.load import WorkerReport
 
 MAX_CANDIDATES = 8
@@ -44,6 +45,8 @@ class Answer:
 
     decode: list[Candidate]
     prefill: list[Candidate]
+    booking: Booking | None = None
+    """What was booked for it, for the other routers."""
 
 
 class Fleet:
@@ -85,7 +88,7 @@ class Fleet:
         if worker is None:
             return
         for request_id in report.admitted:
-            self._bookings.end(incarnation, request_id)
+            self._bookings.reported(incarnation, request_id, now_s)
         if worker.load.num_blocks != report.load.num_blocks:
             self._num_blocks += report.load.num_blocks - worker.load.num_blocks
             self._regret.capacity = max(2, self._num_blocks)
@@ -118,6 +121,7 @@ class Fleet:
         self.outlook.regret = self._regret.share
         if not self._num_blocks:
             return
+        self.outlook.replication.evicted(len(evicted) / self._num_blocks)
         # old evictions fade as new ones come, not with time: half of them count when a quarter of all blocks has been replaced
         keep = 0.5 ** (4 * len(evicted) / self._num_blocks)
         total = 0.0
@@ -127,6 +131,10 @@ class Fleet:
         worker.recent_evictions += len(evicted)
         worker.terms = None
         self.outlook.mean_turnover = (total + len(evicted)) / self._num_blocks
+
+    def held_by(self, incarnation: str) -> set[int]:
+        """Hashes of the blocks that a worker is known to hold. Walks the whole index: for checks, not for routing."""
+        return self._index.held_by(incarnation)
 
     # --- what is asked
 
@@ -153,35 +161,49 @@ class Fleet:
             home=self._sessions.get(question.session),
             limit=MAX_CANDIDATES,
         )
-        if decode:
-            self._regret.asked(hashes[max(overlaps) :])
-            self._take_choice(question, decode[0], prefill, now_s)
-        return Answer(decode, prefill)
+        if not decode:
+            return Answer(decode, prefill)
+        self._regret.asked(hashes[max(overlaps) :])
+        booking = self._booking_for(question, decode[0], prefill)
+        for share in booking.shares:
+            self._bookings.book(self._workers[share.incarnation], booking.request_id, share.num_tokens, now_s, share.num_blocks)
+        self._note_choice(booking)
+        return Answer(decode, prefill, booking)
 
-    def _take_choice(self, question: Question, chosen: Candidate, prefill: list[Candidate], now_s: float) -> None:
-        self._num_choices += 1
+    def _booking_for(self, question: Question, chosen: Candidate, prefill: list[Candidate]) -> Booking:
         prompt, outlook = question.prompt, self.outlook
         uncached = max(1, prompt.num_tokens - chosen.overlap_blocks * prompt.block_size)
         outlook.mean_uncached_tokens += (uncached - outlook.mean_uncached_tokens) * _FOLLOW
-        self._workers[chosen.incarnation].last_chosen = self._num_choices
-        if question.session:
-            self._sessions.pop(question.session, None)
-            self._sessions[question.session] = chosen.incarnation
+        num_blocks = -(-prompt.num_tokens // prompt.block_size)
+        others = [candidate for candidate in prefill if candidate.incarnation != chosen.incarnation]  # nobody hands over to himself
+        if not others or uncached <= outlook.settings.max_local_prefill_tokens:
+            return Booking(question.request_id, (Share(chosen.incarnation, uncached, num_blocks),), question.session)
+        remaining = max(1, prompt.num_tokens - others[0].overlap_blocks * prompt.block_size)
+        shares = Share(chosen.incarnation, 1, num_blocks), Share(others[0].incarnation, remaining, num_blocks)
+        return Booking(question.request_id, shares, question.session)
+
+    def _note_choice(self, booking: Booking) -> None:
+        """Turns and sessions, of this router's choices and of the others'."""
+        self._num_choices += 1
+        for share in booking.shares:
+            worker = self._workers.get(share.incarnation)
+            if worker is not None:
+                worker.last_chosen = self._num_choices
+        if booking.session:
+            self._sessions.pop(booking.session, None)
+            self._sessions[booking.session] = booking.shares[0].incarnation
             if len(self._sessions) > MAX_SESSIONS:
                 del self._sessions[next(iter(self._sessions))]
-        num_blocks = -(-prompt.num_tokens // prompt.block_size)
-        if prefill and uncached > outlook.settings.max_local_prefill_tokens:
-            self._workers[prefill[0].incarnation].last_chosen = self._num_choices
-            remaining = max(1, prompt.num_tokens - prefill[0].overlap_blocks * prompt.block_size)
-            self.book(prefill[0].incarnation, question.request_id, remaining, num_blocks, now_s)
-            uncached = 1
-        self.book(chosen.incarnation, question.request_id, uncached, num_blocks, now_s)
 
-    def book(self, incarnation: str, request_id: str, num_tokens: int, num_blocks: int, now_s: float) -> None:
-        """This router, or another that says so, has sent the worker a request with so many tokens to compute and blocks to hold."""
-        worker = self._workers.get(incarnation)
-        if worker is not None:
-            self._bookings.book(worker, request_id, num_tokens, now_s, num_blocks)
+    # --- what other routers say
+
+    def hear(self, booking: Booking, now_s: float) -> None:
+        """Another router has sent a request. Workers that nobody follows here are passed over."""
+        for share in booking.shares:
+            worker = self._workers.get(share.incarnation)
+            if worker is not None:
+                self._bookings.hear(worker, booking.request_id, share.num_tokens, now_s, share.num_blocks)
+        self._note_choice(booking)
 
     def unbook(self, incarnation: str, request_id: str) -> None:
         """It went elsewhere. Harmless when it is not booked."""

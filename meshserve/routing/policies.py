@@ -6,6 +6,7 @@ the load is old (Mitzenmacher, "The power of two choices in randomized load bala
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from meshserve.routing.candidates import Candidate, Prompt, Worker
 from meshserve.routing.cost import Estimate, Outlook, estimate_all, estimate_prefill
@@ -13,38 +14,77 @@ from meshserve.routing.cost import Estimate, Outlook, estimate_all, estimate_pre
 Ranking = list[tuple[Estimate, str]]
 
 
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a policy may look at beside the workers."""
+
+    prompt: Prompt
+    outlook: Outlook
+    rng: random.Random
+    now_s: float = 0.0
+    remote_ms: float | None = None
+    """When the best prefill worker could have computed the prompt, if there is one."""
+    home: str | None = None
+    """Incarnation of the worker that served the session last, a hint."""
+
+    def estimates(self, workers: Sequence[Worker], overlaps: Sequence[int]) -> list[Estimate]:
+        """The cost formula for workers that hold so many blocks of the prompt."""
+        return estimate_all(self.prompt, workers, overlaps, self.outlook, self.now_s, self.remote_ms)
+
+
 def _load_of(estimate: Estimate) -> tuple[int, int]:
     return estimate.worker.num_sequences, estimate.worker.last_chosen
 
 
-def _by_kv(estimates: list[Estimate], outlook: Outlook, home: str | None, rng: random.Random) -> Ranking:
+def _by_kv(estimates: list[Estimate], situation: Situation) -> Ranking:
+    home = situation.home
     ranked = sorted(estimates, key=lambda estimate: estimate.cost_ms)
-    limit_ms = ranked[0].cost_ms + outlook.settings.tie_ms
+    limit_ms = ranked[0].cost_ms + situation.outlook.settings.tie_ms
     num_tied = next((rank for rank, estimate in enumerate(ranked) if estimate.cost_ms > limit_ms), len(ranked))
     tied = sorted(ranked[:num_tied], key=lambda estimate: (estimate.worker.incarnation != home, *_load_of(estimate)))
     best, deepest = tied[0], max(estimate.overlap_blocks for estimate in estimates)
-    if num_tied > 1:
-        why = "as good as any, and the session was there" if best.worker.incarnation == home else "as good as any, and its turn"
-    elif not best.overlap_blocks:
-        why = "would answer first" if not deepest else f"computing anew costs less than waiting for {deepest} blocks"
-    elif best.overlap_blocks == deepest:
-        why = f"holds {deepest} blocks of this prompt"
-    else:
-        why = f"holds {best.overlap_blocks} of {deepest} blocks, with less to wait for"
-    return [
-        (best, why),
+    found = [
+        (best, _why(best, deepest, num_tied, best.worker.incarnation == home)),
         *((estimate, "about as good") for estimate in tied[1:]),
         *((estimate, "would cost more") for estimate in ranked[num_tied:]),
     ]
+    second_home = _second_home(best, ranked, situation)
+    if second_home is not None:
+        why = f"takes a copy of {best.overlap_blocks} blocks that are in demand"
+        return [(second_home, why), *(entry for entry in found if entry[0] is not second_home)]
+    return found
 
 
-def _by_load(estimates: list[Estimate], outlook: Outlook, home: str | None, rng: random.Random) -> Ranking:
+def _why(best: Estimate, deepest: int, num_tied: int, is_home: bool) -> str:
+    if num_tied > 1:
+        return "as good as any, and the session was there" if is_home else "as good as any, and its turn"
+    if not best.overlap_blocks:
+        return "would answer first" if not deepest else f"computing anew costs less than waiting for {deepest} blocks"
+    if best.overlap_blocks == deepest:
+        return f"holds {deepest} blocks of this prompt"
+    return f"holds {best.overlap_blocks} of {deepest} blocks, with less to wait for"
+
+
+def _second_home(best: Estimate, ranked: Sequence[Estimate], situation: Situation) -> Estimate | None:
+    """The cheapest worker that does not hold what the best one holds, if it is time that it does."""
+    if not best.overlap_blocks:
+        return None
+    other = next((estimate for estimate in ranked if estimate.overlap_blocks < best.overlap_blocks), None)
+    if other is None:
+        return None
+    if_held = situation.estimates([other.worker], [best.overlap_blocks])[0]
+    prefix = situation.prompt.hashes[best.overlap_blocks - 1]
+    is_due = situation.outlook.replication.is_due(prefix, best.cost_ms - if_held.cost_ms, other.cost_ms - best.cost_ms)
+    return other if is_due else None
+
+
+def _by_load(estimates: list[Estimate], situation: Situation) -> Ranking:
     ranked = sorted(estimates, key=_load_of)
     return [(estimate, "fewest sequences" if rank == 0 else "more sequences, or chosen later") for rank, estimate in enumerate(ranked)]
 
 
-def _by_two_choices(estimates: list[Estimate], outlook: Outlook, home: str | None, rng: random.Random) -> Ranking:
-    drawn = rng.sample(estimates, min(2, len(estimates)))
+def _by_two_choices(estimates: list[Estimate], situation: Situation) -> Ranking:
+    drawn = situation.rng.sample(estimates, min(2, len(estimates)))
     rest = [estimate for estimate in estimates if estimate not in drawn]
     ranked = sorted(drawn, key=_load_of) + sorted(rest, key=_load_of)
     return [
@@ -53,16 +93,16 @@ def _by_two_choices(estimates: list[Estimate], outlook: Outlook, home: str | Non
     ]
 
 
-def _by_turn(estimates: list[Estimate], outlook: Outlook, home: str | None, rng: random.Random) -> Ranking:
+def _by_turn(estimates: list[Estimate], situation: Situation) -> Ranking:
     ranked = sorted(estimates, key=lambda estimate: (estimate.worker.last_chosen, estimate.worker.incarnation))
     return [(estimate, "its turn" if rank == 0 else "later turn") for rank, estimate in enumerate(ranked)]
 
 
-def _by_chance(estimates: list[Estimate], outlook: Outlook, home: str | None, rng: random.Random) -> Ranking:
-    return [(estimate, "by chance") for estimate in rng.sample(estimates, len(estimates))]
+def _by_chance(estimates: list[Estimate], situation: Situation) -> Ranking:
+    return [(estimate, "by chance") for estimate in situation.rng.sample(estimates, len(estimates))]
 
 
-POLICIES: dict[str, Callable[[list[Estimate], Outlook, str | None, random.Random], Ranking]] = {
+POLICIES: dict[str, Callable[[list[Estimate], Situation], Ranking]] = {
     "kv": _by_kv,
     "round-robin": _by_turn,
     "random": _by_chance,
@@ -86,13 +126,13 @@ def rank(
 ) -> list[Candidate]:
     """The best `limit` of the workers, or all, each with its figures and the reason for its place. KeyError for an unknown policy.
 
-    `home` is the incarnation of the worker that served the session last, a hint; `remote_ms` is when a prefill worker could be done.
+    `home` and `remote_ms` are those of :class:`Situation`.
     """
     order = POLICIES[policy]
     if not workers:
         return []
-    outlook = outlook or Outlook()
-    ranked = order(estimate_all(prompt, workers, overlaps, outlook, now_s, remote_ms), outlook, home, rng)
+    situation = Situation(prompt, outlook or Outlook(), rng, now_s, remote_ms, home)
+    ranked = order(situation.estimates(workers, overlaps), situation)
     return [_candidate(found, found.worker.num_sequences, why) for found, why in ranked[:limit]]
 
 
@@ -108,7 +148,8 @@ def rank_prefill(
     """Prefill workers, best first: when each could be done with this prompt, and what that would push out of its cache."""
     estimates = estimate_prefill(prompt, workers, overlaps, outlook or Outlook(), now_s)
     estimates.sort(key=lambda estimate: (estimate.cost_ms, *_load_of(estimate)))
-    return [_candidate(found, found.worker.load.num_tickets, "prefill") for found in estimates[:limit]]
+    reasons = ("could be done first", "could be done later")
+    return [_candidate(found, found.worker.load.num_tickets, reasons[rank > 0]) for rank, found in enumerate(estimates[:limit])]
 
 
 def _candidate(found: Estimate, load: int, why: str) -> Candidate:

@@ -36,6 +36,8 @@ class CompletionRequest:
     """The client's own name for the request: a label."""
     wants_receipt: bool = False
     policy: str | None = None
+    session: str = ""
+    """Requests of one session like to go where the last one went; empty for none. A hint."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`."""
@@ -76,4 +78,5 @@ _TYPES: dict[str, Any] = {
     "client_id": str,
     "wants_receipt": bool,
     "policy": (str, type(None)),
+    "session": str,
 }

@@ -50,9 +50,9 @@ class LanMesh:
         found: list[dict[str, Any]] = self.front.get(f"{HTTP}/mesh/peers").json()
         return found
 
-    def wait_until_all_meet(self) -> None:
+    def wait_until_all_meet(self, count: int | None = None) -> None:
         """Until each peer can call all others: the router may know a pair of workers before they know each other."""
-        count = 1 + len(self.decode) + len(self.prefill)
+        count = count or 1 + len(self.decode) + len(self.prefill)
 
         def have_met() -> bool:
             peers = self.peers()

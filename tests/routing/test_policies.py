@@ -11,7 +11,7 @@ from meshserve.routing.candidates import Prompt, Worker
 from meshserve.routing.policies import POLICIES, rank, rank_prefill
 from meshserve.wire.load import WorkerLoad
 
-PROMPT = Prompt(1600, 16)
+PROMPT = Prompt(1600, 16, range(100))
 RNG = random.Random(5)
 
 

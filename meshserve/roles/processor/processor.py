@@ -4,24 +4,23 @@ It keeps what is needed to go on elsewhere (prompt, sampling, seed), asks a rout
 tokens into text. A worker that is lost before its first token is replaced by another; nothing was given out, so nothing is lost.
 """
 
-import itertools
 import random
 from typing import Any
 
-from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoWorker, PeerLost, PeerSilent, ProtocolError
+from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, PeerLost, PeerSilent, ProtocolError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.detokenizing import Detokenizer
 from meshserve.roles.processor.models import Models
+from meshserve.roles.processor.placing import Placement, Placer, Placing
 from meshserve.roles.processor.stopping import StopChecker
 from meshserve.routing.candidates import Candidate
 from meshserve.telemetry import Phases
 from meshserve.wire.completion import CompletionRequest
-from meshserve.wire.generation import GenerateRequest, pack_tokens
+from meshserve.wire.generation import GenerateRequest
 
-_ROUTE_TIMEOUT_S = 2.0
 _MAX_ATTEMPTS = 4
 _RETRIED_CODES = frozenset(("peer_lost", "peer_silent", "link_overflow", "draining", "no_worker", "unknown_method"))
 """Errors that say nothing about the request itself: another worker may do."""
@@ -42,7 +41,9 @@ class _Request:
         self._receipt = Receipt(self.request_id, request.client_id, request.model, num_prompt_tokens=len(self._tokens))
         self._receipt.peers["processor"] = role.name
         self._excluded: list[str] = []
-        self._candidates: list[Candidate] = []
+        self._placing = Placing(
+            role.placer, self.request_id, request.model, self._tokens, request.policy, request.session, self.placed, self._fail
+        )
         self._prefill_peers: tuple[tuple[str, int, int], ...] = ()
         self._lost: list[str] = []
         """Names of workers that died with this request."""
@@ -58,60 +59,23 @@ class _Request:
     # --- which worker
 
     def route(self) -> None:
-        """Ask a router; without one, take the next worker in turn."""
+        """Look for a worker that was not tried yet."""
         self.worker = None
-        router = self._role.router()
-        if router is None:
-            self._route_without_router()
-            return
-        question = {
-            "request_id": self.request_id,
-            "model": self._request.model,
-            "tokens": pack_tokens(self._tokens),
-            "policy": self._request.policy,
-            "excluded": self._excluded,
-        }
-        try:
-            self._opened = self._role.mesh.open(router, "route", question, _Answer(self.routed, self.route_failed), _ROUTE_TIMEOUT_S)
-        except PeerLost:
-            self._route_without_router()
+        self._placing.begin(self._excluded)
 
-    def routed(self, answer: Any) -> None:
-        """The router's answer."""
-        try:
-            candidates = [Candidate.from_wire(item) for item in answer["decode"]]
-            prefill = tuple((str(peer), int(queued), int(overlap_blocks)) for peer, queued, overlap_blocks in answer["prefill"])
-            router, policy = str(answer["router"]), str(answer["policy"])
-        except (ProtocolError, KeyError, TypeError, ValueError):
-            self._role.mesh.counters.add("router_answers_malformed")
-            self._route_without_router()
-            return
-        self._receipt.peers["router"], self._receipt.policy = router, policy
-        self._prefill_peers = prefill
-        self._dispatch(candidates)
-
-    def route_failed(self, error: MeshserveError) -> None:
-        """The router has no worker, or is lost itself."""
-        if isinstance(error, (NoWorker, InvalidRequest)):
-            self._fail(error)
-        else:
-            self._route_without_router()
-
-    def _route_without_router(self) -> None:
-        candidates = self._role.take_turns(self._request.model, self._excluded)
-        if not candidates:
-            self._fail(NoWorker(f"no decode worker for the model {self._request.model!r} can take work now"))
-            return
-        self._receipt.policy = "round-robin (no router)"
-        self._dispatch(candidates)
+    def placed(self, placement: Placement) -> None:
+        """The candidates are known."""
+        receipt = self._receipt
+        receipt.peers["router"], receipt.policy = placement.router, placement.policy
+        receipt.candidates = [candidate.for_receipt() for candidate in placement.decode]
+        receipt.prefill_candidates = [candidate.for_receipt() for candidate in placement.prefill]
+        self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in placement.prefill)
+        receipt.add("route", self._phases.end("route"))
+        self._dispatch(placement.decode[0])
 
     # --- the worker's stream
 
-    def _dispatch(self, candidates: list[Candidate]) -> None:
-        self._receipt.add("route", self._phases.end("route"))
-        self._candidates = candidates
-        self._receipt.candidates = [candidate.for_receipt() for candidate in candidates]
-        chosen = candidates[0]
+    def _dispatch(self, chosen: Candidate) -> None:
         self.worker = chosen.incarnation
         self._receipt.peers["decode"] = chosen.peer
         request = GenerateRequest(
@@ -227,20 +191,9 @@ class _Request:
     def cancel(self) -> None:
         """The client is gone."""
         self._ended("cancelled")
+        self._placing.cancel()
         if self._opened is not None:
             self._opened.cancel()
-
-
-class _Answer:
-    """The sink of a router's answer."""
-
-    __slots__ = ("on_end", "on_error")
-
-    def __init__(self, on_end: Any, on_error: Any) -> None:
-        self.on_end, self.on_error = on_end, on_error
-
-    def on_item(self, item: Any) -> None:
-        """Routers send none."""
 
 
 class ProcessorRole:
@@ -250,7 +203,7 @@ class ProcessorRole:
         self.mesh, self.max_lost_peers = mesh, max_lost_peers
         self.models = Models(mesh)
         self._running: dict[str, _Request] = {}
-        self._turn = itertools.count()
+        self.placer = Placer(mesh)
         self._rng = random.Random()
         mesh.serve("complete", self._on_complete)
         mesh.subscribe(self._on_change)
@@ -272,21 +225,6 @@ class ProcessorRole:
     def remaining_s(self, call: IncomingCall) -> float:
         """Until the request's deadline."""
         return max(0.001, call.deadline_s - self.mesh.now_s())
-
-    def router(self) -> str | None:
-        """The router to ask: this peer's own, else any."""
-        routers = self.mesh.peers_with("router")
-        return routers[0].incarnation if routers else None
-
-    def take_turns(self, model: str, excluded: list[str]) -> list[Candidate]:
-        """Without a router: live workers of this model, each time another one first."""
-        serving = [info for info in self.mesh.peers_with("decode") if info.card is not None and info.card.model == model]
-        able = [info for info in serving if info.incarnation not in excluded]
-        start = next(self._turn) % len(able) if able else 0
-        return [
-            Candidate(info.incarnation, self.mesh.name_of(info.incarnation), 0, 0, 0.0, 0.0, "its turn; there is no router")
-            for info in able[start:] + able[:start]
-        ]
 
     def _on_complete(self, call: IncomingCall) -> None:
         request = call.body if isinstance(call.body, CompletionRequest) else CompletionRequest.from_wire(call.body)

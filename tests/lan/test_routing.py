@@ -1,0 +1,109 @@
+"""The router on real hosts: what it knows of caches, several routers, none at all, and sessions."""
+
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tests.harness import Lan, Process, wait_until
+from tests.harness.waiting import pace
+from tests.lan.meshes import READY_S, LanMesh, long_prompts, start_aggregated, start_disaggregated, text_of
+
+BLOCK_SIZE = 16
+
+
+def share_cached(answers: list[dict[str, Any]]) -> float:
+    """Of the full blocks of all prompts, those that were reported as cached."""
+    tokens = [answer["meshserve"]["tokens"] for answer in answers]
+    num_full = sum((found["prompt"] - 1) // BLOCK_SIZE for found in tokens)
+    return float(sum(found["cached"] for found in tokens)) / BLOCK_SIZE / num_full
+
+
+def test_the_same_prompts_again_are_cached_and_receipts_say_why_each_worker_was_chosen(lan: Lan) -> None:
+    mesh = start_disaggregated(lan)
+    prompts = long_prompts(12)
+    first = mesh.complete_all(prompts, 4)
+    second = mesh.complete_all(prompts, 1)
+    assert [text_of(answer) for answer in first] == [text_of(answer) for answer in second]
+    assert share_cached(first) <= 0.1 and share_cached(second) >= 0.9
+    for before, after in zip(first, second, strict=True):
+        receipt = after["meshserve"]
+        assert receipt["candidates"][0]["peer"] == receipt["peers"]["decode"]
+        assert len(receipt["candidates"]) == 2 and all(found["reason"] for found in receipt["candidates"])
+        assert before["meshserve"]["prefill_candidates"][0]["peer"] == before["meshserve"]["peers"]["prefill"]
+    reasons = [answer["meshserve"]["candidates"][0]["reason"] for answer in second]
+    assert sum("holds" in reason for reason in reasons) >= 10, reasons
+
+
+def test_a_workers_blocks_are_never_counted_again_after_it_was_killed_and_restarted(lan: Lan) -> None:
+    mesh = start_aggregated(lan)
+    prompts = long_prompts(8)
+    mesh.complete_all(prompts, 4)
+    killed = mesh.decode[1]
+    name = killed.ready(READY_S)["name"]
+    killed_at = time.monotonic()
+    killed.kill()
+    mesh.decode[1] = lan.hosts[1].run("--role", "decode", "--name", name)
+    mesh.frontend.wait_for_line("^2 decode", READY_S, killed_at)
+    for prompt in prompts:  # they differ from the first token on: what is known of one says nothing of the next
+        receipt = mesh.complete(prompt)["meshserve"]
+        assert [found["overlap_blocks"] for found in receipt["candidates"] if found["peer"] == name] == [0]
+        assert receipt["peers"]["decode"] != name or receipt["tokens"]["cached"] == 0
+
+
+def start_routed(lan: Lan) -> tuple[LanMesh, list[Process]]:
+    """Frontend and processor on one host, a router on each of two others beside a decode worker."""
+    front, *hosts = (lan.add_host() for _ in range(3))
+    mesh = LanMesh(front, front.run("--role", "frontend,processor"))
+    routers = [host.run("--role", "router") for host in hosts]
+    mesh.decode = [host.run("--role", "decode") for host in hosts]
+    for process in [mesh.frontend, *routers, *mesh.decode]:
+        process.ready(READY_S)
+    for router in routers:
+        router.wait_for_line("^2 decode", READY_S)
+    mesh.wait_for_peers(5)
+    mesh.wait_until_all_meet(5)
+    return mesh, routers
+
+
+def routers_of(answers: list[dict[str, Any]]) -> set[str | None]:
+    return {answer["meshserve"]["peers"]["router"] for answer in answers}
+
+
+def test_row_15_the_router_dies_the_other_is_used_and_without_any_the_workers_take_turns_until_one_returns(lan: Lan) -> None:
+    mesh, routers = start_routed(lan)
+    names = set(mesh.names(routers))
+    assert routers_of(mesh.complete_all(long_prompts(8), 4)) == names
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(mesh.complete_all, long_prompts(60, 5), 8)
+        pace(0.05)
+        routers[0].kill()
+        assert len(under_way.result()) == 60  # each of them was asserted to be answered
+    (survivor,) = mesh.names(routers[1:])
+    assert routers_of(mesh.complete_all(long_prompts(8), 4)) == {survivor}
+    routers[1].kill()
+    answers = mesh.complete_all(long_prompts(8), 4)
+    assert routers_of(answers) == {None}
+    assert {answer["meshserve"]["policy"] for answer in answers} == {"round-robin (no router)"}
+    assert {answer["meshserve"]["peers"]["decode"] for answer in answers} == set(mesh.names(mesh.decode))
+    assert "there is no router" in answers[0]["meshserve"]["candidates"][0]["reason"]
+    returned = lan.hosts[1].run("--role", "router")
+    name = returned.ready(READY_S)["name"]
+    wait_until(lambda: routers_of([mesh.complete("anything")]) == {name}, READY_S, "the router that returned is used")
+
+
+def test_a_router_that_is_stopped_costs_no_request(lan: Lan) -> None:
+    mesh, routers = start_routed(lan)
+    routers[0].stop()
+    answers = mesh.complete_all(long_prompts(12, 5), 4)
+    assert len(answers) == 12
+    assert routers_of(answers) == set(mesh.names(routers[1:]))
+    routers[0].resume()
+
+
+def test_two_routers_know_of_each_others_choices(lan: Lan) -> None:
+    """Sixteen prompts at once, asked of two routers in turn: without word of each other's bookings both would begin with one worker."""
+    mesh, _ = start_routed(lan)
+    answers = mesh.complete_all(long_prompts(16), 16)
+    shares = Counter(answer["meshserve"]["peers"]["decode"] for answer in answers)
+    assert max(shares.values()) <= 10, shares
