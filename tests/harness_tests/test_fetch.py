@@ -25,8 +25,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("X-From", self.client_address[0])
-        self.end_headers()
-        self.wfile.write(body)
+        try:
+            self.end_headers()
+            self.wfile.write(body)
+        except OSError:  # the client had enough
+            self.close_connection = True
     def lines(self):
         self.send_response(200)
         self.send_header("Connection", "close")

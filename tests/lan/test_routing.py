@@ -21,6 +21,7 @@ def share_cached(answers: list[dict[str, Any]]) -> float:
 
 def test_the_same_prompts_again_are_cached_and_receipts_say_why_each_worker_was_chosen(lan: Lan) -> None:
     mesh = start_disaggregated(lan)
+    mesh.wait_until_all_meet()
     prompts = long_prompts(12)
     first = mesh.complete_all(prompts, 4)
     second = mesh.complete_all(prompts, 1)
