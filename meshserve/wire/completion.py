@@ -37,7 +37,7 @@ class CompletionRequest:
     messages: list[dict[str, Any]] | None = None
     """For a chat: role and content as text, and `name`, `tool_calls` (id, name, arguments as text) or `tool_call_id` where they belong."""
     max_tokens: int | None = None
-    """None: until the model ends or its context is full. 0: nothing, for a prompt that is only echoed."""
+    """None: the processor's own limit. 0: nothing, for a prompt that is only echoed."""
     min_tokens: int = 0
     """Neither an end-of-sequence token nor a stop string ends a choice before so many tokens."""
     temperature: float | None = None

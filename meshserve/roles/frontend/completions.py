@@ -4,6 +4,7 @@ All text that is ready at one turn of the event loop leaves in one write. A clie
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import time
@@ -27,6 +28,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Label = list[tuple[bytes, bytes]]
 
 _log = logging.getLogger(__name__)
+_LONG_BODY_BYTES = 65_536
 _JSON = (b"content-type", b"application/json")
 
 
@@ -114,23 +116,32 @@ class Completions:
         gone: asyncio.Task[Any] | None = None
         self.num_open += 1
         try:
-            request, options = api.parse(await read_body(receive, self._config.max_body_bytes), request_id, client_id)
+            request, options = await self._parse(api, await read_body(receive, self._config.max_body_bytes), request_id, client_id)
             writer = api.writer(Reply(api.response_id(request_id), int(time.time()), request, options))
             self._open(request, answer)
             gone = self._loop.create_task(_until_gone(receive))
             gone.add_done_callback(answer.client_gone)
-            respond = self._stream if options.is_stream else self._whole
-            await respond(writer, answer, send, label, began_s)
+            await (self._stream if options.is_stream else self._whole)(writer, answer, send, label, began_s)
         except ClientGone:
             self._mesh.counters.add("clients_gone")
         except MeshserveError as error:
-            await send_whole(send, error.http_status, api.error_body(api.named(error)), [*error_headers(error), *label])
+            await _send_error(send, api, error, label)
+        except Exception:  # a mistake of ours; once a response has begun, all that is left is to break it off
+            _log.exception("%s failed", scope["path"])
+            with contextlib.suppress(RuntimeError):
+                await _send_error(send, api, MeshserveError(), label)
         finally:
             self.num_open -= 1
             answer.cancel()
             if gone is not None:
                 gone.remove_done_callback(answer.client_gone)
                 gone.cancel()
+
+    async def _parse(self, api: Api, body: bytes, request_id: str, client_id: str) -> tuple[CompletionRequest, ResponseOptions]:
+        """Raises InvalidRequest. A long body is parsed beside the event loop, where other requests' tokens need not wait for it."""
+        if len(body) <= _LONG_BODY_BYTES:
+            return api.parse(body, request_id, client_id)
+        return await self._loop.run_in_executor(None, api.parse, body, request_id, client_id)
 
     def _open(self, request: CompletionRequest, answer: Answer) -> None:
         """Raises Overloaded, or NoWorker if there is no processor."""
@@ -200,6 +211,10 @@ class Completions:
             return ending
         elapsed_ms = (time.monotonic() - began_s) * 1000
         return ending._replace(receipt=with_http(ending.receipt, self._mesh.own.name, elapsed_ms))
+
+
+async def _send_error(send: Send, api: Api, error: MeshserveError, label: Label) -> None:
+    await send_whole(send, error.http_status, api.error_body(api.named(error)), [*error_headers(error), *label])
 
 
 def _stream_headers(writer: Writer) -> Label:

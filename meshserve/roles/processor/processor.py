@@ -14,7 +14,7 @@ from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.processor.models import Models
-from meshserve.roles.processor.prompts import check_bias, check_features, check_lengths, encode_all
+from meshserve.roles.processor.prompts import check_bias, check_features, check_prompts, encode_all
 from meshserve.roles.processor.requests import Request
 from meshserve.routing.candidates import Candidate
 from meshserve.telemetry import Phases
@@ -72,8 +72,9 @@ class ProcessorRole:
             raise InvalidRequest("a request of this id is under way")
         phases = Phases()
         card, prompts = self._encode(asked)
-        check_lengths(asked, prompts, card)
-        request = Request(self, call, asked, card, prompts, self.models.tokenizer(card).token_bytes, phases)
+        tokenizer = self.models.tokenizer(card)
+        check_prompts(asked, prompts, card, tokenizer.vocab_size)
+        request = Request(self, call, asked, card, prompts, tokenizer.token_bytes, phases)
         self._running[request.request_id] = request
         call.on_cancel = request.cancel
         request.start()
@@ -83,7 +84,7 @@ class ProcessorRole:
         card = self.models.card(asked.model)
         check_features(asked, card)
         tokenizer = self.models.tokenizer(card)
-        check_bias(asked, tokenizer)
+        check_bias(asked, tokenizer.vocab_size)
         return card, encode_all(asked, card, tokenizer)
 
     def over(self, request: Request) -> None:

@@ -16,6 +16,11 @@ from meshserve.wire.nesting import is_shallow
 MAX_SCORED_PROMPT_TOKENS = 16_384
 """Of a prompt that is echoed with log probabilities: they make a message many times as long as the prompt."""
 
+MAX_PROMPT_TOKENS = 1_048_576
+"""Of one request's prompts, each as often as it is answered: so much is sent to workers at once."""
+MAX_UNASKED_TOKENS = 4096
+"""What a client gets that names no limit: workers set room aside for all that may come. Higher serves fewer of them at a time."""
+
 
 def check_features(request: CompletionRequest, card: ModelCard) -> None:
     """Raises Unsupported, which names the field, for what this model's engine cannot do."""
@@ -71,15 +76,11 @@ def _parsed(arguments: str) -> Any:
 
 
 def _encode(prompt: "str | array[int]", tokenizer: Tokenizer) -> "array[int]":
-    if isinstance(prompt, str):
-        return tokenizer.encode(prompt)
-    if prompt and max(prompt) >= tokenizer.vocab_size:
-        raise InvalidRequest(f"the prompt has a token above this model's last, {tokenizer.vocab_size - 1}", param="prompt")
-    return prompt
+    return tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
 
-def check_lengths(request: CompletionRequest, prompts: list["array[int]"], card: ModelCard) -> None:
-    """Raises ContextLengthExceeded for a prompt that leaves no room, InvalidRequest for one that is too long for what is asked about it."""
+def check_prompts(request: CompletionRequest, prompts: list["array[int]"], card: ModelCard, vocab_size: int) -> None:
+    """Raises ContextLengthExceeded for a prompt that leaves no room, InvalidRequest for what is too much or no token at all."""
     wanted = request.max_tokens or 1
     longest = max(map(len, prompts))
     if longest + wanted > card.context_length:
@@ -91,12 +92,19 @@ def check_lengths(request: CompletionRequest, prompts: list["array[int]"], card:
         raise InvalidRequest(
             f"echo with logprobs takes prompts of up to {MAX_SCORED_PROMPT_TOKENS} tokens, and this one has {longest}", param="echo"
         )
+    if sum(map(len, prompts)) * request.n > max(MAX_PROMPT_TOKENS, card.context_length):
+        raise InvalidRequest(
+            f"all prompts, each times n, have more than {MAX_PROMPT_TOKENS} tokens", param="n" if request.n > 1 else "prompt"
+        )
+    if request.kind == "completion" and not isinstance(request.prompt, str) and max(map(max, prompts)) >= vocab_size:
+        raise InvalidRequest(f"the prompt has a token above this model's last, {vocab_size - 1}", param="prompt")
 
 
 def sampling_of(request: CompletionRequest, card: ModelCard, num_prompt_tokens: int, drawn_seed: int) -> Sampling:
     """What the client left open is filled in by the model's card, the room that is left, and a seed that was drawn for it."""
+    room = min(MAX_UNASKED_TOKENS, card.context_length - num_prompt_tokens)
     return Sampling(
-        max_tokens=card.context_length - num_prompt_tokens if request.max_tokens is None else max(1, request.max_tokens),
+        max_tokens=room if request.max_tokens is None else max(1, request.max_tokens),
         min_tokens=request.min_tokens,
         temperature=request.temperature if request.temperature is not None else card.default_temperature,
         top_p=request.top_p,
@@ -119,7 +127,7 @@ def schema_of(request: CompletionRequest) -> str:
     return request.json_schema
 
 
-def check_bias(request: CompletionRequest, tokenizer: Tokenizer) -> None:
+def check_bias(request: CompletionRequest, vocab_size: int) -> None:
     """Raises InvalidRequest for a bias on a token that does not exist."""
-    if any(token >= tokenizer.vocab_size for token, _ in request.logit_bias):
-        raise InvalidRequest(f"logit_bias names a token above this model's last, {tokenizer.vocab_size - 1}", param="logit_bias")
+    if any(token >= vocab_size for token, _ in request.logit_bias):
+        raise InvalidRequest(f"logit_bias names a token above this model's last, {vocab_size - 1}", param="logit_bias")
