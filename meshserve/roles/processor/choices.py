@@ -32,7 +32,6 @@ class Choice:
         "_stops",
         "_token_bytes",
         "_trail",
-        "_wants_logprobs",
         "num_tokens",
     )
 
@@ -51,7 +50,6 @@ class Choice:
         self._send, self._token_bytes, self._index, self._is_bare = send, token_bytes, index, is_bare
         self._detokenizer = Detokenizer(token_bytes)
         self._stops, self._min_tokens = StopChecker(stops), min_tokens
-        self._wants_logprobs = wants_logprobs
         self._trail = Trail(token_bytes) if wants_logprobs else None
         self._parser = CallParser() if is_call else None
         self._is_simple = not stops and not wants_logprobs and not is_call
@@ -83,14 +81,16 @@ class Choice:
             text = self._detokenizer.feed(tokens)
             self._send(text if self._is_bare else [self._index, text])
             return False
-        if self._wants_logprobs and (logprobs is None or len(logprobs) != len(tokens)):
+        if self._trail is not None and (logprobs is None or len(logprobs) != len(tokens)):
             raise ProtocolError("a worker left out the log probabilities")
         return any(self._feed_one(token, logprobs[place] if logprobs else None) for place, token in enumerate(tokens))
 
     def _feed_one(self, token: int, logprobs: TokenLogprobs | None) -> bool:
         self.num_tokens += 1
         text = self._detokenizer.feed((token,))
-        if self._trail is not None and logprobs is not None:
+        if self._trail is not None:
+            if logprobs is None:
+                raise ProtocolError("a worker left out a log probability")
             self._trail.add(token, logprobs, len(text), self._detokenizer.is_between)
         given, is_stopped = self._stops.feed(text, self.num_tokens >= self._min_tokens)
         self._give(given, is_stopped)

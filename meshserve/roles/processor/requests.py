@@ -8,7 +8,7 @@ from array import array
 from dataclasses import replace
 from typing import Any, Protocol
 
-from meshserve.errors import MeshserveError
+from meshserve.errors import InvalidRequest, MeshserveError
 from meshserve.mesh.calls import IncomingCall
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.calling import wants_call
@@ -171,6 +171,8 @@ class Request:
         """One failed, so all do."""
         if self.is_over:
             return
+        if isinstance(error, InvalidRequest) and error.param in ("json_schema", "response_format"):
+            error = type(error)(error.message, param="tools" if self._is_call else "response_format")  # as the client knows its schema
         self.cancel()
         self._call.fail(error)
 
