@@ -44,7 +44,7 @@ class _Printer:
 
 async def _generate(settings: dict[str, Any], prompt: str, max_tokens: int, model: str | None, wants_receipt: bool) -> int:
     from meshserve.cli.observing import observer, wait_for
-    from meshserve.wire.completion import CompletionRequest
+    from meshserve.wire.completion import CompletionRequest, Ending
 
     async with observer(mesh_config(settings)) as mesh:
         await wait_for(
@@ -66,5 +66,5 @@ async def _generate(settings: dict[str, Any], prompt: str, max_tokens: int, mode
         finally:
             click.echo()
         if wants_receipt:
-            click.echo(json.dumps(end[2], indent=1), err=True)
+            click.echo(json.dumps(Ending.from_wire(end).receipt, indent=1), err=True)
     return 0

@@ -7,16 +7,16 @@ from typing import Any
 
 from tests.harness import Lan, Process, wait_until
 from tests.harness.waiting import pace
-from tests.lan.meshes import READY_S, LanMesh, long_prompts, start_aggregated, start_disaggregated, text_of
+from tests.lan.meshes import HTTP, READY_S, LanMesh, long_prompts, start_aggregated, start_disaggregated, text_of
 
 BLOCK_SIZE = 16
 
 
 def share_cached(answers: list[dict[str, Any]]) -> float:
     """Of the full blocks of all prompts, those that were reported as cached."""
-    tokens = [answer["meshserve"]["tokens"] for answer in answers]
+    tokens: list[dict[str, int]] = [answer["meshserve"]["tokens"] for answer in answers]
     num_full = sum((found["prompt"] - 1) // BLOCK_SIZE for found in tokens)
-    return float(sum(found["cached"] for found in tokens)) / BLOCK_SIZE / num_full
+    return sum(found["cached"] for found in tokens) / BLOCK_SIZE / num_full
 
 
 def test_the_same_prompts_again_are_cached_and_receipts_say_why_each_worker_was_chosen(lan: Lan) -> None:
@@ -108,3 +108,13 @@ def test_two_routers_know_of_each_others_choices(lan: Lan) -> None:
     answers = mesh.complete_all(long_prompts(16), 16)
     shares = Counter(answer["meshserve"]["peers"]["decode"] for answer in answers)
     assert max(shares.values()) <= 10, shares
+
+
+def test_a_session_stays_with_its_worker_where_that_costs_nothing(lan: Lan) -> None:
+    mesh = start_aggregated(lan)
+    for headers, fields in (({"x-session-id": "s1"}, {}), ({}, {"user": "alice"})):
+        body = {"model": "dummy", "max_tokens": 2, "meshserve": {"receipt": True}, **fields}
+        answers = [mesh.front.http("POST", f"{HTTP}/v1/completions", {**body, "prompt": f"turn {turn}"}, headers) for turn in range(6)]
+        receipts = [answer.json()["meshserve"] for answer in answers]
+        assert len({receipt["peers"]["decode"] for receipt in receipts}) == 1
+        assert "session" in receipts[-1]["candidates"][0]["reason"]

@@ -74,7 +74,7 @@ def test_every_response_carries_a_request_id_and_keeps_the_clients(client: httpx
         ("/v1/completions", b'{"prompt": "hi"}', 400, "model", "model is missing"),
         ("/v1/completions", b'{"model": "dummy", "prompt": "hi", "max_tokens": -1}', 400, "max_tokens", "between 1"),
         ("/v1/completions", b'{"model": "dummy", "prompt": "hi", "max_tokens": 1000000}', 400, "prompt", "context"),
-        ("/v1/completions", b'{"model": "dummy", "prompt": "hi", "n": 3}', 400, "n", "not supported"),
+        ("/v1/completions", b'{"model": "dummy", "prompt": "hi", "n": 129}', 400, "n", "between 1 and 128"),
         ("/v1/completions", b'{"model": "gpt-9", "prompt": "hi"}', 404, "model", "there are: dummy"),
         ("/v1/completions", b'{"model": "dummy", "prompt": "hi", "meshserve": {"policy": "best"}}', 400, "meshserve.policy", "kv"),
         ("/v1/completions", b'{"model": "dummy", "prompt": [300]}', 200, None, ""),

@@ -4,30 +4,33 @@ All text that is ready at one turn of the event loop leaves in one write. A clie
 """
 
 import asyncio
+import contextlib
 import itertools
+import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from dataclasses import replace
 from typing import Any
 
 from meshserve.config import ServeConfig
-from meshserve.errors import DeadlineExceeded, Draining, MeshserveError, NoWorker, Overloaded, RequestTooLarge
-from meshserve.mesh.calls import OutgoingCall
+from meshserve.errors import Draining, MeshserveError, NoWorker, Overloaded, RequestTooLarge
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import with_http
-from meshserve.roles.frontend import shapes
-from meshserve.roles.frontend.parsing import ResponseOptions, parse_chat, parse_completion, parse_generate
-from meshserve.wire.completion import CompletionRequest
+from meshserve.roles.frontend import apis
+from meshserve.roles.frontend.answers import Answer, ClientGone
+from meshserve.roles.frontend.apis import Api
+from meshserve.roles.frontend.parsing import MAX_SESSION_CHARACTERS, ResponseOptions, parse_generate
+from meshserve.roles.frontend.writers import Reply, Writer
+from meshserve.wire.completion import CompletionRequest, Ending
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Label = list[tuple[bytes, bytes]]
 
+_log = logging.getLogger(__name__)
+_LONG_BODY_BYTES = 65_536
 _JSON = (b"content-type", b"application/json")
-_EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-
-
-class ClientGone(Exception):  # never leaves this module: there is nobody to tell
-    """The client closed its connection."""
 
 
 async def read_body(receive: Receive, max_bytes: int) -> bytes:
@@ -46,66 +49,17 @@ async def read_body(receive: Receive, max_bytes: int) -> bytes:
             return b"".join(parts)
 
 
-async def send_whole(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+async def send_whole(send: Send, status: int, body: bytes, headers: Label) -> None:
     """A response in one piece."""
     headers = [*headers, (b"content-length", str(len(body)).encode())]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
 
 
-def error_headers(error: MeshserveError) -> list[tuple[bytes, bytes]]:
+def error_headers(error: MeshserveError) -> Label:
     """Of an error response: its type, and when to come back if that is known."""
     retry_after_s = getattr(error, "retry_after_s", 1.0) if error.http_status == 503 else None
     return [_JSON] + ([(b"retry-after", str(max(1, round(retry_after_s))).encode())] if retry_after_s is not None else [])
-
-
-class Answer:
-    """What comes back from the processor: the sink of its stream. `wait` gives all that is there."""
-
-    __slots__ = ("_loop", "_waiting", "call", "end", "error", "is_client_gone", "texts")
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._waiting: asyncio.Future[None] | None = None
-        self.texts: list[str] = []
-        self.end: list[Any] | None = None
-        self.error: MeshserveError | None = None
-        self.is_client_gone = False
-        self.call: OutgoingCall | None = None
-
-    def on_item(self, item: Any) -> None:
-        self.texts.append(item)
-        self._wake()
-
-    def on_end(self, value: Any) -> None:
-        self.end = value
-        self._wake()
-
-    def on_error(self, error: MeshserveError) -> None:
-        self.error = error
-        self._wake()
-
-    def client_gone(self, _: Any = None) -> None:
-        """Cancel at every hop."""
-        if self.end is None and self.error is None:
-            self.is_client_gone = True
-            if self.call is not None:
-                self.call.cancel()
-            self._wake()
-
-    def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
-
-    async def wait(self) -> list[str]:
-        """Texts since the last call; empty only at the end. Raises ClientGone; an error is for the caller to look at."""
-        while not self.texts and self.end is None and self.error is None and not self.is_client_gone:
-            self._waiting = self._loop.create_future()
-            await self._waiting
-        if self.is_client_gone:
-            raise ClientGone
-        texts, self.texts = self.texts, []
-        return texts
 
 
 class Completions:
@@ -116,52 +70,81 @@ class Completions:
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
         self._turn = itertools.count()
+        self._lines = apis.lines(self._parse_generate)
         self.num_open = 0
         """Requests under way."""
 
     async def completion(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`POST /v1/completions`."""
-        await self._serve(scope, receive, send, self._openai, parse_completion, "cmpl-")
+        await self._serve(scope, receive, send, apis.COMPLETIONS)
 
     async def chat(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`POST /v1/chat/completions`."""
-        await self._serve(scope, receive, send, self._openai, parse_chat, "chatcmpl-")
+        await self._serve(scope, receive, send, apis.CHATS)
+
+    async def response(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """`POST /v1/responses`."""
+        await self._serve(scope, receive, send, apis.RESPONSES)
+
+    async def message(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """`POST /v1/messages`."""
+        await self._serve(scope, receive, send, apis.MESSAGES)
 
     async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`POST /generate`: text as it comes, a JSON object a line."""
-        await self._serve(scope, receive, send, self._lines, self._parse_generate, "")
+        await self._serve(scope, receive, send, self._lines)
 
     def _parse_generate(self, body: bytes, request_id: str, client_id: str) -> tuple[CompletionRequest, ResponseOptions]:
+        return parse_generate(body, request_id, client_id, self.first_model()), ResponseOptions(is_stream=True)
+
+    def first_model(self) -> str:
+        """For those who name none. Raises NoWorker if there is none."""
         cards = [info.card.model for info in self._mesh.peers_with("decode") if info.card is not None]
         if not cards:
             raise NoWorker("no decode worker is in the mesh yet")
-        return parse_generate(body, request_id, client_id, cards[0]), ResponseOptions(is_stream=True)
+        return cards[0]
 
-    async def _serve(self, scope: Scope, receive: Receive, send: Send, respond: Any, parse: Any, prefix: str) -> None:
+    def new_id(self) -> str:
+        """The mesh's name for another request."""
+        return f"{self._mesh.incarnation}-{next(self._ids)}"
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, api: Api) -> None:
         began_s = time.monotonic()
-        request_id = f"{self._mesh.incarnation}-{next(self._ids)}"
+        request_id = self.new_id()
         client_id = _header(scope, b"x-request-id")[:128]
         label = [(b"x-request-id", (client_id or request_id).encode("latin-1", "replace"))]
         answer = Answer(self._loop)
         gone: asyncio.Task[Any] | None = None
         self.num_open += 1
         try:
-            request, options = parse(await read_body(receive, self._config.max_body_bytes), request_id, client_id)
+            request, options = await self._parse(api, await read_body(receive, self._config.max_body_bytes), request_id, client_id)
+            if session := _header(scope, b"x-session-id"):
+                request = replace(request, session=session[:MAX_SESSION_CHARACTERS])
+            writer = api.writer(Reply(api.response_id(request_id), int(time.time()), request, options))
             self._open(request, answer)
             gone = self._loop.create_task(_until_gone(receive))
             gone.add_done_callback(answer.client_gone)
-            await respond(request, options, answer, send, label, prefix, began_s)
+            await (self._stream if options.is_stream else self._whole)(writer, answer, send, label, began_s)
         except ClientGone:
             self._mesh.counters.add("clients_gone")
         except MeshserveError as error:
-            await send_whole(send, error.http_status, shapes.error_body(error), [*error_headers(error), *label])
+            await _send_error(send, api, error, label)
+        except Exception:  # a mistake of ours; once a response has begun, all that is left is to break it off
+            _log.exception("%s failed", scope["path"])
+            with contextlib.suppress(RuntimeError):
+                await _send_error(send, api, MeshserveError(), label)
         finally:
             self.num_open -= 1
-            if answer.call is not None:
-                answer.call.cancel()
+            answer.cancel()
             if gone is not None:
                 gone.remove_done_callback(answer.client_gone)
                 gone.cancel()
+
+    async def _parse(self, api: Api, body: bytes, request_id: str, client_id: str) -> tuple[CompletionRequest, ResponseOptions]:
+        """Raises InvalidRequest. A long body is parsed beside the event loop, where other requests' tokens need not wait for it."""
+        if len(body) <= _LONG_BODY_BYTES:
+            return api.parse(body, request_id, client_id)
+        return await self._loop.run_in_executor(None, api.parse, body, request_id, client_id)
 
     def _open(self, request: CompletionRequest, answer: Answer) -> None:
         """Raises Overloaded, or NoWorker if there is no processor."""
@@ -184,114 +167,61 @@ class Completions:
 
     # --- answers
 
-    async def _openai(
-        self,
-        request: CompletionRequest,
-        options: ResponseOptions,
-        answer: Answer,
-        send: Send,
-        label: list[Any],
-        prefix: str,
-        began_s: float,
-    ) -> None:
-        if options.is_stream:
-            await self._stream(request, options, answer, send, label, prefix, began_s)
-        else:
-            await self._whole(request, answer, send, label, prefix, began_s)
-
-    async def _whole(self, request: CompletionRequest, answer: Answer, send: Send, label: list[Any], prefix: str, began_s: float) -> None:
-        texts: list[str] = []
+    async def _whole(self, writer: Writer, answer: Answer, send: Send, label: Label, began_s: float) -> None:
         while answer.end is None:
-            texts += await answer.wait()
+            writer.feed(await answer.wait())
             if answer.error is not None:
                 raise answer.error
-        texts += answer.texts
-        reason, usage, receipt = self._ending(answer, began_s)
-        body = shapes.whole_body(
-            prefix + request.request_id,
-            request.model,
-            int(time.time()),
-            "".join(texts),
-            reason,
-            usage,
-            receipt,
-            is_chat=request.kind == "chat",
-        )
-        await send_whole(send, 200, body, [_JSON, *label])
+        writer.feed(answer.items)
+        body = writer.end(self._ending(answer, began_s))
+        await send_whole(send, 200, body, [(b"content-type", writer.media_type.encode()), *label])
 
-    async def _stream(
-        self,
-        request: CompletionRequest,
-        options: ResponseOptions,
-        answer: Answer,
-        send: Send,
-        label: list[Any],
-        prefix: str,
-        began_s: float,
-    ) -> None:
+    async def _stream(self, writer: Writer, answer: Answer, send: Send, label: Label, began_s: float) -> None:
         """Headers go out with the first text, so that what fails before it is an HTTP error and not a broken stream."""
-        writer = shapes.ChunkWriter(prefix + request.request_id, request.model, int(time.time()), is_chat=request.kind == "chat")
         is_started = False
         while True:
-            texts = await answer.wait()
+            items = await answer.wait()
             if answer.error is not None and not is_started:
                 raise answer.error
-            out = b""
+            out, is_last = self._written(writer, items, answer, began_s)
+            if not out and not is_last and not is_started:
+                continue  # what was said so far is not for the client yet
             if not is_started:
                 is_started = True
-                await send({"type": "http.response.start", "status": 200, "headers": [*_EVENTS, *label]})
-                out = writer.role() if request.kind == "chat" else b""
-            if texts:
-                out += writer.texts([text for text in texts if text])
-            if answer.error is not None:
-                await send({"type": "http.response.body", "body": out + shapes.error_event(answer.error)})
-                return
-            if answer.end is not None:
-                reason, usage, receipt = self._ending(answer, began_s)
-                out += writer.finish(reason, usage if options.wants_usage else None, receipt)
+                await send({"type": "http.response.start", "status": 200, "headers": [*_stream_headers(writer), *label]})
+            if is_last:
                 await send({"type": "http.response.body", "body": out})
                 return
-            await send({"type": "http.response.body", "body": out, "more_body": True})
+            if out:
+                await send({"type": "http.response.body", "body": out, "more_body": True})
 
-    async def _lines(
-        self,
-        request: CompletionRequest,
-        options: ResponseOptions,
-        answer: Answer,
-        send: Send,
-        label: list[Any],
-        prefix: str,
-        began_s: float,
-    ) -> None:
-        request_id = request.client_id or request.request_id
-        is_started = False
-        while True:
-            texts = await answer.wait()
-            if answer.error is not None and not is_started:
-                raise answer.error
-            if not is_started:
-                is_started = True
-                await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"application/x-ndjson"), *label]})
-            out = b"".join(shapes.line({"request_id": request_id, "text": text}) for text in texts if text)
+    def _written(self, writer: Writer, items: list[Any], answer: Answer, began_s: float) -> tuple[bytes, bool]:
+        """What these items come to, and whether it is the last of the response. A failure is worded here: the status is sent already."""
+        try:
+            out = writer.feed(items)
             if answer.error is not None:
-                await send({"type": "http.response.body", "body": out + shapes.error_body(answer.error) + b"\n"})
-                return
+                return out + writer.fail(answer.error), True
             if answer.end is not None:
-                reason, usage, receipt = self._ending(answer, began_s)
-                last = {"request_id": request_id, "finish_reason": reason, "usage": usage}
-                out += shapes.line({**last, "meshserve": receipt} if receipt else last)
-                await send({"type": "http.response.body", "body": out})
-                return
-            await send({"type": "http.response.body", "body": out, "more_body": True})
+                return out + writer.end(self._ending(answer, began_s)), True
+        except MeshserveError as error:
+            return writer.fail(error), True
+        return out, False
 
-    def _ending(self, answer: Answer, began_s: float) -> tuple[str, dict[str, Any], dict[str, Any] | None]:
-        """Finish reason, usage, and the receipt with this frontend's part."""
-        if not isinstance(answer.end, list) or len(answer.end) < 3 or not isinstance(answer.end[1], list):
-            raise DeadlineExceeded("the processor's answer cannot be read")
-        reason, (num_prompt, num_completion, num_cached), receipt = answer.end[:3]
-        if receipt is not None:
-            receipt = with_http(receipt, self._mesh.own.name, (time.monotonic() - began_s) * 1000)
-        return str(reason), shapes.usage_of(num_prompt, num_completion, num_cached), receipt
+    def _ending(self, answer: Answer, began_s: float) -> Ending:
+        """The end, and the receipt with this frontend's part. Raises ProtocolError for what a processor must not say."""
+        ending = Ending.from_wire(answer.end)
+        if ending.receipt is None:
+            return ending
+        elapsed_ms = (time.monotonic() - began_s) * 1000
+        return ending._replace(receipt=with_http(ending.receipt, self._mesh.own.name, elapsed_ms))
+
+
+async def _send_error(send: Send, api: Api, error: MeshserveError, label: Label) -> None:
+    await send_whole(send, error.http_status, api.error_body(api.named(error)), [*error_headers(error), *label])
+
+
+def _stream_headers(writer: Writer) -> Label:
+    return [(b"content-type", writer.media_type.encode()), (b"cache-control", b"no-cache")]
 
 
 async def _until_gone(receive: Receive) -> None:

@@ -1,40 +1,88 @@
-"""From the body of an HTTP request to what it asks for, or a clear word about what is wrong with it. Pure.
+"""From the body of a request in OpenAI's older APIs, or in `/generate`'s, to what it asks for. Pure.
 
-Fields of OpenAI's API that this version cannot do are refused by name where they would have an effect, and never silently ignored;
-fields that nobody knows are ignored, as OpenAI-compatible servers do.
+Fields that are known elsewhere and cannot be done here are refused by name where they would have an effect, and never silently ignored;
+fields that nobody knows are ignored, as OpenAI-compatible servers do. What a model's engine cannot do is refused by the processor.
 """
 
-import json
-import math
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from meshserve.errors import InvalidRequest, Unsupported
-from meshserve.wire.completion import CompletionRequest
+from meshserve.roles.frontend.fields import (
+    Fields,
+    boolean,
+    integer,
+    number,
+    optional_integer,
+    optional_list,
+    optional_number,
+    optional_object,
+    optional_string,
+    read_object,
+    refuse,
+    string,
+    strings,
+)
+from meshserve.roles.frontend.messages import read_messages
+from meshserve.roles.frontend.tooling import read_response_format, read_tools
+from meshserve.wire.completion import MAX_CHOICES, MAX_COUNT, MAX_LOGPROBS, MAX_STOPS, CompletionRequest
+from meshserve.wire.generation import MAX_LOGIT_BIASES
 
-MAX_STOPS = 16
-_MAX_COUNT = 10_000_000
-
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "n": (None, 1),
-    "best_of": (None, 1),
-    "logprobs": (None, False),
-    "top_logprobs": (None, 0),
-    "echo": (None, False),
-    "suffix": (None, ""),
-    "presence_penalty": (None, 0),
-    "frequency_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-    "audio": (None,),
-    "modalities": (None, ["text"]),
+_LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+"""For statistics and caches of the one who serves: they change no answer."""
+_EXTENSIONS: dict[str, tuple[Any, ...]] = {
+    "min_p": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "stop_token_ids": ([],),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
+    "prompt_logprobs": (),
+    "truncate_prompt_tokens": (),
+    "logits_processors": ([],),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "structured_outputs": (),
+    "regex": (),
+    "ebnf": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
 }
-"""Fields that cannot be done yet, with the values that ask for nothing."""
+"""Of other servers. As everywhere, each with the values besides null that ask for nothing."""
+NOT_IN_COMPLETIONS: dict[str, tuple[Any, ...]] = {**_EXTENSIONS, "suffix": ("",), "tools": ([],), "prompt_embeds": ()}
+NOT_IN_CHATS: dict[str, tuple[Any, ...]] = {
+    **_EXTENSIONS,
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "audio": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "reasoning_effort": ("none",),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "moderation": (),
+    "echo": (False,),
+    "best_of": (1,),
+    "chat_template": ("",),
+    "chat_template_kwargs": ({},),
+    "documents": ([],),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+}
+
+_NOT_IN_TOKENIZE: dict[str, tuple[Any, ...]] = {
+    name: NOT_IN_CHATS[name] for name in ("chat_template", "chat_template_kwargs", "continue_final_message", "documents")
+}
+
+
+MAX_SESSION_CHARACTERS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,201 +92,184 @@ class ResponseOptions:
     is_stream: bool = False
     wants_usage: bool = False
     """A last chunk with the usage, in a stream."""
+    echoed: dict[str, Any] = field(default_factory=dict)
+    """What the API repeats of the request in its answer."""
 
 
 def parse_completion(body: bytes, request_id: str, client_id: str) -> tuple[CompletionRequest, ResponseOptions]:
     """`POST /v1/completions`. Raises InvalidRequest that names the field."""
-    fields = _object(body)
-    prompt = _prompt(fields.get("prompt"))
-    max_tokens = _integer(fields, "max_tokens", 1, _MAX_COUNT, 16)
-    return _request(fields, request_id, client_id, kind="completion", prompt=prompt, max_tokens=max_tokens), _options(fields)
+    fields = read_object(body)
+    refuse(fields, NOT_IN_COMPLETIONS)
+    prompt, n = read_prompt(fields.get("prompt")), _n(fields)
+    if n * (len(prompt) if isinstance(prompt, tuple) else 1) > MAX_CHOICES:
+        raise InvalidRequest(f"n times the number of prompts must be at most {MAX_CHOICES}", param="n" if n > 1 else "prompt")
+    if fields.get("best_of") not in (None, n):
+        raise Unsupported(f"best_of must be {n}, as n is: no answers are made to be thrown away", param="best_of")
+    echo = boolean(fields, "echo")
+    given = {
+        "prompt": prompt,
+        "echo": echo,
+        "logprobs": integer(fields, "logprobs", 0, MAX_LOGPROBS, -1),
+        "max_tokens": integer(fields, "max_tokens", 0 if echo else 1, MAX_COUNT, 16),
+        "n": n,
+    }
+    return sampled(fields, request_id, client_id, kind="completion", **given), read_options(fields)
 
 
 def parse_chat(body: bytes, request_id: str, client_id: str) -> tuple[CompletionRequest, ResponseOptions]:
     """`POST /v1/chat/completions`. Raises InvalidRequest that names the field."""
-    fields = _object(body)
-    messages = _messages(fields.get("messages"))
-    max_tokens = _integer(fields, "max_completion_tokens", 1, _MAX_COUNT, None) or _integer(fields, "max_tokens", 1, _MAX_COUNT, None)
-    return _request(fields, request_id, client_id, kind="chat", messages=messages, max_tokens=max_tokens), _options(fields)
+    fields = read_object(body)
+    refuse(fields, NOT_IN_CHATS)
+    optional_object(fields, "metadata")
+    tools = read_tools(fields)
+    most, older = (optional_integer(fields, name, 1, MAX_COUNT) for name in ("max_completion_tokens", "max_tokens"))
+    given = {
+        "messages": read_messages(fields),
+        "max_tokens": most if most is not None else older,
+        "n": _n(fields),
+        "logprobs": _chat_logprobs(fields),
+        "tools": tools.text("tools"),
+        "tool_choice": tools.choice,
+        "tool_name": tools.name,
+    }
+    return sampled(fields, request_id, client_id, kind="chat", **given), read_options(fields)
 
 
 def parse_generate(body: bytes, request_id: str, client_id: str, default_model: str) -> CompletionRequest:
     """`POST /generate`: the simple form, `{"prompt", "request_id"}`. Raises InvalidRequest that names the field."""
-    fields = _object(body)
-    label = fields.get("request_id", client_id)
-    if not isinstance(label, str):
-        raise InvalidRequest("request_id must be a string", param="request_id")
+    fields = read_object(body)
+    refuse(fields, {**NOT_IN_COMPLETIONS, "n": (1,), "logprobs": (), "echo": (False,), "best_of": (1,)})
+    label = optional_string(fields, "request_id")
+    prompt = read_prompt(fields.get("prompt"))
+    if isinstance(prompt, tuple):
+        raise InvalidRequest("prompt must be one prompt", param="prompt")
     fields.setdefault("model", default_model)
-    max_tokens = _integer(fields, "max_tokens", 1, _MAX_COUNT, 64)
-    return _request(fields, request_id, label[:256], kind="completion", prompt=_prompt(fields.get("prompt")), max_tokens=max_tokens)
+    max_tokens = integer(fields, "max_tokens", 1, MAX_COUNT, 64)
+    label = client_id if label is None else label[:256]
+    return sampled(fields, request_id, label, kind="completion", prompt=prompt, max_tokens=max_tokens)
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(body.decode())
-    except UnicodeDecodeError as error:
-        raise InvalidRequest("the body is not UTF-8") from error
-    except RecursionError as error:
-        raise InvalidRequest("the body is nested too deeply") from error
-    except ValueError as error:
-        raise InvalidRequest(f"the body is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    return fields
-
-
-def _request(fields: dict[str, Any], request_id: str, client_id: str, **given: Any) -> CompletionRequest:
-    _refuse_unsupported(fields)
-    model = fields.get("model")
-    if not isinstance(model, str) or not model:
-        raise InvalidRequest("model is missing" if model is None else "model must be a string", param="model")
-    wants_receipt, policy = _extension(fields.get("meshserve"))
+def sampled(fields: Fields, request_id: str, client_id: str, **given: Any) -> CompletionRequest:
+    """The request, with all that these APIs have in common. Raises InvalidRequest that names the field."""
+    for name in _LABELS:
+        optional_string(fields, name)
+    wants_receipt, policy = read_extension(fields)
     return CompletionRequest(
         request_id=request_id,
-        model=model,
-        min_tokens=_integer(fields, "min_tokens", 0, _MAX_COUNT, 0) or 0,
-        temperature=_number(fields, "temperature", 0.0, 2.0, None),
-        top_p=_top_p(fields),
-        top_k=max(0, _integer(fields, "top_k", -1, _MAX_COUNT, 0) or 0),
-        seed=_integer(fields, "seed", -(2**63), 2**63 - 1, None),
-        ignore_eos=_boolean(fields, "ignore_eos"),
-        stop=_stops(fields.get("stop")),
+        model=string(fields, "model"),
+        min_tokens=_min_tokens(fields, given.get("max_tokens")),
+        temperature=optional_number(fields, "temperature", 0.0, 2.0),
+        top_p=read_top_p(fields),
+        top_k=max(0, integer(fields, "top_k", -1, MAX_COUNT, 0)),
+        seed=optional_integer(fields, "seed", -(2**63), 2**63 - 1),
+        ignore_eos=boolean(fields, "ignore_eos"),
+        stop=strings(fields, "stop", MAX_STOPS),
+        presence_penalty=number(fields, "presence_penalty", -2.0, 2.0, 0.0),
+        frequency_penalty=number(fields, "frequency_penalty", -2.0, 2.0, 0.0),
+        logit_bias=_logit_bias(fields),
+        json_schema=read_response_format(fields),
         client_id=client_id,
         wants_receipt=wants_receipt,
         policy=policy,
+        session=read_session(fields),
         **given,
     )
 
 
-def _refuse_unsupported(fields: dict[str, Any]) -> None:
-    for name in fields.keys() & _NEUTRAL.keys():
-        value = fields[name]
-        is_neutral = any(value == neutral and (isinstance(value, bool) is isinstance(neutral, bool)) for neutral in _NEUTRAL[name])
-        if not is_neutral:
-            raise Unsupported(f"{name} is not supported", param=name)
-
-
-def _options(fields: dict[str, Any]) -> ResponseOptions:
-    is_stream = _boolean(fields, "stream")
-    options = fields.get("stream_options")
+def read_options(fields: Fields) -> ResponseOptions:
+    """`stream` and `stream_options`."""
+    is_stream = boolean(fields, "stream")
+    options = optional_object(fields, "stream_options")
     if options is None:
         return ResponseOptions(is_stream)
-    if not isinstance(options, dict):
-        raise InvalidRequest("stream_options must be an object", param="stream_options")
     if not is_stream:
         raise InvalidRequest("stream_options goes with stream only", param="stream_options")
-    return ResponseOptions(is_stream, _boolean(options, "include_usage", "stream_options.include_usage"))
+    return ResponseOptions(is_stream, boolean(options, "include_usage", "stream_options.include_usage"))
 
 
-def _extension(value: Any) -> tuple[bool, str | None]:
-    if value is None:
-        return False, None
-    if not isinstance(value, dict):
-        raise InvalidRequest("meshserve must be an object", param="meshserve")
-    policy = value.get("policy")
-    if policy is not None and not isinstance(policy, str):
-        raise InvalidRequest("meshserve.policy must be a string", param="meshserve.policy")
-    return _boolean(value, "receipt", "meshserve.receipt"), policy
+def read_extension(fields: Fields) -> tuple[bool, str | None]:
+    """Of `meshserve`: whether a receipt is wanted, and the routing policy."""
+    value = optional_object(fields, "meshserve") or {}
+    return boolean(value, "receipt", "meshserve.receipt"), optional_string(value, "policy", "meshserve.policy", 64)
 
 
-def _boolean(fields: dict[str, Any], name: str, param: str | None = None) -> bool:
-    value = fields.get(name)
-    if value is None:
-        return False
-    if not isinstance(value, bool):
-        raise InvalidRequest(f"{param or name} must be true or false", param=param or name)
-    return value
+def read_session(fields: Fields) -> str:
+    """Who asks, as far as these fields tell: requests of one session like to go to one worker."""
+    return (optional_string(fields, "prompt_cache_key") or optional_string(fields, "user") or "")[:MAX_SESSION_CHARACTERS]
 
 
-def _integer(fields: dict[str, Any], name: str, least: int, most: int, default: int | None) -> int | None:
-    value = fields.get(name)
-    if value is None:
-        return default
-    if type(value) is not int:
-        raise InvalidRequest(f"{name} must be an integer", param=name)
-    if not least <= value <= most:
-        raise InvalidRequest(f"{name} must be between {least} and {most}, not {value}", param=name)
-    return value
-
-
-def _number(fields: dict[str, Any], name: str, least: float, most: float, default: float | None) -> float | None:
-    value = fields.get(name)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or (isinstance(value, float) and not math.isfinite(value)):
-        raise InvalidRequest(f"{name} must be a number", param=name)
-    if not least <= value <= most:
-        raise InvalidRequest(f"{name} must be between {least:g} and {most:g}", param=name)
-    return float(value)
-
-
-def _top_p(fields: dict[str, Any]) -> float:
-    value = _number(fields, "top_p", 0.0, 1.0, 1.0)
+def read_top_p(fields: Fields) -> float:
+    """Above 0 and at most 1."""
+    value = number(fields, "top_p", 0.0, 1.0, 1.0)
     if not value:
         raise InvalidRequest("top_p must be above 0 and at most 1", param="top_p")
     return value
 
 
-def _text(value: str, param: str) -> str:
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidRequest(f"{param} contains half a character (a lone surrogate)", param=param) from error
-    return value
+def read_prompt(value: Any) -> "str | array[int] | tuple[str | array[int], ...]":
+    """Text, token ids, or a list of either."""
+    if isinstance(value, list) and value and isinstance(value[0], (str, list)):
+        if len(value) > MAX_CHOICES:
+            raise InvalidRequest(f"prompt must be at most {MAX_CHOICES} prompts, not {len(value)}", param="prompt")
+        prompts = tuple(_one_prompt(part) for part in value)
+        return prompts if len(prompts) > 1 else prompts[0]
+    return _one_prompt(value)
 
 
-def _stops(value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    stops = [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(stop, str) and stop for stop in stops):
-        raise InvalidRequest(f"stop must be a string or up to {MAX_STOPS} strings, none of them empty", param="stop")
-    return tuple(_text(stop, "stop") for stop in stops)
-
-
-def _prompt(value: Any) -> "str | array[int]":
-    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
-        value = value[0]
+def _one_prompt(value: Any) -> "str | array[int]":
     if isinstance(value, str):
-        return _text(value, "prompt")
+        return value
     if value is None:
         raise InvalidRequest("prompt is missing", param="prompt")
-    if isinstance(value, list) and any(isinstance(part, (str, list)) for part in value):
-        raise Unsupported("one prompt in a request: several are not supported", param="prompt")
     if not isinstance(value, list) or not all(type(token) is int and 0 <= token < 2**32 for token in value):
-        raise InvalidRequest("prompt must be a string or a list of token ids", param="prompt")
+        raise InvalidRequest("prompt must be a string, a list of token ids, or a list of one of these", param="prompt")
     return array("I", value)
 
 
-def _messages(value: Any) -> list[dict[str, Any]]:
-    if value is None:
-        raise InvalidRequest("messages is missing", param="messages")
-    if not isinstance(value, list) or not value:
-        raise InvalidRequest("messages must be a list of at least one message", param="messages")
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+def _n(fields: Fields) -> int:
+    return integer(fields, "n", 1, MAX_CHOICES, 1)
 
 
-def _message(value: Any, param: str) -> dict[str, Any]:
-    if not isinstance(value, dict) or not isinstance(value.get("role"), str) or not value["role"]:
-        raise InvalidRequest(f"{param} must be an object with a role", param=param)
-    message = {"role": _text(value["role"], param), "content": _content(value.get("content"), f"{param}.content")}
-    if isinstance(value.get("name"), str):
-        message["name"] = _text(value["name"], param)
-    return message
+def _min_tokens(fields: Fields, max_tokens: int | None) -> int:
+    value = integer(fields, "min_tokens", 0, MAX_COUNT, 0)
+    if max_tokens is not None and value > max_tokens:
+        raise InvalidRequest(f"min_tokens must be at most max_tokens, which is {max_tokens}", param="min_tokens")
+    return value
 
 
-def _content(value: Any, param: str) -> str:
-    if isinstance(value, str):
-        return _text(value, param)
-    if not isinstance(value, list):
-        raise InvalidRequest(f"{param} must be text, or a list of parts", param=param)
-    texts = []
-    for part in value:
-        if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise Unsupported(f"{param}: parts of type {kind!r} are not supported, only text", param=param)
-        if not isinstance(part.get("text"), str):
-            raise InvalidRequest(f"{param}: a text part has a text", param=param)
-        texts.append(_text(part["text"], param))
-    return "".join(texts)
+def _chat_logprobs(fields: Fields) -> int:
+    most = optional_integer(fields, "top_logprobs", 0, MAX_LOGPROBS)
+    if boolean(fields, "logprobs"):
+        return most or 0
+    if most:
+        raise InvalidRequest("top_logprobs goes with logprobs only", param="top_logprobs")
+    return -1
+
+
+def _logit_bias(fields: Fields) -> tuple[tuple[int, float], ...]:
+    given = optional_object(fields, "logit_bias") or {}
+    if len(given) > MAX_LOGIT_BIASES:
+        raise InvalidRequest(f"logit_bias must name at most {MAX_LOGIT_BIASES} tokens", param="logit_bias")
+    if not all(name.isascii() and name.isdecimal() and len(name) <= 10 and int(name) < 2**32 for name in given):
+        raise InvalidRequest("logit_bias must be an object from token ids to numbers", param="logit_bias")
+    return tuple((int(name), optional_number(given, name, -100.0, 100.0, "logit_bias") or 0.0) for name in given)
+
+
+def read_prompt_or_messages(fields: Fields) -> dict[str, Any]:
+    """What `/tokenize` takes: a prompt of text, or the messages and tools of a chat."""
+    is_chat = fields.get("messages") is not None
+    refuse(fields, {**_NOT_IN_TOKENIZE, "add_special_tokens": (not is_chat,)})
+    if not is_chat:
+        return {"kind": "completion", "prompt": string(fields, "prompt")}
+    if fields.get("prompt") is not None:
+        raise InvalidRequest("either prompt or messages, not both", param="prompt")
+    given = {"kind": "chat", "messages": read_messages(fields), "tools": read_tools(fields).text("tools")}
+    return {**given, "add_generation_prompt": boolean(fields, "add_generation_prompt", default=True)}
+
+
+def read_tokens(fields: Fields) -> "array[int]":
+    """What `/detokenize` takes."""
+    tokens = optional_list(fields, "tokens")
+    if tokens is None or not all(type(token) is int and 0 <= token < 2**32 for token in tokens):
+        raise InvalidRequest("tokens must be a list of token ids", param="tokens")
+    return array("I", tokens)

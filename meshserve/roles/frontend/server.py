@@ -22,6 +22,7 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.observe.status import list_peers
 from meshserve.roles.frontend import shapes
 from meshserve.roles.frontend.completions import Completions, Receive, Scope, Send, error_headers, send_whole
+from meshserve.roles.frontend.tokenizing import Tokenizing, hot_routes
 
 _OPEN_PATHS = ("/health", "/ready")
 _START_CHECK_S = 0.002
@@ -85,7 +86,7 @@ class FrontendRole:
         """Bind and serve. Raises StartupFailed if the port is taken or the address not this host's."""
         listening = self._bind()
         completions = self._completions
-        hot = {"/v1/completions": completions.completion, "/v1/chat/completions": completions.chat, "/generate": completions.generate}
+        hot = hot_routes(completions, Tokenizing(self._mesh, self._config, completions))
         application: Any = _HotRoutes(self._routes(hot), hot)
         if self._config.api_keys:
             application = _Guard(application, self._config.api_keys)

@@ -7,20 +7,21 @@ from collections.abc import Callable, Sequence
 class Detokenizer:
     """One sequence's. Whatever the split into calls, the texts joined are the bytes joined and decoded, malformed ones replaced."""
 
-    __slots__ = ("_decoder", "_is_between", "_token_bytes")
+    __slots__ = ("_decoder", "_token_bytes", "is_between")
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._is_between = True
+        self.is_between = True
+        """No character is unfinished."""
 
     def feed(self, tokens: Sequence[int]) -> str:
         """The characters that these tokens complete; may be empty."""
         data = self._token_bytes(tokens[0]) if len(tokens) == 1 else b"".join(map(self._token_bytes, tokens))
-        if self._is_between and data.isascii():
+        if self.is_between and data.isascii():
             return data.decode("ascii")
         text = self._decoder.decode(data)
-        self._is_between = not self._decoder.getstate()[0]
+        self.is_between = not self._decoder.getstate()[0]
         return text
 
     def finish(self) -> str:

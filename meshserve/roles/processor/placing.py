@@ -92,13 +92,14 @@ class Placing:
         self.on_placed(placement)
 
     def on_error(self, error: MeshserveError) -> None:
-        """The router has no worker, or is lost itself."""
+        """The router is lost, or knows no worker: one that has just started may not have met those that are known here."""
         self._call = None
-        if isinstance(error, (NoWorker, InvalidRequest)):
+        if isinstance(error, InvalidRequest):
             self.on_failed(error)
-        else:
+            return
+        if not isinstance(error, NoWorker):
             self.placer.mesh.counters.add("routers_failed")
-            self._ask_next()
+        self._ask_next()
 
     def _take_turns(self) -> None:
         able = self.placer.take_turns(self.model, self._excluded)

@@ -5,207 +5,35 @@ tokens into text. A worker that is lost before its first token is replaced by an
 """
 
 import random
+from array import array
 from typing import Any
 
-from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, PeerLost, PeerSilent, ProtocolError
-from meshserve.mesh.calls import IncomingCall, OutgoingCall
+from meshserve.errors import InvalidRequest, ProtocolError
+from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipts import Receipt
-from meshserve.roles.processor.detokenizing import Detokenizer
 from meshserve.roles.processor.models import Models
-from meshserve.roles.processor.placing import Placement, Placer, Placing
-from meshserve.roles.processor.stopping import StopChecker
-from meshserve.routing.candidates import Candidate
+from meshserve.roles.processor.placing import Placer
+from meshserve.roles.processor.prompts import check_bias, check_features, check_prompts, encode_all
+from meshserve.roles.processor.requests import Request
 from meshserve.telemetry import Phases
-from meshserve.wire.completion import CompletionRequest
-from meshserve.wire.generation import GenerateRequest
-
-_MAX_ATTEMPTS = 4
-_RETRIED_CODES = frozenset(("peer_lost", "peer_silent", "link_overflow", "draining", "no_worker", "unknown_method"))
-"""Errors that say nothing about the request itself: another worker may do."""
-
-
-class _Request:
-    """One request on its way. Steps are callbacks: a request costs no task, and a token costs no task switch."""
-
-    def __init__(self, role: "ProcessorRole", call: IncomingCall, request: CompletionRequest) -> None:
-        self._role, self._call, self._request = role, call, request
-        self._phases = Phases()
-        self.request_id = request.request_id
-        self._card = role.models.card(request.model)
-        self._tokens = role.models.encode(request, self._card)
-        self._sampling = role.models.sampling(request, self._card, len(self._tokens), role.draw_seed())
-        self._detokenizer = Detokenizer(role.models.tokenizer(self._card).token_bytes)
-        self._stops = StopChecker(request.stop)
-        self._receipt = Receipt(self.request_id, request.client_id, request.model, num_prompt_tokens=len(self._tokens))
-        self._receipt.peers["processor"] = role.name
-        self._excluded: list[str] = []
-        self._placing = Placing(
-            role.placer, self.request_id, request.model, self._tokens, request.policy, request.session, self.placed, self._fail
-        )
-        self._prefill_peers: tuple[tuple[str, int, int], ...] = ()
-        self._lost: list[str] = []
-        """Names of workers that died with this request."""
-        self._opened: OutgoingCall | None = None
-        self.worker: str | None = None
-        """Incarnation of the decode worker that has the request now."""
-        self.num_tokens = 0
-        self._receipt.add("process", self._phases.end("process"))
-        self._journal = role.mesh.journal
-        if self._journal.is_on:
-            self._journal.note("submit", self.request_id, num_tokens=len(self._tokens))
-
-    # --- which worker
-
-    def route(self) -> None:
-        """Look for a worker that was not tried yet."""
-        self.worker = None
-        self._placing.begin(self._excluded)
-
-    def placed(self, placement: Placement) -> None:
-        """The candidates are known."""
-        receipt = self._receipt
-        receipt.peers["router"], receipt.policy = placement.router, placement.policy
-        receipt.candidates = [candidate.for_receipt() for candidate in placement.decode]
-        receipt.prefill_candidates = [candidate.for_receipt() for candidate in placement.prefill]
-        self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in placement.prefill)
-        receipt.add("route", self._phases.end("route"))
-        self._dispatch(placement.decode[0])
-
-    # --- the worker's stream
-
-    def _dispatch(self, chosen: Candidate) -> None:
-        self.worker = chosen.incarnation
-        self._receipt.peers["decode"] = chosen.peer
-        request = GenerateRequest(
-            self.request_id, self._request.model, self._tokens, self._sampling, 0, self._prefill_peers, tuple(self._lost)
-        )
-        remaining_s = self._role.remaining_s(self._call)
-        body = request if chosen.incarnation == self._role.mesh.incarnation else request.to_wire()
-        try:
-            self._opened = self._role.mesh.open(chosen.incarnation, "generate", body, self, remaining_s)
-        except PeerLost as error:
-            self._retry_or_fail(error)
-
-    def on_item(self, item: Any) -> None:
-        """Tokens of one step, after their position; or the name of a prefill worker that died with this request."""
-        if isinstance(item, str):
-            self._lost.append(item)
-            return
-        if not isinstance(item, list) or len(item) < 2 or item[0] != self.num_tokens:
-            self._abort(ProtocolError("a worker's tokens do not follow each other"))
-            return
-        tokens = item[1:]
-        if self._journal.is_on:
-            self._journal.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
-        self.num_tokens += len(tokens)
-        text, is_stopped = self._stops.feed(self._detokenizer.feed(tokens))
-        self._call.send(text)
-        if is_stopped:
-            self._stop_early()
-
-    def on_end(self, value: Any) -> None:
-        """The worker is done."""
-        text, is_stopped = self._stops.feed(self._detokenizer.finish())
-        tail = text if is_stopped else text + self._stops.finish()
-        if tail:
-            self._call.send(tail)
-        account = value if isinstance(value, dict) else {}
-        self._account(account)
-        self._end("stop" if is_stopped or account.get("reason") == "stop" else "length")
-
-    def on_error(self, error: MeshserveError) -> None:
-        """The worker failed, or was lost."""
-        if error.code == PeerLost.code:
-            self._lost.append(self._receipt.peers["decode"] or "a worker")
-        self._retry_or_fail(error)
-
-    def _retry_or_fail(self, error: MeshserveError) -> None:
-        """Nothing given out yet means that another may start over, unless the request itself seems to be what takes workers down."""
-        self._note_attempt(error)
-        can_retry = self.num_tokens == 0 and error.code in _RETRIED_CODES and len(self._receipt.attempts) < _MAX_ATTEMPTS
-        if can_retry and len(self._lost) >= self._role.max_lost_peers:
-            names = ", ".join(self._lost)
-            self._fail(GaveUp(f"this request took down {names}; it is tried nowhere else", lost_peers=self._lost))
-        elif can_retry and self.worker is not None:
-            self._role.mesh.counters.add("requests_rerouted")
-            self._excluded.append(self.worker)
-            self.route()
-        else:
-            self._fail(error)
-
-    def worker_suspected(self) -> None:
-        """Its worker fell silent. What has not begun there is taken elsewhere; what has may still go on."""
-        if self.num_tokens == 0 and self._opened is not None:
-            self._opened.cancel()
-            self.on_error(PeerSilent("the worker fell silent"))
-
-    def _note_attempt(self, error: MeshserveError) -> None:
-        name = self._role.mesh.name_of(self.worker or "")
-        self._receipt.attempts.append({"peer": name, "role": "decode", "outcome": error.code, "tokens": self.num_tokens})
-        self._receipt.add("other", self._phases.end("lost"))
-
-    # --- the end
-
-    def _account(self, account: dict[str, Any]) -> None:
-        receipt = self._receipt
-        caller_ms = self._phases.end("decode_call")
-        for phase, milliseconds in (account.get("phases_ms") or {}).items():
-            receipt.add(str(phase), float(milliseconds))
-        receipt.add("network", caller_ms - float(account.get("total_ms") or caller_ms))
-        receipt.num_cached_tokens = int(account.get("num_cached_tokens") or 0)
-        receipt.num_blocks, receipt.num_bytes = int(account.get("num_blocks") or 0), int(account.get("num_bytes") or 0)
-        receipt.attempts += account.get("attempts") or []
-        prefill = account.get("prefill_peer")
-        receipt.peers["prefill"] = self._role.mesh.name_of(prefill) if isinstance(prefill, str) else None
-
-    def _stop_early(self) -> None:
-        """A stop string was found: the worker need not go on."""
-        if self._opened is not None:
-            self._opened.cancel()
-        self._receipt.add("decode", self._phases.end("decode"))
-        self._end("stop")
-
-    def _end(self, reason: str) -> None:
-        self._ended("ok")
-        self._receipt.num_completion_tokens = self.num_tokens
-        usage = [len(self._tokens), self.num_tokens, self._receipt.num_cached_tokens]
-        receipt = self._receipt.to_wire(self._phases.total_ms()) if self._request.wants_receipt else None
-        self._call.end([reason, usage, receipt])
-
-    def _abort(self, error: MeshserveError) -> None:
-        if self._opened is not None:
-            self._opened.cancel()
-        self._fail(error)
-
-    def _fail(self, error: MeshserveError) -> None:
-        self._ended(error.code)
-        self._call.fail(error)
-
-    def _ended(self, outcome: str) -> None:
-        self._role.ended(self)
-        if self._journal.is_on:
-            self._journal.note("result", self.request_id, outcome=outcome, num_tokens=self.num_tokens)
-
-    def cancel(self) -> None:
-        """The client is gone."""
-        self._ended("cancelled")
-        self._placing.cancel()
-        if self._opened is not None:
-            self._opened.cancel()
+from meshserve.wire.card import ModelCard
+from meshserve.wire.completion import CompletionRequest, Tokenized
+from meshserve.wire.generation import unpack_tokens
 
 
 class ProcessorRole:
-    """Serves `complete`: items are text, the end is [finish reason, [prompt, completion and cached tokens], receipt or None]."""
+    """Serves `complete` (items and end as in :mod:`meshserve.wire.completion`), `tokenize` and `detokenize`."""
 
     def __init__(self, mesh: Mesh, max_lost_peers: int) -> None:
         self.mesh, self.max_lost_peers = mesh, max_lost_peers
         self.models = Models(mesh)
-        self._running: dict[str, _Request] = {}
+        self._running: dict[str, Request] = {}
         self.placer = Placer(mesh)
         self._rng = random.Random()
         mesh.serve("complete", self._on_complete)
+        mesh.serve("tokenize", self._on_tokenize)
+        mesh.serve("detokenize", self._on_detokenize)
         mesh.subscribe(self._on_change)
 
     @property
@@ -219,27 +47,58 @@ class ProcessorRole:
         return not self._running
 
     def draw_seed(self) -> int:
-        """For a request that names none."""
+        """For a prompt whose request names none."""
         return self._rng.getrandbits(62)
 
-    def remaining_s(self, call: IncomingCall) -> float:
-        """Until the request's deadline."""
-        return max(0.001, call.deadline_s - self.mesh.now_s())
-
     def _on_complete(self, call: IncomingCall) -> None:
-        request = call.body if isinstance(call.body, CompletionRequest) else CompletionRequest.from_wire(call.body)
-        if request.request_id in self._running:
+        asked = call.body if isinstance(call.body, CompletionRequest) else CompletionRequest.from_wire(call.body)
+        if asked.request_id in self._running:
             raise InvalidRequest("a request of this id is under way")
-        running = _Request(self, call, request)
-        self._running[running.request_id] = running
-        call.on_cancel = running.cancel
-        running.route()
+        phases = Phases()
+        card, prompts = self._encode(asked)
+        tokenizer = self.models.tokenizer(card)
+        check_prompts(asked, prompts, card, tokenizer.vocab_size)
+        request = Request(self, call, asked, card, prompts, tokenizer.token_bytes, phases)
+        self._running[request.request_id] = request
+        call.on_cancel = request.cancel
+        request.start()
 
-    def ended(self, request: _Request) -> None:
+    def _encode(self, asked: CompletionRequest) -> "tuple[ModelCard, list[array[int]]]":
+        """Raises what is wrong with a request before anybody works for it."""
+        card = self.models.card(asked.model)
+        check_features(asked, card)
+        tokenizer = self.models.tokenizer(card)
+        check_bias(asked, tokenizer.vocab_size)
+        return card, encode_all(asked, card, tokenizer)
+
+    def over(self, request: Request) -> None:
         """No longer under way."""
         self._running.pop(request.request_id, None)
 
     def _on_change(self, change: Change, member: Member) -> None:
         if change is Change.SUSPECTED and "decode" in member.info.roles:
-            for request in [running for running in self._running.values() if running.worker == member.info.incarnation]:
-                request.worker_suspected()
+            for sequence in [sequence for request in self._running.values() for sequence in request.sequences]:
+                if sequence.worker == member.info.incarnation and not sequence.is_over:
+                    sequence.worker_suspected()
+
+    # --- tokens for those who ask for nothing else
+
+    def _on_tokenize(self, call: IncomingCall) -> None:
+        """The end is the prompt's tokens and the model's context length."""
+        body: Any = call.body
+        if not isinstance(body, list) or len(body) != 2:
+            raise ProtocolError("what is to be tokenized is a request, and whether the tokens' texts are wanted")
+        card, prompts = self._encode(CompletionRequest.from_wire(body[0]))
+        tokens, token_bytes = prompts[0], self.models.tokenizer(card).token_bytes
+        pieces = list(map(token_bytes, tokens)) if body[1] else []
+        call.end(Tokenized(tokens, card.context_length, b"".join(pieces), array("I", map(len, pieces))).to_wire())
+
+    def _on_detokenize(self, call: IncomingCall) -> None:
+        body: Any = call.body
+        if not isinstance(body, list) or len(body) != 2 or not isinstance(body[0], str):
+            raise ProtocolError("what is to be detokenized is a model and tokens")
+        tokenizer = self.models.tokenizer(self.models.card(body[0]))
+        tokens = unpack_tokens(body[1])
+        if tokens and max(tokens) >= tokenizer.vocab_size:
+            raise InvalidRequest(f"this model's last token is {tokenizer.vocab_size - 1}", param="tokens")
+        call.end(b"".join(map(tokenizer.token_bytes, tokens)).decode("utf-8", "replace"))

@@ -20,12 +20,14 @@ def _compiled(template: str) -> Any:
     return environment.from_string(template)
 
 
-def render_chat(template: str, messages: list[dict[str, Any]]) -> str:
+def render_chat(
+    template: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True
+) -> str:
     """The prompt that a chat stands for, the assistant's turn begun. Raises InvalidRequest where the template refuses these messages."""
     from jinja2 import TemplateError
 
     try:
-        prompt: str = _compiled(template).render(messages=messages, add_generation_prompt=True)
+        prompt: str = _compiled(template).render(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         raise InvalidRequest(f"the model's chat template does not take these messages: {error}", param="messages") from error
     if len(prompt) > MAX_PROMPT_CHARACTERS:

@@ -1,0 +1,141 @@
+"""Anthropic's Messages API: the answer as one object or as events, and its errors. Pure."""
+
+import json
+from typing import Any
+
+from meshserve.errors import InvalidRequest, MeshserveError
+from meshserve.roles.frontend.shapes import dump
+from meshserve.roles.frontend.writers import Collected, EventWriter, Reply, WholeWriter
+from meshserve.wire.completion import CallItem, Ending, EndItem, StartItem, TextItem
+
+Json = dict[str, Any]
+
+_ERROR_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+_STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+PING = 'event: ping\ndata: {"type":"ping"}\n\n'
+
+
+def error_body(error: MeshserveError) -> bytes:
+    """Anthropic's error object; `code` and `param` are those of the other APIs."""
+    default = "invalid_request_error" if isinstance(error, InvalidRequest) else "api_error"
+    param = error.param if isinstance(error, InvalidRequest) else None
+    told = {"type": _ERROR_TYPES.get(error.http_status, default), "message": error.message, "code": error.code, "param": param}
+    return dump({"type": "error", "error": told}).encode()
+
+
+def usage_of(ending: Ending) -> Json:
+    """This API's usage object: what was read from the cache is no part of `input_tokens`."""
+    return {
+        "input_tokens": max(0, ending.num_prompt_tokens - ending.num_cached_tokens),
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": ending.num_cached_tokens,
+        "output_tokens": ending.num_completion_tokens,
+    }
+
+
+def stop_of(reason: str, stop: str | None) -> Json:
+    """`stop_reason` and `stop_sequence`."""
+    if stop is not None:
+        return {"stop_reason": "stop_sequence", "stop_sequence": stop}
+    return {"stop_reason": _STOP_REASONS.get(reason, "end_turn"), "stop_sequence": None}
+
+
+def _message(reply: Reply, content: list[Json], stop: Json, usage: Json) -> Json:
+    named = {"id": reply.response_id, "type": "message", "role": "assistant", "model": reply.request.model}
+    return {**named, "content": content, **stop, "usage": usage}
+
+
+def _use(reply: Reply, name: str, arguments: Json) -> Json:
+    return {"type": "tool_use", "id": reply.call_id(0, "toolu_"), "name": name, "input": arguments}
+
+
+class WholeMessage(WholeWriter):
+    """A message that is not streamed."""
+
+    def _body(self, ending: Ending) -> bytes:
+        choice = self._choices[0]
+        message = _message(self._reply, self._content(choice), stop_of(choice.reason, choice.stop), usage_of(ending))
+        if ending.receipt is not None:
+            message["meshserve"] = ending.receipt
+        return dump(message).encode()
+
+    def _content(self, choice: Collected) -> list[Json]:
+        if choice.name is not None:
+            return [_use(self._reply, choice.name, _arguments(choice.text))]
+        return [{"type": "text", "text": choice.text}]
+
+
+def _arguments(text: str) -> Json:
+    """Those of a call; none if `max_tokens` cut them short, as `stop_reason` then says."""
+    try:
+        arguments = json.loads(text)
+    except ValueError:
+        return {}
+    return arguments if isinstance(arguments, dict) else {}
+
+
+class MessageEvents(EventWriter):
+    """A streamed message: one content block, text or a use of a tool."""
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply)
+        self._num_prompt_tokens = 0
+        self._has_begun = self._is_open = self._is_call = False
+        self._end = EndItem(0, "", None)
+
+    def _event(self, kind: str, fields: Json) -> str:
+        return f"event: {kind}\ndata: {dump({'type': kind, **fields})}\n\n"
+
+    def _start(self, item: StartItem) -> str:
+        self._num_prompt_tokens = item.num_prompt_tokens
+        return ""
+
+    def _open(self, block: Json) -> str:
+        """The message's beginning and its block's. How much of the prompt was cached is known, and told, at the end."""
+        if self._is_open:
+            return ""
+        self._is_open = True
+        return self._begin() + self._event("content_block_start", {"index": 0, "content_block": block})
+
+    def _begin(self) -> str:
+        if self._has_begun:
+            return ""
+        self._has_begun = True
+        usage = {**usage_of(Ending("", self._num_prompt_tokens, 0, 0)), "output_tokens": 0}
+        message = _message(self._reply, [], {"stop_reason": None, "stop_sequence": None}, usage)
+        return self._event("message_start", {"message": message}) + PING
+
+    def _text(self, item: TextItem) -> str:
+        if not item.text:
+            return self._begin()
+        opening = "" if self._is_call else self._open({"type": "text", "text": ""})
+        kind, name = ("input_json_delta", "partial_json") if self._is_call else ("text_delta", "text")
+        return opening + self._event("content_block_delta", {"index": 0, "delta": {"type": kind, name: item.text}})
+
+    def _call(self, item: CallItem) -> str:
+        self._is_call = True
+        return self._open(_use(self._reply, item.name, {}))
+
+    def _finish(self, item: EndItem) -> str:
+        self._end = item
+        return ""
+
+    def end(self, ending: Ending) -> bytes:
+        stop = stop_of(self._end.reason or ending.reason, self._end.stop or ending.stop)
+        delta: Json = {"delta": stop, "usage": usage_of(ending)}
+        if ending.receipt is not None:
+            delta["meshserve"] = ending.receipt
+        closing = self._open({"type": "text", "text": ""}) + self._event("content_block_stop", {"index": 0})
+        return (closing + self._event("message_delta", delta) + self._event("message_stop", {})).encode()
+
+    def fail(self, error: MeshserveError) -> bytes:
+        return b"event: error\ndata: " + error_body(error) + b"\n\n"

@@ -1,0 +1,72 @@
+"""The APIs that complete: how each is parsed, written, and told an error. One table, read by one driver."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from meshserve.errors import InvalidRequest, MeshserveError
+from meshserve.roles.frontend import anthropic_parsing, anthropic_writers, responses_parsing, responses_writers
+from meshserve.roles.frontend.openai_writers import ChatChunkWriter, ChunkWriter, LineWriter, WholeChat, WholeCompletion
+from meshserve.roles.frontend.parsing import ResponseOptions, parse_chat, parse_completion
+from meshserve.roles.frontend.shapes import error_body
+from meshserve.roles.frontend.writers import Reply, Writer
+from meshserve.wire.completion import CompletionRequest
+
+Parse = Callable[[bytes, str, str], tuple[CompletionRequest, ResponseOptions]]
+"""Body, the mesh's name of the request, the client's; raises InvalidRequest that names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """One way of asking for completions."""
+
+    prefix: str
+    """Of the response's id."""
+    parse: Parse
+    events: Callable[[Reply], Writer]
+    whole: Callable[[Reply], Writer]
+    error_body: Callable[[MeshserveError], bytes] = error_body
+    params: dict[str, str] = field(default_factory=dict)
+    """How this API calls what a processor finds fault with, where it has another name."""
+
+    def response_id(self, request_id: str) -> str:
+        """From the mesh's name of the request, which is in it."""
+        return self.prefix + (request_id if self.prefix.endswith("-") else request_id.replace("-", ""))
+
+    def writer(self, reply: Reply) -> Writer:
+        """For this reply, streamed or whole."""
+        return (self.events if reply.options.is_stream else self.whole)(reply)
+
+    def named(self, error: MeshserveError) -> MeshserveError:
+        """The error, with the field's name as this API has it."""
+        if isinstance(error, InvalidRequest) and error.param in self.params:
+            error.param = self.params[error.param]
+        return error
+
+
+COMPLETIONS = Api("cmpl-", parse_completion, ChunkWriter, WholeCompletion)
+CHATS = Api("chatcmpl-", parse_chat, ChatChunkWriter, WholeChat)
+RESPONSES = Api(
+    "resp_",
+    responses_parsing.parse_response,
+    responses_writers.ResponseEvents,
+    responses_writers.WholeResponse,
+    params=responses_parsing.PARAMS,
+)
+MESSAGES = Api(
+    "msg_",
+    anthropic_parsing.parse_message,
+    anthropic_writers.MessageEvents,
+    anthropic_writers.WholeMessage,
+    anthropic_writers.error_body,
+    anthropic_parsing.PARAMS,
+)
+
+
+def lines(parse: Parse) -> Api:
+    """`/generate`, whose parser must know the first model there is."""
+    return Api("", parse, LineWriter, LineWriter)
+
+
+def error_body_for(path: str, error: MeshserveError) -> bytes:
+    """The error as clients of this route expect it."""
+    return (anthropic_writers.error_body if path.startswith("/v1/messages") else error_body)(error)

@@ -1,0 +1,199 @@
+"""The answers of OpenAI's completions and chats, and of `/generate`. What repeats in every chunk of a stream is encoded once. Pure."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from meshserve.errors import MeshserveError
+from meshserve.roles.frontend.logprobs import chat_logprobs, completion_logprobs
+from meshserve.roles.frontend.shapes import FINGERPRINT, dump, error_body, error_event, usage_of
+from meshserve.roles.frontend.writers import Collected, EventWriter, Reply, WholeWriter
+from meshserve.wire.completion import CallItem, Ending, EndItem, TextItem
+
+DONE = "data: [DONE]\n\n"
+
+_encode_text = json.encoder.encode_basestring_ascii
+
+
+class ChunkWriter(EventWriter):
+    """Server-sent events of a streamed completion or chat."""
+
+    _kind = "text_completion"
+    _before_text, _after_text = '"text":', ',"logprobs":null,"finish_reason":null}]'
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply)
+        self._fields = {
+            "id": reply.response_id,
+            "object": self._kind,
+            "created": reply.created_s,
+            "model": reply.request.model,
+            "system_fingerprint": FINGERPRINT,
+        }
+        self._null_usage: dict[str, Any] = {"usage": None} if reply.options.wants_usage else {}
+        self._opening = "data: " + dump(self._fields)[:-1] + ',"choices":[{"index":'
+        self._head = f"{self._opening}0,{self._before_text}"
+        self._tail = self._after_text + (',"usage":null}\n\n' if reply.options.wants_usage else "}\n\n")
+        self._begun: set[int] = set()
+        self._finished: set[int] = set()
+        self._is_plain = False
+        """Whether text of the only choice needs nothing but a chunk around it."""
+
+    def feed(self, items: Sequence[Any]) -> bytes:
+        head, tail = self._head, self._tail
+        chunks = []
+        for item in items:
+            if self._is_plain and type(item) is str:
+                if item:
+                    chunks.append(f"{head}{_encode_text(item)}{tail}")
+            else:
+                chunks.append(self._events(item))
+        return "".join(chunks).encode()
+
+    def _chunk(self, choice: dict[str, Any]) -> str:
+        return f"data: {dump({**self._fields, 'choices': [choice], **self._null_usage})}\n\n"
+
+    def _text(self, item: TextItem) -> str:
+        opening = self._begin(item.choice)
+        if item.logprobs is not None:
+            return opening + self._chunk(self._with_logprobs(item))
+        if not item.text:
+            return opening
+        return f"{opening}{self._opening}{item.choice},{self._before_text}{_encode_text(item.text)}{self._tail}"
+
+    def _begin(self, choice: int, calls: bool = False) -> str:
+        self._begun.add(choice)
+        self._is_plain = self._num_choices == 1
+        return ""
+
+    def _with_logprobs(self, item: TextItem) -> dict[str, Any]:
+        logprobs = completion_logprobs(item.logprobs or [], item.offsets or [])
+        return {"index": item.choice, "text": item.text, "logprobs": logprobs, "finish_reason": None}
+
+    def _finish(self, item: EndItem) -> str:
+        self._finished.add(item.choice)
+        return self._chunk(self._last(item))
+
+    def _last(self, item: EndItem) -> dict[str, Any]:
+        return {"index": item.choice, "text": "", "logprobs": None, "finish_reason": item.reason}
+
+    def end(self, ending: Ending) -> bytes:
+        """The chunk with the finish reason, then the usage if it was asked for, then the end. A receipt rides on the last chunk."""
+        opening, chunks = "", list[dict[str, Any]]()
+        if 0 not in self._finished:
+            opening = "" if 0 in self._begun else self._begin(0)
+            chunks.append({**self._fields, "choices": [self._last(EndItem(0, ending.reason, None))], **self._null_usage})
+        if self._reply.options.wants_usage:
+            chunks.append({**self._fields, "choices": [], "usage": usage_of(ending)})
+        if ending.receipt is not None:
+            chunks = chunks or [{**self._fields, "choices": []}]
+            chunks[-1]["meshserve"] = ending.receipt
+        return (opening + "".join(f"data: {dump(chunk)}\n\n" for chunk in chunks) + DONE).encode()
+
+    def fail(self, error: MeshserveError) -> bytes:
+        return error_event(error)
+
+
+class ChatChunkWriter(ChunkWriter):
+    """The same for a chat: each choice's first chunk has the role only, and text comes in deltas."""
+
+    _kind = "chat.completion.chunk"
+    _before_text, _after_text = '"delta":{"content":', '},"logprobs":null,"finish_reason":null}]'
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply)
+        self._calling: set[int] = set()
+
+    def _begin(self, choice: int, calls: bool = False) -> str:
+        if choice in self._begun:
+            return ""
+        super()._begin(choice)
+        delta = {"role": "assistant", "content": None if calls else ""}
+        return self._chunk({"index": choice, "delta": delta, "logprobs": None, "finish_reason": None})
+
+    def _text(self, item: TextItem) -> str:
+        if item.choice not in self._calling:
+            return super()._text(item)
+        delta = {"tool_calls": [{"index": 0, "function": {"arguments": item.text}}]}
+        logprobs = None if item.logprobs is None else chat_logprobs(item.logprobs)
+        return self._chunk({"index": item.choice, "delta": delta, "logprobs": logprobs, "finish_reason": None})
+
+    def _with_logprobs(self, item: TextItem) -> dict[str, Any]:
+        logprobs = chat_logprobs(item.logprobs or [])
+        return {"index": item.choice, "delta": {"content": item.text}, "logprobs": logprobs, "finish_reason": None}
+
+    def _call(self, item: CallItem) -> str:
+        opening = self._begin(item.choice, calls=True)
+        self._calling.add(item.choice)
+        self._is_plain = False
+        call = {"index": 0, "id": self._reply.call_id(item.choice, "call_"), "type": "function"}
+        delta = {"tool_calls": [{**call, "function": {"name": item.name, "arguments": ""}}]}
+        return opening + self._chunk({"index": item.choice, "delta": delta, "logprobs": None, "finish_reason": None})
+
+    def _finish(self, item: EndItem) -> str:
+        return self._begin(item.choice) + super()._finish(item)
+
+    def _last(self, item: EndItem) -> dict[str, Any]:
+        return {"index": item.choice, "delta": {}, "logprobs": None, "finish_reason": item.reason}
+
+
+class WholeCompletion(WholeWriter):
+    """A completion that is not streamed."""
+
+    _kind = "text_completion"
+
+    def _body(self, ending: Ending) -> bytes:
+        body = {
+            "id": self._reply.response_id,
+            "object": self._kind,
+            "created": self._reply.created_s,
+            "model": self._reply.request.model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": [self._choice(index, choice) for index, choice in enumerate(self._choices)],
+            "usage": usage_of(ending),
+        }
+        if ending.receipt is not None:
+            body["meshserve"] = ending.receipt
+        return dump(body).encode()
+
+    def _choice(self, index: int, choice: Collected) -> dict[str, Any]:
+        logprobs = completion_logprobs(choice.logprobs, choice.offsets) if self._reply.request.logprobs >= 0 else None
+        return {"index": index, "text": choice.text, "logprobs": logprobs, "finish_reason": choice.reason}
+
+
+class WholeChat(WholeCompletion):
+    """A chat's answer that is not streamed."""
+
+    _kind = "chat.completion"
+
+    def _choice(self, index: int, choice: Collected) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.name is not None:
+            function = {"name": choice.name, "arguments": choice.text}
+            message["content"] = choice.preface or None
+            message["tool_calls"] = [{"id": self._reply.call_id(index, "call_"), "type": "function", "function": function}]
+        logprobs = chat_logprobs(choice.logprobs) if self._reply.request.logprobs >= 0 else None
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
+
+
+class LineWriter(EventWriter):
+    """`/generate`: a JSON object a line."""
+
+    media_type = "application/x-ndjson"
+
+    def __init__(self, reply: Reply) -> None:
+        super().__init__(reply)
+        self._id = reply.request.client_id or reply.request.request_id
+
+    def _text(self, item: TextItem) -> str:
+        return self._line({"text": item.text}) if item.text else ""
+
+    def end(self, ending: Ending) -> bytes:
+        last = {"finish_reason": ending.reason, "usage": usage_of(ending)}
+        return self._line({**last, "meshserve": ending.receipt} if ending.receipt is not None else last).encode()
+
+    def fail(self, error: MeshserveError) -> bytes:
+        return error_body(error) + b"\n"
+
+    def _line(self, fields: dict[str, Any]) -> str:
+        return dump({"request_id": self._id, **fields}) + "\n"

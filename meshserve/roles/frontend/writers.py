@@ -1,0 +1,147 @@
+"""From the items of a processor's stream to one API's answer, whole or as events: what all APIs have in common. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from meshserve.errors import MeshserveError, ProtocolError
+from meshserve.roles.frontend.parsing import ResponseOptions
+from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, Item, StartItem, TextItem, read_item
+
+EVENT_STREAM = "text/event-stream; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a writer needs to know."""
+
+    response_id: str
+    created_s: int
+    request: CompletionRequest
+    options: ResponseOptions
+
+    def call_id(self, choice: int, prefix: str) -> str:
+        """Names the call that this choice makes: no other call in the mesh has the same."""
+        return f"{prefix}{self.request.request_id}{choice:02x}".replace("-", "")
+
+
+class Writer(Protocol):
+    """One answer in the making. Raises ProtocolError for what a processor must not say."""
+
+    media_type: str
+
+    def feed(self, items: Sequence[Any]) -> bytes:
+        """What these items add to the response; empty for an answer that is given in one piece."""
+
+    def end(self, ending: Ending) -> bytes:
+        """The rest of the response."""
+
+    def fail(self, error: MeshserveError) -> bytes:
+        """The end of a response that failed after its first byte: nobody can take it for complete."""
+
+
+class EventWriter:
+    """Reads items, and asks an API's own writer for the events that they stand for, as text."""
+
+    media_type = EVENT_STREAM
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+        self._num_choices = reply.request.num_choices
+
+    def feed(self, items: Sequence[Any]) -> bytes:
+        return "".join([self._events(item) for item in items]).encode()
+
+    def _events(self, item: Any) -> str:
+        found = self._checked(read_item(item))
+        if isinstance(found, TextItem):
+            return self._text(found)
+        if isinstance(found, CallItem):
+            return self._call(found)
+        if isinstance(found, EndItem):
+            return self._finish(found)
+        return self._start(found)
+
+    def _checked(self, item: Item) -> Item:
+        if not isinstance(item, StartItem) and not 0 <= item.choice < self._num_choices:
+            raise ProtocolError("an item of a choice that nobody asked for")
+        return item
+
+    def _start(self, item: StartItem) -> str:
+        return ""
+
+    def _text(self, item: TextItem) -> str:
+        raise AssertionError("each API words its own")
+
+    def _call(self, item: CallItem) -> str:
+        raise AssertionError("each API words its own")
+
+    def _finish(self, item: EndItem) -> str:
+        raise AssertionError("each API words its own")
+
+
+@dataclass(slots=True)
+class Collected:
+    """One choice of an answer that is given in one piece."""
+
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    name: str | None = None
+    """Of the function that it calls: then the text is the call's arguments."""
+    preface: str = ""
+    """Text before the call."""
+    reason: str = ""
+    stop: str | None = None
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.texts)
+
+
+class WholeWriter:
+    """Gathers items until the end."""
+
+    media_type = "application/json"
+
+    def __init__(self, reply: Reply) -> None:
+        self._reply = reply
+        self._choices = [Collected() for _ in range(reply.request.num_choices)]
+
+    def feed(self, items: Sequence[Any]) -> bytes:
+        plain = self._choices[0].texts
+        for item in items:
+            if type(item) is str:
+                plain.append(item)
+            else:
+                self._take(read_item(item))
+        return b""
+
+    def _take(self, item: Item) -> None:
+        if isinstance(item, StartItem):
+            return
+        if not 0 <= item.choice < len(self._choices):
+            raise ProtocolError("an item of a choice that nobody asked for")
+        choice = self._choices[item.choice]
+        if isinstance(item, TextItem):
+            choice.texts.append(item.text)
+            choice.logprobs += item.logprobs or ()
+            choice.offsets += item.offsets or ()
+        elif isinstance(item, CallItem):
+            choice.preface, choice.name = choice.text, item.name
+            choice.texts.clear()
+        else:
+            choice.reason, choice.stop = item.reason, item.stop
+
+    def end(self, ending: Ending) -> bytes:
+        for choice in self._choices:
+            if not choice.reason:  # of a plain answer, which has one choice
+                choice.reason, choice.stop = ending.reason, ending.stop
+        return self._body(ending)
+
+    def fail(self, error: MeshserveError) -> bytes:
+        raise AssertionError("nothing was sent yet: the error is the whole response")
+
+    def _body(self, ending: Ending) -> bytes:
+        raise AssertionError("each API words its own")

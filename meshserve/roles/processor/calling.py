@@ -1,0 +1,129 @@
+"""Calls of tools: what an engine is asked for so that its output is one, and how that output is read as it comes. Pure."""
+
+import json
+import re
+from typing import Any
+
+from meshserve.errors import ProtocolError
+from meshserve.wire.completion import CompletionRequest
+from meshserve.wire.nesting import is_shallow
+
+Json = dict[str, Any]
+
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*')
+_MARKS = re.compile(r'[\\"{}\[\]]')
+_NO_SCHEMAS = frozenset(("const", "enum", "default", "examples"))
+"""Keywords of JSON Schema that hold values: what looks like a reference in there is none."""
+
+
+def wants_call(request: CompletionRequest) -> bool:
+    """Whether the answer is to be a call. Under `auto` it is one unless the last message is a tool's result: that asks for words."""
+    if request.tool_choice == "auto":
+        return not request.messages or request.messages[-1]["role"] != "tool"
+    return request.tool_choice in ("required", "function")
+
+
+def tools_of(request: CompletionRequest) -> list[Json]:
+    """The tools, for the chat template and the schema. Raises ProtocolError: frontends pass on only what they could read."""
+    if not request.tools:
+        return []
+    try:
+        tools = json.loads(request.tools)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("completion request: tools cannot be read") from error
+    if not isinstance(tools, list) or not all(map(_is_tool, tools)) or not is_shallow(tools):
+        raise ProtocolError("completion request: tools cannot be read")
+    return tools
+
+
+def _is_tool(tool: Any) -> bool:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and isinstance(function.get("parameters"), dict)
+
+
+def call_schema(tools: list[Json], name: str = "") -> str:
+    """JSON Schema of a call of one of these tools, or of the one of this name: `{"name": NAME, "arguments": {...}}`."""
+    functions = [tool["function"] for tool in tools if not name or tool["function"]["name"] == name]
+    if not functions:
+        raise ProtocolError("completion request: no tool of this name")
+    if len(functions) == 1:
+        return json.dumps(_one_call(functions[0], "#/properties/arguments"))
+    return json.dumps({"anyOf": [_one_call(function, f"#/anyOf/{index}/properties/arguments") for index, function in enumerate(functions)]})
+
+
+def _one_call(function: Json, place: str) -> Json:
+    arguments = {"type": "object", **_moved(function["parameters"], place)}
+    properties = {"name": {"const": function["name"]}, "arguments": arguments}
+    return {"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """The schema with its references to itself, now that it stands at this place of another."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: place + value[1:]
+        if key == "$ref" and isinstance(value, str) and value.startswith("#")
+        else (value if key in _NO_SCHEMAS else _moved(value, place))
+        for key, value in schema.items()
+    }
+
+
+class CallParser:
+    """Reads a call as its text comes: the name once it is complete, then the arguments' text piece by piece, and nothing else."""
+
+    __slots__ = ("_depth", "_escaped", "_held", "_in_string", "_is_over", "name")
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        """None until it is complete."""
+        self._held = ""
+        self._depth = 0
+        self._in_string = self._escaped = self._is_over = False
+
+    def feed(self, text: str) -> str:
+        """More of the arguments, as far as this text goes."""
+        if self.name is None:
+            self._held += text
+            head = _HEAD.match(self._held)
+            if head is None or head.end() == len(self._held):
+                return ""
+            self.name = json.loads(head[1])
+            text, self._held = self._held[head.end() :], ""
+        return self._arguments(text)
+
+    def _arguments(self, text: str) -> str:
+        """Up to the bracket that closes them."""
+        place = 0
+        while place < len(text) and not self._is_over:
+            if self._escaped:
+                self._escaped, place = False, place + 1
+            elif (found := _MARKS.search(text, place)) is not None:
+                place = found.end()
+                self._mark(found[0])
+            else:
+                place = len(text)
+        return text[:place]
+
+    def _mark(self, mark: str) -> None:
+        if mark == "\\":
+            self._escaped = self._in_string
+        elif mark == '"':
+            self._in_string = not self._in_string
+        elif not self._in_string:
+            self._depth += 1 if mark in "{[" else -1
+            self._is_over = self._depth <= 0
+
+    def finish(self) -> tuple[str, bool]:
+        """What was held back, and whether it is the arguments of a call that had another form; else it is no call but text."""
+        held, self._held = self._held, ""
+        if self.name is not None or not held:
+            return "", False
+        try:
+            call = json.loads(held)
+            self.name, arguments = str(call["name"]), json.dumps(call["arguments"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return held, False
+        return arguments, True

@@ -1,0 +1,150 @@
+"""One answer in the making: tokens in, items of the request's stream out. Pure.
+
+What is given out depends on the tokens alone, never on how they were split into steps.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from meshserve.errors import ProtocolError
+from meshserve.roles.processor.calling import CallParser
+from meshserve.roles.processor.detokenizing import Detokenizer
+from meshserve.roles.processor.stopping import StopChecker
+from meshserve.roles.processor.trail import TokenBytes, Trail, of_prompt
+from meshserve.wire.completion import CallItem, EndItem, TextItem, item_to_wire
+from meshserve.wire.generation import TokenLogprobs
+
+_PROMPT_TOKENS_PER_ITEM = 512
+"""With log probabilities, so that no message grows beyond bounds."""
+
+
+class Choice:
+    """Text, stop strings, log probabilities and calls of one sequence. `send` takes items as they go over the wire."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_index",
+        "_is_bare",
+        "_is_simple",
+        "_min_tokens",
+        "_parser",
+        "_send",
+        "_stops",
+        "_token_bytes",
+        "_trail",
+        "num_tokens",
+    )
+
+    def __init__(
+        self,
+        send: Callable[[Any], None],
+        token_bytes: TokenBytes,
+        index: int = 0,
+        *,
+        is_bare: bool = False,
+        stops: tuple[str, ...] = (),
+        min_tokens: int = 0,
+        wants_logprobs: bool = False,
+        is_call: bool = False,
+    ) -> None:
+        self._send, self._token_bytes, self._index, self._is_bare = send, token_bytes, index, is_bare
+        self._detokenizer = Detokenizer(token_bytes)
+        self._stops, self._min_tokens = StopChecker(stops), min_tokens
+        self._trail = Trail(token_bytes) if wants_logprobs else None
+        self._parser = CallParser() if is_call else None
+        self._is_simple = not stops and not wants_logprobs and not is_call
+        self.num_tokens = 0
+        """Up to the one that made a stop string complete, that one included."""
+
+    # --- the prompt, for those who want it repeated
+
+    def echo(self, text: str) -> None:
+        """The text begins with this."""
+        self._give_text(text, [], [])
+
+    def echo_logprobs(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> None:
+        """The text begins with these tokens. Raises ValueError or TypeError for what a worker must not say."""
+        pieces = of_prompt(self._token_bytes, tokens, logprobs)
+        for first in range(0, len(pieces), _PROMPT_TOKENS_PER_ITEM):
+            part = pieces[first : first + _PROMPT_TOKENS_PER_ITEM]
+            texts, entries, starts = map(list, zip(*part, strict=True))
+            self._give_text("".join(texts), entries, starts)
+        text, _, start = pieces[-1]
+        self._trail = Trail(self._token_bytes, start + len(text))
+
+    # --- the output
+
+    def feed(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> bool:
+        """Tokens of one step; true if a stop string ended the text. Raises ProtocolError if log probabilities are missing."""
+        if self._is_simple:
+            self.num_tokens += len(tokens)
+            text = self._detokenizer.feed(tokens)
+            self._send(text if self._is_bare else [self._index, text])
+            return False
+        if self._trail is not None and (logprobs is None or len(logprobs) != len(tokens)):
+            raise ProtocolError("a worker left out the log probabilities")
+        return any(self._feed_one(token, logprobs[place] if logprobs else None) for place, token in enumerate(tokens))
+
+    def _feed_one(self, token: int, logprobs: TokenLogprobs | None) -> bool:
+        self.num_tokens += 1
+        text = self._detokenizer.feed((token,))
+        if self._trail is not None:
+            if logprobs is None:
+                raise ProtocolError("a worker left out a log probability")
+            self._trail.add(token, logprobs, len(text), self._detokenizer.is_between)
+        given, is_stopped = self._stops.feed(text, self.num_tokens >= self._min_tokens)
+        self._give(given, is_stopped)
+        return is_stopped
+
+    def finish(self, reason: str) -> EndItem:
+        """The sequence came to its end, by itself or by a stop string: what was held back, and how the choice ends."""
+        if self._stops.found is None:
+            rest = self._detokenizer.finish()
+            if self._trail is not None:
+                self._trail.settle(len(rest))
+            given, is_stopped = self._stops.feed(rest, self.num_tokens >= self._min_tokens)
+            self._give(given if is_stopped else given + self._stops.finish(), is_stopped)
+        if self._parser is not None:
+            self._finish_call(self._parser)
+        if self._stops.found is not None:
+            return EndItem(self._index, "stop", self._stops.found)
+        is_called = reason == "stop" and self._parser is not None and self._parser.name is not None
+        return EndItem(self._index, "tool_calls" if is_called else reason, None)
+
+    # --- items
+
+    def _give(self, text: str, is_cut: bool) -> None:
+        if self._trail is not None:
+            self._trail.give(len(text))
+        is_named_before = self._parser is None or self._parser.name is not None
+        if self._parser is not None:
+            text = self._parser.feed(text)
+            if self._parser.name is None:
+                return
+            if not is_named_before:
+                self._send(item_to_wire(CallItem(self._index, self._parser.name)))
+        self._give_text(text, *(self._trail.take(is_cut) if self._trail is not None else ([], [])))
+
+    def _finish_call(self, parser: CallParser) -> None:
+        text, is_call = parser.finish()
+        if is_call and parser.name is not None:
+            self._send(item_to_wire(CallItem(self._index, parser.name)))
+        self._give_text(text, *(self._trail.take(is_cut=True) if self._trail is not None else ([], [])))
+
+    def _give_text(self, text: str, entries: list[Any], starts: list[int]) -> None:
+        if entries:
+            self._send(item_to_wire(TextItem(self._index, text, entries, starts)))
+        elif text:
+            self._send(text if self._is_bare else [self._index, text])
+
+
+class EchoOnly(Choice):
+    """Of a request for nothing but its prompt: what a worker generates, because it must, is not given out."""
+
+    __slots__ = ()
+
+    def feed(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> bool:
+        return False
+
+    def finish(self, reason: str) -> EndItem:
+        return EndItem(self._index, "length", None)

@@ -1,0 +1,187 @@
+"""A client's request from the frontend's call to its end: one sequence at a worker for each answer to each prompt.
+
+If one of them fails the request fails, and the others are cancelled. The first answer to a prompt goes ahead, and the others follow when
+its first token is there: by then the prompt's KV is in a cache, and need not be computed or handed over once for each.
+"""
+
+from array import array
+from dataclasses import replace
+from typing import Any, Protocol
+
+from meshserve.errors import InvalidRequest, MeshserveError
+from meshserve.mesh.calls import IncomingCall
+from meshserve.observe.receipts import Receipt
+from meshserve.roles.processor.calling import wants_call
+from meshserve.roles.processor.choices import Choice, EchoOnly
+from meshserve.roles.processor.prompts import sampling_of
+from meshserve.roles.processor.sequences import Dispatcher, Sequence
+from meshserve.telemetry import Phases
+from meshserve.wire.card import ModelCard
+from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartItem, item_to_wire
+from meshserve.wire.generation import Sampling
+
+
+class Role(Dispatcher, Protocol):
+    """What requests need of the processor."""
+
+    @property
+    def name(self) -> str:
+        """This peer's."""
+
+    def draw_seed(self) -> int:
+        """For a prompt whose request names none."""
+
+    def over(self, request: "Request") -> None:
+        """No longer under way."""
+
+
+class Request:
+    """Owns its sequences, which are numbered prompt by prompt."""
+
+    def __init__(
+        self,
+        role: Role,
+        call: IncomingCall,
+        asked: CompletionRequest,
+        card: ModelCard,
+        prompts: "list[array[int]]",
+        token_bytes: Any,
+        phases: Phases,
+    ) -> None:
+        self._role, self._call, self._asked, self._token_bytes = role, call, asked, token_bytes
+        self.request_id, self.policy, self.session, self.block_size = asked.request_id, asked.policy, asked.session, card.block_size
+        self._card, self._prompts, self._phases = card, prompts, phases
+        self._is_plain = asked.is_plain
+        self._is_call = wants_call(asked)
+        self._num_open = asked.n * len(prompts)
+        self._first_end = EndItem(0, "", None)
+        self.is_over = False
+        self.sequences = [sequence for place in range(len(prompts)) for sequence in self._sequences(place)]
+        self.sequences[0].receipt.add("process", phases.end("process"))
+
+    def _sequences(self, place: int) -> list[Sequence]:
+        tokens, asked = self._prompts[place], self._asked
+        sampling = sampling_of(asked, self._card, len(tokens), self._role.draw_seed())
+        first = place * asked.n
+        if asked.n == 1:
+            return [self._sequence(first, tokens, sampling)]
+        later = replace(sampling, prompt_logprobs=-1)  # those of the first are for all
+        return [self._sequence(first + k, tokens, replace(later if k else sampling, choice=k)) for k in range(asked.n)]
+
+    def _sequence(self, index: int, tokens: "array[int]", sampling: Sampling) -> Sequence:
+        asked = self._asked
+        name = self.request_id if self._num_open == 1 else f"{self.request_id}/{index}"
+        receipt = Receipt(name, asked.client_id, asked.model, num_prompt_tokens=len(tokens))
+        receipt.peers["processor"] = self._role.name
+        choice = (Choice if asked.max_tokens != 0 else EchoOnly)(
+            self._call.send,
+            self._token_bytes,
+            index,
+            is_bare=self._is_plain,
+            stops=asked.stop,
+            min_tokens=asked.min_tokens,
+            wants_logprobs=asked.logprobs >= 0,
+            is_call=self._is_call,
+        )
+        return Sequence(self._role, self, receipt, tokens, sampling, choice, Phases() if index else self._phases)
+
+    # --- life
+
+    def start(self) -> None:
+        """Send the first answer to each prompt to a worker."""
+        if self._asked.wants_start:
+            self._call.send(item_to_wire(StartItem(sum(map(len, self._prompts)))))
+        for sequence in self.sequences[:: self._asked.n]:
+            self._go(sequence)
+
+    def _go(self, sequence: Sequence) -> None:
+        if self.is_over:
+            return
+        if self._asked.max_tokens == 0 and self._asked.logprobs < 0:
+            sequence.end_without_worker()
+        else:
+            sequence.route()
+
+    def remaining_s(self) -> float:
+        """Until the request's deadline."""
+        return max(0.001, self._call.deadline_s - self._role.mesh.now_s())
+
+    def scored(self, sequence: Sequence, logprobs: list[Any]) -> None:
+        """The prompt's log probabilities, for all answers to it. A second worker, if the first is lost, says them again."""
+        first = self.sequences.index(sequence)
+        for other in self.sequences[first : first + self._asked.n]:
+            if not other.is_scored:
+                other.is_scored = True
+                other.choice.echo_logprobs(sequence.tokens, logprobs)
+
+    def began(self, sequence: Sequence) -> None:
+        """Its first token is about to be given out: it may be time for the prompt, and for the other answers."""
+        asked = self._asked
+        if not asked.echo and asked.n == 1:
+            return
+        index = self.sequences.index(sequence)
+        if asked.echo and asked.logprobs < 0:
+            sequence.choice.echo(self._prompt_text(index // asked.n))
+        if index % asked.n == 0:
+            for other in self.sequences[index + 1 : index + asked.n]:
+                other.phases.end("other")
+                self._go(other)
+
+    def _prompt_text(self, place: int) -> str:
+        prompt = self._asked.prompts[place]
+        if isinstance(prompt, str):
+            return prompt
+        return b"".join(map(self._token_bytes, prompt)).decode("utf-8", "replace")
+
+    # --- the end
+
+    def ended(self, sequence: Sequence, end: EndItem) -> None:
+        """One answer is complete."""
+        self._num_open -= 1
+        if end.choice == 0:
+            self._first_end = end
+        if not self._is_plain:
+            self._call.send(item_to_wire(end))
+        if not self._num_open:
+            self._over()
+            self._call.end(self._ending().to_wire())
+
+    def _ending(self) -> Ending:
+        receipts = [sequence.receipt for sequence in self.sequences]
+        num_cached = sum(receipt.num_cached_tokens for receipt in receipts[:: self._asked.n])
+        num_completion = sum(receipt.num_completion_tokens for receipt in receipts)
+        num_prompt = sum(map(len, self._prompts))
+        receipt = self._receipt(receipts, num_prompt, num_cached).to_wire(self._phases.total_ms()) if self._asked.wants_receipt else None
+        return Ending(self._first_end.reason, num_prompt, num_completion, num_cached, receipt, self._first_end.stop)
+
+    def _receipt(self, receipts: list[Receipt], num_prompt: int, num_cached: int) -> Receipt:
+        """The first answer's path and times; tokens, blocks, bytes and attempts of all of them."""
+        return replace(
+            receipts[0],
+            request_id=self.request_id,
+            num_prompt_tokens=num_prompt,
+            num_cached_tokens=num_cached,
+            num_completion_tokens=sum(receipt.num_completion_tokens for receipt in receipts),
+            num_blocks=sum(receipt.num_blocks for receipt in receipts),
+            num_bytes=sum(receipt.num_bytes for receipt in receipts),
+            attempts=[attempt for receipt in receipts for attempt in receipt.attempts],
+        )
+
+    def failed(self, sequence: Sequence, error: MeshserveError) -> None:
+        """One failed, so all do."""
+        if self.is_over:
+            return
+        if isinstance(error, InvalidRequest) and error.param in ("json_schema", "response_format"):
+            error = type(error)(error.message, param="tools" if self._is_call else "response_format")  # as the client knows its schema
+        self.cancel()
+        self._call.fail(error)
+
+    def cancel(self) -> None:
+        """The client is gone, or the request failed."""
+        self._over()
+        for sequence in self.sequences:
+            sequence.cancel()
+
+    def _over(self) -> None:
+        self.is_over = True
+        self._role.over(self)

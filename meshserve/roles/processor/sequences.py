@@ -1,0 +1,255 @@
+"""One sequence of a request at a worker: which worker, its stream, and another worker if that one is lost before its first token.
+
+Steps are callbacks: a sequence costs no task, and a token costs no task switch.
+"""
+
+from array import array
+from typing import Any, Protocol
+
+from meshserve.errors import GaveUp, MeshserveError, PeerLost, PeerSilent, ProtocolError
+from meshserve.mesh.calls import OutgoingCall
+from meshserve.mesh.mesh import Mesh
+from meshserve.observe.receipts import Receipt
+from meshserve.roles.processor.choices import Choice
+from meshserve.roles.processor.placing import Placement, Placer, Placing
+from meshserve.routing.candidates import Candidate
+from meshserve.telemetry import Phases
+from meshserve.wire.completion import EndItem
+from meshserve.wire.generation import GenerateRequest, Sampling
+
+_MAX_ATTEMPTS = 4
+_RETRIED_CODES = frozenset(("peer_lost", "peer_silent", "link_overflow", "draining", "no_worker", "unknown_method"))
+"""Errors that say nothing about the request itself: another worker may do."""
+
+
+class Dispatcher(Protocol):
+    """What sequences need of the processor."""
+
+    mesh: Mesh
+    max_lost_peers: int
+    placer: Placer
+
+
+class Owner(Protocol):
+    """The request that a sequence is part of. Of `ended` and `failed` one is called, once and last, unless the sequence is cancelled."""
+
+    policy: str | None
+    session: str
+    block_size: int
+
+    def remaining_s(self) -> float:
+        """Until the request's deadline."""
+
+    def scored(self, sequence: "Sequence", logprobs: list[Any]) -> None:
+        """The prompt's log probabilities."""
+
+    def began(self, sequence: "Sequence") -> None:
+        """Its first token is about to be given out, or its end if there is none."""
+
+    def ended(self, sequence: "Sequence", end: EndItem) -> None:
+        """It is complete."""
+
+    def failed(self, sequence: "Sequence", error: MeshserveError) -> None:
+        """It ended without its output."""
+
+
+class Sequence:
+    """What is needed to go on elsewhere (prompt, sampling, seed), and how far it is."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        owner: Owner,
+        receipt: Receipt,
+        tokens: "array[int]",
+        sampling: Sampling,
+        choice: Choice,
+        phases: Phases,
+    ) -> None:
+        self._dispatcher, self._owner, self.receipt = dispatcher, owner, receipt
+        self.request_id = receipt.request_id
+        self.tokens, self.sampling, self.choice, self.phases = tokens, sampling, choice, phases
+        self._excluded: list[str] = []
+        self._placing = Placing(
+            dispatcher.placer, self.request_id, receipt.model, tokens, owner.policy, owner.session, self._placed, self._fail
+        )
+        self._prefill_peers: tuple[tuple[str, int, int], ...] = ()
+        self._lost: list[str] = []
+        """Names of workers that died with this sequence."""
+        self._opened: OutgoingCall | None = None
+        self._num_overlap_blocks = 0
+        self.worker: str | None = None
+        """Incarnation of the decode worker that has the sequence now."""
+        self.num_tokens = 0
+        self.is_over = self.is_scored = False
+        self._journal = dispatcher.mesh.journal
+        if self._journal.is_on:
+            self._journal.note("submit", self.request_id, num_tokens=len(tokens))
+
+    # --- which worker
+
+    def route(self) -> None:
+        """Look for a worker that was not tried yet."""
+        self.worker = None
+        self._placing.begin(self._excluded)
+
+    def _placed(self, placement: Placement) -> None:
+        """The candidates are known."""
+        receipt = self.receipt
+        receipt.peers["router"], receipt.policy = placement.router, placement.policy
+        receipt.candidates = [candidate.for_receipt() for candidate in placement.decode]
+        receipt.prefill_candidates = [candidate.for_receipt() for candidate in placement.prefill]
+        self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in placement.prefill)
+        receipt.add("route", self.phases.end("route"))
+        self._dispatch(placement.decode[0])
+
+    # --- the worker's stream
+
+    def _dispatch(self, chosen: Candidate) -> None:
+        self.worker, self._num_overlap_blocks = chosen.incarnation, chosen.overlap_blocks
+        self.receipt.peers["decode"] = chosen.peer
+        request = GenerateRequest(
+            self.request_id, self.receipt.model, self.tokens, self.sampling, 0, self._prefill_peers, tuple(self._lost)
+        )
+        mesh = self._dispatcher.mesh
+        body = request if chosen.incarnation == mesh.incarnation else request.to_wire()
+        try:
+            self._opened = mesh.open(chosen.incarnation, "generate", body, self, self._owner.remaining_s())
+        except PeerLost as error:
+            self._retry_or_fail(error)
+
+    def on_item(self, item: Any) -> None:
+        """Tokens of one step, after their position; or something rarer."""
+        logprobs = None
+        if type(item) is not list or len(item) < 2 or item[0] != self.num_tokens:
+            item, logprobs = self._unusual(item)
+            if item is None:
+                return
+        tokens = item[1:]
+        if self._journal.is_on:
+            self._journal.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
+        if not self.num_tokens:
+            self._owner.began(self)
+        self.num_tokens += len(tokens)
+        try:
+            is_stopped = self.choice.feed(tokens, logprobs)
+        except (ProtocolError, TypeError, ValueError) as error:
+            self._abort(ProtocolError(f"a worker's tokens cannot be read: {error}"))
+            return
+        if is_stopped:
+            self._stop_early()
+
+    def _unusual(self, item: Any) -> tuple[list[int] | None, Any]:
+        """Tokens with log probabilities; else nothing: the name of a prefill worker that died, or the prompt's log probabilities."""
+        if isinstance(item, str):
+            self._lost.append(item)
+            return None, None
+        if isinstance(item, list) and len(item) == 2 and isinstance(item[1], list):
+            numbered, logprobs = item
+            if numbered == "prompt_logprobs":
+                self._score(logprobs)
+                return None, None
+            if isinstance(numbered, list) and len(numbered) > 1 and numbered[0] == self.num_tokens:
+                return numbered, logprobs
+        self._abort(ProtocolError("a worker's tokens do not follow each other"))
+        return None, None
+
+    def _score(self, logprobs: list[Any]) -> None:
+        try:
+            self._owner.scored(self, logprobs)
+        except (TypeError, ValueError) as error:
+            self._abort(ProtocolError(f"a prompt's log probabilities cannot be read: {error}"))
+
+    def on_end(self, value: Any) -> None:
+        """The worker is done."""
+        account = value if isinstance(value, dict) else {}
+        self._account(account)
+        if not self.num_tokens:
+            self._owner.began(self)
+        self._end("stop" if account.get("reason") == "stop" else "length")
+
+    def on_error(self, error: MeshserveError) -> None:
+        """The worker failed, or was lost."""
+        if error.code == PeerLost.code:
+            self._lost.append(self.receipt.peers["decode"] or "a worker")
+        self._retry_or_fail(error)
+
+    def _retry_or_fail(self, error: MeshserveError) -> None:
+        """Nothing given out yet means that another may start over, unless the request itself seems to be what takes workers down."""
+        self._note_attempt(error)
+        can_retry = self.num_tokens == 0 and error.code in _RETRIED_CODES and len(self.receipt.attempts) < _MAX_ATTEMPTS
+        if can_retry and len(self._lost) >= self._dispatcher.max_lost_peers:
+            names = ", ".join(self._lost)
+            self._fail(GaveUp(f"this request took down {names}; it is tried nowhere else", lost_peers=self._lost))
+        elif can_retry and self.worker is not None:
+            self._dispatcher.mesh.counters.add("requests_rerouted")
+            self._excluded.append(self.worker)
+            self.route()
+        else:
+            self._fail(error)
+
+    def worker_suspected(self) -> None:
+        """Its worker fell silent. What has not begun there is taken elsewhere; what has may still go on."""
+        if self.num_tokens == 0 and self._opened is not None:
+            self._opened.cancel()
+            self.on_error(PeerSilent("the worker fell silent"))
+
+    def _note_attempt(self, error: MeshserveError) -> None:
+        name = self._dispatcher.mesh.name_of(self.worker or "")
+        self.receipt.attempts.append({"peer": name, "role": "decode", "outcome": error.code, "tokens": self.num_tokens})
+        self.receipt.add("other", self.phases.end("lost"))
+
+    # --- the end
+
+    def _account(self, account: dict[str, Any]) -> None:
+        receipt = self.receipt
+        caller_ms = self.phases.end("decode_call")
+        for phase, milliseconds in (account.get("phases_ms") or {}).items():
+            receipt.add(str(phase), float(milliseconds))
+        receipt.add("network", caller_ms - float(account.get("total_ms") or caller_ms))
+        receipt.num_cached_tokens = int(account.get("num_cached_tokens") or 0)
+        receipt.num_blocks, receipt.num_bytes = int(account.get("num_blocks") or 0), int(account.get("num_bytes") or 0)
+        receipt.attempts += account.get("attempts") or []
+        prefill = account.get("prefill_peer")
+        receipt.peers["prefill"] = self._dispatcher.mesh.name_of(prefill) if isinstance(prefill, str) else None
+
+    def _stop_early(self) -> None:
+        """A stop string was found: the worker need not go on. What it found in its cache is then known from the router only."""
+        if self._opened is not None:
+            self._opened.cancel()
+        self.receipt.add("decode", self.phases.end("decode"))
+        self.receipt.num_cached_tokens = min(self._num_overlap_blocks * self._owner.block_size, len(self.tokens) - 1)
+        self._end("stop")
+
+    def end_without_worker(self) -> None:
+        """There is nothing to generate."""
+        self._owner.began(self)
+        self._end("length")
+
+    def _end(self, reason: str) -> None:
+        end = self.choice.finish(reason)
+        self._over("ok")
+        self.receipt.num_completion_tokens = self.choice.num_tokens
+        self._owner.ended(self, end)
+
+    def _abort(self, error: MeshserveError) -> None:
+        if self._opened is not None:
+            self._opened.cancel()
+        self._fail(error)
+
+    def _fail(self, error: MeshserveError) -> None:
+        self._over(error.code)
+        self._owner.failed(self, error)
+
+    def cancel(self) -> None:
+        """Nobody wants it any more. Harmless after its end."""
+        if not self.is_over:
+            self._over("cancelled")
+            self._placing.cancel()
+            if self._opened is not None:
+                self._opened.cancel()
+
+    def _over(self, outcome: str) -> None:
+        self.is_over = True
+        if self._journal.is_on:
+            self._journal.note("result", self.request_id, outcome=outcome, num_tokens=self.num_tokens)

@@ -1,0 +1,1 @@
+"""What clients of the HTTP APIs see: cases that run against any deployment."""

@@ -1,0 +1,114 @@
+"""A processor between a client and a worker that are both played by hand, on one peer: the real calls, without the engine."""
+
+from array import array
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+from meshserve.config import MeshConfig
+from meshserve.engines.dummy.engine import DummyEngine
+from meshserve.engines.protocol import EngineOptions
+from meshserve.errors import MeshserveError
+from meshserve.mesh.calls import IncomingCall, OutgoingCall
+from meshserve.mesh.mesh import Mesh
+from meshserve.roles.processor.processor import ProcessorRole
+from meshserve.wire.card import FEATURES
+from meshserve.wire.completion import CompletionRequest, Ending, Item, read_item
+from meshserve.wire.generation import GenerateRequest
+from tests.harness import until
+
+DEADLINE_S = 5.0
+
+
+class Client:
+    """Who asked: the sink of a completion."""
+
+    def __init__(self) -> None:
+        self.raw: list[Any] = []
+        self.ending: Ending | None = None
+        self.error: MeshserveError | None = None
+        self.call: OutgoingCall | None = None
+
+    @property
+    def items(self) -> list[Item]:
+        return [read_item(item) for item in self.raw]
+
+    def on_item(self, item: Any) -> None:
+        self.raw.append(item)
+
+    def on_end(self, value: Any) -> None:
+        self.ending = Ending.from_wire(value)
+
+    def on_error(self, error: MeshserveError) -> None:
+        self.error = error
+
+    async def end(self) -> Ending:
+        """Wait for the end; an error fails the test."""
+        await until(lambda: self.ending or self.error, DEADLINE_S, "the request ends")
+        assert self.ending is not None, self.error
+        return self.ending
+
+    async def failure(self) -> MeshserveError:
+        await until(lambda: self.ending or self.error, DEADLINE_S, "the request fails")
+        assert self.error is not None, "it came to its end"
+        return self.error
+
+
+class Worker:
+    """What the decode worker is asked: calls in order, answered by the test."""
+
+    def __init__(self) -> None:
+        self.calls: list[IncomingCall] = []
+        self.cancelled: list[str] = []
+
+    def on_generate(self, call: IncomingCall) -> None:
+        self.calls.append(call)
+        call.on_cancel = lambda: self.cancelled.append(call.body.request_id)
+
+    async def asked(self, count: int) -> list[GenerateRequest]:
+        """Wait until there are so many calls."""
+        await until(lambda: len(self.calls) >= count, DEADLINE_S, f"{count} sequences are asked for")
+        return [call.body for call in self.calls]
+
+    def say(self, index: int, text: str, reason: str | None = "stop", position: int = 0) -> None:
+        """Tokens of this text, one a byte, then the end."""
+        call = self.calls[index]
+        for place, token in enumerate(text.encode()):
+            call.send([position + place, token])
+        if reason is not None:
+            call.end({"reason": reason, "num_cached_tokens": 2})
+
+
+class Scene:
+    """Client, processor and worker."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh, self.worker = mesh, Worker()
+        self.processor = ProcessorRole(mesh, 2)
+        mesh.serve("generate", self.worker.on_generate)
+
+    def ask(self, **fields: Any) -> Client:
+        """Send a completion request."""
+        client = Client()
+        request = CompletionRequest(**{"request_id": "r", "kind": "completion", "model": "dummy", "prompt": "ab", **fields})
+        assert CompletionRequest.from_wire(request.to_wire()) == request
+        client.call = self.mesh.open(self.mesh.incarnation, "complete", request, client, 30.0)
+        return client
+
+
+@asynccontextmanager
+async def scene(features: tuple[str, ...] = FEATURES, **card: Any) -> AsyncIterator[Scene]:
+    """One peer that is processor and, by hand, worker of a model with these features."""
+    made = replace(DummyEngine(EngineOptions(None, {})).card, features=features, **card)
+    mesh = Mesh(MeshConfig(mesh="scripted", roles=("processor", "decode"), interface="127.0.0.1", use_mdns=False), made)
+    await mesh.start()
+    try:
+        yield Scene(mesh)
+    finally:
+        await mesh.close()
+
+
+def tokens(text: str) -> "array[int]":
+    """One a byte."""
+    return array("I", list(text.encode()))

@@ -1,0 +1,118 @@
+"""A completion request over the wire: what goes in comes out, and nothing else gets in."""
+
+from array import array
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshserve.errors import ProtocolError
+from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, StartItem, TextItem, Tokenized, item_to_wire, read_item
+from meshserve.wire.frames import pack_body, unpack_body
+
+FULL: dict[str, Any] = {
+    "request_id": "r",
+    "kind": "completion",
+    "model": "m",
+    "prompt": ("a", array("I", [1, 2])),
+    "max_tokens": 5,
+    "min_tokens": 1,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 3,
+    "seed": -4,
+    "ignore_eos": True,
+    "stop": ("x",),
+    "n": 2,
+    "echo": True,
+    "logprobs": 3,
+    "presence_penalty": 0.5,
+    "frequency_penalty": -0.5,
+    "logit_bias": ((7, -100.0),),
+    "json_schema": "{}",
+    "tools": "[]",
+    "tool_choice": "function",
+    "tool_name": "f",
+    "add_generation_prompt": False,
+    "wants_start": True,
+    "client_id": "c",
+    "wants_receipt": True,
+    "policy": "kv",
+    "session": "alice",
+}
+
+
+def over_the_wire(data: Any) -> Any:
+    return unpack_body(pack_body(data))
+
+
+def test_every_field_crosses_the_wire_and_defaults_take_no_room() -> None:
+    request = CompletionRequest(**FULL)
+    assert CompletionRequest.from_wire(over_the_wire(request.to_wire())) == request
+    assert FULL.keys() | {"messages"} == set(CompletionRequest.__dataclass_fields__)
+    small = CompletionRequest("r", "chat", "m", messages=[{"role": "user", "content": "hi"}])
+    assert small.to_wire().keys() == {"request_id", "kind", "model", "messages"}
+    assert CompletionRequest.from_wire(over_the_wire(small.to_wire())) == small
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"kind": "essay"},
+        {"model": None},
+        {"prompt": None},
+        {"prompt": []},
+        {"prompt": ["a"] * 129},
+        {"prompt": [7]},
+        {"prompt": b"odd"},
+        {"n": 0},
+        {"n": 65},
+        {"n": True},
+        {"logprobs": 21},
+        {"max_tokens": -1},
+        {"max_tokens": 2**40},
+        {"top_p": "1"},
+        {"stop": ["x"] * 17},
+        {"stop": [""]},
+        {"logit_bias": [[1]]},
+        {"logit_bias": [["1", 2.0]]},
+        {"tool_choice": "perhaps"},
+        {"tools": ""},
+        {"echo": 1},
+        {"kind": "chat", "messages": []},
+        {"kind": "chat", "messages": [{"role": "user", "content": None}]},
+        {"kind": "chat", "messages": [{"role": "tool", "content": ""}]},
+        {"kind": "chat", "messages": [{"role": "assistant", "content": "", "tool_calls": [{"id": "x"}]}]},
+    ],
+)
+def test_a_request_with_a_malformed_field_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ProtocolError):
+        CompletionRequest.from_wire({**CompletionRequest(**FULL).to_wire(), **change})
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.binary(max_size=4)
+
+
+@given(st.recursive(SCALARS, lambda part: st.lists(part, max_size=4) | st.dictionaries(st.text(max_size=4), part), max_leaves=8))
+def test_whatever_a_peer_says_is_read_or_refused(data: Any) -> None:
+    for read in (CompletionRequest.from_wire, read_item, Ending.from_wire, Tokenized.from_wire):
+        try:
+            read(data)
+        except ProtocolError:
+            continue
+
+
+ITEMS = [TextItem(1, "t"), TextItem(0, "t", [[b"t", -1.0, []]], [0]), CallItem(2, "f"), EndItem(0, "stop", "x"), StartItem(5)]
+
+
+@pytest.mark.parametrize("item", ITEMS)
+def test_items_cross_the_wire(item: Any) -> None:
+    assert read_item(over_the_wire(item_to_wire(item))) == item
+
+
+def test_endings_and_tokens_cross_the_wire() -> None:
+    ending = Ending("stop", 1, 2, 3, {"peers": {}}, "x")
+    assert Ending.from_wire(over_the_wire(ending.to_wire())) == ending
+    found = Tokenized(array("I", [1, 2]), 9, "aé".encode(), array("I", [1, 2]))
+    assert Tokenized.from_wire(over_the_wire(found.to_wire())).texts() == ["a", "é"]
