@@ -60,6 +60,8 @@ class Sampling:
     """Token ids and what is added to their logits."""
     logprobs: int = -1
     """How many alternatives are reported with each token's log probability; 0 is the token's own only, -1 none."""
+    prompt_logprobs: int = -1
+    """The same for the tokens of the prompt, which are reported once, before the output."""
     json_schema: str = ""
     """The output's text must be a JSON document that is valid under this JSON Schema (its text); empty: it is free."""
 
