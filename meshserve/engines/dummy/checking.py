@@ -1,6 +1,7 @@
 """What a request may ask of the dummy engine's last layer, and who chooses its tokens."""
 
 from meshserve.engines.dummy.choosing import Chooser
+from meshserve.engines.dummy.documents import WrittenDocument, read_schema
 from meshserve.engines.tokenizers import ByteTokenizer
 from meshserve.errors import InvalidRequest
 from meshserve.wire.generation import GenerateRequest, Sampling
@@ -13,7 +14,7 @@ _MOST_PROMPT_LOGPROBS = 65_536
 
 
 def check_sampling(sampling: Sampling) -> None:
-    """Raises InvalidRequest that names the field of the API that is out of range."""
+    """Raises InvalidRequest that names the field of the API that is out of range, Unsupported for a schema that cannot be kept to."""
     if not sampling.temperature >= 0:
         raise InvalidRequest(f"temperature must not be negative, as {sampling.temperature} is", param="temperature")
     if not 0 < sampling.top_p <= 1:
@@ -31,6 +32,8 @@ def check_sampling(sampling: Sampling) -> None:
             raise InvalidRequest(f"logit_bias names the token {token}; there are 0 to {ByteTokenizer.vocab_size - 1}", param="logit_bias")
         if not -_MOST_BIAS <= bias <= _MOST_BIAS:
             raise InvalidRequest(f"logit_bias must be from -100 to 100, not {bias} as for the token {token}", param="logit_bias")
+    if sampling.json_schema:
+        read_schema(sampling.json_schema)
 
 
 def check_prompt_logprobs(request: GenerateRequest) -> None:
@@ -54,7 +57,9 @@ def check_prompt_logprobs(request: GenerateRequest) -> None:
 def chooser_for(request: GenerateRequest) -> Chooser | None:
     """None for a plain request, whose tokens `next_token` gives."""
     sampling = request.sampling
-    if sampling.logprobs < 0 and not sampling.logit_bias and not sampling.presence_penalty and not sampling.frequency_penalty:
+    penalties = (sampling.presence_penalty, sampling.frequency_penalty)
+    if sampling.logprobs < 0 and not sampling.logit_bias and not any(penalties) and not sampling.json_schema:
         return None
     output = request.tokens[len(request.tokens) - request.num_generated :]
-    return Chooser(sampling, output, None)
+    document = WrittenDocument(read_schema(sampling.json_schema)) if sampling.json_schema else None
+    return Chooser(sampling, output, document)
