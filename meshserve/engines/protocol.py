@@ -44,6 +44,11 @@ class GenerationStats:
 class GenerationSink(Protocol):
     """Who receives one sequence's tokens. Exactly one of `on_finish` and `on_error` is called, last, unless the request is cancelled."""
 
+    def on_prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> None:
+        """One for each token of the prompt, None for the first: it follows nothing. Called once, before the output, only if the
+        request asked for them (`prompt_logprobs`) and is not one that another worker began (`num_generated`).
+        """
+
     def on_tokens(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
         """Tokens of one step, in order: never empty, and no token twice; `logprobs` one each, if the request asked for them."""
 

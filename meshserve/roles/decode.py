@@ -28,6 +28,10 @@ class _Generation:
         self._began_s = time.monotonic()
         self._handoff: HandoffResult | None = None
 
+    def on_prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> None:
+        """An item that begins with its name: tokens begin with a number, or with a list."""
+        self._call.send(["prompt_logprobs", logprobs])
+
     def on_tokens(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
         """Tokens carry their position, so that a gap or a repeat cannot pass unseen. With log probabilities, the item is a pair."""
         item = [self._position, *tokens]

@@ -9,8 +9,7 @@ from tests.api.clients import Clients, clients_of
 from tests.api.other_cases import parameters
 from tests.harness import Process, meshserve_command
 
-ENGINE = "tests.harness.capable:CapableEngine"
-ALL_ROLES = ("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0", "--engine", ENGINE)
+ALL_ROLES = ("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0")
 
 
 @pytest.fixture(scope="module")

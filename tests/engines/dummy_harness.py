@@ -10,7 +10,7 @@ from typing import Any
 from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions, GenerationStats
 from meshserve.errors import MeshserveError
-from meshserve.wire.generation import GenerateRequest, Sampling
+from meshserve.wire.generation import GenerateRequest, Sampling, TokenLogprobs
 
 DEADLINE_S = 30.0
 
@@ -24,16 +24,25 @@ class GenerationRecord:
     """A generation's sink."""
 
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     reason: str | None = None
     stats: GenerationStats | None = None
     error: MeshserveError | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     progressed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def on_tokens(self, tokens: list[int], logprobs: object = None) -> None:
+    def on_prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> None:
+        assert self.prompt_logprobs is None
+        assert not self.tokens
+        assert not self.ended.is_set()
+        self.prompt_logprobs = logprobs
+
+    def on_tokens(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
         assert tokens
         assert not self.ended.is_set()
         self.tokens += tokens
+        self.logprobs += logprobs or []
         self.progressed.set()
 
     def on_finish(self, reason: str, stats: GenerationStats) -> None:

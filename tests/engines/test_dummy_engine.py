@@ -9,6 +9,7 @@ import pytest
 from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, PoolFull
+from meshserve.wire.generation import TokenLogprobs
 from tests.engines.dummy_harness import (
     DEADLINE_S,
     GenerationRecord,
@@ -103,7 +104,7 @@ def test_cancelling_releases_all_blocks_and_silences_the_sink() -> None:
 class CancelsAtFirstToken(GenerationRecord):
     """A client that leaves as soon as it has seen something."""
 
-    def on_tokens(self, tokens: list[int], logprobs: object = None) -> None:
+    def on_tokens(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
         super().on_tokens(tokens)
         self.leave()
 

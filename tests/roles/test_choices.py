@@ -13,9 +13,27 @@ from meshserve.roles.processor.calling import CallParser, call_schema
 from meshserve.roles.processor.choices import Choice
 from meshserve.roles.processor.stopping import StopChecker
 from meshserve.wire.completion import EndItem, TextItem, read_item
-from tests.harness.capable import instance
 
 token_bytes = ByteTokenizer().token_bytes
+
+
+def instance(schema: Any, root: Any = None) -> Any:
+    """A document that is valid under a schema, of the few keywords that the tests use."""
+    root = schema if root is None else root
+    if "$ref" in schema:
+        found = root
+        for part in schema["$ref"].removeprefix("#/").split("/"):
+            found = found[int(part)] if isinstance(found, list) else found[part]
+        return instance(found, root)
+    if "const" in schema or "enum" in schema:
+        return schema["const"] if "const" in schema else schema["enum"][0]
+    if "anyOf" in schema:
+        return instance(schema["anyOf"][0], root)
+    if schema.get("type", "object") == "object":
+        return {name: instance(part, root) for name, part in schema.get("properties", {}).items()}
+    if schema["type"] == "array":
+        return [instance(schema["items"], root)]
+    return {"string": "Paris", "integer": 7, "number": 2.5, "boolean": True, "null": None}[schema["type"]]
 
 
 def split(data: st.DataObject, whole: Sequence[Any]) -> list[Any]:

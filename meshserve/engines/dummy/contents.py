@@ -5,7 +5,7 @@ the digest of the block before. Every digest is taken from the bytes as they wer
 visible: from there on a corrupted, stale or missing block changes every row and token that follows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from struct import Struct
 
 import xxhash
@@ -53,6 +53,19 @@ class KVContents:
     def parent(self, blocks: list[int], index: int) -> int:
         """The digest of all that stands before block `index` of a sequence's blocks."""
         return self._digests.get(blocks[index - 1], _NOT_WRITTEN) if index else self._root
+
+    def contexts(self, blocks: list[int], start: int, end: int) -> Iterator[int]:
+        """The digest of all rows before token `start`, and before each that follows it, up to `end` - 1: as a cursor found them."""
+        size, row_bytes = self.block_size, self.kv_bytes_per_token
+        for first in range(start - start % size, end, size):
+            context = self.parent(blocks, first // size)
+            rows = memoryview(self.buffer(blocks[first // size]))
+            hasher = xxhash.xxh3_64(seed=context)
+            for index in range(min(size, end - first)):
+                if first + index >= start:
+                    yield context
+                hasher.update(rows[index * row_bytes : (index + 1) * row_bytes])
+                context = hasher.intdigest()
 
 
 class Cursor:

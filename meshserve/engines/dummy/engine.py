@@ -4,9 +4,10 @@ import time
 from array import array
 from collections.abc import Callable
 
+from meshserve.engines.dummy.checking import check_prompt_logprobs, check_sampling, chooser_for
 from meshserve.engines.dummy.contents import KVContents
 from meshserve.engines.dummy.driver import Driver
-from meshserve.engines.dummy.jobs import GenerationJob, Job, PrefillJob
+from meshserve.engines.dummy.jobs import GenerationJob, Job, PrefillJob, RatedJob
 from meshserve.engines.dummy.options import parse_options
 from meshserve.engines.dummy.reservation import DummyReservation
 from meshserve.engines.dummy.sampling import next_token
@@ -53,7 +54,7 @@ class DummyEngine:
             self.cancel(request_id)
 
     def check(self, request: GenerateRequest) -> None:
-        """Raises InvalidRequest or ContextLengthExceeded for what the request itself says."""
+        """Raises InvalidRequest, ContextLengthExceeded or, for a schema that cannot be kept to, Unsupported."""
         sampling = request.sampling
         if not request.tokens:
             raise InvalidRequest("the prompt is empty", param="prompt")
@@ -61,10 +62,8 @@ class DummyEngine:
             raise InvalidRequest(f"max_tokens must be at least 1, not {sampling.max_tokens}", param="max_tokens")
         if not 0 <= request.num_generated < min(sampling.max_tokens, len(request.tokens)):
             raise InvalidRequest(f"num_generated is {request.num_generated} with max_tokens {sampling.max_tokens}", param="num_generated")
-        if not sampling.temperature >= 0:
-            raise InvalidRequest(f"temperature must not be negative, as {sampling.temperature} is", param="temperature")
-        if not 0 < sampling.top_p <= 1:
-            raise InvalidRequest(f"top_p must be above 0 and at most 1, not {sampling.top_p}", param="top_p")
+        check_sampling(sampling)
+        check_prompt_logprobs(request)
         self._check_length(len(request.tokens) - request.num_generated, sampling.max_tokens)
 
     def num_cached_tokens(self, tokens: "array[int]") -> int:
@@ -89,14 +88,15 @@ class DummyEngine:
         """Queue a sequence. Raises what :meth:`check` raises, PoolFull if it could never fit, BlockRefused for an unfit reservation."""
         self.check(request)
         self._check_is_new(request.request_id)
+        kind = RatedJob if request.sampling.prompt_logprobs >= 0 and not request.num_generated else GenerationJob
         if reservation is None:
-            self._add(GenerationJob(request, self._hashes(request.tokens), sink), None)
+            self._add(kind(request, self._hashes(request.tokens), sink, chooser_for(request)), None)
             return
         if not isinstance(reservation, DummyReservation) or not reservation.is_open or reservation.tokens != request.tokens:
             raise BlockRefused("the reservation is not for this request, or has ended")
         if reservation.missing():
             raise BlockRefused(f"{len(reservation.missing())} blocks of the reservation were never written")
-        job = GenerationJob(request, reservation.hashes, sink)
+        job = kind(request, reservation.hashes, sink, chooser_for(request))
         job.num_cached = reservation.num_cached_tokens
         self._add(job, reservation.blocks)
         reservation.is_open = False
@@ -185,7 +185,11 @@ class DummyEngine:
             self._fail(job, exc)
 
     def _produce(self, job: GenerationJob, now: float) -> None:
-        token = next_token(job.cursor.context, job.sampling, job.position)  # type: ignore[union-attr]  # open while it runs
+        context, chooser, logprobs = job.cursor.context, job.chooser, None  # type: ignore[union-attr]  # open while it runs
+        if chooser is None:
+            token = next_token(context, job.sampling, job.position)
+        else:
+            token, logprobs = chooser.choose(context, job.position)
         if token == EOS_TOKEN:
             self._end(job)
             self.rates.finished(job.num_generated)
@@ -193,7 +197,10 @@ class DummyEngine:
             return
         job.position += 1
         job.tokens.append(token)
-        job.sink.on_tokens([token])
+        if logprobs is None:
+            job.sink.on_tokens([token])
+        else:
+            job.sink.on_tokens([token], [logprobs])
         if job.stage is Stage.ENDED and job.is_live:
             self._end(job)
             self.rates.finished(job.num_generated)

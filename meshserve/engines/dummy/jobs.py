@@ -2,10 +2,11 @@
 
 from array import array
 
+from meshserve.engines.dummy.choosing import Chooser, prompt_logprobs
 from meshserve.engines.dummy.contents import Cursor, KVContents
 from meshserve.engines.dummy.scheduler import Sequence, Stage
 from meshserve.engines.protocol import GenerationSink, GenerationStats, PrefillSink
-from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.generation import GenerateRequest, TokenLogprobs
 
 
 class Job(Sequence):
@@ -33,16 +34,17 @@ class Job(Sequence):
 
 
 class GenerationJob(Job):
-    """A sequence to be continued. `position` counts the output of earlier workers too."""
+    """A sequence to be continued. `position` counts the output of earlier workers too; a plain request has no chooser."""
 
-    __slots__ = ("position", "sampling", "sink")
+    __slots__ = ("chooser", "position", "sampling", "sink")
 
-    def __init__(self, request: GenerateRequest, hashes: list[int], sink: GenerationSink) -> None:
+    def __init__(self, request: GenerateRequest, hashes: list[int], sink: GenerationSink, chooser: Chooser | None = None) -> None:
         # a copy, to which the output is appended: after a preemption it is recomputed with the prompt
         super().__init__(request.request_id, request.tokens[:], hashes, request.sampling.max_tokens - request.num_generated)
         self.sampling = request.sampling
         self.position = request.num_generated
         self.sink = sink
+        self.chooser = chooser
 
     def stats(self, now: float) -> GenerationStats:
         """What was measured, if the last token came at `now`."""
@@ -55,6 +57,32 @@ class GenerationJob(Job):
             (first_token_at - started_at) * 1000,
             (now - first_token_at) * 1000,
         )
+
+
+class RatedJob(GenerationJob):
+    """A sequence whose prompt is rated too, from its KV, however that came here. `rated` outlives a preemption."""
+
+    __slots__ = ("num_prompt", "rated")
+
+    def __init__(self, request: GenerateRequest, hashes: list[int], sink: GenerationSink, chooser: Chooser | None = None) -> None:
+        super().__init__(request, hashes, sink, chooser)
+        self.num_prompt = len(request.tokens)
+        self.rated: list[TokenLogprobs | None] = []
+
+    def first_to_visit(self, block_size: int) -> int:
+        """Cached tokens too, if they are still to be rated."""
+        return min(self.num_computed, len(self.rated))
+
+    def visit(self, end: int, contents: KVContents) -> None:
+        """Compute up to `end`, rate what was not rated yet, and give the ratings out with the last one."""
+        super().visit(end, contents)
+        start, stop = len(self.rated), min(end, self.num_prompt)
+        if start >= stop:
+            return
+        for index, context in enumerate(contents.contexts(self.blocks, start, stop), start):
+            self.rated.append(prompt_logprobs(context, index, self.tokens[index], self.sampling.prompt_logprobs) if index else None)
+        if stop == self.num_prompt:
+            self.sink.on_prompt_logprobs(self.rated)
 
 
 class PrefillJob(Job):

@@ -9,7 +9,7 @@ import xxhash
 from meshserve.engines.dummy.timing import PROFILES, Timing
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import UsageError
-from meshserve.wire.card import ModelCard
+from meshserve.wire.card import FEATURES, ModelCard
 
 _CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 _OUTPUT_VERSION = 1
@@ -60,6 +60,7 @@ class DummyOptions:
             kv_bytes_per_token=self.kv_bytes_per_token,
             block_size=self.block_size,
             can_hand_over=True,
+            features=FEATURES,
         )
 
 

@@ -1,0 +1,65 @@
+"""What a request may ask of the dummy engine's last layer, and who chooses its tokens."""
+
+from meshserve.engines.dummy.choosing import Chooser
+from meshserve.engines.dummy.documents import WrittenDocument, read_schema
+from meshserve.engines.tokenizers import ByteTokenizer
+from meshserve.errors import InvalidRequest
+from meshserve.wire.generation import GenerateRequest, Sampling
+
+_MOST_LOGPROBS = 20
+_MOST_PENALTY = 2.0
+_MOST_BIAS = 100.0
+_MOST_PROMPT_LOGPROBS = 65_536
+"""Of all tokens of a prompt together, alternatives included: they leave as one message."""
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises InvalidRequest that names the field of the API that is out of range, Unsupported for a schema that cannot be kept to."""
+    if not sampling.temperature >= 0:
+        raise InvalidRequest(f"temperature must not be negative, as {sampling.temperature} is", param="temperature")
+    if not 0 < sampling.top_p <= 1:
+        raise InvalidRequest(f"top_p must be above 0 and at most 1, not {sampling.top_p}", param="top_p")
+    if not 0 <= sampling.choice < 2**32:
+        raise InvalidRequest(f"there is no choice {sampling.choice}", param="n")
+    for name in ("presence_penalty", "frequency_penalty"):
+        value = getattr(sampling, name)
+        if not -_MOST_PENALTY <= value <= _MOST_PENALTY:
+            raise InvalidRequest(f"{name} must be from -2 to 2, not {value}", param=name)
+    if not -1 <= sampling.logprobs <= _MOST_LOGPROBS:
+        raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {sampling.logprobs}", param="logprobs")
+    for token, bias in sampling.logit_bias:
+        if not 0 <= token < ByteTokenizer.vocab_size:
+            raise InvalidRequest(f"logit_bias names the token {token}; there are 0 to {ByteTokenizer.vocab_size - 1}", param="logit_bias")
+        if not -_MOST_BIAS <= bias <= _MOST_BIAS:
+            raise InvalidRequest(f"logit_bias must be from -100 to 100, not {bias} as for the token {token}", param="logit_bias")
+    if sampling.json_schema:
+        read_schema(sampling.json_schema)
+
+
+def check_prompt_logprobs(request: GenerateRequest) -> None:
+    """Raises InvalidRequest if a prompt cannot be rated."""
+    num_alternatives, tokens = request.sampling.prompt_logprobs, request.tokens
+    if num_alternatives < 0:
+        return
+    if num_alternatives > _MOST_LOGPROBS:
+        raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {num_alternatives}", param="logprobs")
+    if len(tokens) * (1 + num_alternatives) > _MOST_PROMPT_LOGPROBS:
+        most = _MOST_PROMPT_LOGPROBS // (1 + num_alternatives)
+        raise InvalidRequest(
+            f"log probabilities of a prompt are given for at most {most} tokens with {num_alternatives} alternatives each, and not "
+            f"for {len(tokens)}",
+            param="logprobs",
+        )
+    if max(tokens) >= ByteTokenizer.vocab_size:
+        raise InvalidRequest(f"the prompt has the token {max(tokens)}; there are 0 to {ByteTokenizer.vocab_size - 1}", param="prompt")
+
+
+def chooser_for(request: GenerateRequest) -> Chooser | None:
+    """None for a plain request, whose tokens `next_token` gives."""
+    sampling = request.sampling
+    penalties = (sampling.presence_penalty, sampling.frequency_penalty)
+    if sampling.logprobs < 0 and not sampling.logit_bias and not any(penalties) and not sampling.json_schema:
+        return None
+    output = request.tokens[len(request.tokens) - request.num_generated :]
+    document = WrittenDocument(read_schema(sampling.json_schema)) if sampling.json_schema else None
+    return Chooser(sampling, output, document)

@@ -1,0 +1,180 @@
+"""Choices that ask for more than plain sampling: penalties, bias, log probabilities, documents.
+
+Bias and penalties are added to the model's logits (module `sampling`); temperature, top-k and top-p then choose among what they made
+of them. Log probabilities are those of these same logits, before temperature, top-k and top-p, over all tokens that may come at
+their place: so they sum to 1 over the vocabulary, and say how likely a token was to the model, not to the sampler.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from math import exp, log
+from operator import itemgetter
+from typing import Protocol
+
+from meshserve.engines.dummy.sampling import (
+    OTHER_LOGIT,
+    candidates,
+    draw_logit,
+    draw_rank,
+    gaps,
+    log_total,
+    may_end,
+    next_token,
+)
+from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
+from meshserve.errors import InvalidRequest
+from meshserve.wire.generation import Sampling, TokenLogprobs
+
+_VOCAB_SIZE = ByteTokenizer.vocab_size
+_OTHERS_COUNT_BELOW = -8.0
+"""With a better best logit than this, all the tokens that are no candidates add less to the sum than a double can hold."""
+
+_Entry = tuple[float, int]
+"""A logit and its token."""
+_logit = itemgetter(0)
+_BLANK = ord(" ")
+
+
+class Document(Protocol):
+    """An output that must follow a grammar: what may come next is a function of the tokens so far."""
+
+    def candidates(self) -> Sequence[int]:
+        """Tokens that may come next, none twice; empty once the document is complete."""
+
+    def take(self, token: int) -> None:
+        """One of them was chosen; whatever is, once it is complete."""
+
+
+class Chooser:
+    """Chooses the tokens of one sequence, in order; knows its output, also what an earlier worker generated (`output`).
+
+    Raises InvalidRequest if that output could not have come from this request.
+    """
+
+    __slots__ = ("_added", "_document", "_frequency", "_presence", "_raised", "_sampling", "_seen")
+
+    def __init__(self, sampling: Sampling, output: Iterable[int], document: Document | None) -> None:
+        self._sampling = sampling
+        self._document = document
+        self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
+        self._seen: set[int] = set()
+        self._added = dict(sampling.logit_bias)
+        self._raised = {token: None for token, value in self._added.items() if value > 0}
+        for token in output:
+            if document is not None and token not in (document.candidates() or (_BLANK,)):
+                raise InvalidRequest("the output so far does not follow the request's schema", param="num_generated")
+            self._take(token)
+
+    def choose(self, context: int, position: int) -> tuple[int, TokenLogprobs | None]:
+        """The next token, as :func:`~meshserve.engines.dummy.sampling.next_token` would choose it, and its log probabilities if wanted."""
+        found = self._choose_bent(context, position) if self._added else self._choose_plain(context, position)
+        if found[0] != EOS_TOKEN:
+            self._take(found[0])
+        return found
+
+    def _take(self, token: int) -> None:
+        if self._document is not None:
+            self._document.take(token)
+        if not self._presence and not self._frequency:
+            return
+        change = self._frequency if token in self._seen else self._frequency + self._presence
+        self._seen.add(token)
+        value = self._added[token] = self._added.get(token, 0.0) - change
+        if value > 0:
+            self._raised[token] = None
+        else:
+            self._raised.pop(token, None)
+
+    def _candidates(self, context: int, position: int) -> tuple[list[int], bool]:
+        """The tokens that the model would choose among, best first, and whether the end of sequence leads."""
+        can_end = may_end(self._sampling, position)
+        if self._document is None:
+            return candidates(context, position, can_end)
+        offered = self._document.candidates()
+        if not offered:  # after its end a document may go on with blanks: they change nothing
+            return [EOS_TOKEN if can_end else _BLANK], False
+        best = context % len(offered)
+        return [*offered[best:], *offered[:best]], False
+
+    # --- logits as they are
+
+    def _choose_plain(self, context: int, position: int) -> tuple[int, TokenLogprobs | None]:
+        sampling = self._sampling
+        if self._document is None and sampling.logprobs < 0:
+            return next_token(context, sampling, position), None
+        tokens, wins_eos = self._candidates(context, position)
+        rank = draw_rank(sampling, position, len(tokens) - wins_eos, wins_eos) if sampling.temperature > 0 else 0
+        if sampling.logprobs < 0:
+            return tokens[rank], None
+        total = log_total(len(tokens) - wins_eos, wins_eos)
+        listed = _listed(tokens, wins_eos, total, sampling.logprobs)
+        if self._document is None and len(listed) < sampling.logprobs:
+            others = _others(context, {*tokens}, may_end(sampling, position))
+            listed += [(token, OTHER_LOGIT - total) for token, _ in zip(others, range(sampling.logprobs - len(listed)), strict=False)]
+        return tokens[rank], (-gaps(len(tokens) - wins_eos, wins_eos)[rank] - total, tuple(listed))
+
+    # --- logits with bias and penalties
+
+    def _choose_bent(self, context: int, position: int) -> tuple[int, TokenLogprobs | None]:
+        sampling = self._sampling
+        entries = self._entries(context, position)
+        if sampling.logprobs < 0 and sampling.temperature <= 0:
+            return max(entries, key=_logit)[1], None
+        entries.sort(key=_logit, reverse=True)
+        rank = draw_logit(sampling, position, [logit for logit, _ in entries]) if sampling.temperature > 0 else 0
+        if sampling.logprobs < 0:
+            return entries[rank][1], None
+        best = entries[0][0]
+        total = best + log(sum(exp(logit - best) for logit, _ in entries))
+        listed = tuple((token, logit - total) for logit, token in entries[: sampling.logprobs])
+        return entries[rank][1], (entries[rank][0] - total, listed)
+
+    def _entries(self, context: int, position: int) -> list[_Entry]:
+        """All tokens whose logits matter, with them; those of equal logits in the order in which they are preferred."""
+        tokens, wins_eos = self._candidates(context, position)
+        added = self._added
+        ranked = gaps(len(tokens) - wins_eos, wins_eos)
+        entries = [(added.get(token, 0.0) - gap, token) for token, gap in zip(tokens, ranked, strict=True)]
+        if self._document is not None:
+            return entries
+        can_end = may_end(self._sampling, position)
+        for token in self._raised:
+            if token not in tokens and (can_end or token != EOS_TOKEN):
+                entries.append((OTHER_LOGIT + added[token], token))
+        if self._do_others_matter(entries):
+            known = {token for _, token in entries}
+            entries += [(OTHER_LOGIT + added.get(token, 0.0), token) for token in _others(context, known, can_end)]
+        return entries
+
+    def _do_others_matter(self, entries: list[_Entry]) -> bool:
+        if max(entries, key=_logit)[0] < _OTHERS_COUNT_BELOW:
+            return True
+        return sum(logit > OTHER_LOGIT for logit, _ in entries) < self._sampling.logprobs
+
+
+def prompt_logprobs(context: int, index: int, token: int, num_alternatives: int) -> TokenLogprobs:
+    """Those of a prompt's token number `index`, whose place has the part of speech that it would have in a text without a prompt.
+
+    So they are a function of what stands before the token, whatever follows it, and prompts that begin alike are rated alike.
+    """
+    tokens, wins_eos = candidates(context, index, True)
+    size = len(tokens) - wins_eos
+    total = log_total(size, wins_eos)
+    listed = _listed(tokens, wins_eos, total, num_alternatives)
+    if len(listed) < num_alternatives:
+        others = _others(context, {*tokens}, True)
+        listed += [(other, OTHER_LOGIT - total) for other, _ in zip(others, range(num_alternatives - len(listed)), strict=False)]
+    logit = -gaps(size, wins_eos)[tokens.index(token)] if token in tokens else OTHER_LOGIT
+    return logit - total, tuple(listed)
+
+
+def _listed(tokens: list[int], wins_eos: bool, total: float, num_alternatives: int) -> list[tuple[int, float]]:
+    ranked = gaps(len(tokens) - wins_eos, wins_eos)
+    return [(token, -gap - total) for token, gap in zip(tokens[:num_alternatives], ranked, strict=False)]
+
+
+def _others(context: int, known: set[int], can_end: bool) -> Iterator[int]:
+    """The rest of the vocabulary, from a place that the digest names."""
+    start = context % _VOCAB_SIZE
+    for token in (*range(start, _VOCAB_SIZE), *range(start)):
+        if token not in known and (can_end or token != EOS_TOKEN):
+            yield token
