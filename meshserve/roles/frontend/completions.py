@@ -6,57 +6,19 @@ All text that is ready at one turn of the event loop leaves in one write. A clie
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from meshserve.config import ServeConfig
-from meshserve.errors import DeadlineExceeded, Draining, MeshserveError, NoWorker, Overloaded, RequestTooLarge
+from meshserve.errors import DeadlineExceeded, Draining, MeshserveError, NoWorker, Overloaded
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import with_http
 from meshserve.roles.frontend import shapes
+from meshserve.roles.frontend.asgi import JSON, ClientGone, Receive, Scope, Send, error_headers, read_body, send_whole
 from meshserve.roles.frontend.parsing import ResponseOptions, parse_chat, parse_completion, parse_generate
 from meshserve.wire.completion import CompletionRequest
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-
-_JSON = (b"content-type", b"application/json")
 _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
-
-
-class ClientGone(Exception):  # never leaves this module: there is nobody to tell
-    """The client closed its connection."""
-
-
-async def read_body(receive: Receive, max_bytes: int) -> bytes:
-    """The whole body. Raises RequestTooLarge, or ClientGone."""
-    parts, size_bytes = [], 0
-    while True:
-        event = await receive()
-        if event["type"] == "http.disconnect":
-            raise ClientGone
-        part = event.get("body", b"")
-        size_bytes += len(part)
-        if size_bytes > max_bytes:
-            raise RequestTooLarge(f"the body is longer than {max_bytes} bytes")
-        parts.append(part)
-        if not event.get("more_body", False):
-            return b"".join(parts)
-
-
-async def send_whole(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
-    """A response in one piece."""
-    headers = [*headers, (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def error_headers(error: MeshserveError) -> list[tuple[bytes, bytes]]:
-    """Of an error response: its type, and when to come back if that is known."""
-    retry_after_s = getattr(error, "retry_after_s", 1.0) if error.http_status == 503 else None
-    return [_JSON] + ([(b"retry-after", str(max(1, round(retry_after_s))).encode())] if retry_after_s is not None else [])
 
 
 class Answer:
@@ -217,7 +179,7 @@ class Completions:
             receipt,
             is_chat=request.kind == "chat",
         )
-        await send_whole(send, 200, body, [_JSON, *label])
+        await send_whole(send, 200, body, [JSON, *label])
 
     async def _stream(
         self,

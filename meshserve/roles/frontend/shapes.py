@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meshserve import __version__
-from meshserve.errors import InvalidRequest, MeshserveError, Unauthorized
+from meshserve.errors import Forbidden, InvalidRequest, MeshserveError, Unauthorized
 from meshserve.wire.card import ModelCard
 
 DONE = b"data: [DONE]\n\n"
@@ -103,6 +103,10 @@ def error_body(error: MeshserveError) -> bytes:
         kind = "invalid_request_error"
     elif isinstance(error, Unauthorized):
         kind = "authentication_error"
+    elif isinstance(error, Forbidden):
+        kind = "permission_error"
+    elif error.http_status == 429:
+        kind = "rate_limit_error"
     elif error.http_status == 503:
         kind = "service_unavailable"
     param = error.param if isinstance(error, InvalidRequest) else None
