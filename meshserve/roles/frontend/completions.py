@@ -6,15 +6,18 @@ All text that is ready at one turn of the event loop leaves in one write. A clie
 import asyncio
 import itertools
 import time
+from collections.abc import Callable
 from typing import Any
 
 from meshserve.config import ServeConfig
-from meshserve.errors import DeadlineExceeded, Draining, MeshserveError, NoWorker, Overloaded
+from meshserve.errors import DeadlineExceeded, Draining, MeshserveError, NoWorker, Overloaded, RequestTimedOut
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import with_http
 from meshserve.roles.frontend import shapes
 from meshserve.roles.frontend.asgi import JSON, ClientGone, Receive, Scope, Send, error_headers, read_body, send_whole
+from meshserve.roles.frontend.cancelling import UnderWay
+from meshserve.roles.frontend.desk import Desk, request_timeout_s
 from meshserve.roles.frontend.parsing import ResponseOptions, parse_chat, parse_completion, parse_generate
 from meshserve.wire.completion import CompletionRequest
 
@@ -24,36 +27,58 @@ _EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
 class Answer:
     """What comes back from the processor: the sink of its stream. `wait` gives all that is there."""
 
-    __slots__ = ("_loop", "_waiting", "call", "end", "error", "is_client_gone", "texts")
+    __slots__ = ("_loop", "_max_unread", "_waiting", "call", "end", "error", "is_client_gone", "on_over", "texts")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_unread: int) -> None:
+        self._loop, self._max_unread = loop, max_unread
         self._waiting: asyncio.Future[None] | None = None
         self.texts: list[str] = []
         self.end: list[Any] | None = None
         self.error: MeshserveError | None = None
         self.is_client_gone = False
         self.call: OutgoingCall | None = None
+        self.on_over: Callable[[bool], None] | None = None
+        """Called once when nothing more comes: True if it came to its end."""
 
     def on_item(self, item: Any) -> None:
         self.texts.append(item)
+        if len(self.texts) > self._max_unread:
+            self.stop(RequestTimedOut("the client takes its answer in too slowly"))
         self._wake()
 
     def on_end(self, value: Any) -> None:
         self.end = value
+        self._over(True)
         self._wake()
 
     def on_error(self, error: MeshserveError) -> None:
         self.error = error
+        self._over(False)
         self._wake()
+
+    def stop(self, error: MeshserveError) -> None:
+        """Cancel at every hop; the client is told why. Harmless after the end."""
+        if self.end is None and self.error is None:
+            self.cancel()
+            self.on_error(error)
 
     def client_gone(self, _: Any = None) -> None:
         """Cancel at every hop."""
         if self.end is None and self.error is None:
             self.is_client_gone = True
-            if self.call is not None:
-                self.call.cancel()
+            self.cancel()
             self._wake()
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        if self.call is not None:
+            self.call.cancel()
+        self._over(False)
+
+    def _over(self, is_done: bool) -> None:
+        on_over, self.on_over = self.on_over, None
+        if on_over is not None:
+            on_over(is_done)
 
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():
@@ -78,6 +103,8 @@ class Completions:
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
         self._turn = itertools.count()
+        self._desk = Desk(mesh, config)
+        self.under_way = UnderWay(mesh)
         self.num_open = 0
         """Requests under way."""
 
@@ -104,12 +131,14 @@ class Completions:
         request_id = f"{self._mesh.incarnation}-{next(self._ids)}"
         client_id = _header(scope, b"x-request-id")[:128]
         label = [(b"x-request-id", (client_id or request_id).encode("latin-1", "replace"))]
-        answer = Answer(self._loop)
+        answer = Answer(self._loop, self._config.front.max_unread_texts)
         gone: asyncio.Task[Any] | None = None
         self.num_open += 1
         try:
+            timeout_s = request_timeout_s(scope, self._config.request_timeout_s)
             request, options = parse(await read_body(receive, self._config.max_body_bytes), request_id, client_id)
-            self._open(request, answer)
+            self.under_way.add(request_id, client_id, answer)
+            self._open(request, answer, scope, began_s + timeout_s)
             gone = self._loop.create_task(_until_gone(receive))
             gone.add_done_callback(answer.client_gone)
             await respond(request, options, answer, send, label, prefix, began_s)
@@ -119,21 +148,28 @@ class Completions:
             await send_whole(send, error.http_status, shapes.error_body(error), [*error_headers(error), *label])
         finally:
             self.num_open -= 1
-            if answer.call is not None:
-                answer.call.cancel()
+            answer.cancel()
+            self.under_way.remove(request_id, client_id)
             if gone is not None:
                 gone.remove_done_callback(answer.client_gone)
                 gone.cancel()
 
-    def _open(self, request: CompletionRequest, answer: Answer) -> None:
-        """Raises Overloaded, or NoWorker if there is no processor."""
+    def _open(self, request: CompletionRequest, answer: Answer, scope: Scope, deadline_s: float) -> None:
+        """Pass it on, now or when there is a place for it. Raises Overloaded or RateLimited, or NoWorker if there is no processor."""
         if self._mesh.own.is_draining:
             raise Draining("this frontend is shutting down")
         if self.num_open > self._config.max_requests:
             raise Overloaded(f"this frontend has {self._config.max_requests} requests under way; try again")
+        self._desk.ask(scope, request.model, 1, deadline_s, answer, lambda: self._pass_on(request, answer, deadline_s))
+
+    def _pass_on(self, request: CompletionRequest, answer: Answer, deadline_s: float) -> None:
         peer = self.processor()
         body = request if peer == self._mesh.incarnation else request.to_wire()
-        answer.call = self._mesh.open(peer, "complete", body, answer, self._config.request_timeout_s)
+        answer.call = self._mesh.open(peer, "complete", body, answer, max(0.001, deadline_s - time.monotonic()))
+
+    def close(self) -> None:
+        """No more places for anybody."""
+        self._desk.close()
 
     def processor(self) -> str:
         """This peer itself if it can, else each in turn. Raises NoWorker."""

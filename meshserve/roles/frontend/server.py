@@ -76,6 +76,7 @@ class FrontendRole:
                 Route("/health", self._health),
                 Route("/ready", self._ready),
                 Route("/mesh/peers", self._peers),
+                Route("/mesh/requests/{name}", self._cancel, methods=["DELETE"]),
                 *([Route("/metrics", self._metrics)] if self._config.observe else []),
             ],
             exception_handlers={HTTPException: _http_error, MeshserveError: _own_error, Exception: _unexpected},
@@ -106,6 +107,9 @@ class FrontendRole:
     async def _peers(self, request: Request) -> Response:
         return JSONResponse(await list_peers(self._mesh))
 
+    async def _cancel(self, request: Request) -> Response:
+        return JSONResponse({"cancelled": await self._completions.under_way.cancel(request.path_params["name"])})
+
     async def _metrics(self, request: Request) -> Response:
         from meshserve.observe import metrics  # a slow import that only those who scrape need wait for, once
 
@@ -118,6 +122,7 @@ class FrontendRole:
             await self._serving
         if self._connections is not None:
             self._connections.close()
+        self._completions.close()
 
 
 async def _only_post(request: Request) -> Response:

@@ -8,7 +8,7 @@ import itertools
 import random
 from typing import Any
 
-from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoWorker, PeerLost, PeerSilent, ProtocolError
+from meshserve.errors import Cancelled, GaveUp, InvalidRequest, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
@@ -23,7 +23,7 @@ from meshserve.wire.generation import GenerateRequest, pack_tokens
 
 _ROUTE_TIMEOUT_S = 2.0
 _MAX_ATTEMPTS = 4
-_RETRIED_CODES = frozenset(("peer_lost", "peer_silent", "link_overflow", "draining", "no_worker", "unknown_method"))
+_RETRIED_CODES = frozenset(("peer_lost", "peer_silent", "link_overflow", "draining", "no_worker", "unknown_method", "overloaded"))
 """Errors that say nothing about the request itself: another worker may do."""
 
 
@@ -46,6 +46,8 @@ class _Request:
         self._prefill_peers: tuple[tuple[str, int, int], ...] = ()
         self._lost: list[str] = []
         """Names of workers that died with this request."""
+        self._overloaded: Overloaded | None = None
+        """What a worker said that is full: the reason if there is no other."""
         self._opened: OutgoingCall | None = None
         self.worker: str | None = None
         """Incarnation of the decode worker that has the request now."""
@@ -92,7 +94,9 @@ class _Request:
 
     def route_failed(self, error: MeshserveError) -> None:
         """The router has no worker, or is lost itself."""
-        if isinstance(error, (NoWorker, InvalidRequest)):
+        if isinstance(error, NoWorker):
+            self._fail(self._overloaded or error)
+        elif isinstance(error, InvalidRequest):
             self._fail(error)
         else:
             self._route_without_router()
@@ -100,7 +104,7 @@ class _Request:
     def _route_without_router(self) -> None:
         candidates = self._role.take_turns(self._request.model, self._excluded)
         if not candidates:
-            self._fail(NoWorker(f"no decode worker for the model {self._request.model!r} can take work now"))
+            self._fail(self._overloaded or NoWorker(f"no decode worker for the model {self._request.model!r} can take work now"))
             return
         self._receipt.policy = "round-robin (no router)"
         self._dispatch(candidates)
@@ -130,7 +134,7 @@ class _Request:
             self._lost.append(item)
             return
         if not isinstance(item, list) or len(item) < 2 or item[0] != self.num_tokens:
-            self._abort(ProtocolError("a worker's tokens do not follow each other"))
+            self.abort(ProtocolError("a worker's tokens do not follow each other"))
             return
         tokens = item[1:]
         if self._journal.is_on:
@@ -160,6 +164,8 @@ class _Request:
     def _retry_or_fail(self, error: MeshserveError) -> None:
         """Nothing given out yet means that another may start over, unless the request itself seems to be what takes workers down."""
         self._note_attempt(error)
+        if isinstance(error, Overloaded):
+            self._overloaded = error
         can_retry = self.num_tokens == 0 and error.code in _RETRIED_CODES and len(self._receipt.attempts) < _MAX_ATTEMPTS
         if can_retry and len(self._lost) >= self._role.max_lost_peers:
             names = ", ".join(self._lost)
@@ -210,7 +216,8 @@ class _Request:
         receipt = self._receipt.to_wire(self._phases.total_ms()) if self._request.wants_receipt else None
         self._call.end([reason, usage, receipt])
 
-    def _abort(self, error: MeshserveError) -> None:
+    def abort(self, error: MeshserveError) -> None:
+        """End it here and now, at the worker too."""
         if self._opened is not None:
             self._opened.cancel()
         self._fail(error)
@@ -253,6 +260,7 @@ class ProcessorRole:
         self._turn = itertools.count()
         self._rng = random.Random()
         mesh.serve("complete", self._on_complete)
+        mesh.serve("processor.cancel", self._on_cancel)
         mesh.subscribe(self._on_change)
 
     @property
@@ -296,6 +304,13 @@ class ProcessorRole:
         self._running[running.request_id] = running
         call.on_cancel = running.cancel
         running.route()
+
+    def _on_cancel(self, call: IncomingCall) -> None:
+        """For a request that no frontend can be asked about: its name. True if it was here."""
+        request = self._running.get(call.body) if isinstance(call.body, str) else None
+        if request is not None:
+            request.abort(Cancelled("this request was cancelled"))
+        call.end(request is not None)
 
     def ended(self, request: _Request) -> None:
         """No longer under way."""
