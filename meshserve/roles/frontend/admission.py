@@ -18,6 +18,8 @@ _SMOOTHING = 0.05
 """How much one request's duration counts for the mean."""
 _LEAST_PATIENCE_S = 0.5
 """However short requests are, nobody is refused for a wait that people would not mind."""
+_CALM_S = 1.0
+"""A queue that is empty for a moment between two batches still stands; empty for longer than this, or than a request takes, it is over."""
 _REFUSED_MEMORY_S = 5.0
 _MAX_RETRY_AFTER_S = 60.0
 
@@ -61,6 +63,7 @@ class Admission:
         self._waiting: dict[int, OrderedDict[str, _Client]] = {}
         """Clients with a queue by the places that they have, each in order of its turn."""
         self._standing_since_s: float | None = None
+        self._emptied_s = -math.inf
         self._refused = 0.0
         self._refused_at_s = 0.0
 
@@ -71,6 +74,8 @@ class Admission:
         if not self.num_waiting and self._has_room(ticket):
             self._admit(self._client(ticket.client), ticket, now_s)
             return []
+        if not self.num_waiting and now_s - self._emptied_s > max(_CALM_S, self.mean_duration_s):
+            self._standing_since_s = None  # what comes from here on is another burst
         client = self._client(ticket.client)
         decisions = []
         if self.is_overloaded(now_s) and self._expected_wait_s(client) > self.patience_s:
@@ -86,7 +91,7 @@ class Admission:
         if client is None:
             return []
         if ticket.is_waiting:
-            self._dequeue(client, ticket)
+            self._dequeue(client, ticket, now_s)
         elif ticket.admitted_s is not None:
             if is_done:
                 self._learn(now_s - ticket.admitted_s)
@@ -116,7 +121,7 @@ class Admission:
             error: MeshserveError = DeadlineExceeded("the request's deadline came before a place in the mesh")
         else:
             error = self._refuse(client, now_s)
-        self._dequeue(client, ticket)
+        self._dequeue(client, ticket, now_s)
         return ticket, error
 
     # --- what that means
@@ -160,7 +165,7 @@ class Admission:
             ticket = next(reversed(client.queue)) if is_long else oldest
             if not self._has_room(ticket):
                 break
-            self._dequeue(client, ticket)
+            self._dequeue(client, ticket, now_s)
             self._admit(client, ticket, now_s)
             decisions.append((ticket, None))
         return decisions
@@ -174,7 +179,7 @@ class Admission:
             raise self._refuse(client, now_s)
         ticket = next(reversed(largest.queue))
         error = self._refuse(largest, now_s)
-        self._dequeue(largest, ticket)
+        self._dequeue(largest, ticket, now_s)
         return ticket, error
 
     def _refuse(self, client: _Client, now_s: float) -> MeshserveError:
@@ -223,7 +228,7 @@ class Admission:
         ticket.is_waiting = True
         self.num_waiting += 1
 
-    def _dequeue(self, client: _Client, ticket: Ticket) -> None:
+    def _dequeue(self, client: _Client, ticket: Ticket, now_s: float) -> None:
         del client.queue[ticket]
         ticket.is_waiting = False
         self.num_waiting -= 1
@@ -231,7 +236,7 @@ class Admission:
             self._delist(client)
             self._drop_if_idle(client)
         if not self.num_waiting:
-            self._standing_since_s = None
+            self._emptied_s = now_s
 
     def _delist(self, client: _Client) -> None:
         group = self._waiting[client.num_running]

@@ -18,6 +18,11 @@ class ClientGone(Exception):  # never leaves the frontend: there is nobody to te
     """The client closed its connection."""
 
 
+def body_too_large(max_bytes: int) -> RequestTooLarge:
+    """The error, in one wording for all who find out."""
+    return RequestTooLarge(f"the body is longer than {max_bytes} bytes")
+
+
 async def read_body(receive: Receive, max_bytes: int) -> bytes:
     """The whole body. Raises RequestTooLarge, or ClientGone."""
     parts, size_bytes = [], 0
@@ -28,7 +33,7 @@ async def read_body(receive: Receive, max_bytes: int) -> bytes:
         part = event.get("body", b"")
         size_bytes += len(part)
         if size_bytes > max_bytes:
-            raise RequestTooLarge(f"the body is longer than {max_bytes} bytes")
+            raise body_too_large(max_bytes)
         parts.append(part)
         if not event.get("more_body", False):
             return b"".join(parts)

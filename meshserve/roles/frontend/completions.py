@@ -15,7 +15,8 @@ from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import with_http
 from meshserve.roles.frontend import shapes
-from meshserve.roles.frontend.asgi import JSON, ClientGone, Receive, Scope, Send, error_headers, read_body, send_whole
+from meshserve.roles.frontend.asgi import JSON, ClientGone, Receive, Scope, Send, error_headers, send_whole
+from meshserve.roles.frontend.bodies import read_json
 from meshserve.roles.frontend.cancelling import UnderWay
 from meshserve.roles.frontend.desk import Desk, request_timeout_s
 from meshserve.roles.frontend.parsing import ResponseOptions, parse_chat, parse_completion, parse_generate
@@ -136,7 +137,7 @@ class Completions:
         self.num_open += 1
         try:
             timeout_s = request_timeout_s(scope, self._config.request_timeout_s)
-            request, options = parse(await read_body(receive, self._config.max_body_bytes), request_id, client_id)
+            request, options = parse(await read_json(receive, self._config.max_body_bytes), request_id, client_id)
             self.under_way.add(request_id, client_id, answer)
             self._open(request, answer, scope, began_s + timeout_s)
             gone = self._loop.create_task(_until_gone(receive))

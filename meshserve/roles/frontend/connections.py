@@ -14,9 +14,9 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from meshserve.config import FrontConfig
-from meshserve.errors import HeaderTooLarge, InvalidRequest, MeshserveError, Overloaded, RateLimited, RequestTimedOut, RequestTooLarge
+from meshserve.errors import HeaderTooLarge, InvalidRequest, MeshserveError, Overloaded, RateLimited, RequestTimedOut
 from meshserve.roles.frontend import shapes
-from meshserve.roles.frontend.asgi import error_headers
+from meshserve.roles.frontend.asgi import body_too_large, error_headers
 from meshserve.roles.frontend.progress import Progress, Stage, Verdict
 from meshserve.telemetry import Counters
 
@@ -167,14 +167,11 @@ class FrontProtocol(HttpToolsProtocol):
         elif self.progress.stage is Stage.BODY and self.progress.num_body_bytes <= self._num_read:
             announced = next((value for name, value in self.headers if name == b"content-length"), b"0")
             if len(announced) > 18 or int(announced) > self._registry.max_body_bytes:
-                raise _Refused(self._body_too_large())
+                raise _Refused(body_too_large(self._registry.max_body_bytes))
 
     def _header_too_large(self) -> MeshserveError:
         limit = self._registry.limits.max_header_bytes
         return HeaderTooLarge(f"the request line and headers are longer than {limit} bytes, or more than {_MAX_HEADERS} headers")
-
-    def _body_too_large(self) -> MeshserveError:
-        return RequestTooLarge(f"the body is longer than {self._registry.max_body_bytes} bytes")
 
     # --- callbacks of the parser
 
@@ -206,7 +203,7 @@ class FrontProtocol(HttpToolsProtocol):
         self.progress.num_body_bytes += len(body)
         self._num_parts += 1
         if self.progress.num_body_bytes > self._registry.max_body_bytes:
-            raise _Refused(self._body_too_large())
+            raise _Refused(body_too_large(self._registry.max_body_bytes))
         if self._num_parts > _MAX_PARTS_PER_READ:
             raise _Refused(InvalidRequest("the body's chunks are too small"))
         super().on_body(body)
