@@ -78,7 +78,7 @@ class Admission:
             self._standing_since_s = None  # what comes from here on is another burst
         client = self._client(ticket.client)
         decisions = []
-        if self.is_overloaded(now_s) and self._expected_wait_s(client) > self.patience_s:
+        if self.is_overloaded(now_s) and self._has_its_share(client) and self._expected_wait_s(client) > self.patience_s:
             raise self._refuse(client, now_s)
         if self.num_waiting >= self._limits.max_queued:
             decisions.append(self._make_room(client, now_s))
@@ -92,6 +92,7 @@ class Admission:
             return []
         if ticket.is_waiting:
             self._dequeue(client, ticket, now_s)
+            self._drop_if_idle(client)
         elif ticket.admitted_s is not None:
             if is_done:
                 self._learn(now_s - ticket.admitted_s)
@@ -122,6 +123,7 @@ class Admission:
         else:
             error = self._refuse(client, now_s)
         self._dequeue(client, ticket, now_s)
+        self._drop_if_idle(client)
         return ticket, error
 
     # --- what that means
@@ -143,6 +145,10 @@ class Admission:
         """Of one more request of this client: clients that wait take turns."""
         num_in_turn = self._num_waiting_clients() + (not client.queue)
         return min((len(client.queue) + 1) * num_in_turn, self.num_waiting + 1) / max(self._rate(), 1e-9)
+
+    def _has_its_share(self, client: _Client) -> bool:
+        """It has, or waits for, as many places as everybody would get. Whoever has less is next anyway."""
+        return client.num_running + len(client.queue) >= self.capacity / max(1, len(self._clients))
 
     def _num_waiting_clients(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -180,6 +186,7 @@ class Admission:
         ticket = next(reversed(largest.queue))
         error = self._refuse(largest, now_s)
         self._dequeue(largest, ticket, now_s)
+        self._drop_if_idle(largest)
         return ticket, error
 
     def _refuse(self, client: _Client, now_s: float) -> MeshserveError:
@@ -188,10 +195,10 @@ class Admission:
         self._refused_at_s = now_s
         retry_after_s = min(_MAX_RETRY_AFTER_S, max(1.0, (self.num_waiting + self._refused) / max(self._rate(), 1e-9)))
         do_others_wait = self._num_waiting_clients() > bool(client.queue)
-        if do_others_wait and client.num_running + len(client.queue) + 1 > self.capacity / len(self._clients):
-            self._drop_if_idle(client)
-            return RateLimited("other clients wait, and this one has more than its share of the mesh", retry_after_s=retry_after_s)
+        has_its_share = self._has_its_share(client)
         self._drop_if_idle(client)
+        if do_others_wait and has_its_share:
+            return RateLimited("other clients wait, and this one has its share of the mesh", retry_after_s=retry_after_s)
         return Overloaded("the mesh is full", retry_after_s=retry_after_s)
 
     # --- keeping the books
@@ -223,7 +230,6 @@ class Admission:
     def _enqueue(self, client: _Client, ticket: Ticket) -> None:
         if not client.queue:
             self._waiting.setdefault(client.num_running, OrderedDict())[client.name] = client
-        self._clients[client.name] = client
         client.queue[ticket] = None
         ticket.is_waiting = True
         self.num_waiting += 1
@@ -234,7 +240,6 @@ class Admission:
         self.num_waiting -= 1
         if not client.queue:
             self._delist(client)
-            self._drop_if_idle(client)
         if not self.num_waiting:
             self._emptied_s = now_s
 

@@ -30,7 +30,7 @@ def places_of(load: WorkerLoad) -> float:
 
 
 def share_of(loads: Iterable[WorkerLoad | None], own_peak: int, num_frontends: int) -> float:
-    """The places that are this frontend's to give: all but what others use, at least an equal part, and at least one.
+    """The places that are this frontend's to give: all but what others use, at least an equal part beside them, and at least one.
 
     `own_peak` is the most that it had under way lately. A worker that said nothing yet (None) may have any number.
     """
@@ -40,7 +40,7 @@ def share_of(loads: Iterable[WorkerLoad | None], own_peak: int, num_frontends: i
         return math.inf
     total = sum(map(places_of, reported))
     others = max(0, sum(load.num_running + load.num_waiting for load in reported) - own_peak)
-    return max(1.0, total - others, total // max(1, num_frontends))
+    return max(1.0, total - others, total // (num_frontends + 1))
 
 
 class _Model:
