@@ -91,7 +91,7 @@ def test_row_21_five_times_the_load_fills_every_place_and_whoever_is_served_wait
     assert max(load.waits_s) <= 0.5 + 2 * SWEEP_S
     assert load.most_waiting <= 40 * (LIMITS.standing_s + 1.0), "bounded by time, whatever the count"
     assert all(isinstance(error, Overloaded) for error in load.refused)
-    soon = [wait_s for wait_s in load.refused_after_s[len(load.refused) // 2 :]]
+    soon = load.refused_after_s[len(load.refused) // 2 :]
     assert max(soon) <= 0.5 + 2 * SWEEP_S, "once the queue stands, nobody waits in vain for long"
 
 
@@ -116,7 +116,9 @@ def test_waiting_is_bounded_for_requests_of_unknown_duration_too() -> None:
 def test_overload_that_ended_is_forgotten() -> None:
     arrivals = at_rate(40, 10) + [(20.0, "one")] * 24
     load = Load(capacity=8, duration_s=1.0).run(arrivals)
-    assert sum(wait_s > 1.5 for wait_s in load.waits_s) == 8, "a burst of three times the places is served, though the last wait for two rounds"
+    assert sum(wait_s > 1.5 for wait_s in load.waits_s) == 8, (
+        "a burst of three times the places is served, though the last wait for two rounds"
+    )
 
 
 def test_a_client_alone_may_use_everything() -> None:

@@ -86,7 +86,10 @@ class FrontProtocol(HttpToolsProtocol):
         self._registry = registry
         self._address = ""
         self.progress = Progress(registry.now_s)
-        self._num_later_bytes = 0
+        self._num_head_bytes = 0
+        """Of the head that is coming, as far as they came in reads of its own."""
+        self._is_own_read = False
+        """Nothing of an earlier request is in what was read now."""
         self._num_read = 0
         self._num_parts = 0
 
@@ -144,8 +147,9 @@ class FrontProtocol(HttpToolsProtocol):
             return
         if progress.stage is Stage.IDLE:
             progress.enter(Stage.HEAD, self._registry.now_s)
-        elif progress.stage is Stage.HEAD:
-            self._num_later_bytes += len(data)
+        self._is_own_read = progress.stage is Stage.HEAD
+        if self._is_own_read:
+            self._num_head_bytes += len(data)
         progress.has_begun = True
         self._num_read, self._num_parts = len(data), 0
         try:
@@ -162,7 +166,7 @@ class FrontProtocol(HttpToolsProtocol):
     def _check_size(self) -> None:
         """After a read that did not complete a request: what is known of its size already. Raises _Refused."""
         if self.progress.stage is Stage.HEAD:
-            if self._num_later_bytes > self._registry.limits.max_header_bytes:
+            if self._num_head_bytes > self._registry.limits.max_header_bytes:
                 raise _Refused(self._header_too_large())
         elif self.progress.stage is Stage.BODY and self.progress.num_body_bytes <= self._num_read:
             announced = next((value for name, value in self.headers if name == b"content-length"), b"0")
@@ -180,7 +184,8 @@ class FrontProtocol(HttpToolsProtocol):
         progress = self.progress
         progress.is_answering = self.cycle is not None and not self.cycle.response_complete
         progress.enter(Stage.HEAD, self._registry.now_s)
-        self._num_later_bytes = 0
+        if not self._is_own_read:
+            self._num_head_bytes = 0
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if len(self.headers) >= _MAX_HEADERS:
@@ -191,7 +196,7 @@ class FrontProtocol(HttpToolsProtocol):
         if len(self.pipeline) >= _MAX_PIPELINED:
             raise _Refused(InvalidRequest("too many requests at once on one connection"))
         limit = self._registry.limits.max_header_bytes
-        if self._num_read + self._num_later_bytes > limit:  # body and all: only now is it worth adding up
+        if self._num_read > limit or self._num_head_bytes > limit:  # body and all: only now is it worth adding up
             size_bytes = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size_bytes > limit:
                 raise _Refused(self._header_too_large())
@@ -211,6 +216,7 @@ class FrontProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         is_answered = self.cycle.response_complete
         self.progress.enter(Stage.IDLE if is_answered else Stage.ANSWER, self._registry.now_s)
+        self._is_own_read, self._num_head_bytes = False, 0
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
