@@ -65,9 +65,9 @@ def scan(text: bytes, cuts: list[int]) -> JsonScanner:
 def structure(value: Any) -> int:
     """What the scanner charges for, straight from the value."""
     if isinstance(value, list):
-        return 100 + 50 * max(0, len(value) - 1) + sum(map(structure, value))
+        return 200 + 50 * max(0, len(value) - 1) + sum(map(structure, value))
     if isinstance(value, dict):
-        return 100 + 50 * max(0, len(value) - 1) + 300 * len(value) + sum(map(structure, value.values()))
+        return 200 + 50 * max(0, len(value) - 1) + 300 * len(value) + sum(map(structure, value.values()))
     return 0
 
 

@@ -204,7 +204,7 @@ def _prompt(value: Any) -> "str | array[int]":
         return _text(value, "prompt")
     if value is None:
         raise InvalidRequest("prompt is missing", param="prompt")
-    if isinstance(value, list) and any(isinstance(part, (str, list)) for part in value):
+    if isinstance(value, list) and value and isinstance(value[0], (str, list)):
         raise Unsupported("one prompt in a request: several are not supported", param="prompt")
     return token_ids(value, "prompt")
 
