@@ -177,8 +177,8 @@ class ServeConfig:
     """In one frontend at a time; more are refused with 503."""
     max_decode_queue: int = 1024
     """Requests that a decode worker has accepted and not begun; beyond it others are asked. Higher waits longer, lower refuses bursts."""
-    max_body_bytes: int = 3 * 1024 * 1024
-    """Longest HTTP body. Lower refuses long prompts; higher holds the event loop up for as long as it takes to parse (2 ms a MiB)."""
+    max_body_bytes: int = 2 * 1024 * 1024
+    """Longest HTTP body. Lower refuses long prompts; higher holds the event loop up for as long as it takes to parse (3 ms a MiB)."""
     receipts_kept: int = 1000
     """Of the last requests, in the processor's memory."""
     record: str | None = None

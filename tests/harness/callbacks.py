@@ -4,7 +4,9 @@ import asyncio
 import time
 from collections.abc import Callable
 from contextvars import Context
-from typing import Any
+from typing import Any, TypeVarTuple
+
+Args = TypeVarTuple("Args")
 
 
 class TimedLoop(asyncio.SelectorEventLoop):
@@ -26,10 +28,12 @@ class TimedLoop(asyncio.SelectorEventLoop):
             if took_s > self.worst_s:
                 self.worst_s, self.worst = took_s, f"{callback!r} {args!r}"[:400]
 
-    def call_soon(self, callback: Callable[..., object], *args: Any, context: Context | None = None) -> asyncio.Handle:
+    def call_soon(self, callback: Callable[[*Args], object], *args: *Args, context: Context | None = None) -> asyncio.Handle:
         return super().call_soon(self._timed, callback, *args, context=context)
 
-    def call_at(self, when: float, callback: Callable[..., object], *args: Any, context: Context | None = None) -> asyncio.TimerHandle:
+    def call_at(
+        self, when: float, callback: Callable[[*Args], object], *args: *Args, context: Context | None = None
+    ) -> asyncio.TimerHandle:
         return super().call_at(when, self._timed, callback, *args, context=context)
 
     def _add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A frontend on a loop that measures its callbacks: `python -m tests.harness.measured MESH SEED`. SIGUSR1: say what cost most, and forget it."""
+"""A frontend whose loop measures its callbacks: `python -m tests.harness.measured MESH SEED`; SIGUSR1 has it say and forget the worst."""
 
 import asyncio
 import signal
