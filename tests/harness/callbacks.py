@@ -19,7 +19,7 @@ class TimedLoop(asyncio.SelectorEventLoop):
         """Begin anew."""
         self.worst_s, self.worst = 0.0, ""
 
-    def _timed(self, callback: Callable[..., object], *args: Any) -> None:
+    def _timed(self, callback: Callable[[*Args], object], *args: *Args) -> None:
         began_s = time.thread_time()
         try:
             callback(*args)

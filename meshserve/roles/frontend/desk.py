@@ -7,7 +7,7 @@ from functools import partial
 from typing import Protocol
 
 from meshserve.config import ServeConfig
-from meshserve.errors import InvalidRequest, MeshserveError
+from meshserve.errors import InvalidRequest, MeshserveError, Overloaded, RateLimited
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.frontend.admission import Ticket
 from meshserve.roles.frontend.asgi import Scope
@@ -44,6 +44,7 @@ class Desk:
     """Gives a request its place, and takes it back the moment that nothing more comes for it."""
 
     def __init__(self, mesh: Mesh, config: ServeConfig) -> None:
+        self._mesh = mesh
         self._places = Places(mesh, config.front)
 
     def ask(self, scope: Scope, model: str, weight: int, deadline_s: float, answer: Waiting, pass_on: Callable[[], None]) -> None:
@@ -58,6 +59,7 @@ class Desk:
         def decided(error: MeshserveError | None) -> None:
             try:
                 if error is not None:
+                    self._mesh.counters.add("requests_refused")
                     raise error
                 pass_on()
             except MeshserveError as problem:
@@ -65,7 +67,11 @@ class Desk:
                     raise
                 answer.on_error(problem)
 
-        self._places.ask(model, ticket, decided)
+        try:
+            self._places.ask(model, ticket, decided)
+        except (Overloaded, RateLimited):
+            self._mesh.counters.add("requests_refused")
+            raise
         is_now = False
 
     def close(self) -> None:
