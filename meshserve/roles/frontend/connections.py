@@ -25,7 +25,7 @@ _SWEEP_AGAIN_S = 0.02
 _MAX_CLOSED_PER_SWEEP = 64
 """Refusing a connection costs some 30 us: hundreds at once would hold up everybody's tokens."""
 _MAX_HEADERS = 128
-_MAX_PIPELINED = 16
+_MAX_PIPELINED = 128
 _MAX_PARTS_PER_READ = 4096
 """Pieces of a body in one read of 256 KiB at most: chunks of a byte each would keep the parser busy for longer than 10 ms."""
 
