@@ -102,7 +102,7 @@ class Peer:
             self._on_drain.append(prefill.drain)
         if "decode" in self._roles:
             requester = PrefillRequester(self.mesh, pipeline, bulk, engine, self._config.handoff)
-            decode = DecodeRole(self.mesh, engine, requester, reporter, self._config.handoff)
+            decode = DecodeRole(self.mesh, engine, requester, reporter, self._config.handoff, self._config.max_decode_queue)
             self._closers.callback(requester.close)
             self._is_idle.append(lambda: decode.is_idle)
         self._closers.callback(reporter.close)

@@ -116,13 +116,55 @@ class HandoffConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class FrontConfig:
+    """What a frontend takes from clients, and how long it waits for them."""
+
+    cors_origins: tuple[str, ...] = ()
+    """Pages of these origins may ask from a browser; `*` is all."""
+    allowed_hosts: tuple[str, ...] = ()
+    """More names that an open frontend on loopback may be asked under."""
+    tls_cert: str | None = None
+    """PEM file with the certificate and its chain; None: plain HTTP."""
+    tls_key: str | None = None
+    max_connections: int = 8192
+    """Open at a time; more are told 503. Higher costs some 10 KiB each. Fewer where the process may not open as many files."""
+    max_connections_per_address: int = 4096
+    """Of them, of one address, so that one cannot keep all others out. Lower troubles many clients behind one proxy."""
+    max_header_bytes: int = 16 * 1024
+    """Request line and headers. Higher takes more cookies, and lets a stranger hold more memory."""
+    header_timeout_s: float = 5.0
+    """From a connection's first byte, or its opening, to the end of the headers. Lower cuts off clients on bad links."""
+    body_timeout_s: float = 5.0
+    """For a body, besides the time that `min_body_bytes_per_s` gives it."""
+    min_body_bytes_per_s: float = 32 * 1024.0
+    """A body that comes slower than this over all is cut off. Higher cuts off slow links, lower holds connections."""
+    write_timeout_s: float = 6.0
+    """A client that takes in nothing for so long, while there is something for it, is cut off, and its request ends."""
+    keep_alive_s: float = 8.0
+    """An idle connection is closed. Longer than the pools of common clients keep theirs (5 s), else they meet closed ones."""
+    linger_s: float = 2.0
+    """After a refusal, what the client still sends is thrown away for so long: closing at once could take the answer back."""
+    max_unread_texts: int = 65_536
+    """Pieces of text that wait for one client. Higher holds more for slow ones, lower ends their requests sooner."""
+    max_queued: int = 4096
+    """Requests that wait in this frontend for a place in the mesh. More are refused."""
+    max_wait_s: float = 10.0
+    """No request waits longer for its place: 503."""
+    standing_s: float = 3.0
+    """A queue that did not empty for so long is no burst but overload: what waited longer than half a typical request is refused
+    from then on, until the queue is empty. Lower refuses bursts, higher lets more clients wait in vain."""
+    session_s: float = 12 * 3600.0
+    """How long a browser stays logged in."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServeConfig:
     """How requests are served by this peer's roles."""
 
     http_host: str = "127.0.0.1"
     http_port: int = 8000
     """0 takes any free port."""
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     policy: str = "kv"
     engine: str = "dummy"
     model: str | None = None
@@ -133,8 +175,10 @@ class ServeConfig:
     """How long running requests may go on after a signal to stop."""
     max_requests: int = 4096
     """In one frontend at a time; more are refused with 503."""
-    max_body_bytes: int = 8 * 1024 * 1024
-    """Longest HTTP body. Lower refuses long prompts."""
+    max_decode_queue: int = 1024
+    """Requests that a decode worker has accepted and not begun; beyond it others are asked. Higher waits longer, lower refuses bursts."""
+    max_body_bytes: int = 2 * 1024 * 1024
+    """Longest HTTP body. Lower refuses long prompts; higher holds the event loop up for as long as it takes to parse (3 ms a MiB)."""
     receipts_kept: int = 1000
     """Of the last requests, in the processor's memory."""
     record: str | None = None
@@ -142,3 +186,4 @@ class ServeConfig:
     observe: bool = True
     """False: no spans, no metrics."""
     handoff: HandoffConfig = field(default_factory=HandoffConfig)
+    front: FrontConfig = field(default_factory=FrontConfig)

@@ -54,10 +54,34 @@ class Unauthorized(MeshserveError):
     code, http_status = "invalid_api_key", 401
 
 
+class Forbidden(MeshserveError):
+    """The request comes from a page, or under a host name, that may not make it."""
+
+    code, http_status = "forbidden", 403
+
+
 class RequestTooLarge(InvalidRequest):
     """The body is longer than the frontend accepts."""
 
     code, http_status = "request_too_large", 413
+
+
+class HeaderTooLarge(InvalidRequest):
+    """The request line and headers are longer than the frontend accepts."""
+
+    code, http_status = "header_too_large", 431
+
+
+class RequestTimedOut(InvalidRequest):
+    """The client did not send the rest of its request in time."""
+
+    code, http_status = "request_timed_out", 408
+
+
+class RequestNotFound(InvalidRequest):
+    """No request of this name is under way anywhere in the mesh."""
+
+    code, http_status = "request_not_found", 404
 
 
 # --- what the mesh cannot do now
@@ -69,6 +93,16 @@ class Overloaded(MeshserveError):
     code, http_status = "overloaded", 503
 
     def __init__(self, message: str = "the mesh is full", *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.retry_after_s = retry_after_s
+
+
+class RateLimited(MeshserveError):
+    """One client has more than its share while others wait. `retry_after_s` is a fair guess at when to come back."""
+
+    code, http_status = "rate_limit_exceeded", 429
+
+    def __init__(self, message: str = "more than your share", *, retry_after_s: float = 1.0) -> None:
         super().__init__(message, retry_after_s=retry_after_s)
         self.retry_after_s = retry_after_s
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import click
 
+from meshserve.cli.front_options import api_keys, front_config, front_options
 from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles
 from meshserve.cli.running import execute, leave
 from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
-from meshserve.errors import UsageError
+from meshserve.errors import MeshserveError, UsageError
 
 _HANDOFF, _SERVE, _MESH = HandoffConfig(), ServeConfig(), MeshConfig()
 _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
@@ -26,9 +27,7 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
     help=f"{', '.join(ROLES)}, or all; repeatable or comma-separated.",
 )
 @option("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="Where the frontend listens; port 0 takes a free one.")
-@option(
-    "--api-key", "api_keys", multiple=True, envvar="MESHSERVE_API_KEY", help="Asked of HTTP clients, on all routes but /health and /ready."
-)
+@front_options
 @option("--engine", default="dummy", metavar="NAME", help="An installed engine, or module:Class.")
 @option("--model", default=None, metavar="NAME", help="The model that the engine serves.  [default: the engine's]", show_default=False)
 @option("--engine-opt", "engine_options", multiple=True, metavar="KEY=VALUE", help="An option of the engine; repeatable.")
@@ -62,7 +61,7 @@ def run(**settings: Any) -> None:
     try:
         roles = parse_roles(settings["roles"], ROLES)
         config = serve_config(settings)
-    except UsageError as error:
+    except MeshserveError as error:
         leave(error)
     execute(settings, lambda: serve(mesh_config(settings, roles), config))
 
@@ -82,21 +81,26 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
     return ServeConfig(
         http_host=host.strip("[]"),
         http_port=int(port),
-        api_keys=tuple(key for key in settings["api_keys"] if key),
+        api_keys=api_keys(settings),
         policy=settings["policy"],
         engine=settings["engine"],
         model=settings["model"],
         engine_options=tuple(options),
+        request_timeout_s=settings["request_timeout"],
         drain_timeout_s=settings["drain_timeout"],
+        max_decode_queue=settings["max_decode_queue"],
+        max_body_bytes=settings["max_body_bytes"],
         record=settings["record"],
         observe=not settings["no_observe"],
         handoff=handoff,
+        front=front_config(settings),
     )
 
 
 async def serve(mesh: MeshConfig, config: ServeConfig) -> int:
     """Start a peer, serve until the first signal, drain, stop. A second signal ends at once."""
     from meshserve.app import Peer  # the whole house: not needed to print a usage error
+    from meshserve.roles.frontend.origins import is_loopback
 
     told_to_stop = asyncio.Event()
 
@@ -112,6 +116,8 @@ async def serve(mesh: MeshConfig, config: ServeConfig) -> int:
     await peer.start()
     if mesh.key_file is None:
         click.echo(f"meshserve: OPEN MESH: no --key-file, so everyone on this network can join {mesh.mesh!r}", err=True)
+    if "frontend" in mesh.roles and not config.api_keys and not is_loopback(config.http_host):
+        click.echo(f"meshserve: OPEN HTTP: no --api-key, so everyone who reaches {peer.http_url} can use this mesh", err=True)
     try:
         await told_to_stop.wait()
         await peer.drain()

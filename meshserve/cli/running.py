@@ -24,7 +24,8 @@ def set_up_logging(settings: dict[str, Any]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_JsonFormatter() if settings.get("log_json") else logging.Formatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # it logs tracebacks for interfaces without multicast
+    for library in ("zeroconf", "uvicorn"):  # they log tracebacks: for interfaces without multicast, for requests that a drain cut off
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     logging.getLogger("meshserve").setLevel(str(settings.get("log_level", "warning")).upper())
 
 

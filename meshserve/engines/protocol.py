@@ -85,6 +85,8 @@ class EngineLoad:
     cached_blocks: int = 0
     """Blocks that nobody holds and that can be found by their hash."""
     num_blocks: int = 0
+    max_running: int = 0
+    """Most sequences that run at once; 0: the engine does not say."""
 
 
 class Reservation(Protocol):

@@ -36,6 +36,12 @@ _COUNTERS = {
     "kv_checksum_failures": "Messages of KV with a wrong checksum.",
     "kv_bytes_sent": "Bytes of KV sent.",
     "kv_bytes_received": "Bytes of KV taken in.",
+    "connections_refused": "HTTP connections beyond the limits.",
+    "clients_timed_out": "HTTP clients that did not send the rest of their request in time.",
+    "clients_too_slow": "HTTP clients that did not take in their answer.",
+    "clients_gone": "HTTP clients that left before their answer was complete.",
+    "requests_refused": "Requests that found no place in the mesh.",
+    "requests_cancelled": "Requests that were ended by name.",
     "strangers_refused": "Connections without the mesh's key.",
 }
 """Those that every peer shows, at 0 if need be; a counter that is not here shows as soon as it counts."""

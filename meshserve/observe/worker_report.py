@@ -1,4 +1,4 @@
-"""A worker's reports to the routers that watch it: its load, and the KV blocks that it holds."""
+"""A worker's reports to those that watch it: its load and the KV blocks that it holds to routers, its load alone to frontends."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -10,9 +10,15 @@ from meshserve.mesh.watch import WatchSource
 from meshserve.wire.load import MAX_HASHES_PER_REPORT, WorkerLoad, WorkerReport
 
 REPORT_METHOD = "worker.watch"
+LOAD_METHOD = "worker.load"
+"""The load alone, for those who only ask how many more requests there is room for."""
 
 _REPORT_INTERVAL_S = 0.02
 """Changes within it leave as one report: well under the time that a booking bridges, and 50 small messages a second at most."""
+
+
+_LOAD_INTERVAL_S = 0.1
+"""Between two loads to frontends, which know their own part of it better."""
 
 
 class WorkerReporter:
@@ -29,6 +35,8 @@ class WorkerReporter:
         self.num_tickets: Callable[[], int] = lambda: 0
         """How many prompts wait for prefill here; set by whoever keeps the tickets."""
         self._source = WatchSource(mesh, REPORT_METHOD, self._snapshot)
+        self._loads = WatchSource(mesh, LOAD_METHOD, lambda: [self.load().to_wire()])
+        self._load_timer: asyncio.TimerHandle | None = None
 
     def load(self) -> WorkerLoad:
         """As it is now."""
@@ -41,6 +49,7 @@ class WorkerReporter:
             found.cached_blocks,
             found.num_blocks,
             self.num_tickets(),
+            max_running=found.max_running,
             **self._engine.rates.figures(),
         )
 
@@ -54,6 +63,15 @@ class WorkerReporter:
         """Something is different: tell the watchers soon."""
         if self._timer is None and self._source.has_watchers:
             self._timer = self._loop.call_later(_REPORT_INTERVAL_S, self._publish)
+        if self._load_timer is None and self._loads.has_watchers:
+            self._load_timer = self._loop.call_later(_LOAD_INTERVAL_S, self._publish_load)
+
+    def _publish_load(self) -> None:
+        self._load_timer = None
+        load = self.load()
+        self._loads.publish(load.to_wire())
+        if load.num_running or load.num_waiting:
+            self.changed()
 
     def _on_blocks(self, stored: Sequence[int], evicted: Sequence[int]) -> None:
         for block_hash in evicted:
@@ -89,5 +107,6 @@ class WorkerReporter:
     def close(self) -> None:
         """Report no more."""
         self._engine.watch_blocks(None)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._load_timer):
+            if timer is not None:
+                timer.cancel()

@@ -6,7 +6,7 @@ from typing import Any
 
 from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine, GenerationStats, Reservation
-from meshserve.errors import Draining, GaveUp, InvalidRequest, MeshserveError
+from meshserve.errors import Draining, GaveUp, InvalidRequest, MeshserveError, Overloaded
 from meshserve.handoff.requester import HandoffResult, PrefillRequester
 from meshserve.handoff.task import TaskState
 from meshserve.mesh.calls import IncomingCall
@@ -86,8 +86,14 @@ class _Generation:
 class DecodeRole:
     """Serves `generate`."""
 
-    def __init__(self, mesh: Mesh, engine: Engine, requester: PrefillRequester, reporter: WorkerReporter, config: HandoffConfig) -> None:
+    def __init__(
+        self, mesh: Mesh, engine: Engine, requester: PrefillRequester, reporter: WorkerReporter, config: HandoffConfig, max_queue: int
+    ) -> None:
         self._mesh, self._engine, self._requester, self._reporter, self._config = mesh, engine, requester, reporter, config
+        self._max_queue = max_queue
+        self._mean_gap_s = 0.0
+        """Between the ends of two requests, while others wait: how fast a queue moves."""
+        self._last_end_s = time.monotonic()
         self._running: dict[str, _Generation] = {}
         mesh.serve("generate", self._on_generate)
 
@@ -102,6 +108,7 @@ class DecodeRole:
         request = call.body if isinstance(call.body, GenerateRequest) else GenerateRequest.from_wire(call.body)
         if request.request_id in self._running:
             raise InvalidRequest("this request is running here already")
+        self._check_queue()
         self._engine.check(request)
         generation = _Generation(self, call, request)
         self._running[request.request_id] = generation
@@ -114,6 +121,13 @@ class DecodeRole:
         else:
             self.run(generation, None)
         self._reporter.admitted(request.request_id)
+
+    def _check_queue(self) -> None:
+        """Raises Overloaded when more wait than may, wherever they wait: for their prompt's KV, or for a place in the batch."""
+        num_waiting = len(self._running) - self._engine.load().num_running
+        if num_waiting >= self._max_queue:
+            retry_after_s = num_waiting * self._mean_gap_s
+            raise Overloaded(f"{self._mesh.own.name} has {num_waiting} requests waiting; try again", retry_after_s=max(1.0, retry_after_s))
 
     def _candidates(self, request: GenerateRequest) -> list[str]:
         """Prefill workers, if this prompt is worth handing over; its last token is always computed here."""
@@ -150,9 +164,16 @@ class DecodeRole:
         """No longer running here."""
         if self._running.get(generation.request.request_id) is generation:
             del self._running[generation.request.request_id]
+            self._note_gap()
             self._reporter.changed()
             if self._mesh.journal.is_on:
                 self._mesh.journal.note("left", generation.request.request_id)
+
+    def _note_gap(self) -> None:
+        now_s = time.monotonic()
+        gap_s, self._last_end_s = now_s - self._last_end_s, now_s
+        if self._engine.load().num_waiting:
+            self._mean_gap_s += (gap_s - self._mean_gap_s) * 0.05
 
     def _cancel(self, generation: _Generation) -> None:
         self._requester.cancel(generation.request.request_id)

@@ -34,6 +34,8 @@ class WorkerLoad:
     """For KV received from prefill workers."""
     mean_output_tokens: int = 0
     """Of the sequences that finished here lately."""
+    max_running: int = 0
+    """Most sequences in the engine's batch; 0: the engine does not say."""
 
     def to_wire(self) -> list[int]:
         """Plain data for :meth:`from_wire`."""

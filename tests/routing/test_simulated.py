@@ -94,10 +94,10 @@ def test_kv_comes_close_to_one_pooled_cache(workers: int, speed: float, pooled: 
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3000)
 def test_kv_is_never_worse_than_least_loaded_by_more_than_two_percent_in_the_whole_matrix() -> None:
-    cells = robustness.settings([2, 8, 16], [1024, 4096], [0.5, 1.0, 1.5])
-    found = [compare(cell, num_requests=3000) for cell in cells]
+    cells = robustness.settings([2, 8, 32], [1024, 4096], [0.5, 1.5])
+    found = [compare(cell, num_requests=2000) for cell in cells]
     worst = max(found, key=lambda one: one.ttft_ratio)
     print(f"{len(found)} cells, worst {worst.ttft_ratio:.3f} at {worst.setting}")
     for one in found:

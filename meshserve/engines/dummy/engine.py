@@ -124,7 +124,13 @@ class DummyEngine:
         """A snapshot, cheap enough for every step."""
         scheduler, pool = self._scheduler, self._pool
         return EngineLoad(
-            scheduler.num_running, scheduler.num_waiting, scheduler.waiting_prefill_tokens, pool.num_used, pool.num_idle, pool.num_blocks
+            scheduler.num_running,
+            scheduler.num_waiting,
+            scheduler.waiting_prefill_tokens,
+            pool.num_used,
+            pool.num_idle,
+            pool.num_blocks,
+            scheduler.max_batch,
         )
 
     def watch_blocks(self, listener: BlockListener | None) -> list[int]:

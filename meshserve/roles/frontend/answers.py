@@ -1,41 +1,51 @@
 """What comes back from a processor for one request, and who waits for it."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
-from meshserve.errors import MeshserveError
+from meshserve.errors import MeshserveError, RequestTimedOut
 from meshserve.mesh.calls import OutgoingCall
-
-
-class ClientGone(Exception):  # never leaves this role: there is nobody to tell
-    """The client closed its connection."""
+from meshserve.roles.frontend.asgi import ClientGone
 
 
 class Answer:
     """The sink of the processor's stream. `wait` gives all that is there."""
 
-    __slots__ = ("_loop", "_waiting", "call", "end", "error", "is_client_gone", "items")
+    __slots__ = ("_loop", "_max_unread", "_waiting", "call", "end", "error", "is_client_gone", "items", "on_over")
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self, loop: asyncio.AbstractEventLoop, max_unread: int) -> None:
+        self._loop, self._max_unread = loop, max_unread
         self._waiting: asyncio.Future[None] | None = None
         self.items: list[Any] = []
         self.end: Any = None
         self.error: MeshserveError | None = None
         self.is_client_gone = False
         self.call: OutgoingCall | None = None
+        self.on_over: Callable[[bool], None] | None = None
+        """Called once when nothing more comes: True if it came to its end."""
 
     def on_item(self, item: Any) -> None:
         self.items.append(item)
+        if len(self.items) > self._max_unread:
+            self.stop(RequestTimedOut("the client takes its answer in too slowly"))
         self._wake()
 
     def on_end(self, value: Any) -> None:
         self.end = value if value is not None else ()
+        self._over(True)
         self._wake()
 
     def on_error(self, error: MeshserveError) -> None:
         self.error = error
+        self._over(False)
         self._wake()
+
+    def stop(self, error: MeshserveError) -> None:
+        """Cancel at every hop; the client is told why. Harmless after the end."""
+        if self.end is None and self.error is None:
+            self.cancel()
+            self.on_error(error)
 
     def client_gone(self, _: Any = None) -> None:
         """Cancel at every hop."""
@@ -48,6 +58,12 @@ class Answer:
         """Nobody waits any more."""
         if self.call is not None:
             self.call.cancel()
+        self._over(False)
+
+    def _over(self, is_done: bool) -> None:
+        on_over, self.on_over = self.on_over, None
+        if on_over is not None:
+            on_over(is_done)
 
     def _wake(self) -> None:
         if self._waiting is not None and not self._waiting.done():

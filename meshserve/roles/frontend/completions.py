@@ -8,58 +8,28 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import replace
 from typing import Any
 
 from meshserve.config import ServeConfig
-from meshserve.errors import Draining, MeshserveError, NoWorker, Overloaded, RequestTooLarge
+from meshserve.errors import Draining, MeshserveError, NoWorker, Overloaded
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import with_http
 from meshserve.roles.frontend import apis
-from meshserve.roles.frontend.answers import Answer, ClientGone
+from meshserve.roles.frontend.answers import Answer
 from meshserve.roles.frontend.apis import Api
+from meshserve.roles.frontend.asgi import ClientGone, Header, Receive, Scope, Send, error_headers, send_whole
+from meshserve.roles.frontend.bodies import read_json
+from meshserve.roles.frontend.cancelling import UnderWay
+from meshserve.roles.frontend.desk import Desk, request_timeout_s
 from meshserve.roles.frontend.parsing import MAX_SESSION_CHARACTERS, ResponseOptions, parse_generate
 from meshserve.roles.frontend.writers import Reply, Writer
 from meshserve.wire.completion import CompletionRequest, Ending
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-Label = list[tuple[bytes, bytes]]
+Label = list[Header]
 
 _log = logging.getLogger(__name__)
 _LONG_BODY_BYTES = 65_536
-_JSON = (b"content-type", b"application/json")
-
-
-async def read_body(receive: Receive, max_bytes: int) -> bytes:
-    """The whole body. Raises RequestTooLarge, or ClientGone."""
-    parts, size_bytes = [], 0
-    while True:
-        event = await receive()
-        if event["type"] == "http.disconnect":
-            raise ClientGone
-        part = event.get("body", b"")
-        size_bytes += len(part)
-        if size_bytes > max_bytes:
-            raise RequestTooLarge(f"the body is longer than {max_bytes} bytes")
-        parts.append(part)
-        if not event.get("more_body", False):
-            return b"".join(parts)
-
-
-async def send_whole(send: Send, status: int, body: bytes, headers: Label) -> None:
-    """A response in one piece."""
-    headers = [*headers, (b"content-length", str(len(body)).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
-
-
-def error_headers(error: MeshserveError) -> Label:
-    """Of an error response: its type, and when to come back if that is known."""
-    retry_after_s = getattr(error, "retry_after_s", 1.0) if error.http_status == 503 else None
-    return [_JSON] + ([(b"retry-after", str(max(1, round(retry_after_s))).encode())] if retry_after_s is not None else [])
 
 
 class Completions:
@@ -71,6 +41,8 @@ class Completions:
         self._ids = itertools.count(1)
         self._turn = itertools.count()
         self._lines = apis.lines(self._parse_generate)
+        self._desk = Desk(mesh, config)
+        self.under_way = UnderWay(mesh)
         self.num_open = 0
         """Requests under way."""
 
@@ -113,15 +85,17 @@ class Completions:
         request_id = self.new_id()
         client_id = _header(scope, b"x-request-id")[:128]
         label = [(b"x-request-id", (client_id or request_id).encode("latin-1", "replace"))]
-        answer = Answer(self._loop)
+        answer = Answer(self._loop, self._config.front.max_unread_texts)
         gone: asyncio.Task[Any] | None = None
         self.num_open += 1
         try:
-            request, options = await self._parse(api, await read_body(receive, self._config.max_body_bytes), request_id, client_id)
+            deadline_s = began_s + request_timeout_s(scope, self._config.request_timeout_s)
+            request, options = await self._parse(api, await read_json(receive, self._config.max_body_bytes), request_id, client_id)
             if session := _header(scope, b"x-session-id"):
                 request = replace(request, session=session[:MAX_SESSION_CHARACTERS])
             writer = api.writer(Reply(api.response_id(request_id), int(time.time()), request, options))
-            self._open(request, answer)
+            self.under_way.add(request_id, client_id, answer)
+            self._open(request, answer, scope, deadline_s)
             gone = self._loop.create_task(_until_gone(receive))
             gone.add_done_callback(answer.client_gone)
             await (self._stream if options.is_stream else self._whole)(writer, answer, send, label, began_s)
@@ -136,6 +110,7 @@ class Completions:
         finally:
             self.num_open -= 1
             answer.cancel()
+            self.under_way.remove(request_id, client_id)
             if gone is not None:
                 gone.remove_done_callback(answer.client_gone)
                 gone.cancel()
@@ -146,15 +121,22 @@ class Completions:
             return api.parse(body, request_id, client_id)
         return await self._loop.run_in_executor(None, api.parse, body, request_id, client_id)
 
-    def _open(self, request: CompletionRequest, answer: Answer) -> None:
-        """Raises Overloaded, or NoWorker if there is no processor."""
+    def _open(self, request: CompletionRequest, answer: Answer, scope: Scope, deadline_s: float) -> None:
+        """Pass it on, now or when there is a place for it. Raises Overloaded or RateLimited, or NoWorker if there is no processor."""
         if self._mesh.own.is_draining:
             raise Draining("this frontend is shutting down")
         if self.num_open > self._config.max_requests:
             raise Overloaded(f"this frontend has {self._config.max_requests} requests under way; try again")
+        self._desk.ask(scope, request.model, request.num_choices, deadline_s, answer, lambda: self._pass_on(request, answer, deadline_s))
+
+    def _pass_on(self, request: CompletionRequest, answer: Answer, deadline_s: float) -> None:
         peer = self.processor()
         body = request if peer == self._mesh.incarnation else request.to_wire()
-        answer.call = self._mesh.open(peer, "complete", body, answer, self._config.request_timeout_s)
+        answer.call = self._mesh.open(peer, "complete", body, answer, max(0.001, deadline_s - time.monotonic()))
+
+    def close(self) -> None:
+        """No more places for anybody."""
+        self._desk.close()
 
     def processor(self) -> str:
         """This peer itself if it can, else each in turn. Raises NoWorker."""

@@ -1,15 +1,10 @@
 """The HTTP server of a frontend: its routes, its socket, its life."""
 
 import asyncio
-import contextlib
-import errno
-import hmac
-import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -17,14 +12,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from meshserve.config import ServeConfig
-from meshserve.errors import InvalidRequest, MeshserveError, ModelNotFound, StartupFailed, Unauthorized
+from meshserve.errors import InvalidRequest, MeshserveError, ModelNotFound
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.status import list_peers
 from meshserve.roles.frontend import shapes
-from meshserve.roles.frontend.completions import Completions, Receive, Scope, Send, error_headers, send_whole
+from meshserve.roles.frontend.asgi import Receive, Scope, Send
+from meshserve.roles.frontend.completions import Completions
+from meshserve.roles.frontend.connections import Connections
+from meshserve.roles.frontend.guard import Guard
+from meshserve.roles.frontend.listening import Server, bind, possible_connections, tls_context, url_of
 from meshserve.roles.frontend.tokenizing import Tokenizing, hot_routes
 
-_OPEN_PATHS = ("/health", "/ready")
 _START_CHECK_S = 0.002
 
 
@@ -39,34 +37,6 @@ class _HotRoutes:
         await (route or self._application)(scope, receive, send)
 
 
-class _Guard:
-    """Asks for an API key, if there are any, before anything else looks at a request."""
-
-    def __init__(self, application: Any, keys: tuple[str, ...]) -> None:
-        self._application = application
-        self._keys = [key.encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS and not self._is_known(scope):
-            error = Unauthorized("the API key is missing or wrong: send it as `Authorization: Bearer KEY`")
-            await send_whole(send, 401, shapes.error_body(error), [*error_headers(error), (b"www-authenticate", b"Bearer")])
-            return
-        await self._application(scope, receive, send)
-
-    def _is_known(self, scope: Scope) -> bool:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"").removeprefix(b"Bearer ")
-        matches = [hmac.compare_digest(given, key) for key in self._keys]  # every key is compared, whichever matches
-        return any(matches)
-
-
-class _Server(uvicorn.Server):
-    """uvicorn without its signal handlers: signals are the peer's business."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class FrontendRole:
     """Listens; `start` returns the URL once it does."""
 
@@ -74,7 +44,8 @@ class FrontendRole:
         self._mesh, self._config = mesh, config
         self._completions = Completions(mesh, config)
         self._started_s = int(time.time())
-        self._server: _Server | None = None
+        self._server: Server | None = None
+        self._connections: Connections | None = None
         self._serving: asyncio.Task[None] | None = None
 
     @property
@@ -83,41 +54,19 @@ class FrontendRole:
         return not self._completions.num_open
 
     async def start(self) -> str:
-        """Bind and serve. Raises StartupFailed if the port is taken or the address not this host's."""
-        listening = self._bind()
+        """Bind and serve. Raises StartupFailed if the port is taken, the address not this host's, or the certificate cannot be used."""
+        limits = self._config.front
+        context = tls_context(limits)
+        listening = bind(self._config.http_host, self._config.http_port, limits)
+        num_possible = possible_connections(limits.max_connections)
+        self._connections = Connections(limits, num_possible, self._config.max_body_bytes, self._mesh.counters)
         completions = self._completions
         hot = hot_routes(completions, Tokenizing(self._mesh, self._config, completions))
-        application: Any = _HotRoutes(self._routes(hot), hot)
-        if self._config.api_keys:
-            application = _Guard(application, self._config.api_keys)
-        self._server = _Server(
-            uvicorn.Config(
-                application,
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_graceful_shutdown=1,
-            )
-        )
+        self._server = Server(Guard(_HotRoutes(self._routes(hot), hot), self._config), self._connections, context)
         self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listening]))
         while not self._server.started and not self._serving.done():
             await asyncio.sleep(_START_CHECK_S)
-        host, port = listening.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    def _bind(self) -> socket.socket:
-        host, port = self._config.http_host, self._config.http_port
-        try:
-            family = socket.AF_INET6 if ":" in host else socket.AF_INET
-            return socket.create_server((host, port), family=family, backlog=2048)
-        except OSError as error:
-            what, reason = ("port", "is taken") if error.errno == errno.EADDRINUSE else ("address", "is not this host's")
-            raise StartupFailed(f"cannot listen for HTTP on {host}:{port}: the {what} {reason}; choose another with --http") from error
+        return url_of(listening, context is not None)
 
     def _routes(self, hot: Iterable[str]) -> Starlette:
         return Starlette(
@@ -128,6 +77,7 @@ class FrontendRole:
                 Route("/health", self._health),
                 Route("/ready", self._ready),
                 Route("/mesh/peers", self._peers),
+                Route("/mesh/requests/{name}", self._cancel, methods=["DELETE"]),
                 *([Route("/metrics", self._metrics)] if self._config.observe else []),
             ],
             exception_handlers={HTTPException: _http_error, MeshserveError: _own_error, Exception: _unexpected},
@@ -158,6 +108,9 @@ class FrontendRole:
     async def _peers(self, request: Request) -> Response:
         return JSONResponse(await list_peers(self._mesh))
 
+    async def _cancel(self, request: Request) -> Response:
+        return JSONResponse({"cancelled": await self._completions.under_way.cancel(request.path_params["name"])})
+
     async def _metrics(self, request: Request) -> Response:
         from meshserve.observe import metrics  # a slow import that only those who scrape need wait for, once
 
@@ -168,6 +121,9 @@ class FrontendRole:
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await self._serving
+        if self._connections is not None:
+            self._connections.close()
+        self._completions.close()
 
 
 async def _only_post(request: Request) -> Response:

@@ -6,9 +6,10 @@ from meshserve.config import ServeConfig
 from meshserve.errors import MeshserveError
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.frontend import anthropic_writers
-from meshserve.roles.frontend.answers import ClientGone
 from meshserve.roles.frontend.anthropic_parsing import parse_count
-from meshserve.roles.frontend.completions import Completions, Receive, Scope, Send, error_headers, read_body, send_whole
+from meshserve.roles.frontend.asgi import ClientGone, Receive, Scope, Send, error_headers, send_whole
+from meshserve.roles.frontend.bodies import read_json
+from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.fields import Fields, boolean, optional_string, read_object
 from meshserve.roles.frontend.parsing import read_prompt_or_messages, read_tokens
 from meshserve.roles.frontend.shapes import dump, error_body
@@ -40,7 +41,7 @@ class Tokenizing:
 
     async def _serve(self, receive: Receive, send: Send, answer: Any, error_body: Any) -> None:
         try:
-            shape = await answer(await read_body(receive, self._config.max_body_bytes))
+            shape = await answer(await read_json(receive, self._config.max_body_bytes))
             await send_whole(send, 200, dump(shape).encode(), _JSON)
         except ClientGone:
             self._mesh.counters.add("clients_gone")

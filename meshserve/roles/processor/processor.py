@@ -8,7 +8,7 @@ import random
 from array import array
 from typing import Any
 
-from meshserve.errors import InvalidRequest, ProtocolError
+from meshserve.errors import Cancelled, InvalidRequest, ProtocolError
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
@@ -32,6 +32,7 @@ class ProcessorRole:
         self.placer = Placer(mesh)
         self._rng = random.Random()
         mesh.serve("complete", self._on_complete)
+        mesh.serve("processor.cancel", self._on_cancel)
         mesh.serve("tokenize", self._on_tokenize)
         mesh.serve("detokenize", self._on_detokenize)
         mesh.subscribe(self._on_change)
@@ -70,6 +71,13 @@ class ProcessorRole:
         tokenizer = self.models.tokenizer(card)
         check_bias(asked, tokenizer.vocab_size)
         return card, encode_all(asked, card, tokenizer)
+
+    def _on_cancel(self, call: IncomingCall) -> None:
+        """For a request that no frontend can be asked about: its name. True if it was here."""
+        request = self._running.get(call.body) if isinstance(call.body, str) else None
+        if request is not None:
+            request.fail(Cancelled("this request was cancelled"))
+        call.end(request is not None)
 
     def over(self, request: Request) -> None:
         """No longer under way."""

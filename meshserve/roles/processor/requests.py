@@ -173,6 +173,10 @@ class Request:
             return
         if isinstance(error, InvalidRequest) and error.param in ("json_schema", "response_format"):
             error = type(error)(error.message, param="tools" if self._is_call else "response_format")  # as the client knows its schema
+        self.fail(error)
+
+    def fail(self, error: MeshserveError) -> None:
+        """End it here and now, at its workers too."""
         self.cancel()
         self._call.fail(error)
 

@@ -6,7 +6,7 @@ Steps are callbacks: a sequence costs no task, and a token costs no task switch.
 from array import array
 from typing import Any, Protocol
 
-from meshserve.errors import GaveUp, MeshserveError, PeerLost, PeerSilent, ProtocolError
+from meshserve.errors import GaveUp, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import Receipt
@@ -18,7 +18,7 @@ from meshserve.wire.completion import EndItem
 from meshserve.wire.generation import GenerateRequest, Sampling
 
 _MAX_ATTEMPTS = 4
-_RETRIED_CODES = frozenset(("peer_lost", "peer_silent", "link_overflow", "draining", "no_worker", "unknown_method"))
+_RETRIED_CODES = frozenset(("peer_lost", "peer_silent", "link_overflow", "draining", "no_worker", "unknown_method", "overloaded"))
 """Errors that say nothing about the request itself: another worker may do."""
 
 
@@ -71,11 +71,13 @@ class Sequence:
         self.tokens, self.sampling, self.choice, self.phases = tokens, sampling, choice, phases
         self._excluded: list[str] = []
         self._placing = Placing(
-            dispatcher.placer, self.request_id, receipt.model, tokens, owner.policy, owner.session, self._placed, self._fail
+            dispatcher.placer, self.request_id, receipt.model, tokens, owner.policy, owner.session, self._placed, self._not_placed
         )
         self._prefill_peers: tuple[tuple[str, int, int], ...] = ()
         self._lost: list[str] = []
         """Names of workers that died with this sequence."""
+        self._overloaded: Overloaded | None = None
+        """What a worker said that is full: the reason if there is no other."""
         self._opened: OutgoingCall | None = None
         self._num_overlap_blocks = 0
         self.worker: str | None = None
@@ -102,6 +104,9 @@ class Sequence:
         self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in placement.prefill)
         receipt.add("route", self.phases.end("route"))
         self._dispatch(placement.decode[0])
+
+    def _not_placed(self, error: MeshserveError) -> None:
+        self._fail(self._overloaded if isinstance(error, NoWorker) and self._overloaded else error)
 
     # --- the worker's stream
 
@@ -177,6 +182,8 @@ class Sequence:
     def _retry_or_fail(self, error: MeshserveError) -> None:
         """Nothing given out yet means that another may start over, unless the request itself seems to be what takes workers down."""
         self._note_attempt(error)
+        if isinstance(error, Overloaded):
+            self._overloaded = error
         can_retry = self.num_tokens == 0 and error.code in _RETRIED_CODES and len(self.receipt.attempts) < _MAX_ATTEMPTS
         if can_retry and len(self._lost) >= self._dispatcher.max_lost_peers:
             names = ", ".join(self._lost)

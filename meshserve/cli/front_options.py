@@ -1,0 +1,129 @@
+"""Options of `run` about the HTTP side: keys, TLS, pages, limits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from meshserve.cli.options import Command, option
+from meshserve.config import FrontConfig, ServeConfig
+from meshserve.errors import StartupFailed, UsageError
+
+_FRONT, _SERVE = FrontConfig(), ServeConfig()
+_KEYS_ELSEWHERE = "on all routes but /health and /ready"
+
+_FRONT_OPTIONS: list[Callable[[Any], Any]] = [
+    option(
+        "--api-key",
+        "api_keys",
+        multiple=True,
+        metavar="KEY",
+        envvar="MESHSERVE_API_KEY",
+        show_envvar=False,
+        help=f"Asked of HTTP clients, {_KEYS_ELSEWHERE}; repeatable.",
+    ),
+    option("--api-key-file", type=click.Path(), default=None, metavar="FILE", help="More of them, one a line; `ps` shows none of these."),
+    option("--tls-cert", type=click.Path(), default=None, metavar="FILE", help="Serve HTTPS with this certificate (PEM, with its chain)."),
+    option("--tls-key", type=click.Path(), default=None, metavar="FILE", help="The certificate's private key (PEM, not encrypted)."),
+    option(
+        "--cors-origin",
+        "cors_origins",
+        multiple=True,
+        metavar="ORIGIN",
+        envvar="MESHSERVE_CORS_ORIGIN",
+        help="Pages from here may ask, e.g. https://chat.example.org, or * for all; repeatable.  [default: none]",
+        show_default=False,
+    ),
+    option(
+        "--allow-host",
+        "allowed_hosts",
+        multiple=True,
+        metavar="NAME",
+        envvar="MESHSERVE_ALLOW_HOST",
+        help="Another name for a frontend on loopback without keys, e.g. behind a proxy; repeatable.",
+    ),
+    option(
+        "--request-timeout",
+        type=click.FloatRange(0, min_open=True),
+        default=_SERVE.request_timeout_s,
+        help="Seconds for a whole request; x-request-timeout may ask for less.",
+    ),
+    option("--max-queue", type=click.IntRange(0), default=_FRONT.max_queued, help="Requests that wait here for a place in the mesh."),
+    option(
+        "--max-wait",
+        type=click.FloatRange(0),
+        default=_FRONT.max_wait_s,
+        help="Seconds that a request waits for its place before it is refused.",
+    ),
+    option(
+        "--max-decode-queue",
+        type=click.IntRange(1),
+        default=_SERVE.max_decode_queue,
+        help="Requests that a decode worker has taken and not begun; beyond it others are asked.",
+    ),
+    option("--max-body-bytes", type=click.IntRange(1024), default=_SERVE.max_body_bytes, help="Longest HTTP body."),
+    option("--max-connections", type=click.IntRange(1), default=_FRONT.max_connections, help="Open at a time."),
+    option(
+        "--max-connections-per-address",
+        type=click.IntRange(1),
+        default=_FRONT.max_connections_per_address,
+        help="Of them, of one address.",
+    ),
+]
+
+
+def front_options(command: Command) -> Command:
+    """Add them to a command."""
+    for add in reversed(_FRONT_OPTIONS):
+        command = add(command)
+    return command
+
+
+def front_config(settings: dict[str, Any]) -> FrontConfig:
+    """What they said, but for keys and what concerns other roles too. Raises UsageError."""
+    if (settings["tls_cert"] is None) != (settings["tls_key"] is None):
+        raise UsageError("--tls-cert and --tls-key go together")
+    for origin in settings["cors_origins"]:
+        _check_origin(origin)
+    return FrontConfig(
+        cors_origins=settings["cors_origins"],
+        allowed_hosts=settings["allowed_hosts"],
+        tls_cert=settings["tls_cert"],
+        tls_key=settings["tls_key"],
+        max_queued=settings["max_queue"],
+        max_wait_s=settings["max_wait"],
+        max_connections=settings["max_connections"],
+        max_connections_per_address=settings["max_connections_per_address"],
+    )
+
+
+def _check_origin(origin: str) -> None:
+    scheme, separator, host = origin.partition("://")
+    if origin != "*" and not (separator and scheme and host and "/" not in host and origin == origin.lower()):
+        raise UsageError(f"--cors-origin {origin!r} is not an origin like https://chat.example.org, nor *")
+
+
+def api_keys(settings: dict[str, Any]) -> tuple[str, ...]:
+    """From the command line and from the file. Raises UsageError for an empty one: it would leave the door open by accident."""
+    keys = [*settings["api_keys"]]
+    if not all(key.strip() for key in keys):
+        raise UsageError("--api-key is empty: name a key, or leave the option out to serve everybody")
+    if settings["api_key_file"] is not None:
+        keys += _read_keys(settings["api_key_file"])
+    if not all(key.isprintable() for key in keys):
+        raise UsageError("an API key holds characters that no header can")
+    return tuple(dict.fromkeys(key.strip() for key in keys))
+
+
+def _read_keys(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError as error:
+        raise StartupFailed(f"--api-key-file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise StartupFailed(f"--api-key-file {path}: not a text file") from error
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise StartupFailed(f"--api-key-file {path}: there is no key in it; write one a line")
+    return keys

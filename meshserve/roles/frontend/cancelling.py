@@ -1,0 +1,105 @@
+"""Requests that are under way, by the mesh's name and the client's, and their end at a word from outside: anywhere in the mesh."""
+
+import asyncio
+from typing import Any, Protocol
+
+from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, RequestNotFound
+from meshserve.mesh.calls import IncomingCall
+from meshserve.mesh.mesh import Mesh
+
+FIND, CANCEL = "requests.find", "requests.cancel"
+PROCESSOR_CANCEL = "processor.cancel"
+
+_TIMEOUT_S = 2.0
+_MAX_NAME = 256
+_MAX_FOUND = 16
+
+
+class Stoppable(Protocol):
+    """A request under way."""
+
+    def stop(self, error: MeshserveError) -> None:
+        """Cancel it at every hop; its client is told why."""
+
+
+class UnderWay:
+    """This frontend's requests, and a way to those of others."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._answers: dict[str, Stoppable] = {}
+        self._labels: dict[str, list[str]] = {}
+        mesh.serve(FIND, lambda call: call.end(self._found(_name_of(call))))
+        mesh.serve(CANCEL, lambda call: call.end(self._stop(_name_of(call))))
+
+    def add(self, request_id: str, label: str, answer: Stoppable) -> None:
+        """A request begins."""
+        self._answers[request_id] = answer
+        if label:
+            self._labels.setdefault(label, []).append(request_id)
+
+    def remove(self, request_id: str, label: str) -> None:
+        """It ended. Harmless if it never began."""
+        if self._answers.pop(request_id, None) is not None and label:
+            named = self._labels[label]
+            named.remove(request_id)
+            if not named:
+                del self._labels[label]
+
+    def _found(self, name: str) -> list[str]:
+        return [name] if name in self._answers else self._labels.get(name, [])[:_MAX_FOUND]
+
+    def _stop(self, request_id: str) -> bool:
+        answer = self._answers.get(request_id)
+        if answer is None:
+            return False
+        answer.stop(Cancelled("this request was cancelled"))
+        self._mesh.counters.add("requests_cancelled")
+        return True
+
+    async def cancel(self, name: str) -> str:
+        """End the one request of this name, wherever it is, and return its id.
+
+        Raises RequestNotFound if there is none, InvalidRequest if a label names several.
+        """
+        owner = name.partition("-")[0]
+        if self._stop(name) or await self._ask_owner(owner, name):
+            return name
+        found = await self._find(name)
+        if len(found) > 1:
+            raise InvalidRequest(f"{len(found)} requests are called {name!r}: use their ids, {', '.join(sorted(found))}", param="id")
+        for request_id, peer in found.items():
+            if await self._ask(peer, CANCEL, request_id):
+                return request_id
+        raise RequestNotFound(f"no request {name!r} is under way", param="id")
+
+    async def _ask_owner(self, owner: str, name: str) -> bool:
+        """The frontend that took it in; for a request that came without one, the processor that has it."""
+        info = self._mesh.info_of(owner)
+        if info is not None and "frontend" in info.roles:
+            return owner != self._mesh.incarnation and bool(await self._ask(owner, CANCEL, name))
+        processors = [info.incarnation for info in self._mesh.peers_with("processor")]
+        return any(await asyncio.gather(*(self._ask(peer, PROCESSOR_CANCEL, name) for peer in processors)))
+
+    async def _find(self, label: str) -> dict[str, str]:
+        """Ids of the requests with this label, and where they are."""
+        frontends = [info.incarnation for info in self._mesh.peers_with("frontend")]
+        if self._mesh.incarnation not in frontends:
+            frontends.append(self._mesh.incarnation)  # one that drains still has requests
+        answers = await asyncio.gather(*(self._ask(peer, FIND, label) for peer in frontends))
+        pairs = zip(frontends, answers, strict=True)
+        return {item: peer for peer, items in pairs if isinstance(items, list) for item in items[:_MAX_FOUND] if isinstance(item, str)}
+
+    async def _ask(self, peer: str, method: str, name: str) -> Any:
+        """None from a peer that is lost or does not answer."""
+        try:
+            return await self._mesh.call(peer, method, name, _TIMEOUT_S)
+        except MeshserveError:
+            return None
+
+
+def _name_of(call: IncomingCall) -> str:
+    """Raises InvalidRequest for what is no name."""
+    if not isinstance(call.body, str) or not 0 < len(call.body) <= _MAX_NAME:
+        raise InvalidRequest("a request's name is a string")
+    return call.body

@@ -1,0 +1,173 @@
+"""How many requests the mesh has places for, and who gets them: the admission of each model, fed with what its workers report."""
+
+import asyncio
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from meshserve.config import FrontConfig
+from meshserve.errors import MeshserveError, ProtocolError
+from meshserve.mesh.membership import Change, Member
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.watch import Watcher
+from meshserve.observe.worker_report import LOAD_METHOD
+from meshserve.roles.frontend.admission import Admission, Decision, Ticket
+from meshserve.wire.load import WorkerLoad
+
+_SWEEP_S = 0.05
+_PEAK_S = 0.25
+"""What a worker reports is older than what we know of ourselves by less than this."""
+_MIN_BACKLOG = 8
+
+
+def places_of(load: WorkerLoad) -> float:
+    """How many sequences one worker can take at once. One that lets a backlog wait while its batch has room is short of something else."""
+    backlog = max(_MIN_BACKLOG, load.max_running // 4)
+    if load.num_waiting > backlog and load.num_running < (load.max_running or math.inf):
+        return load.num_running + backlog
+    return load.max_running or math.inf
+
+
+def share_of(loads: Iterable[WorkerLoad | None], own_peak: int, num_frontends: int) -> float:
+    """The places that are this frontend's to give: all but what others use, at least an equal part beside them, and at least one.
+
+    `own_peak` is the most that it had under way lately. A worker that said nothing yet (None) may have any number.
+    """
+    known = list(loads)
+    reported = [load for load in known if load is not None]
+    if len(reported) < len(known):
+        return math.inf
+    total = sum(map(places_of, reported))
+    others = max(0, sum(load.num_running + load.num_waiting for load in reported) - own_peak)
+    return max(1.0, total - others, total // (num_frontends + 1))
+
+
+class _Model:
+    """One model's admission, and the most that was under way in this span of time and the last."""
+
+    def __init__(self, limits: FrontConfig) -> None:
+        self.admission = Admission(limits)
+        self.peaks = [0, 0]
+        self.began_s = 0.0
+
+    def peak(self, now_s: float) -> int:
+        if now_s - self.began_s > _PEAK_S:
+            self.peaks = [self.admission.num_running, self.peaks[0]]
+            self.began_s = now_s
+        self.peaks[0] = max(self.peaks[0], self.admission.num_running)
+        return max(self.peaks)
+
+
+class Places:
+    """Tickets for requests. Whoever waits is called back with None when its place comes, or with the error that it is refused for."""
+
+    def __init__(self, mesh: Mesh, limits: FrontConfig) -> None:
+        self._mesh, self._limits = mesh, limits
+        self._loop = asyncio.get_running_loop()
+        self._models: dict[str, _Model] = {}
+        self._loads: dict[str, WorkerLoad] = {}
+        self._watchers: dict[str, Watcher] = {}
+        self._waiting: dict[Ticket, Callable[[MeshserveError | None], None]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        mesh.subscribe(self._on_change)
+        if "decode" in mesh.own.roles:
+            self._follow(mesh.incarnation)
+
+    # --- requests
+
+    def ask(self, model: str, ticket: Ticket, on_decided: Callable[[MeshserveError | None], None]) -> None:
+        """A place for this request. `on_decided` is called once: before this returns, or later. Raises Overloaded or RateLimited."""
+        if not any(info.card is not None and info.card.model == model for info in self._mesh.peers_with("decode")):
+            on_decided(None)  # the processor knows best how to say that nobody serves this
+            return
+        found = self._models.get(model)
+        if found is None:
+            found = self._models[model] = _Model(self._limits)
+            self._recount(model)
+        decisions = found.admission.arrive(ticket, ticket.arrived_s)
+        if not ticket.is_waiting:
+            found.peak(ticket.arrived_s)
+            on_decided(None)
+            return
+        self._waiting[ticket] = on_decided
+        self._decide(decisions)
+        self._sweep_soon()
+
+    def leave(self, model: str, ticket: Ticket, is_done: bool) -> None:
+        """The request ended (well, if `is_done`), or nobody waits for it any more. Harmless after it was refused."""
+        found = self._models.get(model)
+        if found is not None:
+            self._waiting.pop(ticket, None)
+            self._decide(found.admission.leave(ticket, self._mesh.now_s(), is_done))
+
+    def num_waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._waiting)
+
+    def _decide(self, decisions: list[Decision]) -> None:
+        for ticket, error in decisions:
+            on_decided = self._waiting.pop(ticket, None)
+            if on_decided is not None:
+                on_decided(error)
+
+    def _sweep_soon(self) -> None:
+        if self._timer is None:
+            self._timer = self._loop.call_later(_SWEEP_S, self._sweep)
+
+    def _sweep(self) -> None:
+        self._timer = None
+        for found in self._models.values():
+            self._decide(found.admission.sweep(self._mesh.now_s()))
+        if self._waiting:
+            self._sweep_soon()
+
+    # --- workers
+
+    def _on_change(self, change: Change, member: Member) -> None:
+        if "decode" not in member.info.roles:
+            return
+        if change is Change.CALLABLE:
+            self._follow(member.info.incarnation)
+        elif change in (Change.DIED, Change.LEFT):
+            self._forget(member.info.incarnation)
+        for model in self._models:
+            self._recount(model)
+
+    def _follow(self, incarnation: str) -> None:
+        if incarnation not in self._watchers:
+            steps = partial(self._unload, incarnation), partial(self._on_load, incarnation)
+            self._watchers[incarnation] = Watcher(self._mesh, incarnation, LOAD_METHOD, *steps)
+
+    def _unload(self, incarnation: str) -> None:
+        self._loads.pop(incarnation, None)
+
+    def _on_load(self, incarnation: str, item: Any) -> None:
+        try:
+            self._loads[incarnation] = WorkerLoad.from_wire(item)
+        except ProtocolError:
+            self._mesh.counters.add("reports_malformed")
+            return
+        info = self._mesh.info_of(incarnation)
+        if info is not None and info.card is not None and info.card.model in self._models:
+            self._recount(info.card.model)
+
+    def _recount(self, model: str) -> None:
+        found, now_s = self._models[model], self._mesh.now_s()
+        workers = [info for info in self._mesh.peers_with("decode") if info.card is not None and info.card.model == model]
+        loads = [self._loads.get(info.incarnation) for info in workers]
+        share = share_of(loads, found.peak(now_s), len(self._mesh.peers_with("frontend")))
+        self._decide(found.admission.set_capacity(share, now_s))
+
+    def _forget(self, incarnation: str) -> None:
+        watcher = self._watchers.pop(incarnation, None)
+        if watcher is not None:
+            watcher.close()
+        self._unload(incarnation)
+
+    def close(self) -> None:
+        """Follow nobody, and give no more places."""
+        for incarnation in list(self._watchers):
+            self._forget(incarnation)
+        if self._timer is not None:
+            self._timer.cancel()

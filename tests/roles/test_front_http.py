@@ -1,0 +1,417 @@
+"""The front over real sockets: what it refuses, whom it lets in, what it ends."""
+
+import json
+import re
+import socket
+import ssl
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+
+from tests.harness import Process, meshserve_command, run_command, wait_until
+
+ALL_ROLES = ("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0")
+KEYS = ("--api-key", "secret", "--api-key", "other")
+ORIGIN = "https://chat.example.org"
+BODY = {"model": "dummy", "prompt": "hi", "max_tokens": 2}
+LONG = {**BODY, "max_tokens": 20_000, "ignore_eos": True}
+BROWSER = {"accept": "text/html,application/xhtml+xml", "sec-fetch-site": "same-origin"}
+
+
+class Front(NamedTuple):
+    """A peer and how to reach it."""
+
+    process: Process
+    url: str
+    client: httpx.Client
+
+    def raw(self, data: bytes, timeout_s: float = 10.0) -> bytes:
+        """Send these bytes and return everything until the other side closes, or is silent."""
+        with self.connect(timeout_s) as connection:
+            connection.sendall(data)
+            parts = []
+            while part := connection.recv(65_536):
+                parts.append(part)
+            return b"".join(parts)
+
+    def connect(self, timeout_s: float = 10.0) -> socket.socket:
+        host, port = self.url.rpartition("/")[2].split(":")
+        return socket.create_connection((host, int(port)), timeout_s)
+
+    def running(self) -> int:
+        """Sequences on the worker."""
+        peers = self.client.get("/mesh/peers", headers={"authorization": "Bearer secret"}).json()
+        return sum(peer["load"]["num_running"] + peer["load"]["num_waiting"] for peer in peers)
+
+
+def started(*options: str, headers: dict[str, str] | None = None) -> Iterator[Front]:
+    with Process(meshserve_command(*ALL_ROLES, *options)) as process:
+        url = process.ready()["http"]
+        no_pool = httpx.Limits(max_keepalive_connections=0)  # a test leaves no connection to the next
+        with httpx.Client(base_url=url, timeout=10.0, headers=headers, limits=no_pool) as client:
+            yield Front(process, url, client)
+        process.terminate()
+        assert process.wait() == 0
+        assert "Traceback" not in process.stderr_text and "secret" not in process.stderr_text
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[Front]:
+    yield from started(*KEYS, "--mesh", "front-keys", "--cors-origin", ORIGIN, "--log-level", "debug")
+
+
+@pytest.fixture(scope="module")
+def front() -> Iterator[Front]:
+    options = ("--max-body-bytes", "200000", "--engine-opt", "step_ms=5", "--request-timeout", "60")
+    yield from started("--mesh", "front-open", *options)
+
+
+def error_of(response: httpx.Response) -> dict[str, Any]:
+    error: dict[str, Any] = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    return error
+
+
+# --- keys
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/v1/models",
+        "/v1/models/dummy",
+        "/mesh/peers",
+        "/metrics",
+        "/",
+        "/nowhere",
+        "/health/",
+        "/Health",
+        "//health",
+        "/health/../v1/models",
+        "/%2e/v1/models",
+        "/v1%2fmodels",
+        "/ready%00",
+        "/health;/v1/models",
+        "/v1/models?/health",
+        "/v1/models#/health",
+        "/login",
+        "/logout",
+    ],
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT"])
+def test_no_path_and_no_method_passes_without_a_key(guarded: Front, path: str, method: str) -> None:
+    head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+    assert guarded.raw(head.encode()).startswith(b"HTTP/1.1 401 "), path
+
+
+@pytest.mark.parametrize("target", ["/health", "/ready", "/health?x=1", "/%68ealth", "http://localhost/health"])
+def test_health_and_ready_need_no_key(guarded: Front, target: str) -> None:
+    for method in ("GET", "HEAD"):
+        head = f"{method} {target} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n"
+        assert guarded.raw(head.encode()).startswith(b"HTTP/1.1 200 "), target
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"authorization": "Bearer secret"}, 200),
+        ({"authorization": "bearer other"}, 200),
+        ({"x-api-key": "secret"}, 200),
+        ({"x-api-key": "wrong", "authorization": "Bearer secret"}, 200),
+        ({"authorization": "Bearer wrong"}, 401),
+        ({"authorization": "secret"}, 401),
+        ({"authorization": "Basic c2VjcmV0"}, 401),
+        ({"authorization": "Bearer"}, 401),
+        ({"x-api-key": ""}, 401),
+        ({"cookie": "meshserve_session=secret"}, 401),
+        ({"cookie": "meshserve_session=0.9999999999.ab.cd"}, 401),
+    ],
+)
+def test_each_way_to_show_a_key(guarded: Front, headers: dict[str, str], status: int) -> None:
+    for _ in range(2):
+        response = guarded.client.get("/v1/models", headers=headers)
+        assert response.status_code == status
+    if status == 401:
+        assert error_of(response)["code"] == "invalid_api_key" and response.headers["www-authenticate"] == "Bearer"
+
+
+def log_in(front: Front, key: str, **headers: str) -> httpx.Response:
+    return front.client.post("/login?next=/v1/models", data={"key": key}, headers={**BROWSER, **headers})
+
+
+def test_a_browser_is_sent_to_the_form_and_back_with_a_cookie_that_is_not_the_key(guarded: Front) -> None:
+    asked = guarded.client.get("/v1/models?a=b", headers=BROWSER)
+    assert asked.status_code == 303 and asked.headers["location"] == "/login?next=/v1/models%3Fa%3Db"
+    form = guarded.client.get(asked.headers["location"], headers=BROWSER)
+    assert form.status_code == 200 and 'action="/login?next=/v1/models%3Fa%3Db"' in form.text
+    assert not re.search(r"(src|href)=|url\(|<script", form.text), "nothing from outside"
+    assert "default-src 'none'" in form.headers["content-security-policy"]
+    answered = log_in(guarded, "secret")
+    assert answered.status_code == 303 and answered.headers["location"] == "/v1/models"
+    cookie = answered.headers["set-cookie"]
+    assert {"HttpOnly", "SameSite=Strict", "Path=/"} <= set(cookie.split("; ")) and "secret" not in cookie and "Secure" not in cookie
+    guarded.client.cookies.clear()
+    session = {"cookie": cookie.partition(";")[0]}
+    assert guarded.client.get("/v1/models", headers=session).status_code == 200
+    ended = guarded.client.post("/logout", headers={**session, **BROWSER})
+    assert ended.status_code == 303 and "Max-Age=0" in ended.headers["set-cookie"]
+    assert guarded.client.get("/v1/models", headers=session).status_code == 401
+
+
+@pytest.mark.parametrize("target", ["//evil.example", "https://evil.example", "/\\evil.example", "/a\r\nset-cookie: x=y"])
+def test_the_form_leads_nowhere_else(guarded: Front, target: str) -> None:
+    answered = guarded.client.post("/login", params={"next": target}, data={"key": "secret"}, headers=BROWSER)
+    assert answered.status_code == 303 and answered.headers["location"] == "/"
+    guarded.client.cookies.clear()
+
+
+def test_a_session_serves_the_fronts_own_pages_only(guarded: Front) -> None:
+    session = {"cookie": log_in(guarded, "secret").headers["set-cookie"].partition(";")[0]}
+    guarded.client.cookies.clear()
+    origin = guarded.url
+    for extra, status in (
+        ({"origin": origin}, 200),
+        ({"sec-fetch-site": "same-origin"}, 200),
+        ({"sec-fetch-site": "cross-site", "origin": "https://evil.example"}, 403),
+        ({"origin": "https://evil.example"}, 403),
+        ({"origin": ORIGIN}, 403),
+        ({}, 403),
+    ):
+        response = guarded.client.post("/v1/completions", json=BODY, headers={**session, **extra})
+        assert response.status_code == status, extra
+    for extra in ({"sec-fetch-site": "cross-site"}, {"origin": "https://evil.example"}):
+        assert guarded.client.post("/logout", headers={**session, **BROWSER, **extra}).status_code == 403
+        assert log_in(guarded, "secret", **extra).status_code == 403
+
+
+def test_guessing_keys_in_the_form_is_slow(guarded: Front) -> None:
+    assert [log_in(guarded, f"guess {number}").status_code for number in range(5)] == [401] * 5
+    refused = log_in(guarded, "secret")
+    assert refused.status_code == 429 and 1 <= int(refused.headers["retry-after"]) <= 10
+    assert guarded.client.get("/v1/models", headers={"authorization": "Bearer secret"}).status_code == 200, "programs are not concerned"
+
+
+# --- pages of others
+
+
+def test_cors_answers_those_who_were_named_before_any_key_is_asked_for(guarded: Front) -> None:
+    asking = {"access-control-request-method": "POST", "access-control-request-headers": "authorization"}
+    allowed = guarded.client.options("/v1/chat/completions", headers={**asking, "origin": ORIGIN})
+    assert allowed.status_code == 204 and allowed.headers["access-control-allow-origin"] == ORIGIN
+    assert "POST" in allowed.headers["access-control-allow-methods"] and allowed.headers["access-control-allow-headers"] == "authorization"
+    refused = guarded.client.options("/v1/chat/completions", headers={**asking, "origin": "https://evil.example"})
+    assert "access-control-allow-origin" not in refused.headers and refused.headers["vary"] == "Origin"
+    with_key = {"authorization": "Bearer secret"}
+    for origin, header in ((ORIGIN, ORIGIN), ("https://evil.example", None)):
+        response = guarded.client.post("/v1/completions", json=BODY, headers={**with_key, "origin": origin})
+        assert response.status_code == 200 and response.headers.get("access-control-allow-origin") == header
+        assert response.headers["vary"] == "Origin"
+    wrong = guarded.client.get("/v1/models", headers={"origin": ORIGIN})
+    assert wrong.status_code == 401 and wrong.headers["access-control-allow-origin"] == ORIGIN, "pages can read why"
+
+
+def test_without_keys_other_sites_and_their_names_are_turned_away(front: Front) -> None:
+    assert front.client.get("/v1/models", headers={"origin": "https://evil.example"}).headers.get("access-control-allow-origin") is None
+    by_page = front.client.post("/v1/completions", json=BODY, headers={"sec-fetch-site": "cross-site", "origin": "https://evil.example"})
+    assert by_page.status_code == 403 and error_of(by_page)["code"] == "forbidden"
+    rebound = front.client.get("/v1/models", headers={"host": "evil.example:8000"})
+    assert rebound.status_code == 403 and "--allow-host evil.example" in error_of(rebound)["message"]
+    assert front.client.get("/v1/models", headers={"host": "localhost:8000"}).status_code == 200
+
+
+# --- limits
+
+
+def request_head(path: str, *headers: str) -> bytes:
+    return "\r\n".join([f"POST {path} HTTP/1.1", "host: localhost", *headers, "", ""]).encode()
+
+
+def status_and_error(data: bytes) -> tuple[int, dict[str, Any]]:
+    head, _, body = data.partition(b"\r\n\r\n")
+    return int(head.split(b" ", 2)[1]), json.loads(body)["error"]
+
+
+BIG = b"x" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "words"),
+    [
+        (b"GET /health HTTP/1.1\r\nhost: localhost\r\ncookie: " + BIG + b"\r\n\r\n", 431, "longer than 16384 bytes"),
+        (b"GET /health HTTP/1.1\r\nhost: localhost\r\ncookie: " + BIG, 431, "longer than 16384 bytes"),
+        (b"GET /" + BIG + b" HTTP/1.1\r\nhost: localhost\r\n\r\n", 431, "longer than 16384 bytes"),
+        (b"GET /health HTTP/1.1\r\n" + b"a: b\r\n" * 200 + b"\r\n", 431, "more than 128 headers"),
+        (request_head("/v1/completions", "content-length: 200001"), 413, "longer than 200000 bytes"),
+        (request_head("/v1/completions", f"content-length: {'9' * 18}"), 413, "longer than 200000 bytes"),
+        (request_head("/v1/completions", "content-length: 300000") + b"x" * 300_000, 413, "longer than 200000 bytes"),
+        (request_head("/v1/completions", "transfer-encoding: chunked") + (b"186a0\r\n" + BIG + b"\r\n") * 3, 413, "200000"),
+        (request_head("/v1/completions", "transfer-encoding: chunked") + b"1\r\nx\r\n" * 9000, 400, "chunks are too small"),
+        (request_head("/v1/completions", "transfer-encoding: chunked", "content-length: 5") + b"0\r\n\r\n", 400, "not an HTTP request"),
+        (b"\x16\x03\x01\x02\x00\x01\x00", 400, "not an HTTP request"),
+        (b"GET /a b c HTTP/1.1\r\n\r\n", 400, "not an HTTP request"),
+    ],
+)
+def test_row_23_what_is_too_large_or_no_http_is_refused_in_words_that_arrive(front: Front, data: bytes, status: int, words: str) -> None:
+    found, error = status_and_error(front.raw(data))
+    assert found == status and words in error["message"]
+    assert front.client.get("/health").status_code == 200
+
+
+def test_a_client_that_sends_a_huge_body_whole_before_it_reads_gets_its_413(front: Front) -> None:
+    response = httpx.post(f"{front.url}/v1/completions", content=b"x" * 20_000_000, timeout=20.0)
+    assert response.status_code == 413
+    streamed = httpx.post(f"{front.url}/v1/completions", content=iter([b"x" * 100_000] * 100), timeout=20.0)
+    assert streamed.status_code == 413
+
+
+def test_pipelined_requests_are_answered_in_turn_and_hundreds_of_them_are_too_many(front: Front) -> None:
+    one = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    last = one.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
+    assert front.raw(one * 9 + last).count(b"HTTP/1.1 200 OK") == 10
+    try:
+        answered = front.raw(one * 500 + last)
+    except ConnectionResetError:
+        answered = b""
+    assert answered.count(b"HTTP/1.1 200 OK") < 500
+    assert front.client.get("/health").status_code == 200
+
+
+def test_keep_alive_serves_one_request_after_the_other(front: Front) -> None:
+    with front.connect() as connection:
+        for _ in range(3):
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert connection.recv(65_536).startswith(b"HTTP/1.1 200 OK")
+
+
+# --- deadlines
+
+
+@pytest.mark.parametrize("value", ["", "soon", "0", "-1", "nan", "inf", "1e999", "0x10"])
+def test_a_timeout_that_is_no_number_of_seconds_is_refused_by_name(front: Front, value: str) -> None:
+    response = front.client.post("/v1/completions", json=BODY, headers={"x-request-timeout": value})
+    assert response.status_code == 400 and error_of(response)["param"] == "x-request-timeout"
+
+
+def test_a_deadline_ends_a_request_with_504_and_a_stream_with_an_error_event(front: Front) -> None:
+    began_s = time.monotonic()
+    response = front.client.post("/v1/completions", json=LONG, headers={"x-request-timeout": "0.5"})
+    assert response.status_code == 504 and error_of(response)["code"] == "deadline_exceeded"
+    assert 0.5 <= time.monotonic() - began_s < 2.0
+    streamed = front.client.post("/v1/completions", json={**LONG, "stream": True}, headers={"x-request-timeout": "0.5"})
+    events = [line for line in streamed.text.split("\n\n") if line]
+    assert "[DONE]" not in streamed.text and json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+    wait_until(lambda: front.running() == 0, 5.0, "the worker is free again")
+
+
+# --- cancelling
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize("by_label", [False, True])
+def test_a_request_is_cancelled_by_its_id_or_its_label(front: Front, is_streamed: bool, by_label: bool) -> None:
+    headers = {"x-request-id": "my-label"} if by_label else {}
+
+    def ask() -> httpx.Response:
+        return httpx.post(f"{front.url}/v1/completions", json={**LONG, "stream": is_streamed}, headers=headers, timeout=30.0)
+
+    probe = front.client.post("/v1/completions", json=BODY).headers["x-request-id"]
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(ask)
+        wait_until(lambda: front.running() == 1, 5.0, "it runs")
+        incarnation, _, number = probe.partition("-")
+        name = "my-label" if by_label else f"{incarnation}-{int(number) + 1}"
+        cancelled = front.client.delete(f"/mesh/requests/{name}")
+        response = running.result()
+    assert cancelled.status_code == 200 and cancelled.json()["cancelled"].startswith(incarnation)
+    if is_streamed:
+        assert "[DONE]" not in response.text and '"code":"cancelled"' in response.text
+    else:
+        assert response.status_code == 499 and error_of(response)["code"] == "cancelled"
+    wait_until(lambda: front.running() == 0, 5.0, "the worker is free again")
+    gone = front.client.delete(f"/mesh/requests/{name}")
+    assert gone.status_code == 404 and error_of(gone)["code"] == "request_not_found"
+
+
+def test_a_label_that_several_requests_have_names_none_of_them(front: Front) -> None:
+    def ask(_: int) -> int:
+        return httpx.post(f"{front.url}/v1/completions", json=LONG, headers={"x-request-id": "twin"}, timeout=30.0).status_code
+
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(ask, number) for number in range(2)]
+        wait_until(lambda: front.running() == 2, 5.0, "both run")
+        refused = front.client.delete("/mesh/requests/twin")
+        assert refused.status_code == 400
+        for request_id in re.findall(r"[0-9a-f]{16}-\d+", error_of(refused)["message"]):
+            assert front.client.delete(f"/mesh/requests/{request_id}").status_code == 200
+        assert [future.result() for future in running] == [499, 499]
+
+
+@pytest.mark.parametrize("name", ["nobody", "0123456789abcdef-1", "a" * 300, "%00", "a-b-c"])
+def test_what_is_not_under_way_cannot_be_cancelled(front: Front, name: str) -> None:
+    assert front.client.delete(f"/mesh/requests/{name}").status_code == 404
+
+
+# --- TLS, and what stops a start
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("tls")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    names = ("-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1")
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1")
+    made = run_command(["openssl", "req", "-x509", *curve, "-nodes", "-keyout", str(key), "-out", str(cert), "-days", "2", *names])
+    assert made.exit_code == 0, made.stderr
+    return cert, key
+
+
+def test_https_with_a_certificate_says_so_in_the_ready_line_and_cookies_are_secure(certificate: tuple[Path, Path]) -> None:
+    cert, key = certificate
+    for front in started(*KEYS, "--mesh", "front-tls", "--tls-cert", str(cert), "--tls-key", str(key)):
+        assert front.url.startswith("https://127.0.0.1:")
+        trusting = ssl.create_default_context(cafile=str(cert))
+        with httpx.Client(base_url=front.url, verify=trusting, headers={"authorization": "Bearer secret"}) as client:
+            whole = client.post("/v1/completions", json=BODY)
+            assert whole.status_code == 200
+            assert client.post("/v1/completions", json={**BODY, "stream": True}).text.endswith("data: [DONE]\n\n")
+            page = client.post("/login", data={"key": "secret"}, headers={**BROWSER, "origin": front.url})
+            assert "; Secure" in page.headers["set-cookie"]
+        with front.connect() as silent:
+            assert silent.recv(1) == b"", "who does not agree on TLS is cut off"
+
+
+def test_a_start_without_its_files_fails_in_one_line(certificate: tuple[Path, Path], tmp_path: Path) -> None:
+    cert, key = certificate
+    other = tmp_path / "nonsense.pem"
+    other.write_text("nonsense\n")
+    empty = tmp_path / "keys"
+    empty.write_text("\n\n")
+    for options, code, words in (
+        (("--tls-cert", str(cert)), 2, "go together"),
+        (("--tls-cert", str(cert), "--tls-key", str(tmp_path / "none")), 1, "No such file"),
+        (("--tls-cert", str(other), "--tls-key", str(key)), 1, "cannot be used"),
+        (("--api-key-file", str(tmp_path / "none")), 1, "No such file"),
+        (("--api-key-file", str(empty)), 1, "no key in it"),
+        (("--api-key", ""), 2, "--api-key is empty"),
+        (("--cors-origin", "chat.example.org/"), 2, "not an origin"),
+        (("--request-timeout", "0"), 2, "--request-timeout"),
+    ):
+        done = run_command(meshserve_command("run", "--role", "frontend", *ALL_ROLES[3:], "--mesh", "front-mistakes", *options))
+        assert done.exit_code == code and words in done.stderr and "Traceback" not in done.stderr, done
+
+
+def test_keys_come_from_a_file_too_and_an_open_front_beyond_loopback_says_so(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("from-file\n\nanother\n")
+    for front in started("--mesh", "front-file", "--api-key-file", str(keys)):
+        statuses = [front.client.get("/v1/models", headers={"x-api-key": key}).status_code for key in ("from-file", "another", "")]
+        assert statuses == [200, 200, 401]
+    with Process(meshserve_command("run", "--role", "frontend", *ALL_ROLES[3:6], "--mesh", "front-wide", "--http", "0.0.0.0:0")) as peer:
+        peer.wait_for_line("^meshserve: OPEN HTTP: no --api-key", 10.0)
+        peer.terminate()
+        assert peer.wait() == 0
