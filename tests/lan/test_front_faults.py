@@ -292,7 +292,7 @@ HOSTILE = {
     "huge n": (b"", with_prompt(b'"hi"', b',"n":1000000000000'), 400, "n"),
     "huge max_tokens": (b"", with_prompt(b'"hi"', b',"max_tokens":1' + b"0" * 300), 400, "max_tokens"),
     "a number of 3 MB": (b"", with_prompt(b'"hi"', b',"seed":' + b"9" * (MOST_BYTES - 200)), 400, "digits"),
-    "deep JSON": (b"", b"[" * MOST_BYTES, 400, "too many values"),
+    "deep JSON": (b"", b"[" * MOST_BYTES, 400, "nested too deeply"),
     "deep objects": (b"", b'{"a":' * 10_000, 400, "nested"),
     "deep enough to break a parser, and small": (b"", with_prompt(b"[" * 20_000 + b"]" * 20_000), 400, "nested"),
     "a million lists": (b"", with_prompt(b"[" + b"[]," * 1_000_000 + b"[]]"), 400, "too many values"),
