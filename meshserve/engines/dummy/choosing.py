@@ -6,6 +6,7 @@ their place: so they sum to 1 over the vocabulary, and say how likely a token wa
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
 from math import exp, log
 from operator import itemgetter
 from typing import Protocol
@@ -26,7 +27,9 @@ from meshserve.wire.generation import Sampling, TokenLogprobs
 
 _VOCAB_SIZE = ByteTokenizer.vocab_size
 _OTHERS_COUNT_BELOW = -8.0
-"""With a better best logit than this, all the tokens that are no candidates add less to the sum than a double can hold."""
+_LIFTED_ABOVE = 10.0
+"""With a best logit of at least the one, tokens that are no candidates and that bias and penalties lift by at most the other are never
+drawn, and all of them together are less than 1e-11 of the probability: they are left out unless they have to be listed."""
 
 _Entry = tuple[float, int]
 """A logit and its token."""
@@ -50,7 +53,7 @@ class Chooser:
     Raises InvalidRequest if that output could not have come from this request.
     """
 
-    __slots__ = ("_added", "_document", "_frequency", "_presence", "_raised", "_sampling", "_seen")
+    __slots__ = ("_added", "_document", "_frequency", "_lifted", "_presence", "_sampling", "_seen")
 
     def __init__(self, sampling: Sampling, output: Iterable[int], document: Document | None) -> None:
         self._sampling = sampling
@@ -58,7 +61,7 @@ class Chooser:
         self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
         self._seen: set[int] = set()
         self._added = dict(sampling.logit_bias)
-        self._raised = {token: None for token, value in self._added.items() if value > 0}
+        self._lifted = {token: None for token, value in self._added.items() if value > _LIFTED_ABOVE}
         for token in output:
             if document is not None and token not in (document.candidates() or (_BLANK,)):
                 raise InvalidRequest("the output so far does not follow the request's schema", param="num_generated")
@@ -79,10 +82,10 @@ class Chooser:
         change = self._frequency if token in self._seen else self._frequency + self._presence
         self._seen.add(token)
         value = self._added[token] = self._added.get(token, 0.0) - change
-        if value > 0:
-            self._raised[token] = None
-        else:
-            self._raised.pop(token, None)
+        if value > _LIFTED_ABOVE:
+            self._lifted[token] = None
+        elif self._lifted:
+            self._lifted.pop(token, None)
 
     def _candidates(self, context: int, position: int) -> tuple[list[int], bool]:
         """The tokens that the model would choose among, best first, and whether the end of sequence leads."""
@@ -109,7 +112,7 @@ class Chooser:
         listed = _listed(tokens, wins_eos, total, sampling.logprobs)
         if self._document is None and len(listed) < sampling.logprobs:
             others = _others(context, {*tokens}, may_end(sampling, position))
-            listed += [(token, OTHER_LOGIT - total) for token, _ in zip(others, range(sampling.logprobs - len(listed)), strict=False)]
+            listed += [(token, OTHER_LOGIT - total) for token in islice(others, sampling.logprobs - len(listed))]
         return tokens[rank], (-gaps(len(tokens) - wins_eos, wins_eos)[rank] - total, tuple(listed))
 
     # --- logits with bias and penalties
@@ -124,8 +127,8 @@ class Chooser:
         if sampling.logprobs < 0:
             return entries[rank][1], None
         best = entries[0][0]
-        total = best + log(sum(exp(logit - best) for logit, _ in entries))
-        listed = tuple((token, logit - total) for logit, token in entries[: sampling.logprobs])
+        total = best + log(sum([exp(logit - best) for logit, _ in entries]))
+        listed = tuple([(token, logit - total) for logit, token in entries[: sampling.logprobs]])
         return entries[rank][1], (entries[rank][0] - total, listed)
 
     def _entries(self, context: int, position: int) -> list[_Entry]:
@@ -137,18 +140,25 @@ class Chooser:
         if self._document is not None:
             return entries
         can_end = may_end(self._sampling, position)
-        for token in self._raised:
-            if token not in tokens and (can_end or token != EOS_TOKEN):
-                entries.append((OTHER_LOGIT + added[token], token))
-        if self._do_others_matter(entries):
-            known = {token for _, token in entries}
-            entries += [(OTHER_LOGIT + added.get(token, 0.0), token) for token in _others(context, known, can_end)]
-        return entries
+        if self._lifted:
+            known = {*tokens}
+            lifted = [token for token in self._lifted if token not in known and (can_end or token != EOS_TOKEN)]
+            entries += [(OTHER_LOGIT + added[token], token) for token in lifted]
+        return self._with_others(entries, context, can_end)
 
-    def _do_others_matter(self, entries: list[_Entry]) -> bool:
+    def _with_others(self, entries: list[_Entry], context: int, can_end: bool) -> list[_Entry]:
+        """With those of the rest of the vocabulary that matter."""
+        num_listed = self._sampling.logprobs
         if max(entries, key=_logit)[0] < _OTHERS_COUNT_BELOW:
-            return True
-        return sum(logit > OTHER_LOGIT for logit, _ in entries) < self._sampling.logprobs
+            num_wanted = _VOCAB_SIZE
+        elif num_listed > 0 and sum([logit > OTHER_LOGIT + _LIFTED_ABOVE for logit, _ in entries]) < num_listed:
+            num_wanted = num_listed
+        else:
+            return entries
+        added, known = self._added, {token for _, token in entries}
+        bent = [token for token in added if token not in known and (can_end or token != EOS_TOKEN)]
+        others = islice(_others(context, known.union(bent), can_end), num_wanted)
+        return entries + [(OTHER_LOGIT + added.get(token, 0.0), token) for token in (*bent, *others)]
 
 
 def prompt_logprobs(context: int, index: int, token: int, num_alternatives: int) -> TokenLogprobs:
@@ -162,7 +172,7 @@ def prompt_logprobs(context: int, index: int, token: int, num_alternatives: int)
     listed = _listed(tokens, wins_eos, total, num_alternatives)
     if len(listed) < num_alternatives:
         others = _others(context, {*tokens}, True)
-        listed += [(other, OTHER_LOGIT - total) for other, _ in zip(others, range(num_alternatives - len(listed)), strict=False)]
+        listed += [(other, OTHER_LOGIT - total) for other in islice(others, num_alternatives - len(listed))]
     logit = -gaps(size, wins_eos)[tokens.index(token)] if token in tokens else OTHER_LOGIT
     return logit - total, tuple(listed)
 
@@ -175,6 +185,6 @@ def _listed(tokens: list[int], wins_eos: bool, total: float, num_alternatives: i
 def _others(context: int, known: set[int], can_end: bool) -> Iterator[int]:
     """The rest of the vocabulary, from a place that the digest names."""
     start = context % _VOCAB_SIZE
-    for token in (*range(start, _VOCAB_SIZE), *range(start)):
+    for token in chain(range(start, _VOCAB_SIZE), range(start)):
         if token not in known and (can_end or token != EOS_TOKEN):
             yield token

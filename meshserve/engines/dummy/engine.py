@@ -18,7 +18,7 @@ from meshserve.engines.tokenizers import EOS_TOKEN
 from meshserve.errors import BlockRefused, ContextLengthExceeded, EngineFailed, InvalidRequest, PoolFull
 from meshserve.kv.hashes import block_hashes
 from meshserve.kv.pool import BlockPool
-from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.generation import GenerateRequest, TokenLogprobs
 
 
 class DummyEngine:
@@ -191,11 +191,11 @@ class DummyEngine:
             self._fail(job, exc)
 
     def _produce(self, job: GenerationJob, now: float) -> None:
-        context, chooser, logprobs = job.cursor.context, job.chooser, None  # type: ignore[union-attr]  # open while it runs
-        if chooser is None:
-            token = next_token(context, job.sampling, job.position)
+        logprobs: TokenLogprobs | None = None
+        if job.chooser is None:
+            token = next_token(job.cursor.context, job.sampling, job.position)  # type: ignore[union-attr]  # open while it runs
         else:
-            token, logprobs = chooser.choose(context, job.position)
+            token, logprobs = job.chooser.choose(job.cursor.context, job.position)  # type: ignore[union-attr]
         if token == EOS_TOKEN:
             self._end(job)
             self.rates.finished(job.num_generated)
@@ -203,10 +203,7 @@ class DummyEngine:
             return
         job.position += 1
         job.tokens.append(token)
-        if logprobs is None:
-            job.sink.on_tokens([token])
-        else:
-            job.sink.on_tokens([token], [logprobs])
+        job.sink.on_tokens([token], [logprobs] if logprobs else None)
         if job.stage is Stage.ENDED and job.is_live:
             self._end(job)
             self.rates.finished(job.num_generated)
