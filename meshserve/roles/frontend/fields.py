@@ -28,7 +28,7 @@ def read_object(body: bytes) -> Fields:
     if len(body) > MAX_VALUES:
         _refuse_many_values(body)
     try:
-        fields = json.loads(body.decode(), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+        fields = _decoder.decode(body.decode())
     except UnicodeDecodeError as error:
         raise InvalidRequest("the body is not UTF-8") from error
     except RecursionError as error:
@@ -59,6 +59,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> Fields:
 
 def _refuse_constant(name: str) -> None:
     raise InvalidRequest(f"the body is not JSON: {name} is no JSON number")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
 
 
 def _refuse_surrogates(fields: Fields) -> None:

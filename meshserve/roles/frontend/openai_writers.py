@@ -23,20 +23,20 @@ class ChunkWriter(EventWriter):
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
-        self._fields = {
+        fields = {
             "id": reply.response_id,
             "object": self._kind,
             "created": reply.created_s,
             "model": reply.request.model,
             "system_fingerprint": FINGERPRINT,
         }
-        self._null_usage: dict[str, Any] = {"usage": None} if reply.options.wants_usage else {}
-        self._opening = "data: " + dump(self._fields)[:-1] + ',"choices":[{"index":'
+        self._empty = f'data: {dump(fields)[:-1]},"choices":'
+        self._opening = self._empty + '[{"index":'
+        self._null_usage = ',"usage":null' if reply.options.wants_usage else ""
         self._head = f"{self._opening}0,{self._before_text}"
-        self._tail = self._after_text + (',"usage":null}\n\n' if reply.options.wants_usage else "}\n\n")
-        self._begun: set[int] = set()
+        self._tail = f"{self._after_text}{self._null_usage}}}\n\n"
         self._finished: set[int] = set()
-        self._is_plain = False
+        self._is_plain = self._num_choices == 1
         """Whether text of the only choice needs nothing but a chunk around it."""
 
     def feed(self, items: Sequence[Any]) -> bytes:
@@ -50,45 +50,45 @@ class ChunkWriter(EventWriter):
                 chunks.append(self._events(item))
         return "".join(chunks).encode()
 
-    def _chunk(self, choice: dict[str, Any]) -> str:
-        return f"data: {dump({**self._fields, 'choices': [choice], **self._null_usage})}\n\n"
+    def _chunk(self, index: int, fields: dict[str, Any], more: str = "") -> str:
+        """One choice's; `more` is what follows the choices."""
+        return f"{self._opening}{index},{dump(fields)[1:]}]{more or self._null_usage}}}\n\n"
 
     def _text(self, item: TextItem) -> str:
         opening = self._begin(item.choice)
         if item.logprobs is not None:
-            return opening + self._chunk(self._with_logprobs(item))
+            return opening + self._chunk(item.choice, self._with_logprobs(item))
         if not item.text:
             return opening
         return f"{opening}{self._opening}{item.choice},{self._before_text}{_encode_text(item.text)}{self._tail}"
 
     def _begin(self, choice: int, calls: bool = False) -> str:
-        self._begun.add(choice)
-        self._is_plain = self._num_choices == 1
+        """What comes before a choice's first text."""
         return ""
 
     def _with_logprobs(self, item: TextItem) -> dict[str, Any]:
         logprobs = completion_logprobs(item.logprobs or [], item.offsets or [])
-        return {"index": item.choice, "text": item.text, "logprobs": logprobs, "finish_reason": None}
+        return {"text": item.text, "logprobs": logprobs, "finish_reason": None}
 
     def _finish(self, item: EndItem) -> str:
         self._finished.add(item.choice)
-        return self._chunk(self._last(item))
+        return self._chunk(item.choice, self._last(item.reason))
 
-    def _last(self, item: EndItem) -> dict[str, Any]:
-        return {"index": item.choice, "text": "", "logprobs": None, "finish_reason": item.reason}
+    def _last(self, reason: str) -> dict[str, Any]:
+        return {"text": "", "logprobs": None, "finish_reason": reason}
 
     def end(self, ending: Ending) -> bytes:
         """The chunk with the finish reason, then the usage if it was asked for, then the end. A receipt rides on the last chunk."""
-        opening, chunks = "", list[dict[str, Any]]()
+        receipt = "" if ending.receipt is None else ',"meshserve":' + dump(ending.receipt)
+        wants_usage = self._reply.options.wants_usage
+        last = ""
         if 0 not in self._finished:
-            opening = "" if 0 in self._begun else self._begin(0)
-            chunks.append({**self._fields, "choices": [self._last(EndItem(0, ending.reason, None))], **self._null_usage})
-        if self._reply.options.wants_usage:
-            chunks.append({**self._fields, "choices": [], "usage": usage_of(ending)})
-        if ending.receipt is not None:
-            chunks = chunks or [{**self._fields, "choices": []}]
-            chunks[-1]["meshserve"] = ending.receipt
-        return (opening + "".join(f"data: {dump(chunk)}\n\n" for chunk in chunks) + DONE).encode()
+            last = self._begin(0) + self._chunk(0, self._last(ending.reason), "" if wants_usage else receipt)
+        if wants_usage:
+            last += f'{self._empty}[],"usage":{dump(usage_of(ending))}{receipt}}}\n\n'
+        elif receipt and 0 in self._finished:
+            last += f"{self._empty}[]{receipt}}}\n\n"
+        return (last + DONE).encode()
 
     def fail(self, error: MeshserveError) -> bytes:
         return error_event(error)
@@ -102,39 +102,41 @@ class ChatChunkWriter(ChunkWriter):
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
+        self._begun: set[int] = set()
         self._calling: set[int] = set()
+        self._is_plain = False  # the role comes first
 
     def _begin(self, choice: int, calls: bool = False) -> str:
         if choice in self._begun:
             return ""
-        super()._begin(choice)
+        self._begun.add(choice)
+        self._is_plain = self._num_choices == 1 and not calls
         delta = {"role": "assistant", "content": None if calls else ""}
-        return self._chunk({"index": choice, "delta": delta, "logprobs": None, "finish_reason": None})
+        return self._chunk(choice, {"delta": delta, "logprobs": None, "finish_reason": None})
 
     def _text(self, item: TextItem) -> str:
         if item.choice not in self._calling:
             return super()._text(item)
         delta = {"tool_calls": [{"index": 0, "function": {"arguments": item.text}}]}
         logprobs = None if item.logprobs is None else chat_logprobs(item.logprobs)
-        return self._chunk({"index": item.choice, "delta": delta, "logprobs": logprobs, "finish_reason": None})
+        return self._chunk(item.choice, {"delta": delta, "logprobs": logprobs, "finish_reason": None})
 
     def _with_logprobs(self, item: TextItem) -> dict[str, Any]:
         logprobs = chat_logprobs(item.logprobs or [])
-        return {"index": item.choice, "delta": {"content": item.text}, "logprobs": logprobs, "finish_reason": None}
+        return {"delta": {"content": item.text}, "logprobs": logprobs, "finish_reason": None}
 
     def _call(self, item: CallItem) -> str:
         opening = self._begin(item.choice, calls=True)
         self._calling.add(item.choice)
-        self._is_plain = False
         call = {"index": 0, "id": self._reply.call_id(item.choice, "call_"), "type": "function"}
         delta = {"tool_calls": [{**call, "function": {"name": item.name, "arguments": ""}}]}
-        return opening + self._chunk({"index": item.choice, "delta": delta, "logprobs": None, "finish_reason": None})
+        return opening + self._chunk(item.choice, {"delta": delta, "logprobs": None, "finish_reason": None})
 
     def _finish(self, item: EndItem) -> str:
         return self._begin(item.choice) + super()._finish(item)
 
-    def _last(self, item: EndItem) -> dict[str, Any]:
-        return {"index": item.choice, "delta": {}, "logprobs": None, "finish_reason": item.reason}
+    def _last(self, reason: str) -> dict[str, Any]:
+        return {"delta": {}, "logprobs": None, "finish_reason": reason}
 
 
 class WholeCompletion(WholeWriter):

@@ -5,7 +5,8 @@ fields that nobody knows are ignored, as OpenAI-compatible servers do. What a mo
 """
 
 from array import array
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from meshserve.errors import InvalidRequest, Unsupported
@@ -91,7 +92,7 @@ class ResponseOptions:
     is_stream: bool = False
     wants_usage: bool = False
     """A last chunk with the usage, in a stream."""
-    echoed: dict[str, Any] = field(default_factory=dict)
+    echoed: dict[str, Any] | None = None
     """What the API repeats of the request in its answer."""
 
 
@@ -150,29 +151,18 @@ def parse_generate(body: bytes, request_id: str, client_id: str, default_model: 
 
 def sampled(fields: Fields, request_id: str, client_id: str, **given: Any) -> CompletionRequest:
     """The request, with all that these APIs have in common. Raises InvalidRequest that names the field."""
-    for name in _LABELS:
-        optional_string(fields, name)
-    wants_receipt, policy = read_extension(fields)
-    return CompletionRequest(
-        request_id=request_id,
-        model=string(fields, "model"),
-        min_tokens=_min_tokens(fields, given.get("max_tokens")),
-        temperature=optional_number(fields, "temperature", 0.0, 2.0),
-        top_p=read_top_p(fields),
-        top_k=max(0, integer(fields, "top_k", -1, MAX_COUNT, 0)),
-        seed=optional_integer(fields, "seed", -(2**63), 2**63 - 1),
-        ignore_eos=boolean(fields, "ignore_eos"),
-        stop=strings(fields, "stop", MAX_STOPS),
-        presence_penalty=number(fields, "presence_penalty", -2.0, 2.0, 0.0),
-        frequency_penalty=number(fields, "frequency_penalty", -2.0, 2.0, 0.0),
-        logit_bias=_logit_bias(fields),
-        json_schema=read_response_format(fields),
-        client_id=client_id,
-        wants_receipt=wants_receipt,
-        policy=policy,
-        session=read_session(fields),
-        **given,
-    )
+    for name in fields:
+        if name in _COMMON:
+            attribute, read = _COMMON[name]
+            given[attribute] = read(fields)
+        elif name in _LABELS:
+            optional_string(fields, name)
+    if "min_tokens" in given:
+        _check_least(given["min_tokens"], given["max_tokens"])
+    if "meshserve" in fields:
+        given["wants_receipt"], given["policy"] = read_extension(fields)
+    session = read_session(fields)
+    return CompletionRequest(request_id=request_id, model=string(fields, "model"), client_id=client_id, session=session, **given)
 
 
 def read_options(fields: Fields) -> ResponseOptions:
@@ -237,11 +227,9 @@ def _n(fields: Fields) -> int:
     return integer(fields, "n", 1, MAX_CHOICES, 1)
 
 
-def _min_tokens(fields: Fields, max_tokens: int | None) -> int:
-    value = integer(fields, "min_tokens", 0, MAX_COUNT, 0)
-    if max_tokens is not None and value > max_tokens:
+def _check_least(min_tokens: int, max_tokens: int | None) -> None:
+    if max_tokens is not None and min_tokens > max_tokens:
         raise InvalidRequest(f"min_tokens must be at most max_tokens, which is {max_tokens}", param="min_tokens")
-    return value
 
 
 def _chat_logprobs(fields: Fields) -> int:
@@ -260,6 +248,22 @@ def _logit_bias(fields: Fields) -> tuple[tuple[int, float], ...]:
     if not all(name.isascii() and name.isdecimal() and len(name) <= 10 and int(name) < 2**32 for name in given):
         raise InvalidRequest("logit_bias must be an object from token ids to numbers", param="logit_bias")
     return tuple((int(name), optional_number(given, name, -100.0, 100.0, "logit_bias") or 0.0) for name in given)
+
+
+_COMMON: dict[str, tuple[str, Callable[[Fields], Any]]] = {
+    "min_tokens": ("min_tokens", lambda fields: integer(fields, "min_tokens", 0, MAX_COUNT, 0)),
+    "temperature": ("temperature", lambda fields: optional_number(fields, "temperature", 0.0, 2.0)),
+    "top_p": ("top_p", read_top_p),
+    "top_k": ("top_k", lambda fields: max(0, integer(fields, "top_k", -1, MAX_COUNT, 0))),
+    "seed": ("seed", lambda fields: optional_integer(fields, "seed", -(2**63), 2**63 - 1)),
+    "ignore_eos": ("ignore_eos", lambda fields: boolean(fields, "ignore_eos")),
+    "stop": ("stop", lambda fields: strings(fields, "stop", MAX_STOPS)),
+    "presence_penalty": ("presence_penalty", lambda fields: number(fields, "presence_penalty", -2.0, 2.0, 0.0)),
+    "frequency_penalty": ("frequency_penalty", lambda fields: number(fields, "frequency_penalty", -2.0, 2.0, 0.0)),
+    "logit_bias": ("logit_bias", _logit_bias),
+    "response_format": ("json_schema", read_response_format),
+}
+"""By field: where its value goes, and what reads it. A request has few of them, and those that it has not cost it nothing."""
 
 
 def read_prompt_or_messages(fields: Fields) -> dict[str, Any]:

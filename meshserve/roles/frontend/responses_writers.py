@@ -30,7 +30,7 @@ def response_object(reply: Reply, status: str, output: list[Json], ending: Endin
         "store": False,
         "truncation": "disabled",
         "usage": usage_of(ending) if ending is not None else None,
-        **reply.options.echoed,
+        **(reply.options.echoed or {}),
     }
     if ending is not None and ending.receipt is not None:
         response["meshserve"] = ending.receipt
