@@ -6,7 +6,7 @@ What an engine cannot do it says by `card.can_hand_over` and by raising :class:`
 """
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -110,6 +110,8 @@ class Engine(Protocol):
     """A model on this host. Built by `factory(EngineOptions)`, which raises UsageError or StartupFailed."""
 
     card: ModelCard
+    files: Mapping[str, bytes]
+    """Contents of the files that the card names, by their SHA-256: what processors make the tokenizer of. Never changed."""
 
     def start(self) -> None:
         """Called once, on the running event loop, before anything else."""

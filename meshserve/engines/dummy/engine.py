@@ -29,6 +29,8 @@ class DummyEngine:
     def __init__(self, options: EngineOptions, clock: Callable[[], float] = time.monotonic) -> None:
         parsed = parse_options(options)
         self.card = parsed.card(options.model or "dummy")
+        self.files = parsed.files_by_hash()
+        self._speech = parsed.speech()
         self._clock = clock
         self._pool = BlockPool(parsed.num_blocks)
         self._contents = KVContents(parsed.block_size, parsed.kv_bytes_per_token, self.card.model_hash)
@@ -185,6 +187,8 @@ class DummyEngine:
             self._end(job)
             job.sink.on_finish("stop", job.stats(now))
             return
+        if self._speech is not None:
+            token = self._speech.from_own(token)
         job.position += 1
         job.tokens.append(token)
         job.sink.on_tokens([token])

@@ -4,10 +4,13 @@ It keeps what is needed to go on elsewhere (prompt, sampling, seed), asks a rout
 tokens into text. A worker that is lost before its first token is replaced by another; nothing was given out, so nothing is lost.
 """
 
+import asyncio
 import itertools
 import random
+from array import array
 from typing import Any
 
+from meshserve.engines.tokenizers import Vocabulary
 from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoWorker, PeerLost, PeerSilent, ProtocolError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.membership import Change, Member
@@ -18,6 +21,7 @@ from meshserve.roles.processor.models import Models
 from meshserve.roles.processor.stopping import StopChecker
 from meshserve.routing.candidates import Candidate
 from meshserve.telemetry import Phases
+from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest
 from meshserve.wire.generation import GenerateRequest, pack_tokens
 
@@ -30,14 +34,21 @@ _RETRIED_CODES = frozenset(("peer_lost", "peer_silent", "link_overflow", "draini
 class _Request:
     """One request on its way. Steps are callbacks: a request costs no task, and a token costs no task switch."""
 
-    def __init__(self, role: "ProcessorRole", call: IncomingCall, request: CompletionRequest) -> None:
+    def __init__(
+        self,
+        role: "ProcessorRole",
+        call: IncomingCall,
+        request: CompletionRequest,
+        card: ModelCard,
+        prompt: "tuple[array[int], Vocabulary]",
+        phases: Phases,
+    ) -> None:
         self._role, self._call, self._request = role, call, request
-        self._phases = Phases()
+        self._phases = phases
         self.request_id = request.request_id
-        self._card = role.models.card(request.model)
-        self._tokens = role.models.encode(request, self._card)
-        self._sampling = role.models.sampling(request, self._card, len(self._tokens), role.draw_seed())
-        self._detokenizer = Detokenizer(role.models.tokenizer(self._card).token_bytes)
+        self._tokens, vocabulary = prompt
+        self._sampling = role.models.sampling(request, card, len(self._tokens), role.draw_seed())
+        self._detokenizer = Detokenizer(vocabulary.token_bytes)
         self._stops = StopChecker(request.stop)
         self._receipt = Receipt(self.request_id, request.client_id, request.model, num_prompt_tokens=len(self._tokens))
         self._receipt.peers["processor"] = role.name
@@ -54,6 +65,11 @@ class _Request:
         self._journal = role.mesh.journal
         if self._journal.is_on:
             self._journal.note("submit", self.request_id, num_tokens=len(self._tokens))
+
+    def begin(self) -> None:
+        """Find a worker for it, unless its client leaves."""
+        self._call.on_cancel = self.cancel
+        self.route()
 
     # --- which worker
 
@@ -231,6 +247,10 @@ class _Request:
             self._opened.cancel()
 
 
+def _cancel(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+
+
 class _Answer:
     """The sink of a router's answer."""
 
@@ -249,7 +269,8 @@ class ProcessorRole:
     def __init__(self, mesh: Mesh, max_lost_peers: int) -> None:
         self.mesh, self.max_lost_peers = mesh, max_lost_peers
         self.models = Models(mesh)
-        self._running: dict[str, _Request] = {}
+        self._running: dict[str, _Request | None] = {}
+        """None while a prompt is made into tokens."""
         self._turn = itertools.count()
         self._rng = random.Random()
         mesh.serve("complete", self._on_complete)
@@ -292,10 +313,35 @@ class ProcessorRole:
         request = call.body if isinstance(call.body, CompletionRequest) else CompletionRequest.from_wire(call.body)
         if request.request_id in self._running:
             raise InvalidRequest("a request of this id is under way")
-        running = _Request(self, call, request)
+        phases, card = Phases(), self.models.card(request.model)
+        prompt = self.models.encode_nowait(request, card)
+        if prompt is not None:
+            self._start(_Request(self, call, request, card, prompt, phases))
+            return
+        self._running[request.request_id] = None
+        task = self.mesh.tasks.spawn(self._start_later(call, request, card, phases))
+        call.on_cancel = lambda: _cancel(task)
+
+    def _start(self, running: _Request) -> None:
         self._running[running.request_id] = running
-        call.on_cancel = running.cancel
-        running.route()
+        running.begin()
+
+    async def _start_later(self, call: IncomingCall, request: CompletionRequest, card: ModelCard, phases: Phases) -> None:
+        """For a model whose tokenizer is not this program's own. Cancelled with the call, so at its deadline too."""
+        running = None
+        try:
+            running = _Request(self, call, request, card, await self.models.encode(request, card), phases)
+        except MeshserveError as error:
+            call.fail(error)
+        finally:
+            if running is None:
+                del self._running[request.request_id]
+        if running is not None:
+            self._start(running)
+
+    async def close(self) -> None:
+        """Nothing of it is left."""
+        await self.models.close()
 
     def ended(self, request: _Request) -> None:
         """No longer under way."""
@@ -303,5 +349,5 @@ class ProcessorRole:
 
     def _on_change(self, change: Change, member: Member) -> None:
         if change is Change.SUSPECTED and "decode" in member.info.roles:
-            for request in [running for running in self._running.values() if running.worker == member.info.incarnation]:
+            for request in [running for running in self._running.values() if running and running.worker == member.info.incarnation]:
                 request.worker_suspected()
