@@ -2,7 +2,7 @@
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from meshserve.engines.dummy.contents import KVContents
 from meshserve.engines.dummy.driver import Driver
@@ -29,7 +29,7 @@ class DummyEngine:
     def __init__(self, options: EngineOptions, clock: Callable[[], float] = time.monotonic) -> None:
         parsed = parse_options(options)
         self.card = parsed.card(options.model or "dummy")
-        self.files = parsed.files_by_hash()
+        self.files: Mapping[str, bytes] = parsed.files_by_hash()
         self._speech = parsed.speech()
         self._clock = clock
         self._pool = BlockPool(parsed.num_blocks)

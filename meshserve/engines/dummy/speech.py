@@ -1,12 +1,12 @@
 """How the dummy model speaks another vocabulary than its own: word for word, so that its layers need not know of any other.
 
 Its own tokens (bytes, the end of sequence, words) stand for those of the other vocabulary that have the same bytes; a word that is no
-token there is replaced by one that is. All tokens that are left stand for each other, so that every token can be meant, and biased.
+token there is replaced by one that is. All other tokens have a number after those, so that every token can be meant, and biased.
 """
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 from meshserve.engines.tokenizers import EOS_TOKEN, WORD_RANGES, ByteTokenizer, Vocabulary
 
@@ -18,8 +18,6 @@ class Speech:
     """The translation, a function of the vocabulary: all peers that have read the same files speak alike."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:
-        self.vocab_size = max(vocabulary.vocab_size, _OWN.vocab_size)
-        """Of the model's own tokens, those included that have no meaning of their own."""
         by_bytes: dict[bytes, int] = {}
         for token in range(vocabulary.vocab_size):
             by_bytes.setdefault(vocabulary.token_bytes(token), token)
@@ -27,38 +25,25 @@ class Speech:
         meanings = {EOS_TOKEN: vocabulary.eos_token, **dict(_same(by_bytes))}
         self.can_spell = all(value in meanings for value in range(0x20, 0x7F))
         """Whether any ASCII text can be put together from single bytes."""
-        self._fill(meanings, by_bytes, vocabulary)
-        self._from_own = array("I", map(meanings.__getitem__, range(self.vocab_size)))
+        _add_words(meanings, by_bytes, vocabulary)
+        used = {*meanings.values()}
+        others = [token for token in range(vocabulary.vocab_size) if token not in used]
+        known = [meanings.get(own, vocabulary.eos_token) for own in range(_OWN.vocab_size)]
+        self._from_own = array("I", known + others)
+        self.vocab_size = len(self._from_own)
+        """Of the model's own tokens: those of its own vocabulary, and after them one for each token that none of those means."""
         self._to_own = array("I", bytes(4 * vocabulary.vocab_size))
-        for own in reversed(range(self.vocab_size)):
-            self._to_own[self._from_own[own]] = own
+        for own, token in enumerate(self._from_own):
+            self._to_own[token] = own
+        self._to_own[vocabulary.eos_token] = EOS_TOKEN
 
     def from_own(self, token: int) -> int:
-        """The vocabulary's token for one of the model's own."""
+        """The vocabulary's token for one of the model's own. A byte that is no token there is the end of sequence."""
         return self._from_own[token]
 
     def to_own(self, token: int) -> int:
-        """The inverse; of a vocabulary smaller than the model's own, the first that stands for it. Unknown ids stay unknown."""
-        return self._to_own[token] if 0 <= token < len(self._to_own) else token
-
-    def _fill(self, meanings: dict[int, int], by_bytes: dict[bytes, int], vocabulary: Vocabulary) -> None:
-        """Words that are no tokens first, so that they become words."""
-        used = {*meanings.values(), *vocabulary.eos_tokens}
-        words = [(data, token) for data, token in by_bytes.items() if token not in used]
-        spares = {
-            True: iter([token for data, token in words if _CAPITALISED.fullmatch(data)]),
-            False: iter([token for data, token in words if _PLAIN.fullmatch(data)]),
-        }
-        for own in [own for part in WORD_RANGES.values() for own in part if own not in meanings]:
-            spare = next(spares[own in WORD_RANGES["start"]], None)
-            if spare is not None:
-                meanings[own] = spare
-                used.add(spare)
-        readable = [token for data, token in words if data.decode("utf-8", "replace").isprintable()]
-        rest = _rest(used, [*readable, *range(vocabulary.vocab_size)], readable or [vocabulary.eos_token])
-        for own in (*(own for part in WORD_RANGES.values() for own in part), *range(self.vocab_size)):
-            if own not in meanings:
-                meanings[own] = next(rest)
+        """The one that means it; of a word and a byte that mean the same, the word. Ids that are unknown stay so."""
+        return self._to_own[token] if 0 <= token < len(self._to_own) else max(token, self.vocab_size)
 
 
 def _same(by_bytes: dict[bytes, int]) -> Iterator[tuple[int, int]]:
@@ -68,11 +53,13 @@ def _same(by_bytes: dict[bytes, int]) -> Iterator[tuple[int, int]]:
             yield own, token
 
 
-def _rest(used: set[int], preferred: Iterable[int], at_last: list[int]) -> Iterator[int]:
-    """Each once, then, in a vocabulary that is smaller than the model's own, the last ones over and over."""
-    for token in preferred:
-        if token not in used:
-            used.add(token)
-            yield token
-    while True:
-        yield from at_last
+def _add_words(meanings: dict[int, int], by_bytes: dict[bytes, int], vocabulary: Vocabulary) -> None:
+    """For words that are no tokens others that are, and where there are too few of those, anything that can be read."""
+    used = {*meanings.values(), *vocabulary.eos_tokens}
+    spare = [(data, token) for data, token in by_bytes.items() if token not in used]
+    readable = [token for data, token in spare if data.decode("utf-8", "replace").isprintable()] or [vocabulary.eos_token]
+    capitalised = iter([token for data, token in spare if _CAPITALISED.fullmatch(data)])
+    plain = iter([token for data, token in spare if _PLAIN.fullmatch(data)])
+    for part, own in [(part, own) for part, found in WORD_RANGES.items() for own in found if own not in meanings]:
+        found = next(capitalised if part == "start" else plain, None)
+        meanings[own] = readable[own % len(readable)] if found is None else found
