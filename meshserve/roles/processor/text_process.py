@@ -45,6 +45,7 @@ class TextProcess:
         self._waiting: deque[_Question] = deque()
         self._waiting_bytes = 0
         self._process: Process | None = None
+        self._is_loaded = self._is_closed = False
         self._runner: asyncio.Task[None] | None = None
         self._asked_at = 0.0
         self.table = b""
@@ -66,7 +67,7 @@ class TextProcess:
             self._asked_at = time.monotonic()
         self._waiting.append(question)
         self._waiting_bytes += len(frame)
-        if self._process is not None and self._process.stdin is not None:
+        if self._is_loaded and self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(ConnectionError, RuntimeError):  # it has just died, and will be replaced
                 self._process.stdin.write(frame)
         elif self._runner is None or self._runner.done():
@@ -74,11 +75,12 @@ class TextProcess:
         return await question.answer
 
     async def close(self) -> None:
-        """End it. Whoever waits gets an error."""
+        """End it, for good. Whoever waits gets an error."""
+        self._is_closed = True
+        if self._process is not None:
+            _kill(self._process)
         if self._runner is not None:
-            self._runner.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._runner
+            await asyncio.wait([self._runner])
 
     def _end_if_stuck(self) -> None:
         if self._process is not None and time.monotonic() - self._asked_at > _STUCK_S:
@@ -86,25 +88,28 @@ class TextProcess:
 
     async def _run(self) -> None:
         """From the first question until no process is wanted. A death costs the question that it was at; the others are asked again."""
+        reason: MeshserveError = Cancelled("this model's tokenizer is no longer kept here")
         try:
-            while self._waiting:
-                process = await _start()
+            while self._waiting and not self._is_closed:
+                process = self._process = await _start()
                 try:
                     await self._serve(process)
                 finally:
-                    self._process = None
+                    self._process, self._is_loaded = None, False
                     await _end(process)
                 self._blame(process.returncode or 0)
         except MeshserveError as error:
-            self._fail_all(error)
+            reason = error
         except OSError as error:
-            self._fail_all(TokenizerFailed(f"no process could be started for the model's tokenizer: {error.strerror}"))
+            reason = TokenizerFailed(f"no process could be started for the model's tokenizer: {error.strerror}")
         finally:
-            self._fail_all(Cancelled("this peer is stopping"))
+            self._fail_all(reason)
 
     async def _serve(self, process: Process) -> None:
         """Until it dies. Raises TokenizerFailed if it cannot even load the model's files."""
         assert process.stdin is not None and process.stdout is not None
+        if self._is_closed:  # meanwhile
+            return
         process.stdin.write(self._load)
         try:
             self.table = await _read_answer(process.stdout)
@@ -112,7 +117,7 @@ class TextProcess:
             raise TokenizerFailed("reading the model's tokenizer took too much time or memory") from error
         self._forget_cancelled()
         process.stdin.writelines([question.frame for question in self._waiting])
-        self._process = process
+        self._is_loaded = True
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 self._answered(*await _read_frame(process.stdout))
