@@ -72,7 +72,7 @@ HOSTILE = {
     "a loop within a loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "a string that doubles": "{% set ns = namespace(x='x') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
     "a list that doubles": "{% set ns = namespace(x=[1]) %}{% for i in range(99) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-    "one huge number": "{{ (messages | length + 8) ** 9 ** 9 }}",
+    "one huge number": "{{ (messages | length + 8) ** (9 ** 9) }}",
     "one huge string": "{{ 'x' * 10 ** 11 }}",
     "padding": "{{ '%099999999999d' | format(1) }}",
     "an endless prompt": "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
@@ -101,7 +101,7 @@ def test_a_template_that_is_hostile_from_its_first_line_ends_in_an_error_each_ti
             with pytest.raises(InvalidRequest, match="too long"):
                 await rendered(process)
 
-    with_process(body, "{{ 9 ** 9 ** 9 }}")  # Jinja computes it before anything is rendered
+    with_process(body, "{{ 9 ** (9 ** 9) }}")  # Jinja computes it before anything is rendered
 
 
 def test_a_template_that_is_not_jinja_or_missing_is_said() -> None:
