@@ -76,7 +76,6 @@ HOSTILE = {
     "one huge string": "{{ 'x' * 10 ** 11 }}",
     "padding": "{{ '%099999999999d' | format(1) }}",
     "an endless prompt": "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
-    "lorem ipsum": "{{ lipsum(n=99999999) }}",
 }
 
 
