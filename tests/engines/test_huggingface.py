@@ -1,6 +1,7 @@
 """Tokenizers of Hugging Face models against their library: every token's bytes, special tokens, and what their files say."""
 
 import json
+import sys
 from array import array
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from meshserve.engines.tokenizers.table import TokenTable
 from meshserve.errors import TokenizerFailed, UsageError
 from meshserve.roles.processor.detokenizing import Detokenizer
 from tests.engines.trained import KINDS, files_of, with_config, write_directory
+from tests.harness import run_command
 
 TEXT = st.text(max_size=60) | st.text("abc ,.'\n\t🙂é́ñ日本語▁#<>", max_size=60)
 
@@ -233,3 +235,9 @@ def test_a_directory_makes_the_card_and_the_model_hash(tmp_path: Path) -> None:
 
 def test_tokens_of_a_prompt_are_of_the_array_type_that_travels() -> None:
     assert isinstance(mine("byte-level").encode("x"), array) and mine("byte-level").encode("x").typecode == "I"
+
+
+def test_who_needs_no_such_tokenizer_loads_neither_its_library_nor_jinja() -> None:
+    code = "import sys, meshserve.app, meshserve.engines.dummy; print(sorted({'tokenizers', 'jinja2'} & sys.modules.keys()))"
+    found = run_command([sys.executable, "-c", code], 20.0)
+    assert (found.exit_code, found.stdout.strip()) == (0, "[]"), found

@@ -148,7 +148,10 @@ def test_nothing_of_this_process_is_there_but_its_modules(monkeypatch: pytest.Mo
         await rendered(process)
         pid = pid_of(process)
         assert b"secret" not in await asyncio.to_thread(Path(f"/proc/{pid}/environ").read_bytes)
-        assert os.getpgid(pid) != os.getpgid(0), "a terminal's signals are not for it"
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(pid, number)
+        await rendered(process)
+        assert pid_of(process) == pid, "a parent that drains still needs it"
 
     with_process(body, "x")
 

@@ -169,10 +169,10 @@ def _framed(request: tuple[Any, ...]) -> bytes:
 
 
 async def _start() -> Process:
-    """With nothing of this process but its modules: the environment may hold keys. A terminal's signals are for its parent."""
+    """With nothing of this process but its modules: the environment may hold keys."""
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"}
     command = (sys.executable, "-P", "-m", "meshserve.roles.processor.text_program")
-    return await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment, start_new_session=True)
+    return await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment)
 
 
 async def _end(process: Process) -> None:

@@ -29,7 +29,8 @@ LOAD_S, RENDER_S, ENCODE_S, ENCODE_S_PER_CHARACTER = 30.0, 1.0, 1.0, 10e-6
 """Processor time. A rendered chat takes a thousandth of it, a text of a million characters half a second on a machine of today."""
 RENDER_BYTES = 512 * 1024 * 1024
 """Memory that rendering may take, where the system can limit it; the longest prompt takes a quarter."""
-_ADDRESS_SPACE_BYTES = 2 * 1024 * 1024 * 1024
+_ADDRESS_SPACE_BYTES = 3 * 1024 * 1024 * 1024
+"""Memory of the whole process. A text of 16 million characters takes 2 GB of it, a tokenizer of 128,000 tokens 0.1."""
 
 
 class TextProgram:
@@ -127,7 +128,9 @@ def _answer_one(program: TextProgram, request: tuple[Any, ...]) -> tuple[bytes, 
 
 
 def main() -> None:
-    """Until stdin ends."""
+    """Until stdin ends. Signals to all processes of a terminal or a service are for the parent, which may have requests to finish."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     _limit(resource.RLIMIT_CORE, 0, is_hard=True)
     _limit(resource.RLIMIT_AS, _ADDRESS_SPACE_BYTES, is_hard=True)
     program, requests, answers = TextProgram(), sys.stdin.buffer, sys.stdout.buffer
