@@ -52,15 +52,19 @@ async def fetch_file(mesh: Mesh, sha256: str, size_bytes: int, sources: Callable
             failed.add(source)
             reason = error.message
             continue
-        digest = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
-        if digest == sha256:
-            return bytes(data)
+        whole = await asyncio.to_thread(bytes, data)
+        if await asyncio.to_thread(_digest, whole) == sha256:
+            return whole
         mesh.counters.add("model_files_refused")
         reason = "what came is not what the card says"
         failed |= took_part
         took_part.clear()
         data.clear()
     raise TokenizerFailed(f"a file of the model could not be fetched: {reason}")
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 async def _read_from(mesh: Mesh, source: str, sha256: str, data: bytearray, size_bytes: int) -> None:

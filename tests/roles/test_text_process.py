@@ -13,9 +13,9 @@ import pytest
 
 from meshserve.engines.tokenizers.huggingface import HuggingFaceTokenizer
 from meshserve.engines.tokenizers.table import TokenTable
-from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, Overloaded, TokenizerFailed
+from meshserve.errors import InvalidRequest, MeshserveError, Overloaded, TokenizerFailed
 from meshserve.mesh.tasks import TaskOwner
-from meshserve.roles.processor.text_process import TextProcess
+from meshserve.roles.processor.text_process import TextProcess, load_request
 from tests.engines.trained import CHAT, files_of
 from tests.harness import run_async
 
@@ -26,7 +26,7 @@ HI = [{"role": "user", "content": "hi"}]
 async def process_of(template: str = "", kind: str | None = None) -> AsyncIterator[TextProcess]:
     """The dummy's own tokenizer, or one of the trained."""
     tasks = TaskOwner()
-    process = TextProcess(tasks, "huggingface" if kind else "bytes", files_of(kind) if kind else {}, template)
+    process = TextProcess(tasks, load_request("huggingface" if kind else "bytes", files_of(kind) if kind else {}, template))
     try:
         yield process
     finally:
@@ -89,7 +89,7 @@ def test_a_hostile_template_ends_in_an_error_and_the_next_request_is_served(name
         attack, bystander = await asyncio.gather(rendered(process, "attack"), rendered(process), return_exceptions=True)
         assert isinstance(attack, InvalidRequest) and bystander == "fine"
         assert "too long" in attack.message or "too much memory" in attack.message or "does not take" in attack.message
-        assert time.monotonic() - began < 20, "a second of processor time, on a machine that others use too"
+        assert time.monotonic() - began < 40, "a second of processor time, on a machine that others use too"
 
     with_process(body, template)
 
@@ -160,7 +160,7 @@ def test_nothing_of_this_process_is_there_but_its_modules(monkeypatch: pytest.Mo
 def test_files_that_will_not_do_fail_whoever_waits_and_no_process_is_left(tokenizer: bytes) -> None:
     async def run() -> None:
         tasks = TaskOwner()
-        process = TextProcess(tasks, "huggingface", {"tokenizer.json": tokenizer}, "")
+        process = TextProcess(tasks, load_request("huggingface", {"tokenizer.json": tokenizer}, ""))
         failed = await asyncio.gather(*(process.ask("encode", "x", True) for _ in range(3)), return_exceptions=True)
         assert all(isinstance(error, TokenizerFailed) and "tokenizer.json" in error.message for error in failed)
         await process.close()
@@ -196,7 +196,7 @@ def test_too_many_or_too_long_questions_are_refused_and_closing_ends_those_that_
         assert len(overloaded) == 2 and all(isinstance(task.exception(), Overloaded) for task in overloaded)
         await process.close()
         ended = await asyncio.gather(*waiting, return_exceptions=True)
-        assert all(isinstance(error, Cancelled | Overloaded) for error in ended)
+        assert all(isinstance(error, Overloaded) for error in ended)
 
     with_process(body)
 

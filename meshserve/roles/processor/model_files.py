@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Sequence
 
-from meshserve.errors import DeadlineExceeded
+from meshserve.errors import DeadlineExceeded, MeshserveError
 from meshserve.mesh.files import fetch_file
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.processor.file_cache import FileCache
@@ -18,7 +18,7 @@ class ModelFiles:
 
     def __init__(self, mesh: Mesh, cache: FileCache) -> None:
         self._mesh, self._cache = mesh, cache
-        self._fetching: dict[str, asyncio.Task[bytes]] = {}
+        self._fetching: dict[str, asyncio.Task[bytes | MeshserveError]] = {}
         self._turn = asyncio.Semaphore(2)
         """Files that are fetched at a time: what all others wait for is shared memory and link."""
 
@@ -31,9 +31,13 @@ class ModelFiles:
         if task is None:
             task = self._fetching[file.sha256] = self._mesh.tasks.spawn(self._obtain(file))
             task.add_done_callback(lambda done: self._fetching.pop(file.sha256, None))
-        return await asyncio.shield(task)
+        found = await asyncio.shield(task)
+        if isinstance(found, MeshserveError):
+            raise found
+        return found
 
-    async def _obtain(self, file: ModelFile) -> bytes:
+    async def _obtain(self, file: ModelFile) -> bytes | MeshserveError:
+        """An error is the result for all who wait, and for nobody if none does."""
         async with self._turn:
             cached = await asyncio.to_thread(self._cache.load, file)
             if cached is not None:
@@ -42,8 +46,10 @@ class ModelFiles:
             try:
                 async with asyncio.timeout(FETCH_TIMEOUT_S):
                     data = await fetch_file(self._mesh, file.sha256, file.size_bytes, lambda: self._sources(file))
-            except TimeoutError as error:
-                raise DeadlineExceeded(f"{file.name} did not come within {FETCH_TIMEOUT_S:g} s") from error
+            except TimeoutError:
+                return DeadlineExceeded(f"{file.name} did not come within {FETCH_TIMEOUT_S:g} s")
+            except MeshserveError as error:
+                return error
             self._mesh.counters.add("model_files_fetched")
             await asyncio.to_thread(self._cache.store, file, data)
             return data

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, Overloaded, TokenizerFailed, from_wire
+from meshserve.errors import InvalidRequest, MeshserveError, Overloaded, TokenizerFailed, from_wire
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.roles.processor.text_program import HEAD
 
@@ -36,12 +36,16 @@ class _Question:
     num_deaths: int = 0
 
 
+def load_request(tokenizer: str, files: Mapping[str, bytes], template: str) -> bytes:
+    """What a process is told first: a card's kind of tokenizer, the files by name, and the template where those have none."""
+    return _framed(("load", tokenizer, dict(files), template))
+
+
 class TextProcess:
     """Asked from the event loop. Answers come in the order of the questions."""
 
-    def __init__(self, tasks: TaskOwner, tokenizer: str, files: Mapping[str, bytes], template: str) -> None:
-        self._tasks = tasks
-        self._load = _framed(("load", tokenizer, dict(files), template))
+    def __init__(self, tasks: TaskOwner, load: bytes) -> None:
+        self._tasks, self._load = tasks, load
         self._waiting: deque[_Question] = deque()
         self._waiting_bytes = 0
         self._process: Process | None = None
@@ -88,7 +92,7 @@ class TextProcess:
 
     async def _run(self) -> None:
         """From the first question until no process is wanted. A death costs the question that it was at; the others are asked again."""
-        reason: MeshserveError = Cancelled("this model's tokenizer is no longer kept here")
+        reason: MeshserveError = Overloaded("this model's tokenizer had to make room for another")
         try:
             while self._waiting and not self._is_closed:
                 process = self._process = await _start()

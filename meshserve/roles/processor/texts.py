@@ -1,6 +1,7 @@
 """The text side of one model: its vocabulary, and the way from texts and chats to tokens."""
 
 import asyncio
+import logging
 import time
 from array import array
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -9,16 +10,17 @@ from typing import Any, Protocol
 from meshserve.engines.tokenizers import ByteTokenizer, Vocabulary
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
 from meshserve.engines.tokenizers.table import TokenTable
-from meshserve.errors import MeshserveError
+from meshserve.errors import MeshserveError, TokenizerFailed
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.roles.processor.templating import render_chat
-from meshserve.roles.processor.text_process import TextProcess
+from meshserve.roles.processor.text_process import TextProcess, load_request
 from meshserve.wire.card import ModelCard
 
 LONG_CHARACTERS = 65_536
 """Longer texts (15 ms and more) take a process of their own, so that short ones need not wait behind them."""
-_FAILED_FOR_S = 30.0
-"""After its files could not be had, a model is not tried again for so long: another worker may offer better ones by then."""
+_UNFETCHED_FOR_S, _UNUSABLE_FOR_S = 1.0, 30.0
+"""A model whose files nobody gave out, or are of no use, is not tried again for so long: finding out takes up to 30 s of processor time."""
+_log = logging.getLogger(__name__)
 
 
 class ModelText(Protocol):
@@ -83,7 +85,7 @@ class ProcessText:
         self._tasks, self._get_files, self._card = tasks, get_files, card
         self._loading: asyncio.Task[None] | None = None
         self._failure: MeshserveError | None = None
-        self._failed_at = 0.0
+        self._fails_until = 0.0
         self._vocabulary: Vocabulary | None = None
         self._processes: dict[bool, TextProcess] = {}
         """For texts that are not long, and for those that are."""
@@ -95,7 +97,7 @@ class ProcessText:
 
     def begin(self) -> None:
         """Start loading, unless that was done or failed a moment ago."""
-        has_failed = self._failure is not None and time.monotonic() - self._failed_at < _FAILED_FOR_S
+        has_failed = self._failure is not None and time.monotonic() < self._fails_until
         if self._loading is None or (self._loading.done() and self._vocabulary is None and not has_failed):
             self._failure = None
             self._loading = self._tasks.spawn(self._load())
@@ -105,21 +107,23 @@ class ProcessText:
             self.begin()
             assert self._loading is not None
             await asyncio.wait([self._loading])  # shared: who stops waiting does not stop it
-        if self._failure is not None:
-            raise self._failure
+            if self._vocabulary is None:
+                raise self._failure or TokenizerFailed("this peer is stopping")
         return self._processes
 
     async def _load(self) -> None:
+        failed_for_s = _UNFETCHED_FOR_S
         try:
             files = await self._get_files()
-            self._processes = {
-                is_long: TextProcess(self._tasks, self._card.tokenizer, files, self._card.chat_template) for is_long in (False, True)
-            }
+            failed_for_s = _UNUSABLE_FOR_S
+            request = await asyncio.to_thread(load_request, self._card.tokenizer, files, self._card.chat_template)
+            self._processes = {is_long: TextProcess(self._tasks, request) for is_long in (False, True)}
             await self._processes[False].ask("encode", "", False)
             table = self._processes[False].table
             self._vocabulary = TokenTable.from_bytes(table) if table else ByteTokenizer()
         except MeshserveError as error:
-            self._failure, self._failed_at = error, time.monotonic()
+            _log.warning("the tokenizer of the model %s cannot be had: %s", self._card.model, error.message)
+            self._failure, self._fails_until = error, time.monotonic() + failed_for_s
 
     async def vocabulary(self) -> Vocabulary:
         await self._loaded()
