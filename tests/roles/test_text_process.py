@@ -49,8 +49,8 @@ async def rendered(process: TextProcess, content: str = "hi") -> str:
 
 
 def pid_of(process: TextProcess) -> int:
-    assert process._process is not None
-    return process._process.pid
+    assert process._child is not None
+    return process._child._process.pid
 
 
 def test_texts_chats_and_tokens_are_answered_in_order() -> None:

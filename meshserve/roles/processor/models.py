@@ -29,6 +29,7 @@ class Models:
         self._files = ModelFiles(mesh, FileCache(cache_directory()))
         self._own = OwnText()
         self._texts: OrderedDict[Any, ProcessText] = OrderedDict()
+        self._is_closed = False
         mesh.subscribe(self._on_change)
         self._foresee(mesh.own)
 
@@ -62,7 +63,7 @@ class Models:
             self._mesh.tasks.spawn(self._texts.pop(key).close())
 
     def _on_change(self, change: Change, member: Member) -> None:
-        if change is Change.CALLABLE:
+        if change is Change.CALLABLE and not self._is_closed:
             self._foresee(member.info)
 
     def _foresee(self, info: PeerInfo) -> None:
@@ -73,6 +74,7 @@ class Models:
 
     async def close(self) -> None:
         """End the processes of all tokenizers."""
+        self._is_closed = True
         texts, self._texts = list(self._texts.values()), OrderedDict()
         for text in texts:
             await text.close()

@@ -10,17 +10,20 @@ import json
 import marshal
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
-from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from meshserve.errors import InvalidRequest, MeshserveError, Overloaded, TokenizerFailed, from_wire
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.roles.processor.text_program import HEAD
+
+T = TypeVar("T")
 
 _MAX_WAITING = 1024
 _MAX_WAITING_BYTES = 64 * 1024 * 1024
@@ -48,7 +51,7 @@ class TextProcess:
         self._tasks, self._load = tasks, load
         self._waiting: deque[_Question] = deque()
         self._waiting_bytes = 0
-        self._process: Process | None = None
+        self._child: _Child | None = None
         self._is_loaded = self._is_closed = False
         self._runner: asyncio.Task[None] | None = None
         self._asked_at = 0.0
@@ -71,9 +74,8 @@ class TextProcess:
             self._asked_at = time.monotonic()
         self._waiting.append(question)
         self._waiting_bytes += len(frame)
-        if self._is_loaded and self._process is not None and self._process.stdin is not None:
-            with contextlib.suppress(ConnectionError, RuntimeError):  # it has just died, and will be replaced
-                self._process.stdin.write(frame)
+        if self._is_loaded and self._child is not None:
+            self._child.send(frame)
         elif self._runner is None or self._runner.done():
             self._runner = self._tasks.spawn(self._run())
         return await question.answer
@@ -81,27 +83,27 @@ class TextProcess:
     async def close(self) -> None:
         """End it, for good. Whoever waits gets an error."""
         self._is_closed = True
-        if self._process is not None:
-            _kill(self._process)
+        if self._child is not None:
+            self._child.kill()
         if self._runner is not None:
             await asyncio.wait([self._runner])
 
     def _end_if_stuck(self) -> None:
-        if self._process is not None and time.monotonic() - self._asked_at > _STUCK_S:
-            _kill(self._process)
+        if self._child is not None and time.monotonic() - self._asked_at > _STUCK_S:
+            self._child.kill()
 
     async def _run(self) -> None:
         """From the first question until no process is wanted. A death costs the question that it was at; the others are asked again."""
         reason: MeshserveError = Overloaded("this model's tokenizer had to make room for another")
         try:
             while self._waiting and not self._is_closed:
-                process = self._process = await _start()
+                child = self._child = await _to_its_end(_Child.start(), _Child.end)
                 try:
-                    await self._serve(process)
+                    await self._serve(child)
                 finally:
-                    self._process, self._is_loaded = None, False
-                    await _end(process)
-                self._blame(process.returncode or 0)
+                    self._child, self._is_loaded = None, False
+                    code = await _to_its_end(child.end(), _nothing)
+                self._blame(code)
         except MeshserveError as error:
             reason = error
         except OSError as error:
@@ -109,22 +111,22 @@ class TextProcess:
         finally:
             self._fail_all(reason)
 
-    async def _serve(self, process: Process) -> None:
+    async def _serve(self, child: "_Child") -> None:
         """Until it dies. Raises TokenizerFailed if it cannot even load the model's files."""
-        assert process.stdin is not None and process.stdout is not None
         if self._is_closed:  # meanwhile
             return
-        process.stdin.write(self._load)
+        child.send(self._load)
         try:
-            self.table = await _read_answer(process.stdout)
-        except asyncio.IncompleteReadError as error:
+            self.table = await _read_answer(child.reader)
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise TokenizerFailed("reading the model's tokenizer took too much time or memory") from error
         self._forget_cancelled()
-        process.stdin.writelines([question.frame for question in self._waiting])
+        for question in self._waiting:
+            child.send(question.frame)
         self._is_loaded = True
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
-                self._answered(*await _read_frame(process.stdout))
+                self._answered(*await _read_frame(child.reader))
 
     def _answered(self, answer: bytes, is_error: bool) -> None:
         question = self._take()
@@ -166,28 +168,69 @@ class TextProcess:
                 question.answer.set_exception(error)
 
 
+async def _nothing(code: int) -> None:
+    """There is nothing to undo about an end."""
+
+
 def _framed(request: tuple[Any, ...]) -> bytes:
     # marshal takes 13 ms for 8 MB of text there and back, JSON 47; it is only ever read by a child of this very program
     data = marshal.dumps(request)
     return HEAD.pack(len(data), 0) + data
 
 
-async def _start() -> Process:
-    """With nothing of this process but its modules: the environment may hold keys."""
+class _Child:
+    """A running process and the stream to it, which ends with it."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._process, self.reader, self._writer = process, reader, writer
+
+    @classmethod
+    async def start(cls) -> "_Child":
+        """Raises OSError. Not to be cancelled half-way: :func:`_to_its_end`."""
+        ours, theirs = socket.socketpair()
+        try:
+            process = await asyncio.to_thread(_spawn, theirs)
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        return cls(process, *await asyncio.open_unix_connection(sock=ours))
+
+    def send(self, frame: bytes) -> None:
+        """Never blocks; if it has just died, nothing happens."""
+        with contextlib.suppress(ConnectionError, RuntimeError):
+            self._writer.write(frame)
+
+    def kill(self) -> None:
+        """At once."""
+        self._process.kill()
+
+    async def end(self) -> int:
+        """Kill it if it lives, and give back what it held. Its exit code, or less than 0 for the signal that ended it."""
+        self._process.kill()
+        self._writer.transport.abort()
+        return await asyncio.to_thread(self._process.wait)
+
+
+def _spawn(connection: socket.socket) -> "subprocess.Popen[bytes]":
+    """With nothing of this process but its modules: the environment may hold keys.
+
+    By a thread and not by the event loop, whose own way is a fork with Python's hooks in a process of many threads.
+    """
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"}
     command = (sys.executable, "-P", "-m", "meshserve.roles.processor.text_program")
-    return await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, env=environment)
+    return subprocess.Popen(command, stdin=connection.fileno(), stdout=connection.fileno(), stderr=subprocess.DEVNULL, env=environment)
 
 
-async def _end(process: Process) -> None:
-    _kill(process)
-    await process.wait()
-    process._transport.close()  # type: ignore[attr-defined]  # else its pipes stay open until they are garbage
-
-
-def _kill(process: Process) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        process.kill()
+async def _to_its_end(work: Coroutine[Any, Any, T], undo: Callable[[T], Coroutine[Any, Any, Any]]) -> T:
+    """The result of work that must not stop half-way; if this is cancelled meanwhile, it is undone."""
+    task = asyncio.ensure_future(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await undo(await task)
+        raise
 
 
 async def _read_frame(stream: asyncio.StreamReader) -> tuple[bytes, bool]:
