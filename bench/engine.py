@@ -1,7 +1,7 @@
 """An engine that costs nothing, so that a benchmark measures the handoff alone: its blocks are made beforehand."""
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from meshserve.engines.protocol import BlockListener, EngineLoad, GenerationSink, PrefillSink, Reservation
 from meshserve.engines.rates import StepRates
@@ -50,6 +50,7 @@ class BenchEngine:
 
     def __init__(self, card: ModelCard, on_prefill: Callable[[str], None] = lambda request_id: None) -> None:
         self.card, self.rates, self._on_prefill = card, StepRates(), on_prefill
+        self.files: Mapping[str, bytes] = {}
         size_bytes = card.kv_bytes_per_token * card.block_size
         self._payloads = [bytes([number]) * size_bytes for number in range(_NUM_PAYLOADS)]
         self._buffers = [bytearray(size_bytes) for _ in range(_NUM_PAYLOADS)]

@@ -12,6 +12,7 @@ from meshserve.engines.protocol import Engine, EngineOptions
 from meshserve.errors import StartupFailed
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.requester import PrefillRequester
+from meshserve.mesh.files import offer_files
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
@@ -79,6 +80,7 @@ class Peer:
             self._closers.callback(router.close)
         if "processor" in self._roles:
             processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers)
+            self._closers.push_async_callback(processor.close)
             self._is_idle.append(lambda: processor.is_idle)
         serve_status(self.mesh, self._reporter)
         if "frontend" in self._roles:
@@ -87,6 +89,7 @@ class Peer:
     def _start_workers(self, engine: Engine) -> None:
         """Decode and prefill share one engine, its reports, and the paths of the handoff."""
         engine.start()
+        offer_files(self.mesh, engine.files)
         self._closers.push_async_callback(engine.close)
         reporter = WorkerReporter(self.mesh, engine)
         pipeline = Pipeline(self.mesh)

@@ -198,6 +198,12 @@ class EngineFailed(MeshserveError):
     code, http_status = "engine_failed", 500
 
 
+class TokenizerFailed(MeshserveError):
+    """A model's tokenizer or chat template could not be fetched, or cannot be used here. Not the request's fault."""
+
+    code, http_status = "tokenizer_failed", 502
+
+
 class Unsupported(InvalidRequest):
     """An engine was asked for what it cannot do."""
 

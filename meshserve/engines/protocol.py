@@ -6,7 +6,7 @@ What an engine cannot do it says by `card.can_hand_over` and by raising :class:`
 """
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -118,6 +118,8 @@ class Engine(Protocol):
     """A model on this host. Built by `factory(EngineOptions)`, which raises UsageError or StartupFailed."""
 
     card: ModelCard
+    files: Mapping[str, bytes]
+    """Contents of the files that the card names, by their SHA-256: what processors make the tokenizer of. Never changed."""
 
     rates: StepRates
     """What was measured of its steps, for routers. An engine that cannot see its own steps leaves it empty."""

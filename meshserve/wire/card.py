@@ -1,5 +1,6 @@
 """The card on which a worker says what it serves: model, tokenizer and KV layout. It travels in every hello."""
 
+import re
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -7,6 +8,34 @@ from meshserve.errors import ProtocolError
 
 FEATURES = ("logprobs", "penalties", "logit_bias", "json_schema", "tools")
 """`json_schema`: output that is valid under a schema; `tools`: it may call them. Requests for what a model cannot do are refused."""
+
+FILE_NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+"""What a card may name: files of a Hugging Face model directory. A name from the network is only ever compared with these."""
+MAX_FILE_BYTES = 64 * 1024 * 1024
+"""The longest file; the largest `tokenizer.json` of today has 33 MB. Higher lets one hostile card cost that much memory and disk."""
+
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFile:
+    """A file of the model that the processor needs, by its contents. Workers give it out over the mesh."""
+
+    name: str
+    """Of :data:`FILE_NAMES`."""
+    size_bytes: int
+    sha256: str
+    """Of its contents, in hexadecimal digits; what it is asked for by, and what it is checked against."""
+
+    @classmethod
+    def from_wire(cls, data: Any) -> "ModelFile":
+        """Raises ProtocolError for missing or malformed fields, or a file that is too long."""
+        name, size_bytes, sha256 = (data.get(key) for key in ("name", "size_bytes", "sha256")) if isinstance(data, dict) else (None,) * 3
+        if not isinstance(name, str) or type(size_bytes) is not int or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+            raise ProtocolError("a model card's file has a name, a size and a hash")
+        if not 0 <= size_bytes <= MAX_FILE_BYTES:
+            raise ProtocolError(f"a model card's file {name[:40]!r} is too long")
+        return cls(name, size_bytes, sha256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,9 +49,9 @@ class ModelCard:
     context_length: int
     """Prompt and output together, in tokens."""
     tokenizer: str
-    """Which tokenizer the processor must use; `bytes` is the dummy model's own."""
+    """Which tokenizer the processor must use: `bytes` is the dummy model's own, `huggingface` is made of `files`."""
     chat_template: str
-    """Jinja, as in a model's `tokenizer_config.json`; rendered by the processor."""
+    """Jinja, rendered by the processor, for a model whose files hold none. Empty: those do, or it has none."""
     default_temperature: float
     """For requests that name none, as a model's `generation_config.json` has it; 0 is greedy."""
     layers: int
@@ -37,6 +66,8 @@ class ModelCard:
     """Whether the engine gives out and takes in KV blocks at all."""
     features: tuple[str, ...] = ()
     """What the engine can do beyond sampling with temperature, top_p, top_k and a seed: of :data:`FEATURES`."""
+    files: tuple[ModelFile, ...] = ()
+    """What makes the tokenizer and the chat template: of each name one at most."""
 
     @property
     def block_bytes(self) -> int:
@@ -54,7 +85,7 @@ class ModelCard:
             raise ProtocolError("a model card is a map")
         values = {}
         for field in fields(cls):
-            if field.name == "features":
+            if field.name in ("features", "files"):
                 continue
             value = data.get(field.name)
             expected: Any = {str: str, int: int, float: (int, float), bool: bool}[field.type]  # type: ignore[index]  # all fields are plain types
@@ -66,4 +97,14 @@ class ModelCard:
         features = data.get("features", [])
         if not isinstance(features, (list, tuple)) or not all(isinstance(name, str) for name in features):
             raise ProtocolError("the model card's features are malformed")
-        return cls(**values, features=tuple(name for name in features if name in FEATURES))
+        return cls(**values, features=tuple(name for name in features if name in FEATURES), files=_files(data.get("files", [])))
+
+
+def _files(data: Any) -> tuple[ModelFile, ...]:
+    """Those whose names are known here; a newer peer may name others too."""
+    if not isinstance(data, (list, tuple)) or len(data) > 16:
+        raise ProtocolError("the model card's files are malformed")
+    found = [file for file in map(ModelFile.from_wire, data) if file.name in FILE_NAMES]
+    if len({file.name for file in found}) != len(found):
+        raise ProtocolError("the model card names a file twice")
+    return tuple(found)

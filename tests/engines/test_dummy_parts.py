@@ -13,7 +13,7 @@ from meshserve.engines.dummy.sampling import next_token
 from meshserve.engines.loading import load_engine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer, load_tokenizer
-from meshserve.errors import StartupFailed, UsageError
+from meshserve.errors import StartupFailed, TokenizerFailed, UsageError
 from meshserve.wire.card import ModelCard
 from meshserve.wire.generation import Sampling
 
@@ -74,9 +74,9 @@ def test_special_and_unknown_tokens_stand_for_nothing_and_words_for_distinct_byt
 
 
 def test_a_tokenizer_that_is_not_here_is_named() -> None:
-    assert isinstance(load_tokenizer(card()), ByteTokenizer)
-    with pytest.raises(StartupFailed, match="model dummy needs the tokenizer 'llama'"):
-        load_tokenizer(replace(card(), tokenizer="llama"))
+    assert isinstance(load_tokenizer(card().tokenizer), ByteTokenizer)
+    with pytest.raises(TokenizerFailed, match="the tokenizer 'llama' is unknown"):
+        load_tokenizer("llama")
 
 
 CONTEXTS = st.integers(0, 2**64 - 1)

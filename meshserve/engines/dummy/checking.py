@@ -1,8 +1,10 @@
 """What a request may ask of the dummy engine's last layer, and who chooses its tokens."""
 
+from dataclasses import replace
+
 from meshserve.engines.dummy.choosing import Chooser
 from meshserve.engines.dummy.documents import WrittenDocument, read_schema
-from meshserve.engines.tokenizers import ByteTokenizer
+from meshserve.engines.dummy.speech import Speech
 from meshserve.errors import InvalidRequest
 from meshserve.wire.generation import GenerateRequest, Sampling
 
@@ -13,7 +15,7 @@ _MOST_PROMPT_LOGPROBS = 65_536
 """Of all tokens of a prompt together, alternatives included: they leave as one message."""
 
 
-def check_sampling(sampling: Sampling) -> None:
+def check_sampling(sampling: Sampling, vocab_size: int) -> None:
     """Raises InvalidRequest that names the field of the API that is out of range, Unsupported for a schema that cannot be kept to."""
     if not sampling.temperature >= 0:
         raise InvalidRequest(f"temperature must not be negative, as {sampling.temperature} is", param="temperature")
@@ -28,15 +30,15 @@ def check_sampling(sampling: Sampling) -> None:
     if not -1 <= sampling.logprobs <= _MOST_LOGPROBS:
         raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {sampling.logprobs}", param="logprobs")
     for token, bias in sampling.logit_bias:
-        if not 0 <= token < ByteTokenizer.vocab_size:
-            raise InvalidRequest(f"logit_bias names the token {token}; there are 0 to {ByteTokenizer.vocab_size - 1}", param="logit_bias")
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(f"logit_bias names the token {token}; there are 0 to {vocab_size - 1}", param="logit_bias")
         if not -_MOST_BIAS <= bias <= _MOST_BIAS:
             raise InvalidRequest(f"logit_bias must be from -100 to 100, not {bias} as for the token {token}", param="logit_bias")
     if sampling.json_schema:
         read_schema(sampling.json_schema)
 
 
-def check_prompt_logprobs(request: GenerateRequest) -> None:
+def check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:
     """Raises InvalidRequest if a prompt cannot be rated."""
     num_alternatives, tokens = request.sampling.prompt_logprobs, request.tokens
     if num_alternatives < 0:
@@ -50,16 +52,20 @@ def check_prompt_logprobs(request: GenerateRequest) -> None:
             f"for {len(tokens)}",
             param="logprobs",
         )
-    if max(tokens) >= ByteTokenizer.vocab_size:
-        raise InvalidRequest(f"the prompt has the token {max(tokens)}; there are 0 to {ByteTokenizer.vocab_size - 1}", param="prompt")
+    if max(tokens) >= vocab_size:
+        raise InvalidRequest(f"the prompt has the token {max(tokens)}; there are 0 to {vocab_size - 1}", param="prompt")
 
 
-def chooser_for(request: GenerateRequest) -> Chooser | None:
-    """None for a plain request, whose tokens `next_token` gives."""
+def chooser_for(request: GenerateRequest, speech: Speech | None) -> Chooser | None:
+    """None for a plain request, whose tokens `next_token` gives. It chooses among the model's own tokens, whatever it speaks."""
     sampling = request.sampling
     penalties = (sampling.presence_penalty, sampling.frequency_penalty)
     if sampling.logprobs < 0 and not sampling.logit_bias and not any(penalties) and not sampling.json_schema:
         return None
     output = request.tokens[len(request.tokens) - request.num_generated :]
     document = WrittenDocument(read_schema(sampling.json_schema)) if sampling.json_schema else None
-    return Chooser(sampling, output, document)
+    if speech is None:
+        return Chooser(sampling, output, document)
+    bias = tuple((speech.to_own(token), value) for token, value in sampling.logit_bias)
+    heard = map(speech.to_byte if document is not None else speech.to_own, output)
+    return Chooser(replace(sampling, logit_bias=bias), heard, document, speech.vocab_size)

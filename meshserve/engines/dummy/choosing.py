@@ -25,7 +25,7 @@ from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
 from meshserve.errors import InvalidRequest
 from meshserve.wire.generation import Sampling, TokenLogprobs
 
-_VOCAB_SIZE = ByteTokenizer.vocab_size
+OWN_VOCAB_SIZE = ByteTokenizer.vocab_size
 _OTHERS_COUNT_BELOW = -8.0
 _LIFTED_ABOVE = 10.0
 """With a best logit of at least the one, tokens that are no candidates and that bias and penalties lift by at most the other are never
@@ -53,10 +53,10 @@ class Chooser:
     Raises InvalidRequest if that output could not have come from this request.
     """
 
-    __slots__ = ("_added", "_document", "_frequency", "_lifted", "_presence", "_sampling", "_seen")
+    __slots__ = ("_added", "_document", "_frequency", "_lifted", "_presence", "_sampling", "_seen", "_vocab_size")
 
-    def __init__(self, sampling: Sampling, output: Iterable[int], document: Document | None) -> None:
-        self._sampling = sampling
+    def __init__(self, sampling: Sampling, output: Iterable[int], document: Document | None, vocab_size: int = OWN_VOCAB_SIZE) -> None:
+        self._sampling, self._vocab_size = sampling, vocab_size
         self._document = document
         self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
         self._seen: set[int] = set()
@@ -111,7 +111,7 @@ class Chooser:
         total = log_total(len(tokens) - wins_eos, wins_eos)
         listed = _listed(tokens, wins_eos, total, sampling.logprobs)
         if self._document is None and len(listed) < sampling.logprobs:
-            others = _others(context, {*tokens}, may_end(sampling, position))
+            others = _others(context, {*tokens}, may_end(sampling, position), self._vocab_size)
             listed += [(token, OTHER_LOGIT - total) for token in islice(others, sampling.logprobs - len(listed))]
         return tokens[rank], (-gaps(len(tokens) - wins_eos, wins_eos)[rank] - total, tuple(listed))
 
@@ -150,18 +150,18 @@ class Chooser:
         """With those of the rest of the vocabulary that matter."""
         num_listed = self._sampling.logprobs
         if max(entries, key=_logit)[0] < _OTHERS_COUNT_BELOW:
-            num_wanted = _VOCAB_SIZE
+            num_wanted = self._vocab_size
         elif num_listed > 0 and sum([logit > OTHER_LOGIT + _LIFTED_ABOVE for logit, _ in entries]) < num_listed:
             num_wanted = num_listed
         else:
             return entries
         added, known = self._added, {token for _, token in entries}
         bent = [token for token in added if token not in known and (can_end or token != EOS_TOKEN)]
-        others = islice(_others(context, known.union(bent), can_end), num_wanted)
+        others = islice(_others(context, known.union(bent), can_end, self._vocab_size), num_wanted)
         return entries + [(OTHER_LOGIT + added.get(token, 0.0), token) for token in (*bent, *others)]
 
 
-def prompt_logprobs(context: int, index: int, token: int, num_alternatives: int) -> TokenLogprobs:
+def prompt_logprobs(context: int, index: int, token: int, num_alternatives: int, vocab_size: int = OWN_VOCAB_SIZE) -> TokenLogprobs:
     """Those of a prompt's token number `index`, whose place has the part of speech that it would have in a text without a prompt.
 
     So they are a function of what stands before the token, whatever follows it, and prompts that begin alike are rated alike.
@@ -171,7 +171,7 @@ def prompt_logprobs(context: int, index: int, token: int, num_alternatives: int)
     total = log_total(size, wins_eos)
     listed = _listed(tokens, wins_eos, total, num_alternatives)
     if len(listed) < num_alternatives:
-        others = _others(context, {*tokens}, True)
+        others = _others(context, {*tokens}, True, vocab_size)
         listed += [(other, OTHER_LOGIT - total) for other in islice(others, num_alternatives - len(listed))]
     logit = -gaps(size, wins_eos)[tokens.index(token)] if token in tokens else OTHER_LOGIT
     return logit - total, tuple(listed)
@@ -182,9 +182,9 @@ def _listed(tokens: list[int], wins_eos: bool, total: float, num_alternatives: i
     return [(token, -gap - total) for token, gap in zip(tokens[:num_alternatives], ranked, strict=False)]
 
 
-def _others(context: int, known: set[int], can_end: bool) -> Iterator[int]:
+def _others(context: int, known: set[int], can_end: bool, vocab_size: int) -> Iterator[int]:
     """The rest of the vocabulary, from a place that the digest names."""
-    start = context % _VOCAB_SIZE
-    for token in chain(range(start, _VOCAB_SIZE), range(start)):
+    start = context % vocab_size
+    for token in chain(range(start, vocab_size), range(start)):
         if token not in known and (can_end or token != EOS_TOKEN):
             yield token

@@ -2,7 +2,7 @@
 
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from meshserve.engines.dummy.checking import check_prompt_logprobs, check_sampling, chooser_for
 from meshserve.engines.dummy.contents import KVContents
@@ -14,7 +14,7 @@ from meshserve.engines.dummy.sampling import next_token
 from meshserve.engines.dummy.scheduler import Scheduler, Stage, Step
 from meshserve.engines.protocol import BlockListener, EngineLoad, EngineOptions, GenerationSink, PrefillSink, Reservation
 from meshserve.engines.rates import StepRates
-from meshserve.engines.tokenizers import EOS_TOKEN
+from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
 from meshserve.errors import BlockRefused, ContextLengthExceeded, EngineFailed, InvalidRequest, PoolFull
 from meshserve.kv.hashes import block_hashes
 from meshserve.kv.pool import BlockPool
@@ -30,7 +30,10 @@ class DummyEngine:
 
     def __init__(self, options: EngineOptions, clock: Callable[[], float] = time.monotonic) -> None:
         parsed = parse_options(options)
-        self.card = parsed.card(options.model or "dummy")
+        self._speech = parsed.speech()
+        self._vocab_size = self._speech.spoken_size if self._speech else ByteTokenizer.vocab_size
+        self.card = parsed.card(options.model or "dummy", can_spell=self._speech is None or self._speech.can_spell)
+        self.files: Mapping[str, bytes] = parsed.files_by_hash()
         self._clock = clock
         self._pool = BlockPool(parsed.num_blocks)
         self._contents = KVContents(parsed.block_size, parsed.kv_bytes_per_token, self.card.model_hash)
@@ -62,8 +65,8 @@ class DummyEngine:
             raise InvalidRequest(f"max_tokens must be at least 1, not {sampling.max_tokens}", param="max_tokens")
         if not 0 <= request.num_generated < min(sampling.max_tokens, len(request.tokens)):
             raise InvalidRequest(f"num_generated is {request.num_generated} with max_tokens {sampling.max_tokens}", param="num_generated")
-        check_sampling(sampling)
-        check_prompt_logprobs(request)
+        check_sampling(sampling, self._vocab_size)
+        check_prompt_logprobs(request, self._vocab_size)
         self._check_length(len(request.tokens) - request.num_generated, sampling.max_tokens)
 
     def num_cached_tokens(self, tokens: "array[int]") -> int:
@@ -88,18 +91,23 @@ class DummyEngine:
         """Queue a sequence. Raises what :meth:`check` raises, PoolFull if it could never fit, BlockRefused for an unfit reservation."""
         self.check(request)
         self._check_is_new(request.request_id)
-        kind = RatedJob if request.sampling.prompt_logprobs >= 0 and not request.num_generated else GenerationJob
         if reservation is None:
-            self._add(kind(request, self._hashes(request.tokens), sink, chooser_for(request)), None)
+            self._add(self._job_of(request, self._hashes(request.tokens), sink), None)
             return
         if not isinstance(reservation, DummyReservation) or not reservation.is_open or reservation.tokens != request.tokens:
             raise BlockRefused("the reservation is not for this request, or has ended")
         if reservation.missing():
             raise BlockRefused(f"{len(reservation.missing())} blocks of the reservation were never written")
-        job = kind(request, reservation.hashes, sink, chooser_for(request))
+        job = self._job_of(request, reservation.hashes, sink)
         job.num_cached = reservation.num_cached_tokens
         self._add(job, reservation.blocks)
         reservation.is_open = False
+
+    def _job_of(self, request: GenerateRequest, hashes: list[int], sink: GenerationSink) -> GenerationJob:
+        chooser = chooser_for(request, self._speech)
+        if request.sampling.prompt_logprobs >= 0 and not request.num_generated:
+            return RatedJob(request, hashes, sink, chooser, self._speech)
+        return GenerationJob(request, hashes, sink, chooser)
 
     def prefill(self, request_id: str, tokens: "array[int]", first_block: int, sink: PrefillSink) -> None:
         """Compute the KV of all these tokens and give out the blocks from `first_block` on. Raises as :meth:`generate` does."""
@@ -201,6 +209,9 @@ class DummyEngine:
             self.rates.finished(job.num_generated)
             job.sink.on_finish("stop", job.stats(now))
             return
+        if self._speech is not None:
+            token = self._speech.from_own(token)
+            logprobs = self._speech.spoken(logprobs) if logprobs else None
         job.position += 1
         job.tokens.append(token)
         job.sink.on_tokens([token], [logprobs] if logprobs else None)

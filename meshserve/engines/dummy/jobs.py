@@ -5,6 +5,7 @@ from array import array
 from meshserve.engines.dummy.choosing import Chooser, prompt_logprobs
 from meshserve.engines.dummy.contents import Cursor, KVContents
 from meshserve.engines.dummy.scheduler import Sequence, Stage
+from meshserve.engines.dummy.speech import Speech
 from meshserve.engines.protocol import GenerationSink, GenerationStats, PrefillSink
 from meshserve.wire.generation import GenerateRequest, TokenLogprobs
 
@@ -62,10 +63,18 @@ class GenerationJob(Job):
 class RatedJob(GenerationJob):
     """A sequence whose prompt is rated too, from its KV, however that came here. `rated` outlives a preemption."""
 
-    __slots__ = ("num_prompt", "rated")
+    __slots__ = ("num_prompt", "rated", "speech")
 
-    def __init__(self, request: GenerateRequest, hashes: list[int], sink: GenerationSink, chooser: Chooser | None = None) -> None:
+    def __init__(
+        self,
+        request: GenerateRequest,
+        hashes: list[int],
+        sink: GenerationSink,
+        chooser: Chooser | None = None,
+        speech: Speech | None = None,
+    ) -> None:
         super().__init__(request, hashes, sink, chooser)
+        self.speech = speech
         self.num_prompt = len(request.tokens)
         self.rated: list[TokenLogprobs | None] = []
 
@@ -80,9 +89,15 @@ class RatedJob(GenerationJob):
         if start >= stop:
             return
         for index, context in enumerate(contents.contexts(self.blocks, start, stop), start):
-            self.rated.append(prompt_logprobs(context, index, self.tokens[index], self.sampling.prompt_logprobs) if index else None)
+            self.rated.append(self._rate(context, index) if index else None)
         if stop == self.num_prompt:
             self.sink.on_prompt_logprobs(self.rated)
+
+    def _rate(self, context: int, index: int) -> TokenLogprobs:
+        token, num_alternatives, speech = self.tokens[index], self.sampling.prompt_logprobs, self.speech
+        if speech is None:
+            return prompt_logprobs(context, index, token, num_alternatives)
+        return speech.spoken(prompt_logprobs(context, index, speech.to_own(token), num_alternatives, speech.vocab_size))
 
 
 class PrefillJob(Job):

@@ -1,17 +1,22 @@
 """What `--engine-opt` may say to the dummy engine."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from meshserve.engines.dummy.speech import Speech
 from meshserve.engines.dummy.timing import PROFILES, Timing
 from meshserve.engines.protocol import EngineOptions
-from meshserve.errors import UsageError
+from meshserve.engines.tokenizers import load_tokenizer
+from meshserve.engines.tokenizers.directory import describe_files, read_directory
+from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
+from meshserve.engines.tokenizers.settings import TextSettings
+from meshserve.errors import TokenizerFailed, UsageError
 from meshserve.wire.card import FEATURES, ModelCard
 
-_CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
 _OUTPUT_VERSION = 1
 """Raise it with any change that makes other KV bytes or other tokens: peers of two versions must not share KV."""
 
@@ -39,47 +44,84 @@ class DummyOptions:
     prefill_tokens_per_s: float = 0.0
     """Constant prefill rate; 0 leaves it to the profile."""
     tokenizer: str = "bytes"
-    """Only `bytes`, the dummy model's own."""
+    """`bytes`, the dummy model's own, or a directory with a model's `tokenizer.json`, whose words it then speaks."""
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    """Not an option: what that directory holds, by name."""
 
     def timing(self) -> Timing:
         """The timing that these options ask for."""
         return PROFILES[self.profile].with_options(self.step_ms, self.prefill_tokens_per_s)
 
-    def card(self, model: str) -> ModelCard:
-        """The card of a dummy model of this name. Its hash covers whatever changes tokens or KV, and no timing."""
-        identity = f"dummy/{_OUTPUT_VERSION}/{model}/{self.kv_bytes_per_token}/{self.block_size}/{self.tokenizer}/{self.context_length}"
+    def files_by_hash(self) -> dict[str, bytes]:
+        """What the card names, for those who ask for it."""
+        return {described.sha256: self.files[described.name] for described in describe_files(self.files)}
+
+    def speech(self) -> Speech | None:
+        """How the model speaks the vocabulary of its files; None: it speaks its own. Raises UsageError if they will not do."""
+        if not self.files:
+            return None
+        try:
+            return Speech(load_tokenizer("huggingface", self.files))
+        except TokenizerFailed as error:
+            raise UsageError(f"the dummy engine's option tokenizer: {error.message}") from error
+
+    def card(self, model: str, *, can_spell: bool = True) -> ModelCard:
+        """The card of a dummy model of this name. Its hash covers whatever changes tokens or KV, and no timing.
+
+        A vocabulary without the letters one by one (`can_spell` False) is one in which no document can be written.
+        """
+        settings, files = TextSettings.of_files(self.files), describe_files(self.files)
+        tokenizer = "/".join(["bytes", *(file.sha256 for file in files)])
+        identity = f"dummy/{_OUTPUT_VERSION}/{model}/{self.kv_bytes_per_token}/{self.block_size}/{tokenizer}/{self.context_length}"
         return ModelCard(
             model=model,
             model_hash=xxhash.xxh3_128_hexdigest(identity.encode()),
             context_length=self.context_length,
-            tokenizer=self.tokenizer,
-            chat_template=_CHAT_TEMPLATE,
-            default_temperature=0.0,
+            tokenizer="huggingface" if files else "bytes",
+            chat_template="" if settings.chat_templates else CHAT_TEMPLATE,
+            default_temperature=settings.default_temperature or 0.0,
             layers=1,
             dtype="uint8",
             kv_bytes_per_token=self.kv_bytes_per_token,
             block_size=self.block_size,
             can_hand_over=True,
-            features=FEATURES,
+            features=FEATURES if can_spell else tuple(name for name in FEATURES if name not in ("json_schema", "tools")),
+            files=files,
         )
 
 
 def parse_options(options: EngineOptions) -> DummyOptions:
     """Raises UsageError, in one sentence, for an unknown key or a value that will not do."""
-    known = [found.name for found in fields(DummyOptions)]
-    values = {}
+    known = [found.name for found in fields(DummyOptions) if found.name != "files"]
+    values: dict[str, Any] = {}
     for key, text in options.options.items():
         if key not in known:
             raise UsageError(f"the dummy engine has no option {key!r}; it knows {', '.join(known)}")
-        values[key] = _parse(key, text)
+        values[key] = _parse_tokenizer(text) if key == "tokenizer" else _parse(key, text)
+    if values.get("tokenizer", "bytes") != "bytes":
+        values["files"] = _read_files(values["tokenizer"])
     return DummyOptions(**values)
 
 
+def _parse_tokenizer(text: str) -> str:
+    if text != "bytes" and not Path(text).is_dir():
+        raise UsageError(f"the dummy engine's option tokenizer is one of bytes, or a directory with a tokenizer.json, not {text!r}")
+    return text
+
+
+def _read_files(directory: str) -> dict[str, bytes]:
+    try:
+        files = read_directory(Path(directory))
+        TextSettings.of_files(files)
+    except TokenizerFailed as error:
+        raise UsageError(f"the dummy engine's option tokenizer: {error.message}") from error
+    return files
+
+
 def _parse(key: str, text: str) -> Any:
-    choices = {"profile": list(PROFILES), "tokenizer": ["bytes"]}.get(key)
-    if choices:
-        if text not in choices:
-            raise UsageError(f"the dummy engine's option {key} is one of {', '.join(choices)}, not {text!r}")
+    if key == "profile":
+        if text not in PROFILES:
+            raise UsageError(f"the dummy engine's option {key} is one of {', '.join(PROFILES)}, not {text!r}")
         return text
     is_time = key in ("step_ms", "prefill_tokens_per_s")
     parse: Callable[[str], float] = float if is_time else int

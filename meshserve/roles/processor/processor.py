@@ -4,22 +4,46 @@ It keeps what is needed to go on elsewhere (prompt, sampling, seed), asks a rout
 tokens into text. A worker that is lost before its first token is replaced by another; nothing was given out, so nothing is lost.
 """
 
+import asyncio
 import random
 from array import array
 from typing import Any
 
-from meshserve.errors import Cancelled, InvalidRequest, ProtocolError
+from meshserve.engines.tokenizers import Vocabulary
+from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, ProtocolError
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.processor.models import Models
 from meshserve.roles.processor.placing import Placer
-from meshserve.roles.processor.prompts import check_bias, check_features, check_prompts, encode_all
+from meshserve.roles.processor.prompts import check_bias, check_features, check_prompts
 from meshserve.roles.processor.requests import Request
+from meshserve.roles.processor.sequences import Sequence
 from meshserve.telemetry import Phases
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, Tokenized
 from meshserve.wire.generation import unpack_tokens
+
+Encoded = tuple[list["array[int]"], Vocabulary]
+"""The prompts' tokens, and what tokens stand for."""
+
+
+class Preparing:
+    """A request whose prompt is being made into tokens, elsewhere."""
+
+    sequences: tuple[Sequence, ...] = ()
+
+    def __init__(self, call: IncomingCall, task: "asyncio.Task[None]") -> None:
+        self._call, self._task = call, task
+
+    def fail(self, error: MeshserveError) -> None:
+        """End it here and now."""
+        self._task.cancel()
+        self._call.fail(error)
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        self._task.cancel()
 
 
 class ProcessorRole:
@@ -28,13 +52,13 @@ class ProcessorRole:
     def __init__(self, mesh: Mesh, max_lost_peers: int) -> None:
         self.mesh, self.max_lost_peers = mesh, max_lost_peers
         self.models = Models(mesh)
-        self._running: dict[str, Request] = {}
+        self._running: dict[str, Request | Preparing] = {}
         self.placer = Placer(mesh)
         self._rng = random.Random()
         mesh.serve("complete", self._on_complete)
         mesh.serve("processor.cancel", self._on_cancel)
-        mesh.serve("tokenize", self._on_tokenize)
-        mesh.serve("detokenize", self._on_detokenize)
+        mesh.serve_async("tokenize", self._tokenize)
+        mesh.serve_async("detokenize", self._detokenize)
         mesh.subscribe(self._on_change)
 
     @property
@@ -55,22 +79,43 @@ class ProcessorRole:
         asked = call.body if isinstance(call.body, CompletionRequest) else CompletionRequest.from_wire(call.body)
         if asked.request_id in self._running:
             raise InvalidRequest("a request of this id is under way")
-        phases = Phases()
-        card, prompts = self._encode(asked)
-        tokenizer = self.models.tokenizer(card)
-        check_prompts(asked, prompts, card, tokenizer.vocab_size)
-        request = Request(self, call, asked, card, prompts, tokenizer.token_bytes, phases)
+        phases, card = Phases(), self.models.card(asked.model)
+        check_features(asked, card)
+        encoded = self.models.encode_nowait(asked, card)
+        if encoded is not None:
+            self._start(call, asked, card, encoded, phases)
+            return
+        task = self.mesh.tasks.spawn(self._start_later(call, asked, card, phases))
+        self._running[asked.request_id] = preparing = Preparing(call, task)
+        call.on_cancel = preparing.cancel
+
+    def _start(self, call: IncomingCall, asked: CompletionRequest, card: ModelCard, encoded: Encoded, phases: Phases) -> None:
+        """Raises what is wrong with a request before anybody works for it."""
+        prompts, vocabulary = encoded
+        check_bias(asked, vocabulary.vocab_size)
+        check_prompts(asked, prompts, card, vocabulary.vocab_size)
+        request = Request(self, call, asked, card, prompts, vocabulary.token_bytes, phases)
         self._running[request.request_id] = request
         call.on_cancel = request.cancel
         request.start()
 
-    def _encode(self, asked: CompletionRequest) -> "tuple[ModelCard, list[array[int]]]":
-        """Raises what is wrong with a request before anybody works for it."""
-        card = self.models.card(asked.model)
-        check_features(asked, card)
-        tokenizer = self.models.tokenizer(card)
-        check_bias(asked, tokenizer.vocab_size)
-        return card, encode_all(asked, card, tokenizer)
+    async def _start_later(self, call: IncomingCall, asked: CompletionRequest, card: ModelCard, phases: Phases) -> None:
+        """For a model whose tokenizer is not this program's own. Cancelled with the call, so at its deadline too."""
+        try:
+            encoded = await self.models.encode(asked, card)
+        except MeshserveError as error:
+            call.fail(error)
+            return
+        finally:
+            self._running.pop(asked.request_id, None)
+        try:
+            self._start(call, asked, card, encoded, phases)
+        except MeshserveError as error:
+            call.fail(error)
+
+    async def close(self) -> None:
+        """Nothing of it is left."""
+        await self.models.close()
 
     def _on_cancel(self, call: IncomingCall) -> None:
         """For a request that no frontend can be asked about: its name. True if it was here."""
@@ -91,22 +136,24 @@ class ProcessorRole:
 
     # --- tokens for those who ask for nothing else
 
-    def _on_tokenize(self, call: IncomingCall) -> None:
+    async def _tokenize(self, call: IncomingCall) -> Any:
         """The end is the prompt's tokens and the model's context length."""
         body: Any = call.body
         if not isinstance(body, list) or len(body) != 2:
             raise ProtocolError("what is to be tokenized is a request, and whether the tokens' texts are wanted")
-        card, prompts = self._encode(CompletionRequest.from_wire(body[0]))
-        tokens, token_bytes = prompts[0], self.models.tokenizer(card).token_bytes
-        pieces = list(map(token_bytes, tokens)) if body[1] else []
-        call.end(Tokenized(tokens, card.context_length, b"".join(pieces), array("I", map(len, pieces))).to_wire())
+        asked = CompletionRequest.from_wire(body[0])
+        card = self.models.card(asked.model)
+        check_features(asked, card)
+        (tokens, *_), vocabulary = self.models.encode_nowait(asked, card) or await self.models.encode(asked, card)
+        pieces = list(map(vocabulary.token_bytes, tokens)) if body[1] else []
+        return Tokenized(tokens, card.context_length, b"".join(pieces), array("I", map(len, pieces))).to_wire()
 
-    def _on_detokenize(self, call: IncomingCall) -> None:
+    async def _detokenize(self, call: IncomingCall) -> str:
         body: Any = call.body
         if not isinstance(body, list) or len(body) != 2 or not isinstance(body[0], str):
             raise ProtocolError("what is to be detokenized is a model and tokens")
-        tokenizer = self.models.tokenizer(self.models.card(body[0]))
-        tokens = unpack_tokens(body[1])
-        if tokens and max(tokens) >= tokenizer.vocab_size:
-            raise InvalidRequest(f"this model's last token is {tokenizer.vocab_size - 1}", param="tokens")
-        call.end(b"".join(map(tokenizer.token_bytes, tokens)).decode("utf-8", "replace"))
+        text = self.models.text(self.models.card(body[0]))
+        vocabulary, tokens = await text.vocabulary(), unpack_tokens(body[1])
+        if tokens and max(tokens) >= vocabulary.vocab_size:
+            raise InvalidRequest(f"this model's last token is {vocabulary.vocab_size - 1}", param="tokens")
+        return await text.decode(tokens)

@@ -2,12 +2,11 @@
 
 import json
 from array import array
+from dataclasses import dataclass
 from typing import Any
 
-from meshserve.engines.tokenizers import Tokenizer
 from meshserve.errors import ContextLengthExceeded, InvalidRequest, Unsupported
 from meshserve.roles.processor.calling import call_schema, tools_of, wants_call
-from meshserve.roles.processor.templating import render_chat
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest
 from meshserve.wire.generation import Sampling
@@ -39,20 +38,25 @@ def check_features(request: CompletionRequest, card: ModelCard) -> None:
             raise Unsupported(f"{name} is not supported by the model {card.model!r}", param=name)
 
 
-def encode_all(request: CompletionRequest, card: ModelCard, tokenizer: Tokenizer) -> list["array[int]"]:
-    """Each prompt's tokens. Raises InvalidRequest for an empty one."""
-    if request.kind == "chat":
-        prompts = [tokenizer.encode(_chat_text(request, card))]
-    else:
-        prompts = [_encode(prompt, tokenizer) for prompt in request.prompts]
+@dataclass(frozen=True, slots=True)
+class Chat:
+    """What a chat template is given."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    add_generation_prompt: bool
+
+
+def chat_of(request: CompletionRequest) -> Chat:
+    """A chat, as models' templates expect it."""
+    return Chat([_for_template(message) for message in request.messages or ()], tools_of(request) or None, request.add_generation_prompt)
+
+
+def not_empty(request: CompletionRequest, prompts: list["array[int]"]) -> list["array[int]"]:
+    """The same prompts. Raises InvalidRequest if one of them has no tokens."""
     if not all(prompts):
         raise InvalidRequest("the prompt is empty", param="messages" if request.kind == "chat" else "prompt")
     return prompts
-
-
-def _chat_text(request: CompletionRequest, card: ModelCard) -> str:
-    messages = [_for_template(message) for message in request.messages or ()]
-    return render_chat(card.chat_template, messages, tools_of(request) or None, request.add_generation_prompt)
 
 
 def _for_template(message: dict[str, Any]) -> dict[str, Any]:
@@ -73,10 +77,6 @@ def _parsed(arguments: str) -> Any:
     except (ValueError, RecursionError):
         return arguments
     return value if isinstance(value, dict) and is_shallow(value) else arguments
-
-
-def _encode(prompt: "str | array[int]", tokenizer: Tokenizer) -> "array[int]":
-    return tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
 
 def check_prompts(request: CompletionRequest, prompts: list["array[int]"], card: ModelCard, vocab_size: int) -> None:

@@ -1,29 +1,11 @@
-"""Text to token ids and back, as a model's card asks for it."""
+"""The dummy model's own vocabulary."""
 
 import sys
 from array import array
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Protocol
 
 from meshserve.engines import words
-from meshserve.errors import StartupFailed
-from meshserve.wire.card import ModelCard
-
-
-class Tokenizer(Protocol):
-    """A model's vocabulary."""
-
-    eos_token: int
-    """Ends a sequence; stands for no bytes."""
-    vocab_size: int
-    """Ids run from 0 to `vocab_size` - 1."""
-
-    def encode(self, text: str) -> "array[int]":
-        """Token ids of `text`, typecode "I"."""
-
-    def token_bytes(self, token: int) -> bytes:
-        """The UTF-8 bytes that a token stands for, possibly part of a character; empty for special and unknown ids."""
-
 
 WORD_LISTS: dict[str, tuple[str, ...]] = {
     "start": tuple(" " + word for word in words.STARTS),
@@ -37,6 +19,9 @@ WORD_LISTS: dict[str, tuple[str, ...]] = {
     "comma": words.COMMAS,
 }
 """What each word token stands for, by part of speech, in the order of the ids."""
+
+CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant:"
+"""The dummy model's, for chats where its files have none."""
 
 EOS_TOKEN = 256
 _FIRST_WORD = 257
@@ -54,14 +39,15 @@ class ByteTokenizer:
     """
 
     eos_token = EOS_TOKEN
+    eos_tokens: tuple[int, ...] = (EOS_TOKEN,)
     vocab_size = _OFFSETS[-1]
 
     def __init__(self) -> None:
         spoken = [word.encode() for found in WORD_LISTS.values() for word in found]
         self._bytes = [bytes([value]) for value in range(256)] + [b""] + spoken
 
-    def encode(self, text: str) -> "array[int]":
-        """The UTF-8 bytes of `text`, one token each; a lone surrogate becomes a question mark."""
+    def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
+        """The UTF-8 bytes of `text`, one token each; a lone surrogate becomes a question mark. It has no special tokens to add."""
         data = text.encode("utf-8", "replace")
         ids = bytearray(len(data) * 4)
         ids[0 if sys.byteorder == "little" else 3 :: 4] = data  # widened in one go: an iterator takes 20 ns a byte
@@ -71,9 +57,6 @@ class ByteTokenizer:
         """Empty for the end of sequence and for unknown ids."""
         return self._bytes[token] if 0 <= token < self.vocab_size else b""
 
-
-def load_tokenizer(card: ModelCard) -> Tokenizer:
-    """The tokenizer that the card names. Raises StartupFailed if this peer cannot load it."""
-    if card.tokenizer == "bytes":
-        return ByteTokenizer()
-    raise StartupFailed(f"model {card.model} needs the tokenizer {card.tokenizer!r}, but only 'bytes' can be loaded here")
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The bytes of all tokens, malformed ones replaced."""
+        return b"".join(map(self.token_bytes, tokens)).decode("utf-8", "replace")

@@ -1,0 +1,159 @@
+"""The text side of one model: its vocabulary, and the way from texts and chats to tokens."""
+
+import asyncio
+import logging
+import time
+from array import array
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from meshserve.engines.tokenizers import ByteTokenizer, Vocabulary
+from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
+from meshserve.engines.tokenizers.table import TokenTable
+from meshserve.errors import MeshserveError, TokenizerFailed
+from meshserve.mesh.tasks import TaskOwner
+from meshserve.roles.processor.templating import render_chat
+from meshserve.roles.processor.text_process import TextProcess, load_request
+from meshserve.wire.card import ModelCard
+
+LONG_CHARACTERS = 65_536
+"""Longer texts (15 ms and more) take a process of their own, so that short ones need not wait behind them."""
+_UNFETCHED_FOR_S, _UNUSABLE_FOR_S = 1.0, 30.0
+"""A model whose files nobody gave out, or are of no use, is not tried again for so long: finding out takes up to 30 s of processor time."""
+_log = logging.getLogger(__name__)
+
+
+class ModelText(Protocol):
+    """What a processor does to a model's text. All but `begin` and `close` raise TokenizerFailed if its tokenizer cannot be had."""
+
+    def begin(self) -> None:
+        """Fetch and load what it takes, so that a first request need not wait for it."""
+
+    async def vocabulary(self) -> Vocabulary:
+        """What tokens stand for."""
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
+        """A text's tokens, with what the model wants around it."""
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any
+    ) -> "array[int]":
+        """The tokens of a chat, rendered by the model's own template. Raises InvalidRequest if that refuses or exceeds its limits."""
+
+    async def decode(self, tokens: "array[int]") -> str:
+        """The text that these tokens are, with nothing before them and special ones left out."""
+
+    async def close(self) -> None:
+        """Give back what it holds. Whoever waits gets an error."""
+
+
+class OwnText:
+    """The dummy model's own, without files. Nothing of it waits; `tokenizer` and `chat_nowait` are for those who cannot."""
+
+    def __init__(self) -> None:
+        self.tokenizer = ByteTokenizer()
+
+    def begin(self) -> None:
+        """There is nothing to fetch."""
+
+    def chat_nowait(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any) -> "array[int]":
+        """This program's own template is rendered in this process."""
+        return self.tokenizer.encode(render_chat(CHAT_TEMPLATE, messages, tools, **variables))
+
+    async def vocabulary(self) -> Vocabulary:
+        return self.tokenizer
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
+        return self.tokenizer.encode(text, add_special_tokens)
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any
+    ) -> "array[int]":
+        return self.chat_nowait(messages, tools, **variables)
+
+    async def decode(self, tokens: "array[int]") -> str:
+        return self.tokenizer.decode(tokens)
+
+    async def close(self) -> None:
+        """It holds nothing."""
+
+
+class ProcessText:
+    """Another peer's template and tokenizer, in processes of their own. Loaded once, whoever asks first."""
+
+    def __init__(self, tasks: TaskOwner, get_files: Callable[[], Awaitable[Mapping[str, bytes]]], card: ModelCard) -> None:
+        self._tasks, self._get_files, self._card = tasks, get_files, card
+        self._loading: asyncio.Task[None] | None = None
+        self._failure: MeshserveError | None = None
+        self._fails_until = 0.0
+        self._vocabulary: Vocabulary | None = None
+        self._processes: dict[bool, TextProcess] = {}
+        """For texts that are not long, and for those that are."""
+
+    @property
+    def is_idle(self) -> bool:
+        """Nobody waits for it."""
+        return all(process.is_idle for process in self._processes.values()) and (self._loading is None or self._loading.done())
+
+    def begin(self) -> None:
+        """Start loading, unless that was done or failed a moment ago."""
+        has_failed = self._failure is not None and time.monotonic() < self._fails_until
+        if self._loading is None or (self._loading.done() and self._vocabulary is None and not has_failed):
+            self._failure = None
+            self._loading = self._tasks.spawn(self._load())
+
+    async def _loaded(self) -> dict[bool, TextProcess]:
+        if self._vocabulary is None:
+            self.begin()
+            assert self._loading is not None
+            await asyncio.wait([self._loading])  # shared: who stops waiting does not stop it
+            if self._vocabulary is None:
+                raise self._failure or TokenizerFailed("this peer is stopping")
+        return self._processes
+
+    async def _load(self) -> None:
+        failed_for_s = _UNFETCHED_FOR_S
+        try:
+            files = await self._get_files()
+            failed_for_s = _UNUSABLE_FOR_S
+            request = await asyncio.to_thread(load_request, self._card.tokenizer, files, self._card.chat_template)
+            self._processes = {is_long: TextProcess(self._tasks, request) for is_long in (False, True)}
+            await self._processes[False].ask("encode", "", False)
+            table = self._processes[False].table
+            self._vocabulary = TokenTable.from_bytes(table) if table else ByteTokenizer()
+        except MeshserveError as error:
+            _log.warning("the tokenizer of the model %s cannot be had: %s", self._card.model, error.message)
+            self._failure, self._fails_until = error, time.monotonic() + failed_for_s
+
+    async def vocabulary(self) -> Vocabulary:
+        await self._loaded()
+        assert self._vocabulary is not None
+        return self._vocabulary
+
+    async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
+        processes = await self._loaded()
+        return array("I", await processes[len(text) > LONG_CHARACTERS].ask("encode", text, add_special_tokens))
+
+    async def encode_chat(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any
+    ) -> "array[int]":
+        processes = await self._loaded()
+        plain = [dict(message) for message in messages]
+        is_long = sum(map(_length, plain)) > LONG_CHARACTERS
+        return array("I", await processes[is_long].ask("chat", plain, list(tools) if tools else None, variables))
+
+    async def decode(self, tokens: "array[int]") -> str:
+        processes = await self._loaded()
+        return (await processes[len(tokens) > LONG_CHARACTERS].ask("decode", tokens.tobytes())).decode("utf-8", "replace")
+
+    async def close(self) -> None:
+        if self._loading is not None:
+            self._loading.cancel()
+        for process in self._processes.values():
+            await process.close()
+
+
+def _length(message: Mapping[str, Any]) -> int:
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    return sum(len(part.get("text") or "") for part in parts if isinstance(part, dict))

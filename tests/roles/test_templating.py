@@ -1,0 +1,82 @@
+"""Chat templates as `transformers` renders them."""
+
+from typing import Any
+
+import pytest
+
+from meshserve.errors import InvalidRequest
+from meshserve.roles.processor import templating
+from meshserve.roles.processor.templating import ChatTemplate, render_chat
+
+HI = [{"role": "user", "content": "hi"}]
+PARTS_TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
+    "{% endfor %};{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{% for m in messages %}\n  {{ m.content }}\n{% endfor %}\n.", "  hi\n."),  # blocks leave no lines
+        ("{% for m in [1, 2, 3] %}{% if m == 2 %}{% break %}{% endif %}{{ m }}{% endfor %}", "1"),
+        ("{{ {'a': '<&\u00e9>', 'b': [1]} | tojson }}", '{"a": "<&\u00e9>", "b": [1]}'),
+        ("{{ [1] | tojson(indent=1) }}", "[\n 1\n]"),
+        ("{% generation %}said {{ messages[0].content }}{% endgeneration %}", "said hi"),
+        ("{{ bos_token }}{{ eos_token }}{{ pad_token }}", "<s>"),
+        ("{{ add_generation_prompt }}{{ documents }}{{ tools is none }}", "TrueNoneTrue"),
+        ("{{ strftime_now('%Y') | length }}", "4"),
+        ("{% macro f(x) %}[{{ x }}]{% endmacro %}{{ f(messages[0]['role']) }}", "[user]"),
+        ("{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}", "1"),
+    ],
+)
+def test_templates_find_what_they_are_written_for(template: str, expected: str) -> None:
+    assert render_chat(template, HI, bos_token="<s>") == expected
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('no') }}",
+        "{{ messages[0]",
+        "{{ messages.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[7].content }}",
+        "{{ 1 / 0 }}",
+        "{{ none + 1 }}",
+        "{% for i in range(200000) %}{% endfor %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{% include 'secrets' %}",
+    ],
+)
+def test_what_a_template_must_not_or_cannot_do_is_an_error_of_the_request(template: str) -> None:
+    with pytest.raises(InvalidRequest):
+        render_chat(template, HI)
+
+
+def test_a_prompt_that_grows_too_long_is_ended_while_it_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(templating, "MAX_PROMPT_CHARACTERS", 1000)
+    seen = []
+    template = ChatTemplate("{% for i in range(100000) %}{{ note() }}123456789{% endfor %}")
+    with pytest.raises(InvalidRequest, match="too long"):
+        template.render(HI, note=lambda: seen.append(1) or "")  # type: ignore[func-returns-value]
+    assert len(seen) < 1000
+
+
+def test_contents_are_given_as_the_template_wants_them() -> None:
+    parts: list[Any] = [{"type": "text", "text": "a"}, {"type": "image_url"}, {"type": "text", "text": "b"}]
+    for template, expected in ((PARTS_TEMPLATE, "ab;hi;"), ("{% for m in messages %}{{ m.content }};{% endfor %}", "ab;hi;")):
+        assert render_chat(template, [{"role": "user", "content": parts}, *HI]) == expected
+    assert ChatTemplate(PARTS_TEMPLATE).wants_parts
+    both = "{% if messages[0].content is string %}{{ messages[0].content }}{% else %}{{ messages[0].content[0].text }}{% endif %}"
+    assert not ChatTemplate(both).wants_parts
+
+
+def test_tools_are_seen_and_arguments_of_calls_are_objects() -> None:
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "it"}'}}
+    template = "{{ tools[0].function.name }} {{ messages[0].tool_calls[0].function.arguments.at }} {{ messages[0].content is none }}"
+    assert render_chat(template, [{"role": "assistant", "content": None, "tool_calls": [call]}], tools) == "look it True"
+    assert call["function"] == {"name": "look", "arguments": '{"at": "it"}'}, "what the client sent stays as it is"
+    odd = [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}, 7]}]
+    assert render_chat("{{ messages[0].tool_calls[0].function.arguments }}", odd) == "{"
