@@ -7,6 +7,7 @@ import os
 import resource
 from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -257,6 +258,20 @@ def test_without_a_place_on_disk_files_are_used_all_the_same_and_it_is_said_once
         assert kept.load(FILE) is None
         assert len(caplog.records) == 1 and "cannot be kept" in caplog.text and "None" not in caplog.text
     assert list(cache.iterdir()) == [], "nothing half written is left"
+
+
+def test_peers_of_one_host_share_a_cache_and_never_trip_over_each_other(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    contents = [bytes([number]) * 1000 for number in range(40)]
+
+    def keep_all() -> None:
+        kept = FileCache(cache)
+        for data in contents:
+            kept.store(ModelFile("tokenizer.json", len(data), hashlib.sha256(data).hexdigest()), data)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(keep_all) for _ in range(4)]:
+            done.result()
+    assert not caplog.records and len(list(cache.iterdir())) == len(contents)
 
 
 def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

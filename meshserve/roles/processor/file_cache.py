@@ -5,6 +5,7 @@ import hashlib
 import logging
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from meshserve.wire.card import ModelFile
@@ -70,15 +71,23 @@ class FileCache:
             )
 
     def _make_room(self, directory: Path, num_bytes: int) -> None:
-        """Remove what was used longest ago, and what a crash has left half written counts as any other file."""
-        found = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(directory) if entry.is_file())
+        """Remove what was used longest ago; what a crash has left half written is a file like any other."""
+        found = sorted(_sizes(directory))
         total = num_bytes + sum(size for _, size, _ in found)
         for _, size, path in found:
             if total <= MAX_CACHE_BYTES:
                 break
             with contextlib.suppress(OSError):
-                Path(path).unlink()
+                path.unlink()
             total -= size
+
+
+def _sizes(directory: Path) -> Iterator[tuple[float, int, Path]]:
+    """When each file was last used, its length and its path; other peers on this host may remove some meanwhile."""
+    for path in list(directory.iterdir()):
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            yield status.st_mtime, status.st_size, path
 
 
 def _write(directory: Path, name: str, data: bytes) -> None:
