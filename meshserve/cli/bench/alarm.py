@@ -17,7 +17,7 @@ class _TimerSpec(ctypes.Structure):
 
 
 class Alarm:
-    """One waiter at a time. On Linux a timerfd (timerfd_create(2)), which Python knows only from 3.13 on; elsewhere the loop's own timers."""
+    """One waiter at a time. On Linux a timerfd (timerfd_create(2)), which Python has from 3.13 on; elsewhere the loop's own timers."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

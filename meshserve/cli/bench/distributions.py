@@ -25,7 +25,7 @@ class Lengths:
 
 
 def parse_lengths(text: str) -> Lengths:
-    """One of :data:`meshserve.cli.bench.choices.FORMS`; `lognormal` takes the median and the standard deviation of the logarithm. Raises UsageError."""
+    """One of :data:`FORMS`; `lognormal` takes the median and the standard deviation of the logarithm. Raises UsageError."""
     kind, *parts = text.split(":")
     try:
         if not parts:

@@ -58,7 +58,7 @@ class Connection(asyncio.Protocol):
         self._request = b""
         self._now_s = 0.0
         self._num_served = 0
-        self._is_answered = self._is_complete = self._has_length = self._is_discarded = False
+        self._is_answered = self._is_complete = self._has_length = self._is_reusable = self._is_discarded = False
 
     def send(self, request: bytes, reply: Reply) -> None:
         """Ask; only on a connection that nobody uses."""
@@ -130,11 +130,12 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._is_complete = self._is_answered
+        self._is_reusable = self._parser.should_keep_alive()  # which the parser no longer knows once it is done
 
     def _finish(self) -> None:
         reply, self._reply = self._reply, None
         self._num_served += 1
-        if self._parser.should_keep_alive() and not self._is_discarded:
+        if self._is_reusable and not self._is_discarded:
             self._pool.idle(self)
         elif self._transport is not None:
             self._transport.close()

@@ -37,9 +37,9 @@ class Outcome:
     def notes(self) -> list[str]:
         """What the targets are to be known for, and what the generator found about itself."""
         told = [note for session in self.sessions for note in session.target.notes]
-        if self.kind != "run":
-            told += [f"{run.label}: {finding}" for run in self.runs for finding in run.findings]
-        return told
+        for run in self.runs:
+            told += [*run.findings, *run.advice] if self.kind == "run" else [f"{run.label}: {finding}" for finding in run.findings]
+        return list(dict.fromkeys(told))
 
     def side_times(self, side: int) -> dict[str, Histogram]:
         """All times of A (0) or B (1)."""
@@ -90,8 +90,7 @@ class Outcome:
 
 
 def _few(notes: Sequence[str], most: int = 6) -> list[str]:
-    left = list(dict.fromkeys(notes))
-    return left if len(left) <= most else [*left[: most - 1], f"and {len(left) - most + 1} more, in --json"]
+    return list(notes) if len(notes) <= most else [*notes[: most - 1], f"and {len(notes) - most + 1} more, in --json"]
 
 
 async def _opened(stack: AsyncExitStack, settings: Settings, mesh: MeshConfig) -> Session:

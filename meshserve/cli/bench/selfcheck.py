@@ -77,6 +77,4 @@ def findings(cpu_share: float, late: Histogram, lag: Histogram, tally: Tally) ->
     if tally.num_errors:
         kinds = ", ".join(f"{count} {kind}" for kind, count in tally.errors.most_common(4))
         found.append(f"{tally.num_errors} requests failed ({kinds}); latencies are those of the others")
-    if 0 < tally.num_done < 1000:
-        found.append(f"p99.9 of {tally.num_done} requests is their maximum; for a real one it takes 1,000 and more")
     return found

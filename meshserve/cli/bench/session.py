@@ -36,6 +36,14 @@ class Run:
     generator: dict[str, Any]
     findings: list[str] = field(default_factory=list)
 
+    @property
+    def advice(self) -> list[str]:
+        """What makes figures weak that are not wrong."""
+        num_done = self.tally.num_done
+        if 0 < num_done < 1000:
+            return [f"p99.9 of {num_done} requests is their maximum; for a real one it takes 1,000 and more"]
+        return []
+
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
         timeline = [{"second": number, **_second(second)} for number, second in sorted(self.tally.seconds.items())]

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from meshserve.cli.bench.compare import Compared
@@ -32,20 +33,24 @@ def show(value: float) -> str:
 
 def print_run(out: Console, run: Run) -> None:
     """All figures of one run."""
-    out.print(f"[bold]{run.target}[/]  {run.model}  {run.load}")
-    out.print(summary_line(run.tally))
+    _line(out, f"[bold]{escape(run.target)}[/]  {escape(run.model)}  {escape(run.load)}")
+    _line(out, summary_line(run.tally))
     out.print(times_table(run.tally.times))
     phases = run.tally.mean_phases_ms
     if phases:
         parts = [f"{phase.replace('_', ' ')} {show(value)}" for phase, value in phases.items() if value >= 0.0005]
-        out.print(f"where the time goes (ms, mean of {run.tally.num_receipts} receipts)  " + "  ".join(parts))
-    print_findings(out, run.findings)
+        _line(out, f"where the time goes (ms, mean of {run.tally.num_receipts} receipts)  " + "  ".join(parts))
 
 
 def print_findings(out: Console, findings: Sequence[str]) -> None:
     """What a reader must know."""
-    for finding in dict.fromkeys(findings):
-        out.print(f"[yellow]note[/]  {finding}")
+    for finding in findings:
+        _line(out, f"[yellow]note[/]  {escape(finding)}")
+
+
+def _line(out: Console, text: str) -> None:
+    """On one line, however long: a terminal wraps it, and a script finds it."""
+    out.print(text, soft_wrap=True)
 
 
 def summary_line(tally: Tally) -> str:
@@ -78,7 +83,7 @@ def times_table(times: dict[str, Histogram]) -> Table:
 
 def print_comparison(out: Console, a: str, b: str, compared: Sequence[Compared]) -> None:
     """Ratios with their intervals."""
-    out.print(f"[bold]A[/] {a}\n[bold]B[/] {b}")
+    _line(out, f"[bold]A[/] {escape(a)}\n[bold]B[/] {escape(b)}")
     if not compared:
         out.print("nothing to compare: too few pairs of turns had answers")
         return
@@ -94,11 +99,10 @@ def print_comparison(out: Console, a: str, b: str, compared: Sequence[Compared])
         table.add_row(one.name, show(one.a), show(one.b), f"{ratio.median:.3f}", interval, f"[{colour}]{one.verdict}[/]")
     out.print(table)
     num_pairs = max(one.ratio.num_pairs for one in compared)
-    out.print(
-        f"{num_pairs} pairs of turns, times in ms; of figures that do not differ, one in twenty or fewer is called different by chance"
-    )
+    words = "pairs of turns, times in ms; of figures that do not differ, one in twenty or fewer is called different by chance"
+    _line(out, f"{num_pairs} {words}")
     if not any(one.ratio.is_different for one in compared):
-        out.print("[bold]A and B cannot be told apart by any figure.[/] More or longer turns (--pairs, --duration) narrow the intervals.")
+        _line(out, "[bold]A and B cannot be told apart by any figure.[/] More or longer turns (--pairs, --duration) narrow the intervals.")
 
 
 def print_sweep(out: Console, runs: Sequence[Run], knee: Knee) -> None:
@@ -115,9 +119,9 @@ def print_sweep(out: Console, runs: Sequence[Run], knee: Knee) -> None:
             cells += [show(times[name].quantile_ms(share)) for share in (0.5, 0.99)]
         good = f"{tally.num_good / max(1, tally.num_done + tally.num_errors):.1%}" if tally.goal.is_set else "-"
         table.add_row(run.label, *cells, show(power(tally)), good, str(tally.num_errors), style="bold" if number == knee.index else "")
-    out.print(f"[bold]{runs[0].target}[/]  {runs[0].model}")
+    _line(out, f"[bold]{escape(runs[0].target)}[/]  {escape(runs[0].model)}")
     out.print(table)
-    out.print(knee_line(runs, knee))
+    _line(out, knee_line(runs, knee))
 
 
 def knee_line(runs: Sequence[Run], knee: Knee) -> str:

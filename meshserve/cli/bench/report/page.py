@@ -41,7 +41,7 @@ def _body(outcome: Outcome) -> str:
     if outcome.knee is not None:
         return f"{_where(outcome.runs[0])}{_sweep(outcome)}<p>{escape(knee_line(outcome.runs, outcome.knee))}</p>"
     run = outcome.runs[0]
-    line = f"<p>{escape(run.load)}: {escape(summary_line(run.tally))}</p>"
+    line = f"<p>{escape(run.load)}: {escape(summary_line(run.tally).replace('  ', ', '))}</p>"
     return f"{_where(run)}{line}{_times(run.tally.times)}{_phases(run)}"
 
 
@@ -95,8 +95,7 @@ def _comparison(outcome: Outcome) -> str:
 
 
 def _notes(outcome: Outcome) -> str:
-    told = [*(outcome.runs[0].findings if outcome.kind == "run" else []), *outcome.notes]
-    items = "".join(f"<li>{escape(note)}</li>" for note in dict.fromkeys(told))
+    items = "".join(f"<li>{escape(note)}</li>" for note in outcome.notes)
     return f'<ul class="notes">{items}</ul>' if items else ""
 
 

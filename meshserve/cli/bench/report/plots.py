@@ -9,6 +9,7 @@ from meshserve.cli.bench.report.svg import Axis, Plot, axis_for
 from meshserve.cli.bench.session import Run
 from meshserve.cli.bench.sweep import Knee
 from meshserve.cli.bench.tables import LABELS
+from meshserve.cli.bench.tally import Second
 
 _COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
 _MAX_POINTS = 400
@@ -17,7 +18,7 @@ _MAX_POINTS = 400
 def plots(outcome: Outcome) -> list[str]:
     """As SVG figures."""
     if outcome.kind == "compare":
-        names = [f"{side} {name}" for side, name in zip("AB", outcome.sides, strict=True)]
+        names = ["A", "B"]
         sides = [outcome.side_times(0), outcome.side_times(1)]
         found = [ratios(outcome.compared)] if outcome.compared else []
         found += [distribution(LABELS[kind], [(name, times[kind]) for name, times in zip(names, sides, strict=True)]) for kind in _KINDS]
@@ -57,9 +58,7 @@ def _thinned(histogram: Histogram) -> list[tuple[float, float]]:
 
 def timeline(run: Run) -> list[str]:
     """What each second brought: rates, then latencies."""
-    seconds_seen = sorted(run.tally.seconds.items())
-    if run.tally.ends_s is not None:  # what came after the window was not under load any more
-        seconds_seen = [(number, second) for number, second in seconds_seen if number < run.tally.window_s]
+    seconds_seen = _under_load(run)
     x = axis_for([*(float(number) for number, _ in seconds_seen), 1.0], "seconds")
     done = [(float(number), float(second.num_done)) for number, second in seconds_seen]
     failed = [(float(number), float(second.num_errors)) for number, second in seconds_seen]
@@ -79,11 +78,18 @@ def timeline(run: Run) -> list[str]:
     return [rates.render(), times.render()]
 
 
+def _under_load(run: Run) -> list[tuple[int, Second]]:
+    """Without what came after the window, when no more was sent."""
+    tally = run.tally
+    return [(number, second) for number, second in sorted(tally.seconds.items()) if tally.ends_s is None or number < tally.window_s]
+
+
 def seconds(run: Run) -> str:
     """Each second of a run as a dot: its throughput and its latency."""
-    found = [(number, second) for number, second in sorted(run.tally.seconds.items()) if second.e2e.count]
+    found = [(number, second) for number, second in _under_load(run) if second.e2e.count]
     points = [(float(second.num_done), second.e2e.quantile_ms(0.5)) for _, second in found]
-    x, y = axis_for((x for x, _ in points), "answers in a second"), axis_for((y for _, y in points), "end to end p50, ms")
+    x = axis_for((x for x, _ in points), "answers in a second", is_from_zero=False)
+    y = axis_for((y for _, y in points), "end to end p50, ms", is_from_zero=False)
     plot = Plot("throughput against latency, each second", x, y)
     plot.dots(points, "c1", titles=[f"second {number}" for number, _ in found])
     return plot.render()

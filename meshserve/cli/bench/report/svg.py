@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 14, 14, 44
 Points = Sequence[tuple[float, float]]
 
 
@@ -45,7 +45,9 @@ def linear_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times powers of ten, or powers alone where those would be many."""
+    """1, 2 and 5 times powers of ten, or powers alone where those would be many; even steps where all is of one magnitude."""
+    if high / low < 8:
+        return linear_ticks(low, high)
     factors = (1, 2, 5) if high / low < 2000 else (1,)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [factor * 10.0**power for power in powers for factor in factors]
