@@ -31,6 +31,8 @@ class Level:
 
     def time_of(self, count: float) -> float:
         """Seconds until a rate of this level has brought `count` arrivals."""
+        if count <= 0:
+            return 0.0
         ramped = (self.first + self.last) / 2 * self.ramp_s
         if count >= ramped:
             return self.ramp_s + (count - ramped) / self.last

@@ -5,6 +5,7 @@ In an open loop latency counts from the time a request was due: else a target th
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -178,14 +179,12 @@ class Load:
     def _fill(self) -> None:
         """As many under way as there are clients now."""
         assert self._plan.clients is not None
-        while self._num_clients_busy() < self._plan.clients.at(self.elapsed_s) and not self._is_over(time.monotonic()):
+        num_clients = math.floor(self._plan.clients.at(self.elapsed_s) + 1e-9)
+        while len(self._open) + len(self._pauses) < num_clients and not self._is_over(time.monotonic()):
             job = self._next_job()
             if job is None:
                 return
             self._send_now(job)
-
-    def _num_clients_busy(self) -> int:
-        return len(self._open) + len(self._pauses)
 
     def _send_now(self, job: Job) -> None:
         encoded = self._encode(job)

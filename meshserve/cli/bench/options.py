@@ -82,7 +82,7 @@ _OPTIONS = [
         metavar="S",
         help="Measure so long.  [default: 10, where nothing else ends it; 2 a turn of --compare; 5 a step of --sweep]",
     ),
-    _load("--warmup", default="10", metavar="N|Ss", help="Left out of all figures: the first N requests, or S seconds (as 2s)."),
+    _load("--warmup", default="1s", metavar="N|Ss", help="Left out of all figures: the first N requests, or S seconds (as 2s)."),
     _load("--max-open", type=click.IntRange(1, 1_000_000), default=10_000, metavar="N", help="Open loop: so many under way at most."),
     _load("--seed", type=int, default=0, metavar="N", help="Of prompts, lengths and arrivals."),
     _prompts("--prompt-tokens", default="256", metavar="LENGTH", help=f"{FORMS}; of each turn, without the shared prefix."),
