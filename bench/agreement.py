@@ -55,17 +55,8 @@ def by_wrk(url: str, num_clients: int, seconds: float) -> Figures:
 def by_aiperf(python: Path, directory: Path, url: str, num_clients: int, seconds: float) -> Figures:
     """What AIPerf sees. Raises ClickException with its last words."""
     with tempfile.TemporaryDirectory() as artifacts:
-        command = [
-            str(python.with_name("aiperf")),
-            "profile",
-            "--model",
-            "dummy",
-            "--url",
-            url,
-            "--endpoint-type",
-            "completions",
-            "--streaming",
-        ]
+        command = [str(python.with_name("aiperf")), "profile", "--model", "dummy", "--url", url]
+        command += ["--endpoint-type", "completions", "--streaming"]
         command += ["--tokenizer", str(directory / "tiny"), "--concurrency", str(num_clients), "--benchmark-duration", f"{seconds:g}"]
         command += ["--synthetic-input-tokens-mean", "32", "--output-tokens-mean", str(_TOKENS), "--output-tokens-stddev", "0"]
         command += ["--extra-inputs", f"max_tokens:{_TOKENS}", "--extra-inputs", "ignore_eos:true", "--use-server-token-count"]
@@ -107,15 +98,14 @@ def _show(peer: str, found: dict[str, Any]) -> None:
     for name, figures in found.items():
         interval = f"95 % interval {figures['low']:.3f} to {figures['high']:.3f}"
         verdict = "agrees" if figures["agrees"] else "DIFFERS"
-        click.echo(
-            f"{peer:8} {name:16} {figures['ours']:10.3f} {figures['theirs']:10.3f}  ratio {figures['median']:.3f} ({interval})  {verdict}"
-        )
+        values = f"{figures['ours']:10.3f} {figures['theirs']:10.3f}  ratio {figures['median']:.3f}"
+        click.echo(f"{peer:8} {name:16} {values} ({interval})  {verdict}")
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True)
 @click.option("--aiperf", "directory", type=click.Path(path_type=Path), default=None, help="Compare with AIPerf too, installed there.")
-@click.option("--clients", default=8, show_default=True)
+@click.option("--clients", default=4, show_default=True)
 @click.option("--pairs", default=10, show_default=True, help="Alternations; half as many with AIPerf, which starts slowly, and 6 at least.")
 @click.option("--seconds", default=8.0, show_default=True, help="Of each turn.")
 def main(as_json: bool, directory: Path | None, clients: int, pairs: int, seconds: float) -> None:
