@@ -1,5 +1,6 @@
 """Runs as they belong together: one, a comparison, a sweep; and all that is said of them."""
 
+import csv
 import itertools
 import platform
 from collections.abc import Awaitable, Callable, Sequence
@@ -11,7 +12,7 @@ from meshserve import __version__
 from meshserve.cli.bench.compare import Compared, all_times, alternate, compare_runs
 from meshserve.cli.bench.histogram import Histogram
 from meshserve.cli.bench.live import Live
-from meshserve.cli.bench.session import Run, Session
+from meshserve.cli.bench.session import CSV_COLUMNS, Run, Session
 from meshserve.cli.bench.settings import Settings
 from meshserve.cli.bench.sweep import RULE, Knee, find_knee, power
 from meshserve.cli.bench.tables import console, print_comparison, print_findings, print_run, print_sweep
@@ -73,9 +74,11 @@ class Outcome:
         return found
 
     def write_rows(self, file: TextIO) -> None:
-        """As CSV."""
+        """As CSV; those of A before those of B."""
+        writer = csv.writer(file)
+        writer.writerow(CSV_COLUMNS)
         for session in self.sessions:
-            session.write_rows(file)
+            writer.writerows(session.rows())
 
     def print(self) -> None:
         """As tables, to stdout."""

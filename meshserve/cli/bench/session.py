@@ -1,10 +1,9 @@
 """A target that is open, and runs on it: connections and what was learnt of the target stay from one run to the next."""
 
-import csv
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, TextIO
+from typing import Any
 
 from meshserve.cli.bench.exchange import Exchange, Job, Target
 from meshserve.cli.bench.http_target import HttpTarget
@@ -107,18 +106,18 @@ class Session:
             watch(load, tally)
         gc.collect()
         gc.freeze()  # a full collection over what is there for good would be a stall of the generator's own
-        await load.run()
-        gc.unfreeze()
+        try:
+            await load.run()
+        finally:
+            gc.unfreeze()
         check = load.check
         found = findings(check.cpu_share, check.late, check.lag, tally)
         return Run(label, settings.load, self.target.name, self.target.model, tally, check.to_dict(), found)
 
-    def write_rows(self, file: TextIO) -> None:
-        """The measured requests of all runs that kept theirs, a line each, with the columns of :data:`CSV_COLUMNS`."""
-        writer = csv.writer(file)
-        writer.writerow(CSV_COLUMNS)
+    def rows(self) -> list[list[Any]]:
+        """The measured requests of all runs that kept theirs, with the columns of :data:`CSV_COLUMNS`."""
         began_s = min((row.due_s for row in self._rows), default=0.0)
-        writer.writerows(_row(row, began_s) for row in self._rows if row.is_measured)
+        return [_row(row, began_s) for row in self._rows if row.is_measured]
 
     async def close(self) -> None:
         """End all connections."""
