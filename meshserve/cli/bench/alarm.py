@@ -30,12 +30,10 @@ class Alarm:
             loop.add_reader(self._descriptor, self._rang)
 
     async def until(self, at_s: float) -> None:
-        """Return at `at_s` of time.monotonic, or at once if that is past."""
+        """Return at `at_s` of time.monotonic; if that is past, after all else had its turn, so that being late does not make later."""
         left_s = at_s - time.monotonic()
-        if left_s <= 0:
-            return
-        if self._descriptor < 0:
-            await asyncio.sleep(left_s)
+        if left_s <= 0 or self._descriptor < 0:
+            await asyncio.sleep(max(0.0, left_s))
             return
         self._waiting = self._loop.create_future()
         self._set(at_s)
