@@ -19,6 +19,7 @@ from meshserve.cli.bench.tables import console, print_comparison, print_findings
 from meshserve.config import MeshConfig
 
 SCHEMA = 1
+_MAX_NOTES = 6
 
 
 @dataclass(slots=True)
@@ -41,6 +42,13 @@ class Outcome:
         for run in self.runs:
             told += [*run.findings, *run.advice] if self.kind == "run" else [f"{run.label}: {finding}" for finding in run.findings]
         return list(dict.fromkeys(told))
+
+    @property
+    def main_notes(self) -> list[str]:
+        """As many of them as a person reads."""
+        notes = self.notes
+        left = len(notes) - _MAX_NOTES + 1
+        return notes if left <= 1 else [*notes[:-left], f"and {left} more, in --json"]
 
     def side_times(self, side: int) -> dict[str, Histogram]:
         """All times of A (0) or B (1)."""
@@ -89,11 +97,7 @@ class Outcome:
             print_sweep(out, self.runs, self.knee)
         else:
             print_run(out, self.runs[0])
-        print_findings(out, _few(self.notes))
-
-
-def _few(notes: Sequence[str], most: int = 6) -> list[str]:
-    return list(notes) if len(notes) <= most else [*notes[: most - 1], f"and {len(notes) - most + 1} more, in --json"]
+        print_findings(out, self.main_notes)
 
 
 async def _opened(stack: AsyncExitStack, settings: Settings, mesh: MeshConfig) -> Session:

@@ -95,7 +95,7 @@ def _comparison(outcome: Outcome) -> str:
 
 
 def _notes(outcome: Outcome) -> str:
-    items = "".join(f"<li>{escape(note)}</li>" for note in outcome.notes)
+    items = "".join(f"<li>{escape(note)}</li>" for note in outcome.main_notes)
     return f'<ul class="notes">{items}</ul>' if items else ""
 
 

@@ -39,5 +39,5 @@ svg text.word{fill:var(--ink);font-weight:600}
 @media print{:root{--ink:#000;--dim:#444;--paper:#fff;--rule:#ccc;--mark:#f3f3f3;
 --c0:#999;--c1:#0072b2;--c2:#d55e00;--c3:#009e73;--c4:#cc3d74;--c5:#7a5195;--c6:#b58900;--c7:#56b4e9;--c8:#666}
 body{padding:0;max-width:none;font-size:10pt}.plots{grid-template-columns:1fr 1fr;gap:12px}th,td{padding:2px 7px}
-*{-webkit-print-color-adjust:exact;print-color-adjust:exact}@page{size:A4;margin:14mm}}
+svg text{font-size:16px}*{-webkit-print-color-adjust:exact;print-color-adjust:exact}@page{size:A4;margin:14mm}}
 """

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 14, 14, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 88, 14, 14, 44
 Points = Sequence[tuple[float, float]]
 
 
