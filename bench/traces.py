@@ -8,12 +8,11 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from meshserve.cli.bench.trace import TRACE_BLOCK_SIZE, TraceLine, read_lines
 from meshserve.errors import UsageError
 
-TRACE_BLOCK_SIZE = 512
-"""Tokens that one id of `hash_ids` stands for."""
+__all__ = ["TRACE_BLOCK_SIZE", "TraceRequest", "format_trace", "parse_trace", "read_trace"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,10 +36,7 @@ def parse_trace(lines: Iterable[str], block_size: int = TRACE_BLOCK_SIZE, speed:
     """The requests of these lines in order of arrival, `speed` times as fast. Raises UsageError as :func:`read_trace` does."""
     if TRACE_BLOCK_SIZE % block_size:
         raise UsageError(f"a trace's blocks have {TRACE_BLOCK_SIZE} tokens: a block size must divide that, and {block_size} does not")
-    requests = [_parse_line(number, line, block_size, speed) for number, line in enumerate(lines, 1) if line.strip()]
-    if not requests:
-        raise UsageError("the trace has no requests")
-    return sorted(requests, key=lambda request: request.arrival_s)
+    return [_in_blocks(line, block_size) for line in read_lines(lines, speed)]
 
 
 def format_trace(requests: Iterable[TraceRequest]) -> Iterator[str]:
@@ -61,15 +57,7 @@ def format_trace(requests: Iterable[TraceRequest]) -> Iterator[str]:
         )
 
 
-def _parse_line(number: int, line: str, block_size: int, speed: float) -> TraceRequest:
-    try:
-        found: dict[str, Any] = json.loads(line)
-        num_tokens = int(found["input_length"])
-        hash_ids = [int(hash_id) for hash_id in found["hash_ids"]]
-        arrival_s = float(found["timestamp"]) / 1000 / speed
-        num_output_tokens = int(found["output_length"])
-    except (ValueError, TypeError, KeyError) as exc:
-        raise UsageError(f"line {number} is not a request of a trace: {exc}") from exc
+def _in_blocks(line: TraceLine, block_size: int) -> TraceRequest:
     parts = TRACE_BLOCK_SIZE // block_size
-    hashes = tuple(hash_id * parts + part for hash_id in hash_ids for part in range(parts))
-    return TraceRequest(arrival_s, max(1, num_tokens), max(1, num_output_tokens), hashes[: num_tokens // block_size])
+    hashes = tuple(hash_id * parts + part for hash_id in line.hash_ids for part in range(parts))
+    return TraceRequest(line.arrival_s, line.num_tokens, line.num_output_tokens, hashes[: line.num_tokens // block_size])

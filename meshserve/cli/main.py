@@ -3,6 +3,7 @@
 import click
 
 from meshserve import __version__
+from meshserve.cli.bench.command import bench
 from meshserve.cli.demo.command import demo
 from meshserve.cli.generate import generate
 from meshserve.cli.key import key
@@ -20,5 +21,5 @@ def main() -> None:
     """
 
 
-for command in (run, demo, peers, generate, key):
+for command in (run, demo, peers, generate, bench, key):
     main.add_command(command)

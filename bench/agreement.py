@@ -1,0 +1,141 @@
+"""`python -m bench.agreement [--aiperf DIRECTORY] [--json]`: whether `meshserve bench` sees what others see, on the same target in turn.
+
+The target is a paced mesh of this machine. Requests per second are compared with wrk's; times to the first token and, our TPOT with
+its ITL (which it averages over each request), with those of NVIDIA's AIPerf, from PyPI into a virtual environment in DIRECTORY.
+"""
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bench import wrk
+from bench.systems import MeshSystem, running
+from bench.venvs import ensure
+from bench.wrk import Scenario
+from meshserve.cli.bench.pairing import ratio_of
+
+_TOKENS, _STEP_MS, _PROMPT_TOKENS = 16, 10.0, 128
+_QUANTILES = ("p50", "p90", "p99")
+_BOUND = 0.05
+AIPERF = "aiperf==0.13.0"
+
+Figures = dict[str, float]
+
+
+def by_bench(url: str, num_clients: int, seconds: float, *more: str) -> Figures:
+    """What `meshserve bench` sees, as its users run it."""
+    command = [sys.executable, "-m", "meshserve", "bench", url, "--json", "--ignore-eos", "--concurrency", str(num_clients)]
+    command += ["--output-tokens", str(_TOKENS), "--prompt-tokens", str(_PROMPT_TOKENS), "--duration", f"{seconds:g}", *more]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60, check=False)
+    if done.returncode:
+        raise click.ClickException(f"meshserve bench failed: {done.stderr.strip()[-300:]}")
+    run = json.loads(done.stdout)["runs"][0]
+    times = {f"{name} {quantile}": run[f"{field}_ms"][quantile] for name, field in _TIMES.items() for quantile in _QUANTILES}
+    return {"requests/s": run["requests_per_s"], "errors": sum(run["errors"].values()), **times}
+
+
+_TIMES = {"TTFT": "ttft", "TPOT": "tpot", "end to end": "e2e"}
+_AIPERF_TIMES = {"TTFT": "time_to_first_token", "TPOT": "inter_token_latency", "end to end": "request_latency"}
+
+
+def by_wrk(url: str, num_clients: int, seconds: float) -> Figures:
+    """What wrk sees."""
+    found = wrk.load(url, "dummy", Scenario("agreement", _TOKENS, True, num_clients), seconds)
+    return {"requests/s": found.requests_per_s, "errors": found.num_errors}
+
+
+def by_aiperf(python: Path, directory: Path, url: str, num_clients: int, seconds: float) -> Figures:
+    """What AIPerf sees. Raises ClickException with its last words."""
+    with tempfile.TemporaryDirectory() as artifacts:
+        command = [str(python.with_name("aiperf")), "profile", "--model", "dummy", "--url", url]
+        command += ["--endpoint-type", "completions", "--streaming"]
+        command += ["--tokenizer", str(directory / "tiny"), "--concurrency", str(num_clients), "--benchmark-duration", f"{seconds:g}"]
+        command += ["--synthetic-input-tokens-mean", "32", "--output-tokens-mean", str(_TOKENS), "--output-tokens-stddev", "0"]
+        command += ["--extra-inputs", f"max_tokens:{_TOKENS}", "--extra-inputs", "ignore_eos:true", "--use-server-token-count"]
+        command += ["--workers-max", "1", "--record-processors", "1"]  # its processes share this machine's cores with the target
+        command += ["--warmup-request-count", str(num_clients), "--ui", "none", "--artifact-dir", artifacts]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 180, check=False)
+        exported = sorted(Path(artifacts).rglob("profile_export_aiperf.json"))
+        if done.returncode or not exported:
+            raise click.ClickException(f"aiperf failed: {(done.stderr.strip() or done.stdout.strip())[-600:]}")
+        seen = json.loads(exported[0].read_text())
+    times = {f"{name} {quantile}": seen[field][quantile] for name, field in _AIPERF_TIMES.items() for quantile in _QUANTILES}
+    return {"requests/s": seen["request_throughput"]["avg"], **times}
+
+
+def compare(ours: Callable[[], Figures], theirs: Callable[[], Figures], num_pairs: int, told: Callable[[str], None]) -> dict[str, Any]:
+    """In turn, the first drawn by lot: the ratio of each figure that both have, and whether its median is within 5 %."""
+    pairs: list[tuple[Figures, Figures]] = []
+    rng = random.Random(0)
+    for number in range(num_pairs):
+        told(f"pair {number + 1} of {num_pairs}")
+        if rng.random() < 0.5:
+            own = ours()
+            pairs.append((own, theirs()))
+        else:
+            other = theirs()
+            pairs.append((ours(), other))
+    found = {}
+    for name in pairs[0][0].keys() & pairs[0][1].keys() - {"errors"}:
+        ratio = ratio_of([own[name] for own, _ in pairs], [other[name] for _, other in pairs])
+        found[name] = {
+            "ours": round(sorted(own[name] for own, _ in pairs)[num_pairs // 2], 4),
+            "theirs": round(sorted(other[name] for _, other in pairs)[num_pairs // 2], 4),
+            **ratio.to_dict(),
+            "agrees": abs(ratio.median - 1) <= _BOUND,
+        }
+    return dict(sorted(found.items()))
+
+
+def _show(peer: str, found: dict[str, Any]) -> None:
+    for name, figures in found.items():
+        interval = f"95 % interval {figures['low']:.3f} to {figures['high']:.3f}"
+        verdict = "agrees" if figures["agrees"] else "DIFFERS"
+        values = f"{figures['ours']:10.3f} {figures['theirs']:10.3f}  ratio {figures['median']:.3f}"
+        click.echo(f"{peer:8} {name:16} {values} ({interval})  {verdict}")
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--aiperf", "directory", type=click.Path(path_type=Path), default=None, help="Compare with AIPerf too, installed there.")
+@click.option("--clients", default=4, show_default=True)
+@click.option("--pairs", default=10, show_default=True, help="Alternations; half as many with AIPerf, which starts slowly, and 6 at least.")
+@click.option("--seconds", default=8.0, show_default=True, help="Of each turn.")
+def main(as_json: bool, directory: Path | None, clients: int, pairs: int, seconds: float) -> None:
+    """Compare, and print ratios; exit code 1 if a median differs by more than 5 %."""
+
+    def told(what: str) -> None:
+        click.echo(f"{what} ...", err=True)
+
+    python = ensure(directory.resolve(), [AIPERF]) if directory is not None else None
+    target = MeshSystem(_STEP_MS)
+    found: dict[str, Any] = {}
+    with running([target]):
+        url = target.url
+
+        def ours() -> Figures:
+            return by_bench(url, clients, seconds)
+
+        found["wrk"] = compare(ours, lambda: by_wrk(url, clients, seconds), pairs, told)
+        if python is not None and directory is not None:
+            place, interpreter = directory.resolve(), python
+            num_pairs = max(6, pairs // 2)
+            found["aiperf"] = compare(ours, lambda: by_aiperf(interpreter, place, url, clients, seconds), num_pairs, told)
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+    else:
+        for peer, figures in found.items():
+            _show(peer, figures)
+    if not all(figures["agrees"] for peer in found.values() for figures in peer.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Two targets or settings in turn, many times in one run, so that whatever else the machine does happens to both."""
+
+import math
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from meshserve.cli.bench.histogram import Histogram
+from meshserve.cli.bench.pairing import Ratio, ratio_of
+from meshserve.cli.bench.session import Run
+from meshserve.cli.bench.tally import TIMES, Tally
+
+FIGURES: dict[str, Callable[[Tally], float]] = {
+    "requests/s": lambda tally: tally.requests_per_s,
+    "output tokens/s": lambda tally: tally.tokens_per_s,
+    "goodput/s": lambda tally: tally.goodput if tally.goal.is_set else math.nan,
+    "TTFT p50": lambda tally: tally.times["ttft"].quantile_ms(0.5),
+    "TTFT p99": lambda tally: tally.times["ttft"].quantile_ms(0.99),
+    "ITL mean": lambda tally: tally.times["itl"].mean_ms,
+    "ITL p50": lambda tally: tally.times["itl"].quantile_ms(0.5),
+    "ITL p99": lambda tally: tally.times["itl"].quantile_ms(0.99),
+    "TPOT p50": lambda tally: tally.times["tpot"].quantile_ms(0.5),
+    "end-to-end p50": lambda tally: tally.times["e2e"].quantile_ms(0.5),
+    "end-to-end p99": lambda tally: tally.times["e2e"].quantile_ms(0.99),
+}
+"""What is compared: rates, and times in milliseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One figure of both."""
+
+    name: str
+    a: float
+    b: float
+    """Medians over the turns."""
+    ratio: Ratio
+    """B to A, pair by pair."""
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if not self.ratio.is_different:
+            return "cannot be told apart"
+        return "B is higher" if self.ratio.median > 1 else "B is lower"
+
+
+def compare_runs(pairs: Sequence[tuple[Tally, Tally]]) -> list[Compared]:
+    """All figures that both sides have, in all pairs that have them: at least six, or no interval of 95 % exists. Pure."""
+    found = []
+    for name, figure in FIGURES.items():
+        values = [(figure(a), figure(b)) for a, b in pairs]
+        usable = [(a, b) for a, b in values if a > 0 and b > 0]  # False for NaN
+        if len(usable) < 6:
+            continue
+        ratio = ratio_of([b for _, b in usable], [a for a, _ in usable])
+        found.append(Compared(name, _median(a for a, _ in usable), _median(b for _, b in usable), ratio))
+    return found
+
+
+def _median(values: Iterable[float]) -> float:
+    ranked = sorted(values)
+    middle = len(ranked) // 2
+    return ranked[middle] if len(ranked) % 2 else (ranked[middle - 1] + ranked[middle]) / 2
+
+
+async def alternate(
+    run_a: Callable[[], Awaitable[Run]], run_b: Callable[[], Awaitable[Run]], num_pairs: int, seed: int
+) -> list[tuple[Run, Run]]:
+    """Pairs of runs; which of a pair comes first is drawn, so that a drift favours neither."""
+    rng = random.Random(f"order {seed}")
+    pairs = []
+    for _ in range(num_pairs):
+        if rng.random() < 0.5:
+            a = await run_a()
+            pairs.append((a, await run_b()))
+        else:
+            b = await run_b()
+            pairs.append((await run_a(), b))
+    return pairs
+
+
+def all_times(runs: Iterable[Run]) -> dict[str, Histogram]:
+    """Of several runs together."""
+    merged = {name: Histogram() for name in TIMES}
+    for run in runs:
+        for name, histogram in run.tally.times.items():
+            merged[name].add(histogram)
+    return merged

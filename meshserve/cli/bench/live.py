@@ -1,0 +1,95 @@
+"""A progress bar on stderr while a run goes on. It is drawn from the run's own event loop, twice a second: half a millisecond each."""
+
+import asyncio
+import math
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
+
+from meshserve.cli.bench.load import Load, Plan
+from meshserve.cli.bench.tally import Tally
+
+_REFRESH_S = 0.5
+
+
+class _Figures(ProgressColumn):
+    """What the run shows so far."""
+
+    def render(self, task: Task) -> Text:
+        return Text(str(task.fields.get("figures", "")), "cyan")
+
+
+class Live:
+    """Nothing is shown where stderr is no terminal."""
+
+    def __init__(self, num_runs: int = 1) -> None:
+        self._console = Console(stderr=True)
+        self._is_shown = self._console.is_terminal
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), _Figures())
+        self._progress = Progress(*columns, console=self._console, auto_refresh=False, transient=True)
+        self._task = self._progress.add_task("", total=num_runs, figures="")
+        self._num_runs, self._num_begun = num_runs, 0
+        self._plan = Plan()
+        self._load: Load | None = None
+        self._tally: Tally | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, label: str, plan: Plan) -> None:
+        """The next run."""
+        self._num_begun += 1
+        self._plan = plan
+        count = f"{self._num_begun}/{self._num_runs} " if self._num_runs > 1 else ""
+        self._progress.update(self._task, description=f"{count}{label}"[:40])
+
+    def watch(self, load: Load, tally: Tally) -> None:
+        """Follow this run."""
+        self._load, self._tally = load, tally
+        if self._is_shown and self._timer is None:
+            self._draw()
+
+    def _draw(self) -> None:
+        self._timer = asyncio.get_running_loop().call_later(_REFRESH_S, self._draw)
+        if self._load is None or self._tally is None:
+            return
+        done = self._num_begun - 1 + _share(self._plan, self._tally, time.monotonic())
+        self._progress.update(self._task, completed=done, figures=_line(self._load, self._tally))
+        self._progress.refresh()
+
+    def __enter__(self) -> Self:
+        if self._is_shown:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._progress.stop()
+
+
+def _share(plan: Plan, tally: Tally, now_s: float) -> float:
+    """Of a run that is done."""
+    if tally.began_s is None:
+        return 0.0
+    shares = [0.0]
+    if plan.duration_s:
+        shares.append((now_s - tally.began_s) / plan.duration_s)
+    if plan.num_requests:
+        shares.append((tally.num_done + tally.num_errors) / plan.num_requests)
+    return min(1.0, max(shares))
+
+
+def _line(load: Load, tally: Tally) -> str:
+    elapsed_s = time.monotonic() - tally.began_s if tally.began_s is not None else math.inf
+    ttft_ms, itl_ms = tally.times["ttft"].quantile_ms(0.5), tally.times["itl"].quantile_ms(0.5)
+    parts = [f"{tally.num_done} done", f"{load.num_open} open", f"{tally.num_done / elapsed_s:.1f}/s"]
+    if tally.num_done:
+        parts.append(f"TTFT {ttft_ms:.2f} ms")
+    if not math.isnan(itl_ms):
+        parts.append(f"ITL {itl_ms:.2f} ms")
+    if tally.num_errors:
+        parts.append(f"{tally.num_errors} errors")
+    return "  ".join(parts)

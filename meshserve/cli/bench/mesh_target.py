@@ -1,0 +1,144 @@
+"""The mesh itself as a target, without HTTP: an observer that opens `complete` streams on processors."""
+
+import asyncio
+import itertools
+import time
+from contextlib import AsyncExitStack
+from typing import Any
+
+from meshserve.cli.bench.exchange import Ending, Exchange, Job
+from meshserve.cli.observing import observer, wait_for
+from meshserve.config import MeshConfig
+from meshserve.errors import MeshserveError, PeerLost, StartupFailed, UsageError
+from meshserve.mesh.calls import OutgoingCall
+from meshserve.mesh.mesh import Mesh
+from meshserve.wire.completion import CompletionRequest
+
+_ASK_TIMEOUT_S = 30.0
+
+
+def piece_of(item: Any) -> str:
+    """The text of one item of a processor's stream: the one place that knows its form. What is no text is no content."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, (list, tuple)) and item and isinstance(item[0], str):
+        return item[0]
+    return ""
+
+
+class MeshTarget:
+    """See :class:`meshserve.cli.bench.exchange.Target`."""
+
+    def __init__(
+        self, config: MeshConfig, endpoint: str, model: str | None, ignore_eos: bool, timeout_s: float, extra: dict[str, Any]
+    ) -> None:
+        self._config, self._timeout_s, self._ignore_eos = config, timeout_s, ignore_eos
+        self._is_chat = endpoint == "chat"
+        self.name = f"mesh {config.mesh}"
+        self.model = model or ""
+        self.is_mesh = True
+        self.notes: list[str] = []
+        self._policy = (extra.get("meshserve") or {}).get("policy")
+        if set(extra) - {"meshserve"}:
+            raise UsageError(f"--extra {', '.join(extra)}: fields of HTTP requests; a mesh is asked without HTTP")
+        self._stack = AsyncExitStack()
+        self._ids = itertools.count(1)
+        self._mesh: Mesh | None = None
+
+    async def open(self) -> None:
+        mesh = self._mesh = await self._stack.enter_async_context(observer(self._config))
+        try:
+            await wait_for(
+                mesh, lambda: bool(mesh.peers_with("processor") and mesh.peers_with("decode")), "found no processor and decode worker"
+            )
+        except StartupFailed:
+            await self.close()
+            raise
+        cards = [info.card for info in mesh.peers_with("decode") if info.card is not None]
+        self.model = self.model or (cards[0].model if cards else "")
+
+    async def count_tokens(self, text: str) -> int | None:
+        assert self._mesh is not None
+        request = self._request(Job((("user", text),), 1), False)
+        try:
+            end = await self._mesh.call(self._processor(), "complete", request, _ASK_TIMEOUT_S)
+        except MeshserveError:
+            return None
+        return _ending_of(end, "").num_prompt_tokens
+
+    def encode(self, job: Job, wants_receipt: bool) -> Any:
+        return self._request(job, wants_receipt)
+
+    def _request(self, job: Job, wants_receipt: bool) -> dict[str, Any]:
+        assert self._mesh is not None
+        return CompletionRequest(
+            request_id=f"{self._mesh.incarnation}-{next(self._ids)}",
+            kind="chat" if self._is_chat else "completion",
+            model=self.model,
+            prompt=None if self._is_chat else job.prompt,
+            messages=[{"role": role, "content": text} for role, text in job.messages] if self._is_chat else None,
+            max_tokens=job.max_tokens,
+            ignore_eos=self._ignore_eos,
+            wants_receipt=wants_receipt,
+            policy=self._policy,
+        ).to_wire()
+
+    def _processor(self) -> str:
+        """Each in turn. Raises PeerLost if there is none."""
+        assert self._mesh is not None
+        able = self._mesh.peers_with("processor")
+        if not able:
+            raise PeerLost("no processor is left in the mesh")
+        return able[next(self._ids) % len(able)].incarnation
+
+    def start(self, encoded: Any, exchange: Exchange) -> None:
+        assert self._mesh is not None
+        sink = _Sink(exchange)
+        exchange.cancel = sink.cancel
+        try:
+            sink.call = self._mesh.open(self._processor(), "complete", encoded, sink, self._timeout_s)
+        except PeerLost as error:
+            asyncio.get_running_loop().call_soon(sink.on_error, error)
+            return
+        exchange.sent(time.monotonic())
+
+    async def close(self) -> None:
+        await self._stack.aclose()
+
+
+class _Sink:
+    """From a processor's stream to an exchange."""
+
+    __slots__ = ("_exchange", "_texts", "call")
+
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
+        self._texts: list[str] = []
+        self.call: OutgoingCall | None = None
+
+    def on_item(self, item: Any) -> None:
+        if text := piece_of(item):
+            self._exchange.content(time.monotonic(), 1)
+            if self._exchange.job.num_turns_left:
+                self._texts.append(text)
+
+    def on_end(self, value: Any) -> None:
+        self._exchange.finish(time.monotonic(), _ending_of(value, "".join(self._texts)))
+
+    def on_error(self, error: MeshserveError) -> None:
+        self._exchange.fail(time.monotonic(), error.code)
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
+        if self.call is not None:
+            self.call.cancel()
+
+
+def _ending_of(end: Any, text: str) -> Ending:
+    """Of [reason, [prompt, completion and cached tokens], receipt]."""
+    try:
+        num_prompt, num_completion, num_cached = (int(count) for count in end[1][:3])
+        receipt = end[2] if isinstance(end[2], dict) else None
+    except (TypeError, ValueError, IndexError, KeyError):
+        return Ending(text=text)
+    return Ending(num_prompt, num_completion, num_cached, receipt, text)

@@ -1,0 +1,108 @@
+"""The page: what was run, what came of it, as one file that needs nothing else."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from html import escape
+
+from meshserve.cli.bench.histogram import QUANTILES, Histogram
+from meshserve.cli.bench.outcome import Outcome
+from meshserve.cli.bench.report.plots import plots
+from meshserve.cli.bench.report.style import STYLE
+from meshserve.cli.bench.session import Run
+from meshserve.cli.bench.sweep import power
+from meshserve.cli.bench.tables import LABELS, knee_line, show, summary_line
+
+Rows = Sequence[Sequence[str]]
+
+
+def page(outcome: Outcome, command: str, now: datetime | None = None) -> str:
+    """HTML with its style and plots in it."""
+    fields = outcome.to_dict()
+    when = (now or datetime.now(UTC)).strftime("%Y-%m-%d %H:%M UTC")
+    where = f"{when}, meshserve {fields['meshserve']}, {fields['machine']}"
+    title = {"run": "One run", "compare": "Comparison", "sweep": "Sweep"}[outcome.kind]
+    parts = [
+        f"<h1>meshserve bench: {title.lower()}</h1>",
+        f'<p class="meta"><code>{escape(command)}</code><br>{escape(where)}</p>',
+        _body(outcome),
+        _notes(outcome),
+        f'<div class="plots">{"".join(plots(outcome))}</div>',
+    ]
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
+        f"<title>meshserve bench</title><style>{STYLE}</style>"
+    )
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>{"".join(parts)}</body></html>\n'
+
+
+def _body(outcome: Outcome) -> str:
+    if outcome.kind == "compare":
+        return _comparison(outcome)
+    if outcome.knee is not None:
+        return f"{_where(outcome.runs[0])}{_sweep(outcome)}<p>{escape(knee_line(outcome.runs, outcome.knee))}</p>"
+    run = outcome.runs[0]
+    line = f"<p>{escape(run.load)}: {escape(summary_line(run.tally).replace('  ', ', '))}</p>"
+    return f"{_where(run)}{line}{_times(run.tally.times)}{_phases(run)}"
+
+
+def _where(run: Run) -> str:
+    return f"<p><b>{escape(run.target)}</b> {escape(run.model)}</p>"
+
+
+def _times(times: dict[str, Histogram]) -> str:
+    rows = []
+    for name, label in LABELS.items():
+        histogram = times[name]
+        if histogram.count:
+            values = [histogram.mean_ms, *(histogram.quantile_ms(share) for share in QUANTILES.values()), histogram.most / 1e6]
+            rows.append([label, *map(show, values)])
+    return _table(["ms", "mean", *QUANTILES, "max"], rows)
+
+
+def _phases(run: Run) -> str:
+    """Where the time of a mesh's requests goes, as one bar."""
+    phases = {phase: value for phase, value in run.tally.mean_phases_ms.items() if value >= 0.0005}
+    total = sum(phases.values())
+    if not total:
+        return ""
+    bar, keys = [], []
+    for number, (phase, value) in enumerate(phases.items()):
+        colour = f"c{number % 8 + 1}"
+        bar.append(f'<span class="part {colour}" style="width:{value / total:.2%}"></span>')
+        keys.append(f'<span class="key {colour}">{escape(phase.replace("_", " "))} {show(value)}</span>')
+    words = f"Where the time goes: ms, mean of {run.tally.num_receipts} receipts"
+    return f'<h2>{words}</h2><div class="bar">{"".join(bar)}</div><p class="keys">{"".join(keys)}</p>'
+
+
+def _sweep(outcome: Outcome) -> str:
+    rows = []
+    for run in outcome.runs:
+        tally, times = run.tally, run.tally.times
+        latencies = [show(times[name].quantile_ms(share)) for name in ("ttft", "itl", "e2e") for share in (0.5, 0.99)]
+        rates = [show(tally.requests_per_s), show(tally.tokens_per_s)]
+        rows.append([run.label, *rates, *latencies, show(power(tally)), str(tally.num_errors)])
+    columns = ["load", "req/s", "tok/s", "TTFT p50", "p99", "ITL p50", "p99", "e2e p50", "p99", "power", "errors"]
+    return _table(columns, rows, outcome.knee.index if outcome.knee is not None else None)
+
+
+def _comparison(outcome: Outcome) -> str:
+    sides = "".join(f"<p><b>{side}</b> {escape(name)}</p>" for side, name in zip("AB", outcome.sides, strict=True))
+    rows = []
+    for one in outcome.compared:
+        interval = f"{one.ratio.low:.3f} to {one.ratio.high:.3f}"
+        rows.append([one.name, show(one.a), show(one.b), f"{one.ratio.median:.3f}", interval, one.verdict])
+    return sides + _table(["", "A", "B", "B / A", "95 % interval", ""], rows)
+
+
+def _notes(outcome: Outcome) -> str:
+    items = "".join(f"<li>{escape(note)}</li>" for note in outcome.main_notes)
+    return f'<ul class="notes">{items}</ul>' if items else ""
+
+
+def _table(columns: Sequence[str], rows: Rows, marked: int | None = None) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    lines = []
+    for number, row in enumerate(rows):
+        cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
+        lines.append(f'<tr class="marked">{cells}</tr>' if number == marked else f"<tr>{cells}</tr>")
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

@@ -1,0 +1,153 @@
+"""A target that is open, and runs on it: connections and what was learnt of the target stay from one run to the next."""
+
+import gc
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from meshserve.cli.bench.exchange import Exchange, Job, Target
+from meshserve.cli.bench.http_target import HttpTarget
+from meshserve.cli.bench.load import Load
+from meshserve.cli.bench.mesh_target import MeshTarget
+from meshserve.cli.bench.selfcheck import findings
+from meshserve.cli.bench.settings import Settings
+from meshserve.cli.bench.tally import Second, Tally
+from meshserve.cli.bench.texts import PROBE_CHARS, Scale, Texts
+from meshserve.cli.bench.trace import TraceLine, read_trace_file
+from meshserve.cli.bench.workload import Workload, trace_jobs
+from meshserve.config import MeshConfig
+
+CSV_COLUMNS = ("due_s", "queue_ms", "ttft_ms", "tpot_ms", "e2e_ms", "prompt_tokens", "output_tokens", "error")
+
+Watcher = Callable[[Load, Tally], None]
+"""Told of a run at its start; looks at it as it goes on."""
+
+
+@dataclass(slots=True)
+class Run:
+    """What one run showed."""
+
+    label: str
+    load: str
+    target: str
+    model: str
+    tally: Tally
+    generator: dict[str, Any]
+    findings: list[str] = field(default_factory=list)
+
+    @property
+    def advice(self) -> list[str]:
+        """What makes figures weak that are not wrong."""
+        num_done = self.tally.num_done
+        if 0 < num_done < 1000:
+            return [f"p99.9 of {num_done} requests is their maximum; for a real one it takes 1,000 and more"]
+        return []
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        timeline = [{"second": number, **_second(second)} for number, second in sorted(self.tally.seconds.items())]
+        return {
+            "label": self.label,
+            "target": self.target,
+            "model": self.model,
+            "load": self.load,
+            **self.tally.to_dict(),
+            "generator": self.generator,
+            "findings": self.findings,
+            "timeline": timeline,
+        }
+
+
+def _second(second: Second) -> dict[str, Any]:
+    found = {"requests": second.num_done, "errors": second.num_errors, "output_pieces": second.num_pieces}
+    if not second.e2e.count:
+        return found
+    return {**found, "ttft_p50_ms": round(second.ttft.quantile_ms(0.5), 3), "e2e_p50_ms": round(second.e2e.quantile_ms(0.5), 3)}
+
+
+class Session:
+    """Opened once, used for any number of runs one after the other, closed once."""
+
+    def __init__(self, settings: Settings, mesh: MeshConfig) -> None:
+        self.settings = settings
+        self.target: Target = _target(settings, mesh)
+        self._scale = Scale()
+        self._lines: list[TraceLine] = read_trace_file(settings.trace, settings.speed) if settings.trace is not None else []
+        self._num_runs = 0
+        self._rows: list[Exchange] = []
+
+    async def open(self) -> None:
+        """Connect, and learn how long the target's tokens are. Raises StartupFailed."""
+        await self.target.open()
+        chars_per_token = self.settings.chars_per_token
+        scale = Scale(chars_per_token) if chars_per_token is not None else await self._measured_scale()
+        if scale is None:
+            self.target.notes.append("the target does not say how many tokens a prompt has: 4 characters a token are taken for one")
+        self._scale = scale or Scale()
+
+    async def _measured_scale(self) -> Scale | None:
+        texts = Texts(self.settings.seed)
+        short, long = [await self.target.count_tokens(texts.make("probe", size)) for size in PROBE_CHARS]
+        return Scale.from_probes(short, long) if short is not None and long is not None else None
+
+    async def run(self, label: str, settings: Settings | None = None, watch: Watcher | None = None, is_keeping_rows: bool = False) -> Run:
+        """One run. Prompts differ from run to run, or a cache would know those of the second."""
+        settings = settings or self.settings
+        seed = settings.seed + 1_000_003 * self._num_runs
+        self._num_runs += 1
+        workload = Workload(settings.shape, self._scale, seed)
+        jobs: Iterable[Job] = trace_jobs(self._lines, self._scale, seed) if self._lines else workload
+        if settings.plan.clients is not None and self._lines:
+            jobs = _without_times(jobs)
+        tally = Tally(settings.goal)
+        next_turn = workload.next_turn if settings.shape.num_turns > 1 else None
+        load = Load(self.target, settings.plan, jobs, settings.dues(seed), tally, next_turn, self._rows.append if is_keeping_rows else None)
+        if watch is not None:
+            watch(load, tally)
+        gc.collect()
+        gc.freeze()  # a full collection over what is there for good would be a stall of the generator's own
+        try:
+            await load.run()
+        finally:
+            gc.unfreeze()
+        check = load.check
+        found = findings(check.cpu_share, check.late, check.lag, tally)
+        return Run(label, settings.load, self.target.name, self.target.model, tally, check.to_dict(), found)
+
+    def rows(self) -> list[list[Any]]:
+        """The measured requests of all runs that kept theirs, with the columns of :data:`CSV_COLUMNS`."""
+        began_s = min((row.due_s for row in self._rows), default=0.0)
+        return [_row(row, began_s) for row in self._rows if row.is_measured]
+
+    async def close(self) -> None:
+        """End all connections."""
+        await self.target.close()
+
+
+def _target(settings: Settings, mesh: MeshConfig) -> Target:
+    http = settings.http
+    if settings.url is not None:
+        return HttpTarget(settings.url, http)
+    return MeshTarget(mesh, http.endpoint, http.model, http.ignore_eos, settings.plan.timeout_s, http.extra)
+
+
+def _without_times(jobs: Iterable[Job]) -> Iterable[Job]:
+    return (Job(job.messages, job.max_tokens) for job in jobs)
+
+
+def _row(row: Exchange, began_s: float) -> list[Any]:
+    ended_s, ttft_s, tpot_s = row.ended_s or row.due_s, row.ttft_s, row.tpot_s
+    return [
+        f"{row.due_s - began_s:.6f}",
+        _milliseconds(None if row.sent_s is None else row.sent_s - row.due_s),
+        _milliseconds(ttft_s),
+        _milliseconds(tpot_s),
+        _milliseconds(ended_s - row.due_s),
+        row.ending.num_prompt_tokens if row.ending.num_prompt_tokens is not None else "",
+        row.num_tokens,
+        row.error or "",
+    ]
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1000:.4f}"

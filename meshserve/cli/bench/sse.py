@@ -1,0 +1,88 @@
+"""Server-sent events (WHATWG HTML, section 9.2) of OpenAI's streams, counted as bytes: most of them are never parsed. Pure."""
+
+import json
+import re
+from typing import Any
+
+_CONTENT = re.compile(rb'"(?:text|content|reasoning_content|reasoning)"\s*:\s*"[^"]')
+"""Content that is not empty. Quotes within a JSON string are escaped, so nothing that a model says can look like this."""
+_MAX_KEPT = 16
+
+
+class EventReader:
+    """Takes the body in pieces, cut anywhere, and says how many events with content each completed."""
+
+    __slots__ = ("_is_keeping", "_last", "_others", "_rest", "_texts")
+
+    def __init__(self, is_keeping_text: bool = False) -> None:
+        self._rest = b""
+        self._others: list[bytes] = []
+        """Events without content: the role, the finish reason, usage, a receipt, an error, the end."""
+        self._last = b""
+        self._is_keeping = is_keeping_text
+        self._texts: list[bytes] = []
+
+    def feed(self, data: bytes) -> int:
+        """Events with content that are complete now and were not before."""
+        if self._rest:
+            data = self._rest + data
+        if b"\r" in data:
+            # a line end that is cut in two is made whole by what comes next
+            data = data.replace(b"\r\n", b"\n")
+        *events, self._rest = data.split(b"\n\n")
+        num_found = 0
+        for event in events:
+            if _CONTENT.search(event):
+                num_found += 1
+                self._last = event
+                if self._is_keeping:
+                    self._texts.append(event)
+            elif len(self._others) < _MAX_KEPT:
+                self._others.append(event)
+            else:
+                self._others[-1] = event
+        return num_found
+
+    def fields(self) -> tuple[dict[str, Any], bool]:
+        """What the events without content and the last one said at their top level, later ones first; and whether the stream had an end."""
+        found: dict[str, Any] = {}
+        is_ended = False
+        for event in (self._last, *self._others):
+            data = _data_of(event)
+            if data == b"[DONE]":
+                is_ended = True
+                continue
+            fields = _object(data)
+            found.update({key: value for key, value in fields.items() if value is not None})
+            is_ended = is_ended or any(choice.get("finish_reason") for choice in _choices(fields))
+        return found, is_ended
+
+    def text(self) -> str:
+        """All content in order, if it was kept."""
+        return "".join(text_of(_object(_data_of(event))) for event in self._texts)
+
+
+def text_of(fields: dict[str, Any]) -> str:
+    """The content of the first choice of a chunk, or of a whole answer."""
+    for choice in _choices(fields)[:1]:
+        message = choice.get("delta") or choice.get("message") or {}
+        return str(choice.get("text") or message.get("content") or message.get("reasoning_content") or "")
+    return ""
+
+
+def _choices(fields: dict[str, Any]) -> list[dict[str, Any]]:
+    choices = fields.get("choices")
+    return [choice for choice in choices if isinstance(choice, dict)] if isinstance(choices, list) else []
+
+
+def _data_of(event: bytes) -> bytes:
+    lines = [line[5:].strip() for line in event.split(b"\n") if line.startswith(b"data:")]
+    return b"\n".join(lines)
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

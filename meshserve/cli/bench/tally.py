@@ -1,0 +1,208 @@
+"""What a run showed: histograms, rates, errors by kind, seconds as they passed. Pure."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from meshserve.cli.bench.exchange import Exchange
+from meshserve.cli.bench.histogram import Histogram
+
+TIMES = ("ttft", "itl", "tpot", "e2e", "queue")
+MAX_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """When a request counts for goodput; None asks nothing."""
+
+    ttft_s: float | None = None
+    itl_s: float | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether anything is asked."""
+        return self.ttft_s is not None or self.itl_s is not None
+
+    def is_met(self, exchange: Exchange) -> bool:
+        """The first token in time, and the others in time on average: what a reader at this pace never notices."""
+        ttft_s, tpot_s = exchange.ttft_s, exchange.tpot_s
+        if self.ttft_s is not None and (ttft_s is None or ttft_s > self.ttft_s):
+            return False
+        return self.itl_s is None or tpot_s is None or tpot_s <= self.itl_s
+
+
+@dataclass(slots=True)
+class Second:
+    """One second of a run, by when things happened."""
+
+    num_due: int = 0
+    num_done: int = 0
+    num_errors: int = 0
+    num_pieces: int = 0
+    ttft: Histogram = field(default_factory=Histogram)
+    e2e: Histogram = field(default_factory=Histogram)
+
+
+class Tally:
+    """Takes exchanges as they end. The window is what rates are measured in: from the end of the warm-up until no more was sent."""
+
+    def __init__(self, goal: Goal) -> None:
+        self.goal = goal
+        self.times = {name: Histogram() for name in TIMES}
+        self.errors: Counter[str] = Counter()
+        self.num_done = self.num_good = self.num_pieces = 0
+        self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
+        self.num_delayed = self.num_unsent = 0
+        """Requests that had to wait for others to end, and requests that were due and never sent."""
+        self.seconds: dict[int, Second] = {}
+        self.phases_ms: Counter[str] = Counter()
+        self.num_receipts = 0
+        self.began_s: float | None = None
+        self.ends_s: float | None = None
+        """When the window ends; None: with the last answer."""
+        self.last_s = 0.0
+        self._num_ended_within = self._num_pieces_within = self._num_good_within = 0
+
+    def open_window(self, now_s: float, duration_s: float | None) -> None:
+        """The warm-up is over."""
+        self.began_s = now_s
+        self.ends_s = None if duration_s is None else now_s + duration_s
+
+    def ended(self, exchange: Exchange) -> None:
+        """One more exchange, measured or not: what was under way when the window opened counts for its rates."""
+        self._count_within(exchange)
+        if not exchange.is_measured:
+            return
+        assert exchange.ended_s is not None
+        self.last_s = max(self.last_s, exchange.ended_s)
+        second = self._second(exchange.ended_s)
+        if exchange.error is not None:
+            self.errors[exchange.error] += 1
+            second.num_errors += 1
+            return
+        self._measure(exchange, second, exchange.ended_s)
+
+    def _measure(self, exchange: Exchange, second: Second, ended_s: float) -> None:
+        times, stamps = self.times, exchange.times_s
+        ttft_s = stamps[0] - exchange.due_s
+        e2e_s = ended_s - exchange.due_s
+        times["ttft"].record_s(ttft_s)
+        times["e2e"].record_s(e2e_s)
+        if exchange.sent_s is not None:
+            times["queue"].record_s(exchange.sent_s - exchange.due_s)
+        record_gap = times["itl"].record_s
+        for before, after in pairwise(stamps):
+            record_gap(after - before)
+        if exchange.tpot_s is not None:
+            times["tpot"].record_s(exchange.tpot_s)
+        self.num_done += 1
+        self.num_good += self.goal.is_met(exchange)
+        self.num_pieces += len(stamps)
+        second.num_done += 1
+        second.ttft.record_s(ttft_s)
+        second.e2e.record_s(e2e_s)
+        self._second(exchange.due_s).num_due += 1
+        self._count_tokens(exchange)
+
+    def _count_tokens(self, exchange: Exchange) -> None:
+        ending = exchange.ending
+        self.num_output_tokens += exchange.num_tokens
+        self.num_prompt_tokens += ending.num_prompt_tokens or 0
+        self.num_cached_tokens += ending.num_cached_tokens or 0
+        if ending.receipt is not None:
+            self.num_receipts += 1
+            for phase, milliseconds in ending.receipt.get("phases_ms", {}).items():
+                self.phases_ms[phase] += milliseconds
+
+    def _count_within(self, exchange: Exchange) -> None:
+        began_s, ends_s, stamps = self.began_s, self.ends_s, exchange.times_s
+        if began_s is None or not stamps:
+            return
+        num_within = len(stamps)
+        if stamps[0] < began_s or (ends_s is not None and stamps[-1] > ends_s):
+            num_within = sum(began_s <= stamp and (ends_s is None or stamp <= ends_s) for stamp in stamps)
+        self._num_pieces_within += num_within
+        self._note_seconds(stamps)
+        ended_s = exchange.ended_s or 0.0
+        is_counted = ended_s >= began_s and (exchange.is_measured if ends_s is None else ended_s <= ends_s)
+        if exchange.error is None and is_counted:
+            self._num_ended_within += 1
+            self._num_good_within += self.goal.is_met(exchange)
+
+    def _note_seconds(self, stamps: Iterable[float]) -> None:
+        for number, count in Counter(self._number(stamp) for stamp in stamps).items():
+            if number >= 0:
+                self._second_of(number).num_pieces += count
+
+    def _number(self, now_s: float) -> int:
+        return int((now_s - (self.began_s or now_s)) // 1)
+
+    def _second(self, now_s: float) -> Second:
+        return self._second_of(max(0, self._number(now_s)))
+
+    def _second_of(self, number: int) -> Second:
+        number = min(number, MAX_SECONDS)
+        found = self.seconds.get(number)
+        if found is None:
+            found = self.seconds[number] = Second()
+        return found
+
+    # --- figures
+
+    @property
+    def window_s(self) -> float:
+        """How long rates were measured."""
+        if self.began_s is None:
+            return 0.0
+        return max(1e-9, (self.last_s if self.ends_s is None else self.ends_s) - self.began_s)
+
+    @property
+    def requests_per_s(self) -> float:
+        """Answers that were completed within the window."""
+        return self._num_ended_within / self.window_s if self.window_s else 0.0
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens that came within the window."""
+        per_piece = self.num_output_tokens / self.num_pieces if self.num_pieces else 1.0
+        return self._num_pieces_within * per_piece / self.window_s if self.window_s else 0.0
+
+    @property
+    def goodput(self) -> float:
+        """Requests per second that met the goal."""
+        return self._num_good_within / self.window_s if self.window_s else 0.0
+
+    @property
+    def num_errors(self) -> int:
+        """Of all kinds."""
+        return sum(self.errors.values())
+
+    @property
+    def mean_phases_ms(self) -> dict[str, float]:
+        """Of a request, by its receipt; empty if there were none."""
+        return {phase: total / self.num_receipts for phase, total in self.phases_ms.items()} if self.num_receipts else {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        found: dict[str, Any] = {
+            "requests": self.num_done,
+            "errors": dict(self.errors.most_common()),
+            "window_s": round(self.window_s, 4),
+            "requests_per_s": round(self.requests_per_s, 3),
+            "output_tokens_per_s": round(self.tokens_per_s, 2),
+            "prompt_tokens": self.num_prompt_tokens,
+            "cached_tokens": self.num_cached_tokens,
+            "output_tokens": self.num_output_tokens,
+            "delayed": self.num_delayed,
+            "unsent": self.num_unsent,
+        }
+        found.update({f"{name}_ms": histogram.to_dict() for name, histogram in self.times.items()})
+        if self.goal.is_set:
+            found["goodput_per_s"] = round(self.goodput, 3)
+            found["good_share"] = round(self.num_good / max(1, self.num_done + self.num_errors), 5)
+        if self.num_receipts:
+            found["phases_ms"] = {phase: round(value, 4) for phase, value in self.mean_phases_ms.items()}
+            found["receipts"] = self.num_receipts
+        return found

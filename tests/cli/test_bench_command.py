@@ -1,0 +1,127 @@
+"""`meshserve bench`, as a user types it, on a real mesh."""
+
+import csv
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from meshserve.cli.main import main
+from tests.harness import Completed, Process, meshserve_command, run_command
+
+ALONE = ("--interface", "127.0.0.1", "--no-mdns", "--mesh", "bench-tests")
+SHORT = ("--prompt-tokens", "32", "--output-tokens", "4", "--warmup", "5")
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[dict[str, str]]:
+    """A peer with all roles: where it answers HTTP, and where it can be joined."""
+    with Process(meshserve_command("run", "--role", "all", "--http", "127.0.0.1:0", *ALONE)) as process:
+        yield process.ready()
+
+
+def bench(*arguments: str) -> Completed:
+    return run_command(meshserve_command("bench", *arguments), 30.0)
+
+
+def figures(*arguments: str) -> dict[str, Any]:
+    done = bench(*arguments, "--json")
+    assert done.exit_code == 0 and not done.stderr, done
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_a_url_is_measured_and_its_model_found(mesh: dict[str, str], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.csv"
+    found = figures(mesh["http"], *SHORT, "--requests", "40", "--concurrency", "4", "--csv", str(rows), "--target-ttft-ms", "5000")
+    run = found["runs"][0]
+    assert found["schema"] == 1 and run["model"] == "dummy" and run["load"] == "4 clients"
+    assert run["requests"] == 40 and not run["errors"] and run["output_tokens"] == 160 and run["prompt_tokens"] == 40 * 32
+    assert run["ttft_ms"]["count"] == run["e2e_ms"]["count"] == 40 and run["itl_ms"]["count"] == 120 and run["good_share"] == 1
+    assert run["receipts"] >= 4 and {"decode", "http"} <= run["phases_ms"].keys()
+    with rows.open() as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 40 and all(float(line["ttft_ms"]) > 0 and line["output_tokens"] == "4" for line in lines)
+
+
+def test_the_mesh_itself_is_measured_without_http(mesh: dict[str, str]) -> None:
+    peer = mesh["address"].removeprefix("tcp://")
+    run = figures(*ALONE, "--peer", peer, *SHORT, "--rate", "100", "--duration", "0.5", "--endpoint", "chat")["runs"][0]
+    assert run["requests"] > 20 and not run["errors"] and run["phases_ms"]["http"] == 0 and run["target"] == "mesh bench-tests"
+
+
+def test_two_settings_take_turns_and_their_ratio_has_an_interval(mesh: dict[str, str], tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    sides = (f"{mesh['http']} output-tokens=2", f"{mesh['http']} output-tokens=16 endpoint=chat")
+    done = bench("--compare", *sides, "--pairs", "6", "--duration", "0.2", *SHORT, "--report", str(report))
+    assert done.exit_code == 0, done
+    assert (
+        "95 % interval" in done.stdout
+        and "B / A" in done.stdout
+        and re.search(r"requests/s +[\d.,]+ +[\d.,]+ +[\d.]+ +[\d.]+ to [\d.]+ ", done.stdout)
+    )
+    check_report(report, 5)
+
+
+def test_a_sweep_names_a_knee_and_its_rule(mesh: dict[str, str], tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    done = bench(mesh["http"], "--sweep", "concurrency=1,2,4", "--duration", "0.3", *SHORT, "--report", str(report))
+    assert done.exit_code == 0 and "Kleinrock" in done.stdout and "concurrency 4" in done.stdout, done
+    check_report(report, 4)
+
+
+def test_a_run_prints_a_table_and_writes_a_report(mesh: dict[str, str], tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    done = bench(mesh["http"], *SHORT, "--duration", "0.3", "--report", str(report), "--api-key", "secret")
+    assert done.exit_code == 0 and "time to first token" in done.stdout and "p99.9" in done.stdout and "\x1b" not in done.stdout
+    check_report(report, 4)
+    assert "secret" not in report.read_text()
+
+
+def check_report(path: Path, num_plots: int) -> None:
+    """It needs nothing else, and its plots are well-formed."""
+    page = path.read_text()
+    assert not re.search(r"<script|<link|src=|url\(|@import", page) and "nan" not in page
+    pictures = re.findall(r"<svg.*?</svg>", page, re.DOTALL)
+    assert len(pictures) == num_plots
+    for picture in pictures:
+        ElementTree.fromstring(picture)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--rate", "5", "--concurrency", "2"), "--concurrency and --rate"),
+        (("http://x", "--prompt-tokens", "some"), "no distribution of lengths"),
+        (("localhost:8000",), "is no URL of a server"),
+        (("http://x", "--warmup", "long"), "--warmup"),
+        (("http://x", "--ramp", "rate=1"), "--ramp"),
+        (("http://x", "--sweep", "rate=5"), "--sweep"),
+        (("http://x", "--extra", "[1]"), "--extra is not a JSON object"),
+        (("http://x", "--trace", "/nowhere"), "cannot be read"),
+        (("http://x", "--trace", "/nowhere", "--turns", "2"), "without --turns"),
+        (("http://x", "--compare", "http://a", "http://b"), "without URL"),
+        (("--compare", "http://a", "banana"), "'banana' is neither a URL"),
+        (("--compare", "http://a", "report=x"), "'report' is no option that two sides can differ in"),
+        (("--compare", "http://a", "http://b concurrency=none"), "not a valid integer"),
+    ],
+)
+def test_a_usage_error_is_one_line_and_exits_with_two(arguments: tuple[str, ...], words: str) -> None:
+    done = CliRunner().invoke(main, ["bench", *arguments])
+    assert done.exit_code == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.output
+
+
+def test_options_are_shown_in_groups() -> None:
+    done = CliRunner().invoke(main, ["bench", "--help"])
+    headings = re.findall(r"^([A-Z][^:\n]*):$", done.output, re.MULTILINE)
+    assert headings == ["Target", "Load", "Prompts and answers", "What to find out", "Output", "The mesh, where no URL is given", "Other"]
+
+
+def test_a_target_that_answers_nothing_right_ends_in_exit_code_one(mesh: dict[str, str]) -> None:
+    done = bench(mesh["http"], *SHORT, "--model", "other", "--requests", "3")
+    assert done.exit_code == 1 and "HTTP 404 model_not_found" in done.stdout and "Traceback" not in done.stderr

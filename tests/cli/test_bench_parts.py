@@ -1,0 +1,380 @@
+"""What the load generator decides and counts: tables and laws, without a socket."""
+
+import itertools
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshserve.cli.bench.arrivals import Level, due_times, parse_ramp
+from meshserve.cli.bench.compare import compare_runs
+from meshserve.cli.bench.distributions import parse_lengths
+from meshserve.cli.bench.exchange import Ending, Exchange, Job
+from meshserve.cli.bench.histogram import Histogram
+from meshserve.cli.bench.pairing import ratio_of
+from meshserve.cli.bench.report.svg import axis_for, linear_ticks, log_ticks
+from meshserve.cli.bench.selfcheck import findings
+from meshserve.cli.bench.sse import EventReader
+from meshserve.cli.bench.sweep import find_knee, parse_sweep
+from meshserve.cli.bench.tally import Goal, Tally
+from meshserve.cli.bench.texts import PROBE_CHARS, Scale, Texts
+from meshserve.cli.bench.trace import TraceLine, read_lines
+from meshserve.cli.bench.workload import Shape, Workload, trace_jobs
+from meshserve.errors import UsageError
+from tests.cli.bench_server import FINISH, event, text
+
+# --- histograms
+
+
+@given(st.lists(st.floats(1e-6, 1e4), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.99, 0.999, 1.0]))
+def test_a_quantile_is_within_a_thousandth_of_the_exact_one(seconds: list[float], share: float) -> None:
+    exact = sorted(seconds)[math.ceil(share * len(seconds) - 1e-9) - 1]
+    found = Histogram.of(seconds).quantile_ms(share) / 1000
+    assert exact * (1 - 1e-3) - 1e-9 <= found <= exact * (1 + 1e-3) + 1e-9
+
+
+@given(st.lists(st.floats(0, 100), max_size=50), st.lists(st.floats(0, 100), max_size=50))
+def test_histograms_add_up_to_that_of_all_values(one: list[float], other: list[float]) -> None:
+    added = Histogram.of(one)
+    added.add(Histogram.of(other))
+    assert added.to_dict() == Histogram.of(one + other).to_dict()
+    assert [share for _, share in added.steps()] == sorted(share for _, share in added.steps())
+
+
+def test_a_histogram_of_nothing_has_no_figures() -> None:
+    empty = Histogram()
+    assert math.isnan(empty.quantile_ms(0.5)) and math.isnan(empty.mean_ms) and empty.to_dict() == {"count": 0}
+    assert Histogram.of([-0.5]).to_dict()["max"] == 0
+
+
+# --- lengths and arrivals
+
+
+@pytest.mark.parametrize(
+    ("words", "low", "high", "mean"),
+    [
+        ("512", 512, 512, 512),
+        ("uniform:100:200", 100, 200, 150),
+        ("normal:512:64", 200, 900, 512),
+        ("lognormal:512:0.5", 1, 20_000, 512 * math.exp(0.125)),
+        ("normal:1:100", 1, 600, None),
+    ],
+)
+def test_lengths_are_drawn_as_asked_for(words: str, low: int, high: int, mean: float | None) -> None:
+    rng = random.Random(1)
+    drawn = [parse_lengths(words).draw(rng) for _ in range(4000)]
+    assert low <= min(drawn) and max(drawn) <= high
+    if mean is not None:
+        assert abs(sum(drawn) / len(drawn) - mean) <= mean * 0.05
+
+
+@pytest.mark.parametrize("words", ["", "0", "-5", "many", "normal:5", "uniform:9:3", "lognormal:0:1", "512:3", "normal:nan:1", "2e9"])
+def test_what_is_no_distribution_is_refused(words: str) -> None:
+    with pytest.raises(UsageError, match="distribution of lengths"):
+        parse_lengths(words)
+
+
+@given(st.floats(0, 1000), st.floats(0.1, 1000), st.floats(0, 100), st.floats(0, 10_000))
+def test_a_ramp_brings_as_many_arrivals_as_its_rate_adds_up_to(first: float, last: float, ramp_s: float, count: float) -> None:
+    level = Level(first, last, ramp_s)
+    seconds = level.time_of(count)
+    ramped_s = min(seconds, ramp_s)
+    brought = (first + level.at(ramped_s if ramped_s < ramp_s else ramp_s - 0.0)) / 2 * ramped_s + max(0.0, seconds - ramp_s) * last
+    assert brought == pytest.approx(count, rel=1e-6, abs=1e-6)
+
+
+def test_constant_arrivals_are_even_and_poisson_ones_have_the_variance_of_their_mean() -> None:
+    level = Level(50, 50)
+    even = list(itertools.islice(due_times(level, "constant", random.Random(0)), 5))
+    assert even == pytest.approx([0, 0.02, 0.04, 0.06, 0.08])
+    times = list(itertools.takewhile(lambda due: due < 400, due_times(level, "poisson", random.Random(3))))
+    counts = [0] * 400
+    for due in times:
+        counts[int(due)] += 1
+    mean = sum(counts) / 400
+    variance = sum((count - mean) ** 2 for count in counts) / 400
+    assert abs(mean - 50) < 1.5 and 0.8 < variance / mean < 1.2
+
+
+@pytest.mark.parametrize("words", ["rate=1:2", "speed=1:2:3", "rate=1:0:3", "rate=a:b:c", "rate=-1:2:3", "rate=1:2:0", "rate=1:nan:3"])
+def test_what_is_no_ramp_is_refused(words: str) -> None:
+    with pytest.raises(UsageError, match="--ramp"):
+        parse_ramp(words)
+
+
+# --- prompts
+
+
+TEXTS = Texts(1)
+
+
+@given(st.text("abc123", min_size=1, max_size=8), st.integers(1, 5000))
+def test_a_text_has_exactly_the_length_that_was_asked_for(label: str, size: int) -> None:
+    assert len(TEXTS.make(label, size)) == size
+
+
+def test_texts_are_the_same_for_the_same_seed_and_label() -> None:
+    assert TEXTS.make("a", 400_000) == Texts(1).make("a", 400_000) != Texts(2).make("a", 400_000)
+    assert TEXTS.make("b", 300) != TEXTS.make("a", 300)
+
+
+def test_how_long_tokens_are_comes_from_two_probes() -> None:
+    short, long = PROBE_CHARS
+    scale = Scale.from_probes(short // 4 + 10, long // 4 + 10)
+    assert scale is not None and scale.num_chars(110) == 400 and scale.num_chars(100, is_first=False) == 400
+    assert Scale.from_probes(5, 5) is None
+
+
+def test_prompts_share_their_prefix_and_nothing_else() -> None:
+    shape = Shape(parse_lengths("64"), parse_lengths("8"), num_shared_tokens=32, num_prefixes=3)
+    prompts = [job.prompt for job in itertools.islice(Workload(shape, Scale(1.0), 5), 40)]
+    assert all(len(prompt) == 96 for prompt in prompts)
+    assert len({prompt[:32] for prompt in prompts}) == 3 and len({prompt[32:44] for prompt in prompts}) == 40
+
+
+def test_a_conversation_carries_all_that_was_said() -> None:
+    shape = Shape(parse_lengths("10"), parse_lengths("8"), num_turns=3)
+    workload = Workload(shape, Scale(1.0), 5)
+    first = next(iter(workload))
+    second = workload.next_turn(first, "an answer")
+    assert second is not None and second.messages[:2] == (*first.messages, ("assistant", "an answer"))
+    third = workload.next_turn(second, "more")
+    assert third is not None and len(third.messages) == 5 and workload.next_turn(third, "") is None
+
+
+def test_a_trace_shares_the_text_of_equal_blocks_and_keeps_lengths() -> None:
+    lines = [TraceLine(0.0, 1100, 3, (1, 2, 3)), TraceLine(0.5, 1024, 4, (1, 2)), TraceLine(1.0, 600, 5, (9, 2))]
+    a, b, c = trace_jobs(lines, Scale(2.0), 0)
+    assert [len(job.prompt) for job in (a, b, c)] == [2200, 2048, 1200]
+    assert a.prompt[:2048] == b.prompt and c.prompt[:1024] != a.prompt[:1024]
+    assert [(job.due_s, job.max_tokens) for job in (a, b, c)] == [(0.0, 3), (0.5, 4), (1.0, 5)]
+
+
+def test_a_trace_is_sorted_and_sped_up_and_its_mistakes_are_named() -> None:
+    line = '{"timestamp": %d, "input_length": 5, "output_length": 2, "hash_ids": [1]}'
+    assert [one.arrival_s for one in read_lines([line % 4000, "", line % 1000], speed=2.0)] == [0.5, 2.0]
+    with pytest.raises(UsageError, match="line 2 is not"):
+        read_lines([line % 1, '{"timestamp": 1}'])
+    with pytest.raises(UsageError, match="no requests"):
+        read_lines([])
+
+
+# --- streams of events
+
+ROLE = event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+CHAT = event(choices=[{"index": 0, "delta": {"content": "x"}, "finish_reason": None}])
+THOUGHT = event(choices=[{"index": 0, "delta": {"content": None, "reasoning_content": "hm"}}])
+TRICK = event(choices=[{"index": 0, "text": "", "note": '"text":"x" \\"content\\": \\"y'}])
+USAGE = event(choices=[], usage={"completion_tokens": 9})
+DONE = b"data: [DONE]\n\n"
+COMMENT = b": keep-alive\n\n"
+
+
+@pytest.mark.parametrize(
+    ("events", "count"),
+    [
+        ([ROLE, CHAT, CHAT, FINISH, DONE], 2),
+        ([ROLE, FINISH, USAGE, DONE], 0),
+        ([THOUGHT, CHAT, DONE], 2),
+        ([TRICK, COMMENT, text('say "text":"x"'), DONE], 1),
+        ([text(" "), text("\\"), text("\n\n"), DONE], 3),
+    ],
+)
+def test_only_events_with_content_count(events: list[bytes], count: int) -> None:
+    assert EventReader().feed(b"".join(events)) == count
+
+
+@given(st.lists(st.sampled_from([ROLE, CHAT, THOUGHT, TRICK, USAGE, COMMENT, FINISH]), max_size=12), st.data(), st.booleans())
+def test_a_stream_counts_the_same_wherever_it_is_cut(events: list[bytes], data: st.DataObject, is_crlf: bool) -> None:
+    stream = b"".join([*events, DONE])
+    if is_crlf:
+        stream = stream.replace(b"\n", b"\r\n")
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    reader = EventReader(is_keeping_text=True)
+    pieces = [stream[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(stream)])]
+    assert sum(reader.feed(piece) for piece in pieces) == events.count(CHAT) + events.count(THOUGHT)
+    fields, is_ended = reader.fields()
+    assert is_ended and (USAGE not in events or fields["usage"]["completion_tokens"] == 9)
+    assert reader.text() == "".join({CHAT: "x", THOUGHT: "hm"}.get(one, "") for one in events)
+
+
+def test_a_stream_that_says_nothing_of_an_end_has_none() -> None:
+    reader = EventReader()
+    assert reader.feed(CHAT + b"data: not json\n\n") == 1 and not reader.fields()[1]
+
+
+# --- figures
+
+
+def exchange(
+    due_s: float, times_s: Sequence[float], error: str | None = None, is_measured: bool = True, ended_s: float | None = None
+) -> Exchange:
+    made = Exchange(Job((("user", "x"),), 4), due_s, lambda _: None, is_measured)
+    made.sent(due_s + 0.001)
+    for time_s in times_s:
+        made.content(time_s, 1)
+    end_s = times_s[-1] if times_s else due_s
+    if error is None:
+        made.finish(end_s, Ending(num_completion_tokens=len(times_s)))
+    else:
+        made.fail(end_s, error)
+    return made
+
+
+def tally_of(exchanges: Sequence[Exchange], goal: Goal | None = None, duration_s: float | None = 10.0) -> Tally:
+    tally = Tally(goal or Goal())
+    tally.open_window(0.0, duration_s)
+    for one in exchanges:
+        tally.ended(one)
+    return tally
+
+
+def test_gaps_are_counted_one_by_one_and_latency_from_when_a_request_was_due() -> None:
+    tally = tally_of([exchange(1.0, [1.5, 1.6, 2.6])])
+    assert tally.times["ttft"].to_dict()["max"] == 500 and tally.times["e2e"].to_dict()["max"] == 1600
+    assert tally.times["itl"].count == 2 and tally.times["itl"].to_dict()["max"] == 1000
+    assert tally.times["tpot"].to_dict()["max"] == 550 and tally.times["queue"].to_dict()["max"] == 1
+
+
+def test_rates_are_those_of_the_window_whoever_was_asked_before_it() -> None:
+    before = exchange(-1.0, [-0.5, 0.5], is_measured=False)
+    within = exchange(1.0, [2.0, 3.0])
+    after = exchange(9.0, [9.5, 11.0])
+    tally = tally_of([before, within, after])
+    assert tally.requests_per_s == pytest.approx(0.2) and tally.tokens_per_s == pytest.approx(0.4)
+    assert tally.num_done == 2 and tally.times["e2e"].count == 2
+
+
+def test_without_a_duration_the_window_ends_with_the_last_answer() -> None:
+    tally = tally_of([exchange(0.0, [0.5, 1.0]), exchange(1.0, [2.0, 4.0])], duration_s=None)
+    assert (tally.window_s, tally.requests_per_s, tally.tokens_per_s) == (4.0, 0.5, 1.0)
+
+
+def test_errors_are_counted_by_kind_and_an_answer_without_content_is_one() -> None:
+    tally = tally_of([exchange(0.0, [], error="timeout"), exchange(0.0, [], error="timeout"), exchange(0.0, [])])
+    assert tally.errors == {"timeout": 2, "empty answer": 1} and tally.times["ttft"].count == 0
+
+
+@pytest.mark.parametrize(
+    ("goal", "is_met"),
+    [
+        (Goal(), True),
+        (Goal(ttft_s=0.5), True),
+        (Goal(ttft_s=0.49), False),
+        (Goal(itl_s=0.11), True),
+        (Goal(itl_s=0.09), False),
+        (Goal(ttft_s=0.5, itl_s=0.05), False),
+    ],
+)
+def test_goodput_counts_requests_that_met_their_targets(goal: Goal, is_met: bool) -> None:
+    tally = tally_of([exchange(1.0, [1.5, 1.6, 1.7])], goal)
+    assert tally.num_good == is_met and tally.goodput == pytest.approx(0.1 * is_met)
+
+
+def test_an_exchange_ends_once() -> None:
+    ended: list[Exchange] = []
+    one = Exchange(Job((("user", "x"),), 4), 0.0, ended.append)
+    one.fail(1.0, "timeout")
+    one.finish(2.0, Ending())
+    assert len(ended) == 1 and one.error == "timeout" and one.ended_s == 1.0
+
+
+# --- comparing, sweeping, looking at oneself
+
+
+def turn(latency_s: float) -> Tally:
+    return tally_of([exchange(float(number), [number + latency_s, number + 2 * latency_s]) for number in range(8)])
+
+
+def test_two_that_differ_are_told_apart_and_two_that_do_not_are_not() -> None:
+    rng = random.Random(2)
+    noise = [1 + rng.uniform(-0.05, 0.05) for _ in range(20)]
+    slower = {one.name: one for one in compare_runs([(turn(0.1 * a), turn(0.12 * b)) for a, b in itertools.pairwise(noise)])}
+    assert slower["TTFT p50"].verdict == "B is higher" and slower["TTFT p50"].ratio.low > 1.1
+    same = {one.name: one for one in compare_runs([(turn(0.1 * a), turn(0.1 * b)) for a, b in itertools.pairwise(noise)])}
+    assert same["TTFT p50"].verdict == "cannot be told apart" and same["requests/s"].verdict == "cannot be told apart"
+
+
+def test_a_figure_that_too_few_pairs_have_is_left_out() -> None:
+    assert compare_runs([(turn(0.1), turn(0.1))] * 5) == []
+    assert not any(one.name == "goodput/s" for one in compare_runs([(turn(0.1), turn(0.1))] * 8))
+
+
+@given(st.integers(0, 2**32))
+def test_the_interval_holds_the_true_ratio_nearly_always(seed: int) -> None:
+    rng = random.Random(seed)
+    misses = 0
+    for _ in range(40):
+        ratio = ratio_of([1.5 * rng.lognormvariate(0, 0.2) for _ in range(20)], [rng.lognormvariate(0, 0.2) for _ in range(20)])
+        misses += not ratio.low <= 1.5 <= ratio.high
+    assert misses <= 12  # 2 expected; more than this once in a billion
+
+
+def step(rate: int, latency_s: float, goal: Goal | None = None) -> Tally:
+    return tally_of([exchange(number / rate, [number / rate + latency_s]) for number in range(rate)], goal, 1.0 + latency_s)
+
+
+def test_the_knee_is_the_step_of_greatest_power() -> None:
+    steps = [step(10, 0.1), step(20, 0.1), step(40, 0.12), step(44, 0.5)]
+    knee = find_knee(steps)
+    assert (knee.index, knee.is_inside, knee.good_index) == (2, True, None)
+    assert not find_knee(steps[:3]).is_inside
+    goal = Goal(ttft_s=0.11)
+    assert find_knee([step(10, 0.1, goal), step(20, 0.1, goal), step(40, 0.12, goal)]).good_index == 1
+
+
+@pytest.mark.parametrize(
+    "words", ["concurrency=4", "concurrency=4,2", "concurrency=1,2.5", "rate=0,1", "colour=1,2", "rate=1,x", "rate=1,inf"]
+)
+def test_what_is_no_sweep_is_refused(words: str) -> None:
+    with pytest.raises(UsageError, match="--sweep"):
+        parse_sweep(words)
+
+
+@pytest.mark.parametrize(
+    ("cpu_share", "late_s", "lag_s", "words"),
+    [
+        (0.95, 0.0, 0.0, "bottleneck: it took 95%"),
+        (0.2, 0.05, 0.0, "sent late"),
+        (0.2, 0.0, 0.05, "event loop hung"),
+        (0.2, 0.0005, 0.002, ""),
+    ],
+)
+def test_the_generator_says_when_it_was_what_was_measured(cpu_share: float, late_s: float, lag_s: float, words: str) -> None:
+    tally = tally_of([exchange(0.0, [0.01, 0.02])])
+    found = findings(cpu_share, Histogram.of([late_s] * 100), Histogram.of([lag_s] * 100), tally)
+    assert (words in found[0]) if words else not found
+
+
+def test_what_was_delayed_unsent_or_failed_is_said() -> None:
+    tally = tally_of([exchange(0.0, [], error="HTTP 503 overloaded")])
+    tally.num_delayed, tally.num_unsent = 3, 4
+    said = " ".join(findings(0.1, Histogram(), Histogram(), tally))
+    assert "3 requests waited" in said and "4 requests were due and never sent" in said and "1 HTTP 503 overloaded" in said
+
+
+# --- plots
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_ticks_lie_within_their_axis_and_are_neither_few_nor_many(low: float, width: float) -> None:
+    ticks = linear_ticks(low, low + width)
+    assert 2 <= len(ticks) <= 11 and ticks == sorted(ticks)
+    assert low - width * 1e-6 <= ticks[0] and ticks[-1] <= low + width * (1 + 1e-6)
+
+
+@given(st.floats(1e-4, 1e4), st.floats(1.5, 1e7))
+def test_ticks_of_a_logarithmic_axis_lie_within_it(low: float, factor: float) -> None:
+    ticks = log_ticks(low, low * factor)
+    assert 2 <= len(ticks) <= 12 and low * 0.998 <= ticks[0] and ticks[-1] <= low * factor * 1.002
+
+
+@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, min_value=None), max_size=5), st.booleans(), st.booleans())
+def test_an_axis_has_room_for_whatever_comes(values: list[float], is_log: bool, is_from_zero: bool) -> None:
+    known = [value for value in values if not math.isfinite(value) or (abs(value) < 1e12 and (abs(value) > 1e-6 or value == 0))]
+    axis = axis_for(known, "ms", is_log, is_from_zero)
+    assert axis.low < axis.high and axis.ticks()
+    assert all(0 <= axis.place(value) <= 1 for value in known if math.isfinite(value) and (value > 0 or not is_log))
