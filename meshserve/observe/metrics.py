@@ -36,6 +36,11 @@ _COUNTERS = {
     "kv_checksum_failures": "Messages of KV with a wrong checksum.",
     "kv_bytes_sent": "Bytes of KV sent.",
     "kv_bytes_received": "Bytes of KV taken in.",
+    "tokens_generated": "Tokens generated.",
+    "prompt_tokens": "Prompt tokens of requests that a decode worker finished.",
+    "prompt_tokens_cached": "Of those, the ones whose KV was on the worker when the request came.",
+    "prefill_tokens": "Prompt tokens of prompts that a prefill worker computed for others.",
+    "prefill_tokens_cached": "Of those, the ones whose KV it had.",
     "strangers_refused": "Connections without the mesh's key.",
 }
 """Those that every peer shows, at 0 if need be; a counter that is not here shows as soon as it counts."""

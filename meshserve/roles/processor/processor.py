@@ -5,6 +5,7 @@ tokens into text. A worker that is lost before its first token is replaced by an
 """
 
 import itertools
+import logging
 import random
 from typing import Any
 
@@ -17,9 +18,11 @@ from meshserve.roles.processor.detokenizing import Detokenizer
 from meshserve.roles.processor.models import Models
 from meshserve.roles.processor.stopping import StopChecker
 from meshserve.routing.candidates import Candidate
-from meshserve.telemetry import Phases
+from meshserve.telemetry import Phases, log_event
 from meshserve.wire.completion import CompletionRequest
 from meshserve.wire.generation import GenerateRequest, pack_tokens
+
+_log = logging.getLogger(__name__)
 
 _ROUTE_TIMEOUT_S = 2.0
 _MAX_ATTEMPTS = 4
@@ -216,6 +219,8 @@ class _Request:
         self._fail(error)
 
     def _fail(self, error: MeshserveError) -> None:
+        text = f"request {self.request_id} failed: {error.message}"
+        log_event(_log, "request_failed", text, request_id=self.request_id, client_id=self._request.client_id, code=error.code)
         self._ended(error.code)
         self._call.fail(error)
 
