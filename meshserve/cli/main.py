@@ -4,6 +4,7 @@ import click
 
 from meshserve import __version__
 from meshserve.cli.demo.command import demo
+from meshserve.cli.doctor.command import doctor
 from meshserve.cli.generate import generate
 from meshserve.cli.key import key
 from meshserve.cli.peers import peers
@@ -20,5 +21,5 @@ def main() -> None:
     """
 
 
-for command in (run, demo, peers, generate, key):
+for command in (run, demo, peers, doctor, generate, key):
     main.add_command(command)

@@ -43,7 +43,7 @@ class DialFailed(MeshserveError):
     code = "dial_failed"
 
     def __init__(self, reasons: list[str], is_refused: bool, kinds: tuple[str, ...] = ()) -> None:
-        super().__init__("; ".join(reasons))
+        super().__init__("; ".join(dict.fromkeys(reasons)))
         self.is_refused, self.kinds = is_refused, kinds
 
 

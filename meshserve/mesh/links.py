@@ -258,7 +258,8 @@ class Links:
         return reached.hello.peer
 
     def _hello(self, expected: str | None) -> Hello:
-        return Hello(self.own, time.monotonic() - self._started_s, self.membership.hints(), expected, is_reset=expected in self._broken)
+        hints = () if self.own.is_observer else self.membership.hints()  # who only looks must not bring together whom it looks at
+        return Hello(self.own, time.monotonic() - self._started_s, hints, expected, is_reset=expected in self._broken)
 
     def _dial_soon(self) -> None:
         if not self._is_dial_due:

@@ -104,6 +104,22 @@ class Host:
         if both:
             self._drop_from(other, self._undo)
 
+    def block_ports(self, first: int, last: int) -> None:
+        """Let no TCP connection to these ports of this host come about, as a firewall does that drops silently."""
+        self._drop(self.netns, INTERFACE, [f"tcp dport {first}-{last} tcp flags & (syn | ack) == syn drop"], self._undo)
+
+    def add_interface(self, name: str, address: str) -> None:
+        """Another interface, in a network of its own that no other host is in; `address` has its prefix, as in 10.99.0.1/24."""
+        # Linux answers for each of its addresses on every interface unless told otherwise, which no router in between would let happen
+        self.inside(lambda: Path("/proc/sys/net/ipv4/conf/all/arp_ignore").write_text("1"))
+        _ip(
+            self.netns,
+            f"link add {name} type veth peer name {name}x",
+            f"address add {address} dev {name}",
+            f"link set {name} up",
+            f"link set {name}x up",
+        )
+
     def drop_packets(self, percent: float) -> None:
         """Lose `percent` of all packets at random, in each direction."""
         share = round(percent * 100)

@@ -9,7 +9,7 @@ from meshserve.config import TransportConfig
 from meshserve.errors import PeerLost, ProtocolError
 from meshserve.mesh.calls import CONNECTION_CLOSED
 from meshserve.mesh.transport.channel import Channel
-from meshserve.mesh.transport.reading import ConnectionMonitor, SocketReader
+from meshserve.mesh.transport.reading import KEYS_DIFFER, ConnectionMonitor, SocketReader
 from meshserve.mesh.transport.sockets import SocketFactory, endpoint
 from meshserve.mesh.transport.strangers import OnStranger, StrangerMonitor
 from meshserve.telemetry import Counters
@@ -22,8 +22,6 @@ OnLost = Callable[[Channel, str], None]
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _RETRY_S = 0.005
 _MAX_CHANNELS = 4096
-_HANDSHAKE_CLOSED = "it took the connection and closed it: the keys differ, or only one side has one"
-"""CURVE tells a stranger nothing."""
 
 
 class Turn:
@@ -89,7 +87,7 @@ class _Dealer:
 
     def _on_down(self, reason: str) -> None:
         if not self.is_up.done():
-            self.is_up.set_exception(PeerLost(_HANDSHAKE_CLOSED if reason == CONNECTION_CLOSED else reason))
+            self.is_up.set_exception(PeerLost(KEYS_DIFFER if reason == CONNECTION_CLOSED else reason))
         else:
             self._transport.lost(self.channel, reason)
 
