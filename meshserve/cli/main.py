@@ -9,6 +9,7 @@ from meshserve.cli.generate import generate
 from meshserve.cli.key import key
 from meshserve.cli.peers import peers
 from meshserve.cli.run import run
+from meshserve.cli.top.command import top
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -21,5 +22,5 @@ def main() -> None:
     """
 
 
-for command in (run, demo, peers, doctor, generate, key):
+for command in (run, demo, peers, top, doctor, generate, key):
     main.add_command(command)

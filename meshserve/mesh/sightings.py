@@ -91,7 +91,7 @@ def why_gone(change: Change, member: Member) -> str:
     if change is Change.LEFT:
         return "left"
     if member.was_cut:
-        return "its connection was closed and nobody listens there any more"
+        return "ended without goodbye"
     return "fell silent" if member.suspect_since_s else "another incarnation took its place"
 
 
