@@ -171,7 +171,9 @@ def gone_lines(found: Iterable[dict[str, Any]], own: Iterable[dict[str, Any]]) -
     listed = {peer["incarnation"] for peer in found}
     merged: dict[str, dict[str, Any]] = {}
     for entry in [*own, *(entry for peer in found for entry in peer["gone"])]:
-        if entry["incarnation"] not in listed and entry["ago_s"] <= merged.get(entry["incarnation"], entry)["ago_s"]:
+        known = merged.get(entry["incarnation"], entry)
+        # not everybody hears a goodbye before the connection is closed
+        if entry["incarnation"] not in listed and (entry["reason"] == "left" or known["reason"] != "left"):
             merged[entry["incarnation"]] = entry
     latest = sorted(merged.values(), key=lambda entry: float(entry["ago_s"]))[:_MAX_GONE]
     return [f"gone     {entry['name']} at {entry['address']}: {entry['reason']}, {duration(entry['ago_s'])} ago" for entry in latest]

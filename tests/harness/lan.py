@@ -104,9 +104,10 @@ class Host:
         if both:
             self._drop_from(other, self._undo)
 
-    def block_ports(self, first: int, last: int) -> None:
-        """Let no TCP connection to these ports of this host come about, as a firewall does that drops silently."""
-        self._drop(self.netns, INTERFACE, [f"tcp dport {first}-{last} tcp flags & (syn | ack) == syn drop"], self._undo)
+    def block_ports(self, first: int, last: int, only_from: "Host | None" = None) -> None:
+        """Let no TCP connection to these ports of this host come about (or none of one host's), as a firewall that drops silently."""
+        sender = f"ether saddr {only_from._mac} " if only_from else ""
+        self._drop(self.netns, INTERFACE, [f"{sender}tcp dport {first}-{last} tcp flags & (syn | ack) == syn drop"], self._undo)
 
     def add_interface(self, name: str, address: str) -> None:
         """Another interface, in a network of its own that no other host is in; `address` has its prefix, as in 10.99.0.1/24."""

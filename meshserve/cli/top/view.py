@@ -65,7 +65,7 @@ _FIELDS = (
     _Field(Column("PEER"), lambda found: found.peer["name"], lambda found: found.peer["name"]),
     _Field(Column("ROLES", 7), lambda found: ",".join(found.peer["roles"]), lambda found: found.peer["roles"]),
     _Field(
-        Column("STATE", 2),
+        Column("STATE"),
         lambda found: (found.peer["state"], STATE_STYLES.get(found.peer["state"], "dim")),
         lambda found: found.peer["state"],
     ),

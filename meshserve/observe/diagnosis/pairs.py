@@ -188,7 +188,7 @@ def _judge_pair(table: _Table, source: _Source, target: PeerFacts, outcome: str)
         return _one_way_lost(target.label, source.label, seen)
     return error(
         "pair_blocked",
-        f"{source.label} and {target.label} cannot connect to each other, though others reach both",
+        f"{' and '.join(sorted((source.label, target.label)))} cannot connect to each other, though others reach both",
         seen,
         "Are both in one network? Wi-Fi client isolation, a VPN on one of them, or a firewall keeps them apart.",
     )
