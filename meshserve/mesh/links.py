@@ -299,6 +299,7 @@ class Links:
                 "cannot join %s: %s",
                 dial.key if dial.incarnation is None else f"the peer at {dial.addresses[0]}:{dial.port}",
                 error.message,
+                extra={"event": "cannot_join", "fields": {"incarnation": dial.incarnation, "reason": error.message}},
             )
         if len(self.refused) < 256:
             self.refused[dial.key] = error.message
@@ -363,4 +364,5 @@ class Links:
                 "no other peer of mesh %r found yet%s. Are they on this network? Try --peer HOST with the address of one of them.",
                 self.own.mesh,
                 reasons,
+                extra={"event": "mesh_alone", "fields": {"mesh": self.own.mesh}},
             )

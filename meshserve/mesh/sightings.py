@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from dataclasses import dataclass
 from typing import Any
 
-from meshserve.mesh.membership import Change, Member
+from meshserve.mesh.membership import Change, Member, PeerState
 from meshserve.wire.hello import PeerHint
 
 _MAX_STRANGERS, _MAX_GONE, _MAX_ANNOUNCEMENTS = 32, 32, 512
@@ -92,7 +92,7 @@ def why_gone(change: Change, member: Member) -> str:
         return "left"
     if member.was_cut:
         return "ended without goodbye"
-    return "fell silent" if member.suspect_since_s else "another incarnation took its place"
+    return "fell silent" if member.state is PeerState.SUSPECT else "another incarnation took its place"
 
 
 def describe_stranger(hello: Any) -> str:

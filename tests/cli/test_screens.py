@@ -71,16 +71,8 @@ def test_a_view_fits_every_size_and_q_leaves_the_terminal_as_it_was(mesh: dict[s
         raw = shown.raw()
         assert b"\x1b[?1049h" in raw and raw.rstrip().endswith(b"\x1b[?1049l")
         assert raw.count(b"\x1b[?25l") == raw.count(b"\x1b[?25h") == 1
-
-
-@needs_tmux
-@both
-def test_frames_are_drawn_over_each_other_and_nothing_is_cleared(mesh: dict[str, Process], view: str, tmp_path: Path) -> None:
-    with screen(mesh, view, tmp_path) as shown:
-        wait_until(lambda: shown.raw().count(b"\x1b[?2026h") >= 3, 10.0, "three frames")
-        shown.press("C-c")
-        assert shown.wait_for_end() == 0
-        frames = shown.raw().split(b"\x1b[?2026h")[1:]
+        frames = raw.split(b"\x1b[?2026h")[1:]  # each drawn over the one before, none after clearing anything
+        assert len(frames) > 3
         assert all(frame.startswith(b"\x1b[H") and b"\x1b[2J" not in frame and b"\x1b[K" not in frame for frame in frames)
 
 
@@ -100,11 +92,11 @@ def test_top_sorts_selects_and_shows_everything_of_a_peer(mesh: dict[str, Proces
         assert "front  frontend,processor,router  alive since" in details and "esc back" in details
         shown.press("Escape")
         shown.wait_for("↑PEER")
-        shown.press("q")
+        shown.press("C-c")
         assert shown.wait_for_end() == 0
 
 
-@pytest.mark.parametrize("view", list(COMMANDS))
+@both
 def test_a_pipe_gets_plain_text(mesh: dict[str, Process], view: str) -> None:
     with Process(meshserve_command(*COMMANDS[view], *joining(mesh))) as process:
         wait_until(lambda: len([line for line in process.stdout if HEADS[view].strip() in line.text]) >= 2, 10.0, "printed twice")

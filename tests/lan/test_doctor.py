@@ -81,8 +81,16 @@ def test_blocked_multicast_is_named_with_the_machine_where_it_is_blocked(hosts: 
     start(hosts[2], "prefill", "--peer", hosts[0].address)
     found = examine(hosts[2])
     assert "this machine" in found["multicast_blocked"]["cause"] and "--peer 10.77.0." in found["multicast_blocked"]["advice"]
-    elsewhere = examine(hosts[0])
-    assert set(elsewhere) == {"multicast_blocked"} and hosts[2].address in elsewhere["multicast_blocked"]["cause"]
+
+
+@pytest.mark.full
+def test_multicast_that_is_blocked_elsewhere_is_named_too(hosts: list[Host]) -> None:
+    start(hosts[0], "frontend,processor,router")
+    start(hosts[1], "decode")
+    hosts[2].block_multicast()
+    start(hosts[2], "prefill", "--peer", hosts[0].address)
+    found = examine(hosts[0])
+    assert set(found) == {"multicast_blocked"} and hosts[2].address in found["multicast_blocked"]["cause"]
 
 
 def test_blocked_ports_are_named_with_the_peer_behind_them(hosts: list[Host]) -> None:
