@@ -117,7 +117,7 @@ def unknown_to_others(address: str) -> Facts:
     return facts(*others, replace(peer("b"), addresses=(address,)))
 
 
-def met(security: str, *, has_key: bool = False, kind: str = "") -> Facts:
+def met(security: str, *, has_key: bool = False, kind: str = "key") -> Facts:
     """Somebody at one more address, who does not become a member."""
     return facts(has_key=has_key, fingerprint="1234", strangers=(Stranger("10.0.0.9", 7800, "open", security, kind, "upgrade"),))
 
@@ -149,6 +149,7 @@ TABLE: list[tuple[str, Facts, str, str]] = [
     ("no key here", met("CURVE"), "key_missing", PLACE),
     ("no key there", met("NULL", has_key=True), "key_absent", PLACE),
     ("another version", met("NULL", kind="protocol"), "version", PLACE),
+    ("a peer that hangs", met("CURVE", kind="", has_key=True), "no_answer", PLACE),
     ("a mesh of nearly this name", facts(other_meshes={"Default": (PLACE,)}), "other_mesh", "'Default'"),
     ("another mesh, and none of ours", replace(NOBODY, other_meshes={"lab": (PLACE,)}), "other_mesh", "'lab'"),
     ("one name twice", TWINS, "same_name", "2 peers are called twin"),

@@ -147,6 +147,16 @@ def test_a_firewall_that_only_lets_out_is_one_way_too(hosts: list[Host]) -> None
 
 
 @pytest.mark.full
+def test_a_path_that_loses_long_messages_is_named(hosts: list[Host]) -> None:
+    start(hosts[0], "frontend,processor,router")
+    worker = start(hosts[1], "decode")
+    wait_until(lambda: not examine(hosts[0]), READY_S, "every peer knows all others")
+    hosts[1].drop_long_packets(1600)
+    found = examine(hosts[0])
+    assert set(found) == {"mtu"} and worker.ready()["name"] in found["mtu"]["cause"] and "MTU" in found["mtu"]["advice"]
+
+
+@pytest.mark.full
 def test_other_keys_and_missing_keys_are_named(hosts: list[Host]) -> None:
     keys = [str(host.home / "mesh.key") for host in hosts[:2]]
     for host, path in zip(hosts, keys, strict=False):

@@ -13,6 +13,7 @@ from meshserve.mesh.addresses import LocalAddress, choose_addresses, local_addre
 from meshserve.mesh.handshake import DialFailed
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.probing import Outcome, knock, security_of
+from meshserve.mesh.transport.reading import KEYS_DIFFER
 from meshserve.observe.diagnosis.facts import Facts, Listener, PeerFacts, Stranger, is_loopback, place
 from meshserve.observe.reach import PortKnock, ask_reach, ask_view, carries_large_messages, knock_at
 from meshserve.wire.hello import PeerInfo
@@ -22,7 +23,8 @@ _MAX_OWN_ADDRESSES, _MAX_STRANGERS = 16, 32
 _LOCAL_TIMEOUT_S, _KNOCK_TIMEOUT_S, _HELLO_TIMEOUT_S = 0.3, 0.8, 1.2
 _VIEW_TIMEOUT_S, _REACH_TIMEOUT_S, _LARGE_TIMEOUT_S = 0.8, 2.4, 2.0
 _LISTEN_S, _SETTLE_S, _GIVE_UP_S = 1.5, 0.5, 2.4
-_LARGE_AT_ONCE = 8
+_LARGE_AT_ONCE, _LARGE_AFTER_S = 8, 0.05
+"""The other question must be on its way before a message that may block the connection for good."""
 
 
 class _Heard(NamedTuple):
@@ -149,6 +151,7 @@ async def _peer(mesh: Mesh, info: PeerInfo, large_limit: asyncio.Semaphore) -> P
         return facts
 
     async def large() -> bool:
+        await asyncio.sleep(_LARGE_AFTER_S)
         async with large_limit:
             return await carries_large_messages(mesh, info.incarnation, _LARGE_TIMEOUT_S)
 
@@ -218,7 +221,8 @@ async def _meet_one(mesh: Mesh, address: str, port: int) -> Stranger | PeerInfo:
         async with asyncio.timeout(_HELLO_TIMEOUT_S):
             return await mesh.links.introduce(address, port)
     except DialFailed as error:
-        return replace(stranger, kind=next(iter(error.kinds), ""), reason=error.message)
+        kind = "key" if KEYS_DIFFER in error.message else next(iter(error.kinds), "")
+        return replace(stranger, kind=kind, reason=error.message)
     except TimeoutError:
         return replace(stranger, reason="it does not answer our hello")
 

@@ -44,7 +44,7 @@ class Stranger:
     """Of a connection to it."""
     security: str | None = None
     kind: str = ""
-    """Why it refused our hello: `mesh`, `protocol`, ... as in HandshakeRefused; empty if there was no answer to it."""
+    """Why it refused our hello: `key`, or `mesh`, `protocol`, ... as in HandshakeRefused; empty if there was no answer to it."""
     reason: str = ""
     is_seed: bool = False
 

@@ -10,7 +10,15 @@ from meshserve.observe.diagnosis.findings import Finding, error, info, names, wa
 def judge_strangers(facts: Facts) -> Iterator[Finding]:
     """By cause, not by peer: one wrong key file is one finding."""
     met = [stranger for stranger in facts.strangers if is_open(stranger.outcome)]
-    yield from _keys(facts, [stranger for stranger in met if stranger.security in ("CURVE", "NULL")])
+    yield from _keys(facts, [stranger for stranger in met if stranger.kind == "key"])
+    silent = [stranger for stranger in met if stranger.security is not None and not stranger.kind]
+    if silent:
+        yield error(
+            "no_answer",
+            f"connections to {names(stranger.place for stranger in silent)} come about, and our hello gets no answer",
+            silent[0].reason,
+            "Restart that peer, if it hangs; if not, only short packets get there: lower the MTU, `ip link set dev NAME mtu 1280`.",
+        )
     yield from _versions([stranger for stranger in met if stranger.kind == "protocol"])
     yield from _meshes(facts, [stranger for stranger in met if stranger.kind == "mesh"])
     for stranger in met:
@@ -20,7 +28,7 @@ def judge_strangers(facts: Facts) -> Iterator[Finding]:
 
 
 def _keys(facts: Facts, met: list[Stranger]) -> Iterator[Finding]:
-    closed = [stranger.place for stranger in met if stranger.security == "CURVE" and not stranger.kind]
+    closed = [stranger.place for stranger in met if stranger.security == "CURVE"]
     opened = [stranger.place for stranger in met if stranger.security == "NULL"]
     if closed and facts.has_key:
         yield error(
