@@ -79,6 +79,8 @@ def _print(findings: list[Any]) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
+    from meshserve.cli.columns import plain
+
     console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
     for finding in findings:
         console.print(Text.assemble((f"{finding.severity:7}", _STYLES[finding.severity]), "  ", plain(finding.cause)))
@@ -89,8 +91,3 @@ def _print(findings: list[Any]) -> None:
     counts = [(sum(finding.severity == kind for finding in findings), kind) for kind in ("error", "warning")]
     verdict = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for count, kind in counts if count)
     console.print(f"\n{verdict or 'nothing is wrong that can be seen from here'}")
-
-
-def plain(text: str) -> str:
-    """What peers say of themselves cannot steer a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
