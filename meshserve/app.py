@@ -17,13 +17,14 @@ from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.mesh.transport.sockets import endpoint
+from meshserve.observe.peer_log import log_changes
 from meshserve.observe.status import serve_status
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.roles.decode import DecodeRole
 from meshserve.roles.prefill import PrefillRole
 from meshserve.roles.processor.processor import ProcessorRole
 from meshserve.roles.router import RouterRole
-from meshserve.telemetry import Journal
+from meshserve.telemetry import Journal, log_event
 
 _log = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ class Peer:
             self._closers.push_async_callback(processor.close)
             self._is_idle.append(lambda: processor.is_idle)
         serve_status(self.mesh, self._reporter)
+        log_changes(self.mesh)
         if "frontend" in self._roles:
             await self._start_frontend()
 
@@ -131,6 +133,8 @@ class Peer:
 
     async def drain(self) -> bool:
         """Take no new work and finish what runs; False if the drain timeout came first."""
+        began_s = self.mesh.now_s()
+        log_event(_log, "drain_begun", "drain: no new work from now on", timeout_s=self._config.drain_timeout_s)
         self.mesh.announce_draining()
         for stop_taking in self._on_drain:
             stop_taking()
@@ -141,6 +145,8 @@ class Peer:
         except TimeoutError:
             _log.warning("running requests did not finish within --drain-timeout %gs: they end in an error", self._config.drain_timeout_s)
             return False
+        took_s = round(self.mesh.now_s() - began_s, 3)
+        log_event(_log, "drain_ended", f"drain: all that ran is done after {took_s:.1f} s", took_s=took_s)
         return True
 
     async def stop(self) -> None:

@@ -220,9 +220,14 @@ class ProtocolError(MeshserveError):
 
 
 class HandshakeRefused(MeshserveError):
-    """A peer answered our hello with a no: another mesh, another protocol version, an own incarnation."""
+    """A peer answered our hello with a no. `kind`: another `mesh`, another `protocol` version, our own incarnation (`self`), no `hello`
+    at all, an `other` peer than was meant."""
 
     code, http_status = "handshake_refused", 502
+
+    def __init__(self, message: str = "handshake refused", *, kind: str = "") -> None:
+        super().__init__(message, kind=kind)
+        self.kind = kind
 
 
 class UnknownMethod(MeshserveError):

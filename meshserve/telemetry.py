@@ -1,15 +1,21 @@
 """What every floor may report to: counts, durations, stopwatches, a journal. It knows nobody, and costs next to nothing."""
 
 import json
+import logging
 import os
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histograms' buckets: from a hop on loopback to a prompt of 100,000 tokens on one GPU."""
+
+
+def log_event(logger: logging.Logger, event: str, text: str, **fields: Any) -> None:
+    """One line at level info on something worth a person's time; with `--log-json`, `event` and the fields stand beside the text."""
+    logger.info("%s", text, extra={"event": event, "fields": fields})
 
 
 class Counters:
@@ -17,14 +23,19 @@ class Counters:
 
     def __init__(self) -> None:
         self._values: defaultdict[str, int] = defaultdict(int)
+        self._derived: dict[str, Callable[[], int]] = {}
+
+    def derive(self, name: str, count: Callable[[], int]) -> None:
+        """Whoever counts `name` anyway is asked for it when somebody looks: counting costs nothing then."""
+        self._derived[name] = count
 
     def add(self, name: str, amount: int = 1) -> None:
         """Count `amount` more of `name`, e.g. `frames_malformed`."""
         self._values[name] += amount
 
     def snapshot(self) -> Mapping[str, int]:
-        """All counts that are not zero."""
-        return dict(self._values)
+        """All counts that were ever added to, and those derived."""
+        return {**self._values, **{name: count() for name, count in self._derived.items()}}
 
 
 class Histograms:

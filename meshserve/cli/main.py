@@ -5,10 +5,12 @@ import click
 from meshserve import __version__
 from meshserve.cli.bench.command import bench
 from meshserve.cli.demo.command import demo
+from meshserve.cli.doctor.command import doctor
 from meshserve.cli.generate import generate
 from meshserve.cli.key import key
 from meshserve.cli.peers import peers
 from meshserve.cli.run import run
+from meshserve.cli.top.command import top
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -21,5 +23,5 @@ def main() -> None:
     """
 
 
-for command in (run, demo, peers, generate, bench, key):
+for command in (run, demo, peers, top, doctor, generate, bench, key):
     main.add_command(command)

@@ -24,6 +24,21 @@ async def observer(config: MeshConfig) -> AsyncIterator[Mesh]:
         await mesh.close()
 
 
+async def settle(mesh: Mesh, quiet_s: float = 0.3, give_up_s: float = FIND_TIMEOUT_S, least_s: float = 0.0) -> None:
+    """Until no new peer was found for a moment, or nobody at all until it is time to give up."""
+    began_s = last_s = mesh.now_s()
+    num_known = 0
+    while True:
+        await asyncio.sleep(_CHECK_S)
+        now_s = mesh.now_s()
+        num_linked = sum(member.is_callable for member in mesh.links.membership.listed())
+        if num_linked != num_known:
+            num_known, last_s = num_linked, now_s
+        is_quiet = num_known and now_s - last_s > quiet_s and now_s - began_s >= least_s
+        if is_quiet or now_s - began_s > give_up_s:
+            return
+
+
 async def wait_for(mesh: Mesh, condition: Callable[[], bool], what: str) -> None:
     """Raises StartupFailed, with why others could not be joined, if the condition does not come true in time."""
     try:

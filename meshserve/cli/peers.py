@@ -1,85 +1,179 @@
-"""`meshserve peers`: who is in the mesh."""
+"""`meshserve peers`: who is in the mesh, who is gone, and who was not let in."""
 
 import asyncio
 import json
-import sys
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from meshserve.cli.options import mesh_config, mesh_options, option
 from meshserve.cli.running import execute
 
+if TYPE_CHECKING:
+    from rich.text import Text
+
+    from meshserve.mesh.mesh import Mesh
+
 _WATCH_INTERVAL_S = 1.0
-_SETTLE_S = 0.3
-_GIVE_UP_S = 3.0
+_MAX_REFUSED, _MAX_GONE = 6, 6
+_NARROW = 110
+_SHORT_ROLES = {"frontend": "front", "processor": "proc", "router": "route"}
+STATE_STYLES = {"alive": "green", "suspect": "yellow", "draining": "cyan"}
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON list.")
-@option("--watch", is_flag=True, help="Again every second, until interrupted.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON list; with --watch, a line every second.")
+@option("--watch", is_flag=True, help="Again every second, until `q` or Ctrl-C.")
 @mesh_options
 def peers(as_json: bool, watch: bool, **settings: Any) -> None:
-    """Show who is in the mesh: name, roles, model, address, state, load, round trip."""
+    """Show who is in the mesh, whom it refused and why, and who is gone."""
     execute(settings, lambda: _show(settings, as_json, watch))
 
 
 async def _show(settings: dict[str, Any], as_json: bool, is_watching: bool) -> int:
-    from meshserve.cli.observing import observer
-    from meshserve.observe.status import list_peers
+    from meshserve.cli.observing import observer, settle
+    from meshserve.cli.terminal import run_view
 
     async with observer(mesh_config(settings)) as mesh:
-        await _settle(mesh)
-        while True:
-            found = await list_peers(mesh)
-            if as_json:
-                click.echo(json.dumps(found, indent=None if is_watching else 1))
-            else:
-                _print_table(found, settings["mesh"], is_watching)
-            if not is_watching:
-                return 0 if found else 1
+        await settle(mesh)
+        view = PeersView(mesh)
+        if is_watching and not as_json:
+            await run_view(view, _WATCH_INTERVAL_S)
+            return 0
+        while is_watching:
+            await view.refresh()
+            click.echo(json.dumps(view.found))
             await asyncio.sleep(_WATCH_INTERVAL_S)
+        await view.refresh()
+        if as_json:
+            click.echo(json.dumps(view.found, indent=1))
+        else:
+            view.print()
+        return 0 if view.found else 1
 
 
-async def _settle(mesh: Any) -> None:
-    """Until no new peer was found for a moment, or nobody at all for three seconds."""
-    began_s = last_s = mesh.now_s()
-    num_known = 0
-    while True:
-        await asyncio.sleep(0.02)
-        now_s = mesh.now_s()
-        num_linked = sum(member.is_callable for member in mesh.links.membership.listed())
-        if num_linked != num_known:
-            num_known, last_s = num_linked, now_s
-        if now_s - began_s > _GIVE_UP_S or (num_known and now_s - last_s > _SETTLE_S):
-            return
+class PeersView:
+    """The table, as one print or as a screen that is looked at."""
+
+    def __init__(self, mesh: "Mesh") -> None:
+        self._mesh = mesh
+        self.found: list[dict[str, Any]] = []
+        self._first = 0
+
+    async def refresh(self) -> None:
+        """Ask every peer."""
+        from meshserve.observe.status import list_peers
+
+        self.found = await list_peers(self._mesh)
+
+    def print(self) -> None:
+        """Once."""
+        from rich.console import Console
+
+        console = Console(highlight=False, soft_wrap=True)
+        for line in self.draw(console.width if console.is_terminal else None, None):
+            console.print(line)
+
+    def on_key(self, key: str) -> None:
+        """Scroll."""
+        steps = {"up": -1, "k": -1, "down": 1, "j": 1, "page-up": -10, "page-down": 10, "home": -len(self.found), "end": len(self.found)}
+        self._first = max(0, min(len(self.found) - 1, self._first + steps.get(key, 0)))
+
+    def draw(self, width: int | None, height: int | None) -> "list[Text]":
+        """The table, then who was refused and who is gone, as far as there is room."""
+        from rich.text import Text
+
+        from meshserve.cli.columns import plain
+
+        mesh = self._mesh.own.mesh
+        if not self.found:
+            return [Text(f"no peer of mesh {mesh!r} found; try --peer HOST with the address of one, or `meshserve doctor`")]
+        notes = [Text(plain(note), "dim") for note in [*refused_lines(self.found), *self._gone_lines()]]
+        head, *rows = peer_lines(self.found, width)
+        if height is None:
+            return [head, *rows, *([Text(), *notes] if notes else [])]
+        notes = notes[: max(0, min(height // 3, height - len(rows) - 5))]
+        num_rows = max(1, height - 3 - len(notes) - bool(notes))
+        first = max(0, min(self._first, len(rows) - num_rows))
+        shown = rows[first : first + num_rows]
+        lines = [head, *shown, *([Text(), *notes] if notes else [])]
+        more = f"  {first + 1}-{first + len(shown)} of {len(rows)}, arrows scroll" if len(shown) < len(rows) else ""
+        count = f"{len(self.found)} peer{'' if len(self.found) == 1 else 's'}"
+        foot = Text(f"mesh {mesh}: {count}{more}   q quits", "reverse")
+        return [*lines, *([Text()] * (height - len(lines) - 1)), foot]
+
+    def _gone_lines(self) -> list[str]:
+        own = self._mesh.links.sightings.to_wire(self._mesh.now_s())["gone"]
+        return gone_lines(self.found, own)
 
 
-def _print_table(found: list[dict[str, Any]], mesh: str, is_watching: bool) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def peer_lines(found: list[dict[str, Any]], width: int | None) -> "list[Text]":
+    """The table's head, and a line for each peer as `list_peers` gives them."""
+    from meshserve.cli.columns import Column, duration, table
 
-    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("NAME", "ROLES", "MODEL", "ADDRESS", "STATE", "RUNNING", "WAITING", "BLOCKS", "RTT"):
-        table.add_column(column, justify="right" if column in ("RUNNING", "WAITING", "BLOCKS", "RTT") else "left", overflow="fold")
+    columns = (
+        Column("NAME"),
+        Column("ROLES", 1),
+        Column("MODEL", 8),
+        Column("ADDRESS", 2),
+        Column("STATE"),
+        Column("SINCE", 6, is_number=True),
+        Column("VERSION", 9),
+        Column("LOAD", 4, is_number=True),
+        Column("QUEUE", 4, is_number=True),
+        Column("BLOCKS", 5, is_number=True),
+        Column("RTT", 3, is_number=True),
+    )
+    is_narrow = width is not None and width < _NARROW
+    rows = []
     for peer in found:
         load = peer["load"] or {}
-        colour = {"alive": "green", "suspect": "yellow"}.get(peer["state"], "dim")
-        table.add_row(
-            peer["name"],
-            ",".join(peer["roles"]),
-            peer["model"] or "-",
-            peer["address"].removeprefix("tcp://"),
-            f"[{colour}]{peer['state']}[/]",
-            str(load.get("num_running", "-")),
-            str(load["num_waiting"] + load["num_tickets"] if load else "-"),
-            str(load["used_blocks"] + load["cached_blocks"] if load else "-"),
-            f"{peer['rtt_ms']:.1f} ms" if peer["rtt_ms"] is not None else "-",
+        roles = [_SHORT_ROLES.get(role, role) for role in peer["roles"]] if is_narrow else peer["roles"]
+        rows.append(
+            (
+                peer["name"],
+                ",".join(roles),
+                peer["model"] or "-",
+                peer["address"].removeprefix("tcp://"),
+                (peer["state"], STATE_STYLES.get(peer["state"], "dim")),
+                duration(peer["since_s"]),
+                peer["version"],
+                str(load.get("num_running", "-")),
+                str(load.get("num_waiting", 0) + load.get("num_tickets", 0)) if load else "-",
+                str(load.get("used_blocks", 0) + load.get("cached_blocks", 0)) if load else "-",
+                f"{peer['rtt_ms']:.1f} ms" if peer["rtt_ms"] is not None else "-",
+            )
         )
-    if is_watching and console.is_terminal:
-        console.clear()
-    if found:
-        console.print(table)
-    else:
-        console.print(f"no peer of mesh {mesh!r} found; try --peer HOST with the address of one")
+    return table(columns, rows, width)
+
+
+def refused_lines(found: Iterable[dict[str, Any]]) -> list[str]:
+    """Strangers that peers did not let in: who, why, how often; the latest first."""
+    from meshserve.cli.columns import duration
+
+    merged: dict[tuple[str, str], tuple[float, int, set[str]]] = {}
+    for peer in found:
+        for entry in peer["refused"]:
+            ago_s, times, by = merged.get((entry["who"], entry["reason"]), (entry["ago_s"], 0, set()))
+            merged[entry["who"], entry["reason"]] = min(ago_s, entry["ago_s"]), times + entry["times"], by | {peer["name"]}
+    latest = sorted(merged.items(), key=lambda item: item[1][0])[:_MAX_REFUSED]
+    return [
+        f"refused  {who or 'somebody'}: {reason} ({times}x by {', '.join(sorted(by))}, last {duration(ago_s)} ago)"
+        for (who, reason), (ago_s, times, by) in latest
+    ]
+
+
+def gone_lines(found: Iterable[dict[str, Any]], own: Iterable[dict[str, Any]]) -> list[str]:
+    """Incarnations that have ended, by what peers and we ourselves saw of it; the latest first."""
+    from meshserve.cli.columns import duration
+
+    listed = {peer["incarnation"] for peer in found}
+    merged: dict[str, dict[str, Any]] = {}
+    for entry in [*own, *(entry for peer in found for entry in peer["gone"])]:
+        known = merged.get(entry["incarnation"], entry)
+        # not everybody hears a goodbye before the connection is closed
+        if entry["incarnation"] not in listed and (entry["reason"] == "left" or known["reason"] != "left"):
+            merged[entry["incarnation"]] = entry
+    latest = sorted(merged.values(), key=lambda entry: float(entry["ago_s"]))[:_MAX_GONE]
+    return [f"gone     {entry['name']} at {entry['address']}: {entry['reason']}, {duration(entry['ago_s'])} ago" for entry in latest]

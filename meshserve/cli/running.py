@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import logging
 import sys
 from collections.abc import Callable, Coroutine
@@ -10,19 +9,15 @@ from typing import Any, NoReturn
 
 import click
 
+from meshserve.cli.logs import JsonFormatter, PlainFormatter, RepeatFilter
 from meshserve.errors import MeshserveError, UsageError
-
-
-class _JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        line = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower(), "logger": record.name}
-        return json.dumps({**line, "message": record.getMessage()})
 
 
 def set_up_logging(settings: dict[str, Any]) -> None:
     """Logs go to stderr; `--log-level` and `--log-json` say how. No library's chatter below a warning."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_JsonFormatter() if settings.get("log_json") else logging.Formatter("%(levelname)s: %(message)s"))
+    handler.addFilter(RepeatFilter())
+    handler.setFormatter(JsonFormatter() if settings.get("log_json") else PlainFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     for library in ("zeroconf", "uvicorn"):  # they log tracebacks: for interfaces without multicast, for requests that a drain cut off
         logging.getLogger(library).setLevel(logging.CRITICAL)

@@ -33,6 +33,8 @@ class _Job:
     transfer: Transfer | None = None
     engine_id: str = ""
     began_s: float = 0.0
+    num_tokens: int = 0
+    """Of the prompt, once it is known."""
     acknowledged_s: float = 0.0
     """When the decode worker last took in a block, or the first was computed."""
 
@@ -163,7 +165,8 @@ class PrefillProvider:
             self.counters.add("tasks_malformed")
             self._give_up(job, "malformed task")
             return
-        num_tokens = len(tokens) - first_block * self._engine.card.block_size
+        job.num_tokens = len(tokens)
+        num_tokens = job.num_tokens - first_block * self._engine.card.block_size
         job.began_s = time.monotonic()
         if not self._queue.granted(job.key, attempt, num_tokens, job.began_s):
             return
@@ -199,6 +202,8 @@ class PrefillProvider:
 
     def all_computed(self, job: _Job, num_cached_tokens: int) -> None:
         """The engine has room again; the blocks may still be on their way."""
+        self.counters.add("prefill_tokens", job.num_tokens)
+        self.counters.add("prefill_tokens_cached", num_cached_tokens)
         self._queue.all_computed(job.key, num_cached_tokens, time.monotonic())
         self.pump()
 

@@ -19,6 +19,13 @@ class LocalAddress:
 
     interface: str
     address: str
+    prefix: int = 0
+    """Bits of its network; 0 if that is not known."""
+
+    @property
+    def network(self) -> str:
+        """Such as `192.168.1.0/24`: who is in it needs no router in between. Empty if it is not known."""
+        return str(ipaddress.ip_network(f"{self.address}/{self.prefix}", strict=False)) if self.prefix else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +48,18 @@ def local_addresses() -> list[LocalAddress]:
             text = ip.ip if isinstance(ip.ip, str) else ip.ip[0]
             parsed = ipaddress.ip_address(text.split("%")[0])
             if not (parsed.is_link_local and parsed.version == 6) and not parsed.is_multicast:
-                found.append(LocalAddress(adapter.nice_name, str(parsed)))
+                found.append(LocalAddress(adapter.nice_name, str(parsed), ip.network_prefix))
     return found
+
+
+def is_virtual(interface: str) -> bool:
+    """Of a VPN, a container bridge or the like."""
+    return interface.startswith(_VIRTUAL)
 
 
 def _rank(local: LocalAddress) -> tuple[bool, bool, bool]:
     parsed = ipaddress.ip_address(local.address)
-    return local.interface.startswith(_VIRTUAL), parsed.is_link_local, parsed.version == 6
+    return is_virtual(local.interface), parsed.is_link_local, parsed.version == 6
 
 
 def choose_addresses(interface: str | None, found: list[LocalAddress]) -> Addresses:

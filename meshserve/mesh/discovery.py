@@ -25,10 +25,10 @@ _log = logging.getLogger(__name__)
 
 
 class MdnsDiscovery:
-    """Announces one peer and reports the others of its mesh."""
+    """Announces one peer and reports the others, each with the mesh that it says it is of."""
 
-    def __init__(self, mesh: str, incarnation: str, interfaces: tuple[str, ...], on_hint: Callable[[PeerHint], None]) -> None:
-        self._mesh, self._incarnation, self._on_hint = mesh, incarnation, on_hint
+    def __init__(self, incarnation: str, interfaces: tuple[str, ...], on_announced: Callable[[str, PeerHint], None]) -> None:
+        self._incarnation, self._on_announced = incarnation, on_announced
         self._interfaces = interfaces
         self._zeroconf: AsyncZeroconf | None = None
         self._browser: AsyncServiceBrowser | None = None
@@ -88,10 +88,10 @@ class MdnsDiscovery:
         texts = {key.decode(errors="replace"): (value or b"").decode(errors="replace") for key, value in info.properties.items()}
         addresses = info.parsed_addresses(IPVersion.All)
         incarnation = texts.get("inc", "")
-        if texts.get("mesh") != self._mesh or not 0 < len(incarnation) <= 64 or not addresses or not info.port:
+        if not 0 < len(texts.get("mesh", "")) <= 63 or not 0 < len(incarnation) <= 64 or not addresses or not info.port:
             return
         usable = tuple(dict.fromkeys(address for address in addresses if not address.lower().startswith("fe80")))
-        self._on_hint(PeerHint(incarnation, usable[:16], info.port))
+        self._on_announced(texts["mesh"], PeerHint(incarnation, usable[:16], info.port))
 
     async def close(self) -> None:
         """Withdraw the records and stop."""

@@ -21,10 +21,10 @@ def check_hello(data: object, mesh: str) -> Hello:
     major, minor = protocol_of(data)
     if major != PROTOCOL_MAJOR:
         older = "that peer" if major < PROTOCOL_MAJOR else "this peer"
-        raise HandshakeRefused(f"protocol {major}.{minor} and {PROTOCOL_MAJOR}.x do not go together: upgrade {older}")
+        raise HandshakeRefused(f"protocol {major}.{minor} and {PROTOCOL_MAJOR}.x do not go together: upgrade {older}", kind="protocol")
     hello = Hello.from_wire(data)
     if hello.peer.mesh != mesh:
-        raise HandshakeRefused(f"this peer belongs to the mesh {mesh!r}, not to {hello.peer.mesh!r}")
+        raise HandshakeRefused(f"this peer belongs to the mesh {mesh!r}, not to {hello.peer.mesh!r}", kind="mesh")
     return hello
 
 
@@ -38,13 +38,13 @@ class Reached:
 
 
 class DialFailed(MeshserveError):
-    """No address led to the peer. `is_refused`: every one was refused by a host that is there."""
+    """No address led to the peer. `is_refused`: every one was refused by a host that is there. `kinds`: those of refused hellos."""
 
     code = "dial_failed"
 
-    def __init__(self, reasons: list[str], is_refused: bool) -> None:
-        super().__init__("; ".join(reasons))
-        self.is_refused = is_refused
+    def __init__(self, reasons: list[str], is_refused: bool, kinds: tuple[str, ...] = ()) -> None:
+        super().__init__("; ".join(dict.fromkeys(reasons)))
+        self.is_refused, self.kinds = is_refused, kinds
 
 
 async def probe(host: str, port: int, timeout_s: float) -> None:
@@ -90,6 +90,7 @@ class Dialler:
             owner.spawn(self._attempt(dial, host, index * self._config.dial_stagger_s)) for index, host in enumerate(dial.addresses)
         ]
         reasons: list[str] = []
+        kinds: list[str] = []
         num_refused = 0
         chosen: Reached | None = None
         try:
@@ -100,10 +101,12 @@ class Dialler:
                     return outcome
                 num_refused += isinstance(outcome, ConnectionRefusedError)
                 reasons.append(str(outcome))
+                if isinstance(outcome, HandshakeRefused):
+                    kinds.append(outcome.kind)
         finally:
             await owner.close()
             self._drop_others(attempts, chosen)
-        raise DialFailed(reasons, is_refused=num_refused == len(attempts) > 0)
+        raise DialFailed(reasons, num_refused == len(attempts) > 0, tuple(kinds))
 
     def _drop_others(
         self, attempts: "list[asyncio.Task[Reached | MeshserveError | ConnectionRefusedError]]", chosen: Reached | None
@@ -148,7 +151,7 @@ class Dialler:
         try:
             hello = check_hello(message[1], self._config.mesh)
         except ProtocolError as error:
-            raise HandshakeRefused("it answered with something that is no hello") from error
+            raise HandshakeRefused("it answered with something that is no hello", kind="hello") from error
         if expected is not None and hello.peer.incarnation != expected:
-            raise HandshakeRefused(f"another peer lives there: {hello.peer.name}")
+            raise HandshakeRefused(f"another peer lives there: {hello.peer.name}", kind="other")
         return hello

@@ -13,11 +13,12 @@ from meshserve.mesh.addresses import parse_host_port, resolve
 from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED
 from meshserve.mesh.handshake import DialFailed, Dialler, check_hello
 from meshserve.mesh.membership import Change, Dial, Member, Membership, PeerState
+from meshserve.mesh.sightings import Sightings, describe_stranger
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.channel import Channel
 from meshserve.mesh.transport.sockets import SocketFactory
 from meshserve.mesh.transport.transport import Transport
-from meshserve.telemetry import Counters
+from meshserve.telemetry import Counters, log_event
 from meshserve.wire import frames
 from meshserve.wire.frames import Message
 from meshserve.wire.hello import Hello, PeerHint, PeerInfo
@@ -63,6 +64,9 @@ class Links:
         self.listeners: list[Callable[[Change, Member], None]] = []
         self.refused: dict[str, str] = {}
         """Who could not be joined, and why: for people."""
+        self.sightings = Sightings()
+        self.mdns = "off"
+        """For people: `on`, or why not."""
         self._dealers: dict[str, Channel] = {}
         self._inbound: dict[str, list[Channel]] = {}
         self._broken: set[str] = set()
@@ -93,13 +97,14 @@ class Links:
     async def _start_discovery(self, interfaces: tuple[str, ...]) -> None:
         from meshserve.mesh.discovery import MdnsDiscovery  # a slow import that peers without mDNS need not wait for
 
-        discovery = MdnsDiscovery(self.own.mesh, self.own.incarnation, interfaces, self._on_hint)
+        discovery = MdnsDiscovery(self.own.incarnation, interfaces, self._on_announced)
         try:
             await discovery.start()
         except OSError as error:
-            _log.warning("mDNS does not work here (%s): peers are found by --peer only", error.strerror or error)
+            self.mdns = str(error.strerror or error)
+            _log.warning("mDNS does not work here (%s): peers are found by --peer only", self.mdns)
             return
-        self._discovery = discovery
+        self._discovery, self.mdns = discovery, "on"
         if self._config.roles:
             discovery.announce(self.own)
 
@@ -174,12 +179,14 @@ class Links:
         try:
             hello = check_hello(data, self.own.mesh)
             if hello.peer.incarnation == self.own.incarnation:
-                raise HandshakeRefused("you dialled yourself")
+                raise HandshakeRefused("you dialled yourself", kind="self")
         except ProtocolError:
             self._counters.add("hellos_malformed")
             return
         except HandshakeRefused as error:
             self._counters.add("hellos_refused")
+            if error.kind != "self":
+                self.on_stranger(describe_stranger(data), error.message)
             channel.send([frames.REFUSED, error.to_wire()])
             return
         if channel.peer not in ("", hello.peer.incarnation):
@@ -217,9 +224,16 @@ class Links:
             self.membership.hint(hint, now_s)
         self._dial_soon()
 
-    def _on_hint(self, hint: PeerHint) -> None:
-        self.membership.hint(hint, time.monotonic())
-        self._dial_soon()
+    def _on_announced(self, mesh: str, hint: PeerHint) -> None:
+        self.sightings.announced(mesh, hint)
+        if mesh == self.own.mesh:
+            self.membership.hint(hint, time.monotonic())
+            self._dial_soon()
+
+    def on_stranger(self, who: str, reason: str) -> None:
+        """Somebody was not let in."""
+        if self.sightings.refused(who, reason, time.monotonic()):
+            log_event(_log, "stranger_refused", f"refused {who or 'somebody'}: {reason}", who=who, reason=reason)
 
     def _on_pong(self, peer: str, number: int) -> None:
         member = self.membership.members.get(peer)
@@ -242,8 +256,15 @@ class Links:
 
     # --- what goes out
 
+    async def introduce(self, host: str, port: int) -> PeerInfo:
+        """Say hello at this address once, whoever lives there, and hang up: for people who look for a fault. Raises DialFailed."""
+        reached = await self._dialler.dial(Dial("", (host,), port, None))
+        self.transport.drop(reached.channel)
+        return reached.hello.peer
+
     def _hello(self, expected: str | None) -> Hello:
-        return Hello(self.own, time.monotonic() - self._started_s, self.membership.hints(), expected, is_reset=expected in self._broken)
+        hints = () if self.own.is_observer else self.membership.hints()  # who only looks must not bring together whom it looks at
+        return Hello(self.own, time.monotonic() - self._started_s, hints, expected, is_reset=expected in self._broken)
 
     def _dial_soon(self) -> None:
         if not self._is_dial_due:
@@ -283,6 +304,7 @@ class Links:
                 "cannot join %s: %s",
                 dial.key if dial.incarnation is None else f"the peer at {dial.addresses[0]}:{dial.port}",
                 error.message,
+                extra={"event": "cannot_join", "fields": {"incarnation": dial.incarnation, "reason": error.message}},
             )
         if len(self.refused) < 256:
             self.refused[dial.key] = error.message
@@ -293,6 +315,8 @@ class Links:
                 self._forget(member.info.incarnation, PEER_DIED if change is Change.DIED else "it left")
             self._is_changed = True
             if not member.info.is_observer:
+                if change in (Change.DIED, Change.LEFT):
+                    self.sightings.ended(change, member, time.monotonic())
                 for listener in self.listeners:
                     listener(change, member)
 
@@ -345,4 +369,5 @@ class Links:
                 "no other peer of mesh %r found yet%s. Are they on this network? Try --peer HOST with the address of one of them.",
                 self.own.mesh,
                 reasons,
+                extra={"event": "mesh_alone", "fields": {"mesh": self.own.mesh}},
             )

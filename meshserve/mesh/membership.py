@@ -328,6 +328,16 @@ class Membership:
         """All but observers, oldest first."""
         return sorted((member for member in self.members.values() if not member.info.is_observer), key=lambda member: member.started_s)
 
+    def places(self) -> list[tuple[str, str, tuple[str, ...], int]]:
+        """Whom this peer reaches or would dial, members first: incarnation, name (empty if only hearsay tells of it), addresses, port."""
+        members = [(member.info.incarnation, member.shown_name, member.info.addresses, member.info.port) for member in self.listed()]
+        hearsay = [
+            (candidate.incarnation, "", candidate.addresses, candidate.port)
+            for candidate in self._candidates.values()
+            if candidate.incarnation is not None
+        ]
+        return members + hearsay
+
     def hints(self) -> tuple[PeerHint, ...]:
         """What we pass on about others: only peers that we reach ourselves."""
         return tuple(member.info.hint for member in self.listed() if member.is_callable)

@@ -88,7 +88,7 @@ class Mesh:
         self.links = Links(self.config, self._introduction(), self.factory, self.counters, self)
         self.links.listeners.append(self._forget_able)
         if self.ports is not None:
-            self.links.transport.adopt_router(self.ports.calls)
+            self.links.transport.adopt_router(self.ports.calls, self.links.on_stranger)
         self.calls = CallTable(self.config.transport.max_streams_per_peer, self.name_of)
 
     def _introduction(self) -> PeerInfo:

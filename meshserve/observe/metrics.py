@@ -42,6 +42,11 @@ _COUNTERS = {
     "clients_gone": "HTTP clients that left before their answer was complete.",
     "requests_refused": "Requests that found no place in the mesh.",
     "requests_cancelled": "Requests that were ended by name.",
+    "tokens_generated": "Tokens generated.",
+    "prompt_tokens": "Prompt tokens of requests that a decode worker finished.",
+    "prompt_tokens_cached": "Of those, the ones whose KV was on the worker when the request came.",
+    "prefill_tokens": "Prompt tokens of prompts that a prefill worker computed for others.",
+    "prefill_tokens_cached": "Of those, the ones whose KV it had.",
     "strangers_refused": "Connections without the mesh's key.",
 }
 """Those that every peer shows, at 0 if need be; a counter that is not here shows as soon as it counts."""

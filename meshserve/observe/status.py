@@ -1,20 +1,25 @@
 """Who is in the mesh: what every peer says of itself when asked, in one list."""
 
 import asyncio
+import itertools
 import math
 from typing import Any
 
 from meshserve.errors import MeshserveError
 from meshserve.mesh.calls import IncomingCall
-from meshserve.mesh.membership import Member
+from meshserve.mesh.membership import Member, PeerState
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.sockets import endpoint
+from meshserve.observe.reach import Reach
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.telemetry import BUCKETS_S
 from meshserve.wire.hello import PeerInfo
 
 _METHOD = "mesh.status"
 _TIMEOUT_S = 0.5
+_MAX_LISTED = 32
+_STRANGER_FIELDS = {"who": str, "reason": str, "times": int, "ago_s": (int, float)}
+_GONE_FIELDS = {"incarnation": str, "name": str, "address": str, "reason": str, "ago_s": (int, float)}
 
 
 def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
@@ -29,6 +34,8 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
                 "up_s": round(mesh.now_s() - began_s, 3),
                 "load": _load(load) if load else None,
                 "num_reached": reached,
+                "cannot_join": dict(itertools.islice(mesh.links.refused.items(), _MAX_LISTED)),
+                **mesh.links.sightings.to_wire(mesh.now_s()),
                 "counters": dict(mesh.counters.snapshot()),
                 "histograms": mesh.histograms.snapshot(),
             }
@@ -38,6 +45,7 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
         return {name: getattr(load, name) for name in load.__dataclass_fields__}
 
     mesh.serve(_METHOD, on_status)
+    Reach(mesh)
 
 
 async def list_peers(mesh: Mesh) -> list[dict[str, Any]]:
@@ -66,12 +74,23 @@ def _is_status(answer: Any) -> bool:
     """What others send is checked here, once, so that one peer cannot spoil what is shown of all."""
     if not isinstance(answer, dict) or not isinstance(answer.get("histograms", {}), dict):
         return False
+    if not _are_entries(answer.get("refused", []), _STRANGER_FIELDS) or not _are_entries(answer.get("gone", []), _GONE_FIELDS):
+        return False
+    cannot_join = answer.get("cannot_join", {})
+    if not isinstance(cannot_join, dict) or not all(isinstance(part, str) for item in cannot_join.items() for part in item):
+        return False
     numbers = [answer.get("counters", {}), answer.get("load") or {}]
     return all(map(_are_counts, numbers)) and all(map(_is_histogram, answer.get("histograms", {}).values()))
 
 
 def _are_counts(data: Any) -> bool:
     return isinstance(data, dict) and all(isinstance(name, str) and type(count) is int for name, count in data.items())
+
+
+def _are_entries(data: Any, expected: dict[str, Any]) -> bool:
+    if not isinstance(data, list) or len(data) > _MAX_LISTED:
+        return False
+    return all(isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in expected.items()) for entry in data)
 
 
 def _is_histogram(data: Any) -> bool:
@@ -94,6 +113,7 @@ def _entry(mesh: Mesh, info: PeerInfo, member: Member | None, answer: tuple[dict
         "state": state,
         "mesh": info.mesh,
         "load": status.get("load"),
+        "since_s": _since_s(mesh, member, status),
         "rtt_ms": round(rtt_ms, 3) if rtt_ms is not None else None,
         "up_s": status.get("up_s"),
         "num_reached": status.get("num_reached"),
@@ -102,4 +122,17 @@ def _entry(mesh: Mesh, info: PeerInfo, member: Member | None, answer: tuple[dict
         "addresses": list(info.addresses),
         "counters": status.get("counters", {}),
         "histograms": status.get("histograms", {}),
+        "refused": status.get("refused", []),
+        "gone": status.get("gone", []),
+        "cannot_join": status.get("cannot_join", {}),
     }
+
+
+def _since_s(mesh: Mesh, member: Member | None, status: dict[str, Any]) -> float | None:
+    """How long it has been in its state: a suspect since we miss it, any other since its start, by its own account or by its hello."""
+    if member is not None and member.state is PeerState.SUSPECT:
+        return round(mesh.now_s() - member.suspect_since_s, 3)
+    up_s = status.get("up_s")
+    if up_s is None and member is not None:
+        up_s = round(mesh.now_s() - member.started_s, 3)
+    return up_s if isinstance(up_s, (int, float)) else None

@@ -104,6 +104,28 @@ class Host:
         if both:
             self._drop_from(other, self._undo)
 
+    def block_ports(self, first: int, last: int, only_from: "Host | None" = None) -> None:
+        """Let no TCP connection to these ports of this host come about (or none of one host's), as a firewall that drops silently."""
+        sender = f"ether saddr {only_from._mac} " if only_from else ""
+        self._drop(self.netns, INTERFACE, [f"{sender}tcp dport {first}-{last} tcp flags & (syn | ack) == syn drop"], self._undo)
+
+    def add_interface(self, name: str, address: str) -> None:
+        """Another interface, in a network of its own that no other host is in; `address` has its prefix, as in 10.99.0.1/24."""
+        # Linux answers for each of its addresses on every interface unless told otherwise, which no router in between would let happen
+        self.inside(lambda: Path("/proc/sys/net/ipv4/conf/all/arp_ignore").write_text("1"))
+        _ip(
+            self.netns,
+            f"link add {name} type veth peer name {name}x",
+            f"address add {address} dev {name}",
+            f"link set {name} up",
+            f"link set {name}x up",
+        )
+
+    def drop_long_packets(self, most_bytes: int) -> None:
+        """Lose, in each direction, what is longer than `most_bytes`, as a path does whose MTU its ends do not know. With 1600 single
+        packets get through and bursts do not, as the kernel hands those over in one piece: so long messages take seconds."""
+        self._drop_both_ways([f"meta length > {most_bytes} drop"])
+
     def drop_packets(self, percent: float) -> None:
         """Lose `percent` of all packets at random, in each direction."""
         share = round(percent * 100)

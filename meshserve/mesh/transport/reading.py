@@ -14,6 +14,9 @@ import zmq
 
 from meshserve.mesh.calls import CONNECTION_CLOSED
 
+KEYS_DIFFER = "it took the connection and closed it: the keys differ, or only one side has one"
+"""CURVE tells a stranger nothing but this."""
+
 MAX_FRAMES = 3
 """Of a message on the call sockets: routing id and payload, and one to spare."""
 
@@ -146,7 +149,7 @@ class ConnectionMonitor:
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._on_up()
         elif event in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
-            self._on_down("keys differ")
+            self._on_down(KEYS_DIFFER)
         else:
             self._on_down(CONNECTION_CLOSED)
 

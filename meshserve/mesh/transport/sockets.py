@@ -50,6 +50,11 @@ class SocketFactory:
                 self.close()
                 raise
 
+    @property
+    def has_key(self) -> bool:
+        """Whether strangers are kept out."""
+        return self._pair is not None
+
     def set_silence_limit(self, limit_s: float) -> None:
         """ZeroMQ's own heartbeats close a connection after so long: they notice a dead host on links without application heartbeats."""
         self._death_hint_ms = max(1000, int(limit_s * 1000))

@@ -7,9 +7,11 @@ import zmq
 
 from meshserve.config import TransportConfig
 from meshserve.errors import PeerLost, ProtocolError
+from meshserve.mesh.calls import CONNECTION_CLOSED
 from meshserve.mesh.transport.channel import Channel
-from meshserve.mesh.transport.reading import ConnectionMonitor, SocketReader
+from meshserve.mesh.transport.reading import KEYS_DIFFER, ConnectionMonitor, SocketReader
 from meshserve.mesh.transport.sockets import SocketFactory, endpoint
+from meshserve.mesh.transport.strangers import OnStranger, StrangerMonitor
 from meshserve.telemetry import Counters
 from meshserve.wire import frames
 from meshserve.wire.frames import Message
@@ -85,7 +87,7 @@ class _Dealer:
 
     def _on_down(self, reason: str) -> None:
         if not self.is_up.done():
-            self.is_up.set_exception(PeerLost(reason))
+            self.is_up.set_exception(PeerLost(KEYS_DIFFER if reason == CONNECTION_CLOSED else reason))
         else:
             self._transport.lost(self.channel, reason)
 
@@ -109,11 +111,13 @@ class Transport:
         self._routing_ids: dict[Channel, bytes] = {}
         self._router: zmq.Socket[bytes] | None = None
         self._router_reader: SocketReader | None = None
+        self._strangers: StrangerMonitor | None = None
         self.loopback = Channel(config, self._send_to_self, self._schedule_loopback)
 
-    def adopt_router(self, socket: "zmq.Socket[bytes]") -> None:
-        """Serve this bound ROUTER socket; closes with the transport."""
+    def adopt_router(self, socket: "zmq.Socket[bytes]", on_stranger: OnStranger) -> None:
+        """Serve this bound ROUTER socket; closes with the transport. Who fails its handshake is told of, and never heard."""
         self._router = socket
+        self._strangers = StrangerMonitor(socket, self._factory.has_key, self._counters, on_stranger)
         self._router_reader = SocketReader(socket, self._on_router_frames, self.turn.flush, self.config.max_reads_per_turn)
 
     async def dial(self, host: str, port: int, timeout_s: float) -> Channel:
@@ -211,6 +215,8 @@ class Transport:
         for channel in list(self._dealers):
             self.drop(channel)
         if self._router_reader is not None and self._router is not None:
+            if self._strangers is not None:
+                self._strangers.close()
             self._router_reader.close()
             self._router.close()
             self._router = None

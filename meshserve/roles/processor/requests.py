@@ -4,6 +4,7 @@ If one of them fails the request fails, and the others are cancelled. The first 
 its first token is there: by then the prompt's KV is in a cache, and need not be computed or handed over once for each.
 """
 
+import logging
 from array import array
 from dataclasses import replace
 from typing import Any, Protocol
@@ -15,10 +16,12 @@ from meshserve.roles.processor.calling import wants_call
 from meshserve.roles.processor.choices import Choice, EchoOnly
 from meshserve.roles.processor.prompts import sampling_of
 from meshserve.roles.processor.sequences import Dispatcher, Sequence
-from meshserve.telemetry import Phases
+from meshserve.telemetry import Phases, log_event
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartItem, item_to_wire
 from meshserve.wire.generation import Sampling
+
+_log = logging.getLogger(__name__)
 
 
 class Role(Dispatcher, Protocol):
@@ -177,6 +180,8 @@ class Request:
 
     def fail(self, error: MeshserveError) -> None:
         """End it here and now, at its workers too."""
+        text = f"request {self.request_id} failed: {error.message}"
+        log_event(_log, "request_failed", text, request_id=self.request_id, client_id=self._asked.client_id, code=error.code)
         self.cancel()
         self._call.fail(error)
 

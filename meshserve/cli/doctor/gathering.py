@@ -1,0 +1,236 @@
+"""What `doctor` looks at: this machine, the network, and every peer's own view of it. Takes eight seconds at most."""
+
+import asyncio
+import ipaddress
+import socket
+from dataclasses import replace
+from typing import NamedTuple
+
+from meshserve.cli.doctor.multicast import ask_by_multicast
+from meshserve.cli.observing import settle
+from meshserve.config import FIRST_PORT, PORTS_PER_PEER, MeshConfig
+from meshserve.mesh.addresses import LocalAddress, choose_addresses, local_addresses, parse_host_port, resolve
+from meshserve.mesh.handshake import DialFailed
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.probing import Outcome, knock, security_of
+from meshserve.mesh.transport.reading import KEYS_DIFFER
+from meshserve.observe.diagnosis.facts import Facts, Listener, PeerFacts, Stranger, is_loopback, place
+from meshserve.observe.reach import PortKnock, ask_reach, ask_view, carries_large_messages, knock_at
+from meshserve.wire.hello import PeerInfo
+
+_LAST_PORT = FIRST_PORT + 100
+_MAX_OWN_ADDRESSES, _MAX_STRANGERS = 16, 32
+_LOCAL_TIMEOUT_S, _KNOCK_TIMEOUT_S, _HELLO_TIMEOUT_S = 0.3, 0.8, 1.2
+_VIEW_TIMEOUT_S, _REACH_TIMEOUT_S, _LARGE_TIMEOUT_S = 0.8, 2.4, 2.0
+_LISTEN_S, _SETTLE_S, _GIVE_UP_S = 1.5, 0.5, 2.4
+_LARGE_AT_ONCE, _LARGE_AFTER_S = 8, 0.05
+"""The other question must be on its way before a message that may block the connection for good."""
+
+
+class _Heard(NamedTuple):
+    """Somebody known by hearsay only: mDNS, or what peers tell."""
+
+    name: str
+    addresses: tuple[str, ...]
+    port: int
+    is_fresh: bool
+    """It said something just now: announced itself to us, or said hello to somebody."""
+
+
+async def gather(config: MeshConfig) -> Facts:
+    """Look at everything, as an observer. Raises UsageError or KeyRefused."""
+    own = local_addresses()
+    chosen = choose_addresses(config.interface, own)
+    pinned = [local for local in own if local.address in chosen.advertised] if config.interface else own
+    listeners = await _listeners(list(dict.fromkeys((*chosen.advertised, *(local.address for local in pinned)))))
+    seeds = await _resolved(config.seeds)
+    mesh = Mesh(replace(config, seeds=(*config.seeds, *_own_seeds(listeners))))
+    await mesh.start()
+    try:
+        await mesh.join()
+        speaking = [local for local in own if local.address in chosen.mdns_interfaces] if config.use_mdns else []
+        multicast, _ = await asyncio.gather(
+            ask_by_multicast(speaking, frozenset(local.address for local in own), _LISTEN_S),
+            settle(mesh, _SETTLE_S, _GIVE_UP_S, least_s=_LISTEN_S if config.use_mdns else 0.0),
+        )
+        return replace(
+            await _of_the_mesh(mesh, seeds, listeners),
+            interface=config.interface,
+            use_mdns=config.use_mdns,
+            interfaces=tuple(own),
+            multicast=tuple(multicast),
+            listeners=tuple(listeners),
+            next_port=_next_port(),
+        )
+    finally:
+        await mesh.close()
+
+
+# --- this machine
+
+
+async def _listeners(addresses: list[str]) -> list[Listener]:
+    """Who listens at the first ports of peers, at this machine's own addresses."""
+
+    async def one(address: str, port: int) -> Listener | None:
+        if (await knock(address, port, _LOCAL_TIMEOUT_S)).outcome != Outcome.OPEN:
+            return None
+        return Listener(address, port, await security_of(address, port, _LOCAL_TIMEOUT_S))
+
+    ports = range(FIRST_PORT, _LAST_PORT, PORTS_PER_PEER)
+    found = await asyncio.gather(*(one(address, port) for address in addresses[:_MAX_OWN_ADDRESSES] for port in ports))
+    return [listener for listener in found if listener is not None]
+
+
+def _own_seeds(listeners: list[Listener]) -> list[str]:
+    """Peers of this machine need no mDNS to be found."""
+    peers = sorted((found for found in listeners if found.security is not None), key=lambda found: is_loopback(found.address))
+    return list({found.port: f"[{found.address}]:{found.port}" for found in reversed(peers)}.values())
+
+
+def _next_port() -> int | None:
+    for first in range(FIRST_PORT, _LAST_PORT, PORTS_PER_PEER):
+        if all(_is_free(first + offset) for offset in range(PORTS_PER_PEER)):
+            return first
+    return None
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind(("", port))
+        except OSError:
+            return False
+    return True
+
+
+async def _resolved(seeds: tuple[str, ...]) -> list[tuple[str, int]]:
+    found = []
+    for seed in seeds:
+        host, port = parse_host_port(seed, FIRST_PORT)
+        found += [(address, port) for address in (await asyncio.to_thread(resolve, host))[:2]]
+    return found
+
+
+# --- the mesh
+
+
+async def _of_the_mesh(mesh: Mesh, seeds: list[tuple[str, int]], listeners: list[Listener]) -> Facts:
+    places = mesh.links.membership.places()
+    large_limit = asyncio.Semaphore(_LARGE_AT_ONCE)
+    asked, knocks = await asyncio.gather(
+        asyncio.gather(*(_peer(mesh, member.info, large_limit) for member in mesh.links.membership.listed())), knock_at(places)
+    )
+    members = {peer.incarnation: peer for peer in asked}
+    heard = _hearsay(mesh, [*knocks, *(found for peer in asked for found in peer.knocks or ())], set(members))
+    own = [parse_host_port(place, FIRST_PORT) for place in _own_seeds(listeners)]
+    hearsay, strangers = await _meet(mesh, members, heard, [*seeds, *own])
+    other_meshes: dict[str, tuple[str, ...]] = {}
+    for said in mesh.links.sightings.announcements.values():
+        if said.mesh != mesh.own.mesh and said.hint.addresses:
+            shown = place(said.hint.addresses[0], said.hint.port)
+            other_meshes[said.mesh] = (*other_meshes.get(said.mesh, ()), shown)
+    return Facts(
+        mesh=mesh.own.mesh,
+        has_key=mesh.key is not None,
+        fingerprint=mesh.key.fingerprint if mesh.key else "",
+        mdns=mesh.links.mdns,
+        peers=(*asked, *hearsay),
+        knocks=tuple(knocks),
+        heard=frozenset(incarnation for incarnation, said in mesh.links.sightings.announcements.items() if said.mesh == mesh.own.mesh),
+        strangers=tuple(replace(found, is_seed=(found.address, found.port) in seeds) for found in strangers),
+        other_meshes=other_meshes,
+    )
+
+
+async def _peer(mesh: Mesh, info: PeerInfo, large_limit: asyncio.Semaphore) -> PeerFacts:
+    facts = PeerFacts(info.incarnation, info.name, info.addresses, info.port, info.roles, info.version)
+    view = await ask_view(mesh, info.incarnation, _VIEW_TIMEOUT_S)
+    if view is None:
+        return facts
+
+    async def large() -> bool:
+        await asyncio.sleep(_LARGE_AFTER_S)
+        async with large_limit:
+            return await carries_large_messages(mesh, info.incarnation, _LARGE_TIMEOUT_S)
+
+    knocks, carries_large = await asyncio.gather(ask_reach(mesh, info.incarnation, _REACH_TIMEOUT_S), large())
+    return replace(facts, view=view, knocks=tuple(knocks) if knocks is not None else None, carries_large=carries_large)
+
+
+def _hearsay(mesh: Mesh, knocks: list[PortKnock], members: set[str]) -> dict[str, _Heard]:
+    """By incarnation: those that mDNS or a peer tells of, and that are no members to us."""
+    heard = {
+        incarnation: _Heard("", said.hint.addresses, said.hint.port, True)
+        for incarnation, said in mesh.links.sightings.announcements.items()
+        if said.mesh == mesh.own.mesh
+    }
+    for found in knocks:
+        if found.offset == 0:
+            known = heard.get(found.target, _Heard("", (), found.port, False))
+            addresses = tuple(dict.fromkeys((*known.addresses, found.address)))[:_MAX_OWN_ADDRESSES]
+            heard[found.target] = _Heard(known.name or found.name, addresses, known.port, known.is_fresh or bool(found.name))
+    return {incarnation: known for incarnation, known in list(heard.items())[:_MAX_STRANGERS] if incarnation not in members}
+
+
+async def _meet(
+    mesh: Mesh, members: dict[str, PeerFacts], heard: dict[str, _Heard], places: list[tuple[str, int]]
+) -> tuple[list[PeerFacts], list[Stranger]]:
+    """Say hello to all who are no members: some cannot be reached, which pairs tell more of; some refuse, and say why."""
+    at_members = {(address, peer.port) for peer in members.values() for address in peer.addresses}
+    new = [found for found in dict.fromkeys(places) if found not in at_members and not _is_own_of(found, members)][:_MAX_STRANGERS]
+    met_heard = await asyncio.gather(*(_meet_any(mesh, known) for known in heard.values()))
+    met_places = await asyncio.gather(*(_meet_one(mesh, *found) for found in new))
+    hearsay, strangers = [], [met for met in met_places if isinstance(met, Stranger)]
+    for (incarnation, known), met in zip(heard.items(), met_heard, strict=True):
+        if isinstance(met, PeerInfo):
+            hearsay.append(PeerFacts(incarnation, met.name, met.addresses, met.port, met.roles, met.version))
+        elif met is None or met.outcome != Outcome.OPEN:
+            hearsay.append(PeerFacts(incarnation, known.name, known.addresses, known.port, is_alive=known.is_fresh))
+        else:
+            strangers.append(met)
+    return hearsay, list({found.place: found for found in strangers}.values())
+
+
+def _is_own_of(found: tuple[str, int], members: dict[str, PeerFacts]) -> bool:
+    """A peer that listens everywhere listens at the loopback too."""
+    return is_loopback(found[0]) and any(peer.port == found[1] for peer in members.values())
+
+
+async def _meet_any(mesh: Mesh, known: _Heard) -> Stranger | PeerInfo | None:
+    """At the first of its addresses that is open; else what the last one said."""
+    met: Stranger | PeerInfo | None = None
+    for address in sorted(known.addresses[:4], key=_is_ipv6):
+        met = await _meet_one(mesh, address, known.port)
+        if isinstance(met, PeerInfo) or met.outcome == Outcome.OPEN:
+            return met
+    return met
+
+
+def _is_ipv6(address: str) -> bool:
+    return ":" in address
+
+
+async def _meet_one(mesh: Mesh, address: str, port: int) -> Stranger | PeerInfo:
+    stranger = Stranger(address, port, (await knock(address, port, _KNOCK_TIMEOUT_S)).outcome)
+    if stranger.outcome != Outcome.OPEN:
+        return stranger
+    stranger = replace(stranger, security=await security_of(address, port, _KNOCK_TIMEOUT_S))
+    try:
+        async with asyncio.timeout(_HELLO_TIMEOUT_S):
+            return await mesh.links.introduce(address, port)
+    except DialFailed as error:
+        kind = "key" if KEYS_DIFFER in error.message else next(iter(error.kinds), "")
+        return replace(stranger, kind=kind, reason=error.message)
+    except TimeoutError:
+        return replace(stranger, reason="it does not answer our hello")
+
+
+def interfaces_for_people(interfaces: tuple[LocalAddress, ...]) -> list[dict[str, str]]:
+    """For `--json`."""
+    return [
+        {"interface": local.interface, "address": local.address, "network": local.network}
+        for local in interfaces
+        if not ipaddress.ip_address(local.address).is_loopback
+    ]

@@ -1,0 +1,1 @@
+"""`meshserve top`: what every peer is doing, live."""

@@ -1,0 +1,229 @@
+"""How `top` looks, and what its keys do."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.text import Text
+
+from meshserve.cli.columns import Cell, Column, duration, plain, table
+from meshserve.cli.peers import STATE_STYLES
+from meshserve.cli.top.rates import Activity, Samples, percentile_s, sparkline
+from meshserve.mesh.mesh import Mesh
+from meshserve.observe.status import list_peers
+
+_BAR_CELLS = 10
+_PAGE = 10
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    """One column: how a peer shows in it, and how it sorts."""
+
+    column: Column
+    show: Callable[[Activity], Cell]
+    sort: Callable[[Activity], Any]
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value / 1000:.1f}k" if value >= 10_000 else f"{value:.0f}"
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share * 100:.0f}%"
+
+
+def _milliseconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+
+
+def _bar(activity: Activity) -> str:
+    """Of the KV pool: what is in use, and what is kept for prompts that begin alike."""
+    if activity.used_share is None or activity.cached_share is None:
+        return "-"
+    used = round(min(1.0, activity.used_share) * _BAR_CELLS)
+    cached = min(_BAR_CELLS - used, round(activity.cached_share * _BAR_CELLS))
+    return "█" * used + "▒" * cached + "·" * (_BAR_CELLS - used - cached)
+
+
+def _pair(values: tuple[float, float] | None, index: int) -> float | None:
+    return values[index] if values else None
+
+
+def _numeric(title: str, rank: int, value: Callable[[Activity], float | None], show: Callable[[float | None], str] = _number) -> _Field:
+    return _Field(Column(title, rank, is_number=True), lambda found: show(value(found)), lambda found: _or_least(value(found)))
+
+
+def _or_least(value: float | None) -> float:
+    return -1.0 if value is None else value
+
+
+_FIELDS = (
+    _Field(Column("PEER"), lambda found: found.peer["name"], lambda found: found.peer["name"]),
+    _Field(Column("ROLES", 7), lambda found: ",".join(found.peer["roles"]), lambda found: found.peer["roles"]),
+    _Field(
+        Column("STATE"),
+        lambda found: (found.peer["state"], STATE_STYLES.get(found.peer["state"], "dim")),
+        lambda found: found.peer["state"],
+    ),
+    _numeric("BATCH", 0, lambda found: found.num_running),
+    _numeric("WAIT", 1, lambda found: found.num_waiting),
+    _numeric("QUEUE", 1, lambda found: found.num_tickets),
+    _numeric("TOK/S", 0, lambda found: found.tokens_per_s),
+    _numeric("PROMPT/S", 2, lambda found: found.prompt_tokens_per_s),
+    _numeric("HIT", 1, lambda found: found.hit_share, _percent),
+    _numeric("KV", 1, lambda found: None if found.used_share is None else found.used_share + (found.cached_share or 0.0), _percent),
+    _Field(Column("USED▒CACHED", 5), _bar, lambda found: _or_least(found.used_share)),
+    _numeric("TTFT", 3, lambda found: _pair(found.ttft_ms, 0), _milliseconds),
+    _numeric("p99", 5, lambda found: _pair(found.ttft_ms, 1), _milliseconds),
+    _numeric("ITL", 4, lambda found: _pair(found.itl_ms, 0), _milliseconds),
+    _numeric("p99", 6, lambda found: _pair(found.itl_ms, 1), _milliseconds),
+    _numeric("RTT", 8, lambda found: found.peer["rtt_ms"], _milliseconds),
+)
+
+
+class TopView:
+    """Activities of all peers, sorted; or everything about one."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+        self._samples = Samples()
+        self._activities: list[Activity] = []
+        self._sort_by, self._is_reversed = 0, False
+        self._selected: str | None = None
+        """Incarnation: a selection stays with its peer, wherever it sorts to."""
+        self._is_detailed = False
+        self._scrolled = 0
+
+    async def refresh(self) -> None:
+        """Ask every peer."""
+        self._activities = self._samples.add(await list_peers(self._mesh), time.monotonic())
+
+    # --- keys
+
+    def on_key(self, key: str) -> None:
+        """Arrows select and sort, enter opens, escape closes."""
+        steps = {"up": -1, "k": -1, "down": 1, "j": 1, "page-up": -_PAGE, "page-down": _PAGE}
+        if key in ("escape", "backspace"):
+            self._is_detailed = False
+        elif key == "enter":
+            self._is_detailed, self._scrolled = not self._is_detailed, 0
+        elif key in steps and self._is_detailed:
+            self._scrolled = max(0, self._scrolled + steps[key])
+        elif key in steps:
+            self._select(steps[key])
+        elif key in ("right", ">", "left", "<"):
+            self._sort_by = (self._sort_by + (1 if key in ("right", ">") else -1)) % len(_FIELDS)
+        elif key == "r":
+            self._is_reversed = not self._is_reversed
+
+    def _select(self, step: int) -> None:
+        order = [activity.peer["incarnation"] for activity in self._sorted()]
+        if order:
+            at = order.index(self._selected) if self._selected in order else 0
+            self._selected = order[max(0, min(len(order) - 1, at + step))]
+
+    def _sorted(self) -> list[Activity]:
+        """Names upwards, numbers downwards, as one wants to see them; equal ones by name."""
+        field = _FIELDS[self._sort_by]
+        by_name = sorted(self._activities, key=lambda found: str(found.peer["name"]))
+        return sorted(by_name, key=field.sort, reverse=field.column.is_number != self._is_reversed)
+
+    # --- drawing
+
+    def draw(self, width: int | None, height: int | None) -> list[Text]:
+        """The mesh in two lines, then peers, then the keys."""
+        order = self._sorted()
+        if not order:
+            return [Text(f"no peer of mesh {self._mesh.own.mesh!r} found; try --peer HOST with the address of one, or `meshserve doctor`")]
+        if height is None or width is None:
+            return [*self._head(80), *self._table(order, None)]
+        if self._selected not in {activity.peer["incarnation"] for activity in order}:
+            self._selected = order[0].peer["incarnation"]
+        head = self._head(width)
+        room = height - len(head) - 2
+        body = self._details(room) if self._is_detailed else self._scrolled_table(order, width, room)
+        lines = [*head, Text(), *body][: height - 1]
+        return [*lines, *([Text()] * (height - 1 - len(lines))), self._foot()]
+
+    def _head(self, width: int) -> list[Text]:
+        roles = [role for activity in self._activities for role in activity.peer["roles"]]
+        counts = ", ".join(f"{roles.count(role)} {role}" for role in dict.fromkeys(roles))
+        numbers = [
+            f"{_number(sum(activity.tokens_per_s or 0.0 for activity in self._activities))} tokens/s",
+            f"{_number(sum(activity.prompt_tokens_per_s or 0.0 for activity in self._activities))} prompt tokens/s",
+            f"{sum(activity.num_running or 0 for activity in self._activities)} running",
+            f"{sum((activity.num_waiting or 0) + (activity.num_tickets or 0) for activity in self._activities)} waiting",
+        ]
+        first = Text.assemble(("mesh ", "dim"), (plain(self._mesh.own.mesh), "bold"), f": {counts}")
+        second = Text("  ".join(numbers), "bold")
+        second.append("  " + sparkline(list(self._samples.trend), width - second.cell_len - 2), "green")
+        return [first, second]
+
+    def _table(self, order: list[Activity], width: int | None) -> list[Text]:
+        columns = [
+            Column(f"{'↑' if self._is_reversed == field.column.is_number else '↓'}{field.column.title}", 0, field.column.is_number)
+            if index == self._sort_by and width is not None
+            else field.column
+            for index, field in enumerate(_FIELDS)
+        ]
+        return table(columns, [[field.show(activity) for field in _FIELDS] for activity in order], width)
+
+    def _scrolled_table(self, order: list[Activity], width: int, height: int) -> list[Text]:
+        head, *rows = self._table(order, width)
+        at = next((index for index, activity in enumerate(order) if activity.peer["incarnation"] == self._selected), 0)
+        if rows:
+            rows[at].pad_right(max(0, width - rows[at].cell_len))
+            rows[at].stylize("reverse")
+        num_rows = max(1, height - 1)
+        first = max(0, min(at - num_rows // 2, len(rows) - num_rows))
+        return [head, *rows[first : first + num_rows]]
+
+    def _details(self, height: int) -> list[Text]:
+        activity = next((found for found in self._activities if found.peer["incarnation"] == self._selected), None)
+        if activity is None:
+            return []
+        lines = [Text(plain(line)) for line in details(activity)]
+        self._scrolled = max(0, min(self._scrolled, len(lines) - height))
+        return lines[self._scrolled : self._scrolled + height]
+
+    def _foot(self) -> Text:
+        if self._is_detailed:
+            return Text("q quit   esc back   ↑↓ scroll", "reverse")
+        return Text("q quit   ↑↓ select   enter details   ←→ sort   r reverse", "reverse")
+
+
+def details(activity: Activity) -> list[str]:
+    """All that a peer says of itself, in lines."""
+    peer = activity.peer
+    lines = [
+        f"{peer['name']}  {','.join(peer['roles'])}  {peer['state']} since {duration(peer['since_s'])}",
+        f"incarnation {peer['incarnation']}  version {peer['version']}  model {peer['model'] or '-'}",
+        f"address {peer['address']}  advertised {', '.join(peer['addresses'])}  {peer['http'] or ''}".rstrip(),
+        f"other peers that it reaches: {peer['num_reached']}  round trip {_milliseconds(peer['rtt_ms'])} ms",
+        "",
+    ]
+    if peer["load"]:
+        lines += ["load", *_columns({name: str(value) for name, value in peer["load"].items()}), ""]
+    if peer["histograms"]:
+        lines += ["times, ms (number, mean, median, p99)", *_columns({name: _times(data) for name, data in peer["histograms"].items()}), ""]
+    counters = {name: str(count) for name, count in sorted(peer["counters"].items()) if count}
+    lines += ["counters", *_columns(counters)] if counters else []
+    lines += [f"refused {entry['who']}: {entry['reason']} ({entry['times']}x)" for entry in peer["refused"]]
+    return lines
+
+
+def _columns(pairs: dict[str, str]) -> list[str]:
+    widest = max(map(len, pairs), default=0)
+    return [f"  {name:{widest}}  {value}" for name, value in pairs.items()]
+
+
+def _times(data: list[Any]) -> str:
+    sum_s, counts = data
+    number = sum(counts)
+    mean_s = sum_s / number if number else None
+    values = (mean_s, percentile_s(counts, 0.5), percentile_s(counts, 0.99))
+    return f"{number:8}  " + "  ".join(f"{_milliseconds(None if value is None else value * 1000):>8}" for value in values)

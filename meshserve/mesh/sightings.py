@@ -1,0 +1,106 @@
+"""What a peer saw of those who are no members of its mesh: strangers it refused, peers that are gone, announcements on the network.
+
+For people who look for a fault, never for decisions. Pure, and bounded whatever comes in.
+"""
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass
+from typing import Any
+
+from meshserve.mesh.membership import Change, Member, PeerState
+from meshserve.wire.hello import PeerHint
+
+_MAX_STRANGERS, _MAX_GONE, _MAX_ANNOUNCEMENTS = 32, 32, 512
+_MAX_TEXT = 160
+
+
+@dataclass(slots=True)
+class _Stranger:
+    num_times: int
+    last_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Gone:
+    incarnation: str
+    name: str
+    address: str
+    reason: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What mDNS says of a peer, of this mesh or another. Anybody can say it."""
+
+    mesh: str
+    hint: PeerHint
+
+
+class Sightings:
+    """Of one peer. Methods take `now_s` of its monotonic clock; what it tells others is in seconds ago."""
+
+    def __init__(self) -> None:
+        self.announcements: dict[str, Announcement] = {}
+        """By incarnation."""
+        self._strangers: OrderedDict[tuple[str, str], _Stranger] = OrderedDict()
+        self._gone: deque[_Gone] = deque(maxlen=_MAX_GONE)
+
+    def refused(self, who: str, reason: str, now_s: float) -> bool:
+        """Somebody was not let in. True if this one had not been for this reason before, as far as is remembered."""
+        key = who[:_MAX_TEXT], reason[:_MAX_TEXT]
+        known = self._strangers.pop(key, None)
+        self._strangers[key] = _Stranger(known.num_times + 1 if known else 1, now_s)
+        while len(self._strangers) > _MAX_STRANGERS:
+            self._strangers.popitem(last=False)
+        return known is None
+
+    def ended(self, change: Change, member: Member, now_s: float) -> None:
+        """A member left or died."""
+        info = member.info
+        address = f"{info.addresses[0]}:{info.port}" if info.addresses else ""
+        self._gone.append(_Gone(info.incarnation, member.shown_name, address, why_gone(change, member), now_s))
+
+    def announced(self, mesh: str, hint: PeerHint) -> None:
+        """mDNS told of a peer. A flood of new ones changes nothing."""
+        if hint.incarnation in self.announcements or len(self.announcements) < _MAX_ANNOUNCEMENTS:
+            self.announcements[hint.incarnation] = Announcement(mesh[:63], hint)
+
+    def to_wire(self, now_s: float) -> dict[str, Any]:
+        """Strangers and peers that are gone, the latest first: plain data for whoever asks this peer about itself."""
+        return {
+            "refused": [
+                {"who": who, "reason": reason, "times": stranger.num_times, "ago_s": round(now_s - stranger.last_s, 3)}
+                for (who, reason), stranger in reversed(self._strangers.items())
+            ],
+            "gone": [
+                {
+                    "incarnation": gone.incarnation,
+                    "name": gone.name,
+                    "address": gone.address,
+                    "reason": gone.reason,
+                    "ago_s": round(now_s - gone.at_s, 3),
+                }
+                for gone in reversed(self._gone)
+            ],
+        }
+
+
+def why_gone(change: Change, member: Member) -> str:
+    """In words, of a member that has just left or died."""
+    if change is Change.LEFT:
+        return "left"
+    if member.was_cut:
+        return "ended without goodbye"
+    return "fell silent" if member.state is PeerState.SUSPECT else "another incarnation took its place"
+
+
+def describe_stranger(hello: Any) -> str:
+    """Who says this hello, which is not to be trusted or may be malformed."""
+    peer = hello.get("peer") if isinstance(hello, dict) else None
+    if not isinstance(peer, dict):
+        return "somebody"
+    addresses = peer.get("addresses")
+    address = f" at {addresses[0]}" if isinstance(addresses, list) and addresses and isinstance(addresses[0], str) else ""
+    name = str(peer.get("name"))[:63]
+    return (name if name.isprintable() else "somebody") + address[:63]

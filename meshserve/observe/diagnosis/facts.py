@@ -1,0 +1,153 @@
+"""What was seen of a mesh and of the network around it: the input of the diagnosis."""
+
+import ipaddress
+from dataclasses import dataclass, field
+
+from meshserve.mesh.addresses import LocalAddress
+from meshserve.mesh.probing import Outcome
+from meshserve.observe.reach import PortKnock, View
+
+HERE = ""
+"""In the place of an incarnation: this machine, where the doctor runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Multicast:
+    """One question by multicast on one interface, and what came back."""
+
+    interface: str
+    address: str
+    error: str | None = None
+    """Why it could not be asked or listened to."""
+    is_heard_back: bool = False
+    others: frozenset[str] = frozenset()
+    """Addresses of other machines that multicast came from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """A port of the range of peers that somebody on this machine listens at."""
+
+    address: str
+    port: int
+    security: str | None
+    """`NULL` or `CURVE`; None: not ZeroMQ, so no peer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """Somebody at an address who does not become a member of the mesh: announced, named by `--peer`, or listening here."""
+
+    address: str
+    port: int
+    outcome: str
+    """Of a connection to it."""
+    security: str | None = None
+    kind: str = ""
+    """Why it refused our hello: `key`, or `mesh`, `protocol`, ... as in HandshakeRefused; empty if there was no answer to it."""
+    reason: str = ""
+    is_seed: bool = False
+
+    @property
+    def place(self) -> str:
+        """For people."""
+        return place(self.address, self.port)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerFacts:
+    """One peer of the mesh, a member or one that others tell of."""
+
+    incarnation: str
+    name: str
+    """As it calls itself; empty if it never said."""
+    addresses: tuple[str, ...]
+    port: int
+    roles: tuple[str, ...] = ()
+    version: str = ""
+    view: View | None = None
+    """None: it could not be asked."""
+    knocks: tuple[PortKnock, ...] | None = None
+    """What its own connection attempts to others met; None: it could not be asked."""
+    carries_large: bool | None = None
+    is_alive: bool = True
+    """It said hello to somebody, or announced itself just now; else it is known only by old hearsay."""
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return self.name or f"the peer at {place(self.addresses[0] if self.addresses else '?', self.port)}"
+
+    @property
+    def place(self) -> str:
+        """Its first address, for people."""
+        return place(self.addresses[0] if self.addresses else "?", self.port)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """All of it. Whatever could not be found out is empty."""
+
+    mesh: str
+    has_key: bool = False
+    fingerprint: str = ""
+    interface: str | None = None
+    """`--interface`."""
+    use_mdns: bool = True
+    mdns: str = "on"
+    """As this process found it: `on`, `off`, or why not."""
+    interfaces: tuple[LocalAddress, ...] = ()
+    multicast: tuple[Multicast, ...] = ()
+    listeners: tuple[Listener, ...] = ()
+    next_port: int | None = None
+    """Where the next peer on this machine would listen."""
+    peers: tuple[PeerFacts, ...] = ()
+    knocks: tuple[PortKnock, ...] = ()
+    """Of this process."""
+    heard: frozenset[str] = frozenset()
+    """Incarnations of this mesh that mDNS told this process of."""
+    strangers: tuple[Stranger, ...] = ()
+    other_meshes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of other meshes that mDNS tells of, with places of their peers."""
+
+    def is_here(self, peer: PeerFacts) -> bool:
+        """Whether it runs on this machine. Addresses of container bridges are alike on many, so all of its must be ours."""
+        own = {local.address for local in self.interfaces}
+        return bool(peer.addresses) and all(address in own or is_loopback(address) for address in peer.addresses)
+
+    def on_one_machine(self, one: PeerFacts, other: PeerFacts) -> bool:
+        """As far as their addresses tell."""
+        if self.is_here(one) or self.is_here(other):
+            return self.is_here(one) and self.is_here(other)
+        return set(one.addresses) <= set(other.addresses) or set(other.addresses) <= set(one.addresses)
+
+    def elsewhere(self) -> list[PeerFacts]:
+        """Peers on other machines that are alive."""
+        return [peer for peer in self.peers if peer.is_alive and not self.is_here(peer)]
+
+
+def place(address: str, port: int) -> str:
+    """HOST:PORT, for people."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def is_loopback(address: str) -> bool:
+    """Only its own machine can reach it."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
+
+
+def is_within(address: str, networks: tuple[str, ...]) -> bool:
+    """Whether somebody in these networks needs no router to get there."""
+    try:
+        parsed = ipaddress.ip_address(address)
+        return any(parsed in ipaddress.ip_network(network) for network in networks)
+    except ValueError:
+        return False
+
+
+def is_open(outcome: str | None) -> bool:
+    """Whether a connection came about."""
+    return outcome == Outcome.OPEN

@@ -1,0 +1,22 @@
+"""From facts to findings."""
+
+from meshserve.observe.diagnosis.facts import Facts
+from meshserve.observe.diagnosis.findings import Finding, Severity
+from meshserve.observe.diagnosis.machine import judge_alone, judge_machine
+from meshserve.observe.diagnosis.mesh import judge_mesh
+from meshserve.observe.diagnosis.pairs import judge_pairs
+from meshserve.observe.diagnosis.strangers import judge_strangers
+
+_ORDER = list(Severity)
+
+
+def diagnose(facts: Facts) -> list[Finding]:
+    """All findings, the worst first; of equal ones those nearest to a cause."""
+    found = [
+        *judge_strangers(facts),
+        *judge_pairs(facts),
+        *judge_mesh(facts),
+        *judge_alone(facts),
+        *judge_machine(facts),
+    ]
+    return sorted(dict.fromkeys(found), key=lambda finding: _ORDER.index(finding.severity))

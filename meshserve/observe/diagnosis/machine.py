@@ -1,0 +1,127 @@
+"""What is wrong on this machine: its interfaces, its multicast, its ports."""
+
+from collections.abc import Iterator
+
+from meshserve.config import FIRST_PORT
+from meshserve.mesh.addresses import LocalAddress, is_virtual
+from meshserve.observe.diagnosis.facts import Facts, Multicast, is_loopback
+from meshserve.observe.diagnosis.findings import PORTS, Finding, count, error, info, names, warning
+
+_PEER_HINT = "Start peers here with --peer ADDRESS of any one on another machine: it joins the whole mesh."
+
+
+def judge_machine(facts: Facts) -> Iterator[Finding]:
+    """Interfaces, mDNS, ports, key."""
+    yield from _interfaces(facts)
+    yield from _mdns(facts)
+    yield from _ports(facts)
+    if facts.has_key:
+        yield info("key", f"this mesh is closed by the key {facts.fingerprint}")
+    else:
+        yield info("open_mesh", "no key: the mesh is open to everybody on this network", advice="`meshserve key new FILE` makes one.")
+
+
+def _interfaces(facts: Facts) -> Iterator[Finding]:
+    outside = [local for local in facts.interfaces if not is_loopback(local.address)]
+    if not outside:
+        advice = "Join the Wi-Fi or plug in the cable; peers on this machine alone find each other all the same."
+        yield warning("no_network", "this machine is in no network", "its only interface is the loopback", advice)
+        return
+    yield info("interfaces", f"this machine's addresses: {', '.join(map(_described, outside))}")
+    real = {local.interface for local in outside if not is_virtual(local.interface)}
+    if len(real) > 1 and facts.interface is None:
+        yield info("several_networks", f"this machine is in several networks: {names(real)}", advice="--interface NAME pins one of them.")
+
+
+def _described(local: LocalAddress) -> str:
+    kind = ", VPN or containers" if is_virtual(local.interface) else ""
+    return f"{local.address} ({local.interface}{kind})"
+
+
+def _mdns(facts: Facts) -> Iterator[Finding]:
+    if not facts.use_mdns:
+        yield info("mdns_off", "--no-mdns: nobody was looked for by multicast")
+        return
+    if facts.mdns not in ("on", "off"):
+        yield warning("mdns_fails", "mDNS does not work on this machine", facts.mdns, _PEER_HINT)
+    for asked in facts.multicast:
+        if asked.error is not None:
+            yield warning("multicast_out", f"no multicast on {asked.interface} ({asked.address})", asked.error, _PEER_HINT)
+    heard = frozenset[str]().union(*(asked.others for asked in facts.multicast))
+    if _is_deaf(facts.multicast):
+        yield warning(
+            "multicast_deaf",
+            "this machine does not hear its own multicast",
+            f"questions to 224.0.0.251 on {names(asked.interface for asked in facts.multicast)} did not come back",
+            f"Let 5353/udp through this machine's firewall. {_PEER_HINT}",
+        )
+    elif heard:
+        yield info("multicast_in", f"multicast arrives from {count(len(heard), 'other machine')}: {names(heard)}")
+
+
+def _is_deaf(multicast: tuple[Multicast, ...]) -> bool:
+    asked = [found for found in multicast if found.error is None]
+    return bool(asked) and not any(found.is_heard_back or found.others for found in asked)
+
+
+def _ports(facts: Facts) -> Iterator[Finding]:
+    others = sorted({listener.port for listener in facts.listeners if listener.security is None})
+    if others:
+        text = f"something that is no peer listens on this machine at {', '.join(map(str, others))}"
+        yield info("port_taken", text, advice="Peers take the next free ports, unless --port says otherwise.")
+    if facts.next_port is None or facts.next_port > FIRST_PORT + 96:
+        yield warning(
+            "ports_full",
+            f"no four free ports in a row from {FIRST_PORT} to {FIRST_PORT + 99} on this machine",
+            "the next peer would listen above, where firewalls may not expect it",
+            "End what listens there, or open the ports that the ready line of `run` names.",
+        )
+    elif facts.listeners:
+        yield info("next_port", f"the next peer on this machine listens from port {facts.next_port} on")
+
+
+def judge_alone(facts: Facts) -> Iterator[Finding]:
+    """Nobody there, or nobody but on this machine: the reasons that lie here."""
+    if facts.elsewhere():
+        return
+    seeds = [stranger for stranger in facts.strangers if stranger.is_seed]
+    for seed in seeds:
+        if seed.outcome != "open":
+            yield error("seed_silent", f"--peer {seed.place}: {_WORDS.get(seed.outcome, seed.outcome)}", "", _SEED_ADVICE)
+    silence = _silence(facts)
+    if not any(peer.is_alive for peer in facts.peers):
+        yield error(
+            "no_peers",
+            f"no peer of the mesh {facts.mesh!r} can be seen from here",
+            silence,
+            f"Is one running? Then: the same --mesh and --key-file everywhere; --peer ADDRESS of one; a firewall that lets {PORTS} in.",
+        )
+    elif silence and facts.interface is None and facts.use_mdns and _has_network(facts):
+        yield warning(
+            "alone",
+            "all peers that can be seen are on this machine",
+            silence,
+            f"If there are others on this network, it blocks multicast. {_PEER_HINT}",
+        )
+    else:
+        yield info("alone", "all peers that can be seen are on this machine", silence)
+
+
+_WORDS = {
+    "refused": "that machine answers, and nobody listens at this port",
+    "timeout": "no answer at all",
+    "unreachable": "there is no way there",
+    "forbidden": "this machine's own firewall does not let it out",
+    "reset": "the connection was cut",
+}
+_SEED_ADVICE = f"Compare with the address in the ready line of that peer; let {PORTS} through its machine's firewall."
+
+
+def _silence(facts: Facts) -> str:
+    if any(asked.others for asked in facts.multicast) or not facts.use_mdns:
+        return ""
+    return "no other machine answers multicast"
+
+
+def _has_network(facts: Facts) -> bool:
+    return any(not is_loopback(local.address) for local in facts.interfaces)
