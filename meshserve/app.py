@@ -16,6 +16,7 @@ from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.mesh.transport.sockets import endpoint
+from meshserve.observe.feed_source import FeedSource
 from meshserve.observe.status import serve_status
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.roles.decode import DecodeRole
@@ -81,6 +82,9 @@ class Peer:
             processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers)
             self._is_idle.append(lambda: processor.is_idle)
         serve_status(self.mesh, self._reporter)
+        if self._config.observe:
+            feed = FeedSource(self.mesh, self._reporter.load if self._reporter is not None else None)
+            self._closers.callback(feed.close)
         if "frontend" in self._roles:
             await self._start_frontend()
 

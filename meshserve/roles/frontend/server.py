@@ -19,9 +19,11 @@ from starlette.routing import Route
 from meshserve.config import ServeConfig
 from meshserve.errors import InvalidRequest, MeshserveError, ModelNotFound, StartupFailed, Unauthorized
 from meshserve.mesh.mesh import Mesh
+from meshserve.observe.feed_mesh import MeshFeed
 from meshserve.observe.status import list_peers
 from meshserve.roles.frontend import shapes
 from meshserve.roles.frontend.completions import Completions, Receive, Scope, Send, error_headers, send_whole
+from meshserve.roles.frontend.events import Dashboard
 
 _OPEN_PATHS = ("/health", "/ready")
 _START_CHECK_S = 0.002
@@ -72,6 +74,7 @@ class FrontendRole:
     def __init__(self, mesh: Mesh, config: ServeConfig) -> None:
         self._mesh, self._config = mesh, config
         self._completions = Completions(mesh, config)
+        self._dashboard = Dashboard(MeshFeed(mesh)) if config.observe else None
         self._started_s = int(time.time())
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
@@ -128,6 +131,7 @@ class FrontendRole:
                 Route("/ready", self._ready),
                 Route("/mesh/peers", self._peers),
                 *([Route("/metrics", self._metrics)] if self._config.observe else []),
+                *(self._dashboard.routes() if self._dashboard else []),
             ],
             exception_handlers={HTTPException: _http_error, MeshserveError: _own_error, Exception: _unexpected},
         )
@@ -164,6 +168,8 @@ class FrontendRole:
 
     async def close(self) -> None:
         """Stop listening; connections that still stream are cut after a second."""
+        if self._dashboard is not None:
+            self._dashboard.feed.close()
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await self._serving

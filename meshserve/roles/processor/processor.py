@@ -114,6 +114,8 @@ class _Request:
         chosen = candidates[0]
         self.worker = chosen.incarnation
         self._receipt.peers["decode"] = chosen.peer
+        if self._journal.is_on:
+            self._note_routed(chosen)
         request = GenerateRequest(
             self.request_id, self._request.model, self._tokens, self._sampling, 0, self._prefill_peers, tuple(self._lost)
         )
@@ -123,6 +125,11 @@ class _Request:
             self._opened = self._role.mesh.open(chosen.incarnation, "generate", body, self, remaining_s)
         except PeerLost as error:
             self._retry_or_fail(error)
+
+    def _note_routed(self, chosen: Candidate) -> None:
+        receipt = self._receipt
+        router, policy, candidates = receipt.peers["router"], receipt.policy, receipt.candidates
+        self._journal.note("routed", self.request_id, decode=chosen.incarnation, router=router, policy=policy, candidates=candidates)
 
     def on_item(self, item: Any) -> None:
         """Tokens of one step, after their position; or the name of a prefill worker that died with this request."""
@@ -222,7 +229,8 @@ class _Request:
     def _ended(self, outcome: str) -> None:
         self._role.ended(self)
         if self._journal.is_on:
-            self._journal.note("result", self.request_id, outcome=outcome, num_tokens=self.num_tokens)
+            prompt = {"num_prompt_tokens": len(self._tokens), "num_cached_tokens": self._receipt.num_cached_tokens}
+            self._journal.note("result", self.request_id, outcome=outcome, num_tokens=self.num_tokens, **prompt)
 
     def cancel(self) -> None:
         """The client is gone."""
