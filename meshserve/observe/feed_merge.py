@@ -18,6 +18,8 @@ _STRAY_S = 1.0
 _SILENT_S = 180.0
 _MAX_KEPT = 24
 """Events of one request kept for pages that open while it runs."""
+_MAX_STORIES = 512
+"""Requests of which there is word, most of them not followed from their beginning: peers choose what to follow each for itself."""
 _MAX_TEXT, _MAX_ITEMS, _MAX_DEPTH = 256, 32, 4
 
 Event = list[Any]
@@ -122,22 +124,25 @@ class Merge:
     def _add_event(self, event: Event, now_s: float) -> None:
         kind, request_id = event[2], event[3]
         story = self._stories.get(request_id)
-        if story is None:
-            if len(self._stories) >= 2 * MAX_FOLLOWED:
-                return
-            story = self._stories[request_id] = _Story(now_s + _STRAY_S)
-        if kind == "submit" and not story.is_known and self._can_begin(now_s):
-            early, story.events = story.events, []
-            story.is_known, story.forget_s = True, now_s + _SILENT_S
-            self._keep(story, event)
-            for waiting in early:
-                self._keep(story, waiting)
+        if kind == "submit":
+            if self._can_begin(now_s):
+                self._begin(story or _Story(0.0), event, now_s)
+        elif story is None:
+            if len(self._stories) < _MAX_STORIES:
+                self._stories[request_id] = _Story(now_s + _STRAY_S, events=[event])
         elif story.is_known:
             self._keep(story, event)
+            if kind == "result":
+                story.is_over, story.forget_s = True, now_s + _STRAY_S
         elif len(story.events) < _MAX_KEPT:
             story.events.append(event)
-        if kind == "result" and story.is_known:
-            story.is_over, story.forget_s = True, now_s + _STRAY_S
+
+    def _begin(self, story: _Story, submit: Event, now_s: float) -> None:
+        early, story.events = story.events, []
+        story.is_known, story.forget_s = True, now_s + _SILENT_S
+        self._stories[submit[3]] = story
+        for event in [submit, *early]:
+            self._keep(story, event)
 
     def _can_begin(self, now_s: float) -> bool:
         if now_s - self._second_s >= 1.0:

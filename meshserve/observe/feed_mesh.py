@@ -24,7 +24,7 @@ _MAX_BACKLOG = 20
 """Updates that wait for one reader: two seconds. One that falls behind further skips them and gets the state as it is then."""
 _KEEP_ALIVE_S = 1.0
 _MAX_GONE = 32
-_GONE_S = 60.0
+_GONE_S = 30.0
 """How long a peer that died or left is still shown."""
 
 
