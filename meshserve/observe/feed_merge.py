@@ -16,6 +16,8 @@ HISTORY_S = 120
 _STRAY_S = 1.0
 """Peers' batches are not in step: word of a request may be here before its beginning is, or after its end."""
 _SILENT_S = 180.0
+_CACHED_S = 10
+"""Points that a cache hit rate is of."""
 _MAX_KEPT = 24
 """Events of one request kept for pages that open while it runs."""
 _MAX_STORIES = 512
@@ -99,6 +101,7 @@ class Merge:
         self._sums: dict[str, int] = {}
         self._ttft_ms: list[float] = []
         self._itl_ms: list[float] = []
+        self._cached: deque[tuple[int, int]] = deque(maxlen=_CACHED_S)
         self._history: deque[dict[str, Any]] = deque(maxlen=HISTORY_S)
 
     def time_ms(self, now_s: float) -> float:
@@ -197,11 +200,17 @@ class Merge:
             "running": _total(self._loads.values(), "num_running"),
             "ttft_ms": round(statistics.median(self._ttft_ms), 3) if self._ttft_ms else None,
             "itl_ms": round(statistics.median(self._itl_ms), 3) if self._itl_ms else None,
-            "cached": round(sums.get("cached_tokens", 0) / sums["prompt_tokens"], 4) if sums.get("prompt_tokens") else None,
+            "cached": self._cache_hits(sums),
         }
         self._ttft_ms, self._itl_ms = [], []
         self._history.append(point)
         return point
+
+    def _cache_hits(self, sums: Mapping[str, int]) -> float | None:
+        """Of prompt tokens, over the last seconds: a request is all hit or all miss so often that a second alone says little."""
+        self._cached.append((sums.get("cached_tokens", 0), sums.get("prompt_tokens", 0)))
+        num_cached, num_prompt = (sum(pair[rank] for pair in self._cached) for rank in (0, 1))
+        return round(num_cached / num_prompt, 4) if num_prompt else None
 
     def now(self) -> dict[str, Any]:
         """The state, for a page that opens: loads, the past as points, and the requests that are under way."""

@@ -62,9 +62,11 @@ function idleWords() {
   return `${how} Send a prompt to see it pass through.`;
 }
 
+const rate = (perS) => (perS > 0 && perS < 10 ? perS.toFixed(1) : count(perS));
+
 store.addEventListener("point", ({ detail: point }) => {
-  setText($("requests-per-s"), point ? count(point.requests_per_s) : "–");
-  setText($("tokens-per-s"), point ? count(point.tokens_per_s) : "–");
+  setText($("requests-per-s"), point ? rate(point.requests_per_s) : "–");
+  setText($("tokens-per-s"), point ? rate(point.tokens_per_s) : "–");
 });
 
 store.addEventListener("live", ({ detail: isLive }) => {

@@ -11,14 +11,16 @@ export class Detail {
     this.shownPeer = null;
     $("detail-close").addEventListener("click", () => this.dialog.close());
     this.dialog.addEventListener("click", (event) => event.target === this.dialog && this.dialog.close());
-    this.dialog.addEventListener("close", () => (this.shownPeer = null));
+    this.dialog.addEventListener("close", () => (this.shownPeer = this.shownStory = null));
+    store.addEventListener("story", ({ detail }) => this.follow(detail.story));
     for (const name of ["peers", "loads", "point"]) store.addEventListener(name, () => this.shownPeer && this.renderPeer());
   }
 
   open(title, ...body) {
     $("detail-title").textContent = title;
     $("detail-body").replaceChildren(...body);
-    if (!this.dialog.open) this.dialog.showModal();
+    if (this.dialog.open) return;
+    this.dialog.showModal();
     $("detail-body").scrollTop = 0;
   }
 
@@ -31,6 +33,16 @@ export class Detail {
     if (!receipt) return;
     story.receipt = receipt;
     if (this.dialog.open && this.shownStory === story) this.renderStory(story);
+  }
+
+  // A request that is looked at while it runs goes on before one's eyes.
+  follow(story) {
+    if (story !== this.shownStory || !this.dialog.open || this.isDue) return;
+    this.isDue = true;
+    requestAnimationFrame(() => {
+      this.isDue = false;
+      if (story === this.shownStory) this.openStory(story);
+    });
   }
 
   renderStory(story) {
@@ -46,7 +58,7 @@ export class Detail {
   }
 
   openPeer(id) {
-    this.shownPeer = id;
+    Object.assign(this, { shownPeer: id, shownStory: null });
     this.renderPeer();
   }
 

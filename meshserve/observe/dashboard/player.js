@@ -7,7 +7,11 @@ const MAX_QUEUED = 3;
 const GATHER_MS = 350;
 const SETTLE_MS = 400;
 const MAX_AGE_MS = 30000;
-const MOVE_MS = { prompt: 750, ask: 500, ticket: 750, claim: 650, blocks: 1300, tokens: 850 };
+// Whoever presents may want it slower or faster: `/?pace=2` takes twice the time.
+const PACE = Math.min(10, Math.max(0.1, Number(new URLSearchParams(location.search).get("pace")) || 1));
+const paced = (ms) => ms * PACE;
+const MOVE_MS = { prompt: paced(750), ask: paced(500), ticket: paced(750), claim: paced(650), blocks: paced(1300), tokens: paced(850) };
+const REST_MS = paced(150);
 
 export class Player {
   constructor(store, topology) {
@@ -50,14 +54,16 @@ export class Player {
     story.isMine = true;
     this.queue = this.queue.filter((queued) => queued !== story);
     if (!this.shown.includes(story) && !story.numPlayed) this.begin(story);
-    if (this.shown.includes(story)) this.spotlight = story;
+    if (!this.shown.includes(story) || this.spotlight === story) return;
+    this.spotlight = story;
+    this.beginTelling();
   }
 
   begin(story) {
     this.shown.push(story);
     if (!this.spotlight) {
       this.spotlight = story;
-      this.beginTelling(story);
+      this.beginTelling();
     }
     story.beganShow = performance.now();
     this.wait(story, GATHER_MS);
@@ -65,7 +71,10 @@ export class Player {
 
   end(story) {
     this.shown = this.shown.filter((other) => other !== story);
-    if (this.spotlight === story) this.spotlight = null;
+    if (this.spotlight === story) {
+      this.spotlight = null;
+      delete $("narrator").dataset.request;
+    }
     const next = this.queue.shift();
     if (next) this.begin(next);
   }
@@ -88,15 +97,19 @@ export class Player {
     } else {
       story.numPlayed += 1;
       const ms = this[event.kind]?.(story, event) ?? 0;
+      if (ms === Infinity) return;
       if (ms) this.wait(story, ms);
       else this.step(story);
     }
   }
 
   submit(story) {
-    this.tell(story, "prompt", `A prompt of ${plural(story.promptTokens, "token")} arrives at ${this.name(story.front)}.`);
-    this.move(story, "client", story.front, "prompt", "prompt", MOVE_MS.prompt);
-    return MOVE_MS.prompt + 150;
+    const entry = this.entryOf(story);
+    this.tell(story, "prompt", `A prompt of ${plural(story.promptTokens, "token")} arrives at ${this.name(entry)}.`);
+    this.move(story, "client", entry, "prompt", "prompt", MOVE_MS.prompt);
+    if (entry === story.front) return MOVE_MS.prompt + REST_MS;
+    this.later(MOVE_MS.prompt, () => this.move(story, entry, story.front, "prompt", "prompt", MOVE_MS.prompt));
+    return 2 * MOVE_MS.prompt + REST_MS;
   }
 
   routed(story, { peer, details }) {
@@ -104,16 +117,16 @@ export class Player {
     const router = this.store.idOf(details.router);
     const asked = details.router ? `The router${router === peer ? "" : ` (${details.router})`} picks ${best.peer}` : `No router: ${best.peer} is next`;
     this.tell(story, "route", `${asked}: ${reasonOf(best)}.`);
-    this.pulse(story, router ?? peer, "route", 1500);
-    if (story === this.spotlight) this.topology.showBids(details.candidates, 2600);
-    let ms = 900;
+    this.pulse(story, router ?? peer, "route", paced(1500));
+    if (story === this.spotlight) this.topology.showBids(details.candidates, paced(2600));
+    let ms = paced(900);
     if (router && router !== peer) {
       this.move(story, peer, router, "route", "who?", MOVE_MS.ask);
       this.later(MOVE_MS.ask, () => this.move(story, router, peer, "route", best.peer, MOVE_MS.ask));
-      ms = 2 * MOVE_MS.ask + 300;
+      ms = 2 * MOVE_MS.ask + 2 * REST_MS;
     }
     this.later(ms, () => this.move(story, peer, details.decode, "prompt", "prompt", MOVE_MS.prompt));
-    return ms + MOVE_MS.prompt + 150;
+    return ms + MOVE_MS.prompt + REST_MS;
   }
 
   ticket(story, { peer, details }) {
@@ -122,19 +135,19 @@ export class Player {
     const again = details.attempt > 1 ? `Attempt ${details.attempt}: ` : "";
     this.tell(story, "ticket", `${again}${this.name(peer)} does not prefill this itself: it sends a ticket to ${where}.`);
     for (const id of details.peers.slice(0, 6)) this.move(story, peer, id, "ticket", "ticket", MOVE_MS.ticket);
-    return MOVE_MS.ticket + 150;
+    return MOVE_MS.ticket + REST_MS;
   }
 
   claim(story, { peer, details }) {
     this.tell(story, "claim", `${this.name(details.peer_claiming)} has a slot free and claims the prompt. First claim wins.`);
     this.move(story, details.peer_claiming, peer, "claim", "claim", MOVE_MS.claim);
-    return MOVE_MS.claim + 150;
+    return MOVE_MS.claim + REST_MS;
   }
 
   prefill_begun(story, { peer, details }) {
     this.tell(story, "claim", `${this.name(peer)} computes the KV cache of ${plural(details.num_tokens, "token")}.`);
-    this.pulse(story, peer, "blocks", 900);
-    return 850;
+    this.pulse(story, peer, "blocks", paced(900));
+    return paced(850);
   }
 
   blocks(story, { peer, details }) {
@@ -143,20 +156,20 @@ export class Player {
     const words = `${plural(total, "KV block")}${size ? ` (${bytes(total * size)})` : ""}`;
     this.tell(story, "blocks", `${words} move from ${this.name(details.peer_sending)} to ${this.name(peer)}, each with a checksum.`);
     this.move(story, details.peer_sending, peer, "blocks", `${count(total)} KV`, MOVE_MS.blocks, Math.min(7, Math.max(3, total)));
-    return MOVE_MS.blocks + 150;
+    return MOVE_MS.blocks + REST_MS;
   }
 
   attempt_failed(story, { peer, details }) {
     this.tell(story, "ticket", `Attempt ${details.attempt} on ${this.name(details.peer_failing)} came to nothing (${details.outcome}); another is made.`);
-    this.pulse(story, details.peer_failing, "bad", 1200);
-    this.topology.lightLink(peer, details.peer_failing, "bad", 1200);
-    return 1200;
+    this.pulse(story, details.peer_failing, "bad", paced(1200));
+    this.topology.lightLink(peer, details.peer_failing, "bad", paced(1200));
+    return paced(1200);
   }
 
   handoff_ended(story, { peer, details }) {
     if (details.state !== "local") return 0;
     this.tell(story, "claim", `Nobody took it in time: ${this.name(peer)} prefills it after all.`);
-    return 1000;
+    return paced(1000);
   }
 
   tokens(story, { peer, details }) {
@@ -165,10 +178,15 @@ export class Player {
     story.isTold = true;
     const first = isLocal ? `Short or cached enough: ${this.name(story.decode)} prefills it itself and generates. ` : `${this.name(story.decode)} has the whole KV cache and generates. `;
     this.tell(story, "tokens", `${first}${plural(Math.max(total, story.outcome ? story.tokens : total), "token")} stream back.`);
-    this.pulse(story, story.decode, "tokens", 1200);
-    this.move(story, story.decode, peer, "tokens", "tokens", MOVE_MS.tokens, Math.min(6, Math.max(2, total)));
-    this.later(MOVE_MS.tokens * 0.8, () => this.move(story, peer, "client", "tokens", "tokens", MOVE_MS.tokens, Math.min(6, Math.max(2, total))));
-    return MOVE_MS.tokens * 1.8 + 200;
+    this.pulse(story, story.decode, "tokens", paced(1200));
+    const entry = this.entryOf(story);
+    const stops = [story.decode, peer, ...(entry === peer ? [] : [entry]), "client"];
+    const numParts = Math.min(6, Math.max(2, total));
+    const pause = MOVE_MS.tokens * 0.8;
+    for (let leg = 1; leg < stops.length; leg += 1) {
+      this.later(pause * (leg - 1), () => this.move(story, stops[leg - 1], stops[leg], "tokens", "tokens", MOVE_MS.tokens, numParts));
+    }
+    return pause * (stops.length - 1) + 2 * REST_MS;
   }
 
   result(story) {
@@ -177,8 +195,8 @@ export class Player {
     const cached = story.cached ? ` ${count(story.cached)} of ${plural(story.promptTokens, "prompt token")} came from the cache.` : "";
     if (story.outcome === "ok") this.tell(story, "done", `Done: ${plural(story.tokens, "token")}${took}${slow}.${cached}`);
     else this.tell(story, "failed", story.outcome === "cancelled" ? "The client has left: cancelled at every hop." : `Failed: ${story.outcome}.`);
-    this.later(story === this.spotlight ? 1800 : 300, () => this.end(story));
-    return 1e9;
+    this.later(story === this.spotlight ? paced(1800) : paced(300), () => this.end(story));
+    return Infinity;
   }
 
   // Counts of the same kind that have come meanwhile are shown in one go.
@@ -193,6 +211,10 @@ export class Player {
 
   // --- telling
 
+  entryOf(story) {
+    return this.store.peers.has(story.entry) ? story.entry : story.front;
+  }
+
   name(id) {
     return this.store.nameOf(id);
   }
@@ -206,8 +228,8 @@ export class Player {
   }
 
   tell(story, step, words) {
-    story.step = step;
     if (story !== this.spotlight) return;
+    if (step !== "route") this.topology.hideBids();
     const items = [...$("steps").children];
     if (step === "prompt") this.beginTelling();
     for (const item of items) if (item.dataset.is === "now") item.dataset.is = "done";
@@ -257,25 +279,30 @@ export class Player {
       drawPart(context, move.kind, at, move.isMain ? 1 : 0.75);
       head = at;
     }
-    if (head && move.label) this.drawLabel(move.label, head, this.colours[move.kind]);
+    if (head && move.label) this.drawLabel(move.label, head, this.colours[move.kind], curve);
     context.globalAlpha = 1;
   }
 
-  drawLabel(text, { x, y }, colour) {
+  // Beside what moves, and within the gap between the two cards, so that it hides neither.
+  drawLabel(text, { x, y }, colour, [a, , , d]) {
     const context = this.context;
     context.font = this.font;
     const width = context.measureText(text).width + 14;
-    const left = Math.min(Math.max(4, x - width / 2), this.topology.stage.clientWidth - width - 4);
+    const isUpright = this.topology.isNarrow;
+    const [low, high] = [Math.min(a.x, d.x) + 4, Math.max(a.x, d.x) - width - 4];
+    const free = high > low ? Math.min(Math.max(low, x - width / 2), high) : (low + high) / 2;
+    const left = isUpright ? Math.min(x + 16, this.topology.stage.clientWidth - width - 2) : free;
+    const top = isUpright ? Math.min(Math.max(Math.min(a.y, d.y) + 3, y - 11.5), Math.max(a.y, d.y) - 26) : y - 38;
     context.fillStyle = this.colours.panel;
     context.strokeStyle = colour;
     context.lineWidth = 1.5;
     context.beginPath();
-    context.roundRect(left, y - 38, width, 23, 11.5);
+    context.roundRect(left, top, width, 23, 11.5);
     context.fill();
     context.stroke();
     context.fillStyle = this.colours.text;
     context.textBaseline = "middle";
-    context.fillText(text, left + 7, y - 26);
+    context.fillText(text, left + 7, top + 12);
   }
 }
 

@@ -83,7 +83,7 @@ export class Prompt {
   }
 
   showReceipt(receipt) {
-    $("answer-receipt").replaceChildren(pathOf(receipt), waterfall(receipt), summary(receipt));
+    $("answer-receipt").replaceChildren(pathOf(receipt), waterfall(receipt, true), summary(receipt));
     if (!isStill()) $("answer-receipt").animate([{ opacity: 0 }, { opacity: 1 }], 300);
     this.onReceipt(receipt);
   }

@@ -25,6 +25,11 @@ export class Story {
     Object.assign(this, { candidates: [], router: null, policy: "", cached: null, endedAt: 0 });
   }
 
+  // Requests are named by the frontend that took them in, and a counter.
+  get entry() {
+    return this.id.split("-")[0];
+  }
+
   get number() {
     return `#${this.id.split("-").pop()}`;
   }

@@ -1,6 +1,6 @@
 // Who is in the mesh, as cards with links between them: clients, then who takes requests in, then decode, then prefill workers.
 
-import { $, bytes, count, el, isStill, keepOneInTabOrder, roam, setText } from "./dom.js";
+import { $, bytes, count, duration, el, isStill, keepOneInTabOrder, roam, setText } from "./dom.js";
 
 const CLIENT = "client";
 const NARROW_PX = 640;
@@ -78,7 +78,8 @@ export class Topology {
     for (const peer of this.store.peers.values()) {
       const card = this.cards.get(peer.id);
       const load = this.store.loads.get(peer.id);
-      setText(card.status, statusOf(peer, load, this.store.rates.get(peer.id)?.lastRequests ?? 0));
+      const rate = this.store.rates.get(peer.id)?.lastRequests ?? 0;
+      setText(card.status, statusOf(peer, load, hasRoom(this.boxes.get(peer.id)) || !load ? rate : 0));
       card.meter.hidden = !load || isGone(peer);
       if (card.meter.hidden) continue;
       const held = (load.used_blocks + load.cached_blocks) / Math.max(1, load.num_blocks);
@@ -101,6 +102,7 @@ export class Topology {
       const box = this.boxes.get(id);
       Object.assign(item.style, { left: `${box.x}px`, top: `${box.y}px`, width: `${box.w}px`, height: `${box.h}px` });
       item.classList.toggle("compact", box.h < 80);
+      item.classList.toggle("large", box.h >= 120 && box.w >= 230);
     }
     this.drawLinks();
   }
@@ -108,15 +110,14 @@ export class Topology {
   layOutColumns(width, groups) {
     const present = groups.filter((group) => group.length);
     const rows = Math.min(8, Math.max(...present.map((group) => group.length), 1));
-    this.stage.style.height = "";
-    const height = Math.max(this.stage.clientHeight, rows * 60 + 24);
-    if (height > this.stage.clientHeight) this.stage.style.height = `${height}px`;
+    this.stage.style.minHeight = rows > 4 ? `${rows * 66 + 24}px` : "";
+    const height = this.stage.clientHeight;
     const cell = (height - 24) / rows;
-    const cardHeight = cell >= 120 ? 104 : Math.max(52, Math.min(96, cell - 12));
+    const cardHeight = cell >= 200 ? 128 : cell >= 140 ? 104 : cell >= 124 ? 90 : 54;
     const spans = present.map((group) => Math.ceil(group.length / rows));
-    const client = { w: 84, h: 84 };
+    const client = { w: 72, h: 84 };
     const numCards = spans.reduce((sum, span) => sum + span, 0);
-    const cardWidth = Math.min(236, (width - client.w - 32 - 70 * present.length) / Math.max(1, numCards));
+    const cardWidth = Math.min(264, (width - client.w - 24 - (width > 1000 ? 84 : 58) * present.length) / Math.max(1, numCards));
     const used = client.w + cardWidth * numCards + 10 * (numCards - present.length);
     const gap = (width - 24 - used) / Math.max(1, present.length);
     this.boxes.set(CLIENT, { x: 12, y: height / 2 - client.h / 2, ...client, rank: 0 });
@@ -125,7 +126,7 @@ export class Topology {
       const perSpan = Math.ceil(group.length / spans[column]);
       group.forEach((peer, rank) => {
         const inSpan = Math.min(perSpan, group.length - Math.floor(rank / perSpan) * perSpan);
-        const pitch = Math.min(height / inSpan, cardHeight + 56);
+        const pitch = Math.min(height / inSpan, cardHeight + Math.max(44, cardHeight * 0.75));
         const y = height / 2 + ((rank % perSpan) - (inSpan - 1) / 2) * pitch - cardHeight / 2;
         this.boxes.set(peer.id, { x: x + Math.floor(rank / perSpan) * (cardWidth + 10), y, w: cardWidth, h: cardHeight, rank: column + 1 });
       });
@@ -134,12 +135,12 @@ export class Topology {
   }
 
   layOutRows(width, groups) {
-    const [pad, gap, between] = [4, 12, 52];
-    const client = { w: 84, h: 52 };
+    const [pad, gap, between] = [2, 12, 58];
+    const client = { w: 84, h: 68 };
     this.boxes.set(CLIENT, { x: (width - client.w) / 2, y: 4, ...client, rank: 0 });
     let y = 4 + client.h + between;
     groups.filter((group) => group.length).forEach((group, row) => {
-      const perRow = Math.min(group.length, group.length > 4 ? 3 : 2);
+      const perRow = Math.min(group.length, group.length > 12 ? 3 : 2);
       const w = Math.min(220, (width - 2 * pad - gap * (perRow - 1)) / perRow);
       const h = 92;
       group.forEach((peer, rank) => {
@@ -150,7 +151,7 @@ export class Topology {
       });
       y += Math.ceil(group.length / perRow) * (h + gap) - gap + between;
     });
-    this.stage.style.height = `${y - between + 8}px`;
+    this.stage.style.minHeight = `${y - between + 8}px`;
   }
 
   // --- links
@@ -240,7 +241,7 @@ export class Topology {
     candidates.forEach((candidate, rank) => {
       const card = this.cards.get(this.store.idOf(candidate.peer));
       if (!card) return;
-      const words = candidate.overlap_blocks ? `has ${count(candidate.overlap_blocks)} blocks` : `cost ${candidate.cost_ms} ms`;
+      const words = candidate.overlap_blocks ? `has ${count(candidate.overlap_blocks)} blocks` : `cost ${duration(candidate.cost_ms)}`;
       const bid = el("span", { className: rank ? "bid" : "bid best" }, rank ? words : `✓ ${words}`);
       card.item.append(bid);
       this.bids.push(bid);
@@ -254,6 +255,8 @@ export class Topology {
     this.bids = [];
   }
 }
+
+const hasRoom = (box) => box && box.w >= 200 && box.h >= 80;
 
 const key = (one, other) => (one < other ? `${one} ${other}` : `${other} ${one}`);
 

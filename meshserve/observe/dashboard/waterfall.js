@@ -21,8 +21,9 @@ function bar(name, phase, offset, share, words) {
   return el("li", {}, el("span", { className: "phase" }, name), el("span", { className: "track" }, fill), el("span", { className: "ms" }, words));
 }
 
-export function waterfall(receipt) {
-  const phases = receipt.phases_ms;
+// Brief: phases that took next to nothing are summed up in one line.
+export function waterfall(receipt, isBrief = false) {
+  const phases = isBrief ? briefly(receipt) : receipt.phases_ms;
   const names = [...Object.keys(PHASES).filter((name) => name in phases), ...Object.keys(phases).filter((name) => !(name in PHASES))];
   const total = Math.max(0.001, receipt.total_ms);
   let offset = 0;
@@ -33,6 +34,13 @@ export function waterfall(receipt) {
     return made;
   });
   return el("ol", { className: "waterfall", ariaLabel: `Where ${duration(receipt.total_ms)} went` }, ...bars);
+}
+
+function briefly({ phases_ms: phases, total_ms: total }) {
+  const small = Object.keys(phases).filter((name) => phases[name] < total * 0.02);
+  if (small.length < 2) return phases;
+  const kept = Object.fromEntries(Object.entries(phases).filter(([name]) => !small.includes(name)));
+  return { ...kept, [`${small.length} others`]: small.reduce((sum, name) => sum + phases[name], 0) };
 }
 
 export function pathOf(receipt) {
