@@ -14,9 +14,19 @@ from tests.harness.browser import CHROMIUM, Page, open_browser
 
 FILES = Path(meshserve.observe.dashboard.__file__).parent
 LONG_PROMPT = "The prompt of a long document that is worth handing over. " * 20
-FAST = "?pace=0.4"
+FAST = "?pace=0.2"
 STORY_S = 20.0
 """A request is shown in slow motion, on a machine that may be busy."""
+
+OBSERVE = """
+window.told = [];
+new MutationObserver(() => {
+  const { request, step } = narrator.dataset;
+  const tone = document.querySelector("#links [data-tone]")?.dataset.tone;
+  told.push({ request, step, tone, words: caption.textContent, numBids: document.querySelectorAll(".bid").length });
+}).observe(document.getElementById("mesh-title").closest("section"), { subtree: true, childList: true, attributes: true });
+"""
+"""Keeps in the page all that is told in words, so that no step is missed between two looks."""
 
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: Debian's package of that name")
 
@@ -78,15 +88,15 @@ def test_the_topology_is_complete_within_two_seconds_of_load(shown: Shown) -> No
 
 @needs_chromium
 def test_a_request_is_seen_passing_through_the_mesh(shown: Shown) -> None:
+    shown.page.evaluate(OBSERVE)
     request_id = shown.ask_when_quiet(f"{LONG_PROMPT} for other eyes")
-    told = f"document.querySelector('#narrator[data-request=\"{request_id}\"]')"
-    shown.page.wait_for(f"{told}?.dataset.step === 'route'", STORY_S)
-    assert "The router picks decode-" in shown.page.evaluate("document.getElementById('caption').textContent")
-    assert shown.page.evaluate("document.querySelectorAll('.bid').length") == 2
-    shown.page.wait_for(f"{told}?.dataset.step === 'blocks'", STORY_S)
-    assert "KV blocks" in shown.page.evaluate("document.getElementById('caption').textContent")
-    assert shown.page.evaluate("document.querySelector('#links [data-tone=blocks]') !== null")
-    shown.page.wait_for(f"{told}?.dataset.step === 'done'", STORY_S)
+    shown.page.wait_for(f"told.some((word) => word.request === '{request_id}' && word.step === 'done')", STORY_S)
+    told = [word for word in shown.page.evaluate("told") if word.get("request") == request_id]
+    steps = list(dict.fromkeys(word["step"] for word in told))
+    assert steps == ["prompt", "route", "ticket", "claim", "blocks", "tokens", "done"]
+    words = {word["step"]: word["words"] for word in told}
+    assert words["route"].startswith("The router picks decode-") and "KV blocks" in words["blocks"] and "12 tokens" in words["done"]
+    assert max(word["numBids"] for word in told) == 2 and {"prompt", "ticket", "blocks", "tokens"} <= {word.get("tone") for word in told}
     row = shown.page.evaluate(f"document.querySelector('#requests [data-request=\"{request_id}\"] button').textContent")
     assert re.search(r"decode-\d ← prefill-1", row)
 
@@ -148,8 +158,9 @@ def test_a_phone_sees_it_all_without_scrolling_sideways(shown: Shown) -> None:
 def test_who_wants_no_motion_gets_the_same_words(shown: Shown) -> None:
     try:
         shown.page.prefer(reduced_motion="reduce")
+        shown.page.evaluate(OBSERVE)
         request_id = shown.ask_when_quiet("A short one")
-        shown.page.wait_for(f"document.querySelector('#narrator[data-request=\"{request_id}\"]')?.dataset.step === 'done'", STORY_S)
+        shown.page.wait_for(f"told.some((word) => word.request === '{request_id}' && word.step === 'done')", STORY_S)
         drawn = "new Uint32Array(moving.getContext('2d').getImageData(0, 0, moving.width, moving.height).data.buffer).some(Boolean)"
         assert shown.page.evaluate(f"const moving = document.getElementById('moving'); {drawn}") is False
     finally:

@@ -4,10 +4,11 @@ import { $, count, duration, el, keepOneInTabOrder, plural, roam, setText } from
 
 const MAX_ROWS = 40;
 const PAUSE_MS = 500;
+const MAX_AT_ONCE = 8;
 
 export class Requests {
   constructor(store, onOpen) {
-    Object.assign(this, { store, onOpen, rows: new Map(), addedAt: 0, dirty: new Set() });
+    Object.assign(this, { store, onOpen, rows: new Map(), room: MAX_AT_ONCE, roomAt: 0, dirty: new Set() });
     this.list = $("requests");
     roam(this.list);
     store.addEventListener("story", ({ detail }) => this.note(detail.story, detail.isNew));
@@ -16,9 +17,18 @@ export class Requests {
   }
 
   note(story, isNew) {
-    const isWanted = story.isMine || performance.now() - this.addedAt > PAUSE_MS;
-    if (!this.rows.has(story.id) && (isNew || story.isMine) && isWanted) this.add(story);
+    if (!this.rows.has(story.id) && (story.isMine || (isNew && this.hasRoom()))) this.add(story);
     if (this.rows.has(story.id)) this.dirtyLater(story);
+  }
+
+  // All of a few, and two a second of many: rows that rush by are of no use to anybody.
+  hasRoom() {
+    const now = performance.now();
+    this.room = Math.min(MAX_AT_ONCE, this.room + (now - this.roomAt) / PAUSE_MS);
+    this.roomAt = now;
+    if (this.room < 1) return false;
+    this.room -= 1;
+    return true;
   }
 
   noteRate(point) {
@@ -34,7 +44,6 @@ export class Requests {
   }
 
   add(story) {
-    this.addedAt = performance.now();
     const parts = { number: el("b"), tokens: el("span", { className: "row-tokens" }), path: el("span", { className: "row-path" }), time: el("span", { className: "row-time" }) };
     const mark = el("span", { className: "mark" });
     const button = el("button", { type: "button", tabIndex: -1 }, mark, parts.number, parts.path, parts.tokens, parts.time);
