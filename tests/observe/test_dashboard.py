@@ -22,8 +22,8 @@ OBSERVE = """
 window.told = [];
 new MutationObserver(() => {
   const { request, step } = narrator.dataset;
-  const tone = document.querySelector("#links [data-tone]")?.dataset.tone;
-  told.push({ request, step, tone, words: caption.textContent, numBids: document.querySelectorAll(".bid").length });
+  const tones = [...document.querySelectorAll("#links [data-tone]")].map((link) => link.dataset.tone);
+  told.push({ request, step, tones, words: caption.textContent, numBids: document.querySelectorAll(".bid").length });
 }).observe(document.getElementById("mesh-title").closest("section"), { subtree: true, childList: true, attributes: true });
 """
 """Keeps in the page all that is told in words, so that no step is missed between two looks."""
@@ -96,7 +96,9 @@ def test_a_request_is_seen_passing_through_the_mesh(shown: Shown) -> None:
     assert steps == ["prompt", "route", "ticket", "claim", "blocks", "tokens", "done"]
     words = {word["step"]: word["words"] for word in told}
     assert words["route"].startswith("The router picks decode-") and "KV blocks" in words["blocks"] and "12 tokens" in words["done"]
-    assert max(word["numBids"] for word in told) == 2 and {"prompt", "ticket", "blocks", "tokens"} <= {word.get("tone") for word in told}
+    assert max(word["numBids"] for word in told) == 2 and {"prompt", "ticket", "blocks", "tokens"} <= {
+        tone for word in told for tone in word["tones"]
+    }
     row = shown.page.evaluate(f"document.querySelector('#requests [data-request=\"{request_id}\"] button').textContent")
     assert re.search(r"decode-\d ← prefill-1", row)
 
