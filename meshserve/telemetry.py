@@ -5,8 +5,8 @@ import os
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histograms' buckets: from a hop on loopback to a prompt of 100,000 tokens on one GPU."""
@@ -47,8 +47,14 @@ class Histograms:
         return {name: [self._sums_s[name], counts[:]] for name, counts in self._counts.items()}
 
 
-Listener = Callable[[str, str, dict[str, Any]], None]
-"""Gets each event as it happens: its name, its request, its details. It must not keep the details for long, nor block."""
+class Listener(Protocol):
+    """Who is told of a journal's events as they happen. It must not block."""
+
+    def heard(self, event: str, request_id: str, details: dict[str, Any]) -> None:
+        """One event of a request."""
+
+    def follows(self, request_id: str) -> bool:
+        """Whether every step of this request is wanted, or only its beginning and its end."""
 
 
 class Journal:
@@ -74,10 +80,15 @@ class Journal:
         self._listener = listener
         self.is_on = listener is not None or self._descriptor >= 0
 
+    def follows(self, request_id: str) -> bool:
+        """Whether anybody wants the steps of this request too. Asked once its beginning was noted; most requests under load are not
+        followed, and need not pay for it."""
+        return self.is_on and (self._descriptor >= 0 or (self._listener is not None and self._listener.follows(request_id)))
+
     def note(self, event: str, request_id: str, **details: Any) -> None:
         """One event, e.g. `ticket` or `block`, of a request."""
         if self._listener is not None:
-            self._listener(event, request_id, details)
+            self._listener.heard(event, request_id, details)
         if self._descriptor >= 0:
             line = json.dumps({"at_s": time.monotonic(), "peer": self._peer, "event": event, "request": request_id, **details})
             os.write(self._descriptor, line.encode() + b"\n")

@@ -90,23 +90,28 @@ class Digest:
 
     def heard(self, event: str, request_id: str, details: dict[str, Any]) -> None:
         """One event of the journal."""
-        if event == "tokens":
-            self._counts["tokens"] += details["count"]
-        else:
-            self._counts[event] += 1
-            if event == "result":
-                self._count_result(details)
         followed = self._followed.get(request_id)
+        if event == "result":
+            self._count_result(details, is_followed=followed is not None)
+        elif event in _BEGINNINGS:
+            self._counts[event] += 1
         if followed is not None:
             self._follow(followed, event, request_id, details)
         elif event in _BEGINNINGS:
             self._begin(event, request_id, details)
 
-    def _count_result(self, details: dict[str, Any]) -> None:
-        outcome = details["outcome"]
-        self._counts[outcome if outcome in ("ok", "cancelled") else "failed"] += 1
-        self._counts["prompt_tokens"] += details["num_prompt_tokens"]
-        self._counts["cached_tokens"] += details["num_cached_tokens"]
+    def follows(self, request_id: str) -> bool:
+        """Whether this one is told step by step."""
+        return request_id in self._followed
+
+    def _count_result(self, details: dict[str, Any], is_followed: bool) -> None:
+        """Tokens of requests that are not followed count at their end."""
+        outcome, counts = details["outcome"], self._counts
+        counts[outcome if outcome in ("ok", "cancelled") else "failed"] += 1
+        counts["prompt_tokens"] += details["num_prompt_tokens"]
+        counts["cached_tokens"] += details["num_cached_tokens"]
+        if not is_followed:
+            counts["tokens"] += details["num_tokens"]
 
     def _begin(self, event: str, request_id: str, details: dict[str, Any]) -> None:
         now_s = self._clock()
@@ -120,6 +125,7 @@ class Digest:
             if not followed.first_token_s:
                 followed.first_token_s = now_s
                 _keep(self._ttft_ms, (now_s - followed.began_s) * 1000)
+            self._counts["tokens"] += details["count"]
             followed.new_tokens += details["count"]
             followed.num_tokens += details["count"]
         elif event == "block":

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from typing import Any
 
 from meshserve.mesh.mesh import Mesh
@@ -14,6 +13,8 @@ FEED_METHOD = "feed.watch"
 
 INTERVAL_S = 0.1
 """Between two batches."""
+
+_SHOWN = ("num_running", "num_waiting", "waiting_prefill_tokens", "used_blocks", "cached_blocks", "num_blocks", "num_tickets")
 
 
 class FeedSource:
@@ -31,10 +32,10 @@ class FeedSource:
         """There is no past to tell: events begin now."""
         if self._digest is None:
             self._digest = Digest()
-            self._mesh.journal.listen(self._digest.heard)
+            self._mesh.journal.listen(self._digest)
             self._timer = self._loop.call_later(INTERVAL_S, self._publish)
         if self._load is not None:
-            yield {"load": asdict(self._load())}
+            yield {"load": _shown(self._load())}
 
     def _publish(self) -> None:
         if not self._source.has_watchers:
@@ -46,7 +47,7 @@ class FeedSource:
         load = self._load() if self._load is not None else None
         if load is not None and load != self._told:
             self._told = load
-            batch["load"] = asdict(load)
+            batch["load"] = _shown(load)
         if batch:
             self._source.publish(batch)
 
@@ -58,3 +59,7 @@ class FeedSource:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+def _shown(load: WorkerLoad) -> dict[str, int]:
+    return {name: getattr(load, name) for name in _SHOWN}

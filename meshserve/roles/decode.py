@@ -147,7 +147,7 @@ class DecodeRole:
         if self._running.get(generation.request.request_id) is generation:
             del self._running[generation.request.request_id]
             self._reporter.changed()
-            if self._mesh.journal.is_on:
+            if self._mesh.journal.follows(generation.request.request_id):
                 self._mesh.journal.note("left", generation.request.request_id)
 
     def _cancel(self, generation: _Generation) -> None:

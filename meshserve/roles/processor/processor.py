@@ -54,6 +54,7 @@ class _Request:
         self._journal = role.mesh.journal
         if self._journal.is_on:
             self._journal.note("submit", self.request_id, num_tokens=len(self._tokens))
+        self._is_followed = self._journal.follows(self.request_id)
 
     # --- which worker
 
@@ -114,7 +115,7 @@ class _Request:
         chosen = candidates[0]
         self.worker = chosen.incarnation
         self._receipt.peers["decode"] = chosen.peer
-        if self._journal.is_on:
+        if self._is_followed:
             self._note_routed(chosen)
         request = GenerateRequest(
             self.request_id, self._request.model, self._tokens, self._sampling, 0, self._prefill_peers, tuple(self._lost)
@@ -140,7 +141,7 @@ class _Request:
             self._abort(ProtocolError("a worker's tokens do not follow each other"))
             return
         tokens = item[1:]
-        if self._journal.is_on:
+        if self._is_followed:
             self._journal.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
         self.num_tokens += len(tokens)
         text, is_stopped = self._stops.feed(self._detokenizer.feed(tokens))
