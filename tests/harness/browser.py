@@ -44,8 +44,8 @@ class Page:
         self._numbers = itertools.count(1)
         self.errors: list[str] = []
         self.addresses: list[str] = []
-        self.events: list[dict[str, Any]] = []
-        """Those of other kinds, e.g. of tracing."""
+        self._trace: list[dict[str, Any]] = []
+        self._is_trace_complete = False
         for domain in ("Runtime", "Log", "Network", "Page"):
             self.call(f"{domain}.enable")
 
@@ -73,8 +73,10 @@ class Page:
             self.errors.append(" ".join(str(value.get("value", value.get("description"))) for value in params["args"]))
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.errors.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
-        else:
-            self.events.append(message)
+        elif method == "Tracing.dataCollected":
+            self._trace += params["value"]
+        elif method == "Tracing.tracingComplete":
+            self._is_trace_complete = True
 
     def open(self, url: str) -> None:
         """Go there; returns as soon as it is on its way."""
@@ -106,6 +108,20 @@ class Page:
         """What the user prefers, e.g. `color_scheme="dark"`, `reduced_motion="reduce"`."""
         named = [{"name": f"prefers-{name.replace('_', '-')}", "value": value} for name, value in features.items()]
         self.call("Emulation.setEmulatedMedia", features=named)
+
+    def begin_trace(self) -> None:
+        """Keep account of what the page's main thread does from now on."""
+        self._trace, self._is_trace_complete = [], False
+        self.call("Tracing.start", traceConfig={"includedCategories": ["toplevel", "devtools.timeline"]})
+
+    def end_trace(self) -> list[float]:
+        """The tasks of the page's main thread since then: CPU time of each, in milliseconds."""
+        self.call("Tracing.end")
+        while not self._is_trace_complete:
+            self._note(json.loads(self._connection.recv(ANSWER_S)))
+        mains = {(event["pid"], event["tid"]) for event in self._trace if event.get("args", {}).get("name") == "CrRendererMain"}
+        is_task = [event for event in self._trace if event["name"].endswith("RunTask") and event["ph"] == "X"]
+        return [event.get("tdur", 0) / 1000 for event in is_task if (event["pid"], event["tid"]) in mains]
 
     def screenshot(self, path: Path, *, is_whole: bool = False) -> None:
         """What is seen, as PNG; whole: beyond the window's lower edge."""

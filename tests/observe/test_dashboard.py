@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 import meshserve.observe.dashboard
-from tests.harness import Process, meshserve_command, run_command
+from bench.watching import Turns
+from tests.harness import Process, meshserve_command, run_async, run_command
 from tests.harness.browser import CHROMIUM, Page, open_browser
 
 FILES = Path(meshserve.observe.dashboard.__file__).parent
@@ -177,6 +178,25 @@ def test_after_all_that_the_console_is_clean_and_no_other_origin_was_asked(shown
     assert "default-src 'none'" in policy and "http" not in policy and "unsafe" not in policy
 
 
+@pytest.mark.full
+@needs_chromium
+def test_no_task_of_the_page_takes_fifty_milliseconds_under_two_thousand_requests_a_second(shown: Shown) -> None:
+    async def load() -> float:
+        turns = Turns(shown.url, [], 8.0)
+        await turns.open(16, 4)
+        _, per_s = await turns.take()
+        turns.close()
+        return per_s
+
+    shown.page.begin_trace()
+    per_s = run_async(load())
+    tasks_ms = shown.page.end_trace()
+    assert shown.page.evaluate("document.getElementById('requests-note').textContent").startswith("a few of")
+    print(f"{per_s:.0f} requests/s, {len(tasks_ms)} tasks, {sum(tasks_ms):.0f} ms of CPU time in all, the longest {max(tasks_ms):.1f} ms")
+    assert per_s > 500 and len(tasks_ms) > 100
+    assert max(tasks_ms) < 50.0
+
+
 def test_without_observation_there_is_neither_page_nor_feed() -> None:
     with start("all", "alone", "--http", "127.0.0.1:0", "--no-observe") as peer:
         url = peer.ready(20.0)["http"]
@@ -200,6 +220,7 @@ def test_a_peer_stops_at_once_though_somebody_reads_its_events() -> None:
         url = peer.ready(20.0)["http"]
         with httpx.stream("GET", f"{url}/mesh/events", timeout=10.0) as stream:
             assert stream.headers["content-type"].startswith("text/event-stream")
+            assert httpx.head(f"{url}/mesh/events").status_code == 200 and httpx.post(f"{url}/mesh/events").status_code == 405
             lines = stream.iter_lines()
             assert "event: snapshot" in [next(lines) for _ in range(3)]
             peer.terminate()

@@ -97,22 +97,18 @@ def test_requests_that_never_end_do_not_fill_the_digest() -> None:
     assert len(digest.take()["events"]) == 9
 
 
-@given(st.integers(1, 400), st.integers(1, 30))
-def test_a_busy_peer_follows_a_part_of_what_a_quieter_one_follows(load: int, share: int) -> None:
-    """Peers that see all requests and peers that see every nth choose alike, as soon as both know their load."""
+@pytest.mark.parametrize(("load", "share"), [(10, 2), (100, 2), (1000, 4), (3000, 10)])
+def test_a_peer_that_sees_every_nth_request_follows_those_of_them_that_one_follows_who_sees_all(load: int, share: int) -> None:
     busy, quiet = Sample(MAX_NEW_PER_S, 0.0), Sample(MAX_NEW_PER_S, 0.0)
-    agreed = strange = 0
-    for second in range(5):
-        for number in range(load):
-            name, now_s = f"f-{second * load + number}", second + number / load
-            is_taken = busy.takes(name, now_s)
-            if number % share == 0 and second >= 3:
-                is_taken_there = quiet.takes(name, now_s)
-                agreed += is_taken and is_taken_there
-                strange += is_taken and not is_taken_there
-            elif number % share == 0:
-                quiet.takes(name, now_s)
-    assert strange <= max(2, agreed / 2)
+    num_followed = num_followed_there = 0
+    for number in range(20 * load):
+        name, now_s = f"f-{number}", number / load
+        is_taken = busy.takes(name, now_s)
+        if number % share == 0:
+            is_taken_there = quiet.takes(name, now_s)
+            num_followed += is_taken
+            num_followed_there += is_taken and is_taken_there
+    assert num_followed >= 10 and num_followed_there >= 0.9 * num_followed
 
 
 @given(st.lists(st.tuples(st.integers(0, 10_000), st.floats(0, 0.01)), max_size=400))

@@ -18,13 +18,7 @@ const topology = new Topology(store, (id) => detail.openPeer(id));
 const player = new Player(store, topology);
 const charts = new Charts(store);
 new Requests(store, (story) => detail.openStory(story));
-new Prompt(store, claim, (receipt) => player.prefer(store.addReceipt(receipt)));
-
-// This page's own request, as soon as its name is known: the next word of it is told before all others.
-function claim(id) {
-  const story = store.stories.get(id);
-  if (story) player.prefer(story);
-}
+new Prompt(store);
 
 function renderTop() {
   const able = (role) => [...store.peers.values()].filter((peer) => peer.state === "alive" && peer.roles.includes(role)).length;

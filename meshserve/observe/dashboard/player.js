@@ -44,27 +44,24 @@ export class Player {
   // --- who is shown
 
   offer(story, isNew) {
-    if (!isNew || document.hidden) return;
+    if (story.isMine) this.prefer(story);
+    if (!isNew || story.isMine || document.hidden) return;
     if (this.shown.length < MAX_SHOWN && !this.queue.length) this.begin(story);
     else if (this.queue.length < MAX_QUEUED) this.queue.push(story);
   }
 
   // A request of this page's own is the one that is told.
   prefer(story) {
-    story.isMine = true;
+    if (this.spotlight === story || (story.numPlayed && !this.shown.includes(story))) return;
     this.queue = this.queue.filter((queued) => queued !== story);
-    if (!this.shown.includes(story) && !story.numPlayed) this.begin(story);
-    if (!this.shown.includes(story) || this.spotlight === story) return;
     this.spotlight = story;
+    if (!this.shown.includes(story)) this.begin(story);
     this.beginTelling();
   }
 
   begin(story) {
     this.shown.push(story);
-    if (!this.spotlight) {
-      this.spotlight = story;
-      this.beginTelling();
-    }
+    this.spotlight ??= story;
     story.beganShow = performance.now();
     this.wait(story, GATHER_MS);
   }

@@ -13,8 +13,8 @@ function longPrompt() {
 }
 
 export class Prompt {
-  constructor(store, onStory, onReceipt) {
-    Object.assign(this, { store, onStory, onReceipt, running: null, last: longPrompt() });
+  constructor(store) {
+    Object.assign(this, { store, running: null, last: longPrompt() });
     $("ask").addEventListener("submit", (event) => {
       event.preventDefault();
       this.running ? this.running.abort() : this.send();
@@ -74,7 +74,7 @@ export class Prompt {
     let isFirst = true;
     for await (const chunk of chunksOf(response)) {
       if (chunk.error) throw new Error(chunk.error.message);
-      if (isFirst) this.onStory(chunk.id.replace(/^cmpl-/, ""));
+      if (isFirst) this.store.claim(chunk.id.replace(/^cmpl-/, ""));
       isFirst = false;
       for (const choice of chunk.choices) $("answer").append(choice.text ?? "");
       $("answer").scrollTop = $("answer").scrollHeight;
@@ -85,7 +85,7 @@ export class Prompt {
   showReceipt(receipt) {
     $("answer-receipt").replaceChildren(pathOf(receipt), waterfall(receipt, true), summary(receipt));
     if (!isStill()) $("answer-receipt").animate([{ opacity: 0 }, { opacity: 1 }], 300);
-    this.onReceipt(receipt);
+    this.store.addReceipt(receipt);
   }
 
   showRunning(isRunning) {

@@ -65,6 +65,7 @@ export class Store extends EventTarget {
     this.roundTrips = {};
     this.points = [];
     this.stories = new Map();
+    this.mine = new Set();
     this.meshName = "";
     this.frontend = null;
     this.heardAt = 0;
@@ -158,6 +159,7 @@ export class Store extends EventTarget {
       if (!story && kind !== "submit") continue;
       const isNew = !story;
       if (isNew) this.stories.set(id, (story = new Story(id, at)));
+      story.isMine = this.mine.has(id);
       story.add({ at, peer, kind, details });
       this.tell("story", { story, isNew });
     }
@@ -165,6 +167,14 @@ export class Store extends EventTarget {
       if (this.stories.size <= MAX_STORIES) break;
       this.stories.delete(id);
     }
+  }
+
+  // A request that this page sent itself. Word of it may come sooner or later than its answer.
+  claim(id) {
+    this.mine.add(id);
+    for (const old of this.mine) if (this.mine.size > MAX_STORIES) this.mine.delete(old);
+    const story = this.stories.get(id);
+    if (story) this.tell("story", { story: Object.assign(story, { isMine: true }), isNew: false });
   }
 
   // A request of this page's own: its receipt tells its story, whether or not it was among those that are followed.

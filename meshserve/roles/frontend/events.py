@@ -43,7 +43,7 @@ class Dashboard:
 
     def routes(self) -> list[BaseRoute]:
         """For the frontend's application."""
-        return [Route("/", self._page), Route("/dashboard/{name}", self._file), Route("/mesh/events", _Events(self.feed))]
+        return [Route("/", self._page), Route("/dashboard/{name}", self._file), Route("/mesh/events", _Events(self.feed), methods=["GET"])]
 
     async def _page(self, request: Request) -> Response:
         return self._named("index.html")
@@ -67,6 +67,9 @@ class _Events:
         self._feed = feed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] == "HEAD":
+            await send_whole(send, 200, b"", _EVENTS)
+            return
         try:
             reader = self._feed.join()
         except Overloaded as error:
