@@ -115,12 +115,12 @@ export class Player {
     const asked = details.router ? `The router${router === peer ? "" : ` (${details.router})`} picks ${best.peer}` : `No router: ${best.peer} is next`;
     this.tell(story, "route", `${asked}: ${reasonOf(best)}.`);
     this.pulse(story, router ?? peer, "route", paced(1500));
-    if (story === this.spotlight) this.topology.showBids(details.candidates, paced(2600));
-    let ms = paced(900);
+    if (story === this.spotlight) this.topology.showBids(details.candidates, paced(1700));
+    let ms = paced(1700);
     if (router && router !== peer) {
       this.move(story, peer, router, "route", "who?", MOVE_MS.ask);
       this.later(MOVE_MS.ask, () => this.move(story, router, peer, "route", best.peer, MOVE_MS.ask));
-      ms = 2 * MOVE_MS.ask + 2 * REST_MS;
+      ms = Math.max(ms, 2 * MOVE_MS.ask + 2 * REST_MS);
     }
     this.later(ms, () => this.move(story, peer, details.decode, "prompt", "prompt", MOVE_MS.prompt));
     return ms + MOVE_MS.prompt + REST_MS;
