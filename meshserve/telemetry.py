@@ -7,7 +7,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histograms' buckets: from a hop on loopback to a prompt of 100,000 tokens on one GPU."""
@@ -58,33 +58,58 @@ class Histograms:
         return {name: [self._sums_s[name], counts[:]] for name, counts in self._counts.items()}
 
 
-class Journal:
-    """What happened to each request on this peer, one line of JSON an event: for tests and for people who look for a fault.
+class Listener(Protocol):
+    """Who is told of a journal's events as they happen. It must not block."""
 
-    Without a path it is off and keeps nothing: callers ask `is_on` before they make up an event. With one, each event is in the file
-    when `note` returns, so that a killed process takes none with it. Times are of the host's monotonic clock, which all its
-    processes share.
+    def heard(self, event: str, request_id: str, details: dict[str, Any]) -> None:
+        """One event of a request."""
+
+    def follows(self, request_id: str) -> bool:
+        """Whether every step of this request is wanted, or only its beginning and its end."""
+
+
+class Journal:
+    """What happened to each request on this peer: for tests, for people who look for a fault, and for those who watch the mesh.
+
+    It has two consumers, a file and a listener; with neither it is off and keeps nothing: callers ask `is_on` before they make up an
+    event. In the file an event is one line of JSON, and is there when `note` returns, so that a killed process takes none with it.
+    Times are of the host's monotonic clock, which all its processes share.
     """
 
     def __init__(self, path: str | None = None) -> None:
         self.is_on = path is not None
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if path is not None else -1
+        self._listener: Listener | None = None
         self._peer = ""
 
     def begin(self, peer: str) -> None:
         """All events from now on are this peer's (an incarnation)."""
         self._peer = peer
 
+    def listen(self, listener: Listener | None) -> None:
+        """Tell this one of every event from now on; None: nobody any more."""
+        self._listener = listener
+        self.is_on = listener is not None or self._descriptor >= 0
+
+    def follows(self, request_id: str) -> bool:
+        """Whether anybody wants the steps of this request too. Asked once its beginning was noted; most requests under load are not
+        followed, and need not pay for it."""
+        return self.is_on and (self._descriptor >= 0 or (self._listener is not None and self._listener.follows(request_id)))
+
     def note(self, event: str, request_id: str, **details: Any) -> None:
         """One event, e.g. `ticket` or `block`, of a request."""
-        line = json.dumps({"at_s": time.monotonic(), "peer": self._peer, "event": event, "request": request_id, **details})
-        os.write(self._descriptor, line.encode() + b"\n")
+        if self._listener is not None:
+            self._listener.heard(event, request_id, details)
+        if self._descriptor >= 0:
+            line = json.dumps({"at_s": time.monotonic(), "peer": self._peer, "event": event, "request": request_id, **details})
+            os.write(self._descriptor, line.encode() + b"\n")
 
     def close(self) -> None:
         """No more events."""
-        if self.is_on:
-            self.is_on = False
+        self.is_on, self._listener = False, None
+        if self._descriptor >= 0:
             os.close(self._descriptor)
+            self._descriptor = -1
 
 
 class Phases:

@@ -174,7 +174,7 @@ class PrefillRequester:
                 self._carry_out(running, running.task.push_failed(peer, time.monotonic()))
 
     def _note(self, running: _Running, event: str, **details: Any) -> None:
-        if self._mesh.journal.is_on:
+        if self._mesh.journal.follows(running.task.request_id):
             self._mesh.journal.note(event, running.task.request_id, **details)
 
     def _revoke(self, running: _Running, revoke: Revoke) -> None:

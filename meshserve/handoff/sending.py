@@ -93,7 +93,7 @@ class BlockSender:
         size_bytes = sum(len(payload) for _, payload in taken)
         self._mesh.counters.add("kv_blocks_sent", len(taken))
         self._mesh.counters.add("kv_bytes_sent", size_bytes)
-        if self._mesh.journal.is_on:
+        if self._mesh.journal.follows(transfer.request_id):
             self._note(transfer, [mark.index for mark in marks])
         return size_bytes
 

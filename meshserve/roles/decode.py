@@ -179,7 +179,7 @@ class DecodeRole:
             self._note_gap()
             self._num_tokens += generation.num_generated
             self._reporter.changed()
-            if self._mesh.journal.is_on:
+            if self._mesh.journal.follows(generation.request.request_id):
                 self._mesh.journal.note("left", generation.request.request_id)
 
     def _note_gap(self) -> None:

@@ -14,11 +14,13 @@ from starlette.routing import Route
 from meshserve.config import ServeConfig
 from meshserve.errors import InvalidRequest, MeshserveError, ModelNotFound
 from meshserve.mesh.mesh import Mesh
+from meshserve.observe.feed_mesh import MeshFeed
 from meshserve.observe.status import list_peers
 from meshserve.roles.frontend import shapes
 from meshserve.roles.frontend.asgi import Receive, Scope, Send
 from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.connections import Connections
+from meshserve.roles.frontend.events import Dashboard
 from meshserve.roles.frontend.guard import Guard
 from meshserve.roles.frontend.listening import Server, bind, possible_connections, tls_context, url_of
 from meshserve.roles.frontend.tokenizing import Tokenizing, hot_routes
@@ -43,6 +45,7 @@ class FrontendRole:
     def __init__(self, mesh: Mesh, config: ServeConfig) -> None:
         self._mesh, self._config = mesh, config
         self._completions = Completions(mesh, config)
+        self._dashboard = Dashboard(MeshFeed(mesh)) if config.observe else None
         self._started_s = int(time.time())
         self._server: Server | None = None
         self._connections: Connections | None = None
@@ -79,6 +82,7 @@ class FrontendRole:
                 Route("/mesh/peers", self._peers),
                 Route("/mesh/requests/{name}", self._cancel, methods=["DELETE"]),
                 *([Route("/metrics", self._metrics)] if self._config.observe else []),
+                *(self._dashboard.routes() if self._dashboard else []),
             ],
             exception_handlers={HTTPException: _http_error, MeshserveError: _own_error, Exception: _unexpected},
         )
@@ -118,6 +122,8 @@ class FrontendRole:
 
     async def close(self) -> None:
         """Stop listening; connections that still stream are cut after a second."""
+        if self._dashboard is not None:
+            self._dashboard.feed.close()
         if self._server is not None and self._serving is not None:
             self._server.should_exit = True
             await self._serving

@@ -87,6 +87,7 @@ class Sequence:
         self._journal = dispatcher.mesh.journal
         if self._journal.is_on:
             self._journal.note("submit", self.request_id, num_tokens=len(tokens))
+        self._is_followed = self._journal.follows(self.request_id)
 
     # --- which worker
 
@@ -113,6 +114,8 @@ class Sequence:
     def _dispatch(self, chosen: Candidate) -> None:
         self.worker, self._num_overlap_blocks = chosen.incarnation, chosen.overlap_blocks
         self.receipt.peers["decode"] = chosen.peer
+        if self._is_followed:
+            self._note_routed(chosen)
         request = GenerateRequest(
             self.request_id, self.receipt.model, self.tokens, self.sampling, 0, self._prefill_peers, tuple(self._lost)
         )
@@ -123,6 +126,11 @@ class Sequence:
         except PeerLost as error:
             self._retry_or_fail(error)
 
+    def _note_routed(self, chosen: Candidate) -> None:
+        receipt = self.receipt
+        router, policy, candidates = receipt.peers["router"], receipt.policy, receipt.candidates
+        self._journal.note("routed", self.request_id, decode=chosen.incarnation, router=router, policy=policy, candidates=candidates)
+
     def on_item(self, item: Any) -> None:
         """Tokens of one step, after their position; or something rarer."""
         logprobs = None
@@ -131,7 +139,7 @@ class Sequence:
             if item is None:
                 return
         tokens = item[1:]
-        if self._journal.is_on:
+        if self._is_followed:
             self._journal.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
         if not self.num_tokens:
             self._owner.began(self)
@@ -259,4 +267,5 @@ class Sequence:
     def _over(self, outcome: str) -> None:
         self.is_over = True
         if self._journal.is_on:
-            self._journal.note("result", self.request_id, outcome=outcome, num_tokens=self.num_tokens)
+            prompt = {"num_prompt_tokens": len(self.tokens), "num_cached_tokens": self.receipt.num_cached_tokens}
+            self._journal.note("result", self.request_id, outcome=outcome, num_tokens=self.num_tokens, **prompt)

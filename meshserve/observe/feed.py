@@ -1,0 +1,177 @@
+"""What happens on a peer, digested for those who watch it: a few requests in full, all others as counts. Pure.
+
+It must cost next to nothing under any load, so how many requests are followed is bounded, and which ones is decided once, when a
+request is first seen here. All peers decide alike, so that a request can be followed from one to the next without a word between them.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+
+MAX_NEW_PER_S = 20
+"""Requests that are begun to be followed in a second. Higher shows more of the load, at the cost of bandwidth."""
+MAX_FOLLOWED = 64
+"""At a time. Long streams fill it, and then new requests are only counted."""
+MAX_EVENTS = 256
+"""In one batch; those beyond it are dropped, the oldest kept."""
+MAX_SAMPLES = 64
+"""Times to the first token and between tokens, each, in one batch."""
+
+_SILENT_S = 120.0
+"""A followed request without a word for so long is forgotten: its end was missed."""
+_BEGINNINGS = frozenset(("submit", "accepted", "prefill_begun"))
+_ENDS = frozenset(("left", "prefill_ended"))
+_SHOWN = frozenset(("submit", "routed", "accepted", "ticket", "claim", "prefill_begun", "attempt_failed", "handoff_ended", "result"))
+"""Events that are shown one by one. Tokens and blocks are too many: they are shown as counts of an interval."""
+_MAX_CANDIDATES = 6
+
+
+class Sample:
+    """Which requests are followed: a bounded number a second, and on all peers the same ones.
+
+    One of 1, 2, 4, ... is taken, by a hash of the request's name: a peer that sees more of them takes a part of what others take.
+    """
+
+    def __init__(self, max_per_s: int, now_s: float) -> None:
+        self._max_per_s, self._since_s = max_per_s, now_s
+        self._mask = self._num_seen = self._num_taken = 0
+
+    def takes(self, request_id: str, now_s: float) -> bool:
+        """Whether to follow this one, which is new here."""
+        if now_s - self._since_s >= 1.0:
+            self._begin_second(now_s)
+        self._num_seen += 1
+        if self._num_seen > self._max_per_s * (self._mask + 1):
+            self._mask = 2 * self._mask + 1
+        if self._num_taken >= self._max_per_s or xxhash.xxh3_64_intdigest(request_id.encode()) & self._mask:
+            return False
+        self._num_taken += 1
+        return True
+
+    def _begin_second(self, now_s: float) -> None:
+        rate = self._num_seen / (now_s - self._since_s)
+        while self._mask and rate <= self._max_per_s * (self._mask // 2 + 1):
+            self._mask //= 2
+        self._since_s, self._num_seen, self._num_taken = now_s, 0, 0
+
+
+@dataclass(slots=True)
+class _Followed:
+    began_s: float
+    heard_s: float
+    is_submitted_here: bool
+    first_token_s: float = 0.0
+    num_tokens: int = 0
+    new_tokens: int = 0
+    new_blocks: int = 0
+    sender: str = ""
+    """Of the blocks."""
+
+
+class Digest:
+    """The listener of a peer's journal while it is watched. `take` gives what came since the last call.
+
+    A batch is a map: `events` as [milliseconds before the batch, event, request, details], `counts` by name, and `ttft_ms` and
+    `itl_ms` of followed requests that began and ended.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._sample = Sample(MAX_NEW_PER_S, clock())
+        self._followed: dict[str, _Followed] = {}
+        self._counts: defaultdict[str, int] = defaultdict(int)
+        self._events: list[tuple[float, str, str, dict[str, Any]]] = []
+        self._ttft_ms: list[float] = []
+        self._itl_ms: list[float] = []
+
+    def heard(self, event: str, request_id: str, details: dict[str, Any]) -> None:
+        """One event of the journal."""
+        followed = self._followed.get(request_id)
+        if event == "result":
+            self._count_result(details, is_followed=followed is not None)
+        elif event in _BEGINNINGS:
+            self._counts[event] += 1
+        if followed is not None:
+            self._follow(followed, event, request_id, details)
+        elif event in _BEGINNINGS:
+            self._begin(event, request_id, details)
+
+    def follows(self, request_id: str) -> bool:
+        """Whether this one is told step by step."""
+        return request_id in self._followed
+
+    def _count_result(self, details: dict[str, Any], is_followed: bool) -> None:
+        """Tokens of requests that are not followed count at their end."""
+        outcome, counts = details["outcome"], self._counts
+        counts[outcome if outcome in ("ok", "cancelled") else "failed"] += 1
+        counts["prompt_tokens"] += details["num_prompt_tokens"]
+        counts["cached_tokens"] += details["num_cached_tokens"]
+        if not is_followed:
+            counts["tokens"] += details["num_tokens"]
+
+    def _begin(self, event: str, request_id: str, details: dict[str, Any]) -> None:
+        now_s = self._clock()
+        if self._sample.takes(request_id, now_s) and len(self._followed) < MAX_FOLLOWED:
+            self._followed[request_id] = _Followed(now_s, now_s, event == "submit")
+            self._show(now_s, event, request_id, details)
+
+    def _follow(self, followed: _Followed, event: str, request_id: str, details: dict[str, Any]) -> None:
+        now_s = followed.heard_s = self._clock()
+        if event == "tokens":
+            if not followed.first_token_s:
+                followed.first_token_s = now_s
+                _keep(self._ttft_ms, (now_s - followed.began_s) * 1000)
+            self._counts["tokens"] += details["count"]
+            followed.new_tokens += details["count"]
+            followed.num_tokens += details["count"]
+        elif event == "block":
+            followed.new_blocks += 1
+            followed.sender = details["peer_sending"]
+        elif event in _SHOWN:
+            self._show_counts(followed, request_id, now_s)  # what came before is told before
+            self._show(now_s, event, request_id, details)
+        if event == "result" or (event in _ENDS and not followed.is_submitted_here):
+            self._end(followed, request_id, now_s)
+
+    def _end(self, followed: _Followed, request_id: str, now_s: float) -> None:
+        del self._followed[request_id]
+        self._show_counts(followed, request_id, now_s)
+        if followed.num_tokens > 1:
+            _keep(self._itl_ms, (now_s - followed.first_token_s) * 1000 / (followed.num_tokens - 1))
+
+    def _show(self, now_s: float, event: str, request_id: str, details: dict[str, Any]) -> None:
+        if len(self._events) < MAX_EVENTS:
+            if event == "routed":
+                details = {**details, "candidates": details["candidates"][:_MAX_CANDIDATES], "num_candidates": len(details["candidates"])}
+            self._events.append((now_s, event, request_id, details))
+
+    def _show_counts(self, followed: _Followed, request_id: str, now_s: float) -> None:
+        if followed.new_blocks:
+            self._show(now_s, "blocks", request_id, {"count": followed.new_blocks, "peer_sending": followed.sender})
+        if followed.new_tokens:
+            self._show(now_s, "tokens", request_id, {"count": followed.new_tokens})
+        followed.new_blocks = followed.new_tokens = 0
+
+    def take(self) -> dict[str, Any]:
+        """Everything since the last call; empty if nothing happened."""
+        now_s = self._clock()
+        for request_id, followed in list(self._followed.items()):
+            self._show_counts(followed, request_id, now_s)
+            if now_s - followed.heard_s > _SILENT_S:
+                del self._followed[request_id]
+        events, self._events = self._events, []
+        counts, self._counts = self._counts, defaultdict(int)
+        ttft_ms, self._ttft_ms = self._ttft_ms, []
+        itl_ms, self._itl_ms = self._itl_ms, []
+        timed = [[round((now_s - at_s) * 1000, 1), event, request_id, details] for at_s, event, request_id, details in events]
+        batch = {"events": timed, "counts": dict(counts), "ttft_ms": ttft_ms, "itl_ms": itl_ms}
+        return {key: value for key, value in batch.items() if value}
+
+
+def _keep(samples: list[float], value_ms: float) -> None:
+    if len(samples) < MAX_SAMPLES:
+        samples.append(round(value_ms, 3))

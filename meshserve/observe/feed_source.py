@@ -1,0 +1,65 @@
+"""A peer's side of the event feed: what it tells those who watch it. With no watcher its journal has no listener, and nothing runs."""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.watch import WatchSource
+from meshserve.observe.feed import Digest
+from meshserve.wire.load import WorkerLoad
+
+FEED_METHOD = "feed.watch"
+
+INTERVAL_S = 0.1
+"""Between two batches."""
+
+_SHOWN = ("num_running", "num_waiting", "waiting_prefill_tokens", "used_blocks", "cached_blocks", "num_blocks", "num_tickets")
+
+
+class FeedSource:
+    """One a peer. Items of its watch are :class:`~meshserve.observe.feed.Digest`'s batches, with the worker's `load` when it changed."""
+
+    def __init__(self, mesh: Mesh, load: Callable[[], WorkerLoad] | None) -> None:
+        self._mesh, self._load = mesh, load
+        self._loop = asyncio.get_running_loop()
+        self._source = WatchSource(mesh, FEED_METHOD, self._snapshot)
+        self._digest: Digest | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._told: WorkerLoad | None = None
+
+    def _snapshot(self) -> Iterable[Any]:
+        """There is no past to tell: events begin now."""
+        if self._digest is None:
+            self._digest = Digest()
+            self._mesh.journal.listen(self._digest)
+            self._timer = self._loop.call_later(INTERVAL_S, self._publish)
+        if self._load is not None:
+            yield {"load": _shown(self._load())}
+
+    def _publish(self) -> None:
+        if not self._source.has_watchers:
+            self.close()
+            return
+        assert self._digest is not None
+        self._timer = self._loop.call_later(INTERVAL_S, self._publish)
+        batch = self._digest.take()
+        load = self._load() if self._load is not None else None
+        if load is not None and load != self._told:
+            self._told = load
+            batch["load"] = _shown(load)
+        if batch:
+            self._source.publish(batch)
+
+    def close(self) -> None:
+        """Listen no more."""
+        if self._digest is not None:
+            self._digest = None
+            self._mesh.journal.listen(None)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _shown(load: WorkerLoad) -> dict[str, int]:
+    return {name: getattr(load, name) for name in _SHOWN}

@@ -1,0 +1,270 @@
+"""The event feed: what is followed and what only counted, how many peers' batches become one stream, and that nothing runs unwatched."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from meshserve.config import MeshConfig
+from meshserve.errors import Overloaded, ProtocolError
+from meshserve.mesh.mesh import Mesh
+from meshserve.observe.feed import MAX_EVENTS, MAX_FOLLOWED, MAX_NEW_PER_S, Digest, Sample
+from meshserve.observe.feed_merge import Batch, Merge
+from meshserve.observe.feed_mesh import MAX_READERS, MeshFeed, Reader
+from meshserve.observe.feed_source import FeedSource
+from meshserve.wire.load import WorkerLoad
+from tests.harness import run_async, until
+
+
+class Clock:
+    """A clock that is put forward by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def result(outcome: str = "ok", num_tokens: int = 3) -> dict[str, Any]:
+    return {"outcome": outcome, "num_tokens": num_tokens, "num_prompt_tokens": 100, "num_cached_tokens": 40}
+
+
+def serve(digest: Digest, clock: Clock, request_id: str, step_s: float = 0.010) -> None:
+    """What a peer with all roles notes of one request that was handed over; `step_s` for each token."""
+    digest.heard("submit", request_id, {"num_tokens": 100})
+    digest.heard("routed", request_id, {"decode": "d", "router": "r", "policy": "kv", "candidates": [{"peer": "d"}] * 9})
+    digest.heard("accepted", request_id, {})
+    digest.heard("ticket", request_id, {"attempt": 1, "peers": ["p"]})
+    digest.heard("claim", request_id, {"attempt": 1, "peer_claiming": "p"})
+    for index in range(7):
+        digest.heard("block", request_id, {"attempt": 1, "peer_sending": "p", "index": index})
+    digest.heard("handoff_ended", request_id, {"attempt": 1, "state": "done"})
+    for position in range(3):
+        clock.now_s += step_s
+        digest.heard("tokens", request_id, {"position": position, "count": 1, "decode": "d"})
+    digest.heard("left", request_id, {})
+    digest.heard("result", request_id, result())
+
+
+def test_a_followed_request_is_told_step_by_step_with_blocks_and_tokens_as_counts() -> None:
+    clock = Clock()
+    digest = Digest(clock)
+    serve(digest, clock, "f-1")
+    batch = digest.take()
+    kinds = [event[1] for event in batch["events"]]
+    assert kinds == ["submit", "routed", "accepted", "ticket", "claim", "blocks", "handoff_ended", "tokens", "result"]
+    details = {event[1]: event[3] for event in batch["events"]}
+    assert details["blocks"] == {"count": 7, "peer_sending": "p"} and details["tokens"] == {"count": 3}
+    assert len(details["routed"]["candidates"]) == 6 and details["routed"]["num_candidates"] == 9
+    assert batch["ttft_ms"] == [10.0] and batch["itl_ms"] == [10.0]
+    assert batch["counts"]["ok"] == 1 and batch["counts"]["tokens"] == 3 and batch["counts"]["cached_tokens"] == 40
+    assert digest.take() == {}
+
+
+def test_under_load_a_bounded_number_is_followed_and_all_are_counted() -> None:
+    clock = Clock()
+    digest = Digest(clock)
+    told, counted = set(), 0
+    for number in range(20_000):
+        serve(digest, clock, f"f-{number}", 0.0005 / 3)
+        if number % 200 == 0:
+            batch = digest.take()
+            assert len(batch.get("events", [])) <= MAX_EVENTS
+            told |= {event[2] for event in batch.get("events", [])}
+            counted += batch["counts"]["ok"]
+    counted += digest.take()["counts"]["ok"]
+    assert counted == 20_000
+    assert 0 < len(told) <= 12 * MAX_NEW_PER_S
+
+
+def test_requests_that_never_end_do_not_fill_the_digest() -> None:
+    clock = Clock()
+    digest = Digest(clock)
+    for number in range(1000):
+        clock.now_s += 0.1
+        digest.heard("submit", f"f-{number}", {"num_tokens": 1})
+    digest.take()
+    for number in range(1000):
+        digest.heard("tokens", f"f-{number}", {"count": 1})
+    assert len(digest.take()["events"]) == MAX_FOLLOWED
+    clock.now_s += 1000
+    digest.take()
+    serve(digest, clock, "f-late")
+    assert len(digest.take()["events"]) == 9
+
+
+@pytest.mark.parametrize(("load", "share"), [(10, 2), (100, 2), (1000, 4), (3000, 10)])
+def test_a_peer_that_sees_every_nth_request_follows_those_of_them_that_one_follows_who_sees_all(load: int, share: int) -> None:
+    busy, quiet = Sample(MAX_NEW_PER_S, 0.0), Sample(MAX_NEW_PER_S, 0.0)
+    num_followed = num_followed_there = 0
+    for number in range(20 * load):
+        name, now_s = f"f-{number}", number / load
+        is_taken = busy.takes(name, now_s)
+        if number % share == 0:
+            is_taken_there = quiet.takes(name, now_s)
+            num_followed += is_taken
+            num_followed_there += is_taken and is_taken_there
+    assert num_followed >= 10 and num_followed_there >= 0.9 * num_followed
+
+
+@given(st.lists(st.tuples(st.integers(0, 10_000), st.floats(0, 0.01)), max_size=400))
+def test_no_more_than_the_bound_is_followed_in_any_second(arrivals: list[tuple[int, float]]) -> None:
+    sample, now_s, taken = Sample(MAX_NEW_PER_S, 0.0), 0.0, []
+    for number, pause_s in arrivals:
+        now_s += pause_s
+        if sample.takes(f"f-{number}", now_s):
+            taken.append(now_s)
+    for second in range(int(now_s) + 1):
+        assert sum(second <= at_s < second + 1 for at_s in taken) <= 2 * MAX_NEW_PER_S
+
+
+def batch(*events: list[Any], **more: Any) -> Batch:
+    return Batch.from_wire({"events": list(events), **more})
+
+
+def kinds(update: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(event[2], event[3]) for event in update.get("events", [])]
+
+
+def test_word_that_comes_before_a_requests_beginning_waits_for_it() -> None:
+    merge = Merge(0.0)
+    merge.add("decode", batch([5.0, "accepted", "f-1", {}]), 1.0)
+    assert kinds(merge.take(1.0)) == []
+    merge.add("front", batch([30.0, "submit", "f-1", {"num_tokens": 4}]), 1.02)
+    assert kinds(merge.take(1.05)) == [("submit", "f-1"), ("accepted", "f-1")]
+
+
+def test_word_of_requests_that_nobody_saw_begin_is_dropped() -> None:
+    merge = Merge(0.0)
+    for number in range(2000):
+        merge.add("decode", batch([0.0, "accepted", f"f-{number}", {}]), 1.0)
+    assert kinds(merge.take(1.0)) == []
+    merge.add("front", batch([0.0, "submit", "f-new", {"num_tokens": 4}]), 1.0)
+    assert kinds(merge.take(1.1)) == [("submit", "f-new")]
+
+
+def test_word_that_comes_after_a_requests_end_is_still_told() -> None:
+    merge = Merge(0.0)
+    merge.add("front", batch([5.0, "submit", "f-1", {"num_tokens": 4}], [1.0, "result", "f-1", result()]), 1.0)
+    merge.add("decode", batch([3.0, "accepted", "f-1", {}]), 1.0)
+    assert kinds(merge.take(1.0)) == [("submit", "f-1"), ("accepted", "f-1"), ("result", "f-1")]
+    assert merge.now()["events"] == []
+
+
+def test_one_update_stays_small_whatever_many_peers_say() -> None:
+    merge = Merge(0.0)
+    for peer in range(50):
+        events = [[1.0, "submit", f"f-{peer}-{number}", {"num_tokens": 4}] for number in range(200)]
+        merge.add(f"front-{peer}", batch(*events, ttft_ms=[1.0] * 64), 1.0)
+    update = merge.take(1.1)
+    assert len(update["events"]) <= MAX_NEW_PER_S
+    assert len(json.dumps(update)) < 64_000
+
+
+def test_a_point_a_second_sums_up_all_peers() -> None:
+    merge = Merge(0.0)
+    merge.add("front", batch(counts={"submit": 10, "tokens": 50, "prompt_tokens": 100, "cached_tokens": 25}, ttft_ms=[1, 2, 9]), 0.5)
+    merge.add("decode", batch(load={"num_waiting": 2, "num_running": 3}), 0.5)
+    merge.add("prefill", batch(load={"num_tickets": 4}), 0.5)
+    point = merge.take(1.0)["point"]
+    assert point["requests_per_s"] == 10 and point["tokens_per_s"] == 50 and point["queued"] == 6 and point["running"] == 3
+    assert point["ttft_ms"] == 2 and point["itl_ms"] is None and point["cached"] == 0.25
+    assert merge.now()["history"] == [point]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        {"events": 1},
+        {"events": [[1.0, "submit", "f-1"]]},
+        {"events": [[float("nan"), "submit", "f-1", {}]]},
+        {"events": [[1.0, "submit", "f-1", {"payload": b"bytes"}]]},
+        {"events": [[1.0, "submit", "f-1", {"deep": [[[[[[1]]]]]]}]]},
+        {"counts": {"submit": "many"}},
+        {"load": {"num_running": 1.5}},
+        {"ttft_ms": [float("inf")]},
+    ],
+)
+def test_a_malformed_batch_is_refused(data: Any) -> None:
+    with pytest.raises(ProtocolError):
+        Batch.from_wire(data)
+
+
+def test_a_reader_that_falls_behind_skips_to_the_state_as_it_is() -> None:
+    async def read() -> None:
+        reader = Reader(asyncio.get_running_loop(), lambda: b"snapshot")
+        reader.push(b"missed: the snapshot will say it")
+        assert await reader.next() == b"snapshot"
+        reader.push(b"one ")
+        reader.push(b"two")
+        assert await reader.next() == b"one two"
+        for number in range(1000):
+            reader.push(b"update %d" % number)
+        assert await reader.next() == b"snapshot"
+        reader.push(b"and on")
+        assert await reader.next() == b"and on"
+        reader.close()
+        assert await reader.next() == b""
+
+    run_async(read())
+
+
+def config(*roles: str, seeds: tuple[str, ...] = ()) -> MeshConfig:
+    return MeshConfig(mesh="feed", roles=roles, interface="127.0.0.1", use_mdns=False, seeds=seeds)
+
+
+def state_of(message: bytes) -> dict[str, Any]:
+    lines = dict(line.split(": ", 1) for line in message.decode().strip().split("\n"))
+    assert lines["retry"] == "1000" and lines["event"] in ("snapshot", "update")
+    state: dict[str, Any] = json.loads(lines["data"])
+    return state
+
+
+def test_peers_listen_to_their_journals_only_while_somebody_reads() -> None:
+    async def watch() -> None:
+        worker = Mesh(config("decode"))
+        await worker.start()
+        source = FeedSource(worker, lambda: WorkerLoad(num_running=5, num_blocks=9))
+        await worker.join()
+        front = Mesh(config("frontend", seeds=(f"127.0.0.1:{worker.own.port}",)))
+        await front.start()
+        own_source = FeedSource(front, None)
+        feed = MeshFeed(front)
+        await front.join()
+        await until(lambda: front.peers_with("decode"), 5.0, "the frontend reaches the worker")
+        assert not worker.journal.is_on and not front.journal.is_on
+
+        reader = feed.join()
+        first = state_of(await reader.next())
+        assert {peer["state"] for peer in first["peers"]} == {"alive"} and len(first["peers"]) == 2
+        await until(lambda: worker.journal.is_on and front.journal.is_on, 5.0, "both listen")
+        front.journal.note("submit", "f-1", num_tokens=4)
+        worker.journal.note("accepted", "f-1")
+        seen: list[str] = []
+        loads: dict[str, Any] = {}
+        async with asyncio.timeout(5.0):
+            while len(seen) < 2 or not loads:
+                update = state_of(await reader.next())
+                seen += [event[2] for event in update.get("events", [])]
+                loads |= update.get("loads", {})
+        assert seen == ["submit", "accepted"] and loads[worker.incarnation]["num_running"] == 5
+
+        others = [feed.join() for _ in range(MAX_READERS - 1)]
+        with pytest.raises(Overloaded):
+            feed.join()
+        for one in [reader, *others]:
+            feed.leave(one)
+        await until(lambda: not worker.journal.is_on and not front.journal.is_on, 5.0, "nobody listens")
+        feed.close()
+        for part in (source, own_source):
+            part.close()
+        for mesh in (front, worker):
+            await mesh.close()
+
+    run_async(watch())
