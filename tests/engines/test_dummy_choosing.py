@@ -293,14 +293,14 @@ def test_a_long_prompt_is_rated_in_many_short_turns() -> None:
     async def run() -> None:
         async with running_engine(kv_bytes_per_token=1, block_size=16, num_blocks=2048) as engine:
             sink = GenerationRecord()
-            engine.generate(a_request(tokens_of(20_000), max_tokens=1, prompt_logprobs=1), sink)
+            engine.generate(a_request(tokens_of(16_000), max_tokens=1, prompt_logprobs=1), sink)
             num_turns = 0
             while not sink.ended.is_set():
                 await asyncio.sleep(0)
                 num_turns += 1
-            assert num_turns >= 20_000 / 512
+            assert num_turns >= 16_000 / 512
             assert sink.prompt_logprobs is not None
-            assert len(sink.prompt_logprobs) == 20_000
+            assert len(sink.prompt_logprobs) == 16_000
 
     asyncio.run(run())
 
@@ -333,9 +333,9 @@ def test_what_is_out_of_range_is_refused_by_the_name_of_its_field(sampling: dict
 def test_a_prompt_too_long_or_with_unknown_tokens_is_not_rated() -> None:
     async def run() -> None:
         async with running_engine() as engine:
-            with pytest.raises(InvalidRequest, match="at most 3120 tokens with 20 alternatives each, and not for 3121"):
-                engine.check(a_request(tokens_of(3121), prompt_logprobs=20))
-            engine.check(a_request(tokens_of(3120), prompt_logprobs=20))
+            with pytest.raises(InvalidRequest, match="at most 1560 tokens with 20 alternatives each, and not for 1561"):
+                engine.check(a_request(tokens_of(1561), prompt_logprobs=20))
+            engine.check(a_request(tokens_of(1560), prompt_logprobs=20))
             with pytest.raises(InvalidRequest, match=f"the token {VOCAB_SIZE}"):
                 engine.check(a_request(array("I", [1, VOCAB_SIZE, 2]), prompt_logprobs=0))
 
