@@ -292,14 +292,15 @@ class Ending(NamedTuple):
 
     @classmethod
     def from_wire(cls, data: Any) -> "Ending":
-        """Raises ProtocolError for anything else; what later versions append is ignored."""
-        if not isinstance(data, list) or len(data) < 4 or not isinstance(data[0], str) or not isinstance(data[1], list):
+        """Raises ProtocolError for anything else; earlier versions say no stop string, and what later ones append is ignored."""
+        if not isinstance(data, list) or len(data) < 3 or not isinstance(data[0], str) or not isinstance(data[1], list):
             raise ProtocolError("the end of a completion that cannot be read")
-        reason, usage, receipt, stop = data[:4]
+        reason, usage, receipt = data[:3]
+        stop = data[3] if len(data) > 3 and isinstance(data[3], str) else None
         if len(usage) < 3 or not all(type(count) is int for count in usage) or not isinstance(receipt, (dict, type(None))):
             raise ProtocolError("the end of a completion that cannot be read")
         num_prompt, num_completion, num_cached = usage[:3]
-        return cls(reason, num_prompt, num_completion, num_cached, receipt, stop if isinstance(stop, str) else None)
+        return cls(reason, num_prompt, num_completion, num_cached, receipt, stop)
 
 
 class Tokenized(NamedTuple):

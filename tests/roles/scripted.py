@@ -61,10 +61,17 @@ class Worker:
     def __init__(self) -> None:
         self.calls: list[IncomingCall] = []
         self.cancelled: list[str] = []
+        self.opening = ""
+        """Said at once by whoever is asked."""
+        self.error: MeshserveError | None = None
+        """What everybody fails with at once."""
 
     def on_generate(self, call: IncomingCall) -> None:
         self.calls.append(call)
         call.on_cancel = lambda: self.cancelled.append(call.body.request_id)
+        self.say(len(self.calls) - 1, self.opening, None)
+        if self.error is not None:
+            call.fail(self.error)
 
     async def asked(self, count: int) -> list[GenerateRequest]:
         """Wait until there are so many calls."""
