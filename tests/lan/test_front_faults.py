@@ -252,16 +252,17 @@ def test_row_22_five_hundred_slow_clients_are_closed_by_deadline_and_hold_no_wor
 
 
 @pytest.mark.full
+@pytest.mark.timeout(600)
 def test_row_22_slow_clients_cost_others_a_fifth_of_their_p99_at_most(apart: Apart) -> None:
     def p99_s() -> float:
-        taken = []
-        for _ in range(300):
+        """Of requests one after the other, for as long as slow clients come, wait, are refused and are gone."""
+        taken, until_s = [], time.perf_counter() + 8.0
+        while time.perf_counter() < until_s:
             began_s = time.perf_counter()
             assert ask(apart.port, b"POST /v1/completions", completion()).startswith(b"HTTP/1.1 200")
             taken.append(time.perf_counter() - began_s)
         return statistics.quantiles(taken, n=100)[98]
 
-    p99_s()
     beside, alone = [], []
     for _ in range(12):
         clients = SlowClients(apart.port, 500, num_unread=0)
