@@ -133,7 +133,8 @@ class DecodeRole:
 
     def _check_queue(self) -> None:
         """Raises Overloaded when more wait than may, wherever they wait: for their prompt's KV, or for a place in the batch."""
-        num_waiting = len(self._running) - self._engine.load().num_running
+        load = self._engine.load()
+        num_waiting = len(self._running) - max(load.num_running, load.max_running)
         if num_waiting >= self._max_queue:
             retry_after_s = num_waiting * self._mean_gap_s
             raise Overloaded(f"{self._mesh.own.name} has {num_waiting} requests waiting; try again", retry_after_s=max(1.0, retry_after_s))

@@ -4,9 +4,10 @@ import os
 import signal
 import time
 from array import array
+from dataclasses import replace
 
 from meshserve.engines.dummy.engine import DummyEngine
-from meshserve.engines.protocol import EngineOptions, GenerationSink, PrefillSink, Reservation
+from meshserve.engines.protocol import EngineLoad, EngineOptions, GenerationSink, PrefillSink, Reservation
 from meshserve.engines.tokenizers import ByteTokenizer
 from meshserve.wire.generation import GenerateRequest
 
@@ -16,6 +17,14 @@ HANG_MARK, KILL_MARK = "HANG-HERE", "KILL-HERE"
 
 def _contains(tokens: "array[int]", mark: str) -> bool:
     return array("I", ByteTokenizer().encode(mark)).tobytes() in tokens.tobytes()
+
+
+class ReticentEngine(DummyEngine):
+    """Does not say how many sequences it runs at once."""
+
+    def load(self) -> EngineLoad:
+        """All but that."""
+        return replace(super().load(), max_running=0)
 
 
 class HangingEngine(DummyEngine):

@@ -21,7 +21,7 @@ import pytest
 from bench.pairing import ratio_of
 from meshserve.config import ServeConfig
 from tests.harness import Lan, Process, meshserve_command, pace, wait_until
-from tests.harness.records import Record
+from tests.harness.records import Event, Record
 from tests.lan.meshes import HTTP, READY_S, LanMesh, long_prompts
 from tests.lan.test_handoff_faults import all_free, leave_after, wait_for_event
 
@@ -53,29 +53,38 @@ def start_apart(lan: Lan, record: Path, *worker: str, num_decode: int = 1, front
 # --- rows 12 and 13: from HTTP to the last worker
 
 
-@pytest.mark.parametrize("is_streamed", [False, True])
-def test_row_12_a_client_that_leaves_is_struck_out_at_every_hop(lan: Lan, path: Path, is_streamed: bool) -> None:
-    mesh = start_apart(lan, path, "--engine-opt", "prefill_tokens_per_s=1000")
-    first, second = long_prompts(2, repeats=30)
+def test_row_12_a_client_that_leaves_is_struck_out_at_every_hop(lan: Lan, path: Path) -> None:
+    mesh = start_apart(lan, path, "--engine-opt", "prefill_tokens_per_s=2000")
+    prompts = long_prompts(4, repeats=30)
+    struck: list[Event] = []
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(mesh.complete, first)
-        wait_for_event(path, lambda event: event.event == "prefill_begun", "the first is being prefilled")
-        closed_at = leave_after(mesh, second, 8, is_streamed, path, "ticket", len(Record(path).of("ticket")))
-        struck = wait_for_event(path, lambda event: event.event == "struck", "its ticket was struck out")
-        assert struck.at_s - closed_at <= 0.1
-        running.result()
+        for is_streamed in (False, True):
+            running = pool.submit(mesh.complete, prompts.pop())
+            count = len(struck) + 1
+            wait_until(lambda count=count: num_events(path, "prefill_begun") == count, READY_S, "one is being prefilled")  # type: ignore[misc]
+            closed_at = leave_after(mesh, prompts.pop(), 8, is_streamed, path, "ticket", num_events(path, "ticket"))
+            wait_until(lambda count=count: num_events(path, "struck") == count, READY_S, "the other's ticket was struck out")  # type: ignore[misc]
+            struck = Record(path).of("struck")
+            assert struck[-1].at_s - closed_at <= 0.1
+            running.result()
     record = Record(path)
     record.check()
-    assert struck.request not in {event.request for event in record.of("prefill_begun")}
+    assert not {event.request for event in struck} & {event.request for event in record.of("prefill_begun")}
 
 
-@pytest.mark.parametrize("kind", ["prefill_begun", "tokens"])
-@pytest.mark.parametrize("is_streamed", [False, True])
-def test_row_13_a_client_that_leaves_midway_frees_everything_at_every_hop(lan: Lan, path: Path, kind: str, is_streamed: bool) -> None:
-    mesh = start_apart(lan, path, "--engine-opt", "prefill_tokens_per_s=1500", "--engine-opt", "step_ms=20")
-    closed_at = leave_after(mesh, long_prompts(1, repeats=30)[0], 500, is_streamed, path, kind, 0)
-    wait_until(lambda: all_free(mesh), READY_S, "all blocks are free")
-    assert time.monotonic() - closed_at <= 1.0
+def num_events(path: Path, kind: str) -> int:
+    """Of this kind, in the record so far."""
+    return len(Record(path).of(kind)) if path.exists() else 0
+
+
+def test_row_13_a_client_that_leaves_midway_frees_everything_at_every_hop(lan: Lan, path: Path) -> None:
+    mesh = start_apart(lan, path, "--engine-opt", "prefill_tokens_per_s=3000", "--engine-opt", "step_ms=20")
+    prompts = long_prompts(4, repeats=30)
+    for kind in ("prefill_begun", "tokens"):
+        for is_streamed in (False, True):
+            closed_at = leave_after(mesh, prompts.pop(), 500, is_streamed, path, kind, num_events(path, kind))
+            wait_until(lambda: all_free(mesh), READY_S, "all blocks are free")
+            assert time.monotonic() - closed_at <= 1.0
     Record(path).check()
 
 
@@ -243,16 +252,17 @@ def test_row_22_five_hundred_slow_clients_are_closed_by_deadline_and_hold_no_wor
 
 
 @pytest.mark.full
+@pytest.mark.timeout(600)
 def test_row_22_slow_clients_cost_others_a_fifth_of_their_p99_at_most(apart: Apart) -> None:
     def p99_s() -> float:
-        taken = []
-        for _ in range(300):
+        """Of requests one after the other, for as long as slow clients come, wait, are refused and are gone."""
+        taken, until_s = [], time.perf_counter() + 8.0
+        while time.perf_counter() < until_s:
             began_s = time.perf_counter()
             assert ask(apart.port, b"POST /v1/completions", completion()).startswith(b"HTTP/1.1 200")
             taken.append(time.perf_counter() - began_s)
         return statistics.quantiles(taken, n=100)[98]
 
-    p99_s()
     beside, alone = [], []
     for _ in range(12):
         clients = SlowClients(apart.port, 500, num_unread=0)
@@ -291,13 +301,13 @@ HOSTILE = {
     "a huge body": (b"", b"x" * (MOST_BYTES + 300), 413, "longer than"),
     "huge n": (b"", with_prompt(b'"hi"', b',"n":1000000000000'), 400, "n"),
     "huge max_tokens": (b"", with_prompt(b'"hi"', b',"max_tokens":1' + b"0" * 300), 400, "max_tokens"),
-    "a number of 3 MB": (b"", with_prompt(b'"hi"', b',"seed":' + b"9" * (MOST_BYTES - 200)), 400, "digits"),
+    "a number of 2 MB": (b"", with_prompt(b'"hi"', b',"seed":' + b"9" * (MOST_BYTES - 200)), 400, "digits"),
     "deep JSON": (b"", b"[" * MOST_BYTES, 400, "nested too deeply"),
     "deep objects": (b"", b'{"a":' * 10_000, 400, "nested"),
     "deep enough to break a parser, and small": (b"", with_prompt(b"[" * 20_000 + b"]" * 20_000), 400, "nested"),
-    "a million lists": (b"", with_prompt(b"[" + b"[]," * 1_000_000 + b"[]]"), 400, "too many values"),
-    "a quarter of a million names": (b"", b"{" + b",".join(b'"%x":1' % number for number in range(250_000)) + b"}", 400, "too many values"),
-    "a million tokens": (b"", with_prompt(b"[" + b"1," * 1_000_000 + b"1]"), 400, "too many values"),
+    "half a million lists": (b"", with_prompt(b"[" + b"[]," * 600_000 + b"[]]"), 400, "too many values"),
+    "180,000 names": (b"", b"{" + b",".join(b'"%x":1' % number for number in range(180_000)) + b"}", 400, "too many values"),
+    "a million tokens": (b"", with_prompt(b"[" + b"1," * 900_000 + b"1]"), 400, "too many values"),
     "as many tokens as a context has": (b"", with_prompt(b"[" + b"99," * 131_072 + b"99]"), 400, "context"),
     "escaped text": (b"", with_prompt(b'"' + b"\\n" * (MOST_BYTES // 2 - 100) + b'"'), 400, "context"),
     "text of two bytes a letter": (b"", with_prompt(b'"' + "é".encode() * (MOST_BYTES // 2 - 100) + b'"'), 400, "context"),
@@ -425,8 +435,8 @@ def check_row_21(five_times: Outcome, duration_s: float) -> None:
 
 def test_row_21_five_times_the_load_is_turned_away_with_a_time_to_come_back(paced: tuple[Process, int]) -> None:
     peer, port = paced
-    five_times = asyncio.run(offer(port, 5 * CAPACITY_PER_S, 6.0, peer.pid))
-    check_row_21(five_times, 6.0)
+    five_times = asyncio.run(offer(port, 5 * CAPACITY_PER_S, 4.0, peer.pid))
+    check_row_21(five_times, 4.0)
     assert five_times.p99_s <= 2 * (NUM_TOKENS * STEP_S) * 1.2, "a fifth more than two requests take, on a busy machine"
 
 

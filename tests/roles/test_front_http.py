@@ -359,6 +359,41 @@ def test_what_is_not_under_way_cannot_be_cancelled(front: Front, name: str) -> N
     assert front.client.delete(f"/mesh/requests/{name}").status_code == 404
 
 
+# --- limits of numbers
+
+
+def test_connections_are_bounded_in_all_and_by_address() -> None:
+    for options, status in ((("--max-connections", "3"), 503), (("--max-connections-per-address", "3"), 429)):
+        for front in started("--mesh", "front-connections", *options):
+            held = [front.connect() for _ in range(3)]
+            told = front.raw(b"")
+            assert told.startswith(b"HTTP/1.1 %d " % status) and b"retry-after: " in told and b"connections open" in told
+            for connection in held:
+                connection.close()
+            wait_until(lambda front=front: front.raw(b"GET /health HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 200"), 5.0, "room again")  # type: ignore[misc]
+
+
+def test_workers_with_long_queues_refuse_and_the_next_is_asked_until_none_is_left() -> None:
+    engine = ("--engine", "tests.harness.engines:ReticentEngine", "--engine-opt", "max_batch=1", "--engine-opt", "step_ms=10")
+    common = ("--interface", "127.0.0.1", "--no-mdns", "--mesh", "front-queues")
+    with Process(meshserve_command("run", "--role", "frontend,processor,router", *common, "--http", "127.0.0.1:0")) as front:
+        ready = front.ready()
+        worker = meshserve_command("run", "--role", "decode", *common, "--peer", ready["address"].removeprefix("tcp://"), *engine)
+        with Process([*worker, "--max-decode-queue", "3"]), Process([*worker, "--max-decode-queue", "3"]):
+            front.wait_for_line("^2 decode", 10.0)
+
+            def ask(number: int) -> httpx.Response:
+                body = {**BODY, "prompt": f"{number} asks", "max_tokens": 100, "ignore_eos": True, "meshserve": {"receipt": True}}
+                return httpx.post(f"{ready['http']}/v1/completions", json=body, timeout=30.0)
+
+            with ThreadPoolExecutor(10) as pool:
+                answers = list(pool.map(ask, range(10)))
+    refused = [answer for answer in answers if answer.status_code != 200]
+    assert 2 <= len(refused) <= 4, "each has three waiting, and one running as soon as it has begun"
+    assert all(answer.status_code == 503 and int(answer.headers["retry-after"]) >= 1 for answer in refused)
+    assert all(error_of(answer)["code"] == "overloaded" and "waiting" in error_of(answer)["message"] for answer in refused)
+
+
 # --- TLS, and what stops a start
 
 
@@ -384,8 +419,14 @@ def test_https_with_a_certificate_says_so_in_the_ready_line_and_cookies_are_secu
             assert client.post("/v1/completions", json={**BODY, "stream": True}).text.endswith("data: [DONE]\n\n")
             page = client.post("/login", data={"key": "secret"}, headers={**BROWSER, "origin": front.url})
             assert "; Secure" in page.headers["set-cookie"]
-        with front.connect() as silent:
-            assert silent.recv(1) == b"", "who does not agree on TLS is cut off"
+
+
+@pytest.mark.full
+def test_row_22_a_client_that_does_not_agree_on_tls_is_cut_off(certificate: tuple[Path, Path]) -> None:
+    cert, key = certificate
+    for front in started("--mesh", "front-tls-silent", "--tls-cert", str(cert), "--tls-key", str(key)):
+        with front.connect(timeout_s=10.0) as silent:
+            assert silent.recv(1) == b""
 
 
 def test_a_start_without_its_files_fails_in_one_line(certificate: tuple[Path, Path], tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def possible_connections(wanted: int) -> int:
         with contextlib.suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return wanted if soft == resource.RLIM_INFINITY else max(16, min(wanted, soft - _FILES_IN_RESERVE))
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _FILES_IN_RESERVE))
 
 
 class Server(uvicorn.Server):
