@@ -112,7 +112,8 @@ def test_one_blocked_port_of_the_four_is_named(hosts: list[Host]) -> None:
     assert set(found) == {"port_blocked"} and "port 7801 (bulk)" in found["port_blocked"]["cause"]
 
 
-@pytest.mark.parametrize("is_told", [pytest.param(True, marks=pytest.mark.full), False], ids=["with --peer", "without"])
+@pytest.mark.full
+@pytest.mark.parametrize("is_told", [True, False], ids=["with --peer", "without"])
 def test_a_wrong_interface_is_named(hosts: list[Host], is_told: bool) -> None:
     if "wrong0" not in hosts[1].command("ip", "link").stdout:
         hosts[1].add_interface("wrong0", "10.99.0.1/24")

@@ -22,7 +22,8 @@ _LAST_PORT = FIRST_PORT + 100
 _MAX_OWN_ADDRESSES, _MAX_STRANGERS = 16, 32
 _LOCAL_TIMEOUT_S, _KNOCK_TIMEOUT_S, _HELLO_TIMEOUT_S = 0.3, 0.8, 1.2
 _VIEW_TIMEOUT_S, _REACH_TIMEOUT_S, _LARGE_TIMEOUT_S = 0.8, 2.4, 2.0
-_LISTEN_S, _SETTLE_S, _GIVE_UP_S = 1.5, 0.5, 2.4
+_LISTEN_S, _SETTLE_S, _GIVE_UP_S = 1.5, 0.5, 2.0
+_GROW_S, _GROWN_S, _ASK_AGAIN_S = 1.5, 3.5, 0.25
 _LARGE_AT_ONCE, _LARGE_AFTER_S = 8, 0.05
 """The other question must be on its way before a message that may block the connection for good."""
 
@@ -53,6 +54,7 @@ async def gather(config: MeshConfig) -> Facts:
             ask_by_multicast(speaking, frozenset(local.address for local in own), _LISTEN_S),
             settle(mesh, _SETTLE_S, _GIVE_UP_S, least_s=_LISTEN_S if config.use_mdns else 0.0),
         )
+        await _until_grown(mesh)
         return replace(
             await _of_the_mesh(mesh, seeds, listeners),
             interface=config.interface,
@@ -64,6 +66,20 @@ async def gather(config: MeshConfig) -> Facts:
         )
     finally:
         await mesh.close()
+
+
+async def _until_grown(mesh: Mesh) -> None:
+    """Peers that have just started need a moment to hear of all others and be heard of: that is no fault."""
+    until_s = mesh.now_s() + _GROW_S
+    num_known = -1
+    while mesh.now_s() < until_s:
+        members = mesh.links.membership.listed()
+        is_grown = all(member.is_callable and mesh.now_s() - member.started_s > _GROWN_S for member in members)
+        if is_grown and len(members) == num_known:
+            return
+        num_known = len(members)
+        mesh.links.announce(mesh.own)  # a hello, which everybody answers with whom it knows by now
+        await asyncio.sleep(_ASK_AGAIN_S)
 
 
 # --- this machine

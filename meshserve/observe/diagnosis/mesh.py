@@ -30,14 +30,16 @@ def judge_mesh(facts: Facts) -> Iterator[Finding]:
 
 
 def _multicast(facts: Facts, peers: list[PeerFacts]) -> Iterator[Finding]:
-    """Whoever hears none of those who announce themselves on other machines is cut off."""
+    """Whoever hears nobody on other machines is cut off, if somebody there announces itself."""
+    known = {peer.incarnation: peer for peer in peers}
     speaking = [peer for peer in peers if peer.view is not None and peer.view.mdns == "on"]
     deaf, num_asked = [], 0
     for listener in speaking:
         others = [peer.incarnation for peer in speaking if not facts.on_one_machine(peer, listener)]
         if others and listener.view is not None:
             num_asked += 1
-            if not listener.view.heard.intersection(others):
+            heard = (known.get(incarnation) for incarnation in listener.view.heard)
+            if all(peer is not None and facts.on_one_machine(peer, listener) for peer in heard):
                 deaf.append(listener)
     remote = [peer for peer in speaking if not facts.is_here(peer)]
     is_deaf_here = facts.use_mdns and bool(remote) and not facts.heard.intersection(peer.incarnation for peer in remote)
