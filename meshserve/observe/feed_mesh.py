@@ -21,7 +21,7 @@ RETRY_MS = 1000
 """After which a reader whose stream broke off asks again; it gets all there is to know anew."""
 
 _MAX_BACKLOG = 20
-"""Updates that wait for one reader: two seconds. One that falls behind further skips them and gets the state as it is then."""
+"""Updates that wait for one reader: four seconds. One that falls behind further skips them and gets the state as it is then."""
 _KEEP_ALIVE_S = 1.0
 _MAX_GONE = 32
 _GONE_S = 30.0
@@ -72,7 +72,7 @@ class Reader:
 
 
 class MeshFeed:
-    """Follows the mesh while it has readers, and tells all of them the same, at most 10 times a second."""
+    """Follows the mesh while it has readers, and tells all of them the same, at most 5 times a second."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh

@@ -4,8 +4,8 @@ import { $, bytes, count, duration, isStill, plural, setText } from "./dom.js";
 
 const MAX_SHOWN = 3;
 const MAX_QUEUED = 3;
-const GATHER_MS = 350;
-const SETTLE_MS = 400;
+const GATHER_MS = 500;
+const SETTLE_MS = 600;
 const MAX_AGE_MS = 30000;
 // Whoever presents may want it slower or faster: `/?pace=2` takes twice the time.
 const PACE = Math.min(10, Math.max(0.1, Number(new URLSearchParams(location.search).get("pace")) || 1));
