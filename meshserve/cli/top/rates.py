@@ -123,7 +123,7 @@ def percentile_s(counts: list[int], share: float) -> float | None:
     low_s = 0.0
     for count, bound_s in zip(counts, BUCKETS_S, strict=False):
         if count >= num_left:
-            return low_s + (bound_s - low_s) * num_left / count
+            return min(bound_s, low_s + (bound_s - low_s) * num_left / count)  # rounding may exceed it
         num_left -= count
         low_s = bound_s
     return low_s
