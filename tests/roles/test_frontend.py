@@ -10,6 +10,7 @@ import pytest
 
 from meshserve.config import ServeConfig
 from meshserve.errors import EngineFailed
+from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.server import FrontendRole
 from tests.harness import run_async, until
 from tests.roles.scripted import DEADLINE_S, Scene, scene
@@ -113,13 +114,11 @@ def test_what_a_processor_must_not_say_is_a_bad_gateway_or_a_broken_stream() -> 
     run_async(check())
 
 
-def test_a_mistake_of_ours_is_told_in_the_apis_shape(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_mistake_of_ours_is_told_in_the_apis_shape(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     async def check() -> None:
-        async with served() as (found, client):
-            outgoing = found.mesh.calls.outgoing
-            del found.mesh.calls.outgoing
+        async with served() as (_, client):
+            monkeypatch.delattr(Completions, "processor")
             reply = await client.post("/v1/messages", json={"model": "dummy", **ROUTES["/v1/messages"]})
-            found.mesh.calls.outgoing = outgoing
             assert reply.status_code == 500 and reply.json()["error"]["code"] == "internal_error"
 
     run_async(check())

@@ -1,5 +1,6 @@
 """What a processor needs of each model in the mesh: its card, its tokenizer, and prompts made of requests."""
 
+import asyncio
 from array import array
 from collections import OrderedDict
 from typing import Any
@@ -17,6 +18,9 @@ from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest
 from meshserve.wire.hello import PeerInfo
 
+_CHATS_COME_AFTER_S = 0.5
+"""What first chats need is made ready once the peer serves, so that it does not delay that."""
+
 MAX_TEXTS = 8
 """Models whose tokenizers are kept loaded, 50 to 300 MB each in processes of their own; those not used for longest go."""
 
@@ -32,6 +36,11 @@ class Models:
         self._is_closed = False
         mesh.subscribe(self._on_change)
         self._foresee(mesh.own)
+        mesh.tasks.spawn(self._foresee_chats())
+
+    async def _foresee_chats(self) -> None:
+        await asyncio.sleep(_CHATS_COME_AFTER_S)
+        await asyncio.to_thread(self._own.begin)
 
     def card(self, model: str) -> ModelCard:
         """Raises NoWorker if there is no decode worker at all, ModelNotFound if none serves this model."""
