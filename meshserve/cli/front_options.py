@@ -20,7 +20,6 @@ _FRONT_OPTIONS: list[Callable[[Any], Any]] = [
         multiple=True,
         metavar="KEY",
         envvar="MESHSERVE_API_KEY",
-        show_envvar=False,
         help=f"Asked of HTTP clients, {_KEYS_ELSEWHERE}; repeatable.",
     ),
     option("--api-key-file", type=click.Path(), default=None, metavar="FILE", help="More of them, one a line; `ps` shows none of these."),

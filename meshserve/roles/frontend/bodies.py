@@ -37,10 +37,14 @@ class JsonScanner:
         """The next piece. Raises InvalidRequest once it is too much."""
         outside = self._outside_strings(piece)
         num_opening = outside.count(b"[") + outside.count(b"{")
-        self._check_depth(outside, num_opening)
+        depth_before = self._depth
+        self._depth += num_opening - outside.count(b"]") - outside.count(b"}")
+        self._num_opened += num_opening
         self._cost_ns += _COMMA_NS * outside.count(b",") + _OPENING_NS * num_opening + _COLON_NS * outside.count(b":")
-        if self._cost_ns > _MAX_COST_NS:
+        if self._depth <= MAX_DEPTH and self._cost_ns > _MAX_COST_NS:
             raise InvalidRequest("the body holds too many values; long prompts are shorter as text")
+        if self._depth > MAX_DEPTH or (self._num_opened > MAX_DEPTH and _deepest(outside, depth_before) > MAX_DEPTH):
+            raise InvalidRequest(f"the body is nested too deeply: at most {MAX_DEPTH} levels")
 
     def _outside_strings(self, piece: bytes) -> bytes:
         if self._is_after_backslash:
@@ -55,15 +59,9 @@ class JsonScanner:
             self._is_in_string = not self._is_in_string
         return outside
 
-    def _check_depth(self, outside: bytes, num_opening: int) -> None:
-        self._num_opened += num_opening
-        depth_before = self._depth
-        self._depth += num_opening - outside.count(b"]") - outside.count(b"}")
-        if self._num_opened <= MAX_DEPTH:
-            return
-        brackets = outside.translate(None, _NOT_BRACKETS)
-        if self._depth > MAX_DEPTH or max(accumulate(map(_STEPS.__getitem__, brackets), initial=depth_before)) > MAX_DEPTH:
-            raise InvalidRequest(f"the body is nested too deeply: at most {MAX_DEPTH} levels")
+
+def _deepest(outside: bytes, depth: int) -> int:
+    return max(accumulate(map(_STEPS.__getitem__, outside.translate(None, _NOT_BRACKETS)), initial=depth))
 
 
 async def read_json(receive: Receive, max_bytes: int) -> bytes:
@@ -83,5 +81,6 @@ async def read_json(receive: Receive, max_bytes: int) -> bytes:
         scanner.feed(part)
         parts.append(part)
         if is_last:
-            await asyncio.sleep(0)  # others have their turn between the scan and the parser
+            if size_bytes > _SMALL_BYTES:
+                await asyncio.sleep(0)  # others have their turn between the scan and the parser
             return b"".join(parts)
