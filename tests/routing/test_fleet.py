@@ -2,7 +2,8 @@
 
 import random
 
-from meshserve.routing.candidates import Prompt
+from meshserve.routing.bookings import Bookings
+from meshserve.routing.candidates import Prompt, Worker
 from meshserve.routing.fleet import Fleet, Question
 from meshserve.wire.booking import Booking, Share
 from meshserve.wire.load import WorkerLoad, WorkerReport
@@ -58,6 +59,13 @@ def test_a_booking_that_no_report_ends_is_over_after_two_seconds() -> None:
     found.hear(Booking("x", (Share("w0", 1600, 101),)), 0.0)
     load = [found.choose("least-loaded", Question("r", PROMPT, ["w0"]), now_s).decode[0].load for now_s in (1.9, 4.0)]
     assert load == [1, 0]
+
+
+def test_a_router_that_only_hears_of_bookings_keeps_none_beyond_two_seconds() -> None:
+    found, worker = Bookings(), Worker("w0", "W0")
+    for number in range(1000):
+        found.hear(worker, f"x{number}", 1, number * 0.1)
+    assert len(found) <= 20 and worker.num_booked == len(found)
 
 
 def test_a_session_goes_back_to_its_worker_where_that_costs_nothing_whoever_sent_it_there() -> None:
