@@ -106,6 +106,17 @@ def test_prefill_is_booked_where_it_is_computed_and_never_where_the_prompt_is_de
     assert Booking.from_wire(answer.booking.to_wire()) == answer.booking
 
 
+def test_peers_that_decode_and_prefill_take_turns_in_both() -> None:
+    for policy in ("round-robin", "least-loaded", "kv"):
+        found, both = fleet(["w0", "w1"]), ["w0", "w1"]
+        shares = []
+        for number in range(6):
+            answer = found.choose(policy, Question(f"r{number}", PROMPT, both, both), number * 3.0)
+            assert answer.booking is not None
+            shares.append([share.incarnation for share in answer.booking.shares])
+        assert shares == [["w0", "w1"], ["w1", "w0"]] * 3, policy
+
+
 def test_every_candidate_says_what_it_holds_how_long_one_waits_there_and_why_it_ranks_so() -> None:
     found = fleet([*WORKERS, "p0", "p1"])
     answer = found.choose("kv", Question("r", PROMPT, WORKERS, ["p0", "p1"]), 0.0)
