@@ -5,11 +5,14 @@ end or error, whatever dies. It is named by its owner's incarnation and a counte
 lost, none twice; streams are not ordered among each other.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from meshserve.errors import Cancelled, DeadlineExceeded, MeshserveError, Overloaded, PeerLost, UnknownMethod, from_wire
 from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, OPEN, Message
+
+_log = logging.getLogger(__name__)
 
 CONNECTION_CLOSED, PEER_DIED = "connection closed", "it died"
 """Of the reasons why a stream's peer is lost, those that say that its process is gone. A link that overflowed, was made anew or said
@@ -157,14 +160,17 @@ class CallTable:
             wire.send([ERROR, stream, Overloaded("too many open streams from this peer").to_wire()])
         else:
             call = self.incoming[(wire.peer, stream)] = IncomingCall(self, wire, stream, now_s + timeout_ms / 1000, body)
-            self._serve(handler, call)
+            self._serve(method, handler, call)
 
     @staticmethod
-    def _serve(handler: Handler, call: IncomingCall) -> None:
+    def _serve(method: str, handler: Handler, call: IncomingCall) -> None:
         try:
             handler(call)
         except MeshserveError as error:
             call.fail(error)
+        except Exception as error:  # a fault of ours: its stream ends all the same, and so does nobody else's
+            _log.exception("%s failed", method)
+            call.fail(MeshserveError(f"{method} failed: {type(error).__name__}"))
 
     def num_incoming(self, peer: str) -> int:
         """Streams that this peer has open here."""

@@ -86,8 +86,10 @@ class RouterRole:
         if not isinstance(body, dict) or not isinstance(body.get("request_id"), str) or not isinstance(body.get("model"), str):
             raise ProtocolError("a question to a router names a request and a model")
         policy, session, excluded = body.get("policy") or self._policy, body.get("session") or "", body.get("excluded") or []
-        if not isinstance(session, str) or not isinstance(excluded, list):
-            raise ProtocolError("a session is a string, and excluded workers are a list")
+        if not isinstance(policy, str) or not isinstance(session, str):
+            raise ProtocolError("a policy and a session are strings")
+        if not isinstance(excluded, list) or not all(isinstance(incarnation, str) for incarnation in excluded):
+            raise ProtocolError("excluded workers are a list of incarnations")
         if policy not in POLICIES:
             raise InvalidRequest(f"unknown policy {policy!r}; there are: {', '.join(POLICIES)}", param="meshserve.policy")
         for incarnation in excluded:

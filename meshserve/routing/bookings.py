@@ -36,6 +36,7 @@ class Bookings:
 
     def hear(self, worker: Worker, request_id: str, num_tokens: int, now_s: float, num_blocks: int = 0) -> None:
         """Another router's booking: the same, unless the worker's report was faster than the other router's word."""
+        self.expire(now_s)  # a router that nobody asks hears all the same
         if self._reported.pop((worker.incarnation, request_id), None) is None:
             self.book(worker, request_id, num_tokens, now_s, num_blocks)
 

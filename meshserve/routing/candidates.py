@@ -116,7 +116,9 @@ class Worker:
     booked_blocks: int = 0
     num_booked: int = 0
     last_chosen: int = 0
-    """The router's choice number at which it was last chosen: breaks ties, oldest first."""
+    """The router's choice number at which it was last chosen to decode: breaks ties, oldest first."""
+    last_prefilled: int = 0
+    """The same for prompts that it computed for another: whoever does both takes turns in each."""
     terms: Terms | None = None
     """Worked out from all this when first needed; None again after every change."""
 

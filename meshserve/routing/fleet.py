@@ -185,10 +185,11 @@ class Fleet:
     def _note_choice(self, booking: Booking) -> None:
         """Turns and sessions, of this router's choices and of the others'."""
         self._num_choices += 1
-        for share in booking.shares:
-            worker = self._workers.get(share.incarnation)
-            if worker is not None:
-                worker.last_chosen = self._num_choices
+        decode, *prefill = (self._workers.get(share.incarnation) for share in booking.shares)
+        if decode is not None:
+            decode.last_chosen = self._num_choices
+        if prefill and prefill[0] is not None:
+            prefill[0].last_prefilled = self._num_choices
         if booking.session:
             self._sessions.pop(booking.session, None)
             self._sessions[booking.session] = booking.shares[0].incarnation

@@ -147,7 +147,7 @@ def rank_prefill(
 ) -> list[Candidate]:
     """Prefill workers, best first: when each could be done with this prompt, and what that would push out of its cache."""
     estimates = estimate_prefill(prompt, workers, overlaps, outlook or Outlook(), now_s)
-    estimates.sort(key=lambda estimate: (estimate.cost_ms, *_load_of(estimate)))
+    estimates.sort(key=lambda estimate: (estimate.cost_ms, estimate.worker.num_sequences, estimate.worker.last_prefilled))
     reasons = ("could be done first", "could be done later")
     return [_candidate(found, found.worker.load.num_tickets, reasons[rank > 0]) for rank, found in enumerate(estimates[:limit])]
 

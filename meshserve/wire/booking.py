@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshserve.errors import ProtocolError
+from meshserve.wire.load import MAX_FIGURE
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,4 +42,6 @@ class Booking:
 
 
 def _is_share(share: Any) -> bool:
-    return isinstance(share, list) and [type(part) for part in share] == [str, int, int] and min(share[1:]) >= 0
+    if not isinstance(share, list) or [type(part) for part in share] != [str, int, int]:
+        return False
+    return all(0 <= figure < MAX_FIGURE for figure in share[1:])

@@ -6,6 +6,8 @@ from typing import Any
 from meshserve.errors import ProtocolError
 
 MAX_HASHES_PER_REPORT = 8192
+MAX_FIGURE = 2**40
+"""Beyond any real load. Sums and products of such figures still fit on the wire, where an integer has 64 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,12 @@ class WorkerLoad:
 
     @classmethod
     def from_wire(cls, data: Any) -> "WorkerLoad":
-        """Later versions may send more numbers; fewer raise ProtocolError."""
+        """Later versions may send more numbers; fewer, or what no worker could mean, raise ProtocolError."""
         names = [field.name for field in fields(cls)]
         if (
             not isinstance(data, list)
             or len(data) < len(names)
-            or not all(type(value) is int and value >= 0 for value in data[: len(names)])
+            or not all(type(value) is int and 0 <= value < MAX_FIGURE for value in data[: len(names)])
         ):
             raise ProtocolError("malformed load")
         return cls(*data[: len(names)])

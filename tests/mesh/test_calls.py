@@ -63,6 +63,21 @@ class Pair:
                     table.received(reply, message, now_s)
 
 
+def test_a_handler_that_breaks_ends_its_own_stream_and_no_other() -> None:
+    def broken(call: IncomingCall) -> None:
+        raise KeyError("no such thing")
+
+    pair = Pair()
+    pair.callee.handlers["broken"] = broken
+    failed, record = pair.open("broken"), pair.open()
+    pair.deliver()
+    pair.served[0].end("fine")
+    pair.deliver()
+    (error,) = failed.ends
+    assert isinstance(error, MeshserveError) and "KeyError" in error.message
+    assert record.ends == ["fine"] and not pair.callee.incoming
+
+
 def test_items_come_in_order_and_then_the_end() -> None:
     pair = Pair()
     record = pair.open()

@@ -105,10 +105,12 @@ class Scene:
 
 
 @asynccontextmanager
-async def scene(features: tuple[str, ...] = FEATURES, **card: Any) -> AsyncIterator[Scene]:
+async def scene(
+    features: tuple[str, ...] = FEATURES, roles: tuple[str, ...] = ("processor", "decode"), **card: Any
+) -> AsyncIterator[Scene]:
     """One peer that is processor and, by hand, worker of a model with these features."""
     made = replace(DummyEngine(EngineOptions(None, {})).card, features=features, **card)
-    mesh = Mesh(MeshConfig(mesh="scripted", roles=("processor", "decode"), interface="127.0.0.1", use_mdns=False), made)
+    mesh = Mesh(MeshConfig(mesh="scripted", roles=roles, interface="127.0.0.1", use_mdns=False), made)
     await mesh.start()
     try:
         yield Scene(mesh)

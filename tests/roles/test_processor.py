@@ -281,6 +281,45 @@ def test_what_a_worker_must_not_say_fails_the_request_and_nothing_else(item: Any
     run_async(check())
 
 
+@pytest.mark.parametrize(
+    "account",
+    [
+        {"phases_ms": [1]},
+        {"phases_ms": {"decode": "x"}},
+        {"total_ms": [1]},
+        {"num_cached_tokens": "x"},
+        {"num_blocks": float("inf")},
+        {"attempts": 5},
+    ],
+)
+def test_a_workers_malformed_account_fails_the_request_and_nothing_else(account: dict[str, Any]) -> None:
+    async def check() -> None:
+        async with scene() as found:
+            client = found.ask()
+            await found.worker.asked(1)
+            found.worker.calls[0].end({"reason": "stop", **account})
+            assert (await client.failure()).code == "protocol_error"
+            assert found.processor.is_idle
+
+    run_async(check())
+
+
+@pytest.mark.parametrize(
+    "answer", [None, {}, [], {"router": "r", "policy": "kv", "decode": [], "prefill": []}, {"decode": 1, "prefill": [[]]}]
+)
+def test_a_router_whose_answer_names_no_worker_is_passed_over(answer: Any) -> None:
+    async def check() -> None:
+        async with scene(roles=("processor", "decode", "router")) as found:
+            found.mesh.serve("route", lambda call: call.end(answer))
+            client = found.ask(wants_receipt=True)
+            await found.worker.asked(1)
+            found.worker.say(0, "x")
+            ending = await client.end()
+            assert ending.receipt is not None and ending.receipt["peers"]["router"] is None
+
+    run_async(check())
+
+
 def test_a_schema_that_the_engine_cannot_keep_to_is_named_as_the_client_knows_it() -> None:
     async def check() -> None:
         async with scene() as found:

@@ -2,7 +2,8 @@
 
 import random
 
-from meshserve.routing.candidates import Prompt
+from meshserve.routing.bookings import Bookings
+from meshserve.routing.candidates import Prompt, Worker
 from meshserve.routing.fleet import Fleet, Question
 from meshserve.wire.booking import Booking, Share
 from meshserve.wire.load import WorkerLoad, WorkerReport
@@ -60,6 +61,13 @@ def test_a_booking_that_no_report_ends_is_over_after_two_seconds() -> None:
     assert load == [1, 0]
 
 
+def test_a_router_that_only_hears_of_bookings_keeps_none_beyond_two_seconds() -> None:
+    found, worker = Bookings(), Worker("w0", "W0")
+    for number in range(1000):
+        found.hear(worker, f"x{number}", 1, number * 0.1)
+    assert len(found) <= 20 and worker.num_booked == len(found)
+
+
 def test_a_session_goes_back_to_its_worker_where_that_costs_nothing_whoever_sent_it_there() -> None:
     found = fleet()
     found.hear(Booking("x", (Share("w2", 1, 1),), "alice"), 0.0)
@@ -96,6 +104,17 @@ def test_prefill_is_booked_where_it_is_computed_and_never_where_the_prompt_is_de
     assert answer.booking is not None
     assert [share.incarnation for share in answer.booking.shares] == ["w0", "p0"]
     assert Booking.from_wire(answer.booking.to_wire()) == answer.booking
+
+
+def test_peers_that_decode_and_prefill_take_turns_in_both() -> None:
+    for policy in ("round-robin", "least-loaded", "kv"):
+        found, both = fleet(["w0", "w1"]), ["w0", "w1"]
+        shares = []
+        for number in range(6):
+            answer = found.choose(policy, Question(f"r{number}", PROMPT, both, both), number * 3.0)
+            assert answer.booking is not None
+            shares.append([share.incarnation for share in answer.booking.shares])
+        assert shares == [["w0", "w1"], ["w1", "w0"]] * 3, policy
 
 
 def test_every_candidate_says_what_it_holds_how_long_one_waits_there_and_why_it_ranks_so() -> None:

@@ -85,6 +85,8 @@ class Placing:
         try:
             decode, prefill = ([Candidate.from_wire(item) for item in value[role]] for role in ("decode", "prefill"))
             placement = Placement(str(value["router"]), str(value["policy"]), decode, prefill)
+            if not decode:
+                raise ProtocolError("a router that knows no worker says so")
         except (ProtocolError, KeyError, TypeError):
             self.placer.mesh.counters.add("router_answers_malformed")
             self._ask_next()

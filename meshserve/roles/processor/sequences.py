@@ -176,7 +176,11 @@ class Sequence:
     def on_end(self, value: Any) -> None:
         """The worker is done."""
         account = value if isinstance(value, dict) else {}
-        self._account(account)
+        try:
+            self._account(account)
+        except (AttributeError, TypeError, ValueError, OverflowError) as error:
+            self._fail(ProtocolError(f"a worker's account cannot be read: {error}"))
+            return
         if not self.num_tokens:
             self._owner.began(self)
         self._end("stop" if account.get("reason") == "stop" else "length")
