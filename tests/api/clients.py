@@ -18,8 +18,8 @@ KEYS = ("first-secret", "second-secret")
 _CLOSE = {"connection": "close"}
 _KEY = {"authorization": f"Bearer {KEYS[0]}"}
 _VARYING = frozenset(("id", "created", "created_at", "item_id", "call_id", "tool_call_id", "_request_id", "request_id", "meshserve"))
-_HISTORY = frozenset(("cached_tokens", "cache_read_input_tokens", "input_tokens"))
-"""What depends on what was asked before: how much of a prompt was in the cache, and Anthropic's count of the rest."""
+_HISTORY = frozenset(("cached_tokens", "cache_read_input_tokens"))
+"""What depends on what was asked before: how much of a prompt was in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +67,8 @@ def plain(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         value = value.model_dump(mode="json", warnings=False)
     if isinstance(value, dict):
+        if (cached := value.get("cache_read_input_tokens")) is not None:  # Anthropic counts the rest of the prompt beside it
+            value = {**value, "input_tokens": value["input_tokens"] + cached}
         return {key: plain(part) for key, part in value.items() if key not in _VARYING | _HISTORY and part is not None}
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 

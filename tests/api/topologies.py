@@ -8,11 +8,11 @@ from pathlib import Path
 import httpx
 
 from tests.api.clients import KEYS, Clients, clients_of
+from tests.api.full_cases import NUM_PLACES
 from tests.harness import Process, meshserve_command, wait_until
 
 READY_S = 20.0
 HANDS_ALL_OVER = ("--max-local-prefill-tokens", "0")
-NUM_PLACES = 8
 
 TOPOLOGIES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "monolith": (("--role", "frontend,processor,router,decode"),),
