@@ -71,7 +71,7 @@ def _start(name: str, number: int, record: Path, *options: str) -> Process:
 
 
 def _keys() -> tuple[str, ...]:
-    return tuple(part for key in KEYS for part in ("--api-key", key)) + ("--max-queue", "2")
+    return (*(part for key in KEYS for part in ("--api-key", key)), "--max-queue", "2")
 
 
 def _wait_until_all_meet(url: str, count: int) -> None:
