@@ -38,6 +38,21 @@ class Counters:
         return {**self._values, **{name: count() for name, count in self._derived.items()}}
 
 
+class Levels:
+    """What is held at this moment, by name: whoever holds it is asked when somebody looks, and pays nothing otherwise."""
+
+    def __init__(self) -> None:
+        self._levels: dict[str, Callable[[], int]] = {}
+
+    def derive(self, name: str, level: Callable[[], int]) -> None:
+        """So many of `name`, e.g. `bookings`, are held now."""
+        self._levels[name] = level
+
+    def snapshot(self) -> dict[str, int]:
+        """All levels."""
+        return {name: level() for name, level in self._levels.items()}
+
+
 class Histograms:
     """Named distributions of durations since the process started. One instance a peer; an observation costs under a microsecond."""
 

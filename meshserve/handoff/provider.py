@@ -91,6 +91,8 @@ class PrefillProvider:
         self._sender: BlockSender | None = None
         self.on_queue_changed: Callable[[], None] = lambda: None
         """Called when prompts come or go."""
+        mesh.levels.derive("tickets", lambda: self._queue.num_waiting)
+        mesh.levels.derive("attempts", lambda: len(self._jobs))
         pipeline.receive(self._on_ticket)
         mesh.serve("prefill.strike", self._on_strike)
         mesh.subscribe(self._on_change)

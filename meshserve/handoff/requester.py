@@ -86,6 +86,7 @@ class PrefillRequester:
         self._running: dict[str, _Running] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._ticked_s = 0.0
+        mesh.levels.derive("handoffs", lambda: len(self._running))
         mesh.serve("prefill.claim", self._on_claim)
         mesh.serve("prefill.renew", self._on_renew)
         mesh.subscribe(self._on_change)

@@ -6,6 +6,7 @@ lost, none twice; streams are not ordered among each other.
 """
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -44,10 +45,10 @@ class Sink(Protocol):
 class OutgoingCall:
     """A stream that this peer opened. Garbage as soon as it ended."""
 
-    __slots__ = ("_table", "_wire", "deadline_s", "peer", "sink", "stream")
+    __slots__ = ("_table", "_wire", "deadline_s", "method", "peer", "sink", "stream")
 
-    def __init__(self, table: "CallTable", wire: Wire, stream: int, deadline_s: float, sink: Sink) -> None:
-        self._table, self._wire, self.stream, self.deadline_s, self.sink = table, wire, stream, deadline_s, sink
+    def __init__(self, table: "CallTable", wire: Wire, stream: int, method: str, deadline_s: float, sink: Sink) -> None:
+        self._table, self._wire, self.stream, self.method, self.deadline_s, self.sink = table, wire, stream, method, deadline_s, sink
         self.peer = wire.peer
 
     def cancel(self) -> None:
@@ -59,10 +60,10 @@ class OutgoingCall:
 class IncomingCall:
     """A stream that a peer opened here. The handler ends it with `end` or `fail`; what comes after that, or after a cancel, is dropped."""
 
-    __slots__ = ("_table", "_wire", "body", "deadline_s", "ended_by", "is_open", "on_cancel", "peer", "stream")
+    __slots__ = ("_table", "_wire", "body", "deadline_s", "ended_by", "is_open", "method", "on_cancel", "peer", "stream")
 
-    def __init__(self, table: "CallTable", wire: Wire, stream: int, deadline_s: float, body: Any) -> None:
-        self._table, self._wire, self.stream, self.deadline_s, self.body = table, wire, stream, deadline_s, body
+    def __init__(self, table: "CallTable", wire: Wire, stream: int, method: str, deadline_s: float, body: Any) -> None:
+        self._table, self._wire, self.stream, self.method, self.deadline_s, self.body = table, wire, stream, method, deadline_s, body
         self.peer = wire.peer
         self.is_open = True
         self.ended_by = ""
@@ -119,7 +120,7 @@ class CallTable:
         """Open a stream; what comes back goes to the sink, never before this returns."""
         stream = self._next_stream
         self._next_stream += 1
-        call = self.outgoing[stream] = OutgoingCall(self, wire, stream, now_s + timeout_s, sink)
+        call = self.outgoing[stream] = OutgoingCall(self, wire, stream, method, now_s + timeout_s, sink)
         wire.send([OPEN, stream, method, int(timeout_s * 1000), body])
         return call
 
@@ -159,7 +160,7 @@ class CallTable:
         elif len(self.incoming) >= self._max_streams and self.num_incoming(wire.peer) >= self._max_streams:
             wire.send([ERROR, stream, Overloaded("too many open streams from this peer").to_wire()])
         else:
-            call = self.incoming[(wire.peer, stream)] = IncomingCall(self, wire, stream, now_s + timeout_ms / 1000, body)
+            call = self.incoming[(wire.peer, stream)] = IncomingCall(self, wire, stream, method, now_s + timeout_ms / 1000, body)
             self._serve(method, handler, call)
 
     @staticmethod
@@ -175,6 +176,14 @@ class CallTable:
     def num_incoming(self, peer: str) -> int:
         """Streams that this peer has open here."""
         return sum(owner == peer for owner, _ in self.incoming)
+
+    def num_made(self) -> Counter[str]:
+        """Streams that this peer has open, by method."""
+        return Counter(call.method for call in self.outgoing.values())
+
+    def num_served(self) -> Counter[str]:
+        """Streams that are open here, by method."""
+        return Counter(call.method for call in self.incoming.values())
 
     def expire(self, now_s: float) -> None:
         """End what is past its deadline, on both sides."""

@@ -22,7 +22,7 @@ from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.binding import BoundPorts, bind_port_block
 from meshserve.mesh.transport.channel import Channel
 from meshserve.mesh.transport.sockets import SocketFactory
-from meshserve.telemetry import Counters, Histograms, Journal
+from meshserve.telemetry import Counters, Histograms, Journal, Levels
 from meshserve.wire.card import ModelCard
 from meshserve.wire.frames import Message
 from meshserve.wire.hello import PeerInfo
@@ -60,6 +60,7 @@ class Mesh:
         self.config = config
         self.counters = counters or Counters()
         self.histograms = Histograms()
+        self.levels = Levels()
         self.journal = journal or Journal()
         self.incarnation = secrets.token_hex(8)
         self.journal.begin(self.incarnation)

@@ -84,6 +84,7 @@ class _Mesh(Collector):
         yield up
         yield from self._counters()
         yield from self._gauges()
+        yield self._held()
         yield from self._histograms()
 
     def _counters(self) -> Iterator[Metric]:
@@ -102,6 +103,14 @@ class _Mesh(Collector):
                 if peer["load"] is not None:
                     family.add_metric(labels, peer["load"].get(key, 0))
             yield family
+
+    def _held(self) -> Metric:
+        help_text = "What a peer holds for requests at this moment, and their connections."
+        family = GaugeMetricFamily("meshserve_held", help_text, labels=(*_LABELS, "kind"))
+        for labels, peer in self._peers:
+            for kind, level in peer["held"].items():
+                family.add_metric((*labels, kind), level)
+        return family
 
     def _histograms(self) -> Iterator[Metric]:
         for name, help_text in _HISTOGRAMS.items():

@@ -18,6 +18,8 @@ from meshserve.wire.hello import PeerInfo
 _METHOD = "mesh.status"
 _TIMEOUT_S = 0.5
 _MAX_LISTED = 32
+_COUNTS = ("counters", "held", "calls_made", "calls_served")
+"""What was counted; what is held now, by who holds it; streams that are open now, by method, watches among them."""
 _STRANGER_FIELDS = {"who": str, "reason": str, "times": int, "ago_s": (int, float)}
 _GONE_FIELDS = {"incarnation": str, "name": str, "address": str, "reason": str, "ago_s": (int, float)}
 
@@ -37,6 +39,9 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
                 "cannot_join": dict(itertools.islice(mesh.links.refused.items(), _MAX_LISTED)),
                 **mesh.links.sightings.to_wire(mesh.now_s()),
                 "counters": dict(mesh.counters.snapshot()),
+                "held": mesh.levels.snapshot(),
+                "calls_made": dict(mesh.calls.num_made()),
+                "calls_served": dict(mesh.calls.num_served()),
                 "histograms": mesh.histograms.snapshot(),
             }
         )
@@ -79,7 +84,7 @@ def _is_status(answer: Any) -> bool:
     cannot_join = answer.get("cannot_join", {})
     if not isinstance(cannot_join, dict) or not all(isinstance(part, str) for item in cannot_join.items() for part in item):
         return False
-    numbers = [answer.get("counters", {}), answer.get("load") or {}]
+    numbers = [answer.get("load") or {}, *(answer.get(name, {}) for name in _COUNTS)]
     return all(map(_are_counts, numbers)) and all(map(_is_histogram, answer.get("histograms", {}).values()))
 
 
@@ -120,7 +125,7 @@ def _entry(mesh: Mesh, info: PeerInfo, member: Member | None, answer: tuple[dict
         "version": info.version,
         "http": info.http,
         "addresses": list(info.addresses),
-        "counters": status.get("counters", {}),
+        **{name: status.get(name, {}) for name in _COUNTS},
         "histograms": status.get("histograms", {}),
         "refused": status.get("refused", []),
         "gone": status.get("gone", []),

@@ -33,6 +33,8 @@ class RouterRole:
         self._workers: dict[str, Watcher] = {}
         self._routers: dict[str, Watcher] = {}
         self._bookings = WatchSource(mesh, _BOOKINGS_METHOD, lambda: ())  # what was booked before fades within two seconds
+        mesh.levels.derive("bookings", lambda: self.fleet.num_bookings(time.monotonic()))
+        mesh.levels.derive("booked_tokens", self.fleet.num_booked_tokens)
         mesh.serve("route", self._on_route)
         mesh.subscribe(self._on_change)
         if _WORKERS & set(mesh.own.roles):

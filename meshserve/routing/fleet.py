@@ -132,6 +132,15 @@ class Fleet:
         worker.terms = None
         self.outlook.mean_turnover = (total + len(evicted)) / self._num_blocks
 
+    def num_bookings(self, now_s: float) -> int:
+        """Requests that count on a worker which has not reported them yet."""
+        self._bookings.expire(now_s)
+        return len(self._bookings)
+
+    def num_booked_tokens(self) -> int:
+        """Of the workers, by their own books: 0 where there is no booking."""
+        return sum(worker.booked_tokens for worker in self._workers.values())
+
     def held_by(self, incarnation: str) -> set[int]:
         """Hashes of the blocks that a worker is known to hold. Walks the whole index: for checks, not for routing."""
         return self._index.held_by(incarnation)

@@ -13,11 +13,13 @@ from anthropic import Anthropic
 from openai import AsyncOpenAI, OpenAI
 
 TIMEOUT_S = 20.0
+KEYS = ("first-secret", "second-secret")
 
 _CLOSE = {"connection": "close"}
+_KEY = {"authorization": f"Bearer {KEYS[0]}"}
 _VARYING = frozenset(("id", "created", "created_at", "item_id", "call_id", "tool_call_id", "_request_id", "request_id", "meshserve"))
-_HISTORY = frozenset(("cached_tokens", "cache_read_input_tokens", "input_tokens"))
-"""What depends on what was asked before: how much of a prompt was in the cache, and Anthropic's count of the rest."""
+_HISTORY = frozenset(("cached_tokens", "cache_read_input_tokens"))
+"""What depends on what was asked before: how much of a prompt was in the cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class Clients:
         """The same with the asynchronous client, on a loop of its own."""
 
         async def asked() -> Any:
-            async with AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", timeout=TIMEOUT_S, max_retries=0) as client:
+            async with AsyncOpenAI(base_url=f"{self.url}/v1", api_key=KEYS[0], timeout=TIMEOUT_S, max_retries=0) as client:
                 return await ask(client)
 
         return asyncio.run(asked())
@@ -51,12 +53,12 @@ def clients_of(url: str) -> Iterator[Clients]:
     with ExitStack() as stack:
         one: Any = openai.DefaultHttpxClient(headers=_CLOSE)
         other: Any = anthropic.DefaultHttpxClient(headers=_CLOSE)
-        settings: Any = {"api_key": "none", "timeout": TIMEOUT_S, "max_retries": 0}
+        settings: Any = {"api_key": KEYS[0], "timeout": TIMEOUT_S, "max_retries": 0}
         yield Clients(
             url,
             stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", http_client=one, **settings)),
             stack.enter_context(anthropic.Anthropic(base_url=url, http_client=other, **settings)),
-            stack.enter_context(httpx.Client(base_url=url, timeout=TIMEOUT_S, headers=_CLOSE)),
+            stack.enter_context(httpx.Client(base_url=url, timeout=TIMEOUT_S, headers={**_CLOSE, **_KEY})),
         )
 
 
@@ -65,6 +67,8 @@ def plain(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         value = value.model_dump(mode="json", warnings=False)
     if isinstance(value, dict):
+        if (cached := value.get("cache_read_input_tokens")) is not None:  # Anthropic counts the rest of the prompt beside it
+            value = {**value, "input_tokens": value["input_tokens"] + cached}
         return {key: plain(part) for key, part in value.items() if key not in _VARYING | _HISTORY and part is not None}
     return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 

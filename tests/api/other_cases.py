@@ -3,8 +3,6 @@
 import json
 from typing import Any
 
-import pytest
-
 from tests.api.cases import CASES, CLOCK, GO_ON, USER, WEATHER, case, chat, completion
 from tests.api.clients import Clients, plain, refusal
 
@@ -220,8 +218,3 @@ def bodies_that_no_client_sends_are_refused(clients: Clients) -> Any:
             assert answer["status"] == 400 and answer["body"]["error"]["type"] == "invalid_request_error"
             found.append(answer)
     return found
-
-
-def parameters() -> list[Any]:
-    """The table, for pytest."""
-    return [pytest.param(found, id=found.__name__) for found in CASES]

@@ -11,7 +11,7 @@ from meshserve.engines.protocol import EngineLoad, EngineOptions, GenerationSink
 from meshserve.engines.tokenizers import ByteTokenizer
 from meshserve.wire.generation import GenerateRequest
 
-HANG_MARK, KILL_MARK = "HANG-HERE", "KILL-HERE"
+HANG_MARK, KILL_MARK, HOLD_MARK = "HANG-HERE", "KILL-HERE", "HOLD-HERE"
 """A prompt that contains it has the effect."""
 
 
@@ -49,6 +49,27 @@ class HangingEngine(DummyEngine):
     def cancel(self, request_id: str) -> None:
         """A hung one too."""
         self._hung_since.pop(request_id, None)
+        super().cancel(request_id)
+
+
+class HoldingEngine(DummyEngine):
+    """A marked prompt gets no token until it is cancelled, and costs nothing meanwhile: a way to fill a mesh."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options)
+        self._held: dict[str, Reservation | None] = {}
+
+    def generate(self, request: GenerateRequest, sink: GenerationSink, reservation: Reservation | None = None) -> None:
+        """Keep it if it is marked."""
+        if _contains(request.tokens, HOLD_MARK):
+            self._held[request.request_id] = reservation
+        else:
+            super().generate(request, sink, reservation)
+
+    def cancel(self, request_id: str) -> None:
+        """A held one gives back the blocks that were set aside for it."""
+        if (reservation := self._held.pop(request_id, None)) is not None:
+            reservation.release()
         super().cancel(request_id)
 
 

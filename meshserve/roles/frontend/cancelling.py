@@ -29,6 +29,7 @@ class UnderWay:
         self._mesh = mesh
         self._answers: dict[str, Stoppable] = {}
         self._labels: dict[str, list[str]] = {}
+        mesh.levels.derive("cancellable", lambda: len(self._answers) + len(self._labels))
         mesh.serve(FIND, lambda call: call.end(self._found(_name_of(call))))
         mesh.serve(CANCEL, lambda call: call.end(self._stop(_name_of(call))))
 

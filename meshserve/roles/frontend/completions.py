@@ -45,6 +45,7 @@ class Completions:
         self.under_way = UnderWay(mesh)
         self.num_open = 0
         """Requests under way."""
+        mesh.levels.derive("http_requests", lambda: self.num_open)
 
     async def completion(self, scope: Scope, receive: Receive, send: Send) -> None:
         """`POST /v1/completions`."""

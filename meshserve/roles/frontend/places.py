@@ -70,6 +70,8 @@ class Places:
         self._watchers: dict[str, Watcher] = {}
         self._waiting: dict[Ticket, Callable[[MeshserveError | None], None]] = {}
         self._timer: asyncio.TimerHandle | None = None
+        mesh.levels.derive("places", lambda: sum(found.admission.num_running for found in self._models.values()))
+        mesh.levels.derive("waiting_for_a_place", self.num_waiting)
         mesh.subscribe(self._on_change)
         if "decode" in mesh.own.roles:
             self._follow(mesh.incarnation)

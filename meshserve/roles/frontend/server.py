@@ -63,6 +63,8 @@ class FrontendRole:
         listening = bind(self._config.http_host, self._config.http_port, limits)
         num_possible = possible_connections(limits.max_connections)
         self._connections = Connections(limits, num_possible, self._config.max_body_bytes, self._mesh.counters)
+        open_now = self._connections.open
+        self._mesh.levels.derive("http_connections", lambda: len(open_now))
         completions = self._completions
         hot = hot_routes(completions, Tokenizing(self._mesh, self._config, completions))
         self._server = Server(Guard(_HotRoutes(self._routes(hot), hot), self._config), self._connections, context)

@@ -55,6 +55,7 @@ class ProcessorRole:
         self._running: dict[str, Request | Preparing] = {}
         self.placer = Placer(mesh)
         self._rng = random.Random()
+        mesh.levels.derive("requests", lambda: len(self._running))
         mesh.serve("complete", self._on_complete)
         mesh.serve("processor.cancel", self._on_cancel)
         mesh.serve_async("tokenize", self._tokenize)
