@@ -4,16 +4,18 @@ Steps are callbacks: a sequence costs no task, and a token costs no task switch.
 """
 
 from array import array
+from bisect import bisect_left
+from time import monotonic
 from typing import Any, Protocol
 
 from meshserve.errors import GaveUp, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipts import Receipt
+from meshserve.observe.receipts import Receipt, milliseconds
 from meshserve.roles.processor.choices import Choice
 from meshserve.roles.processor.placing import Placement, Placer, Placing
 from meshserve.routing.candidates import Candidate
-from meshserve.telemetry import Phases
+from meshserve.telemetry import BUCKETS_S, Phases
 from meshserve.wire.completion import EndItem
 from meshserve.wire.generation import GenerateRequest, Sampling
 
@@ -28,6 +30,8 @@ class Dispatcher(Protocol):
     mesh: Mesh
     max_lost_peers: int
     placer: Placer
+    is_observed: bool
+    """Whether latencies are counted."""
 
 
 class Owner(Protocol):
@@ -84,6 +88,17 @@ class Sequence:
         """Incarnation of the decode worker that has the sequence now."""
         self.num_tokens = 0
         self.is_over = self.is_scored = False
+        self.waited_ms = 0.0
+        """For the first answer to the same prompt, if this is a later one."""
+        self._now_in = ""
+        """What its time goes to at this moment: `route`, `call`, or nothing yet, or no more."""
+        self._first_ms = 0.0
+        """From the call to the first token."""
+        self._early_account: dict[str, Any] = {}
+        """What the worker said it had done by then."""
+        self._gaps = dispatcher.mesh.histograms.counts_of("itl") if dispatcher.is_observed else None
+        self._first_s = self._last_s = 0.0
+        """Tokens: the first and the last, on the monotonic clock."""
         self._journal = dispatcher.mesh.journal
         if self._journal.is_on:
             self._journal.note("submit", self.request_id, num_tokens=len(tokens))
@@ -93,17 +108,16 @@ class Sequence:
 
     def route(self) -> None:
         """Look for a worker that was not tried yet."""
-        self.worker = None
+        self.worker, self._now_in = None, "route"
         self._placing.begin(self._excluded)
 
     def _placed(self, placement: Placement) -> None:
         """The candidates are known."""
         receipt = self.receipt
         receipt.peers["router"], receipt.policy = placement.router, placement.policy
-        receipt.candidates = [candidate.for_receipt() for candidate in placement.decode]
-        receipt.prefill_candidates = [candidate.for_receipt() for candidate in placement.prefill]
+        receipt.candidates, receipt.prefill_candidates = placement.decode, placement.prefill
         self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in placement.prefill)
-        receipt.add("route", self.phases.end("route"))
+        self._settle()
         self._dispatch(placement.decode[0])
 
     def _not_placed(self, error: MeshserveError) -> None:
@@ -112,8 +126,8 @@ class Sequence:
     # --- the worker's stream
 
     def _dispatch(self, chosen: Candidate) -> None:
-        self.worker, self._num_overlap_blocks = chosen.incarnation, chosen.overlap_blocks
-        self.receipt.peers["decode"] = chosen.peer
+        self.worker, self._num_overlap_blocks, self._now_in = chosen.incarnation, chosen.overlap_blocks, "call"
+        self.receipt.peers["decode"], self._early_account = chosen.peer, {}
         if self._is_followed:
             self._note_routed(chosen)
         request = GenerateRequest(
@@ -128,7 +142,8 @@ class Sequence:
 
     def _note_routed(self, chosen: Candidate) -> None:
         receipt = self.receipt
-        router, policy, candidates = receipt.peers["router"], receipt.policy, receipt.candidates
+        router, policy = receipt.peers["router"], receipt.policy
+        candidates = [candidate.for_receipt() for candidate in receipt.candidates]
         self._journal.note("routed", self.request_id, decode=chosen.incarnation, router=router, policy=policy, candidates=candidates)
 
     def on_item(self, item: Any) -> None:
@@ -142,7 +157,11 @@ class Sequence:
         if self._is_followed:
             self._journal.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
         if not self.num_tokens:
-            self._owner.began(self)
+            self._begin()
+        elif self._gaps is not None:  # in line: this is what a token pays for the histogram of gaps (0.2 us)
+            now_s = monotonic()
+            self._gaps[bisect_left(BUCKETS_S, now_s - self._last_s)] += 1
+            self._last_s = now_s
         self.num_tokens += len(tokens)
         try:
             is_stopped = self.choice.feed(tokens, logprobs)
@@ -152,10 +171,23 @@ class Sequence:
         if is_stopped:
             self._stop_early()
 
+    def _begin(self) -> None:
+        """The first token."""
+        self._first_ms = self.phases.lap_ms()
+        if self._gaps is not None:
+            self._first_s = self._last_s = monotonic()
+            self._dispatcher.mesh.histograms.observe("ttft", self.phases.total_ms() / 1000)
+        self._owner.began(self)
+
     def _unusual(self, item: Any) -> tuple[list[int] | None, Any]:
-        """Tokens with log probabilities; else nothing: the name of a prefill worker that died, or the prompt's log probabilities."""
+        """Tokens with log probabilities; else nothing: the name of a prefill worker that died, what the worker did before the first
+        token, or the prompt's log probabilities.
+        """
         if isinstance(item, str):
             self._lost.append(item)
+            return None, None
+        if isinstance(item, dict):
+            self._early_account = item
             return None, None
         if isinstance(item, list) and len(item) == 2 and isinstance(item[1], list):
             numbered, logprobs = item
@@ -176,7 +208,8 @@ class Sequence:
     def on_end(self, value: Any) -> None:
         """The worker is done."""
         account = value if isinstance(value, dict) else {}
-        self._account(account)
+        self._now_in = ""
+        self._account(account, self.phases.end("call"))
         if not self.num_tokens:
             self._owner.began(self)
         self._end("stop" if account.get("reason") == "stop" else "length")
@@ -189,7 +222,7 @@ class Sequence:
 
     def _retry_or_fail(self, error: MeshserveError) -> None:
         """Nothing given out yet means that another may start over, unless the request itself seems to be what takes workers down."""
-        self._note_attempt(error)
+        self._note_attempt(error, self._settle())
         if isinstance(error, Overloaded):
             self._overloaded = error
         can_retry = self.num_tokens == 0 and error.code in _RETRIED_CODES and len(self.receipt.attempts) < _MAX_ATTEMPTS
@@ -209,31 +242,51 @@ class Sequence:
             self._opened.cancel()
             self.on_error(PeerSilent("the worker fell silent"))
 
-    def _note_attempt(self, error: MeshserveError) -> None:
+    def _note_attempt(self, error: MeshserveError, took_ms: float) -> None:
         name = self._dispatcher.mesh.name_of(self.worker or "")
-        self.receipt.attempts.append({"peer": name, "role": "decode", "outcome": error.code, "tokens": self.num_tokens})
-        self.receipt.add("other", self.phases.end("lost"))
+        attempt = {"peer": name, "role": "decode", "outcome": error.code, "tokens": self.num_tokens, "ms": round(took_ms, 3)}
+        self.receipt.attempts.append(attempt)
+
+    # --- where the time went
+
+    def _account(self, account: dict[str, Any], caller_ms: float) -> None:
+        """What the worker says of a call, or of its beginning, that took so long here."""
+        receipt, phases = self.receipt, account.get("phases_ms")
+        for phase, took_ms in phases.items() if isinstance(phases, dict) else ():
+            receipt.add(str(phase), milliseconds(took_ms))
+        receipt.add("network", caller_ms - (milliseconds(account.get("total_ms")) or caller_ms))
+        receipt.num_cached_tokens = int(milliseconds(account.get("num_cached_tokens")))
+        receipt.num_blocks, receipt.num_bytes = (int(milliseconds(account.get(name))) for name in ("num_blocks", "num_bytes"))
+        attempts, prefill = account.get("attempts"), account.get("prefill_peer")
+        receipt.attempts += [attempt for attempt in attempts if isinstance(attempt, dict)] if isinstance(attempts, list) else []
+        receipt.peers["prefill"] = self._dispatcher.mesh.name_of(prefill) if isinstance(prefill, str) else None
+
+    def _settle(self) -> float:
+        """What it was in is over, and nobody else accounts for it; returns its milliseconds. Harmless when it is in nothing."""
+        was_in, self._now_in = self._now_in, ""
+        if not was_in:
+            return 0.0
+        took_ms = self.phases.end(was_in)
+        if was_in == "route":
+            self.receipt.add("route", took_ms)
+        elif not self.num_tokens:
+            self.receipt.add("queue", took_ms)
+        else:
+            self._account(self._early_account or {"phases_ms": {"prefill": self._first_ms}}, self._first_ms)
+            self.receipt.add("decode", took_ms - self._first_ms)
+        return took_ms
 
     # --- the end
 
-    def _account(self, account: dict[str, Any]) -> None:
-        receipt = self.receipt
-        caller_ms = self.phases.end("decode_call")
-        for phase, milliseconds in (account.get("phases_ms") or {}).items():
-            receipt.add(str(phase), float(milliseconds))
-        receipt.add("network", caller_ms - float(account.get("total_ms") or caller_ms))
-        receipt.num_cached_tokens = int(account.get("num_cached_tokens") or 0)
-        receipt.num_blocks, receipt.num_bytes = int(account.get("num_blocks") or 0), int(account.get("num_bytes") or 0)
-        receipt.attempts += account.get("attempts") or []
-        prefill = account.get("prefill_peer")
-        receipt.peers["prefill"] = self._dispatcher.mesh.name_of(prefill) if isinstance(prefill, str) else None
-
     def _stop_early(self) -> None:
-        """A stop string was found: the worker need not go on. What it found in its cache is then known from the router only."""
+        """A stop string was found: the worker need not go on. What it found in its cache is known from its word before the first token,
+        or else from the router.
+        """
         if self._opened is not None:
             self._opened.cancel()
-        self.receipt.add("decode", self.phases.end("decode"))
-        self.receipt.num_cached_tokens = min(self._num_overlap_blocks * self._owner.block_size, len(self.tokens) - 1)
+        self._settle()
+        if not self._early_account:
+            self.receipt.num_cached_tokens = min(self._num_overlap_blocks * self._owner.block_size, len(self.tokens) - 1)
         self._end("stop")
 
     def end_without_worker(self) -> None:
@@ -244,7 +297,6 @@ class Sequence:
     def _end(self, reason: str) -> None:
         end = self.choice.finish(reason)
         self._over("ok")
-        self.receipt.num_completion_tokens = self.choice.num_tokens
         self._owner.ended(self, end)
 
     def _abort(self, error: MeshserveError) -> None:
@@ -265,7 +317,11 @@ class Sequence:
                 self._opened.cancel()
 
     def _over(self, outcome: str) -> None:
+        self._settle()
         self.is_over = True
+        self.receipt.num_completion_tokens = self.choice.num_tokens
+        if self._last_s > self._first_s:
+            self._dispatcher.mesh.histograms.add_to_sum("itl", self._last_s - self._first_s)
         if self._journal.is_on:
             prompt = {"num_prompt_tokens": len(self.tokens), "num_cached_tokens": self.receipt.num_cached_tokens}
             self._journal.note("result", self.request_id, outcome=outcome, num_tokens=self.num_tokens, **prompt)
