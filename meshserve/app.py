@@ -54,7 +54,7 @@ class Peer:
         self.http_url: str | None = None
         self._workers_line = ""
         self._reporter: WorkerReporter | None = None
-        self._exporter: "Exporter | None" = None
+        self._exporter: Exporter | None = None
 
     async def start(self) -> None:
         """Bind, build the roles, join the mesh, and say so in the ready line. Raises StartupFailed, UsageError or KeyRefused."""

@@ -98,10 +98,7 @@ class Completions:
         try:
             deadline_s = began_s + request_timeout_s(scope, self._config.request_timeout_s)
             request, options = await self._parse(api, await read_json(receive, self._config.max_body_bytes), request_id, client_id)
-            if session := _header(scope, b"x-session-id"):
-                request = replace(request, session=session[:MAX_SESSION_CHARACTERS])
-            if (given := _header(scope, b"traceparent")) or self._exporter is not None:
-                request = self._traced(request, front, given)
+            request = self._marked(request, scope, front)
             front.set_out(request.client_id, request.model, time.monotonic())
             writer = api.writer(Reply(api.response_id(request_id), int(time.time()), request, options))
             self.under_way.add(request_id, client_id, answer)
@@ -148,11 +145,14 @@ class Completions:
         answer.passed_s = time.monotonic()
         answer.call = self._mesh.open(peer, "complete", body, answer, max(0.001, deadline_s - answer.passed_s))
 
-    def _traced(self, request: CompletionRequest, front: Front, given: str) -> CompletionRequest:
-        """The request as part of its client's trace, or of one that begins here."""
-        front.traceparent = given if read_traceparent(given) is not None else ""
+    def _marked(self, request: CompletionRequest, scope: Scope, front: Front) -> CompletionRequest:
+        """With what its headers say: whose session it is, and of which trace; if spans leave from here, one begins if need be."""
+        if session := _header(scope, b"x-session-id"):
+            request = replace(request, session=session[:MAX_SESSION_CHARACTERS])
+        if given := _header(scope, b"traceparent"):
+            front.traceparent = given if read_traceparent(given) is not None else ""
         traceparent = front.traceparent if self._exporter is None else self._exporter.trace(front)
-        return replace(request, traceparent=traceparent)
+        return replace(request, traceparent=traceparent) if traceparent else request
 
     def _keep(self, front: Front, answer: Answer) -> None:
         if self._fronts is not None:

@@ -56,7 +56,7 @@ class ProcessorRole:
 
     def __init__(self, mesh: Mesh, max_lost_peers: int, receipts: Receipts | None = None) -> None:
         self.mesh, self.max_lost_peers, self.receipts = mesh, max_lost_peers, receipts
-        self.is_observed = receipts is not None
+        self.histograms = mesh.histograms if receipts is not None else None
         self.models = Models(mesh)
         self._running: dict[str, Request | Preparing] = {}
         self.placer = Placer(mesh)

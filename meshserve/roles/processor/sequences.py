@@ -4,18 +4,17 @@ Steps are callbacks: a sequence costs no task, and a token costs no task switch.
 """
 
 from array import array
-from bisect import bisect_left
-from time import monotonic
 from typing import Any, Protocol
 
 from meshserve.errors import GaveUp, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipts import Receipt, milliseconds
+from meshserve.observe.receipts import Receipt
+from meshserve.roles.processor.accounting import Account
 from meshserve.roles.processor.choices import Choice
 from meshserve.roles.processor.placing import Placement, Placer, Placing
 from meshserve.routing.candidates import Candidate
-from meshserve.telemetry import BUCKETS_S, Phases
+from meshserve.telemetry import Histograms, Phases
 from meshserve.wire.completion import EndItem
 from meshserve.wire.generation import GenerateRequest, Sampling
 
@@ -30,8 +29,8 @@ class Dispatcher(Protocol):
     mesh: Mesh
     max_lost_peers: int
     placer: Placer
-    is_observed: bool
-    """Whether latencies are counted."""
+    histograms: Histograms | None
+    """Of latencies; None if nobody wants them."""
 
 
 class Owner(Protocol):
@@ -90,15 +89,7 @@ class Sequence:
         self.is_over = self.is_scored = False
         self.waited_ms = 0.0
         """For the first answer to the same prompt, if this is a later one."""
-        self._now_in = ""
-        """What its time goes to at this moment: `route`, `call`, or nothing yet, or no more."""
-        self._first_ms = 0.0
-        """From the call to the first token."""
-        self._early_account: dict[str, Any] = {}
-        """What the worker said it had done by then."""
-        self._gaps = dispatcher.mesh.histograms.counts_of("itl") if dispatcher.is_observed else None
-        self._first_s = self._last_s = 0.0
-        """Tokens: the first and the last, on the monotonic clock."""
+        self.account = Account(receipt, phases, dispatcher.histograms, dispatcher.mesh.name_of)
         self._journal = dispatcher.mesh.journal
         if self._journal.is_on:
             self._journal.note("submit", self.request_id, num_tokens=len(tokens))
@@ -108,7 +99,8 @@ class Sequence:
 
     def route(self) -> None:
         """Look for a worker that was not tried yet."""
-        self.worker, self._now_in = None, "route"
+        self.worker = None
+        self.account.enter("route")
         self._placing.begin(self._excluded)
 
     def _placed(self, placement: Placement) -> None:
@@ -117,7 +109,7 @@ class Sequence:
         receipt.peers["router"], receipt.policy = placement.router, placement.policy
         receipt.candidates, receipt.prefill_candidates = placement.decode, placement.prefill
         self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in placement.prefill)
-        self._settle()
+        self.account.settle()
         self._dispatch(placement.decode[0])
 
     def _not_placed(self, error: MeshserveError) -> None:
@@ -126,8 +118,9 @@ class Sequence:
     # --- the worker's stream
 
     def _dispatch(self, chosen: Candidate) -> None:
-        self.worker, self._num_overlap_blocks, self._now_in = chosen.incarnation, chosen.overlap_blocks, "call"
-        self.receipt.peers["decode"], self._early_account = chosen.peer, {}
+        self.worker, self._num_overlap_blocks = chosen.incarnation, chosen.overlap_blocks
+        self.account.enter("call")
+        self.receipt.peers["decode"] = chosen.peer
         if self._is_followed:
             self._note_routed(chosen)
         request = GenerateRequest(
@@ -157,11 +150,10 @@ class Sequence:
         if self._is_followed:
             self._journal.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
         if not self.num_tokens:
-            self._begin()
-        elif self._gaps is not None:  # in line: this is what a token pays for the histogram of gaps (0.2 us)
-            now_s = monotonic()
-            self._gaps[bisect_left(BUCKETS_S, now_s - self._last_s)] += 1
-            self._last_s = now_s
+            self.account.first_token()
+            self._owner.began(self)
+        else:
+            self.account.next_token()
         self.num_tokens += len(tokens)
         try:
             is_stopped = self.choice.feed(tokens, logprobs)
@@ -171,14 +163,6 @@ class Sequence:
         if is_stopped:
             self._stop_early()
 
-    def _begin(self) -> None:
-        """The first token."""
-        self._first_ms = self.phases.lap_ms()
-        if self._gaps is not None:
-            self._first_s = self._last_s = monotonic()
-            self._dispatcher.mesh.histograms.observe("ttft", self.phases.total_ms() / 1000)
-        self._owner.began(self)
-
     def _unusual(self, item: Any) -> tuple[list[int] | None, Any]:
         """Tokens with log probabilities; else nothing: the name of a prefill worker that died, what the worker did before the first
         token, or the prompt's log probabilities.
@@ -187,7 +171,7 @@ class Sequence:
             self._lost.append(item)
             return None, None
         if isinstance(item, dict):
-            self._early_account = item
+            self.account.early = item
             return None, None
         if isinstance(item, list) and len(item) == 2 and isinstance(item[1], list):
             numbered, logprobs = item
@@ -208,8 +192,7 @@ class Sequence:
     def on_end(self, value: Any) -> None:
         """The worker is done."""
         account = value if isinstance(value, dict) else {}
-        self._now_in = ""
-        self._account(account, self.phases.end("call"))
+        self.account.call_ended(account)
         if not self.num_tokens:
             self._owner.began(self)
         self._end("stop" if account.get("reason") == "stop" else "length")
@@ -222,7 +205,7 @@ class Sequence:
 
     def _retry_or_fail(self, error: MeshserveError) -> None:
         """Nothing given out yet means that another may start over, unless the request itself seems to be what takes workers down."""
-        self._note_attempt(error, self._settle())
+        self._note_attempt(error, self.account.settle())
         if isinstance(error, Overloaded):
             self._overloaded = error
         can_retry = self.num_tokens == 0 and error.code in _RETRIED_CODES and len(self.receipt.attempts) < _MAX_ATTEMPTS
@@ -247,35 +230,6 @@ class Sequence:
         attempt = {"peer": name, "role": "decode", "outcome": error.code, "tokens": self.num_tokens, "ms": round(took_ms, 3)}
         self.receipt.attempts.append(attempt)
 
-    # --- where the time went
-
-    def _account(self, account: dict[str, Any], caller_ms: float) -> None:
-        """What the worker says of a call, or of its beginning, that took so long here."""
-        receipt, phases = self.receipt, account.get("phases_ms")
-        for phase, took_ms in phases.items() if isinstance(phases, dict) else ():
-            receipt.add(str(phase), milliseconds(took_ms))
-        receipt.add("network", caller_ms - (milliseconds(account.get("total_ms")) or caller_ms))
-        receipt.num_cached_tokens = int(milliseconds(account.get("num_cached_tokens")))
-        receipt.num_blocks, receipt.num_bytes = (int(milliseconds(account.get(name))) for name in ("num_blocks", "num_bytes"))
-        attempts, prefill = account.get("attempts"), account.get("prefill_peer")
-        receipt.attempts += [attempt for attempt in attempts if isinstance(attempt, dict)] if isinstance(attempts, list) else []
-        receipt.peers["prefill"] = self._dispatcher.mesh.name_of(prefill) if isinstance(prefill, str) else None
-
-    def _settle(self) -> float:
-        """What it was in is over, and nobody else accounts for it; returns its milliseconds. Harmless when it is in nothing."""
-        was_in, self._now_in = self._now_in, ""
-        if not was_in:
-            return 0.0
-        took_ms = self.phases.end(was_in)
-        if was_in == "route":
-            self.receipt.add("route", took_ms)
-        elif not self.num_tokens:
-            self.receipt.add("queue", took_ms)
-        else:
-            self._account(self._early_account or {"phases_ms": {"prefill": self._first_ms}}, self._first_ms)
-            self.receipt.add("decode", took_ms - self._first_ms)
-        return took_ms
-
     # --- the end
 
     def _stop_early(self) -> None:
@@ -284,8 +238,8 @@ class Sequence:
         """
         if self._opened is not None:
             self._opened.cancel()
-        self._settle()
-        if not self._early_account:
+        self.account.settle()
+        if not self.account.early:
             self.receipt.num_cached_tokens = min(self._num_overlap_blocks * self._owner.block_size, len(self.tokens) - 1)
         self._end("stop")
 
@@ -317,11 +271,9 @@ class Sequence:
                 self._opened.cancel()
 
     def _over(self, outcome: str) -> None:
-        self._settle()
+        self.account.close()
         self.is_over = True
         self.receipt.num_completion_tokens = self.choice.num_tokens
-        if self._last_s > self._first_s:
-            self._dispatcher.mesh.histograms.add_to_sum("itl", self._last_s - self._first_s)
         if self._journal.is_on:
             prompt = {"num_prompt_tokens": len(self.tokens), "num_cached_tokens": self.receipt.num_cached_tokens}
             self._journal.note("result", self.request_id, outcome=outcome, num_tokens=self.num_tokens, **prompt)
