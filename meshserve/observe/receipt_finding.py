@@ -31,7 +31,7 @@ async def find_receipt(mesh: Mesh, name: str) -> dict[str, Any]:
     """Of the request of this name, the mesh's or the client's own. Raises RequestNotFound.
 
     The mesh's name begins with the frontend that took the request in, and that one knows the processor. Without it, all processors
-    are asked; a frontend alone knows of what got to none.
+    are asked. Of what got to none, or to one that is gone, the frontend knows its own part.
     """
     front = await _front_of(mesh, name)
     known = [front["processor"]] if front is not None and front.get("processor") else _with_role(mesh, "processor")
@@ -86,8 +86,13 @@ def _is_receipt(answer: Any) -> bool:
     """What others send is checked here, once, so that what is shown needs no doubts."""
     if not isinstance(answer, dict) or not all(isinstance(answer.get(name), kind) for name, kind in _FIELDS.items()):
         return False
+    lists = [answer.get(name, []) for name in ("candidates", "prefill_candidates", "attempts", "choices")]
+    if not all(isinstance(found, list) and all(isinstance(entry, dict) for entry in found) for found in lists):
+        return False
+    if not all(type(count) is int for count in (*answer["tokens"].values(), *answer["kv"].values())):
+        return False
     phases = answer["phases_ms"]
-    return all(isinstance(phases.get(phase), (int, float)) for phase in PHASES)
+    return isinstance(answer.get("traceparent"), str) and all(isinstance(phases.get(phase), (int, float)) for phase in PHASES)
 
 
 async def _ask_all(mesh: Mesh, peers: list[str], method: str, body: Any) -> list[Any]:

@@ -78,7 +78,7 @@ class Fronts:
         self._kept.append(front)
 
     def _on_find(self, call: IncomingCall) -> None:
-        """The end is None, or `processor`, `front` (for `with_front`), and `receipt` if it got to no processor."""
+        """The end is None, or `processor`, `front` (for `with_front`), and `receipt`: what a frontend alone knows."""
         name = name_of(call)
         for front in reversed(self._kept):
             if front.request_id == name or front.client_id == name:
@@ -87,8 +87,7 @@ class Fronts:
         call.end(None)
 
     def _render(self, front: Front) -> dict[str, Any]:
-        ago_s = round(time.monotonic() - front.ended_s, 3)
-        receipt = None if front.processor else {**front.receipt().to_wire(), "ended_ago_s": ago_s}
+        receipt = {**front.receipt().to_wire(), "ended_ago_s": round(time.monotonic() - front.ended_s, 3)}
         return {"processor": front.processor, "front": front.to_wire(self._mesh.own.name), "receipt": receipt}
 
 

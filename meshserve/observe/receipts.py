@@ -180,7 +180,7 @@ class Front:
         }
 
     def receipt(self) -> Receipt:
-        """Of a request that got to no processor."""
+        """Of a request that got to no processor, or whose processor is gone."""
         return Receipt(self.request_id, self.client_id, self.model, traceparent=self.traceparent, outcome=self.outcome, error=self.error)
 
 
