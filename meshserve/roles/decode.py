@@ -20,7 +20,7 @@ _WORD_GETS_OUT_S = 0.02
 class _Generation:
     """One request on this worker: the sink of its engine run, and the end of its stream."""
 
-    __slots__ = ("_began_s", "_call", "_first", "_handoff", "_is_untold", "_position", "_role", "_waited_ms", "request")
+    __slots__ = ("_began_s", "_call", "_first", "_handoff", "_has_told", "_is_untold", "_position", "_role", "_waited_ms", "request")
 
     def __init__(self, role: "DecodeRole", call: IncomingCall, request: GenerateRequest) -> None:
         self._role, self._call, self.request = role, call, request
@@ -29,7 +29,8 @@ class _Generation:
         self._handoff: HandoffResult | None = None
         self._waited_ms = 0.0
         """Until the engine got it."""
-        self._is_untold = role.is_observed
+        self._is_untold, self._has_told = role.is_observed, False
+        """Whether the processor is still to hear what was done before the first token, and whether it heard all of it."""
 
     def on_prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> None:
         """An item that begins with its name: tokens begin with a number, or with a list."""
@@ -51,7 +52,11 @@ class _Generation:
     def on_finish(self, reason: str, stats: GenerationStats) -> None:
         self._role.ended(self)
         num_cached = self._role.count_prompt(self, stats)
-        self._call.end({"reason": reason, **self._account(stats.queue_ms, stats.prefill_ms, stats.decode_ms, num_cached)})
+        if self._has_told:
+            phases, total_ms = {"decode": stats.decode_ms}, (time.monotonic() - self._began_s) * 1000
+            self._call.end({"reason": reason, "phases_ms": phases, "total_ms": total_ms})
+        else:
+            self._call.end({"reason": reason, **self._account(stats.queue_ms, stats.prefill_ms, stats.decode_ms, num_cached)})
 
     def begins(self) -> None:
         """The engine gets it now."""
@@ -64,8 +69,10 @@ class _Generation:
             return  # its end follows at once
         admission = self._role.admission(self.request)
         since_ms = (time.monotonic() - self._began_s) * 1000 - self._waited_ms
-        queue_ms = min(admission.queue_ms, since_ms) if admission is not None else 0.0
-        num_cached = self._role.num_found(self, admission.num_cached_tokens) if admission is not None else 0
+        queue_ms, num_cached = 0.0, 0
+        if admission is not None:
+            queue_ms, num_cached = min(admission.queue_ms, since_ms), self._role.num_found(self, admission.num_cached_tokens)
+            self._has_told = True
         self._call.send(self._account(queue_ms, since_ms - queue_ms, 0.0, num_cached))
 
     def on_error(self, error: MeshserveError) -> None:

@@ -87,15 +87,9 @@ def _line(name: str, text: str) -> Text:
 
 
 def _path(peers: Mapping[str, Any]) -> str:
-    """Consecutive roles of one peer are said once."""
-    steps: list[tuple[str, list[str]]] = []
-    for role in ("frontend", "processor", "router", "prefill", "decode"):
-        name = peers.get(role)
-        if name and steps and steps[-1][0] == name:
-            steps[-1][1].append(role)
-        elif name:
-            steps.append((str(name), [role]))
-    return " -> ".join(f"{name} ({','.join(roles)})" for name, roles in steps) or "nobody"
+    """Each peer once, in the order of the path; which role of it did what stands at the phases."""
+    names = [str(name) for role in ("frontend", "processor", "router", "prefill", "decode") if (name := peers.get(role))]
+    return " -> ".join(dict.fromkeys(names)) or "nobody"
 
 
 def _phases(receipt: Mapping[str, Any], width: int | None) -> list[Text]:

@@ -1,12 +1,11 @@
 """Where one sequence's time goes: into its receipt, and into the histograms of this peer."""
 
-from bisect import bisect_left
 from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
 from meshserve.observe.receipts import Receipt, milliseconds
-from meshserve.telemetry import BUCKETS_S, Histograms, Phases
+from meshserve.telemetry import Histograms, Phases
 
 
 class Account:
@@ -14,14 +13,13 @@ class Account:
     other it is known what the worker said before the first token.
     """
 
-    __slots__ = ("_first_ms", "_first_s", "_gaps", "_histograms", "_last_s", "_name_of", "_now_in", "early", "phases", "receipt")
+    __slots__ = ("_first_ms", "_first_s", "_histograms", "_name_of", "_now_in", "early", "phases", "receipt")
 
     def __init__(self, receipt: Receipt, phases: Phases, histograms: Histograms | None, name_of: Callable[[str], str]) -> None:
         """`histograms` is None if nobody wants them; `name_of` knows peers by their incarnation."""
         self.receipt, self.phases, self._histograms, self._name_of = receipt, phases, histograms, name_of
-        self._gaps = histograms.counts_of("itl") if histograms is not None else []
         self._now_in = ""
-        self._first_ms = self._first_s = self._last_s = 0.0
+        self._first_ms = self._first_s = 0.0
         self.early: dict[str, Any] = {}
         """What the worker said before the first token."""
 
@@ -30,23 +28,20 @@ class Account:
         self._now_in = now_in
         self.early, self._first_s = {}, 0.0
 
-    def first_token(self) -> None:
-        """The first one came."""
+    def first_token(self) -> float:
+        """The first one came; returns when, on the monotonic clock."""
         self._first_ms = self.phases.lap_ms()
-        self._first_s = self._last_s = monotonic()
+        self._first_s = monotonic()
         if self._histograms is not None:
             self._histograms.observe("ttft", self.phases.total_ms() / 1000)
-
-    def next_token(self) -> None:
-        """Tokens of another step came. All that a token pays for the histogram of gaps: 0.25 us."""
-        if self._gaps:
-            now_s = monotonic()
-            self._gaps[bisect_left(BUCKETS_S, now_s - self._last_s)] += 1
-            self._last_s = now_s
+        return self._first_s
 
     def call_ended(self, account: dict[str, Any]) -> None:
         """The call ended well, with this account by its worker."""
         self._now_in = ""
+        early_phases, phases = self.early.get("phases_ms"), account.get("phases_ms")
+        if isinstance(early_phases, dict) and isinstance(phases, dict):  # what was said once need not be said again
+            account = {**self.early, **account, "phases_ms": {**early_phases, **phases}}
         self._take(account, self.phases.end("call"))
 
     def settle(self) -> float:
@@ -64,11 +59,11 @@ class Account:
             self.receipt.add("decode", took_ms - self._first_ms)
         return took_ms
 
-    def close(self) -> None:
-        """The sequence is over."""
+    def close(self, last_s: float) -> None:
+        """The sequence is over, whose last token came then."""
         self.settle()
-        if self._histograms is not None:
-            self._histograms.add_to_sum("itl", self._last_s - self._first_s)
+        if self._histograms is not None and self._first_s:
+            self._histograms.add_to_sum("itl", last_s - self._first_s)
 
     def _take(self, account: dict[str, Any], caller_ms: float) -> None:
         """What the worker says of a call, or of its beginning, that took so long here."""

@@ -4,6 +4,8 @@ Steps are callbacks: a sequence costs no task, and a token costs no task switch.
 """
 
 from array import array
+from bisect import bisect_left
+from time import monotonic
 from typing import Any, Protocol
 
 from meshserve.errors import GaveUp, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
@@ -14,7 +16,7 @@ from meshserve.roles.processor.accounting import Account
 from meshserve.roles.processor.choices import Choice
 from meshserve.roles.processor.placing import Placement, Placer, Placing
 from meshserve.routing.candidates import Candidate
-from meshserve.telemetry import Histograms, Phases
+from meshserve.telemetry import BUCKETS_S, Histograms, Phases
 from meshserve.wire.completion import EndItem
 from meshserve.wire.generation import GenerateRequest, Sampling
 
@@ -89,6 +91,9 @@ class Sequence:
         self.is_over = self.is_scored = False
         self.waited_ms = 0.0
         """For the first answer to the same prompt, if this is a later one."""
+        self._gaps = dispatcher.histograms.counts_of("itl") if dispatcher.histograms is not None else None
+        self._last_s = 0.0
+        """When the last tokens came, on the monotonic clock."""
         self.account = Account(receipt, phases, dispatcher.histograms, dispatcher.mesh.name_of)
         self._journal = dispatcher.mesh.journal
         if self._journal.is_on:
@@ -150,10 +155,12 @@ class Sequence:
         if self._is_followed:
             self._journal.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
         if not self.num_tokens:
-            self.account.first_token()
+            self._last_s = self.account.first_token()
             self._owner.began(self)
-        else:
-            self.account.next_token()
+        elif self._gaps:  # in line: it is all that a token pays to be observed (0.2 us)
+            now_s = monotonic()
+            self._gaps[bisect_left(BUCKETS_S, now_s - self._last_s)] += 1
+            self._last_s = now_s
         self.num_tokens += len(tokens)
         try:
             is_stopped = self.choice.feed(tokens, logprobs)
@@ -271,7 +278,7 @@ class Sequence:
                 self._opened.cancel()
 
     def _over(self, outcome: str) -> None:
-        self.account.close()
+        self.account.close(self._last_s)
         self.is_over = True
         self.receipt.num_completion_tokens = self.choice.num_tokens
         if self._journal.is_on:
