@@ -3,7 +3,7 @@
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 
-from meshserve.engines.protocol import BlockListener, EngineLoad, GenerationSink, PrefillSink, Reservation
+from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, GenerationSink, PrefillSink, Reservation
 from meshserve.engines.rates import StepRates
 from meshserve.errors import BlockRefused, Unsupported
 from meshserve.wire.card import ModelCard
@@ -88,6 +88,10 @@ class BenchEngine:
 
     def cancel(self, request_id: str) -> None:
         """Nothing runs for long."""
+
+    def admission(self, request_id: str) -> Admission | None:
+        """It generates nothing."""
+        return None
 
     def overdue_s(self, request_id: str) -> float | None:
         """Never."""

@@ -5,6 +5,7 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from meshserve.config import MeshConfig, ServeConfig
 from meshserve.engines.loading import load_engine
@@ -19,6 +20,7 @@ from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.mesh.transport.sockets import endpoint
 from meshserve.observe.feed_source import FeedSource
 from meshserve.observe.peer_log import log_changes
+from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.status import serve_status
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.roles.decode import DecodeRole
@@ -26,6 +28,9 @@ from meshserve.roles.prefill import PrefillRole
 from meshserve.roles.processor.processor import ProcessorRole
 from meshserve.roles.router import RouterRole
 from meshserve.telemetry import Journal, log_event
+
+if TYPE_CHECKING:
+    from meshserve.observe.otlp import Exporter
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +54,7 @@ class Peer:
         self.http_url: str | None = None
         self._workers_line = ""
         self._reporter: WorkerReporter | None = None
+        self._exporter: Exporter | None = None
 
     async def start(self) -> None:
         """Bind, build the roles, join the mesh, and say so in the ready line. Raises StartupFailed, UsageError or KeyRefused."""
@@ -75,13 +81,18 @@ class Peer:
         return f"ready name={own.name} roles={','.join(own.roles)} mesh={own.mesh} address={address}{http}"
 
     async def _start_roles(self) -> None:
+        if self._config.otlp_url is not None and {"frontend", "processor"} & set(self._roles):
+            from meshserve.observe.otlp import Exporter  # an HTTP client: a slow import that most peers need not wait for
+
+            self._exporter = Exporter(self.mesh, self._config.otlp_url)
+            self._closers.push_async_callback(self._exporter.close)
         if self._engine is not None:
             self._start_workers(self._engine)
         if "router" in self._roles:
             router = RouterRole(self.mesh, self._config.policy)
             self._closers.callback(router.close)
         if "processor" in self._roles:
-            processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers)
+            processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers, self._receipts())
             self._closers.push_async_callback(processor.close)
             self._is_idle.append(lambda: processor.is_idle)
         serve_status(self.mesh, self._reporter)
@@ -91,6 +102,13 @@ class Peer:
             self._closers.callback(feed.close)
         if "frontend" in self._roles:
             await self._start_frontend()
+
+    def _receipts(self) -> Receipts | None:
+        if not self._config.observe:
+            return None
+        receipts = Receipts(self.mesh, self._config.receipts_kept)
+        receipts.on_kept = self._exporter.request_ended if self._exporter is not None else None
+        return receipts
 
     def _start_workers(self, engine: Engine) -> None:
         """Decode and prefill share one engine, its reports, and the paths of the handoff."""
@@ -111,7 +129,8 @@ class Peer:
             self._on_drain.append(prefill.drain)
         if "decode" in self._roles:
             requester = PrefillRequester(self.mesh, pipeline, bulk, engine, self._config.handoff)
-            decode = DecodeRole(self.mesh, engine, requester, reporter, self._config.handoff, self._config.max_decode_queue)
+            config = self._config
+            decode = DecodeRole(self.mesh, engine, requester, reporter, config.handoff, config.max_decode_queue, config.observe)
             self._closers.callback(requester.close)
             self._is_idle.append(lambda: decode.is_idle)
         self._closers.callback(reporter.close)
@@ -120,7 +139,7 @@ class Peer:
     async def _start_frontend(self) -> None:
         from meshserve.roles.frontend.server import FrontendRole  # HTTP is a slow import that other roles need not wait for
 
-        frontend = FrontendRole(self.mesh, self._config)
+        frontend = FrontendRole(self.mesh, self._config, self._exporter)
         self.http_url = await frontend.start()
         self._closers.push_async_callback(frontend.close)
         self._is_idle.append(lambda: frontend.is_idle)

@@ -185,5 +185,7 @@ class ServeConfig:
     """A file that gets a line of JSON for every step of every request; None: no record. It costs a write each."""
     observe: bool = True
     """False: no spans, no metrics."""
+    otlp_url: str | None = None
+    """Of an OpenTelemetry collector that gets the spans, without `/v1/traces`; None: nobody does."""
     handoff: HandoffConfig = field(default_factory=HandoffConfig)
     front: FrontConfig = field(default_factory=FrontConfig)

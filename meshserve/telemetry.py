@@ -68,6 +68,14 @@ class Histograms:
         counts[bisect_left(BUCKETS_S, duration_s)] += 1
         self._sums_s[name] += duration_s
 
+    def counts_of(self, name: str) -> list[int]:
+        """The counts between the bounds, for who adds to them where an `observe` would cost too much, and then to the sum."""
+        return self._counts.setdefault(name, [0] * (len(BUCKETS_S) + 1))
+
+    def add_to_sum(self, name: str, duration_s: float) -> None:
+        """What was added to the counts took so long in all."""
+        self._sums_s[name] += duration_s
+
     def snapshot(self) -> dict[str, Any]:
         """By name: the sum in seconds, and the counts between the bounds of `BUCKETS_S`, the last one above all of them."""
         return {name: [self._sums_s[name], counts[:]] for name, counts in self._counts.items()}
@@ -143,6 +151,10 @@ class Phases:
         self._last_s = now_s
         self.durations_ms[phase] = self.durations_ms.get(phase, 0.0) + elapsed_ms
         return elapsed_ms
+
+    def lap_ms(self) -> float:
+        """Since the last phase ended."""
+        return (time.monotonic() - self._last_s) * 1000
 
     def total_ms(self) -> float:
         """Since the request came."""

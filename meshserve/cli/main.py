@@ -11,6 +11,7 @@ from meshserve.cli.key import key
 from meshserve.cli.peers import peers
 from meshserve.cli.run import run
 from meshserve.cli.top.command import top
+from meshserve.cli.trace.command import trace
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -23,5 +24,5 @@ def main() -> None:
     """
 
 
-for command in (run, demo, peers, top, doctor, generate, bench, key):
+for command in (run, demo, peers, top, trace, doctor, generate, bench, key):
     main.add_command(command)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -55,6 +56,7 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
 )
 @option("--record", type=click.Path(), default=None, metavar="FILE", help="Append what happens to each request, as lines of JSON.")
 @option("--no-observe", is_flag=True, help="No spans and no metrics.")
+@option("--otlp", "otlp_url", default=None, metavar="URL", help="Send spans to the OpenTelemetry collector here, as OTLP over HTTP.")
 @mesh_options
 def run(**settings: Any) -> None:
     """Run one peer of a mesh, with one or more roles."""
@@ -92,9 +94,19 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
         max_body_bytes=settings["max_body_bytes"],
         record=settings["record"],
         observe=not settings["no_observe"],
+        otlp_url=_otlp_url(settings),
         handoff=handoff,
         front=front_config(settings),
     )
+
+
+def _otlp_url(settings: dict[str, Any]) -> str | None:
+    url: str | None = settings["otlp_url"]
+    if url is not None and not (url.startswith(("http://", "https://")) and urlsplit(url).hostname):
+        raise UsageError(f"--otlp {url!r} is not a URL such as http://localhost:4318")
+    if url is not None and settings["no_observe"]:
+        raise UsageError("--otlp sends what --no-observe turns off: leave one of them out")
+    return url
 
 
 async def serve(mesh: MeshConfig, config: ServeConfig) -> int:

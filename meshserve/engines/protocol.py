@@ -41,6 +41,14 @@ class GenerationStats:
     """From the first token to the last."""
 
 
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What is known of a generation once its first step has begun, in the terms of :class:`GenerationStats`."""
+
+    num_cached_tokens: int
+    queue_ms: float
+
+
 class GenerationSink(Protocol):
     """Who receives one sequence's tokens. Exactly one of `on_finish` and `on_error` is called, last, unless the request is cancelled."""
 
@@ -153,6 +161,9 @@ class Engine(Protocol):
 
     def cancel(self, request_id: str) -> None:
         """End a generation or a prefill and release its blocks; unknown ids are ignored."""
+
+    def admission(self, request_id: str) -> Admission | None:
+        """Of a generation that gives out its first token: what came before. None if the engine cannot say: all was prefill then."""
 
     def overdue_s(self, request_id: str) -> float | None:
         """How long the engine's next sign of progress is overdue by its own expectation: near 0 while it works, growing once it hangs.

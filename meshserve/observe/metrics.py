@@ -40,8 +40,14 @@ _COUNTERS = {
     "clients_timed_out": "HTTP clients that did not send the rest of their request in time.",
     "clients_too_slow": "HTTP clients that did not take in their answer.",
     "clients_gone": "HTTP clients that left before their answer was complete.",
+    "requests_done": "Requests that came to their end, as processors see them.",
+    "requests_failed": "Requests that ended in an error, as processors see them.",
+    "requests_left": "Requests that their caller gave up.",
+    "requests_migrated": "Requests that another worker went on with after their first token.",
     "requests_refused": "Requests that found no place in the mesh.",
     "requests_cancelled": "Requests that were ended by name.",
+    "otlp_requests_sent": "Requests whose spans an OpenTelemetry collector took.",
+    "otlp_requests_dropped": "Requests whose spans it did not take, or for which there was no room.",
     "tokens_generated": "Tokens generated.",
     "prompt_tokens": "Prompt tokens of requests that a decode worker finished.",
     "prompt_tokens_cached": "Of those, the ones whose KV was on the worker when the request came.",
@@ -62,10 +68,17 @@ _GAUGES = {
 }
 
 _HISTOGRAMS = {
-    "prefill_wait": "From the first ticket to the claim that got the prompt.",
-    "prefill_compute": "Of a prompt that was prefilled elsewhere, by that worker's clock.",
-    "kv_transfer": "From the claim to the last block, less what was computing.",
+    "ttft": ("time_to_first_token", "From a request's arrival at its processor to its first token there."),
+    "itl": ("inter_token_latency", "Between the tokens of one step and those of the next, at the processor."),
+    "e2e": ("request_duration", "From a request's arrival at its processor to its end, of those that came to it."),
+    "route": ("route", "Of a request: until a worker was chosen."),
+    "queue": ("queue", "Of a request: waiting for prefill or for a place in the batch, and for workers that were lost."),
+    "prefill": ("prefill", "Of a request: computing its prompt's KV, wherever that was done."),
+    "prefill_wait": ("prefill_wait", "From the first ticket to the claim that got the prompt."),
+    "prefill_compute": ("prefill_compute", "Of a prompt that was prefilled elsewhere, by that worker's clock."),
+    "kv_transfer": ("kv_transfer", "From the claim to the last block, less what was computing."),
 }
+"""What peers call them, what Prometheus does, and what they are. They show once there was something to observe."""
 
 _LABELS = ("peer", "incarnation")
 
@@ -113,11 +126,11 @@ class _Mesh(Collector):
         return family
 
     def _histograms(self) -> Iterator[Metric]:
-        for name, help_text in _HISTOGRAMS.items():
+        for key, (name, help_text) in _HISTOGRAMS.items():
             family = HistogramMetricFamily(f"meshserve_{name}_seconds", help_text, labels=_LABELS)
             for labels, peer in self._peers:
-                if name in peer["histograms"]:
-                    sum_s, counts = peer["histograms"][name]
+                if key in peer["histograms"]:
+                    sum_s, counts = peer["histograms"][key]
                     family.add_metric(labels, _cumulated(counts), sum_s)
             yield family
 

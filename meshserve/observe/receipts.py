@@ -1,13 +1,23 @@
-"""The receipt of a request: who served it, why, and where the time went.
+"""The receipt of a request: who served it, why, and where the time went. Pure.
 
 Phases partition the critical path. Each is measured on one peer's monotonic clock, `network` by subtracting what the callee
-measured from what its caller did, so no clocks need to agree; `other` is what is left.
+measured from what its caller did, so no clocks need to agree; `other` is what is left. What was waited for and came to nothing (an
+attempt at a worker that was lost, or was full) is `queue`: waiting for the work that counts.
 """
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from meshserve.errors import MeshserveError
+from meshserve.routing.candidates import Candidate
+
 PHASES = ("http", "process", "route", "queue", "prefill", "kv_transfer", "decode", "network", "other")
+_BEFORE_FIRST_TOKEN = ("route", "queue", "prefill", "kv_transfer")
+_MAX_MS = 1e9
+
+OK = "ok"
 
 
 @dataclass(slots=True)
@@ -19,8 +29,8 @@ class Receipt:
     model: str
     policy: str = ""
     peers: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(("frontend", "processor", "router", "decode", "prefill")))
-    candidates: list[dict[str, Any]] = field(default_factory=list)
-    prefill_candidates: list[dict[str, Any]] = field(default_factory=list)
+    candidates: Sequence[Candidate] = ()
+    prefill_candidates: Sequence[Candidate] = ()
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_completion_tokens: int = 0
@@ -28,33 +38,160 @@ class Receipt:
     num_bytes: int = 0
     attempts: list[dict[str, Any]] = field(default_factory=list)
     phases_ms: dict[str, float] = field(default_factory=dict)
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    """Who served each answer, where there are several: `index`, `decode`, `prefill`, `completion` (tokens)."""
+    traceparent: str = ""
+    total_ms: float = 0.0
+    outcome: str = ""
+    """`ok`, or the code of the error that the request ended in."""
+    error: str = ""
+    """What the error said."""
+    ended_s: float = 0.0
+    """On the processor's monotonic clock."""
 
     def add(self, phase: str, milliseconds: float) -> None:
         """More time in this phase."""
         self.phases_ms[phase] = self.phases_ms.get(phase, 0.0) + max(0.0, milliseconds)
 
-    def to_wire(self, total_ms: float) -> dict[str, Any]:
-        """The receipt as clients see it."""
-        phases = {phase: round(self.phases_ms.get(phase, 0.0), 3) for phase in PHASES}
-        phases["other"] = round(max(0.0, total_ms - sum(value for key, value in self.phases_ms.items() if key != "other")), 3)
-        return {
+    def keep_best(self, num_candidates: int) -> None:
+        """For those who keep many: a mesh may have hundreds of workers."""
+        self.candidates, self.prefill_candidates = self.candidates[:num_candidates], self.prefill_candidates[:num_candidates]
+
+    def to_wire(self) -> dict[str, Any]:
+        """The receipt as clients see it, but for the frontend's part."""
+        found: dict[str, Any] = {
             "request_id": self.request_id,
             "client_id": self.client_id,
             "model": self.model,
             "policy": self.policy,
             "peers": self.peers,
-            "candidates": self.candidates,
-            "prefill_candidates": self.prefill_candidates,
+            "candidates": [candidate.for_receipt() for candidate in self.candidates],
+            "prefill_candidates": [candidate.for_receipt() for candidate in self.prefill_candidates],
             "tokens": {"prompt": self.num_prompt_tokens, "cached": self.num_cached_tokens, "completion": self.num_completion_tokens},
             "kv": {"blocks": self.num_blocks, "bytes": self.num_bytes},
             "attempts": self.attempts,
             "migrations": 0,
-            "total_ms": round(total_ms, 3),
-            "phases_ms": phases,
+            "outcome": self.outcome,
+            "error": self.error,
+            "traceparent": self.traceparent,
+            "total_ms": round(self.total_ms, 3),
+            "phases_ms": partition(self.phases_ms, self.total_ms),
+        }
+        return {**found, "choices": self.choices} if self.choices else found
+
+
+def partition(phases_ms: Mapping[str, float], total_ms: float) -> dict[str, float]:
+    """All phases, in whole microseconds: none is negative, and together they are `total_ms` rounded to one.
+
+    What is not measured is `other`. Should others' clocks have run faster than ours, the last phases are cut.
+    """
+    left_us = max(0, round(milliseconds(total_ms) * 1000))
+    found = {}
+    for phase in PHASES[:-1]:
+        taken_us = min(left_us, int(milliseconds(phases_ms.get(phase, 0.0)) * 1000))
+        found[phase] = taken_us / 1000
+        left_us -= taken_us
+    return {**found, "other": left_us / 1000}
+
+
+def milliseconds(value: Any) -> float:
+    """What a peer says that something took; 0 for what no clock says."""
+    return min(float(value), _MAX_MS) if type(value) in (int, float) and math.isfinite(value) and value > 0 else 0.0
+
+
+def after_first_token(first_ms: Mapping[str, float], waited_ms: float, own_ms: Mapping[str, float]) -> dict[str, float]:
+    """The phases of a later answer to a prompt, which waited so long for the first token of the first answer: that one's, then its own."""
+    found, left_ms = dict(own_ms), waited_ms
+    for phase in _BEFORE_FIRST_TOKEN:
+        taken_ms = min(left_ms, first_ms.get(phase, 0.0))
+        found[phase] = found.get(phase, 0.0) + taken_ms
+        left_ms -= taken_ms
+    found["network"] = found.get("network", 0.0) + left_ms
+    return found
+
+
+def merged(receipts: Sequence[Receipt], request_id: str, num_prompt_tokens: int, num_cached_tokens: int) -> Receipt:
+    """One receipt of all answers to a request: the path of the first one, the tokens, blocks, bytes and attempts of all."""
+    return replace(
+        receipts[0],
+        request_id=request_id,
+        num_prompt_tokens=num_prompt_tokens,
+        num_cached_tokens=num_cached_tokens,
+        num_completion_tokens=sum(receipt.num_completion_tokens for receipt in receipts),
+        num_blocks=sum(receipt.num_blocks for receipt in receipts),
+        num_bytes=sum(receipt.num_bytes for receipt in receipts),
+        attempts=[attempt for receipt in receipts for attempt in receipt.attempts],
+        choices=list(_choices(receipts)),
+    )
+
+
+def _choices(receipts: Sequence[Receipt]) -> Iterable[dict[str, Any]]:
+    for index, receipt in enumerate(receipts):
+        peers = {role: receipt.peers[role] for role in ("decode", "prefill")}
+        yield {"index": index, **peers, "completion": receipt.num_completion_tokens}
+
+
+@dataclass(slots=True)
+class Front:
+    """A frontend's part of a request, on its own clock. What was not reached has the time of what came after it."""
+
+    request_id: str
+    client_id: str
+    began_s: float
+    asked_s: float = 0.0
+    """It asked for its place in the mesh."""
+    passed_s: float = 0.0
+    """It was passed on to the processor."""
+    answered_s: float = 0.0
+    """Nothing more came from there."""
+    ended_s: float = 0.0
+    """The response was written, or nobody waits for it any more."""
+    processor: str = ""
+    """Incarnation; empty if it got to none."""
+    model: str = ""
+    traceparent: str = ""
+    """As the client sent it."""
+    passed_on: str = ""
+    """As the processor got it, if this frontend has a span of its own in the trace."""
+    outcome: str = OK
+    error: str = ""
+
+    def set_out(self, client_id: str, model: str, now_s: float) -> None:
+        """The request is read, and looks for its place in the mesh."""
+        self.client_id, self.model, self.asked_s = client_id, model, now_s
+
+    def failed(self, error: MeshserveError) -> None:
+        """It ended in this."""
+        self.outcome, self.error = error.code, error.message
+
+    def to_wire(self, name: str) -> dict[str, Any]:
+        """Plain data for :func:`with_front`; `name` is the frontend's."""
+        ended_s = self.ended_s
+        answered_s = self.answered_s or ended_s
+        passed_s = self.passed_s or answered_s
+        asked_s = self.asked_s or passed_s
+        return {
+            "frontend": name,
+            "total_ms": (ended_s - self.began_s) * 1000,
+            "http_ms": (asked_s - self.began_s + ended_s - answered_s) * 1000,
+            "queue_ms": (passed_s - asked_s) * 1000,
+            "call_ms": (answered_s - passed_s) * 1000,
+            "traceparent": self.traceparent,
         }
 
+    def receipt(self) -> Receipt:
+        """Of a request that got to no processor, or whose processor is gone."""
+        return Receipt(self.request_id, self.client_id, self.model, traceparent=self.traceparent, outcome=self.outcome, error=self.error)
 
-def with_http(receipt: dict[str, Any], frontend: str, total_ms: float) -> dict[str, Any]:
-    """The receipt as the frontend gives it out: `total_ms` is now what the frontend measured, the difference is `http`."""
-    phases = {**receipt["phases_ms"], "http": round(max(0.0, total_ms - receipt["total_ms"]), 3)}
-    return {**receipt, "peers": {**receipt["peers"], "frontend": frontend}, "total_ms": round(total_ms, 3), "phases_ms": phases}
+
+def with_front(receipt: dict[str, Any], front: Mapping[str, Any]) -> dict[str, Any]:
+    """The receipt as clients see it: its total is now what the frontend measured, which adds `http`, its queue and a hop of `network`."""
+    phases = dict(receipt["phases_ms"])
+    total_ms = milliseconds(front.get("total_ms"))
+    phases["http"] = milliseconds(front.get("http_ms"))
+    phases["queue"] += milliseconds(front.get("queue_ms"))
+    phases["network"] += max(0.0, milliseconds(front.get("call_ms")) - receipt["total_ms"])
+    peers = {**receipt["peers"], "frontend": str(front.get("frontend"))}
+    traceparent = front.get("traceparent") or receipt["traceparent"]
+    timed = {"total_ms": round(total_ms, 3), "phases_ms": partition(phases, total_ms)}
+    return {**receipt, "peers": peers, "traceparent": str(traceparent), **timed}

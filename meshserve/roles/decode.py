@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 from meshserve.config import HandoffConfig
-from meshserve.engines.protocol import Engine, GenerationStats, Reservation
+from meshserve.engines.protocol import Admission, Engine, GenerationStats, Reservation
 from meshserve.errors import Draining, GaveUp, InvalidRequest, MeshserveError, Overloaded
 from meshserve.handoff.requester import HandoffResult, PrefillRequester
 from meshserve.handoff.task import TaskState
@@ -20,13 +20,17 @@ _WORD_GETS_OUT_S = 0.02
 class _Generation:
     """One request on this worker: the sink of its engine run, and the end of its stream."""
 
-    __slots__ = ("_began_s", "_call", "_first", "_handoff", "_position", "_role", "request")
+    __slots__ = ("_began_s", "_call", "_first", "_handoff", "_has_told", "_is_untold", "_position", "_role", "_waited_ms", "request")
 
     def __init__(self, role: "DecodeRole", call: IncomingCall, request: GenerateRequest) -> None:
         self._role, self._call, self.request = role, call, request
         self._first = self._position = request.num_generated
         self._began_s = time.monotonic()
         self._handoff: HandoffResult | None = None
+        self._waited_ms = 0.0
+        """Until the engine got it."""
+        self._is_untold, self._has_told = role.is_observed, False
+        """Whether the processor is still to hear what was done before the first token, and whether it heard all of it."""
 
     def on_prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> None:
         """An item that begins with its name: tokens begin with a number, or with a list."""
@@ -34,6 +38,8 @@ class _Generation:
 
     def on_tokens(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
         """Tokens carry their position, so that a gap or a repeat cannot pass unseen. With log probabilities, the item is a pair."""
+        if self._is_untold:
+            self._tell()
         item = [self._position, *tokens]
         self._call.send(item if logprobs is None else [item, logprobs])
         self._position += len(tokens)
@@ -45,7 +51,29 @@ class _Generation:
 
     def on_finish(self, reason: str, stats: GenerationStats) -> None:
         self._role.ended(self)
-        self._call.end({"reason": reason, **self._account(stats)})
+        num_cached = self._role.count_prompt(self, stats)
+        if self._has_told:
+            phases, total_ms = {"decode": stats.decode_ms}, (time.monotonic() - self._began_s) * 1000
+            self._call.end({"reason": reason, "phases_ms": phases, "total_ms": total_ms})
+        else:
+            self._call.end({"reason": reason, **self._account(stats.queue_ms, stats.prefill_ms, stats.decode_ms, num_cached)})
+
+    def begins(self) -> None:
+        """The engine gets it now."""
+        self._waited_ms = (time.monotonic() - self._began_s) * 1000
+
+    def _tell(self) -> None:
+        """Ahead of the first token, what was done by then: of a request that is stopped, cancelled or cut off, no more is ever heard."""
+        self._is_untold = False
+        if self.request.sampling.max_tokens - self._first <= 1:
+            return  # its end follows at once
+        admission = self._role.admission(self.request)
+        since_ms = (time.monotonic() - self._began_s) * 1000 - self._waited_ms
+        queue_ms, num_cached = 0.0, 0
+        if admission is not None:
+            queue_ms, num_cached = min(admission.queue_ms, since_ms), self._role.num_found(self, admission.num_cached_tokens)
+            self._has_told = True
+        self._call.send(self._account(queue_ms, since_ms - queue_ms, 0.0, num_cached))
 
     def on_error(self, error: MeshserveError) -> None:
         self._role.ended(self)
@@ -62,24 +90,27 @@ class _Generation:
         else:
             self._role.run(self, result.reservation)
 
-    def _account(self, stats: GenerationStats) -> dict[str, Any]:
-        """What this worker knows for the receipt."""
+    def _account(self, queue_ms: float, prefill_ms: float, decode_ms: float, num_cached: int) -> dict[str, Any]:
+        """What this worker knows for the receipt. Until the engine got it, whatever was not the handoff's work was waiting."""
         handoff = self._handoff
-        num_cached = self._role.count_prompt(self, stats)
+        if handoff is None:
+            phases = {"queue": queue_ms + self._waited_ms, "prefill": prefill_ms, "decode": decode_ms}
+            return {"num_cached_tokens": num_cached, "phases_ms": phases, "total_ms": (time.monotonic() - self._began_s) * 1000}
+        handed_ms = handoff.prefill_ms + handoff.transfer_ms
         phases = {
-            "queue": stats.queue_ms + (handoff.queue_ms if handoff else 0.0),
-            "prefill": stats.prefill_ms + (handoff.prefill_ms if handoff else 0.0),
-            "kv_transfer": handoff.transfer_ms if handoff else 0.0,
-            "decode": stats.decode_ms,
+            "queue": queue_ms + max(0.0, self._waited_ms - handed_ms),
+            "prefill": prefill_ms + handoff.prefill_ms,
+            "kv_transfer": handoff.transfer_ms,
+            "decode": decode_ms,
         }
         return {
             "num_cached_tokens": num_cached,
             "phases_ms": phases,
             "total_ms": (time.monotonic() - self._began_s) * 1000,
-            "prefill_peer": handoff.prefill_peer if handoff else None,
-            "attempts": handoff.attempts if handoff else [],
-            "num_blocks": handoff.num_blocks if handoff else 0,
-            "num_bytes": handoff.num_bytes if handoff else 0,
+            "prefill_peer": handoff.prefill_peer,
+            "attempts": handoff.attempts,
+            "num_blocks": handoff.num_blocks,
+            "num_bytes": handoff.num_bytes,
         }
 
     def num_handed_over(self, kv_bytes_per_token: int) -> int:
@@ -93,10 +124,17 @@ class DecodeRole:
     """Serves `generate`."""
 
     def __init__(
-        self, mesh: Mesh, engine: Engine, requester: PrefillRequester, reporter: WorkerReporter, config: HandoffConfig, max_queue: int
+        self,
+        mesh: Mesh,
+        engine: Engine,
+        requester: PrefillRequester,
+        reporter: WorkerReporter,
+        config: HandoffConfig,
+        max_queue: int,
+        is_observed: bool = True,
     ) -> None:
         self._mesh, self._engine, self._requester, self._reporter, self._config = mesh, engine, requester, reporter, config
-        self._max_queue = max_queue
+        self._max_queue, self.is_observed = max_queue, is_observed
         self._mean_gap_s = 0.0
         """Between the ends of two requests, while others wait: how fast a queue moves."""
         self._last_end_s = time.monotonic()
@@ -152,6 +190,7 @@ class DecodeRole:
 
     def run(self, generation: _Generation, reservation: Reservation | None) -> None:
         """Hand the request to the engine, with its prompt's KV or without."""
+        generation.begins()
         try:
             self._engine.generate(generation.request, generation, reservation)
         except MeshserveError as error:
@@ -169,10 +208,18 @@ class DecodeRole:
 
     def count_prompt(self, generation: _Generation, stats: GenerationStats) -> int:
         """Prompt tokens whose KV was on this worker when the request came; they, and all of the prompt, are counted."""
-        num_cached = max(0, stats.num_cached_tokens - generation.num_handed_over(self._engine.card.kv_bytes_per_token))
+        num_cached = self.num_found(generation, stats.num_cached_tokens)
         self._mesh.counters.add("prompt_tokens", stats.num_prompt_tokens)
         self._mesh.counters.add("prompt_tokens_cached", num_cached)
         return num_cached
+
+    def num_found(self, generation: _Generation, num_cached_tokens: int) -> int:
+        """Of what the engine counts as cached, what was not handed over."""
+        return max(0, num_cached_tokens - generation.num_handed_over(self._engine.card.kv_bytes_per_token))
+
+    def admission(self, request: GenerateRequest) -> Admission | None:
+        """How the engine took it up, if it says."""
+        return self._engine.admission(request.request_id)
 
     def ended(self, generation: _Generation) -> None:
         """No longer running here."""

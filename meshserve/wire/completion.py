@@ -70,6 +70,8 @@ class CompletionRequest:
     """The client's own name for the request: a label."""
     wants_receipt: bool = False
     policy: str | None = None
+    traceparent: str = ""
+    """The client's trace, or the frontend's own (W3C Trace Context, level 1, section 3.2); empty for none."""
     session: str = ""
     """Requests of one session like to go where the last one went; empty for none. A hint."""
 
@@ -160,6 +162,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "client_id": (str,),
     "wants_receipt": (bool,),
     "policy": (str, type(None)),
+    "traceparent": (str,),
     "session": (str,),
 }
 

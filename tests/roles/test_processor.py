@@ -292,13 +292,14 @@ def test_what_a_worker_must_not_say_fails_the_request_and_nothing_else(item: Any
         {"attempts": 5},
     ],
 )
-def test_a_workers_malformed_account_fails_the_request_and_nothing_else(account: dict[str, Any]) -> None:
+def test_a_workers_malformed_account_costs_the_receipt_its_figures_and_nothing_else(account: dict[str, Any]) -> None:
     async def check() -> None:
         async with scene() as found:
-            client = found.ask()
+            client = found.ask(wants_receipt=True)
             await found.worker.asked(1)
             found.worker.calls[0].end({"reason": "stop", **account})
-            assert (await client.failure()).code == "protocol_error"
+            ending = await client.end()
+            assert ending.receipt is not None and ending.receipt["phases_ms"]["decode"] == 0 and ending.receipt["attempts"] == []
             assert found.processor.is_idle
 
     run_async(check())

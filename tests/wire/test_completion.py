@@ -39,6 +39,7 @@ FULL: dict[str, Any] = {
     "client_id": "c",
     "wants_receipt": True,
     "policy": "kv",
+    "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
     "session": "alice",
 }
 

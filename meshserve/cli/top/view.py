@@ -10,7 +10,10 @@ from rich.text import Text
 from meshserve.cli.columns import Cell, Column, duration, plain, table
 from meshserve.cli.peers import STATE_STYLES
 from meshserve.cli.top.rates import Activity, Samples, percentile_s, sparkline
+from meshserve.cli.trace.waterfall import waterfall
+from meshserve.errors import RequestNotFound
 from meshserve.mesh.mesh import Mesh
+from meshserve.observe.receipt_finding import latest_receipt
 from meshserve.observe.status import list_peers
 
 _BAR_CELLS = 10
@@ -97,21 +100,32 @@ class TopView:
         """Incarnation: a selection stays with its peer, wherever it sorts to."""
         self._is_detailed = False
         self._scrolled = 0
+        self._traces, self._is_trace_due = False, False
+        self._receipt: dict[str, Any] | None = None
+        """Of the request that had ended last when its key was pressed."""
 
     async def refresh(self) -> None:
         """Ask every peer."""
         self._activities = self._samples.add(await list_peers(self._mesh), time.monotonic())
+        if self._is_trace_due:
+            self._is_trace_due = False
+            try:
+                self._receipt = await latest_receipt(self._mesh)
+            except RequestNotFound:
+                self._receipt = None
 
     # --- keys
 
     def on_key(self, key: str) -> None:
-        """Arrows select and sort, enter opens, escape closes."""
+        """Arrows select and sort, enter opens, escape closes, `t` shows the last request."""
         steps = {"up": -1, "k": -1, "down": 1, "j": 1, "page-up": -_PAGE, "page-down": _PAGE}
         if key in ("escape", "backspace"):
-            self._is_detailed = False
+            self._is_detailed = self._traces = False
+        elif key == "t":
+            self._traces, self._is_trace_due, self._is_detailed, self._scrolled = True, True, False, 0
         elif key == "enter":
-            self._is_detailed, self._scrolled = not self._is_detailed, 0
-        elif key in steps and self._is_detailed:
+            self._is_detailed, self._traces, self._scrolled = not (self._is_detailed or self._traces), False, 0
+        elif key in steps and (self._is_detailed or self._traces):
             self._scrolled = max(0, self._scrolled + steps[key])
         elif key in steps:
             self._select(steps[key])
@@ -145,7 +159,10 @@ class TopView:
             self._selected = order[0].peer["incarnation"]
         head = self._head(width)
         room = height - len(head) - 2
-        body = self._details(room) if self._is_detailed else self._scrolled_table(order, width, room)
+        if self._traces:
+            body = self._shown(self._trace(width), room)
+        else:
+            body = self._shown(self._details(), room) if self._is_detailed else self._scrolled_table(order, width, room)
         lines = [*head, Text(), *body][: height - 1]
         return [*lines, *([Text()] * (height - 1 - len(lines))), self._foot()]
 
@@ -182,18 +199,25 @@ class TopView:
         first = max(0, min(at - num_rows // 2, len(rows) - num_rows))
         return [head, *rows[first : first + num_rows]]
 
-    def _details(self, height: int) -> list[Text]:
+    def _details(self) -> list[Text]:
         activity = next((found for found in self._activities if found.peer["incarnation"] == self._selected), None)
-        if activity is None:
-            return []
-        lines = [Text(plain(line)) for line in details(activity)]
+        return [Text(plain(line)) for line in details(activity)] if activity is not None else []
+
+    def _trace(self, width: int) -> list[Text]:
+        if self._is_trace_due:
+            return [Text("looking for the last request ...", "dim")]
+        return waterfall(self._receipt, width) if self._receipt is not None else [Text("no request has ended yet")]
+
+    def _shown(self, lines: list[Text], height: int) -> list[Text]:
         self._scrolled = max(0, min(self._scrolled, len(lines) - height))
         return lines[self._scrolled : self._scrolled + height]
 
     def _foot(self) -> Text:
+        if self._traces:
+            return Text("q quit   esc back   ↑↓ scroll   t the last request by now", "reverse")
         if self._is_detailed:
             return Text("q quit   esc back   ↑↓ scroll", "reverse")
-        return Text("q quit   ↑↓ select   enter details   ←→ sort   r reverse", "reverse")
+        return Text("q quit   ↑↓ select   enter details   t last request   ←→ sort   r reverse", "reverse")
 
 
 def details(activity: Activity) -> list[str]:

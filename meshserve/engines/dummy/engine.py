@@ -12,7 +12,7 @@ from meshserve.engines.dummy.options import parse_options
 from meshserve.engines.dummy.reservation import DummyReservation
 from meshserve.engines.dummy.sampling import next_token
 from meshserve.engines.dummy.scheduler import Scheduler, Stage, Step
-from meshserve.engines.protocol import BlockListener, EngineLoad, EngineOptions, GenerationSink, PrefillSink, Reservation
+from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, EngineOptions, GenerationSink, PrefillSink, Reservation
 from meshserve.engines.rates import StepRates
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
 from meshserve.errors import BlockRefused, ContextLengthExceeded, EngineFailed, InvalidRequest, PoolFull
@@ -123,6 +123,13 @@ class DummyEngine:
         if job is not None:
             self._end(job)
             self._driver.kick()  # what it held may be what another waits for
+
+    def admission(self, request_id: str) -> Admission | None:
+        """None for unknown ids, and before its first step."""
+        job = self._jobs.get(request_id)
+        if job is None or job.started_at is None:
+            return None
+        return Admission(job.num_cached or 0, (job.started_at - job.added_at) * 1000)
 
     def overdue_s(self, request_id: str) -> float | None:
         """How far the engine is behind its own schedule; None for unknown ids."""

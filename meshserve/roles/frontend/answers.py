@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from time import monotonic
 from typing import Any
 
 from meshserve.errors import MeshserveError, RequestTimedOut
@@ -12,7 +13,7 @@ from meshserve.roles.frontend.asgi import ClientGone
 class Answer:
     """The sink of the processor's stream. `wait` gives all that is there."""
 
-    __slots__ = ("_loop", "_max_unread", "_waiting", "call", "end", "error", "is_client_gone", "items", "on_over")
+    __slots__ = ("_loop", "_max_unread", "_waiting", "call", "end", "error", "is_client_gone", "items", "on_over", "over_s", "passed_s")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, max_unread: int) -> None:
         self._loop, self._max_unread = loop, max_unread
@@ -24,6 +25,8 @@ class Answer:
         self.call: OutgoingCall | None = None
         self.on_over: Callable[[bool], None] | None = None
         """Called once when nothing more comes: True if it came to its end."""
+        self.passed_s = self.over_s = 0.0
+        """When the processor was asked, and when nothing more came."""
 
     def on_item(self, item: Any) -> None:
         self.items.append(item)
@@ -61,6 +64,7 @@ class Answer:
         self._over(False)
 
     def _over(self, is_done: bool) -> None:
+        self.over_s = self.over_s or monotonic()
         on_over, self.on_over = self.on_over, None
         if on_over is not None:
             on_over(is_done)

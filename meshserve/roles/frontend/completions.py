@@ -9,12 +9,13 @@ import itertools
 import logging
 import time
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meshserve.config import ServeConfig
-from meshserve.errors import Draining, MeshserveError, NoWorker, Overloaded
+from meshserve.errors import Cancelled, Draining, MeshserveError, NoWorker, Overloaded
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipts import with_http
+from meshserve.observe.receipt_store import Fronts
+from meshserve.observe.receipts import Front, with_front
 from meshserve.roles.frontend import apis
 from meshserve.roles.frontend.answers import Answer
 from meshserve.roles.frontend.apis import Api
@@ -25,6 +26,10 @@ from meshserve.roles.frontend.desk import Desk, request_timeout_s
 from meshserve.roles.frontend.parsing import MAX_SESSION_CHARACTERS, ResponseOptions, parse_generate
 from meshserve.roles.frontend.writers import Reply, Writer
 from meshserve.wire.completion import CompletionRequest, Ending
+from meshserve.wire.trace_context import read_traceparent
+
+if TYPE_CHECKING:
+    from meshserve.observe.otlp import Exporter
 
 Label = list[Header]
 
@@ -35,7 +40,7 @@ _LONG_BODY_BYTES = 65_536
 class Completions:
     """Takes requests in and passes them on to a processor."""
 
-    def __init__(self, mesh: Mesh, config: ServeConfig) -> None:
+    def __init__(self, mesh: Mesh, config: ServeConfig, exporter: "Exporter | None" = None) -> None:
         self._mesh, self._config = mesh, config
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
@@ -43,6 +48,8 @@ class Completions:
         self._lines = apis.lines(self._parse_generate)
         self._desk = Desk(mesh, config)
         self.under_way = UnderWay(mesh)
+        self._fronts = Fronts(mesh, config.receipts_kept) if config.observe else None
+        self._exporter = exporter
         self.num_open = 0
         """Requests under way."""
         mesh.levels.derive("http_requests", lambda: self.num_open)
@@ -86,23 +93,25 @@ class Completions:
         request_id = self.new_id()
         client_id = _header(scope, b"x-request-id")[:128]
         label = [(b"x-request-id", (client_id or request_id).encode("latin-1", "replace"))]
-        answer = Answer(self._loop, self._config.front.max_unread_texts)
+        answer, front = Answer(self._loop, self._config.front.max_unread_texts), Front(request_id, client_id, began_s)
         gone: asyncio.Task[Any] | None = None
         self.num_open += 1
         try:
             deadline_s = began_s + request_timeout_s(scope, self._config.request_timeout_s)
             request, options = await self._parse(api, await read_json(receive, self._config.max_body_bytes), request_id, client_id)
-            if session := _header(scope, b"x-session-id"):
-                request = replace(request, session=session[:MAX_SESSION_CHARACTERS])
+            request = self._marked(request, scope, front)
+            front.set_out(request.client_id, request.model, time.monotonic())
             writer = api.writer(Reply(api.response_id(request_id), int(time.time()), request, options))
             self.under_way.add(request_id, client_id, answer)
             self._open(request, answer, scope, deadline_s)
             gone = self._loop.create_task(_until_gone(receive))
             gone.add_done_callback(answer.client_gone)
-            await (self._stream if options.is_stream else self._whole)(writer, answer, send, label, began_s)
+            await (self._stream if options.is_stream else self._whole)(writer, answer, send, label, front)
         except ClientGone:
             self._mesh.counters.add("clients_gone")
+            front.failed(Cancelled("the client left"))
         except MeshserveError as error:
+            front.failed(error)
             await _send_error(send, api, error, label)
         except Exception:  # a mistake of ours; once a response has begun, all that is left is to break it off
             _log.exception("%s failed", scope["path"])
@@ -111,6 +120,7 @@ class Completions:
         finally:
             self.num_open -= 1
             answer.cancel()
+            self._keep(front, answer)
             self.under_way.remove(request_id, client_id)
             if gone is not None:
                 gone.remove_done_callback(answer.client_gone)
@@ -133,7 +143,32 @@ class Completions:
     def _pass_on(self, request: CompletionRequest, answer: Answer, deadline_s: float) -> None:
         peer = self.processor()
         body = request if peer == self._mesh.incarnation else request.to_wire()
-        answer.call = self._mesh.open(peer, "complete", body, answer, max(0.001, deadline_s - time.monotonic()))
+        answer.passed_s = time.monotonic()
+        answer.call = self._mesh.open(peer, "complete", body, answer, max(0.001, deadline_s - answer.passed_s))
+
+    def _marked(self, request: CompletionRequest, scope: Scope, front: Front) -> CompletionRequest:
+        """With what its headers say: whose session it is, and of which trace; if spans leave from here, one begins if need be."""
+        if session := _header(scope, b"x-session-id"):
+            request = replace(request, session=session[:MAX_SESSION_CHARACTERS])
+        if given := _header(scope, b"traceparent"):
+            front.traceparent = given if read_traceparent(given) is not None else ""
+        traceparent = front.traceparent if self._exporter is None else self._exporter.trace(front)
+        return replace(request, traceparent=traceparent) if traceparent else request
+
+    def _keep(self, front: Front, answer: Answer) -> None:
+        if self._fronts is not None:
+            self._passed(front, answer)
+            if answer.error is not None:
+                front.failed(answer.error)
+            self._fronts.keep(front)
+        if self._exporter is not None:
+            self._exporter.front_ended(front)
+
+    @staticmethod
+    def _passed(front: Front, answer: Answer) -> None:
+        """What is known by now of this frontend's part."""
+        front.passed_s, front.answered_s, front.ended_s = answer.passed_s, answer.over_s, time.monotonic()
+        front.processor = answer.call.peer if answer.call is not None else ""
 
     def close(self) -> None:
         """No more places for anybody."""
@@ -150,23 +185,23 @@ class Completions:
 
     # --- answers
 
-    async def _whole(self, writer: Writer, answer: Answer, send: Send, label: Label, began_s: float) -> None:
+    async def _whole(self, writer: Writer, answer: Answer, send: Send, label: Label, front: Front) -> None:
         while answer.end is None:
             writer.feed(await answer.wait())
             if answer.error is not None:
                 raise answer.error
         writer.feed(answer.items)
-        body = writer.end(self._ending(answer, began_s))
+        body = writer.end(self._ending(answer, front))
         await send_whole(send, 200, body, [(b"content-type", writer.media_type.encode()), *label])
 
-    async def _stream(self, writer: Writer, answer: Answer, send: Send, label: Label, began_s: float) -> None:
+    async def _stream(self, writer: Writer, answer: Answer, send: Send, label: Label, front: Front) -> None:
         """Headers go out with the first text, so that what fails before it is an HTTP error and not a broken stream."""
         is_started = False
         while True:
             items = await answer.wait()
             if answer.error is not None and not is_started:
                 raise answer.error
-            out, is_last = self._written(writer, items, answer, began_s)
+            out, is_last = self._written(writer, items, answer, front)
             if not out and not is_last and not is_started:
                 continue  # what was said so far is not for the client yet
             if not is_started:
@@ -178,25 +213,25 @@ class Completions:
             if out:
                 await send({"type": "http.response.body", "body": out, "more_body": True})
 
-    def _written(self, writer: Writer, items: list[Any], answer: Answer, began_s: float) -> tuple[bytes, bool]:
+    def _written(self, writer: Writer, items: list[Any], answer: Answer, front: Front) -> tuple[bytes, bool]:
         """What these items come to, and whether it is the last of the response. A failure is worded here: the status is sent already."""
         try:
             out = writer.feed(items)
             if answer.error is not None:
                 return out + writer.fail(answer.error), True
             if answer.end is not None:
-                return out + writer.end(self._ending(answer, began_s)), True
+                return out + writer.end(self._ending(answer, front)), True
         except MeshserveError as error:
             return writer.fail(error), True
         return out, False
 
-    def _ending(self, answer: Answer, began_s: float) -> Ending:
+    def _ending(self, answer: Answer, front: Front) -> Ending:
         """The end, and the receipt with this frontend's part. Raises ProtocolError for what a processor must not say."""
         ending = Ending.from_wire(answer.end)
         if ending.receipt is None:
             return ending
-        elapsed_ms = (time.monotonic() - began_s) * 1000
-        return ending._replace(receipt=with_http(ending.receipt, self._mesh.own.name, elapsed_ms))
+        self._passed(front, answer)
+        return ending._replace(receipt=with_front(ending.receipt, front.to_wire(self._mesh.own.name)))
 
 
 async def _send_error(send: Send, api: Api, error: MeshserveError, label: Label) -> None:

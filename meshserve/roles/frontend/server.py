@@ -3,18 +3,19 @@
 import asyncio
 import time
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from meshserve.config import ServeConfig
 from meshserve.errors import InvalidRequest, MeshserveError, ModelNotFound
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.feed_mesh import MeshFeed
+from meshserve.observe.receipt_finding import find_receipt
 from meshserve.observe.status import list_peers
 from meshserve.roles.frontend import shapes
 from meshserve.roles.frontend.asgi import Receive, Scope, Send
@@ -24,6 +25,9 @@ from meshserve.roles.frontend.events import Dashboard
 from meshserve.roles.frontend.guard import Guard
 from meshserve.roles.frontend.listening import Server, bind, possible_connections, tls_context, url_of
 from meshserve.roles.frontend.tokenizing import Tokenizing, hot_routes
+
+if TYPE_CHECKING:
+    from meshserve.observe.otlp import Exporter
 
 _START_CHECK_S = 0.002
 
@@ -42,9 +46,9 @@ class _HotRoutes:
 class FrontendRole:
     """Listens; `start` returns the URL once it does."""
 
-    def __init__(self, mesh: Mesh, config: ServeConfig) -> None:
+    def __init__(self, mesh: Mesh, config: ServeConfig, exporter: "Exporter | None" = None) -> None:
         self._mesh, self._config = mesh, config
-        self._completions = Completions(mesh, config)
+        self._completions = Completions(mesh, config, exporter)
         self._dashboard = Dashboard(MeshFeed(mesh)) if config.observe else None
         self._started_s = int(time.time())
         self._server: Server | None = None
@@ -82,12 +86,16 @@ class FrontendRole:
                 Route("/health", self._health),
                 Route("/ready", self._ready),
                 Route("/mesh/peers", self._peers),
-                Route("/mesh/requests/{name}", self._cancel, methods=["DELETE"]),
+                *self._request_routes(),
                 *([Route("/metrics", self._metrics)] if self._config.observe else []),
                 *(self._dashboard.routes() if self._dashboard else []),
             ],
             exception_handlers={HTTPException: _http_error, MeshserveError: _own_error, Exception: _unexpected},
         )
+
+    def _request_routes(self) -> list[BaseRoute]:
+        route = "/mesh/requests/{name}"
+        return [Route(route, self._cancel, methods=["DELETE"]), *([Route(route, self._receipt)] if self._config.observe else [])]
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse(shapes.models_body([info.card for info in self._mesh.peers_with("decode") if info.card], self._started_s))
@@ -116,6 +124,9 @@ class FrontendRole:
 
     async def _cancel(self, request: Request) -> Response:
         return JSONResponse({"cancelled": await self._completions.under_way.cancel(request.path_params["name"])})
+
+    async def _receipt(self, request: Request) -> Response:
+        return JSONResponse(await find_receipt(self._mesh, request.path_params["name"]))
 
     async def _metrics(self, request: Request) -> Response:
         from meshserve.observe import metrics  # a slow import that only those who scrape need wait for, once

@@ -7,6 +7,7 @@ tokens into text. A worker that is lost before its first token is replaced by an
 import asyncio
 import random
 from array import array
+from collections.abc import Callable
 from typing import Any
 
 from meshserve.engines.tokenizers import Vocabulary
@@ -14,6 +15,8 @@ from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, Protocol
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
+from meshserve.observe.receipt_store import Receipts
+from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.models import Models
 from meshserve.roles.processor.placing import Placer
 from meshserve.roles.processor.prompts import check_bias, check_features, check_prompts
@@ -33,24 +36,27 @@ class Preparing:
 
     sequences: tuple[Sequence, ...] = ()
 
-    def __init__(self, call: IncomingCall, task: "asyncio.Task[None]") -> None:
-        self._call, self._task = call, task
+    def __init__(self, call: IncomingCall, task: "asyncio.Task[None]", keep: Callable[[MeshserveError], None]) -> None:
+        self._call, self._task, self._keep = call, task, keep
 
     def fail(self, error: MeshserveError) -> None:
         """End it here and now."""
+        self._keep(error)
         self._task.cancel()
         self._call.fail(error)
 
     def cancel(self) -> None:
         """Nobody waits any more."""
+        self._keep(Cancelled("ended by its caller while its prompt was made into tokens"))
         self._task.cancel()
 
 
 class ProcessorRole:
     """Serves `complete` (items and end as in :mod:`meshserve.wire.completion`), `tokenize` and `detokenize`."""
 
-    def __init__(self, mesh: Mesh, max_lost_peers: int) -> None:
-        self.mesh, self.max_lost_peers = mesh, max_lost_peers
+    def __init__(self, mesh: Mesh, max_lost_peers: int, receipts: Receipts | None = None) -> None:
+        self.mesh, self.max_lost_peers, self.receipts = mesh, max_lost_peers, receipts
+        self.histograms = mesh.histograms if receipts is not None else None
         self.models = Models(mesh)
         self._running: dict[str, Request | Preparing] = {}
         self.placer = Placer(mesh)
@@ -80,15 +86,31 @@ class ProcessorRole:
         asked = call.body if isinstance(call.body, CompletionRequest) else CompletionRequest.from_wire(call.body)
         if asked.request_id in self._running:
             raise InvalidRequest("a request of this id is under way")
-        phases, card = Phases(), self.models.card(asked.model)
-        check_features(asked, card)
-        encoded = self.models.encode_nowait(asked, card)
-        if encoded is not None:
-            self._start(call, asked, card, encoded, phases)
-            return
+        phases = Phases()
+        try:
+            card = self.models.card(asked.model)
+            check_features(asked, card)
+            encoded = self.models.encode_nowait(asked, card)
+            if encoded is not None:
+                self._start(call, asked, card, encoded, phases)
+                return
+        except MeshserveError as error:
+            self._keep_refused(asked, phases, error)
+            raise
         task = self.mesh.tasks.spawn(self._start_later(call, asked, card, phases))
-        self._running[asked.request_id] = preparing = Preparing(call, task)
+        preparing = Preparing(call, task, lambda error: self._keep_refused(asked, phases, error))
+        self._running[asked.request_id] = preparing
         call.on_cancel = preparing.cancel
+
+    def _keep_refused(self, asked: CompletionRequest, phases: Phases, error: MeshserveError) -> None:
+        """The receipt of a request that no worker saw."""
+        if self.receipts is None:
+            return
+        process_ms = phases.end("process")
+        receipt = Receipt(asked.request_id, asked.client_id, asked.model, phases_ms={"process": process_ms}, traceparent=asked.traceparent)
+        receipt.peers["processor"] = self.name
+        receipt.total_ms, receipt.outcome, receipt.error = process_ms, error.code, error.message
+        self.receipts.keep(receipt)
 
     def _start(self, call: IncomingCall, asked: CompletionRequest, card: ModelCard, encoded: Encoded, phases: Phases) -> None:
         """Raises what is wrong with a request before anybody works for it."""
@@ -105,6 +127,7 @@ class ProcessorRole:
         try:
             encoded = await self.models.encode(asked, card)
         except MeshserveError as error:
+            self._keep_refused(asked, phases, error)
             call.fail(error)
             return
         finally:
@@ -112,6 +135,7 @@ class ProcessorRole:
         try:
             self._start(call, asked, card, encoded, phases)
         except MeshserveError as error:
+            self._keep_refused(asked, phases, error)
             call.fail(error)
 
     async def close(self) -> None:

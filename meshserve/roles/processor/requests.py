@@ -9,9 +9,10 @@ from array import array
 from dataclasses import replace
 from typing import Any, Protocol
 
-from meshserve.errors import InvalidRequest, MeshserveError
+from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MeshserveError
 from meshserve.mesh.calls import IncomingCall
-from meshserve.observe.receipts import Receipt
+from meshserve.observe.receipt_store import Receipts
+from meshserve.observe.receipts import OK, Receipt, after_first_token, merged
 from meshserve.roles.processor.calling import wants_call
 from meshserve.roles.processor.choices import Choice, EchoOnly
 from meshserve.roles.processor.prompts import sampling_of
@@ -30,6 +31,9 @@ class Role(Dispatcher, Protocol):
     @property
     def name(self) -> str:
         """This peer's."""
+
+    receipts: Receipts | None
+    """Of requests that are over; None if nobody is to keep any."""
 
     def draw_seed(self) -> int:
         """For a prompt whose request names none."""
@@ -60,7 +64,9 @@ class Request:
         self._first_end = EndItem(0, "", None)
         self.is_over = False
         self.sequences = [sequence for place in range(len(prompts)) for sequence in self._sequences(place)]
-        self.sequences[0].receipt.add("process", phases.end("process"))
+        self._process_ms = phases.end("process")
+        for sequence in self.sequences:
+            sequence.receipt.add("process", self._process_ms)
 
     def _sequences(self, place: int) -> list[Sequence]:
         tokens, asked = self._prompts[place], self._asked
@@ -74,7 +80,7 @@ class Request:
     def _sequence(self, index: int, tokens: "array[int]", sampling: Sampling) -> Sequence:
         asked = self._asked
         name = self.request_id if self._num_open == 1 else f"{self.request_id}/{index}"
-        receipt = Receipt(name, asked.client_id, asked.model, num_prompt_tokens=len(tokens))
+        receipt = Receipt(name, asked.client_id, asked.model, num_prompt_tokens=len(tokens), traceparent=asked.traceparent)
         receipt.peers["processor"] = self._role.name
         choice = (Choice if asked.max_tokens != 0 else EchoOnly)(
             self._call.send,
@@ -127,7 +133,7 @@ class Request:
             sequence.choice.echo(self._prompt_text(index // asked.n))
         if index % asked.n == 0:
             for other in self.sequences[index + 1 : index + asked.n]:
-                other.phases.end("other")
+                other.waited_ms = other.phases.end("waited")
                 self._go(other)
 
     def _prompt_text(self, place: int) -> str:
@@ -147,28 +153,31 @@ class Request:
             self._call.send(item_to_wire(end))
         if not self._num_open:
             self._over()
-            self._call.end(self._ending().to_wire())
+            receipt = self._finish(sequence, OK)
+            wired = receipt.to_wire() if self._asked.wants_receipt else None
+            usage = receipt.num_prompt_tokens, receipt.num_completion_tokens, receipt.num_cached_tokens
+            self._call.end(Ending(self._first_end.reason, *usage, wired, self._first_end.stop).to_wire())
 
-    def _ending(self) -> Ending:
+    def _finish(self, last: Sequence, outcome: str, error: str = "") -> Receipt:
+        """The receipt: the path of the first answer, the times of the one that the end waited for."""
+        receipt = self._receipt(last)
+        receipt.total_ms, receipt.outcome, receipt.error = self._phases.total_ms(), outcome, error
+        if self._role.receipts is not None:
+            self._role.receipts.keep(receipt)
+        return receipt
+
+    def _receipt(self, last: Sequence) -> Receipt:
+        if len(self.sequences) == 1:
+            return last.receipt
         receipts = [sequence.receipt for sequence in self.sequences]
         num_cached = sum(receipt.num_cached_tokens for receipt in receipts[:: self._asked.n])
-        num_completion = sum(receipt.num_completion_tokens for receipt in receipts)
-        num_prompt = sum(map(len, self._prompts))
-        receipt = self._receipt(receipts, num_prompt, num_cached).to_wire(self._phases.total_ms()) if self._asked.wants_receipt else None
-        return Ending(self._first_end.reason, num_prompt, num_completion, num_cached, receipt, self._first_end.stop)
-
-    def _receipt(self, receipts: list[Receipt], num_prompt: int, num_cached: int) -> Receipt:
-        """The first answer's path and times; tokens, blocks, bytes and attempts of all of them."""
-        return replace(
-            receipts[0],
-            request_id=self.request_id,
-            num_prompt_tokens=num_prompt,
-            num_cached_tokens=num_cached,
-            num_completion_tokens=sum(receipt.num_completion_tokens for receipt in receipts),
-            num_blocks=sum(receipt.num_blocks for receipt in receipts),
-            num_bytes=sum(receipt.num_bytes for receipt in receipts),
-            attempts=[attempt for receipt in receipts for attempt in receipt.attempts],
-        )
+        receipt = merged(receipts, self.request_id, sum(map(len, self._prompts)), num_cached)
+        place = self.sequences.index(last)
+        first = self.sequences[place - place % self._asked.n]
+        receipt.phases_ms = last.receipt.phases_ms
+        if first is not last:
+            receipt.phases_ms = after_first_token(first.receipt.phases_ms, last.waited_ms, last.receipt.phases_ms)
+        return receipt
 
     def failed(self, sequence: Sequence, error: MeshserveError) -> None:
         """One failed, so all do."""
@@ -176,20 +185,29 @@ class Request:
             return
         if isinstance(error, InvalidRequest) and error.param in ("json_schema", "response_format"):
             error = type(error)(error.message, param="tools" if self._is_call else "response_format")  # as the client knows its schema
-        self.fail(error)
+        self.fail(error, sequence)
 
-    def fail(self, error: MeshserveError) -> None:
+    def fail(self, error: MeshserveError, sequence: Sequence | None = None) -> None:
         """End it here and now, at its workers too."""
         text = f"request {self.request_id} failed: {error.message}"
         log_event(_log, "request_failed", text, request_id=self.request_id, client_id=self._asked.client_id, code=error.code)
-        self.cancel()
+        self._end(error.code, error.message, sequence)
         self._call.fail(error)
 
     def cancel(self) -> None:
-        """The client is gone, or the request failed."""
+        """The client is gone, or did not wait any longer."""
+        ended_by = self._call.ended_by
+        self._end(DeadlineExceeded.code if ended_by == "deadline" else Cancelled.code, f"ended by its caller: {ended_by or 'cancel'}")
+
+    def _end(self, outcome: str, error: str, sequence: Sequence | None = None) -> None:
+        """Without its output, because of this sequence, or while this one was the first that was not complete."""
+        if self.is_over:
+            return
+        last = sequence or next((found for found in self.sequences if not found.is_over), self.sequences[0])
         self._over()
-        for sequence in self.sequences:
-            sequence.cancel()
+        for found in self.sequences:
+            found.cancel()
+        self._finish(last, outcome, error)
 
     def _over(self) -> None:
         self.is_over = True

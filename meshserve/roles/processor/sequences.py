@@ -4,16 +4,19 @@ Steps are callbacks: a sequence costs no task, and a token costs no task switch.
 """
 
 from array import array
+from bisect import bisect_left
+from time import monotonic
 from typing import Any, Protocol
 
 from meshserve.errors import GaveUp, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import Receipt
+from meshserve.roles.processor.accounting import Account
 from meshserve.roles.processor.choices import Choice
 from meshserve.roles.processor.placing import Placement, Placer, Placing
 from meshserve.routing.candidates import Candidate
-from meshserve.telemetry import Phases
+from meshserve.telemetry import BUCKETS_S, Histograms, Phases
 from meshserve.wire.completion import EndItem
 from meshserve.wire.generation import GenerateRequest, Sampling
 
@@ -28,6 +31,8 @@ class Dispatcher(Protocol):
     mesh: Mesh
     max_lost_peers: int
     placer: Placer
+    histograms: Histograms | None
+    """Of latencies; None if nobody wants them."""
 
 
 class Owner(Protocol):
@@ -84,6 +89,12 @@ class Sequence:
         """Incarnation of the decode worker that has the sequence now."""
         self.num_tokens = 0
         self.is_over = self.is_scored = False
+        self.waited_ms = 0.0
+        """For the first answer to the same prompt, if this is a later one."""
+        self._gaps = dispatcher.histograms.counts_of("itl") if dispatcher.histograms is not None else None
+        self._last_s = 0.0
+        """When the last tokens came, on the monotonic clock."""
+        self.account = Account(receipt, phases, dispatcher.histograms, dispatcher.mesh.name_of)
         self._journal = dispatcher.mesh.journal
         if self._journal.is_on:
             self._journal.note("submit", self.request_id, num_tokens=len(tokens))
@@ -94,16 +105,16 @@ class Sequence:
     def route(self) -> None:
         """Look for a worker that was not tried yet."""
         self.worker = None
+        self.account.enter("route")
         self._placing.begin(self._excluded)
 
     def _placed(self, placement: Placement) -> None:
         """The candidates are known."""
         receipt = self.receipt
         receipt.peers["router"], receipt.policy = placement.router, placement.policy
-        receipt.candidates = [candidate.for_receipt() for candidate in placement.decode]
-        receipt.prefill_candidates = [candidate.for_receipt() for candidate in placement.prefill]
+        receipt.candidates, receipt.prefill_candidates = placement.decode, placement.prefill
         self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in placement.prefill)
-        receipt.add("route", self.phases.end("route"))
+        self.account.settle()
         self._dispatch(placement.decode[0])
 
     def _not_placed(self, error: MeshserveError) -> None:
@@ -113,6 +124,7 @@ class Sequence:
 
     def _dispatch(self, chosen: Candidate) -> None:
         self.worker, self._num_overlap_blocks = chosen.incarnation, chosen.overlap_blocks
+        self.account.enter("call")
         self.receipt.peers["decode"] = chosen.peer
         if self._is_followed:
             self._note_routed(chosen)
@@ -128,7 +140,8 @@ class Sequence:
 
     def _note_routed(self, chosen: Candidate) -> None:
         receipt = self.receipt
-        router, policy, candidates = receipt.peers["router"], receipt.policy, receipt.candidates
+        router, policy = receipt.peers["router"], receipt.policy
+        candidates = [candidate.for_receipt() for candidate in receipt.candidates]
         self._journal.note("routed", self.request_id, decode=chosen.incarnation, router=router, policy=policy, candidates=candidates)
 
     def on_item(self, item: Any) -> None:
@@ -142,7 +155,12 @@ class Sequence:
         if self._is_followed:
             self._journal.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
         if not self.num_tokens:
+            self._last_s = self.account.first_token()
             self._owner.began(self)
+        elif self._gaps:  # in line: it is all that a token pays to be observed (0.2 us)
+            now_s = monotonic()
+            self._gaps[bisect_left(BUCKETS_S, now_s - self._last_s)] += 1
+            self._last_s = now_s
         self.num_tokens += len(tokens)
         try:
             is_stopped = self.choice.feed(tokens, logprobs)
@@ -153,9 +171,14 @@ class Sequence:
             self._stop_early()
 
     def _unusual(self, item: Any) -> tuple[list[int] | None, Any]:
-        """Tokens with log probabilities; else nothing: the name of a prefill worker that died, or the prompt's log probabilities."""
+        """Tokens with log probabilities; else nothing: the name of a prefill worker that died, what the worker did before the first
+        token, or the prompt's log probabilities.
+        """
         if isinstance(item, str):
             self._lost.append(item)
+            return None, None
+        if isinstance(item, dict):
+            self.account.early = item
             return None, None
         if isinstance(item, list) and len(item) == 2 and isinstance(item[1], list):
             numbered, logprobs = item
@@ -176,11 +199,7 @@ class Sequence:
     def on_end(self, value: Any) -> None:
         """The worker is done."""
         account = value if isinstance(value, dict) else {}
-        try:
-            self._account(account)
-        except (AttributeError, TypeError, ValueError, OverflowError) as error:
-            self._fail(ProtocolError(f"a worker's account cannot be read: {error}"))
-            return
+        self.account.call_ended(account)
         if not self.num_tokens:
             self._owner.began(self)
         self._end("stop" if account.get("reason") == "stop" else "length")
@@ -193,7 +212,7 @@ class Sequence:
 
     def _retry_or_fail(self, error: MeshserveError) -> None:
         """Nothing given out yet means that another may start over, unless the request itself seems to be what takes workers down."""
-        self._note_attempt(error)
+        self._note_attempt(error, self.account.settle())
         if isinstance(error, Overloaded):
             self._overloaded = error
         can_retry = self.num_tokens == 0 and error.code in _RETRIED_CODES and len(self.receipt.attempts) < _MAX_ATTEMPTS
@@ -213,31 +232,22 @@ class Sequence:
             self._opened.cancel()
             self.on_error(PeerSilent("the worker fell silent"))
 
-    def _note_attempt(self, error: MeshserveError) -> None:
+    def _note_attempt(self, error: MeshserveError, took_ms: float) -> None:
         name = self._dispatcher.mesh.name_of(self.worker or "")
-        self.receipt.attempts.append({"peer": name, "role": "decode", "outcome": error.code, "tokens": self.num_tokens})
-        self.receipt.add("other", self.phases.end("lost"))
+        attempt = {"peer": name, "role": "decode", "outcome": error.code, "tokens": self.num_tokens, "ms": round(took_ms, 3)}
+        self.receipt.attempts.append(attempt)
 
     # --- the end
 
-    def _account(self, account: dict[str, Any]) -> None:
-        receipt = self.receipt
-        caller_ms = self.phases.end("decode_call")
-        for phase, milliseconds in (account.get("phases_ms") or {}).items():
-            receipt.add(str(phase), float(milliseconds))
-        receipt.add("network", caller_ms - float(account.get("total_ms") or caller_ms))
-        receipt.num_cached_tokens = int(account.get("num_cached_tokens") or 0)
-        receipt.num_blocks, receipt.num_bytes = int(account.get("num_blocks") or 0), int(account.get("num_bytes") or 0)
-        receipt.attempts += account.get("attempts") or []
-        prefill = account.get("prefill_peer")
-        receipt.peers["prefill"] = self._dispatcher.mesh.name_of(prefill) if isinstance(prefill, str) else None
-
     def _stop_early(self) -> None:
-        """A stop string was found: the worker need not go on. What it found in its cache is then known from the router only."""
+        """A stop string was found: the worker need not go on. What it found in its cache is known from its word before the first token,
+        or else from the router.
+        """
         if self._opened is not None:
             self._opened.cancel()
-        self.receipt.add("decode", self.phases.end("decode"))
-        self.receipt.num_cached_tokens = min(self._num_overlap_blocks * self._owner.block_size, len(self.tokens) - 1)
+        self.account.settle()
+        if not self.account.early:
+            self.receipt.num_cached_tokens = min(self._num_overlap_blocks * self._owner.block_size, len(self.tokens) - 1)
         self._end("stop")
 
     def end_without_worker(self) -> None:
@@ -248,7 +258,6 @@ class Sequence:
     def _end(self, reason: str) -> None:
         end = self.choice.finish(reason)
         self._over("ok")
-        self.receipt.num_completion_tokens = self.choice.num_tokens
         self._owner.ended(self, end)
 
     def _abort(self, error: MeshserveError) -> None:
@@ -269,7 +278,9 @@ class Sequence:
                 self._opened.cancel()
 
     def _over(self, outcome: str) -> None:
+        self.account.close(self._last_s)
         self.is_over = True
+        self.receipt.num_completion_tokens = self.choice.num_tokens
         if self._journal.is_on:
             prompt = {"num_prompt_tokens": len(self.tokens), "num_cached_tokens": self.receipt.num_cached_tokens}
             self._journal.note("result", self.request_id, outcome=outcome, num_tokens=self.num_tokens, **prompt)

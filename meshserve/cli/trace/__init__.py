@@ -1,0 +1,1 @@
+"""`meshserve trace`: who served a request, why, and where its time went."""

@@ -1,0 +1,140 @@
+"""How a receipt looks on a terminal: its path, its phases one after the other, attempts, and candidates with their reasons. Pure."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+
+from meshserve.cli.columns import Cell, Column, duration, plain, table
+from meshserve.observe.receipts import OK, PHASES
+
+_PLAIN_WIDTH = 100
+"""Of the bars where there is no terminal to fill."""
+_NARROWEST_BAR = 10
+_PARTS = " ▏▎▍▌▋▊▉█"
+_NO_PHASE = Text("nothing took time", "dim")
+
+_COLOURS = {
+    "http": "bright_black",
+    "process": "blue",
+    "route": "magenta",
+    "queue": "yellow",
+    "prefill": "green",
+    "kv_transfer": "cyan",
+    "decode": "bright_green",
+    "network": "bright_blue",
+    "other": "red",
+}
+_WHERE = {"http": "frontend", "process": "processor", "route": "router", "queue": "decode", "prefill": "prefill", "kv_transfer": "prefill"}
+_FIGURES = (
+    Column("LOAD", 3, is_number=True),
+    Column("CACHED", 2, is_number=True),
+    Column("WAIT ms", 1, is_number=True),
+    Column("COST ms", is_number=True),
+    Column("WHY"),
+)
+_CANDIDATES = (("DECODE", "candidates"), ("PREFILL", "prefill_candidates"))
+_ATTEMPTS = (Column("ATTEMPT BY"), Column("WORK"), Column("ms", is_number=True), Column("BLOCKS", 1, is_number=True), Column("OUTCOME"))
+
+
+def waterfall(receipt: Mapping[str, Any], width: int | None, height: int | None = None) -> list[Text]:
+    """The whole receipt in lines of at most `width` cells; None is as wide as it takes. Nothing in it can steer the terminal.
+
+    Where `height` does not hold all, the best candidates stay, at least one of each role.
+    """
+    lines = [*_head(receipt), Text(), *_phases(receipt, width)]
+    if receipt["attempts"]:
+        lines += [Text(), *table(_ATTEMPTS, [_attempt(attempt) for attempt in receipt["attempts"]], width)]
+    groups = [(role, found) for role, name in _CANDIDATES if (found := receipt.get(name) or [])]
+    for index, (role, found) in enumerate(groups):
+        lines += [Text(), *_candidates(role, found, width, None if height is None else (height - len(lines)) // (len(groups) - index) - 2)]
+    if width is not None:
+        for line in lines:
+            line.truncate(width, overflow="ellipsis")
+    return lines
+
+
+def _candidates(role: str, found: list[dict[str, Any]], width: int | None, room: int | None) -> list[Text]:
+    shown = found if room is None else found[: max(1, room)]
+    title = f"{role} CANDIDATES" if len(shown) == len(found) else f"{role} CANDIDATES ({len(shown)} of {len(found)})"
+    return table((Column(title), *_FIGURES), [_candidate(candidate) for candidate in shown], width)
+
+
+def _head(receipt: Mapping[str, Any]) -> list[Text]:
+    outcome, label, tokens, kv = receipt["outcome"], receipt["client_id"], receipt["tokens"], receipt["kv"]
+    ago = f", {duration(receipt['ended_ago_s'])} ago" if "ended_ago_s" in receipt else ""
+    first = Text.assemble((plain(receipt["request_id"]), "bold"), f" {plain(label)}" if label else "", "  ")
+    first.append(outcome, "green" if outcome == OK else "red")
+    first.append(f"  {receipt['total_ms']:.3f} ms{ago}")
+    lines = [first]
+    if receipt.get("error"):
+        lines.append(_line("error", plain(receipt["error"])))
+    lines += [_line("path", plain(_path(receipt["peers"])))]
+    prompt = f"{tokens.get('prompt')} prompt tokens ({tokens.get('cached')} cached)"
+    policy = f", by {receipt['policy']}" if receipt["policy"] else ""
+    lines.append(_line("served", plain(f"{receipt['model']}, {prompt}, {tokens.get('completion')} completed{policy}")))
+    if kv.get("blocks"):
+        lines.append(_line("kv", f"{kv['blocks']} blocks, {kv.get('bytes', 0) / 1e6:.2f} MB handed over"))
+    lines += [
+        _line(f"answer {choice.get('index')}", plain(f"{_path(choice)}, {choice.get('completion')} tokens"))
+        for choice in receipt.get("choices") or []
+    ]
+    return lines + ([_line("trace", plain(receipt["traceparent"]))] if receipt.get("traceparent") else [])
+
+
+def _line(name: str, text: str) -> Text:
+    return Text.assemble((f"{name:9}", "dim"), text)
+
+
+def _path(peers: Mapping[str, Any]) -> str:
+    """Each peer once, in the order of the path; which role of it did what stands at the phases."""
+    names = [str(name) for role in ("frontend", "processor", "router", "prefill", "decode") if (name := peers.get(role))]
+    return " -> ".join(dict.fromkeys(names)) or "nobody"
+
+
+def _phases(receipt: Mapping[str, Any], width: int | None) -> list[Text]:
+    """Each phase begins where the one before it ended; http, network and other are sums of several places on the path."""
+    total_ms, phases = receipt["total_ms"], receipt["phases_ms"]
+    spent = [(phase, float(phases[phase])) for phase in PHASES if phases[phase] > 0]
+    if not spent or total_ms <= 0:
+        return [_NO_PHASE]
+    names = {phase: plain(_peer(receipt["peers"], phase)) for phase, _ in spent}
+    widest = min(max(map(len, names.values())), 24)
+    head = 12 + 10 + widest + 2
+    room = max(_NARROWEST_BAR, (width or _PLAIN_WIDTH) - head - 1)
+    lines, before_ms = [], 0.0
+    for phase, took_ms in spent:
+        line = Text.assemble(f"{phase:12}", f"{took_ms:9.3f} ", (f"{names[phase][:widest]:{widest}}  ", "dim"))
+        line.append(_bar(before_ms / total_ms, took_ms / total_ms, room), _COLOURS[phase])
+        lines.append(line)
+        before_ms += took_ms
+    return lines
+
+
+def _peer(peers: Mapping[str, Any], phase: str) -> str:
+    return str(peers.get(_WHERE.get(phase, "")) or (peers.get("decode") if phase in ("prefill", "decode") else "") or "")
+
+
+def _bar(start: float, share: float, room: int) -> str:
+    """From the cell that it begins in, as long as it took, in eighths of a cell and never less than one of them."""
+    first = min(room - 1, int(start * room))
+    whole, rest = divmod(min(max(1, round(share * room * 8)), (room - first) * 8), 8)
+    return " " * first + _PARTS[8] * whole + (_PARTS[rest] if rest else "")
+
+
+def _candidate(candidate: Mapping[str, Any]) -> list[Cell]:
+    names = ("load", "overlap_blocks", "wait_ms", "cost_ms")
+    return [str(candidate.get("peer")), *(_number(candidate.get(name)) for name in names), str(candidate.get("reason"))]
+
+
+def _attempt(attempt: Mapping[str, Any]) -> list[Cell]:
+    outcome = str(attempt.get("outcome"))
+    work = str(attempt.get("role", "prefill"))
+    style = "green" if outcome == "done" else "red"
+    return [str(attempt.get("peer")), work, _number(attempt.get("ms")), _number(attempt.get("blocks")), (outcome, style)]
+
+
+def _number(value: Any) -> str:
+    if not isinstance(value, (int, float)):
+        return "-"
+    return f"{value}" if isinstance(value, int) else f"{value:.1f}"

@@ -1,0 +1,98 @@
+"""Where receipts are kept: a processor's own, and a frontend's part of each. Bounded; rendered when somebody asks."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from meshserve.errors import InvalidRequest
+from meshserve.mesh.calls import IncomingCall
+from meshserve.mesh.mesh import Mesh
+from meshserve.observe.receipts import OK, Front, Receipt
+
+RECEIPT, LATEST, FRONT = "receipts.find", "receipts.latest", "receipts.front"
+
+MAX_NAME = 256
+_MAX_CANDIDATES = 16
+"""Of each role, kept of one request: the best are what "why" is about."""
+
+
+class Receipts:
+    """A processor's last ones, whatever they ended in. Keeping one costs an append; names are looked for among all, as few ask."""
+
+    def __init__(self, mesh: Mesh, num_kept: int) -> None:
+        self._mesh = mesh
+        self._kept: deque[Receipt] = deque(maxlen=num_kept)
+        self.on_kept: Callable[[Receipt], None] | None = None
+        """Told of each one."""
+        mesh.serve(RECEIPT, self._on_find)
+        mesh.serve(LATEST, self._on_latest)
+
+    def keep(self, receipt: Receipt) -> None:
+        """One more request is over."""
+        receipt.keep_best(_MAX_CANDIDATES)
+        receipt.ended_s = time.monotonic()
+        self._kept.append(receipt)
+        self._count(receipt)
+        if self.on_kept is not None:
+            self.on_kept(receipt)
+
+    def _count(self, receipt: Receipt) -> None:
+        outcome = receipt.outcome
+        kind = "done" if outcome == OK else "left" if outcome == "cancelled" else "failed"
+        self._mesh.counters.add(f"requests_{kind}")
+        if outcome != OK:
+            return
+        observe, phases = self._mesh.histograms.observe, receipt.phases_ms
+        observe("e2e", receipt.total_ms / 1000)
+        for phase in ("route", "queue", "prefill"):
+            observe(phase, phases.get(phase, 0.0) / 1000)
+
+    def _on_find(self, call: IncomingCall) -> None:
+        """By the mesh's name or the client's; the latest, if several are called the same. The end is None if there is none."""
+        name = name_of(call)
+        kept = self._kept
+        for receipt in reversed(kept):
+            if receipt.request_id == name or receipt.client_id == name:
+                call.end(self._render(receipt))
+                return
+        call.end(None)
+
+    def _on_latest(self, call: IncomingCall) -> None:
+        call.end(self._render(self._kept[-1]) if self._kept else None)
+
+    def _render(self, receipt: Receipt) -> dict[str, Any]:
+        return {**receipt.to_wire(), "ended_ago_s": round(time.monotonic() - receipt.ended_s, 3)}
+
+
+class Fronts:
+    """A frontend's part of its last requests, those included that got to no processor."""
+
+    def __init__(self, mesh: Mesh, num_kept: int) -> None:
+        self._mesh = mesh
+        self._kept: deque[Front] = deque(maxlen=num_kept)
+        mesh.serve(FRONT, self._on_find)
+
+    def keep(self, front: Front) -> None:
+        """One more request is over."""
+        self._kept.append(front)
+
+    def _on_find(self, call: IncomingCall) -> None:
+        """The end is None, or `processor`, `front` (for `with_front`), and `receipt`: what a frontend alone knows."""
+        name = name_of(call)
+        for front in reversed(self._kept):
+            if front.request_id == name or front.client_id == name:
+                call.end(self._render(front))
+                return
+        call.end(None)
+
+    def _render(self, front: Front) -> dict[str, Any]:
+        receipt = {**front.receipt().to_wire(), "ended_ago_s": round(time.monotonic() - front.ended_s, 3)}
+        return {"processor": front.processor, "front": front.to_wire(self._mesh.own.name), "receipt": receipt}
+
+
+def name_of(call: IncomingCall) -> str:
+    """Raises InvalidRequest for what is no name of a request."""
+    if not isinstance(call.body, str) or not 0 < len(call.body) <= MAX_NAME:
+        raise InvalidRequest("a request's name is a string")
+    return call.body
