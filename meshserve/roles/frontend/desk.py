@@ -23,7 +23,7 @@ def request_timeout_s(scope: Scope, most_s: float) -> float:
     if given is None:
         return most_s
     try:
-        asked_s = float(given)
+        asked_s = float(given) if b"_" not in given else math.nan  # Python's own way to write numbers
     except ValueError:
         asked_s = math.nan
     if not 0 < asked_s < math.inf:
