@@ -228,8 +228,11 @@ def _one_prompt(value: Any) -> "str | array[int]":
 def token_ids(value: Any, param: str, form: str) -> "array[int]":
     """A list of them, checked at 30 ns each: a prompt may have 100,000. Raises InvalidRequest that names the field, and its form."""
     try:
-        if isinstance(value, list) and set(map(type, value)) <= {int}:
+        kinds = set(map(type, value)) if isinstance(value, list) else {None}
+        if kinds <= {int}:
             return array("I", value)
+        if kinds <= {int, float} and all(map(float.is_integer, map(float, value))):
+            return array("I", map(int, value))
     except OverflowError:
         pass
     raise InvalidRequest(f"{param} must be {form}", param=param)

@@ -3,14 +3,16 @@
 from collections.abc import Iterable
 
 from meshserve.roles.frontend.apis import ANTHROPIC_PREFIX
+from meshserve.roles.frontend.desk import MIN_TIMEOUT_S
 from meshserve.roles.frontend.guard import OPEN_PATHS
 from meshserve.roles.frontend.openapi.failures import EVERYWHERE, failures
-from meshserve.roles.frontend.openapi.schemas import TEXT, Schema, record, ref, told
+from meshserve.roles.frontend.openapi.schemas import TEXT, Schema, record, ref
 
 _COMPLETING = (404, 429, 499, 502, 503, 504)
 _COUNTING = (404, 502, 503, 504)
 _JSON_ERROR = {"application/json": {"schema": ref("Error")}}
 _ID = {"x-request-id": {"description": "The request's id, or the client's own.", "required": True, "schema": TEXT}}
+_ANSWER = "The answer, whole or as server-sent events. A stream that fails ends with an error event, and never as if it were whole."
 _REQUEST_HEADERS = [{"$ref": f"#/components/parameters/{name}"} for name in ("RequestId", "Timeout", "Session")]
 
 
@@ -21,7 +23,7 @@ def parameters() -> dict[str, Schema]:
         "Timeout": (
             "x-request-timeout",
             "Seconds for the whole request, and no more than the server allows.",
-            {"type": "number", "exclusiveMinimum": 0},
+            {"type": "number", "minimum": MIN_TIMEOUT_S},
         ),
         "Session": ("x-session-id", "Requests of one session go where the last one went, if that costs nothing.", TEXT),
     }
@@ -73,9 +75,8 @@ def _add_completing(operations: Operations) -> None:
         ("/v1/responses", "createResponse", "ResponseRequest", "Response", "OpenAI's Responses API; nothing is stored"),
         ("/v1/messages", "createMessage", "MessageRequest", "AnthropicAnswer", "Anthropic's Messages API"),
     ):
-        events = told(TEXT, "With `stream`: server-sent events. One that fails ends with an error event, and never as if it were whole.")
-        content = {"application/json": {"schema": ref(schema)}, "text/event-stream": {"schema": events}}
-        responses = {"200": {"description": "The answer, whole or streamed.", "headers": _ID, "content": content}}
+        content = {"application/json": {"schema": ref(schema)}, "text/event-stream": {}}
+        responses = {"200": {"description": _ANSWER, "headers": _ID, "content": content}}
         asked = {"tags": ["Completing"], "parameters": _REQUEST_HEADERS, "requestBody": _body(request)}
         operations.add(f"post {path}", name, summary, responses, _COMPLETING, **asked)
     lines = answer("A JSON object a line, as the text comes.", "application/x-ndjson", TEXT, headers=_ID)
@@ -122,7 +123,7 @@ def _add_pages(operations: Operations) -> None:
 def _add_observed(operations: Operations) -> None:
     add, tags = operations.add, ["Mesh"]
     add("get /metrics", "metrics", "Figures of all peers, for Prometheus", answer("They.", "text/plain", TEXT), tags=tags)
-    events = answer("Server-sent events, without end.", "text/event-stream", TEXT)
+    events = {"200": {"description": "Server-sent events, without end.", "content": {"text/event-stream": {}}}}
     add("get /mesh/events", "events", "What happens in the mesh: the dashboard's data", events, (503,), tags=tags)
     add("get /", "dashboard", "The dashboard", answer("The page.", "text/html", TEXT), tags=["Pages"])
 

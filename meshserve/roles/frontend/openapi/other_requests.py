@@ -9,6 +9,7 @@ from meshserve.roles.frontend.openapi.schemas import (
     either,
     kind,
     labels,
+    needs_tools,
     neutral,
     one_of,
     optional_boolean,
@@ -25,6 +26,8 @@ from meshserve.roles.frontend.openapi.schemas import (
 from meshserve.roles.frontend.openapi.tools import FORMATS, function, named_schema, text_or_parts, tool_choice, tools
 from meshserve.roles.frontend.parsing import MAX_TEMPERATURE, SEEDS
 from meshserve.wire.completion import MAX_COUNT, MAX_LOGPROBS, MAX_MESSAGES, MAX_STOPS
+
+_TOOLS_RULE = needs_tools(either(record({"type": one_of("auto", "none")}, ["type"]), NULL))
 
 
 def _response() -> Schema:
@@ -93,7 +96,7 @@ def _message() -> Schema:
         "stream": optional_boolean(),
         "meshserve": ref("Extension"),
     }
-    return record(fields, ["model", "messages", "max_tokens"])
+    return {**record(fields, ["model", "messages", "max_tokens"]), "allOf": [_TOOLS_RULE]}
 
 
 def _counted() -> dict[str, Schema]:
@@ -148,7 +151,7 @@ def components() -> dict[str, Schema]:
         "ResponseTools": tools(flat),
         "ResponseTextFormat": or_null(either(record({"type": {"type": "string", "enum": list(FORMATS)}}, ["type"]), json_schema)),
         "MessageRequest": _message(),
-        "CountRequest": record(_counted(), ["model", "messages"]),
+        "CountRequest": {**record(_counted(), ["model", "messages"]), "allOf": [_TOOLS_RULE]},
         "AnthropicMessage": _anthropic_message(),
         "AnthropicTools": tools(record({"type": one_of("custom", None), **anthropic}, its_required)),
         "AnthropicToolChoice": _anthropic_choice(),

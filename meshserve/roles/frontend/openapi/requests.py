@@ -22,6 +22,7 @@ from meshserve.roles.frontend.openapi.schemas import (
     token_ids,
     told,
 )
+from meshserve.roles.frontend.openapi.tools import TOOLS_RULE
 from meshserve.roles.frontend.parsing import (
     LABELS,
     MAX_BIAS,
@@ -127,7 +128,7 @@ def _chat() -> Schema:
         },
         ["model", "messages"],
     )
-    return {**body, "allOf": [STREAM_OPTIONS_RULE, needs("top_logprobs", one_of(0, None), "logprobs")]}
+    return {**body, "allOf": [STREAM_OPTIONS_RULE, TOOLS_RULE, needs("top_logprobs", one_of(0, None), "logprobs")]}
 
 
 def _generate() -> Schema:
@@ -159,7 +160,7 @@ def _tokenize() -> Schema:
         "add_generation_prompt": optional_boolean(True),
         **neutral({"add_special_tokens": (False,)}),
     }
-    return either(record({**both, **prompt}, ["prompt"]), record({**both, **chat}, ["messages"]))
+    return either(record({**both, **prompt}, ["prompt"]), {**record({**both, **chat}, ["messages"]), "allOf": [TOOLS_RULE]})
 
 
 def components() -> dict[str, Schema]:

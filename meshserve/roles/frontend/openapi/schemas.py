@@ -112,6 +112,12 @@ def labels(names: Sequence[str]) -> dict[str, Schema]:
     return {name: optional_string() for name in names}
 
 
+def needs_tools(choices: Schema) -> Schema:
+    """A rule: there are tools, or the choice among them is one of these."""
+    given = {"properties": {"tools": {"type": "array", "minItems": 1}}, "required": ["tools"]}
+    return either(given, {"properties": {"tool_choice": choices}})
+
+
 def needs(field: str, unasked: Schema, other: str, asked: Any = True) -> Schema:
     """A rule: where `field` asks for something, `other` must be given so."""
     given = {"properties": {other: {"const": asked}}, "required": [other]}

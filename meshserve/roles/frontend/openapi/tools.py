@@ -8,6 +8,7 @@ from meshserve.roles.frontend.openapi.schemas import (
     array,
     either,
     kind,
+    needs_tools,
     one_of,
     optional_boolean,
     optional_string,
@@ -60,6 +61,9 @@ def tool_choice(named: Schema) -> Schema:
 def named_schema() -> dict[str, Schema]:
     """What a format has that is a schema."""
     return {"name": string(), "description": optional_string(), "strict": optional_boolean(), "schema": {"type": "object"}}
+
+
+TOOLS_RULE = needs_tools(one_of("none", "auto", None))
 
 
 def _message(role: Schema, more: dict[str, Schema], required: list[str]) -> Schema:
