@@ -15,7 +15,7 @@ or do not fit into the model's context, token ids above the model's last, calls 
 model's engine cannot keep to."""
 _TAGS = {
     "Completing": "Text that follows. OpenAI's shapes, and Anthropic's under `/v1/messages`.",
-    "Counting": "Tokens.",
+    "Counting": "Tokens of prompts and texts, without an answer.",
     "Models": "What is served.",
     "Mesh": "Who serves.",
     "Pages": "For people.",

@@ -94,7 +94,7 @@ def _assistant() -> Schema:
 
 def components() -> dict[str, Schema]:
     """Schemas of a chat's parts, by name."""
-    plain = [role for role in ROLES if role not in ("assistant", "tool")]
+    plain = [role for role in reversed(ROLES) if role not in ("assistant", "tool")]
     said = {"content": text_or_parts("text"), "name": optional_string(MAX_NAME_CHARACTERS)}
     answer = {"content": text_or_parts("text"), "tool_call_id": string()}
     called = record({"name": string(), "arguments": told(optional_string(), "JSON.")}, ["name"])

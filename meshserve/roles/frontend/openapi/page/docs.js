@@ -53,6 +53,7 @@ function kindOf(schema, depth = 0) {
   if (found.const !== undefined) return shown(found.const);
   if (found.enum) return found.enum.map(shown).join(" | ");
   if (found.type === undefined && found.anyOf) {
+    if (depth && nameOf(schema)) return nameOf(schema);
     return depth > 2 ? "..." : [...new Set(found.anyOf.map((way) => kindOf(way, depth + 1)))].join(" | ");
   }
   const types = [found.type ?? "any"].flat();
