@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from meshserve.roles.frontend.apis import ANTHROPIC_PREFIX
 from meshserve.roles.frontend.desk import MIN_TIMEOUT_S
 from meshserve.roles.frontend.guard import OPEN_PATHS
+from meshserve.roles.frontend.openapi.examples import EXAMPLES
 from meshserve.roles.frontend.openapi.failures import EVERYWHERE, failures
 from meshserve.roles.frontend.openapi.schemas import TEXT, Schema, record, ref
 
@@ -64,7 +65,7 @@ def json_answer(words: str, name: str) -> Schema:
 
 
 def _body(name: str) -> Schema:
-    return {"required": True, "content": {"application/json": {"schema": ref(name)}}}
+    return {"required": True, "content": {"application/json": {"schema": ref(name), "example": EXAMPLES[name]}}}
 
 
 def _add_completing(operations: Operations) -> None:

@@ -141,26 +141,12 @@ function fields(schema, trail) {
 
 // --- operations
 
-function example(schema, depth = 0) {
-  const found = resolved(schema);
-  if (found.examples) return found.examples[0];
-  if (found.const !== undefined) return found.const;
-  if (found.enum) return found.enum[0];
-  if (found.properties && found.type) {
-    return Object.fromEntries((found.required ?? []).map((name) => [name, example(found.properties[name], depth + 1)]));
-  }
-  if (found.anyOf) return example(found.anyOf[0], depth + 1);
-  const type = [found.type].flat()[0];
-  if (type === "array") return found.items && depth < 6 ? [example(found.items, depth + 1)] : [];
-  return { integer: Math.max(found.minimum ?? 0, 16), number: 1, boolean: true, object: {} }[type] ?? "Hello";
-}
-
 function command(method, path, operation) {
   const parts = [`curl ${location.origin}${path}`];
   if (method !== "get" && method !== "post") parts.push(`-X ${method.toUpperCase()}`);
   if ((operation.security ?? root.security ?? []).length) parts.push("-H 'authorization: Bearer KEY'");
   const [type, body] = Object.entries(operation.requestBody?.content ?? {})[0] ?? [];
-  if (type === "application/json") parts.push(`-d '${shown(example(body.schema)).replaceAll("'", "'\\''")}'`);
+  if (type === "application/json") parts.push(`-d '${shown(body.example).replaceAll("'", "'\\''")}'`);
   else if (type) parts.push("-d key=KEY");
   else if (method === "post") parts.push("-X POST");
   return parts.join(" \\\n    ");
