@@ -27,6 +27,7 @@ from meshserve.roles.frontend.fields import (
 )
 from meshserve.roles.frontend.messages import read_messages
 from meshserve.roles.frontend.tooling import read_response_format, read_tools
+from meshserve.routing.policies import POLICIES
 from meshserve.wire.completion import MAX_CHOICES, MAX_COUNT, MAX_LOGPROBS, MAX_STOPS, CompletionRequest
 from meshserve.wire.generation import MAX_LOGIT_BIASES
 
@@ -86,7 +87,6 @@ NOT_IN_TOKENIZE: dict[str, tuple[Any, ...]] = {
 NOT_IN_GENERATE: dict[str, tuple[Any, ...]] = {**NOT_IN_COMPLETIONS, "n": (1,), "logprobs": (), "echo": (False,), "best_of": (1,)}
 
 MAX_SESSION_CHARACTERS = 256
-MAX_POLICY_CHARACTERS = 64
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0
 """And the least, negative."""
@@ -133,7 +133,7 @@ def parse_chat(body: bytes, request_id: str, client_id: str) -> tuple[Completion
     refuse(fields, NOT_IN_CHATS)
     optional_object(fields, "metadata")
     tools = read_tools(fields)
-    most, older = (optional_integer(fields, name, 1, MAX_COUNT) for name in ("max_completion_tokens", "max_tokens"))
+    most, older = optional_integer(fields, "max_completion_tokens", 1, MAX_COUNT), optional_integer(fields, "max_tokens", 1, MAX_COUNT)
     given = {
         "messages": read_messages(fields),
         "max_tokens": most if most is not None else older,
@@ -191,7 +191,10 @@ def read_options(fields: Fields) -> ResponseOptions:
 def read_extension(fields: Fields) -> tuple[bool, str | None]:
     """Of `meshserve`: whether a receipt is wanted, and the routing policy."""
     value = optional_object(fields, "meshserve") or {}
-    return boolean(value, "receipt", "meshserve.receipt"), optional_string(value, "policy", "meshserve.policy", MAX_POLICY_CHARACTERS)
+    policy = optional_string(value, "policy", "meshserve.policy")
+    if policy is not None and policy not in POLICIES:
+        raise InvalidRequest(f"unknown policy {policy[:64]!r}; there are: {', '.join(POLICIES)}", param="meshserve.policy")
+    return boolean(value, "receipt", "meshserve.receipt"), policy
 
 
 def read_session(fields: Fields) -> str:
@@ -222,7 +225,10 @@ def _one_prompt(value: Any) -> "str | array[int]":
         return value
     if value is None:
         raise InvalidRequest("prompt is missing", param="prompt")
-    return token_ids(value, "prompt", "a string, a list of token ids, or a list of one of these")
+    tokens = token_ids(value, "prompt", "a string, a list of token ids, or a list of one of these")
+    if not tokens:
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    return tokens
 
 
 def token_ids(value: Any, param: str, form: str) -> "array[int]":

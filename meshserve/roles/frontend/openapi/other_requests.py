@@ -23,7 +23,7 @@ from meshserve.roles.frontend.openapi.schemas import (
     strings,
     told,
 )
-from meshserve.roles.frontend.openapi.tools import FORMATS, function, named_schema, text_or_parts, tool_choice, tools
+from meshserve.roles.frontend.openapi.tools import FORMATS, TOOLS_RULE, function, named_schema, text_or_parts, tool_choice, tools
 from meshserve.roles.frontend.parsing import MAX_TEMPERATURE, SEEDS
 from meshserve.wire.completion import MAX_COUNT, MAX_LOGPROBS, MAX_MESSAGES, MAX_STOPS
 
@@ -65,7 +65,7 @@ def _response() -> Schema:
         ["model", "input"],
     )
     included = {"properties": {"include": {"type": "array", "contains": {"const": responses_parsing.LOGPROBS}}}, "required": ["include"]}
-    return {**body, "allOf": [STREAM_OPTIONS_RULE, either(included, {"properties": {"top_logprobs": one_of(0, None)}})]}
+    return {**body, "allOf": [STREAM_OPTIONS_RULE, TOOLS_RULE, either(included, {"properties": {"top_logprobs": one_of(0, None)}})]}
 
 
 def _response_items() -> Schema:
