@@ -261,6 +261,12 @@ def _all_classes(root: type[MeshserveError]) -> list[type[MeshserveError]]:
     return [root] + [found for child in root.__subclasses__() for found in _all_classes(child)]
 
 
+def codes_of(http_status: int) -> list[str]:
+    """Codes that a client of the API may be told with this status."""
+    ending = {UsageError.code, *(found.code for found in _all_classes(StartupFailed))}  # commands, and no requests
+    return [found.code for found in _BY_CODE.values() if found.http_status == http_status and found.code not in ending]
+
+
 _BY_CODE: dict[str, type[MeshserveError]] = {found.code: found for found in _all_classes(MeshserveError)}
 
 

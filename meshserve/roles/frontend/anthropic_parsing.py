@@ -19,11 +19,11 @@ from meshserve.roles.frontend.fields import (
     strings,
 )
 from meshserve.roles.frontend.messages import MAX_CALLS, Message, check_calls, text_of_parts
-from meshserve.roles.frontend.parsing import MAX_SESSION_CHARACTERS, ResponseOptions, read_extension, read_top_p
+from meshserve.roles.frontend.parsing import MAX_SESSION_CHARACTERS, SEEDS, ResponseOptions, read_extension, read_top_p
 from meshserve.roles.frontend.tooling import MAX_TOOLS, Tools, function_tool, with_choice
 from meshserve.wire.completion import MAX_COUNT, MAX_MESSAGES, MAX_STOPS, CompletionRequest
 
-_NOT_DONE: dict[str, tuple[Any, ...]] = {
+NOT_DONE: dict[str, tuple[Any, ...]] = {
     "container": (),
     "context_management": ({},),
     "inference_geo": (),
@@ -36,6 +36,7 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
 }
 PARAMS = {"stop": "stop_sequences", "prompt": "messages", "tool_name": "tool_choice"}
 """How this API calls what a processor may find fault with."""
+MAX_TEMPERATURE = 1.0
 _MAX_ARGUMENTS = 1_048_576
 
 
@@ -55,10 +56,10 @@ def parse_message(body: bytes, request_id: str, client_id: str) -> tuple[Complet
         **_asked(fields),
         max_tokens=max_tokens,
         min_tokens=integer(fields, "min_tokens", 0, max_tokens, 0),
-        temperature=optional_number(fields, "temperature", 0.0, 1.0),
+        temperature=optional_number(fields, "temperature", 0.0, MAX_TEMPERATURE),
         top_p=read_top_p(fields),
         top_k=integer(fields, "top_k", 0, MAX_COUNT, 0),
-        seed=optional_integer(fields, "seed", -(2**63), 2**63 - 1),
+        seed=optional_integer(fields, "seed", *SEEDS),
         ignore_eos=boolean(fields, "ignore_eos"),
         stop=strings(fields, "stop_sequences", MAX_STOPS),
         wants_start=is_stream,
@@ -77,7 +78,7 @@ def parse_count(body: bytes, request_id: str) -> CompletionRequest:
 
 def _asked(fields: Fields) -> dict[str, Any]:
     """What counts as input."""
-    refuse(fields, _NOT_DONE)
+    refuse(fields, NOT_DONE)
     tools = _tools(fields)
     return {
         "model": string(fields, "model"),

@@ -10,7 +10,7 @@ from meshserve.wire.completion import CallItem, Ending, EndItem, StartItem, Text
 
 Json = dict[str, Any]
 
-_ERROR_TYPES = {
+ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
@@ -28,7 +28,7 @@ def error_body(error: MeshserveError) -> bytes:
     """Anthropic's error object; `code` and `param` are those of the other APIs."""
     default = "invalid_request_error" if isinstance(error, InvalidRequest) else "api_error"
     param = error.param if isinstance(error, InvalidRequest) else None
-    told = {"type": _ERROR_TYPES.get(error.http_status, default), "message": error.message, "code": error.code, "param": param}
+    told = {"type": ERROR_TYPES.get(error.http_status, default), "message": error.message, "code": error.code, "param": param}
     return dump({"type": "error", "error": told}).encode()
 
 

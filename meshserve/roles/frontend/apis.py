@@ -13,6 +13,8 @@ from meshserve.wire.completion import CompletionRequest
 
 Parse = Callable[[bytes, str, str], tuple[CompletionRequest, ResponseOptions]]
 """Body, the mesh's name of the request, the client's; raises InvalidRequest that names the field."""
+ANTHROPIC_PREFIX = "/v1/messages"
+"""Of the routes whose errors are Anthropic's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,4 +71,4 @@ def lines(parse: Parse) -> Api:
 
 def error_body_for(path: str, error: MeshserveError) -> bytes:
     """The error as clients of this route expect it."""
-    return (anthropic_writers.error_body if path.startswith("/v1/messages") else error_body)(error)
+    return (anthropic_writers.error_body if path.startswith(ANTHROPIC_PREFIX) else error_body)(error)

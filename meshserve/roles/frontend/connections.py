@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from meshserve.config import FrontConfig
 from meshserve.errors import HeaderTooLarge, InvalidRequest, MeshserveError, Overloaded, RateLimited, RequestTimedOut
-from meshserve.roles.frontend import shapes
+from meshserve.roles.frontend.apis import error_body_for
 from meshserve.roles.frontend.asgi import body_too_large, error_headers
 from meshserve.roles.frontend.progress import Progress, Stage, Verdict
 from meshserve.telemetry import Counters
@@ -252,7 +252,8 @@ class FrontProtocol(HttpToolsProtocol):
             self.transport.write_eof()
 
     def _refusal(self, error: MeshserveError) -> bytes:
-        body = shapes.error_body(error)
+        url: bytes = getattr(self, "url", b"")  # uvicorn sets it with the first byte of the first request
+        body = error_body_for(url.decode("latin-1"), error)
         status = HTTPStatus(error.http_status)
         headers = [*self.server_state.default_headers, *error_headers(error), (b"connection", b"close")]
         lines = [b"%s: %s\r\n" % header for header in headers]

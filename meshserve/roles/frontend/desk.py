@@ -15,6 +15,7 @@ from meshserve.roles.frontend.guard import CLIENT
 from meshserve.roles.frontend.places import Places
 
 TIMEOUT_HEADER = "x-request-timeout"
+MIN_TIMEOUT_S = 0.001
 
 
 def request_timeout_s(scope: Scope, most_s: float) -> float:
@@ -23,11 +24,11 @@ def request_timeout_s(scope: Scope, most_s: float) -> float:
     if given is None:
         return most_s
     try:
-        asked_s = float(given)
+        asked_s = float(given) if b"_" not in given else math.nan  # Python's own way to write numbers
     except ValueError:
         asked_s = math.nan
-    if not 0 < asked_s < math.inf:
-        raise InvalidRequest(f"{TIMEOUT_HEADER} must be a number of seconds above 0", param=TIMEOUT_HEADER)
+    if not MIN_TIMEOUT_S <= asked_s < math.inf:
+        raise InvalidRequest(f"{TIMEOUT_HEADER} must be a number of seconds, {MIN_TIMEOUT_S} at least", param=TIMEOUT_HEADER)
     return min(asked_s, most_s)
 
 

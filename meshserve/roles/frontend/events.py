@@ -13,18 +13,8 @@ from meshserve.errors import Overloaded
 from meshserve.observe.feed_mesh import MeshFeed
 from meshserve.roles.frontend import shapes
 from meshserve.roles.frontend.asgi import Receive, Scope, Send, error_headers, send_whole
+from meshserve.roles.frontend.pages import PageFiles
 
-_FILES = Path(meshserve.observe.dashboard.__file__).parent
-_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-_HEADERS = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-    ),
-    "cache-control": "no-cache",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
-}
 _EVENTS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-store"),
@@ -39,25 +29,17 @@ class Dashboard:
 
     def __init__(self, feed: MeshFeed) -> None:
         self.feed = feed
-        self._files: dict[str, Response] = {}
+        self._files = PageFiles(Path(meshserve.observe.dashboard.__file__).parent)
 
     def routes(self) -> list[BaseRoute]:
         """For the frontend's application."""
         return [Route("/", self._page), Route("/dashboard/{name}", self._file), Route("/mesh/events", _Events(self.feed), methods=["GET"])]
 
     async def _page(self, request: Request) -> Response:
-        return self._named("index.html")
+        return self._files.named("index.html")
 
     async def _file(self, request: Request) -> Response:
-        return self._named(request.path_params["name"])
-
-    def _named(self, name: str) -> Response:
-        """Read once, by the names that are there and no others."""
-        if not self._files:
-            for path in _FILES.iterdir():
-                if path.suffix in _TYPES:
-                    self._files[path.name] = Response(path.read_bytes(), headers=_HEADERS, media_type=_TYPES[path.suffix])
-        return self._files.get(name) or Response(f"there is no {name[:64]} here\n", 404, media_type="text/plain")
+        return self._files.named(request.path_params["name"])
 
 
 class _Events:

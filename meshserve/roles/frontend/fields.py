@@ -97,10 +97,12 @@ def boolean(fields: Fields, name: str, param: str | None = None, default: bool =
 
 
 def optional_integer(fields: Fields, name: str, least: int, most: int) -> int | None:
-    """A whole number in these bounds; null is none."""
+    """A whole number in these bounds; null is none. 2.0 is whole too, as JSON knows one kind of numbers only."""
     value = fields.get(name)
     if value is None:
         return None
+    if type(value) is float and value.is_integer():
+        value = int(value)
     if type(value) is not int:
         raise InvalidRequest(f"{name} must be an integer", param=name)
     if not least <= value <= most:

@@ -10,7 +10,7 @@ from typing import Any
 
 from meshserve.config import ServeConfig
 from meshserve.errors import Forbidden, MeshserveError, Unauthorized
-from meshserve.roles.frontend import shapes
+from meshserve.roles.frontend import apis
 from meshserve.roles.frontend.access import KeyRing, Sessions
 from meshserve.roles.frontend.asgi import ClientGone, Header, Receive, Scope, Send, error_headers, send_whole
 from meshserve.roles.frontend.login import LOGIN, LOGOUT, Login, challenge, login_url, session_token, wants_page
@@ -29,7 +29,7 @@ CLIENT = "meshserve.client"
 
 _log = logging.getLogger(__name__)
 
-_OPEN_PATHS = ("/health", "/ready")
+OPEN_PATHS = ("/health", "/ready")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
@@ -53,12 +53,13 @@ class Guard:
         try:
             await self._serve(scope, headers, receive, send)
         except MeshserveError as error:
-            await send_whole(send, error.http_status, shapes.error_body(error), [*error_headers(error), *challenge(error)])
+            body = apis.error_body_for(scope["path"], error)
+            await send_whole(send, error.http_status, body, [*error_headers(error), *challenge(error)])
         except ClientGone:
             pass
         except Exception as error:  # a bug: the log says which, and the client only that
             _log.error("%s %s failed: %r", scope["method"], scope["path"], error, exc_info=_log.isEnabledFor(logging.DEBUG))
-            await send_whole(send, 500, shapes.error_body(MeshserveError("internal error")), error_headers(MeshserveError()))
+            await send_whole(send, 500, apis.error_body_for(scope["path"], MeshserveError()), error_headers(MeshserveError()))
 
     async def _serve(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         """Let in, or raise Unauthorized or Forbidden."""
@@ -71,13 +72,17 @@ class Guard:
         scope[CLIENT] = scope["client"][0] if scope["client"] else ""
         if not self._keys:
             self._check_page(scope, headers)
-        elif scope["path"] in (LOGIN, LOGOUT) and (wants_page(headers) or self._session(headers) is not None):
+        elif scope["path"] in (LOGIN, LOGOUT) and self._may_log_in(scope, headers):
             await self._login.serve(scope, headers, receive, send)
             return
-        elif scope["path"] not in _OPEN_PATHS and not self._is_known(scope, headers):
+        elif scope["path"] not in OPEN_PATHS and not self._is_known(scope, headers):
             await self._turn_away(scope, headers, send)
             return
         await self._application(scope, receive, send)
+
+    def _may_log_in(self, scope: Scope, headers: Headers) -> bool:
+        """The form is for browsers; a program that shows a key is told how it is used."""
+        return wants_page(headers) or self._session(headers) is not None or self._is_known(scope, headers)
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.get(b"host", b"")

@@ -6,8 +6,9 @@ from urllib.parse import parse_qs, quote
 
 from meshserve.errors import Forbidden, InvalidRequest, MeshserveError, RateLimited
 from meshserve.roles.frontend.access import SESSION_COOKIE, Guesses, KeyRing, Sessions
-from meshserve.roles.frontend.asgi import Header, Receive, Scope, Send, read_body, send_whole
+from meshserve.roles.frontend.asgi import JSON, Header, Receive, Scope, Send, read_body, send_whole
 from meshserve.roles.frontend.origins import Headers, is_cross_site, is_same_origin
+from meshserve.roles.frontend.shapes import error_body
 
 LOGIN, LOGOUT = "/login", "/logout"
 
@@ -68,13 +69,15 @@ class Login:
 
     async def serve(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         """`/login` and `/logout`. Raises MeshserveError for what is no form's request."""
-        target = _target(scope)
-        if scope["path"] == LOGOUT:
+        target, method = _target(scope), scope["method"]
+        if method == "POST" and scope["path"] == LOGOUT:
             await self._log_out(scope, headers, send)
-        elif scope["method"] in ("GET", "HEAD"):
+        elif method == "POST":
+            await self._log_in(scope, headers, receive, send, target)
+        elif method in ("GET", "HEAD") and scope["path"] == LOGIN:
             await self._page(send, 200, target, "")
         else:
-            await self._log_in(scope, headers, receive, send, target)
+            await _refuse_method(scope, send)
 
     async def _log_in(self, scope: Scope, headers: Headers, receive: Receive, send: Send, target: str) -> None:
         _check_page(scope, headers)
@@ -96,8 +99,6 @@ class Login:
         )
 
     async def _log_out(self, scope: Scope, headers: Headers, send: Send) -> None:
-        if scope["method"] != "POST":
-            raise InvalidRequest(f"{LOGOUT} takes a POST")
         _check_page(scope, headers)
         self._sessions.end(session_token(headers), time.monotonic())
         cookie = f"{SESSION_COOKIE}=; Max-Age=0{self._cookie_end}".encode()
@@ -107,6 +108,12 @@ class Login:
         action = f"{LOGIN}?next={quote(target)}"
         body = _PAGE.format(action=html.escape(action), message=html.escape(message)).encode()
         await send_whole(send, status, body, _HTML_HEADERS)
+
+
+async def _refuse_method(scope: Scope, send: Send) -> None:
+    allowed = b"POST" if scope["path"] == LOGOUT else b"GET, HEAD, POST"
+    body = error_body(InvalidRequest(f"{scope['method']} is not for {scope['path']}"))
+    await send_whole(send, 405, body, [JSON, (b"allow", allowed)])
 
 
 def _target(scope: Scope) -> str:

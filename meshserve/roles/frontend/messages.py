@@ -12,11 +12,12 @@ from meshserve.wire.completion import MAX_MESSAGES
 
 Message = dict[str, Any]
 
-_TEXT_PARTS = {"system": ("text",), "user": ("text",), "assistant": ("text", "refusal"), "tool": ("text",)}
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+TEXT_PARTS = {"system": ("text",), "user": ("text",), "assistant": ("text", "refusal"), "tool": ("text",)}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 """As clients call them, and as chat templates do: `developer` is what newer models of OpenAI call `system`."""
 MAX_CALLS = 128
 """Of tools, in one message."""
+MAX_NAME_CHARACTERS = 256
 
 
 def read_messages(fields: Fields) -> list[Message]:
@@ -57,17 +58,17 @@ def _message(value: Any, param: str) -> Message:
     given = string(value, "role", f"{param}.role")
     if given == "function":
         raise Unsupported(f"{param}: the role function is the old form of tools; use the role tool", param=f"{param}.role")
-    role = _ROLES.get(given)
+    role = ROLES.get(given)
     if role is None:
-        raise InvalidRequest(f"{param}.role must be one of {', '.join(_ROLES)}, not {given[:64]!r}", param=f"{param}.role")
+        raise InvalidRequest(f"{param}.role must be one of {', '.join(ROLES)}, not {given[:64]!r}", param=f"{param}.role")
     message: Message = {"role": role}
     if role == "assistant":
         _read_assistant(value, message, param)
     else:
-        message["content"] = text_of_parts(value.get("content"), f"{param}.content", _TEXT_PARTS[role])
+        message["content"] = text_of_parts(value.get("content"), f"{param}.content", TEXT_PARTS[role])
     if role == "tool":
         message["tool_call_id"] = string(value, "tool_call_id", f"{param}.tool_call_id")
-    elif (name := optional_string(value, "name", f"{param}.name", 256)) is not None:
+    elif (name := optional_string(value, "name", f"{param}.name", MAX_NAME_CHARACTERS)) is not None:
         message["name"] = name
     return message
 
@@ -81,7 +82,7 @@ def _read_assistant(value: Fields, message: Message, param: str) -> None:
     content = value.get("content")
     if content is None and (calls or refusal is not None):
         content = refusal or ""
-    message["content"] = text_of_parts(content, f"{param}.content", _TEXT_PARTS["assistant"])
+    message["content"] = text_of_parts(content, f"{param}.content", TEXT_PARTS["assistant"])
     if calls:
         message["tool_calls"] = [_call(call, f"{param}.tool_calls[{index}]") for index, call in enumerate(calls)]
 

@@ -4,6 +4,7 @@ Fields that are known elsewhere and cannot be done here are refused by name wher
 fields that nobody knows are ignored, as OpenAI-compatible servers do. What a model's engine cannot do is refused by the processor.
 """
 
+import re
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,10 +27,11 @@ from meshserve.roles.frontend.fields import (
 )
 from meshserve.roles.frontend.messages import read_messages
 from meshserve.roles.frontend.tooling import read_response_format, read_tools
+from meshserve.routing.policies import POLICIES
 from meshserve.wire.completion import MAX_CHOICES, MAX_COUNT, MAX_LOGPROBS, MAX_STOPS, CompletionRequest
 from meshserve.wire.generation import MAX_LOGIT_BIASES
 
-_LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 """For statistics and caches of the one who serves: they change no answer."""
 _EXTENSIONS: dict[str, tuple[Any, ...]] = {
     "min_p": (0,),
@@ -77,12 +79,21 @@ NOT_IN_CHATS: dict[str, tuple[Any, ...]] = {
     "continue_final_message": (False,),
 }
 
-_NOT_IN_TOKENIZE: dict[str, tuple[Any, ...]] = {
+NOT_IN_TOKENIZE: dict[str, tuple[Any, ...]] = {
     name: NOT_IN_CHATS[name] for name in ("chat_template", "chat_template_kwargs", "continue_final_message", "documents")
 }
 
 
+NOT_IN_GENERATE: dict[str, tuple[Any, ...]] = {**NOT_IN_COMPLETIONS, "n": (1,), "logprobs": (), "echo": (False,), "best_of": (1,)}
+
 MAX_SESSION_CHARACTERS = 256
+MAX_TEMPERATURE = 2.0
+MAX_PENALTY = 2.0
+"""And the least, negative."""
+MAX_BIAS = 100.0
+SEEDS = (-(2**63), 2**63 - 1)
+TOKEN_ID = re.compile("[0-9]{1,10}")
+"""As the name of a member of `logit_bias`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +114,7 @@ def parse_completion(body: bytes, request_id: str, client_id: str) -> tuple[Comp
     prompt, n = read_prompt(fields.get("prompt")), _n(fields)
     if n * (len(prompt) if isinstance(prompt, tuple) else 1) > MAX_CHOICES:
         raise InvalidRequest(f"n times the number of prompts must be at most {MAX_CHOICES}", param="n" if n > 1 else "prompt")
-    if fields.get("best_of") not in (None, n):
+    if optional_integer(fields, "best_of", 1, MAX_CHOICES) not in (None, n):
         raise Unsupported(f"best_of must be {n}, as n is: no answers are made to be thrown away", param="best_of")
     echo = boolean(fields, "echo")
     given = {
@@ -122,7 +133,7 @@ def parse_chat(body: bytes, request_id: str, client_id: str) -> tuple[Completion
     refuse(fields, NOT_IN_CHATS)
     optional_object(fields, "metadata")
     tools = read_tools(fields)
-    most, older = (optional_integer(fields, name, 1, MAX_COUNT) for name in ("max_completion_tokens", "max_tokens"))
+    most, older = optional_integer(fields, "max_completion_tokens", 1, MAX_COUNT), optional_integer(fields, "max_tokens", 1, MAX_COUNT)
     given = {
         "messages": read_messages(fields),
         "max_tokens": most if most is not None else older,
@@ -138,12 +149,13 @@ def parse_chat(body: bytes, request_id: str, client_id: str) -> tuple[Completion
 def parse_generate(body: bytes, request_id: str, client_id: str, default_model: str) -> CompletionRequest:
     """`POST /generate`: the simple form, `{"prompt", "request_id"}`. Raises InvalidRequest that names the field."""
     fields = read_object(body)
-    refuse(fields, {**NOT_IN_COMPLETIONS, "n": (1,), "logprobs": (), "echo": (False,), "best_of": (1,)})
+    refuse(fields, NOT_IN_GENERATE)
     label = optional_string(fields, "request_id")
     prompt = read_prompt(fields.get("prompt"))
     if isinstance(prompt, tuple):
         raise InvalidRequest("prompt must be one prompt", param="prompt")
-    fields.setdefault("model", default_model)
+    if fields.get("model") is None:
+        fields["model"] = default_model
     max_tokens = integer(fields, "max_tokens", 1, MAX_COUNT, 64)
     label = client_id if label is None else label[:256]
     return sampled(fields, request_id, label, kind="completion", prompt=prompt, max_tokens=max_tokens)
@@ -152,10 +164,10 @@ def parse_generate(body: bytes, request_id: str, client_id: str, default_model: 
 def sampled(fields: Fields, request_id: str, client_id: str, **given: Any) -> CompletionRequest:
     """The request, with all that these APIs have in common. Raises InvalidRequest that names the field."""
     for name in fields:
-        if name in _COMMON:
-            attribute, read = _COMMON[name]
+        if name in COMMON:
+            attribute, read = COMMON[name]
             given[attribute] = read(fields)
-        elif name in _LABELS:
+        elif name in LABELS:
             optional_string(fields, name)
     if "min_tokens" in given:
         _check_least(given["min_tokens"], given["max_tokens"])
@@ -179,7 +191,10 @@ def read_options(fields: Fields) -> ResponseOptions:
 def read_extension(fields: Fields) -> tuple[bool, str | None]:
     """Of `meshserve`: whether a receipt is wanted, and the routing policy."""
     value = optional_object(fields, "meshserve") or {}
-    return boolean(value, "receipt", "meshserve.receipt"), optional_string(value, "policy", "meshserve.policy", 64)
+    policy = optional_string(value, "policy", "meshserve.policy")
+    if policy is not None and policy not in POLICIES:
+        raise InvalidRequest(f"unknown policy {policy[:64]!r}; there are: {', '.join(POLICIES)}", param="meshserve.policy")
+    return boolean(value, "receipt", "meshserve.receipt"), policy
 
 
 def read_session(fields: Fields) -> str:
@@ -210,14 +225,20 @@ def _one_prompt(value: Any) -> "str | array[int]":
         return value
     if value is None:
         raise InvalidRequest("prompt is missing", param="prompt")
-    return token_ids(value, "prompt", "a string, a list of token ids, or a list of one of these")
+    tokens = token_ids(value, "prompt", "a string, a list of token ids, or a list of one of these")
+    if not tokens:
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    return tokens
 
 
 def token_ids(value: Any, param: str, form: str) -> "array[int]":
     """A list of them, checked at 30 ns each: a prompt may have 100,000. Raises InvalidRequest that names the field, and its form."""
     try:
-        if isinstance(value, list) and set(map(type, value)) <= {int}:
+        kinds = set(map(type, value)) if isinstance(value, list) else {None}
+        if kinds <= {int}:
             return array("I", value)
+        if kinds <= {int, float} and all(map(float.is_integer, map(float, value))):
+            return array("I", map(int, value))
     except OverflowError:
         pass
     raise InvalidRequest(f"{param} must be {form}", param=param)
@@ -245,21 +266,21 @@ def _logit_bias(fields: Fields) -> tuple[tuple[int, float], ...]:
     given = optional_object(fields, "logit_bias") or {}
     if len(given) > MAX_LOGIT_BIASES:
         raise InvalidRequest(f"logit_bias must name at most {MAX_LOGIT_BIASES} tokens", param="logit_bias")
-    if not all(name.isascii() and name.isdecimal() and len(name) <= 10 and int(name) < 2**32 for name in given):
+    if not all(map(TOKEN_ID.fullmatch, given)):
         raise InvalidRequest("logit_bias must be an object from token ids to numbers", param="logit_bias")
-    return tuple((int(name), optional_number(given, name, -100.0, 100.0, "logit_bias") or 0.0) for name in given)
+    return tuple((int(name), optional_number(given, name, -MAX_BIAS, MAX_BIAS, "logit_bias") or 0.0) for name in given)
 
 
-_COMMON: dict[str, tuple[str, Callable[[Fields], Any]]] = {
+COMMON: dict[str, tuple[str, Callable[[Fields], Any]]] = {
     "min_tokens": ("min_tokens", lambda fields: integer(fields, "min_tokens", 0, MAX_COUNT, 0)),
-    "temperature": ("temperature", lambda fields: optional_number(fields, "temperature", 0.0, 2.0)),
+    "temperature": ("temperature", lambda fields: optional_number(fields, "temperature", 0.0, MAX_TEMPERATURE)),
     "top_p": ("top_p", read_top_p),
     "top_k": ("top_k", lambda fields: max(0, integer(fields, "top_k", -1, MAX_COUNT, 0))),
-    "seed": ("seed", lambda fields: optional_integer(fields, "seed", -(2**63), 2**63 - 1)),
+    "seed": ("seed", lambda fields: optional_integer(fields, "seed", *SEEDS)),
     "ignore_eos": ("ignore_eos", lambda fields: boolean(fields, "ignore_eos")),
     "stop": ("stop", lambda fields: strings(fields, "stop", MAX_STOPS)),
-    "presence_penalty": ("presence_penalty", lambda fields: number(fields, "presence_penalty", -2.0, 2.0, 0.0)),
-    "frequency_penalty": ("frequency_penalty", lambda fields: number(fields, "frequency_penalty", -2.0, 2.0, 0.0)),
+    "presence_penalty": ("presence_penalty", lambda fields: number(fields, "presence_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0)),
+    "frequency_penalty": ("frequency_penalty", lambda fields: number(fields, "frequency_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0)),
     "logit_bias": ("logit_bias", _logit_bias),
     "response_format": ("json_schema", read_response_format),
 }
@@ -269,7 +290,7 @@ _COMMON: dict[str, tuple[str, Callable[[Fields], Any]]] = {
 def read_prompt_or_messages(fields: Fields) -> dict[str, Any]:
     """What `/tokenize` takes: a prompt of text, or the messages and tools of a chat."""
     is_chat = fields.get("messages") is not None
-    refuse(fields, {**_NOT_IN_TOKENIZE, "add_special_tokens": (not is_chat,)})
+    refuse(fields, {**NOT_IN_TOKENIZE, "add_special_tokens": (not is_chat,)})
     if not is_chat:
         return {"kind": "completion", "prompt": string(fields, "prompt")}
     if fields.get("prompt") is not None:

@@ -20,11 +20,11 @@ from meshserve.roles.frontend.fields import (
     string,
 )
 from meshserve.roles.frontend.messages import MAX_CALLS, Message, check_calls, text_of_parts
-from meshserve.roles.frontend.parsing import ResponseOptions, read_extension, read_session, read_top_p
+from meshserve.roles.frontend.parsing import MAX_TEMPERATURE, SEEDS, ResponseOptions, read_extension, read_session, read_top_p
 from meshserve.roles.frontend.tooling import MAX_TOOLS, Tools, format_without_schema, function_tool, named_schema, with_choice
 from meshserve.wire.completion import MAX_COUNT, MAX_LOGPROBS, MAX_MESSAGES, CompletionRequest
 
-_NOT_DONE: dict[str, tuple[Any, ...]] = {
+NOT_DONE: dict[str, tuple[Any, ...]] = {
     "background": (False,),
     "context_management": ([],),
     "conversation": (),
@@ -39,12 +39,13 @@ _NOT_DONE: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
 }
-_LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
-_LOGPROBS = "message.output_text.logprobs"
-_INCLUDED = (_LOGPROBS, "reasoning.encrypted_content")
+LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+LOGPROBS = "message.output_text.logprobs"
+MAX_INCLUDED = 16
+INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
 """There is no reasoning here, so there is nothing to encrypt."""
-_ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-_PARTS = ("input_text", "output_text", "text")
+ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
+PARTS = ("input_text", "output_text", "text")
 PARAMS = {
     "prompt": "input",
     "messages": "input",
@@ -58,8 +59,8 @@ PARAMS = {
 def parse_response(body: bytes, request_id: str, client_id: str) -> tuple[CompletionRequest, ResponseOptions]:
     """`POST /v1/responses`. Raises InvalidRequest that names the field."""
     fields = read_object(body)
-    refuse(fields, _NOT_DONE)
-    labels = {name: optional_string(fields, name) for name in _LABELS}
+    refuse(fields, NOT_DONE)
+    labels = {name: optional_string(fields, name) for name in LABELS}
     tools = _tools(fields)
     schema, text = _text(fields)
     wants_receipt, policy = read_extension(fields)
@@ -70,9 +71,9 @@ def parse_response(body: bytes, request_id: str, client_id: str) -> tuple[Comple
         messages=_messages(fields),
         max_tokens=optional_integer(fields, "max_output_tokens", 1, MAX_COUNT),
         min_tokens=integer(fields, "min_tokens", 0, MAX_COUNT, 0),
-        temperature=optional_number(fields, "temperature", 0.0, 2.0),
+        temperature=optional_number(fields, "temperature", 0.0, MAX_TEMPERATURE),
         top_p=read_top_p(fields),
-        seed=optional_integer(fields, "seed", -(2**63), 2**63 - 1),
+        seed=optional_integer(fields, "seed", *SEEDS),
         ignore_eos=boolean(fields, "ignore_eos"),
         logprobs=_logprobs(fields),
         json_schema=schema,
@@ -112,14 +113,14 @@ def _echoed(fields: Fields, request: CompletionRequest) -> Fields:
 
 
 def _logprobs(fields: Fields) -> int:
-    included = optional_list(fields, "include", max_length=16) or []
+    included = optional_list(fields, "include", max_length=MAX_INCLUDED) or []
     for name in included:
-        if name not in _INCLUDED:
+        if name not in INCLUDED:
             raise Unsupported(f"include: {str(name)[:64]!r} is not supported", param="include")
     most = optional_integer(fields, "top_logprobs", 0, MAX_LOGPROBS)
-    if most and _LOGPROBS not in included:
-        raise InvalidRequest(f"top_logprobs goes with include of {_LOGPROBS} only", param="top_logprobs")
-    return (most or 0) if _LOGPROBS in included else -1
+    if most and LOGPROBS not in included:
+        raise InvalidRequest(f"top_logprobs goes with include of {LOGPROBS} only", param="top_logprobs")
+    return (most or 0) if LOGPROBS in included else -1
 
 
 def _text(fields: Fields) -> tuple[str, Fields]:
@@ -127,7 +128,8 @@ def _text(fields: Fields) -> tuple[str, Fields]:
     text = optional_object(fields, "text") or {}
     if text.get("verbosity") not in (None, "medium"):
         raise Unsupported("text.verbosity is not supported", param="text.verbosity")
-    given = optional_object(text, "format", "text.format") or {"type": "text"}
+    given = optional_object(text, "format", "text.format")
+    given = {"type": "text"} if given is None else given
     echoed = {"format": given, "verbosity": "medium"}
     if given.get("type") == "json_schema":
         return named_schema(given, "text.format"), echoed
@@ -178,16 +180,16 @@ def _add_item(messages: list[Message], item: Any, param: str) -> None:
         raise InvalidRequest(f"{param} must be an object", param=param)
     kind = item.get("type", "message")
     if kind == "message":
-        role = _ROLES.get(string(item, "role", f"{param}.role"))
+        role = ROLES.get(string(item, "role", f"{param}.role"))
         if role is None:
-            raise InvalidRequest(f"{param}.role must be one of {', '.join(_ROLES)}", param=f"{param}.role")
-        messages.append({"role": role, "content": text_of_parts(item.get("content"), f"{param}.content", _PARTS)})
+            raise InvalidRequest(f"{param}.role must be one of {', '.join(ROLES)}", param=f"{param}.role")
+        messages.append({"role": role, "content": text_of_parts(item.get("content"), f"{param}.content", PARTS)})
     elif kind == "function_call":
         call = {name: string(item, field, f"{param}.{field}") for name, field in (("id", "call_id"), ("name", "name"))}
         _add_call(messages, {**call, "arguments": optional_string(item, "arguments", f"{param}.arguments") or "{}"}, param)
     elif kind == "function_call_output":
         answered = string(item, "call_id", f"{param}.call_id")
-        messages.append({"role": "tool", "tool_call_id": answered, "content": text_of_parts(item.get("output"), f"{param}.output", _PARTS)})
+        messages.append({"role": "tool", "tool_call_id": answered, "content": text_of_parts(item.get("output"), f"{param}.output", PARTS)})
     else:
         raise Unsupported(f"{param}: items of type {str(kind)[:64]!r} are not supported", param=param)
 

@@ -17,13 +17,14 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.observe.feed_mesh import MeshFeed
 from meshserve.observe.receipt_finding import find_receipt
 from meshserve.observe.status import list_peers
-from meshserve.roles.frontend import shapes
+from meshserve.roles.frontend import apis, shapes
 from meshserve.roles.frontend.asgi import Receive, Scope, Send
 from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.connections import Connections
 from meshserve.roles.frontend.events import Dashboard
 from meshserve.roles.frontend.guard import Guard
 from meshserve.roles.frontend.listening import Server, bind, possible_connections, tls_context, url_of
+from meshserve.roles.frontend.openapi.serving import Documents
 from meshserve.roles.frontend.tokenizing import Tokenizing, hot_routes
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ class FrontendRole:
                 Route("/ready", self._ready),
                 Route("/mesh/peers", self._peers),
                 *self._request_routes(),
+                *Documents(self._config).routes(),
                 *([Route("/metrics", self._metrics)] if self._config.observe else []),
                 *(self._dashboard.routes() if self._dashboard else []),
             ],
@@ -153,7 +155,7 @@ async def _only_post(request: Request) -> Response:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     words = {404: f"there is no {request.url.path} here", 405: f"{request.method} is not for {request.url.path}"}
-    body = shapes.error_body(InvalidRequest(words.get(error.status_code, error.detail)))
+    body = apis.error_body_for(request.url.path, InvalidRequest(words.get(error.status_code, error.detail)))
     return Response(body, error.status_code, dict(error.headers or {}), "application/json")
 
 

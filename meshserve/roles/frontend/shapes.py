@@ -12,8 +12,8 @@ from meshserve.wire.completion import Ending
 FINGERPRINT = f"meshserve-{__version__}"
 dump = json.JSONEncoder(separators=(",", ":")).encode
 
-_ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
-_ERROR_TYPES |= {503: "service_unavailable"}
+ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
+ERROR_TYPES |= {503: "service_unavailable"}
 
 
 def usage_of(ending: Ending) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def usage_of(ending: Ending) -> dict[str, Any]:
 def error_body(error: MeshserveError) -> bytes:
     """OpenAI's error object."""
     default = "invalid_request_error" if isinstance(error, InvalidRequest) else "server_error"
-    kind = _ERROR_TYPES.get(error.http_status, default)
+    kind = ERROR_TYPES.get(error.http_status, default)
     param = error.param if isinstance(error, InvalidRequest) else None
     return dump({"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}).encode()
 

@@ -10,7 +10,7 @@ from meshserve.roles.frontend.anthropic_parsing import parse_count
 from meshserve.roles.frontend.asgi import ClientGone, Receive, Scope, Send, error_headers, send_whole
 from meshserve.roles.frontend.bodies import read_json
 from meshserve.roles.frontend.completions import Completions
-from meshserve.roles.frontend.fields import Fields, boolean, optional_string, read_object
+from meshserve.roles.frontend.fields import Fields, boolean, read_object, string
 from meshserve.roles.frontend.parsing import read_prompt_or_messages, read_tokens
 from meshserve.roles.frontend.shapes import dump, error_body
 from meshserve.wire.completion import CompletionRequest, Tokenized
@@ -51,7 +51,7 @@ class Tokenizing:
     async def _tokens_of(self, body: bytes) -> Fields:
         fields = read_object(body)
         wants_texts = boolean(fields, "return_token_strs")
-        model = optional_string(fields, "model") or self._completions.first_model()
+        model = self._model_of(fields)
         request = CompletionRequest(request_id=self._completions.new_id(), model=model, **read_prompt_or_messages(fields))
         found = await self._tokenize(request, wants_texts)
         shape = {"count": len(found.tokens), "max_model_len": found.context_length, "tokens": list(found.tokens)}
@@ -63,8 +63,11 @@ class Tokenizing:
 
     async def _text_of(self, body: bytes) -> Fields:
         fields = read_object(body)
-        model = optional_string(fields, "model") or self._completions.first_model()
+        model = self._model_of(fields)
         return {"prompt": str(await self._ask("detokenize", [model, pack_tokens(read_tokens(fields))]))}
+
+    def _model_of(self, fields: Fields) -> str:
+        return self._completions.first_model() if fields.get("model") is None else string(fields, "model")
 
     async def _tokenize(self, request: CompletionRequest, wants_texts: bool) -> Tokenized:
         return Tokenized.from_wire(await self._ask("tokenize", [request.to_wire(), wants_texts]))

@@ -12,7 +12,7 @@ MAX_SCHEMA_CHARACTERS = 262_144
 MAX_TOOLS_CHARACTERS = 1_048_576
 ANY_OBJECT = '{"type":"object"}'
 """The schema of `json_object`."""
-_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
+FUNCTION_NAME = re.compile(r"[a-zA-Z0-9_-]{1,128}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def _chat_tool(value: Any, param: str) -> dict[str, Any]:
 def function_tool(function: Fields, param: str, parameters: str = "parameters") -> dict[str, Any]:
     """One tool in OpenAI's form, from its name, its description and its parameters, a JSON Schema of type object."""
     name = string(function, "name", f"{param}.name")
-    if not _NAME.fullmatch(name):
+    if not FUNCTION_NAME.fullmatch(name):
         raise InvalidRequest(f"{param}.name must be up to 128 letters, digits, dashes and underscores", param=f"{param}.name")
     description = optional_string(function, "description", f"{param}.description")
     schema = optional_object(function, parameters, f"{param}.{parameters}") or {"type": "object", "properties": {}}

@@ -1,0 +1,1 @@
+"""The page at `/docs`: its HTML, style and script, as they are served."""

@@ -1,0 +1,27 @@
+"""What is refused though the OpenAPI document allows it: rules between fields that a JSON Schema cannot say."""
+
+import re
+
+RULES = (
+    r"the prompt is empty",
+    r"min_tokens must be (at most|between)",
+    r"context is \d+ tokens",
+    r"above this model's last",
+    r"this model's last token is",
+    r"tool_choice names '.*', which is not among the tools",
+    r"two tools have the same name",
+    r"two tool calls of one message have the same id",
+    r"the tool call .* is not answered",
+    r"the tool message for .* answers no tool call",
+    r"tool_result blocks come before all others",
+    r"the last one must be the user's",
+    r"best_of must be",
+    r"n times the number of prompts",
+    r"the (schema|string format)|schema's|cannot be (kept to|merged)",
+)
+_RULE = re.compile("|".join(RULES), re.DOTALL)
+
+
+def is_rule(message: str) -> bool:
+    """Whether one of these rules says so."""
+    return _RULE.search(message) is not None
