@@ -9,7 +9,7 @@ import pytest
 
 import meshserve.roles.frontend.openapi.page
 from tests.harness import Process, meshserve_command
-from tests.harness.browser import CHROMIUM, open_browser
+from tests.harness.browser import CHROMIUM, Page, open_browser
 
 FILES = Path(meshserve.roles.frontend.openapi.page.__file__).parent
 ALL_ROLES = ("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0", "--mesh", "docs")
@@ -24,26 +24,32 @@ def url() -> Iterator[str]:
         assert peer.wait() == 0
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: Debian's package of that name")
-def test_every_route_can_be_read_on_a_desk_and_on_a_phone_and_nothing_comes_from_outside(url: str) -> None:
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium: Debian's package of that name")
+    with open_browser() as opened:
+        yield opened
+
+
+def test_every_route_can_be_read_on_a_desk_and_on_a_phone_and_nothing_comes_from_outside(url: str, page: Page) -> None:
     num_routes = sum(map(len, httpx.get(f"{url}/openapi.json").json()["paths"].values()))
-    with open_browser() as page:
-        for width, height, is_phone, scheme in ((1200, 900, False, "light"), (390, 844, True, "dark")):
-            page.resize(width, height, is_phone=is_phone)
-            page.prefer(color_scheme=scheme)
-            page.open(f"{url}/docs?{scheme}#createChat")  # another query, so that it is read anew
-            page.wait_for(f"location.search === '?{scheme}' && document.querySelectorAll('.operation').length === {num_routes}", SHOWN_S)
-            page.wait_for("document.querySelector('#createChat[open] .fields') !== null", SHOWN_S)
-            page.evaluate("document.querySelectorAll('.operation').forEach((operation) => { operation.open = true; })")
-            page.wait_for(f"document.querySelectorAll('.operation > .body').length === {num_routes}", SHOWN_S)
-            page.evaluate("document.querySelectorAll('.nested').forEach((nested) => { nested.open = true; })")
-            page.wait_for("[...document.querySelectorAll('.nested')].some((nested) => nested.querySelector('.nested'))", SHOWN_S)
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-        page.evaluate("filter = document.getElementById('filter'); filter.value = 'models'; filter.dispatchEvent(new Event('input'))")
-        assert page.evaluate("[...document.querySelectorAll('.operation:not([hidden])')].map(({ id }) => id)") == ["listModels", "getModel"]
-        page.evaluate("document.getElementById('theme').click()")
-        assert page.evaluate("document.documentElement.dataset.theme") == "light"
-        assert page.errors == [] and all(address.startswith(url) for address in page.addresses)
+    for width, height, is_phone, scheme in ((1200, 900, False, "light"), (390, 844, True, "dark")):
+        page.resize(width, height, is_phone=is_phone)
+        page.prefer(color_scheme=scheme)
+        page.open(f"{url}/docs?{scheme}#createChat")  # another query, so that it is read anew
+        page.wait_for(f"location.search === '?{scheme}' && document.querySelectorAll('.operation').length === {num_routes}", SHOWN_S)
+        page.wait_for("document.querySelector('#createChat[open] .fields') !== null", SHOWN_S)
+        page.evaluate("document.querySelectorAll('.operation').forEach((operation) => { operation.open = true; })")
+        page.wait_for(f"document.querySelectorAll('.operation > .body').length === {num_routes}", SHOWN_S)
+        page.evaluate("document.querySelectorAll('.nested').forEach((nested) => { nested.open = true; })")
+        page.wait_for("[...document.querySelectorAll('.nested')].some((nested) => nested.querySelector('.nested'))", SHOWN_S)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.evaluate("filter = document.getElementById('filter'); filter.value = 'models'; filter.dispatchEvent(new Event('input'))")
+    assert page.evaluate("[...document.querySelectorAll('.operation:not([hidden])')].map(({ id }) => id)") == ["listModels", "getModel"]
+    page.evaluate("document.getElementById('theme').click()")
+    assert page.evaluate("document.documentElement.dataset.theme") == "light"
+    assert page.errors == [] and all(address.startswith((url, "about:blank")) for address in page.addresses)
 
 
 def test_the_page_is_kept_to_itself(url: str) -> None:

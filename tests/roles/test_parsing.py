@@ -58,6 +58,7 @@ Ask = Callable[..., CompletionRequest]
         (completion, {}, {"prompt": "p", "max_tokens": 16, "n": 1, "logprobs": -1, "temperature": None, "stop": ()}),
         (completion, {"prompt": ["p"]}, {"prompt": "p", "is_plain": True}),
         (completion, {"prompt": [1, 2]}, {"prompt": array("I", [1, 2])}),
+        (completion, {"prompt": [1.0, 2], "max_tokens": 5.0}, {"prompt": array("I", [1, 2]), "max_tokens": 5}),
         (completion, {"prompt": [[1], [2]], "n": 3}, {"prompt": (array("I", [1]), array("I", [2])), "num_choices": 6}),
         (completion, {"prompt": ["a", "b"], "n": 64, "best_of": 64}, {"num_choices": 128, "is_plain": False}),
         (completion, {"max_tokens": 0, "echo": True, "logprobs": 0}, {"max_tokens": 0, "echo": True, "logprobs": 0}),
@@ -133,7 +134,13 @@ def test_a_request_is_read_as_it_is_meant(ask: Ask, fields: dict[str, Any], expe
         (completion, {"model": ""}, "model"),
         (completion, {"max_tokens": 0}, "max_tokens"),
         (completion, {"max_tokens": "5"}, "max_tokens"),
-        (completion, {"max_tokens": 5.0}, "max_tokens"),
+        (completion, {"max_tokens": 5.5}, "max_tokens"),
+        (completion, {"prompt": [1, 2.5]}, "prompt"),
+        (completion, {"prompt": [1, True]}, "prompt"),
+        (completion, {"prompt": [1.0, -1.0]}, "prompt"),
+        (completion, {"prompt": []}, "prompt"),
+        (completion, {"best_of": True}, "best_of"),
+        (completion, {"meshserve": {"policy": "nonsense"}}, "meshserve.policy"),
         (completion, {"max_tokens": 10**30}, "max_tokens"),
         (completion, {"min_tokens": 17}, "min_tokens"),
         (completion, {"n": 0}, "n"),
@@ -313,6 +320,22 @@ def test_text_in_parts_is_the_text_joined_and_any_other_part_is_named(parts: lis
             with pytest.raises(Unsupported) as caught:
                 text_of_parts([*parts, {"type": kind}], "content")
             assert caught.value.param == f"content[{len(parts)}]"
+
+
+KINDS = st.sampled_from(["input_text", "output_text", "text"])
+ROLES = st.sampled_from(["user", "system", "developer"])
+
+
+@given(st.lists(st.tuples(st.text(max_size=10), KINDS), max_size=5), ROLES)
+def test_a_text_in_any_parts_is_the_same_message_in_every_api(given_parts: list[tuple[str, str]], role: str) -> None:
+    text = "".join(part for part, _ in given_parts)
+    plain = [{"type": "text", "text": part} for part, _ in given_parts]
+    typed = [{"type": kind, "text": part} for part, kind in given_parts]
+    expected = {"role": "system" if role == "developer" else role, "content": text}
+    assert chat(messages=[{"role": role, "content": plain}, USER]).messages == [expected, USER]
+    assert response(input=[{"role": role, "content": typed}, USER]).messages == [expected, USER]
+    assert message(system=plain).messages == [{"role": "system", "content": text}, USER]
+    assert message(messages=[{"role": "user", "content": plain}]).messages == [{"role": "user", "content": text}]
 
 
 def test_generate_and_the_counting_routes_read_their_simple_forms() -> None:

@@ -21,6 +21,17 @@ def test_any_bytes_in_any_split_become_the_same_text(data: bytes, draw: st.DataO
     assert "".join([*texts, detokenizer.finish()]) == data.decode("utf-8", "replace")
 
 
+@given(st.lists(st.binary(max_size=5) | st.text(max_size=3).map(str.encode), max_size=20), st.data())
+def test_tokens_of_any_bytes_in_any_groups_become_the_same_text(pieces: list[bytes], draw: st.DataObject) -> None:
+    detokenizer = Detokenizer(pieces.__getitem__)
+    texts, rest = [], list(range(len(pieces)))
+    while rest:
+        size = draw.draw(st.integers(1, len(rest)))
+        texts.append(detokenizer.feed(rest[:size]))
+        rest = rest[size:]
+    assert "".join([*texts, detokenizer.finish()]) == b"".join(pieces).decode("utf-8", "replace")
+
+
 def by_character(text: str, stops: tuple[str, ...]) -> str:
     """What a reader does who looks at one character after the other."""
     for end in range(1, len(text) + 1):

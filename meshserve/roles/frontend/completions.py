@@ -22,7 +22,7 @@ from meshserve.roles.frontend.apis import Api
 from meshserve.roles.frontend.asgi import ClientGone, Header, Receive, Scope, Send, error_headers, send_whole
 from meshserve.roles.frontend.bodies import read_json
 from meshserve.roles.frontend.cancelling import UnderWay
-from meshserve.roles.frontend.desk import MIN_TIMEOUT_S, Desk, request_timeout_s
+from meshserve.roles.frontend.desk import Desk, request_timeout_s
 from meshserve.roles.frontend.parsing import MAX_SESSION_CHARACTERS, ResponseOptions, parse_generate
 from meshserve.roles.frontend.writers import Reply, Writer
 from meshserve.wire.completion import CompletionRequest, Ending
@@ -144,7 +144,7 @@ class Completions:
         peer = self.processor()
         body = request if peer == self._mesh.incarnation else request.to_wire()
         answer.passed_s = time.monotonic()
-        answer.call = self._mesh.open(peer, "complete", body, answer, max(MIN_TIMEOUT_S, deadline_s - answer.passed_s))
+        answer.call = self._mesh.open(peer, "complete", body, answer, max(0.001, deadline_s - answer.passed_s))
 
     def _marked(self, request: CompletionRequest, scope: Scope, front: Front) -> CompletionRequest:
         """With what its headers say: whose session it is, and of which trace; if spans leave from here, one begins if need be."""

@@ -96,8 +96,8 @@ class FrontendRole:
         )
 
     def _request_routes(self) -> list[BaseRoute]:
-        route = "/mesh/requests/{name}"
-        return [Route(route, self._cancel, methods=["DELETE"]), *([Route(route, self._receipt)] if self._config.observe else [])]
+        receipts = [Route("/mesh/requests/{name}", self._receipt)] if self._config.observe else []
+        return [Route("/mesh/requests/{name}", self._cancel, methods=["DELETE"]), *receipts]
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse(shapes.models_body([info.card for info in self._mesh.peers_with("decode") if info.card], self._started_s))

@@ -125,6 +125,9 @@ def _add_observed(operations: Operations) -> None:
     add, tags = operations.add, ["Mesh"]
     add("get /metrics", "metrics", "Figures of all peers, for Prometheus", answer("They.", "text/plain", TEXT), tags=tags)
     events = {"200": {"description": "Server-sent events, without end.", "content": {"text/event-stream": {}}}}
+    named = [_in_path("id", "Its id, or the client's label.")]
+    receipt = answer("Who served it, why, and where its time went.", "application/json", {"type": "object"})
+    add("get /mesh/requests/{id}", "receipt", "The receipt of one of the last requests", receipt, (404,), tags=tags, parameters=named)
     add("get /mesh/events", "events", "What happens in the mesh: the dashboard's data", events, (503,), tags=tags)
     add("get /", "dashboard", "The dashboard", answer("The page.", "text/html", TEXT), tags=["Pages"])
 
