@@ -96,8 +96,11 @@ class FrontendRole:
         )
 
     def _request_routes(self) -> list[BaseRoute]:
-        receipts = [Route("/mesh/requests/{name}", self._receipt)] if self._config.observe else []
-        return [Route("/mesh/requests/{name}", self._cancel, methods=["DELETE"]), *receipts]
+        methods = ["GET", "DELETE"] if self._config.observe else ["DELETE"]
+        return [Route("/mesh/requests/{name}", self._request, methods=methods)]
+
+    async def _request(self, request: Request) -> Response:
+        return await (self._cancel if request.method == "DELETE" else self._receipt)(request)
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse(shapes.models_body([info.card for info in self._mesh.peers_with("decode") if info.card], self._started_s))
