@@ -124,17 +124,13 @@ def check_peers(scene: Scene, receipts: dict[str, dict[str, Any]]) -> None:
     """Each receipt names the peers that really served it, and no other."""
     served = {name: Record(path) for name, path in scene.records.items()}
     accepted = {(event.request, name) for name, record in served.items() for event in record.of("accepted")}
-    prefilled = {
-        (event.request, name)
-        for name, record in served.items()
-        for event in record.of("prefill_ended")
-        if event.details["outcome"] == "done"
-    }
+    prefilled = {(event.request, name) for name, record in served.items() for event in record.of("ack")}
     for label, receipt in receipts.items():
         request_id, choices = receipt["request_id"], receipt.get("choices") or []
         named = [(f"{request_id}/{choice['index']}", choice) for choice in choices] or [(request_id, receipt["peers"])]
         for name, peers in named:
             lost = {attempt["peer"] for attempt in receipt["attempts"] if attempt.get("role") == "decode"}
+            lost.discard(peers["decode"])
             assert {peer for request, peer in accepted if request == name} - lost == {peers["decode"]} - {None}, (label, receipt)
             assert {peer for request, peer in prefilled if request == name} == {peers["prefill"]} - {None}, (label, receipt)
 
@@ -183,13 +179,11 @@ def check_idle(scene: Scene, receipts: dict[str, dict[str, Any]]) -> None:
     A machine that is busy with something else stops a peer now and then for longer, wherever it stands.
     """
     other_ms = sorted(receipts[asked.label]["phases_ms"]["other"] for asked in scene.asked)
+    high_ms = other_ms[int(len(other_ms) * 0.95)]
     beyond_ms = [asked.took_ms - receipts[asked.label]["total_ms"] for asked in scene.asked if asked.kind != "cancelled"]
-    worst = max(scene.asked, key=lambda asked: receipts[asked.label]["phases_ms"]["other"])
-    print(
-        f"other: median {statistics.median(other_ms):.3f} ms, 95 % {other_ms[int(len(other_ms) * 0.95)]:.3f} ms, worst {other_ms[-1]:.3f} ms"
-    )
+    print(f"other: median {statistics.median(other_ms):.3f} ms, 95 % {high_ms:.3f} ms, worst {other_ms[-1]:.3f} ms")
     print(f"client less frontend: median {statistics.median(beyond_ms):.3f} ms; {len(receipts)} requests")
-    assert other_ms[int(len(other_ms) * 0.95)] <= OTHER_MS, receipts[worst.label]
+    assert high_ms <= OTHER_MS, max(receipts.values(), key=lambda receipt: float(receipt["phases_ms"]["other"]))
     assert statistics.median(beyond_ms) < 20
 
 
