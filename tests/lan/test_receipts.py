@@ -62,7 +62,7 @@ class Scene:
             fields["model"] = "gpt-9"
         elif kind == "late":
             fields["max_tokens"] = 10_000
-            headers["x-request-timeout"] = "0.15"
+            headers["x-request-timeout"] = "0.3"
         elif kind == "retried":
             fields["meshserve"] = {"policy": "round-robin"}
         body = {"model": "dummy", **fields}
@@ -132,7 +132,9 @@ def check_peers(scene: Scene, receipts: dict[str, dict[str, Any]]) -> None:
             lost = {attempt["peer"] for attempt in receipt["attempts"] if attempt.get("role") == "decode"}
             lost.discard(peers["decode"])
             assert {peer for request, peer in accepted if request == name} - lost == {peers["decode"]} - {None}, (label, receipt)
-            assert {peer for request, peer in prefilled if request == name} == {peers["prefill"]} - {None}, (label, receipt)
+            # of what ended before its first token no worker has said yet who prefilled it
+            if receipt["tokens"]["completion"]:
+                assert {peer for request, peer in prefilled if request == name} == {peers["prefill"]} - {None}, (label, receipt)
 
 
 def check_kinds(scene: Scene, receipts: dict[str, dict[str, Any]]) -> None:
@@ -142,7 +144,7 @@ def check_kinds(scene: Scene, receipts: dict[str, dict[str, Any]]) -> None:
         receipt = receipts[asked.label]
         assert receipt["outcome"] == outcomes.get(asked.kind, "ok"), receipt
         assert (asked.status == 200) == (receipt["outcome"] == "ok")
-        if asked.kind in ("remote", "stopped", "several", "cancelled", "late"):
+        if asked.kind in ("remote", "stopped", "several", "cancelled", "late") and receipt["tokens"]["completion"]:
             assert receipt["peers"]["prefill"] and receipt["phases_ms"]["prefill"] > 0, receipt
         if asked.kind in ("local", "failed"):
             assert receipt["peers"]["prefill"] is None
