@@ -145,7 +145,7 @@ class Front:
     answered_s: float = 0.0
     """Nothing more came from there."""
     ended_s: float = 0.0
-    """The response was written, or nobody waits for it any more."""
+    """All that was left was to write the end of the response, or nobody waited for it any more."""
     processor: str = ""
     """Incarnation; empty if it got to none."""
     model: str = ""

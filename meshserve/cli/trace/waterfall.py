@@ -34,7 +34,14 @@ _FIGURES = (
     Column("WHY"),
 )
 _CANDIDATES = (("DECODE", "candidates"), ("PREFILL", "prefill_candidates"))
-_ATTEMPTS = (Column("ATTEMPT BY"), Column("WORK"), Column("ms", is_number=True), Column("BLOCKS", 1, is_number=True), Column("OUTCOME"))
+_ATTEMPTS = (
+    Column("ATTEMPT BY"),
+    Column("WORK"),
+    Column("ms", is_number=True),
+    Column("BLOCKS", 1, is_number=True),
+    Column("MB", 1, is_number=True),
+    Column("OUTCOME"),
+)
 
 
 def waterfall(receipt: Mapping[str, Any], width: int | None, height: int | None = None) -> list[Text]:
@@ -61,7 +68,7 @@ def _candidates(role: str, found: list[dict[str, Any]], width: int | None, room:
 
 
 def _head(receipt: Mapping[str, Any]) -> list[Text]:
-    outcome, label, tokens, kv = receipt["outcome"], receipt["client_id"], receipt["tokens"], receipt["kv"]
+    outcome, label, tokens = receipt["outcome"], receipt["client_id"], receipt["tokens"]
     ago = f", {duration(receipt['ended_ago_s'])} ago" if "ended_ago_s" in receipt else ""
     first = Text.assemble((plain(receipt["request_id"]), "bold"), f" {plain(label)}" if label else "", "  ")
     first.append(outcome, "green" if outcome == OK else "red")
@@ -73,8 +80,6 @@ def _head(receipt: Mapping[str, Any]) -> list[Text]:
     prompt = f"{tokens.get('prompt')} prompt tokens ({tokens.get('cached')} cached)"
     policy = f", by {receipt['policy']}" if receipt["policy"] else ""
     lines.append(_line("served", plain(f"{receipt['model']}, {prompt}, {tokens.get('completion')} completed{policy}")))
-    if kv.get("blocks"):
-        lines.append(_line("kv", f"{kv['blocks']} blocks, {kv.get('bytes', 0) / 1e6:.2f} MB handed over"))
     lines += [
         _line(f"answer {choice.get('index')}", plain(f"{_path(choice)}, {choice.get('completion')} tokens"))
         for choice in receipt.get("choices") or []
@@ -131,7 +136,9 @@ def _attempt(attempt: Mapping[str, Any]) -> list[Cell]:
     outcome = str(attempt.get("outcome"))
     work = str(attempt.get("role", "prefill"))
     style = "green" if outcome == "done" else "red"
-    return [str(attempt.get("peer")), work, _number(attempt.get("ms")), _number(attempt.get("blocks")), (outcome, style)]
+    size_bytes = attempt.get("bytes")
+    moved_mb = f"{size_bytes / 1e6:.2f}" if isinstance(size_bytes, int) else "-"
+    return [str(attempt.get("peer")), work, _number(attempt.get("ms")), _number(attempt.get("blocks")), moved_mb, (outcome, style)]
 
 
 def _number(value: Any) -> str:

@@ -111,6 +111,7 @@ class Completions:
             self._mesh.counters.add("clients_gone")
             front.failed(Cancelled("the client left"))
         except MeshserveError as error:
+            self._passed(front, answer)
             front.failed(error)
             await _send_error(send, api, error, label)
         except Exception:  # a mistake of ours; once a response has begun, all that is left is to break it off
@@ -157,7 +158,8 @@ class Completions:
 
     def _keep(self, front: Front, answer: Answer) -> None:
         if self._fronts is not None:
-            self._passed(front, answer)
+            if not front.ended_s:
+                self._passed(front, answer)
             if answer.error is not None:
                 front.failed(answer.error)
             self._fronts.keep(front)
@@ -166,7 +168,7 @@ class Completions:
 
     @staticmethod
     def _passed(front: Front, answer: Answer) -> None:
-        """What is known by now of this frontend's part."""
+        """What is known of this frontend's part when all that is left is to write the end: from then on the client may have it."""
         front.passed_s, front.answered_s, front.ended_s = answer.passed_s, answer.over_s, time.monotonic()
         front.processor = answer.call.peer if answer.call is not None else ""
 
@@ -218,6 +220,7 @@ class Completions:
         try:
             out = writer.feed(items)
             if answer.error is not None:
+                self._passed(front, answer)
                 return out + writer.fail(answer.error), True
             if answer.end is not None:
                 return out + writer.end(self._ending(answer, front)), True
@@ -228,9 +231,9 @@ class Completions:
     def _ending(self, answer: Answer, front: Front) -> Ending:
         """The end, and the receipt with this frontend's part. Raises ProtocolError for what a processor must not say."""
         ending = Ending.from_wire(answer.end)
+        self._passed(front, answer)
         if ending.receipt is None:
             return ending
-        self._passed(front, answer)
         return ending._replace(receipt=with_front(ending.receipt, front.to_wire(self._mesh.own.name)))
 
 
