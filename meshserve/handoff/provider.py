@@ -91,8 +91,6 @@ class PrefillProvider:
         self._sender: BlockSender | None = None
         self.on_queue_changed: Callable[[], None] = lambda: None
         """Called when prompts come or go."""
-        self.on_queued: Callable[[str], None] = lambda request_id: None
-        """Called with each request of which a ticket is counted in `num_queued` from now on."""
         pipeline.receive(self._on_ticket)
         mesh.serve("prefill.strike", self._on_strike)
         mesh.subscribe(self._on_change)
@@ -124,7 +122,7 @@ class PrefillProvider:
             self.counters.add("tickets_refused")
             return
         self.counters.add("tickets_received")
-        self.on_queued(ticket.request_id)
+        self.on_queue_changed()
         self.pump()
 
     def _on_strike(self, call: IncomingCall) -> None:
