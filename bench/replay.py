@@ -24,6 +24,8 @@ from meshserve.errors import UsageError
 from meshserve.routing.fleet import Fleet
 from meshserve.routing.policies import POLICIES
 
+_ANY, _SOME, _RATE = click.IntRange(0), click.IntRange(1), click.FloatRange(0, min_open=True)
+
 
 def replay(requests: Iterable[TraceRequest], cluster: Cluster, policy: str, seed: int = 0) -> Simulation:
     """Serve these requests by one policy, and return what came of it."""
@@ -71,16 +73,16 @@ def _policies(context: click.Context, parameter: click.Parameter, value: str) ->
 
 @click.command()
 @click.argument("trace")
-@click.option("--workers", default=4, show_default=True, help="Decode workers; with no --prefill they prefill too.")
-@click.option("--prefill", default=0, show_default=True, help="Prefill workers; none is aggregated serving.")
-@click.option("--kv-gbps", default=10.0, show_default=True, help="Network between prefill and decode workers.")
-@click.option("--kv-bytes-per-token", default=131_072, show_default=True, help="What goes over it: 128 KiB for an 8B Llama 3.")
+@click.option("--workers", type=_SOME, default=4, show_default=True, help="Decode workers; with no --prefill they prefill too.")
+@click.option("--prefill", type=_ANY, default=0, show_default=True, help="Prefill workers; none is aggregated serving.")
+@click.option("--kv-gbps", type=_RATE, default=10.0, show_default=True, help="Network between prefill and decode workers.")
+@click.option("--kv-bytes-per-token", type=_ANY, default=131_072, show_default=True, help="What goes over it: 128 KiB for an 8B Llama 3.")
 @click.option("--policy", "policies", default="kv", show_default=True, callback=_policies, help="One, or several with commas between.")
-@click.option("--blocks", default=2048, show_default=True, help="KV blocks of each worker.")
-@click.option("--block-size", default=TRACE_BLOCK_SIZE, show_default=True, help="Tokens a block; a divisor of the trace's 512.")
-@click.option("--speed", default=1.0, show_default=True, help="Replay so many times as fast.")
+@click.option("--blocks", type=_SOME, default=2048, show_default=True, help="KV blocks of each worker.")
+@click.option("--block-size", type=_SOME, default=TRACE_BLOCK_SIZE, show_default=True, help="Tokens a block; a divisor of the trace's 512.")
+@click.option("--speed", type=_RATE, default=1.0, show_default=True, help="Replay so many times as fast.")
 @click.option("--profile", type=click.Choice(sorted(PROFILES)), default="reference", show_default=True, help="Whose timing.")
-@click.option("--requests", "num_requests", default=0, help="Only the first so many.")
+@click.option("--requests", "num_requests", type=_ANY, default=0, help="Only the first so many.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw the distributions of TTFT and latency here.")
 @click.option("--seed", default=0, show_default=True, help="Of the policies that draw lots.")
 @click.option("--json", "as_json", is_flag=True, help="A list with one object per policy.")
@@ -103,7 +105,7 @@ def main(
     """Replay TRACE and print what each policy makes of it."""
     try:
         requests = _requests(trace, num_requests, block_size, speed)
-    except (UsageError, OSError) as exc:
+    except (UsageError, OSError, ValueError) as exc:  # ValueError: a seed that is no number, a file that is no text
         raise click.UsageError(str(exc)) from exc
     cluster = Cluster(workers, blocks, block_size, PROFILES[profile], prefill, kv_gbps, kv_bytes_per_token)
     simulations = [replay(_with_progress(requests, policy), cluster, policy, seed) for policy in policies]

@@ -27,6 +27,7 @@ from meshserve.roles.decode import DecodeRole
 from meshserve.roles.prefill import PrefillRole
 from meshserve.roles.processor.processor import ProcessorRole
 from meshserve.roles.router import RouterRole
+from meshserve.routing.cost import CostSettings
 from meshserve.telemetry import Journal, log_event
 
 if TYPE_CHECKING:
@@ -89,7 +90,8 @@ class Peer:
         if self._engine is not None:
             self._start_workers(self._engine)
         if "router" in self._roles:
-            router = RouterRole(self.mesh, self._config.policy)
+            settings = CostSettings(max_local_prefill_tokens=self._config.handoff.max_local_prefill_tokens)
+            router = RouterRole(self.mesh, self._config.policy, settings)
             self._closers.callback(router.close)
         if "processor" in self._roles:
             processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers, self._receipts())

@@ -13,6 +13,7 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watch import Watcher, WatchSource
 from meshserve.observe.worker_report import REPORT_METHOD
 from meshserve.routing.candidates import Prompt
+from meshserve.routing.cost import CostSettings
 from meshserve.routing.fleet import Fleet, Question
 from meshserve.routing.policies import POLICIES
 from meshserve.wire.booking import Booking
@@ -27,9 +28,9 @@ _WORKERS = {"decode", "prefill"}
 class RouterRole:
     """Serves `route`. Follows every worker that it can reach, and what other routers send them."""
 
-    def __init__(self, mesh: Mesh, policy: str) -> None:
+    def __init__(self, mesh: Mesh, policy: str, settings: CostSettings | None = None) -> None:
         self._mesh, self._policy = mesh, policy
-        self.fleet = Fleet()
+        self.fleet = Fleet(settings)
         self._workers: dict[str, Watcher] = {}
         self._routers: dict[str, Watcher] = {}
         self._bookings = WatchSource(mesh, _BOOKINGS_METHOD, lambda: ())  # what was booked before fades within two seconds
@@ -106,7 +107,7 @@ class RouterRole:
             raise NoWorker(f"no decode worker for the model {model!r} can take work now")
         card = decode[0].card
         assert card is not None
-        prefill = [info for info in self._able("prefill", model, excluded) if info.card == card]
+        prefill = [info for info in self._able("prefill", model, excluded) if info.card == card] if card.can_hand_over else []
         prompt = Prompt(len(tokens), card.block_size, block_hashes(tokens, card.block_size, card.model_hash))
         question = Question(request_id, prompt, self._followed(decode), self._followed(prefill), session)
         found = self.fleet.choose(policy, question, time.monotonic())

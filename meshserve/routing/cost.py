@@ -52,7 +52,8 @@ class CostSettings:
     tie_ms: float = 2.0
     """Milliseconds that nobody notices. Higher follows sessions and load more, lower trusts estimates to the last digit."""
     max_local_prefill_tokens: int = 256
-    """Where there are prefill workers: uncached tokens up to which a decode worker computes a prompt itself, as in HandoffConfig."""
+    """Where there are prefill workers: uncached tokens up to which a decode worker computes a prompt itself, as in HandoffConfig. Workers
+    do not report theirs, so routers are given the same."""
 
 
 @dataclass(slots=True)

@@ -1,10 +1,18 @@
 """What a router answers to whoever asks it over the mesh, however he asks."""
 
 from array import array
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from meshserve.config import MeshConfig
+from meshserve.engines.dummy.engine import DummyEngine
+from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import ProtocolError
+from meshserve.mesh.mesh import Mesh
+from meshserve.roles.router import RouterRole
+from meshserve.routing.cost import CostSettings
 from meshserve.wire.generation import pack_tokens
 from tests.harness import run_async
 from tests.routing.test_watches import DEADLINE_S, followed
@@ -34,3 +42,36 @@ def test_a_malformed_question_is_answered_with_what_is_wrong_and_the_next_one_wi
             assert answer["decode"][0][0] == pair.worker.incarnation
 
     run_async(ask())
+
+
+async def answer_for(prompt: "array[int]", settings: CostSettings | None = None, **card: Any) -> dict[str, Any]:
+    """Of a router on a peer that decodes and prefills by name only."""
+    made = replace(DummyEngine(EngineOptions(None, {})).card, **card)
+    roles = ("router", "decode", "prefill")
+    mesh = Mesh(MeshConfig(mesh="asked", roles=roles, interface="127.0.0.1", use_mdns=False), made)
+    await mesh.start()
+    role = RouterRole(mesh, "kv", settings)
+    try:
+        found: dict[str, Any] = await mesh.call(mesh.incarnation, "route", {**QUESTION, "tokens": pack_tokens(prompt)}, DEADLINE_S)
+        return found
+    finally:
+        role.close()
+        await mesh.close()
+
+
+def wait_ms(answer: dict[str, Any]) -> float:
+    found: float = answer["decode"][0][4]
+    return found
+
+
+def test_a_prompt_that_its_decode_worker_computes_itself_is_not_waited_for_elsewhere() -> None:
+    prompt = array("I", [1] * 1000)
+    assert wait_ms(run_async(answer_for(prompt))) > 0
+    assert wait_ms(run_async(answer_for(prompt, CostSettings(max_local_prefill_tokens=1000)))) == 0
+
+
+def test_an_engine_that_hands_nothing_over_has_no_prefill_workers() -> None:
+    prompt = array("I", [1] * 1000)
+    assert run_async(answer_for(prompt))["prefill"]
+    answer = run_async(answer_for(prompt, can_hand_over=False))
+    assert not answer["prefill"] and wait_ms(answer) == 0

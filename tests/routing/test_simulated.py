@@ -11,9 +11,10 @@ from bench import index, replay, robustness
 from bench.robustness import Setting, compare
 from bench.simulator import Cluster
 from bench.summary import Summary
-from bench.traces import read_trace
+from bench.traces import parse_trace, read_trace
 from bench.workloads import WORKLOADS, make_workload
 from meshserve.engines.dummy.timing import PROFILES
+from meshserve.errors import UsageError
 from meshserve.routing.policies import POLICIES
 
 TRACE = Path(__file__).parents[3] / "shared" / "traces" / "mooncake_synthetic.jsonl"
@@ -57,6 +58,50 @@ def test_the_command_prints_one_object_per_policy() -> None:
         assert one.keys() == {"policy", "workers", "requests", "prefix_reuse", "ttft_ms", "latency_ms", "share"}
         assert one["ttft_ms"].keys() == one["latency_ms"].keys() == {"mean", "p50", "p90", "p99"}
         assert len(one["share"]) == one["workers"] == 3
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--workers 0",
+        "--workers -1",
+        "--prefill -1",
+        "--speed 0",
+        "--speed nan",
+        "--block-size 0",
+        "--block-size 500",
+        "--blocks 0",
+        "--prefill 1 --kv-gbps 0",
+        "--requests -1",
+        "--policy fastest",
+    ],
+)
+def test_an_argument_that_makes_no_sense_is_a_usage_error(arguments: str) -> None:
+    result = CliRunner().invoke(replay.main, ["tenants", "--requests", "5", *arguments.split()])
+    assert result.exit_code == 2 and "Error" in result.output, result.output
+
+
+def test_a_seed_that_is_no_number_and_a_file_that_is_no_text_are_usage_errors(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(bytes(range(256)))
+    for trace in ("tenants:x", str(tmp_path / "binary"), str(tmp_path / "nowhere")):
+        result = CliRunner().invoke(replay.main, [trace])
+        assert result.exit_code == 2 and "Error" in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[1]",
+        "7",
+        "{}",
+        '{"timestamp": Infinity, "input_length": 1, "output_length": 1, "hash_ids": []}',
+        '{"timestamp": 0, "input_length": Infinity, "output_length": 1, "hash_ids": []}',
+        '{"timestamp": 0, "input_length": 1, "output_length": 1, "hash_ids": 5}',
+    ],
+)
+def test_a_line_that_is_no_request_is_named(line: str) -> None:
+    with pytest.raises(UsageError, match="line 1"):
+        parse_trace([line])
 
 
 def test_a_lookup_and_a_decision_are_quick() -> None:

@@ -5,6 +5,7 @@ last one included; equal ids mean an equal block and an equal prefix.
 """
 
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,13 +31,16 @@ def read_line(number: int, line: str, speed: float = 1.0) -> TraceLine:
     """One request, `speed` times as early. Raises UsageError that names the line."""
     try:
         found: dict[str, Any] = json.loads(line)
+        arrival_s = float(found["timestamp"]) / 1000 / speed
+        if not math.isfinite(arrival_s):
+            raise ValueError("it never comes")
         return TraceLine(
-            float(found["timestamp"]) / 1000 / speed,
+            arrival_s,
             max(1, int(found["input_length"])),
             max(1, int(found["output_length"])),
             tuple(int(hash_id) for hash_id in found["hash_ids"]),
         )
-    except (ValueError, TypeError, KeyError) as exc:
+    except (ValueError, TypeError, KeyError, OverflowError) as exc:
         raise UsageError(f"line {number} is not a request of a trace: {exc}") from exc
 
 
