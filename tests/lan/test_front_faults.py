@@ -23,7 +23,7 @@ from meshserve.config import ServeConfig
 from tests.harness import Lan, Process, meshserve_command, pace, wait_until
 from tests.harness.records import Event, Record
 from tests.lan.meshes import HTTP, READY_S, LanMesh, long_prompts
-from tests.lan.test_handoff_faults import all_free, leave_after, wait_for_event
+from tests.lan.test_handoff_faults import all_free, leave_after, num_events, wait_for_event
 
 SLOW_CLOSED_S = 10.0
 LOOP_BLOCKED_MS = 10.0
@@ -70,11 +70,6 @@ def test_row_12_a_client_that_leaves_is_struck_out_at_every_hop(lan: Lan, path: 
     record = Record(path)
     record.check()
     assert not {event.request for event in struck} & {event.request for event in record.of("prefill_begun")}
-
-
-def num_events(path: Path, kind: str) -> int:
-    """Of this kind, in the record so far."""
-    return len(Record(path).of(kind)) if path.exists() else 0
 
 
 def test_row_13_a_client_that_leaves_midway_frees_everything_at_every_hop(lan: Lan, path: Path) -> None:
