@@ -1,6 +1,7 @@
 """What users get wrong: one clear line, the exit code of the contract, no traceback."""
 
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,7 @@ def test_a_key_file_that_others_can_read_is_refused_with_what_to_do(tmp_path: Pa
 
 
 def test_looking_at_a_mesh_that_is_not_there_ends_in_one_line() -> None:
-    assert_one_line(meshserve("generate", "hi", *ALONE), 1, "try --peer HOST")
-    done = meshserve("peers", *ALONE)
+    with ThreadPoolExecutor(2) as pool:  # each waits for three seconds before it says so
+        asked, done = pool.map(lambda arguments: meshserve(*arguments, *ALONE), (("generate", "hi"), ("peers",)))
+    assert_one_line(asked, 1, "try --peer HOST")
     assert done.exit_code == 1 and "no peer of mesh" in done.stdout and not done.stderr

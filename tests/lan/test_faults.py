@@ -55,7 +55,7 @@ def test_a_stream_that_had_started_on_a_killed_worker_ends_in_a_clear_error_and_
     lines: dict[int, list[str]] = {0: [], 1: []}
 
     def follow(number: int) -> None:
-        body = {"model": "dummy", "prompt": f"stream {number}", "max_tokens": 400, "stream": True, "ignore_eos": True}
+        body = {"model": "dummy", "prompt": f"stream {number}", "max_tokens": 200, "stream": True, "ignore_eos": True}
         with mesh.front.stream("POST", f"{HTTP}/v1/completions", body, timeout_s=20.0) as received:
             for line in received:
                 lines[number].append(line)

@@ -21,9 +21,10 @@ import pytest
 from bench.pairing import ratio_of
 from meshserve.config import ServeConfig
 from tests.harness import Lan, Process, meshserve_command, pace, wait_until
+from tests.harness.held import held
 from tests.harness.records import Event, Record
 from tests.lan.meshes import HTTP, READY_S, LanMesh, long_prompts
-from tests.lan.test_handoff_faults import all_free, leave_after, wait_for_event
+from tests.lan.test_handoff_faults import all_free, leave_after, num_events, wait_for_event
 
 SLOW_CLOSED_S = 10.0
 LOOP_BLOCKED_MS = 10.0
@@ -65,16 +66,12 @@ def test_row_12_a_client_that_leaves_is_struck_out_at_every_hop(lan: Lan, path: 
             closed_at = leave_after(mesh, prompts.pop(), 8, is_streamed, path, "ticket", num_events(path, "ticket"))
             wait_until(lambda count=count: num_events(path, "struck") == count, READY_S, "the other's ticket was struck out")  # type: ignore[misc]
             struck = Record(path).of("struck")
+            print(f"struck out {(struck[-1].at_s - closed_at) * 1000:.1f} ms after its client left")
             assert struck[-1].at_s - closed_at <= 0.1
             running.result()
     record = Record(path)
     record.check()
     assert not {event.request for event in struck} & {event.request for event in record.of("prefill_begun")}
-
-
-def num_events(path: Path, kind: str) -> int:
-    """Of this kind, in the record so far."""
-    return len(Record(path).of(kind)) if path.exists() else 0
 
 
 def test_row_13_a_client_that_leaves_midway_frees_everything_at_every_hop(lan: Lan, path: Path) -> None:
@@ -84,7 +81,10 @@ def test_row_13_a_client_that_leaves_midway_frees_everything_at_every_hop(lan: L
         for is_streamed in (False, True):
             closed_at = leave_after(mesh, prompts.pop(), 500, is_streamed, path, kind, num_events(path, kind))
             wait_until(lambda: all_free(mesh), READY_S, "all blocks are free")
-            assert time.monotonic() - closed_at <= 1.0
+            took_s = time.monotonic() - closed_at
+            print(f"all was free {took_s * 1000:.0f} ms after a client left at an event {kind}, streamed: {is_streamed}")
+            assert took_s <= 1.0
+    wait_until(lambda: not held(mesh.peers()), READY_S, "nothing is held anywhere")
     Record(path).check()
 
 

@@ -383,7 +383,7 @@ def test_workers_with_long_queues_refuse_and_the_next_is_asked_until_none_is_lef
             front.wait_for_line("^2 decode", 10.0)
 
             def ask(number: int) -> httpx.Response:
-                body = {**BODY, "prompt": f"{number} asks", "max_tokens": 100, "ignore_eos": True, "meshserve": {"receipt": True}}
+                body = {**BODY, "prompt": f"{number} asks", "max_tokens": 50, "ignore_eos": True, "meshserve": {"receipt": True}}
                 return httpx.post(f"{ready['http']}/v1/completions", json=body, timeout=30.0)
 
             with ThreadPoolExecutor(10) as pool:
