@@ -1,7 +1,7 @@
 """`python -m bench.scale [--json]`: what a peer costs that only belongs to a mesh, by how many belong to it.
 
-So many `meshserve run` processes on loopback, without mDNS, each told of the first one alone: three that answer HTTP, process and
-route in every twenty, two decode workers to one prefill worker among the others. After they all know each other nothing asks them for
+So many `meshserve run` processes on loopback, without mDNS, each told of the first one alone: one in seven answers HTTP,
+processes and routes, of the others a third are prefill workers, the rest decode workers. After they all know each other nothing asks them for
 anything. CPU time and memory are the kernel's account of each process; heartbeats are the peers' own counts.
 """
 
@@ -19,16 +19,15 @@ from typing import Any
 
 import click
 
-from bench.systems import free_ports
 from bench.watching import cpu_s
 
 _FRONT = "frontend,processor,router"
-_READY_S, _POLL_S, _SETTLE_S = 120.0, 0.1, 6.0
+_MEET_S, _POLL_S, _SETTLE_S = 60.0, 0.1, 6.0
 """A while after they met, gossip has come to rest."""
 
 
 def role_of(number: int) -> str:
-    """Of the peer with this number, from 0: one front first of all."""
+    """Of the peer with this number; number 0, the first, is a front."""
     if number % 7 == 0:
         return _FRONT
     return "prefill" if number % 3 == 0 else "decode"
@@ -60,14 +59,6 @@ class MeshOfPeers:
 
     def __init__(self, processes: list["subprocess.Popen[str]"], url: str) -> None:
         self.processes, self._url = processes, url
-
-    def wait_until_ready(self) -> None:
-        """Until each has said so. Raises ClickException where one ends instead."""
-        for process in self.processes:
-            assert process.stdout is not None
-            while not (line := process.stdout.readline()).startswith("ready "):
-                if not line:
-                    raise click.ClickException("a peer ended before it was ready")
 
     def peers(self) -> list[dict[str, Any]]:
         """Everybody, as the first peer has it from each."""
@@ -107,40 +98,55 @@ def _socket_of(path: Path) -> str:
     return ""
 
 
+def _start(role: str, *options: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "meshserve", "run", "--interface", "127.0.0.1", "--no-mdns", "--mesh", "scale", "--role", role]
+    command += ["--http", "127.0.0.1:0"] if role == _FRONT else []
+    return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def _ready(process: "subprocess.Popen[str]") -> dict[str, str]:
+    """What its line says. Raises ClickException where it ends instead."""
+    assert process.stdout is not None
+    while line := process.stdout.readline():
+        if line.startswith("ready "):
+            return dict(part.split("=", 1) for part in line.split()[1:])
+    raise click.ClickException("a peer ended before it was ready")
+
+
 @contextlib.contextmanager
 def mesh_of(num_peers: int) -> Iterator[MeshOfPeers]:
-    """All of them started at once; ended with the block."""
-    port, http = free_ports(4)[0], free_ports()[0]
-    run = [sys.executable, "-m", "meshserve", "run", "--interface", "127.0.0.1", "--no-mdns", "--mesh", f"scale-{port}"]
-    processes: list[subprocess.Popen[str]] = []
+    """The first, and once it has said where it lives all others at once. All are ready at the block's begin, and ended at its end."""
+    processes = [_start(_FRONT)]
     try:
-        for number in range(num_peers):
-            place = ["--port", str(port)] if number == 0 else ["--peer", f"127.0.0.1:{port}"]
-            role = ["--role", role_of(number)]
-            role += ["--http", f"127.0.0.1:{0 if number else http}"] if role_of(number) == _FRONT else []
-            command = [*run, *role, *place]
-            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True))
-        yield MeshOfPeers(processes, f"http://127.0.0.1:{http}")
+        first = _ready(processes[0])
+        seed = first["address"].removeprefix("tcp://")
+        processes += [_start(role_of(number), "--peer", seed) for number in range(1, num_peers)]
+        for process in processes[1:]:
+            _ready(process)
+        yield MeshOfPeers(processes, first["http"])
     finally:
         for process in processes:
             process.terminate()
         for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(20)
-            process.kill()
-            process.wait()
-            assert process.stdout is not None
-            process.stdout.close()
+            _end(process)
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(20)
+    process.kill()
+    process.wait()
+    assert process.stdout is not None
+    process.stdout.close()
 
 
 def measure(num_peers: int, seconds: float) -> Idle:
     """Start them, let them meet, and look on. Raises ClickException where they do not meet."""
     began_s = time.monotonic()
     with mesh_of(num_peers) as mesh:
-        mesh.wait_until_ready()
         ready_s = time.monotonic()
         while not mesh.have_met():
-            if time.monotonic() > ready_s + _READY_S:
+            if time.monotonic() > ready_s + _MEET_S:
                 raise click.ClickException("not all know all")
             time.sleep(_POLL_S)
         met_s = time.monotonic()
