@@ -1,8 +1,8 @@
 """`python -m bench.scale [--json]`: what a peer costs that only belongs to a mesh, by how many belong to it.
 
 So many `meshserve run` processes on loopback, without mDNS, each told of the first one alone: one in seven answers HTTP,
-processes and routes, of the others a third are prefill workers, the rest decode workers. After they all know each other nothing asks them for
-anything. CPU time and memory are the kernel's account of each process; heartbeats are the peers' own counts.
+processes and routes; of the others a third are prefill workers, the rest decode workers. Once they all know each other nobody asks them
+for anything. CPU time and memory are the kernel's account of each process; heartbeats are the peers' own counts.
 """
 
 import contextlib
@@ -48,6 +48,8 @@ class Idle:
     rss_mb_max: float
     num_links: int
     """TCP connections of all peers together, both ends counted."""
+    num_files: int
+    """Open descriptors of the peer that has most."""
     pings_per_s: float
     """Heartbeats that a peer sends; each is answered."""
     hellos_per_s: float
@@ -79,6 +81,10 @@ class MeshOfPeers:
     def rss_mb(self) -> list[float]:
         """Resident memory of each, what it shares with others included."""
         return [_rss_mb(process.pid) for process in self.processes]
+
+    def num_files(self) -> int:
+        """Open descriptors of the peer that has most."""
+        return max(sum(1 for _ in Path(f"/proc/{process.pid}/fd").iterdir()) for process in self.processes)
 
     def num_links(self) -> int:
         """Open TCP connections."""
@@ -166,6 +172,7 @@ def measure(num_peers: int, seconds: float) -> Idle:
             rss_mb_mean=round(statistics.mean(rss), 1),
             rss_mb_max=round(max(rss), 1),
             num_links=mesh.num_links(),
+            num_files=mesh.num_files(),
             pings_per_s=round(rates[0] / num_peers, 1),
             hellos_per_s=round(rates[1] / num_peers, 2),
         )
@@ -190,7 +197,7 @@ def main(as_json: bool, sizes: tuple[int, ...], seconds: float) -> None:
         click.echo(f"{idle.num_peers} peers: ready after {idle.ready_s} s, all know all {idle.met_s} s later; then, idle, each")
         click.echo(f"  CPU       {idle.cpu_percent_mean:7.2f} % of a core (most: {idle.cpu_percent_max})")
         click.echo(f"  memory    {idle.rss_mb_mean:7.1f} MB (most: {idle.rss_mb_max})")
-        click.echo(f"  links     {idle.num_links / idle.num_peers:7.1f} connections")
+        click.echo(f"  links     {idle.num_links / idle.num_peers:7.1f} connections (open files, most: {idle.num_files})")
         click.echo(f"  pings     {idle.pings_per_s:7.1f} a second, and {idle.hellos_per_s} hellos")
 
 

@@ -144,7 +144,7 @@ class Membership:
     def hint(self, hint: PeerHint, now_s: float) -> None:
         """Hearsay from mDNS or gossip. Members, ourselves, and those who are known to have ended are not dialled for it."""
         incarnation = hint.incarnation
-        if incarnation in (self.own.incarnation, *self.members.keys()) or incarnation in self._gone or not hint.addresses:
+        if incarnation in self.members or incarnation in self._gone or incarnation == self.own.incarnation or not hint.addresses:
             return
         known = self._candidates.get(incarnation)
         if known is not None:
