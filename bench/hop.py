@@ -110,12 +110,8 @@ async def compare(peer_port: int, floor_port: int, num_pairs: int, num_calls: in
     }
 
 
-@click.command()
-@click.option("--json", "as_json", is_flag=True)
-@click.option("--pairs", default=30, show_default=True, help="Alternations.")
-@click.option("--calls", default=300, show_default=True, help="Calls in each turn.")
-def main(as_json: bool, pairs: int, calls: int) -> None:
-    """Round trip between two peers, as a ratio to a blocking ZeroMQ echo."""
+def run(num_pairs: int, num_calls: int) -> dict[str, Any]:
+    """Start both far sides, compare, and end them."""
     spawn = multiprocessing.get_context("spawn")
     ports, processes, pipes = [], [], []
     for target in (echo_peer, echo_socket):
@@ -125,10 +121,20 @@ def main(as_json: bool, pairs: int, calls: int) -> None:
         processes.append(process)
         pipes.append(near)
         ports.append(near.recv())
-    found = uvloop.run(compare(ports[0], ports[1], pairs, calls))
+    found = uvloop.run(compare(ports[0], ports[1], num_pairs, num_calls))
     pipes[0].send("stop")
     for process in processes:
         process.join(5)
+    return found
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True)
+@click.option("--pairs", default=30, show_default=True, help="Alternations.")
+@click.option("--calls", default=300, show_default=True, help="Calls in each turn.")
+def main(as_json: bool, pairs: int, calls: int) -> None:
+    """Round trip between two peers, as a ratio to a blocking ZeroMQ echo."""
+    found = run(pairs, calls)
     if as_json:
         click.echo(json.dumps(found, indent=1))
         return

@@ -59,7 +59,7 @@ class MeshConfig:
     tick_interval_s: float = 0.1
     """How often deadlines are looked at. Lower notices sooner by as much and wakes an idle peer more often."""
     heartbeat_interval_s: float = 0.3
-    """Between pings on links whose roles talk to each other. Must be well under `failure_timeout_s`; lower costs idle CPU."""
+    """A peer whose roles talk to ours is pinged when silent for so long. Must be well under `failure_timeout_s`; lower costs idle CPU."""
     failure_timeout_s: float = 1.5
     """Silence after which a peer is suspect and gets no new work. Lower mistakes stalls for failures, higher sends work into the void."""
     death_timeout_s: float = 5.0

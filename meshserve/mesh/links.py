@@ -352,6 +352,7 @@ class Links:
             channel = self._dealers.get(incarnation)
             if channel is not None:
                 channel.send([frames.PING, number])
+                self._counters.add("pings_sent")
         self._owner.ticked(now_s)
 
     def _gossip(self) -> None:
@@ -361,6 +362,7 @@ class Links:
         channels = list(self._dealers.values())
         for channel in random.sample(channels, min(fanout, len(channels))):
             channel.send([frames.HELLO, self._hello(None).to_wire()])
+            self._counters.add("hellos_sent")
 
     def _warn_if_lonely(self) -> None:
         if not self._dealers and not self.own.is_observer and set(self.own.roles) != set(ROLES):

@@ -5,6 +5,7 @@ in its tests, and time can be made up. The failure detector is a plain timeout o
 lateness (the idea of local health awareness: Dadgar et al., "Lifeguard", 2018).
 """
 
+import math
 import random
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -47,6 +48,9 @@ TALKING_ROLES = frozenset(
 )
 """Pairs of roles that call each other; only links between such peers carry application heartbeats."""
 
+_ROUND_TRIP_INTERVAL_S = 5.0
+"""A peer that is heard all the time is pinged so often, to know how far away it is."""
+
 
 def are_talking(one: PeerInfo, other: PeerInfo) -> bool:
     """Whether the two need to notice quickly that the other hangs."""
@@ -75,6 +79,7 @@ class Member:
     next_dial_s: float = 0.0
     num_failed_dials: int = 0
     is_dialling: bool = False
+    pinged_s: float = -math.inf
     shown_name: str = ""
     rtt_ms: float | None = None
 
@@ -127,7 +132,6 @@ class Membership:
         self._candidates: dict[str, _Candidate] = {}
         self._gone: dict[str, float] = {}
         self._last_tick_s = now_s
-        self._next_ping_s = now_s
         self._rng = rng or random.Random()
 
     # --- what was heard of
@@ -140,7 +144,7 @@ class Membership:
     def hint(self, hint: PeerHint, now_s: float) -> None:
         """Hearsay from mDNS or gossip. Members, ourselves, and those who are known to have ended are not dialled for it."""
         incarnation = hint.incarnation
-        if incarnation in (self.own.incarnation, *self.members.keys()) or incarnation in self._gone or not hint.addresses:
+        if incarnation in self.members or incarnation in self._gone or incarnation == self.own.incarnation or not hint.addresses:
             return
         known = self._candidates.get(incarnation)
         if known is not None:
@@ -248,12 +252,30 @@ class Membership:
         for member in list(self.members.values()):
             self._check(member, now_s, actions)
         actions.dials = self.due_dials(now_s)
-        if now_s >= self._next_ping_s:
-            self._next_ping_s = now_s + self._config.heartbeat_interval_s
-            actions.pings = [member.info.incarnation for member in self.members.values() if member.is_callable and member.is_talking]
+        actions.pings = self._due_pings(now_s)
         for incarnation in [gone for gone, since_s in self._gone.items() if now_s - since_s > self._config.forget_hint_s]:
             del self._gone[incarnation]
         return actions
+
+    def _due_pings(self, now_s: float) -> list[str]:
+        """Whom to ask for a sign of life: those that gave none lately.
+
+        A ping tells its receiver as much as its answer tells us, so of two idle peers the one whose clock ticks first asks, and the other
+        need not: half of what it costs if both ask. Busy peers need no pings at all, but for the round trip now and then.
+        """
+        silent_s = now_s - self._config.heartbeat_interval_s + self._config.tick_interval_s / 2  # the tick next to it, not the one after
+        unmeasured_s = now_s - _ROUND_TRIP_INTERVAL_S
+        due = [
+            member
+            for member in self.members.values()
+            if member.is_talking
+            and (member.heard_s <= silent_s or member.pinged_s <= unmeasured_s)
+            and member.pinged_s <= silent_s
+            and member.is_callable
+        ]
+        for member in due:
+            member.pinged_s = now_s
+        return [member.info.incarnation for member in due]
 
     def _extend(self, late_s: float) -> None:
         for member in self.members.values():

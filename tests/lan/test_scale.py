@@ -4,6 +4,8 @@ import time
 
 import pytest
 
+from bench.scale import measure
+from meshserve.config import MeshConfig
 from tests.harness import Lan, wait_until
 from tests.lan.meshes import HTTP
 
@@ -21,3 +23,14 @@ def test_twenty_peers_on_twenty_hosts_know_each_other_within_five_seconds(lan: L
     took_s = time.monotonic() - ready_at
     print(f"all of 20 know all within {took_s:.2f} s of the last ready")
     assert took_s <= 5.0
+
+
+@pytest.mark.parametrize(("num_peers", "cpu_percent"), [(10, 1.0), (50, 4.0)])
+def test_an_idle_peer_costs_little_however_many_others_there_are(num_peers: int, cpu_percent: float) -> None:
+    idle = measure(num_peers, 20.0)
+    print(idle)
+    assert idle.met_s <= 10.0, "all know all"
+    assert idle.cpu_percent_max <= cpu_percent
+    assert idle.pings_per_s <= (num_peers - 1) / MeshConfig().heartbeat_interval_s * 0.6 + 1, "of two peers one pings"
+    assert idle.hellos_per_s < 1.0, "gossip has come to rest"
+    assert idle.rss_mb_max <= 60.0

@@ -77,6 +77,39 @@ def test_a_peer_whose_role_does_not_talk_to_ours_may_be_silent() -> None:
     assert story.state("far") is PeerState.ALIVE and actions.pings == []
 
 
+def test_two_idle_peers_ping_each_other_in_turn_and_not_both() -> None:
+    story, config = Story(), CONFIG
+    other = Membership(a_peer("worker"), config, story.now_s, random.Random(2))
+    story.joins(a_peer("worker"))
+    other.hello(a_peer("me", "decode", "10.0.0.1"), 1.0, story.now_s)
+    other.linked("me", ("10.0.0.1", 7800), story.now_s)
+    sides = ((story.membership, 0.0), (other, 0.04))
+    heard_s, num_pings, longest_s = story.now_s, 0, 0.0
+    for tick in range(1, 201):
+        for side, phase_s in sides:
+            now_s = 100.0 + tick * TICK_S + phase_s
+            if side.tick(now_s).pings:
+                num_pings += 1
+                longest_s, heard_s = max(longest_s, now_s - heard_s), now_s
+                story.membership.heard("worker", now_s)
+                other.heard("me", now_s)
+    intervals = 200 * TICK_S / config.heartbeat_interval_s
+    assert num_pings <= intervals + 2 * 200 * TICK_S / 5.0, "one for both, and one each for the round trip now and then"
+    assert longest_s < config.heartbeat_interval_s + TICK_S, "and no less often than if each asked for itself"
+
+
+def test_a_peer_that_does_not_answer_is_pinged_once_in_an_interval_and_a_lively_one_hardly_ever() -> None:
+    story = Story()
+    story.joins(a_peer("silent"))
+    story.joins(a_peer("lively", address="10.0.0.3"))
+    counts = {"silent": 0, "lively": 0}
+    for _ in range(14):
+        story.tell(story.membership.heard("lively", story.now_s))
+        for incarnation in story.passes(TICK_S).pings:
+            counts[incarnation] += 1
+    assert counts == {"silent": 5, "lively": 1}
+
+
 def test_a_late_tick_of_our_own_moves_all_deadlines() -> None:
     story = Story()
     story.joins(a_peer("worker"))

@@ -5,6 +5,8 @@ key (RFC 26 and 27 of ZeroMQ). It fails closed: the ZAP domain is not empty and 
 nobody gets in, and a self-test at start tries a wrong key, which must be refused.
 """
 
+import contextlib
+import resource
 import struct
 from types import TracebackType
 
@@ -18,6 +20,12 @@ from meshserve.mesh.keys import MeshKey
 from meshserve.telemetry import Counters
 
 _ZAP_DOMAIN = "meshserve"
+
+_MAX_SOCKETS = 16_384
+"""A link takes three, its own and two that watch it: ZeroMQ's default of 1,023 would end a mesh at 340 peers. A slot costs 12 bytes."""
+
+_MAX_FILES = 65_536
+"""A link takes five or six: the common limit of 1,024 would end it at 180. Higher lets a peer hold more of the host's files."""
 
 
 class _OnlyHolders:
@@ -39,7 +47,9 @@ class SocketFactory:
 
     def __init__(self, config: TransportConfig, key: MeshKey | None, counters: Counters) -> None:
         self._config, self._counters = config, counters
+        _ask_for_files()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
         self._pair: tuple[bytes, bytes] | None = None
         self._authenticator: ThreadAuthenticator | None = None
         self._death_hint_ms = 6500
@@ -139,6 +149,15 @@ class SocketFactory:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+def _ask_for_files() -> None:
+    """As many as this process may have, up to what a large mesh takes. Where that is not allowed the mesh stays smaller."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _MAX_FILES if hard == resource.RLIM_INFINITY else min(_MAX_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def endpoint(host: str, port: int) -> str:

@@ -1,0 +1,1 @@
+"""Tests of what the benchmarks decide; what they measure is another matter."""

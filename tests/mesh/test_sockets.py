@@ -1,0 +1,20 @@
+"""How many sockets a peer can have."""
+
+import resource
+
+import zmq
+
+from meshserve.config import TransportConfig
+from meshserve.mesh.transport.sockets import SocketFactory
+from meshserve.telemetry import Counters
+
+
+def test_a_peer_can_have_more_sockets_and_files_than_the_defaults_allow() -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], 1024), before[1]))
+    try:
+        with SocketFactory(TransportConfig(), None, Counters()) as factory:
+            sockets = [factory.client_socket(zmq.DEALER) for _ in range(1500)]
+            assert not any(socket.closed for socket in sockets)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
