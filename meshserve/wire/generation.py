@@ -2,7 +2,7 @@
 
 import sys
 from array import array
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from meshserve.errors import ProtocolError
@@ -67,7 +67,7 @@ class Sampling:
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`; defaults are left out."""
-        return {key: value for key, value in asdict(self).items() if value != _SAMPLING_DEFAULTS[key]}
+        return {key: value for key, default in _SAMPLING_DEFAULTS.items() if (value := getattr(self, key)) != default}
 
     @classmethod
     def from_wire(cls, data: Any) -> "Sampling":
