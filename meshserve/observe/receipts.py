@@ -4,8 +4,11 @@ Phases partition the critical path. Each is measured on one peer's monotonic clo
 measured from what its caller did, so no clocks need to agree; `other` is what is left.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from meshserve.routing.candidates import Candidate
 
 PHASES = ("http", "process", "route", "queue", "prefill", "kv_transfer", "decode", "network", "other")
 
@@ -19,8 +22,9 @@ class Receipt:
     model: str
     policy: str = ""
     peers: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(("frontend", "processor", "router", "decode", "prefill")))
-    candidates: list[dict[str, Any]] = field(default_factory=list)
-    prefill_candidates: list[dict[str, Any]] = field(default_factory=list)
+    candidates: Sequence[Candidate] = ()
+    """Worded when somebody wants to see them."""
+    prefill_candidates: Sequence[Candidate] = ()
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
     num_completion_tokens: int = 0
@@ -43,8 +47,8 @@ class Receipt:
             "model": self.model,
             "policy": self.policy,
             "peers": self.peers,
-            "candidates": self.candidates,
-            "prefill_candidates": self.prefill_candidates,
+            "candidates": [candidate.for_receipt() for candidate in self.candidates],
+            "prefill_candidates": [candidate.for_receipt() for candidate in self.prefill_candidates],
             "tokens": {"prompt": self.num_prompt_tokens, "cached": self.num_cached_tokens, "completion": self.num_completion_tokens},
             "kv": {"blocks": self.num_blocks, "bytes": self.num_bytes},
             "attempts": self.attempts,

@@ -92,7 +92,12 @@ class RouterRole:
             raise InvalidRequest(f"unknown policy {policy!r}; there are: {', '.join(POLICIES)}", param="meshserve.policy")
         for incarnation in excluded:
             self.fleet.unbook(incarnation, body["request_id"])
-        call.end(self._answer(body["request_id"], body["model"], unpack_tokens(body.get("tokens")), policy, session, excluded))
+        is_local = call.peer == self._mesh.incarnation  # then nothing is packed, neither the question nor the answer
+        tokens = body["tokens"] if is_local else unpack_tokens(body.get("tokens"))
+        found = self._answer(body["request_id"], body["model"], tokens, policy, session, excluded)
+        if not is_local:
+            found.update({role: [candidate.to_wire() for candidate in found[role]] for role in ("decode", "prefill")})
+        call.end(found)
 
     def _answer(
         self, request_id: str, model: str, tokens: "array[int]", policy: str, session: str, excluded: Sequence[str]
@@ -108,12 +113,7 @@ class RouterRole:
         found = self.fleet.choose(policy, question, time.monotonic())
         if found.booking is not None and self._bookings.has_watchers:
             self._bookings.publish(found.booking.to_wire())
-        return {
-            "router": self._mesh.own.name,
-            "policy": policy,
-            "decode": [candidate.to_wire() for candidate in found.decode],
-            "prefill": [candidate.to_wire() for candidate in found.prefill],
-        }
+        return {"router": self._mesh.own.name, "policy": policy, "decode": found.decode, "prefill": found.prefill}
 
     def _able(self, role: str, model: str, excluded: Sequence[str]) -> list[PeerInfo]:
         return [

@@ -34,7 +34,7 @@ def unpack_tokens(data: Any) -> "array[int]":
     return tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that makes an object of so many fields three times as dear, and each request has one
 class Sampling:
     """How tokens are chosen. Sampling is a function of these, the position and the logits, never of the worker or the time."""
 
@@ -98,7 +98,7 @@ def _is_bias(pair: Any) -> bool:
 _SAMPLING_DEFAULTS: dict[str, Any] = {found.name: found.default for found in fields(Sampling)}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GenerateRequest:
     """One sequence to be continued. `tokens` is the prompt, followed by what earlier workers generated already."""
 

@@ -47,7 +47,7 @@ class Answer:
             self.cancel()
             self.on_error(error)
 
-    def client_gone(self, _: Any = None) -> None:
+    def client_gone(self) -> None:
         """Cancel at every hop."""
         if self.end is None and self.error is None:
             self.is_client_gone = True

@@ -85,7 +85,7 @@ _NOT_IN_TOKENIZE: dict[str, tuple[Any, ...]] = {
 MAX_SESSION_CHARACTERS = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ResponseOptions:
     """How the client wants its answer."""
 

@@ -19,7 +19,7 @@ machine is merely busy."""
 _NO_ROUTER = "round-robin (no router)"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Placement:
     """Where a request may go, best first, and who said so."""
 
@@ -66,7 +66,7 @@ class Placing:
         question = {
             "request_id": self.request_id,
             "model": self.model,
-            "tokens": pack_tokens(self.tokens),
+            "tokens": self.tokens if router == self.placer.mesh.incarnation else pack_tokens(self.tokens),
             "policy": self.policy,
             "session": self.session,
             "excluded": list(self._excluded),
@@ -83,7 +83,7 @@ class Placing:
         """The router's answer."""
         self._call = None
         try:
-            decode, prefill = ([Candidate.from_wire(item) for item in value[role]] for role in ("decode", "prefill"))
+            decode, prefill = map(_candidates, (value["decode"], value["prefill"]))
             placement = Placement(str(value["router"]), str(value["policy"]), decode, prefill)
         except (ProtocolError, KeyError, TypeError):
             self.placer.mesh.counters.add("router_answers_malformed")
@@ -107,6 +107,11 @@ class Placing:
             self.on_placed(Placement(None, _NO_ROUTER, able, []))
         else:
             self.on_failed(NoWorker(f"no decode worker for the model {self.model!r} can take work now"))
+
+
+def _candidates(items: Any) -> list[Candidate]:
+    """As a router names them, or as this very peer's does. Raises ProtocolError or TypeError."""
+    return [item if type(item) is Candidate else Candidate.from_wire(item) for item in items]
 
 
 class Placer:

@@ -100,8 +100,7 @@ class Sequence:
         """The candidates are known."""
         receipt = self.receipt
         receipt.peers["router"], receipt.policy = placement.router, placement.policy
-        receipt.candidates = [candidate.for_receipt() for candidate in placement.decode]
-        receipt.prefill_candidates = [candidate.for_receipt() for candidate in placement.prefill]
+        receipt.candidates, receipt.prefill_candidates = placement.decode, placement.prefill
         self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in placement.prefill)
         receipt.add("route", self.phases.end("route"))
         self._dispatch(placement.decode[0])
@@ -128,7 +127,8 @@ class Sequence:
 
     def _note_routed(self, chosen: Candidate) -> None:
         receipt = self.receipt
-        router, policy, candidates = receipt.peers["router"], receipt.policy, receipt.candidates
+        router, policy = receipt.peers["router"], receipt.policy
+        candidates = [candidate.for_receipt() for candidate in receipt.candidates]
         self._journal.note("routed", self.request_id, decode=chosen.incarnation, router=router, policy=policy, candidates=candidates)
 
     def on_item(self, item: Any) -> None:
