@@ -20,22 +20,34 @@ _WORD_GETS_OUT_S = 0.02
 class _Generation:
     """One request on this worker: the sink of its engine run, and the end of its stream."""
 
-    __slots__ = ("_began_s", "_call", "_first", "_handoff", "_position", "_role", "request")
+    __slots__ = ("_batch", "_began_s", "_call", "_first", "_handoff", "_item", "_position", "_role", "request")
 
     def __init__(self, role: "DecodeRole", call: IncomingCall, request: GenerateRequest) -> None:
         self._role, self._call, self.request = role, call, request
         self._first = self._position = request.num_generated
         self._began_s = time.monotonic()
         self._handoff: HandoffResult | None = None
+        self._item: list[int] = []
+        self._batch = -1
+        """The message that the last item leaves with."""
 
     def on_prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> None:
         """An item that begins with its name: tokens begin with a number, or with a list."""
         self._call.send(["prompt_logprobs", logprobs])
 
     def on_tokens(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
-        """Tokens carry their position, so that a gap or a repeat cannot pass unseen. With log probabilities, the item is a pair."""
-        item = [self._position, *tokens]
-        self._call.send(item if logprobs is None else [item, logprobs])
+        """Tokens carry their position, so that a gap or a repeat cannot pass unseen. With log probabilities, the item is a pair.
+
+        Tokens that leave in one message are one item.
+        """
+        call = self._call
+        if logprobs is not None:
+            call.send([[self._position, *tokens], logprobs])
+        elif self._batch == call.num_batches:
+            self._item += tokens
+        else:
+            self._item, self._batch = [self._position, *tokens], call.num_batches
+            call.send(self._item)
         self._position += len(tokens)
 
     @property

@@ -16,6 +16,7 @@ class Wire:
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
+        self.is_local, self.num_batches = False, 0
         self.sent: list[Message] = []
 
     def send(self, message: Message) -> None:

@@ -31,6 +31,13 @@ class Answer:
             self.stop(RequestTimedOut("the client takes its answer in too slowly"))
         self._wake()
 
+    def on_items(self, items: list[Any]) -> None:
+        """Several at once."""
+        self.items += items
+        if len(self.items) > self._max_unread:
+            self.stop(RequestTimedOut("the client takes its answer in too slowly"))
+        self._wake()
+
     def on_end(self, value: Any) -> None:
         self.end = value if value is not None else ()
         self._over(True)

@@ -24,6 +24,10 @@ class Detokenizer:
         self.is_between = not self._decoder.getstate()[0]
         return text
 
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """What :meth:`feed` gives for each of them, one after the other."""
+        return [self.feed((token,)) for token in tokens]
+
     def finish(self) -> str:
         """What an unfinished character leaves."""
         return self._decoder.decode(b"", final=True)
