@@ -116,11 +116,8 @@ class RouterRole:
         return {"router": self._mesh.own.name, "policy": policy, "decode": found.decode, "prefill": found.prefill}
 
     def _able(self, role: str, model: str, excluded: Sequence[str]) -> list[PeerInfo]:
-        return [
-            info
-            for info in self._mesh.peers_with(role)
-            if info.card is not None and info.card.model == model and info.incarnation not in excluded
-        ]
+        serving = self._mesh.peers_serving(role, model)
+        return [info for info in serving if info.incarnation not in excluded] if excluded else serving
 
     def _followed(self, infos: list[PeerInfo]) -> list[str]:
         for info in infos:

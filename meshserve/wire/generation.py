@@ -75,8 +75,10 @@ class Sampling:
         if not isinstance(data, dict):
             raise ProtocolError("sampling parameters are a map")
         values = {}
-        for name, default in _SAMPLING_DEFAULTS.items():
-            value = data.get(name, default)
+        for name, value in data.items():
+            default = _SAMPLING_DEFAULTS.get(name, _UNKNOWN)
+            if default is _UNKNOWN:
+                continue
             if name == "logit_bias":
                 value = _logit_bias(value)
             if type(value) is not type(default) and not (type(default) is float and type(value) is int):
@@ -95,6 +97,7 @@ def _is_bias(pair: Any) -> bool:
     return isinstance(pair, (list, tuple)) and len(pair) == 2 and type(pair[0]) is int and type(pair[1]) in (int, float)
 
 
+_UNKNOWN = object()
 _SAMPLING_DEFAULTS: dict[str, Any] = {found.name: found.default for found in fields(Sampling)}
 
 

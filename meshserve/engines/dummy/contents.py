@@ -19,6 +19,7 @@ _NOT_WRITTEN = 0x6E6F_7468_696E_6721
 
 
 _SEED_BYTES = 16
+_digest = xxhash.xxh3_128_digest
 
 
 class KVContents:
@@ -160,7 +161,7 @@ class Cursor:
         offset = self._offset
         if not offset:
             self._enter_block()
-        seed = xxhash.xxh3_128_digest(_pack_state(self.context, token))
+        seed = _digest(_pack_state(self.context, token))
         self._offset = end = offset + _SEED_BYTES
         self._seeds[offset:end] = seed
         row = seed * self._repeats
@@ -179,9 +180,27 @@ class Cursor:
 
     def extend(self, tokens: Iterable[int]) -> None:
         """:meth:`append` for each."""
-        append = self.append
+        if self._foreign is not None or self._is_cut:
+            for token in tokens:
+                self.append(token)
+            return
+        rows, block_bytes, repeats = self._seeds, self._block_bytes, self._repeats
+        offset, context, hasher = self._offset, self.context, self._hasher
         for token in tokens:
-            append(token)
+            if not offset:
+                self.context = context
+                self._enter_block()
+                rows, hasher = self._seeds, self._hasher
+            seed = _digest(_pack_state(context, token))
+            rows[offset : offset + _SEED_BYTES] = seed
+            offset += _SEED_BYTES
+            hasher.update(seed * repeats)
+            context = hasher.intdigest()
+            self.num_tokens += 1
+            if offset == block_bytes:
+                self._contents.keep_digest(self._blocks[self.num_tokens // self._contents.block_size - 1], context)
+                offset = 0
+        self._offset, self.context = offset, context
 
     def _enter_block(self) -> None:
         self._seeds = self._contents.renew(self._blocks[self.num_tokens // self._contents.block_size])

@@ -21,8 +21,8 @@ from meshserve.roles.frontend.asgi import body_too_large, error_headers
 from meshserve.roles.frontend.progress import Progress, Stage, Verdict
 from meshserve.telemetry import Counters
 
-CONNECTION = "meshserve.connection"
-"""In the scope of every request: the connection that it came on."""
+CONNECTION, CYCLE = "meshserve.connection", "meshserve.cycle"
+"""In the scope of every request: the connection that it came on, and uvicorn's state of its answer."""
 
 _SWEEP_S = 0.5
 _SWEEP_AGAIN_S = 0.02
@@ -214,6 +214,7 @@ class FrontProtocol(HttpToolsProtocol):
         self.progress.enter(Stage.BODY, self._registry.now_s)
         self.progress.num_body_bytes = 0
         super().on_headers_complete()
+        self.scope[CYCLE] = self.cycle  # type: ignore[typeddict-unknown-key]
 
     def on_body(self, body: bytes) -> None:
         self.progress.num_body_bytes += len(body)

@@ -130,8 +130,7 @@ class Placer:
 
     def take_turns(self, model: str, excluded: Sequence[str]) -> list[Candidate]:
         """Without a router: live workers of this model, each time another one first."""
-        serving = [info for info in self.mesh.peers_with("decode") if info.card is not None and info.card.model == model]
-        able = [info for info in serving if info.incarnation not in excluded]
+        able = [info for info in self.mesh.peers_serving("decode", model) if info.incarnation not in excluded]
         start = next(self._worker_turn) % len(able) if able else 0
         return [
             Candidate(info.incarnation, self.mesh.name_of(info.incarnation), 0, 0, 0.0, 0.0, "its turn; there is no router")
