@@ -21,10 +21,6 @@ from meshserve.observe.feed_source import FeedSource
 from meshserve.observe.peer_log import log_changes
 from meshserve.observe.status import serve_status
 from meshserve.observe.worker_report import WorkerReporter
-from meshserve.roles.decode import DecodeRole
-from meshserve.roles.prefill import PrefillRole
-from meshserve.roles.processor.processor import ProcessorRole
-from meshserve.roles.router import RouterRole
 from meshserve.telemetry import Journal, log_event
 
 _log = logging.getLogger(__name__)
@@ -84,9 +80,13 @@ class Peer:
         if self._engine is not None:
             self._start_workers(self._engine)
         if "router" in self._roles:
+            from meshserve.roles.router import RouterRole  # as below: what a peer does not do, it need not load
+
             router = RouterRole(self.mesh, self._config.policy)
             self._closers.callback(router.close)
         if "processor" in self._roles:
+            from meshserve.roles.processor.processor import ProcessorRole
+
             processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers)
             self._closers.push_async_callback(processor.close)
             self._is_idle.append(lambda: processor.is_idle)
@@ -111,11 +111,15 @@ class Peer:
         self._closers.callback(bulk.close)
         if provider is not None:
             provider.use(bulk)
+            from meshserve.roles.prefill import PrefillRole
+
             prefill = PrefillRole(provider, reporter)
             self._closers.callback(provider.close)
             self._is_idle.append(lambda: prefill.is_idle)
             self._on_drain.append(prefill.drain)
         if "decode" in self._roles:
+            from meshserve.roles.decode import DecodeRole
+
             requester = PrefillRequester(self.mesh, pipeline, bulk, engine, self._config.handoff)
             decode = DecodeRole(self.mesh, engine, requester, reporter, self._config.handoff, self._config.max_decode_queue)
             self._closers.callback(requester.close)

@@ -191,7 +191,7 @@ class FrontProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope[CONNECTION] = self  # type: ignore[typeddict-unknown-key]  # ours, for those on the way
+        self.scope[CONNECTION] = self  # type: ignore[literal-required]  # ours, for those on the way
         progress = self.progress
         progress.is_answering = self.cycle is not None and not self.cycle.response_complete
         progress.enter(Stage.HEAD, self._registry.now_s)
@@ -214,7 +214,7 @@ class FrontProtocol(HttpToolsProtocol):
         self.progress.enter(Stage.BODY, self._registry.now_s)
         self.progress.num_body_bytes = 0
         super().on_headers_complete()
-        self.scope[CYCLE] = self.cycle  # type: ignore[typeddict-unknown-key]
+        self.scope[CYCLE] = self.cycle  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
         self.progress.num_body_bytes += len(body)
