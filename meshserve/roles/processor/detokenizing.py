@@ -3,7 +3,6 @@
 import codecs
 from collections.abc import Callable, Sequence
 
-
 _Decoder = codecs.getincrementaldecoder("utf-8")
 
 
