@@ -23,10 +23,6 @@ from meshserve.observe.peer_log import log_changes
 from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.status import serve_status
 from meshserve.observe.worker_report import WorkerReporter
-from meshserve.roles.decode import DecodeRole
-from meshserve.roles.prefill import PrefillRole
-from meshserve.roles.processor.processor import ProcessorRole
-from meshserve.roles.router import RouterRole
 from meshserve.routing.cost import CostSettings
 from meshserve.telemetry import Journal, log_event
 
@@ -36,6 +32,11 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _IDLE_CHECK_S = 0.02
+
+_OBJECTS_PER_COLLECTION = 5_000
+_COLLECTIONS_PER_OLDER = (10, 10)
+"""A request is a few hundred objects, and hardly any of them is garbage that only a collector finds. Python's own 700 would look at those
+of all requests under way several times while each of them lives; a look at 5,000 takes 0.2 ms."""
 
 
 class Peer:
@@ -71,6 +72,7 @@ class Peer:
             raise
         gc.collect()
         gc.freeze()  # what start-up made stays: the collector need not walk it again
+        gc.set_threshold(_OBJECTS_PER_COLLECTION, *_COLLECTIONS_PER_OLDER)
         self._say(self.ready_line())
         self._say_workers()
 
@@ -90,10 +92,14 @@ class Peer:
         if self._engine is not None:
             self._start_workers(self._engine)
         if "router" in self._roles:
+            from meshserve.roles.router import RouterRole  # as below: what a peer does not do, it need not load
+
             settings = CostSettings(max_local_prefill_tokens=self._config.handoff.max_local_prefill_tokens)
             router = RouterRole(self.mesh, self._config.policy, settings)
             self._closers.callback(router.close)
         if "processor" in self._roles:
+            from meshserve.roles.processor.processor import ProcessorRole
+
             processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers, self._receipts())
             self._closers.push_async_callback(processor.close)
             self._is_idle.append(lambda: processor.is_idle)
@@ -125,11 +131,15 @@ class Peer:
         self._closers.callback(bulk.close)
         if provider is not None:
             provider.use(bulk)
+            from meshserve.roles.prefill import PrefillRole
+
             prefill = PrefillRole(provider, reporter)
             self._closers.callback(provider.close)
             self._is_idle.append(lambda: prefill.is_idle)
             self._on_drain.append(prefill.drain)
         if "decode" in self._roles:
+            from meshserve.roles.decode import DecodeRole
+
             requester = PrefillRequester(self.mesh, pipeline, bulk, engine, self._config.handoff)
             config = self._config
             decode = DecodeRole(self.mesh, engine, requester, reporter, config.handoff, config.max_decode_queue, config.observe)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from meshserve.errors import Cancelled, DeadlineExceeded, MeshserveError, Overloaded, PeerLost, UnknownMethod, from_wire
-from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, OPEN, Message
+from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, ITEMS, OPEN, Message
 
 _log = logging.getLogger(__name__)
 
@@ -24,6 +24,10 @@ class Wire(Protocol):
     """Where a stream's messages go: a channel, as far as streams know one."""
 
     peer: str
+    is_local: bool
+    """It ends in this very process."""
+    num_batches: int
+    """Grows when what was sent leaves."""
 
     def send(self, message: Message) -> None:
         """Send with all else of this turn."""
@@ -33,7 +37,7 @@ class Sink(Protocol):
     """Who opened a stream. Exactly one of `on_end` and `on_error` is called, last; neither after the stream was cancelled."""
 
     def on_item(self, item: Any) -> None:
-        """The next item."""
+        """The next item. A sink that also has `on_items` is given several at once where they come so."""
 
     def on_end(self, value: Any) -> None:
         """The stream is complete."""
@@ -75,6 +79,21 @@ class IncomingCall:
         """One more item of plain data."""
         if self.is_open:
             self._wire.send([ITEM, self.stream, item])
+
+    def send_all(self, items: list[Any]) -> None:
+        """Several items at once, in order. Not to be changed any more."""
+        if not self.is_open:
+            return
+        if self._wire.is_local and len(items) > 1:
+            self._wire.send([ITEMS, self.stream, items])
+            return
+        for item in items:
+            self._wire.send([ITEM, self.stream, item])
+
+    @property
+    def num_batches(self) -> int:
+        """Grows when what was sent leaves: an item that is a list may be added to as long as this stays the same."""
+        return self._wire.num_batches
 
     def end(self, value: Any = None) -> None:
         """The stream is complete; `value` is its result."""
@@ -131,6 +150,8 @@ class CallTable:
             call = self.outgoing.get(message[1])
             if call is not None and call.peer == wire.peer:
                 call.sink.on_item(message[2])
+        elif kind == ITEMS:
+            self._received_all(message[1], message[2])
         elif kind == OPEN:
             self._opened(wire, message, now_s)
         elif kind == CANCEL:
@@ -139,6 +160,17 @@ class CallTable:
                 incoming.abandon("cancel")
         else:
             self._answered(wire, kind, message)
+
+    def _received_all(self, stream: int, items: list[Any]) -> None:
+        call = self.outgoing.get(stream)
+        on_items = getattr(call.sink, "on_items", None) if call is not None else None
+        if on_items is not None:
+            on_items(items)
+            return
+        for item in items:
+            call = self.outgoing.get(stream)  # the sink may cancel at any of them
+            if call is not None:
+                call.sink.on_item(item)
 
     def _answered(self, wire: Wire, kind: int, message: Message) -> None:
         call = self.outgoing.get(message[1])

@@ -137,10 +137,11 @@ class Links:
         now_s = time.monotonic()
         if channel.peer:
             self._heard(channel.peer, now_s)
+        receive, is_known = self._owner.stream_message, bool(channel.peer)
         for message in messages:
             kind = message[0]
-            if kind >= frames.OPEN and channel.peer:
-                self._owner.stream_message(channel, message, now_s)
+            if kind >= frames.OPEN and (is_known or channel.peer):
+                receive(channel, message, now_s)
             elif kind == frames.CREDIT:
                 channel.credited(message[1])
             elif channel.peer or kind in (frames.HELLO, frames.WELCOME, frames.REFUSED):

@@ -29,6 +29,8 @@ from meshserve.wire.hello import PeerInfo
 
 _log = logging.getLogger(__name__)
 
+_MAX_ANSWERS = 64
+
 
 class _OneAnswer:
     """The sink of a call that wants its end value only."""
@@ -70,6 +72,8 @@ class Mesh:
         self.ports: BoundPorts | None = None
         self._able: dict[str, list[PeerInfo]] = {}
         """Answers of `peers_with`, until a peer changes: every request asks several times."""
+        self._serving: dict[tuple[str, str], list[PeerInfo]] = {}
+        """The same of `peers_serving`."""
 
     # --- life
 
@@ -106,13 +110,13 @@ class Mesh:
     async def join(self, http: str | None = None) -> None:
         """Find others and be found, from now on until `close`. Returns at once; peers come as they answer."""
         self.links.announce(replace(self.own, http=http))
-        self._able.clear()
+        self._changed()
         await self.links.join(self._addresses.mdns_interfaces)
 
     def announce_draining(self) -> None:
         """Tell all peers that this one takes no new work."""
         self.links.announce(self.own.draining())
-        self._able.clear()
+        self._changed()
 
     async def close(self) -> None:
         """End all streams, say goodbye, and give everything back."""
@@ -156,8 +160,22 @@ class Mesh:
             able = self._able[role] = own + others
         return able
 
-    def _forget_able(self, change: Change, member: Member) -> None:
+    def peers_serving(self, role: str, model: str) -> list[PeerInfo]:
+        """Those of them whose card names this model. Not to be changed."""
+        serving = self._serving.get((role, model))
+        if serving is None:
+            serving = [info for info in self.peers_with(role) if info.card is not None and info.card.model == model]
+            if len(self._serving) >= _MAX_ANSWERS:  # clients may ask for anything
+                self._serving.clear()
+            self._serving[role, model] = serving
+        return serving
+
+    def _changed(self) -> None:
         self._able.clear()
+        self._serving.clear()
+
+    def _forget_able(self, change: Change, member: Member) -> None:
+        self._changed()
 
     def can_take_work(self, incarnation: str) -> bool:
         """Alive, reachable and not draining; this very peer always is, until it drains."""

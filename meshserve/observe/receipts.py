@@ -30,6 +30,7 @@ class Receipt:
     policy: str = ""
     peers: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(("frontend", "processor", "router", "decode", "prefill")))
     candidates: Sequence[Candidate] = ()
+    """Worded when somebody wants to see them."""
     prefill_candidates: Sequence[Candidate] = ()
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0

@@ -20,7 +20,20 @@ _WORD_GETS_OUT_S = 0.02
 class _Generation:
     """One request on this worker: the sink of its engine run, and the end of its stream."""
 
-    __slots__ = ("_began_s", "_call", "_first", "_handoff", "_has_told", "_is_untold", "_position", "_role", "_waited_ms", "request")
+    __slots__ = (
+        "_batch",
+        "_began_s",
+        "_call",
+        "_first",
+        "_handoff",
+        "_has_told",
+        "_is_untold",
+        "_item",
+        "_position",
+        "_role",
+        "_waited_ms",
+        "request",
+    )
 
     def __init__(self, role: "DecodeRole", call: IncomingCall, request: GenerateRequest) -> None:
         self._role, self._call, self.request = role, call, request
@@ -31,17 +44,29 @@ class _Generation:
         """Until the engine got it."""
         self._is_untold, self._has_told = role.is_observed, False
         """Whether the processor is still to hear what was done before the first token, and whether it heard all of it."""
+        self._item: list[int] = []
+        self._batch = -1
+        """The message that the last item leaves with."""
 
     def on_prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> None:
         """An item that begins with its name: tokens begin with a number, or with a list."""
         self._call.send(["prompt_logprobs", logprobs])
 
     def on_tokens(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
-        """Tokens carry their position, so that a gap or a repeat cannot pass unseen. With log probabilities, the item is a pair."""
+        """Tokens carry their position, so that a gap or a repeat cannot pass unseen. With log probabilities, the item is a pair.
+
+        Tokens that leave in one message are one item.
+        """
         if self._is_untold:
             self._tell()
-        item = [self._position, *tokens]
-        self._call.send(item if logprobs is None else [item, logprobs])
+        call = self._call
+        if logprobs is not None:
+            call.send([[self._position, *tokens], logprobs])
+        elif self._batch == call.num_batches:
+            self._item += tokens
+        else:
+            self._item, self._batch = [self._position, *tokens], call.num_batches
+            call.send(self._item)
         self._position += len(tokens)
 
     @property
@@ -64,7 +89,7 @@ class _Generation:
 
     def _tell(self) -> None:
         """Ahead of the first token, what was done by then: of a request that is stopped, cancelled or cut off, no more is ever heard."""
-        self._is_untold = False
+        self._is_untold, self._batch = False, -1
         if self.request.sampling.max_tokens - self._first <= 1:
             return  # its end follows at once
         admission = self._role.admission(self.request)

@@ -97,7 +97,12 @@ class RouterRole:
             raise InvalidRequest(f"unknown policy {policy!r}; there are: {', '.join(POLICIES)}", param="meshserve.policy")
         for incarnation in excluded:
             self.fleet.unbook(incarnation, body["request_id"])
-        call.end(self._answer(body["request_id"], body["model"], unpack_tokens(body.get("tokens")), policy, session, excluded))
+        is_local = call.peer == self._mesh.incarnation  # then nothing is packed, neither the question nor the answer
+        tokens = body["tokens"] if is_local else unpack_tokens(body.get("tokens"))
+        found = self._answer(body["request_id"], body["model"], tokens, policy, session, excluded)
+        if not is_local:
+            found.update({role: [candidate.to_wire() for candidate in found[role]] for role in ("decode", "prefill")})
+        call.end(found)
 
     def _answer(
         self, request_id: str, model: str, tokens: "array[int]", policy: str, session: str, excluded: Sequence[str]
@@ -113,19 +118,11 @@ class RouterRole:
         found = self.fleet.choose(policy, question, time.monotonic())
         if found.booking is not None and self._bookings.has_watchers:
             self._bookings.publish(found.booking.to_wire())
-        return {
-            "router": self._mesh.own.name,
-            "policy": policy,
-            "decode": [candidate.to_wire() for candidate in found.decode],
-            "prefill": [candidate.to_wire() for candidate in found.prefill],
-        }
+        return {"router": self._mesh.own.name, "policy": policy, "decode": found.decode, "prefill": found.prefill}
 
     def _able(self, role: str, model: str, excluded: Sequence[str]) -> list[PeerInfo]:
-        return [
-            info
-            for info in self._mesh.peers_with(role)
-            if info.card is not None and info.card.model == model and info.incarnation not in excluded
-        ]
+        serving = self._mesh.peers_serving(role, model)
+        return [info for info in serving if info.incarnation not in excluded] if excluded else serving
 
     def _followed(self, infos: list[PeerInfo]) -> list[str]:
         for info in infos:

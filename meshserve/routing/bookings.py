@@ -10,7 +10,7 @@ _MAX_REPORTED = 4096
 """Requests that a worker reported before this router heard of them; beyond it the oldest are forgotten."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Booking:
     worker: Worker
     num_tokens: int

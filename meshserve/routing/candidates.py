@@ -16,7 +16,7 @@ _ALIKE = 1.5
 speed would send the next ones there, or keep them away, for nothing."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prompt:
     """What routing needs to know of a request."""
 
@@ -73,7 +73,7 @@ class Rates:
         return self.decode_base_ms + self.decode_ms_per_block * used_blocks
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Terms:
     """What the formula of :mod:`meshserve.routing.cost` needs of one worker.
 
@@ -146,7 +146,7 @@ class Worker:
         self.terms = None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as what else is made for every request: that makes an object three times as dear
 class Candidate:
     """One worker's place in an answer, with the figures that put it there."""
 
@@ -177,7 +177,7 @@ class Candidate:
             "peer": self.peer,
             "overlap_blocks": self.overlap_blocks,
             "load": self.load,
-            "wait_ms": self.wait_ms,
-            "cost_ms": self.cost_ms,
+            "wait_ms": round(self.wait_ms, 3),
+            "cost_ms": round(self.cost_ms, 3),
             "reason": self.reason,
         }

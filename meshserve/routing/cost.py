@@ -71,7 +71,7 @@ class Outlook:
     replication: Replication = field(default_factory=Replication)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Estimate:
     """One worker for one request."""
 

@@ -25,7 +25,7 @@ _FOLLOW = 0.02
 _REFRESH_REPORTS = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Question:
     """A request to be placed."""
 
@@ -39,7 +39,7 @@ class Question:
     """Requests of one session like to go to one worker; empty for none."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
     """The best candidates, first come first. Empty where there are no workers."""
 

@@ -23,7 +23,7 @@ MAX_COUNT = 10_000_000
 """Of tokens to be made, or to choose from."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that makes an object of so many fields three times as dear, and each request has one
 class CompletionRequest:
     """A chat, or one prompt or several, to be completed. What the client left open is None, and is filled in by the model's card."""
 

@@ -2,7 +2,7 @@
 
 import sys
 from array import array
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from meshserve.errors import ProtocolError
@@ -34,7 +34,7 @@ def unpack_tokens(data: Any) -> "array[int]":
     return tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that makes an object of so many fields three times as dear, and each request has one
 class Sampling:
     """How tokens are chosen. Sampling is a function of these, the position and the logits, never of the worker or the time."""
 
@@ -67,7 +67,7 @@ class Sampling:
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`; defaults are left out."""
-        return {key: value for key, value in asdict(self).items() if value != _SAMPLING_DEFAULTS[key]}
+        return {key: value for key, default in _SAMPLING_DEFAULTS.items() if (value := getattr(self, key)) != default}
 
     @classmethod
     def from_wire(cls, data: Any) -> "Sampling":
@@ -75,8 +75,10 @@ class Sampling:
         if not isinstance(data, dict):
             raise ProtocolError("sampling parameters are a map")
         values = {}
-        for name, default in _SAMPLING_DEFAULTS.items():
-            value = data.get(name, default)
+        for name, value in data.items():
+            default = _SAMPLING_DEFAULTS.get(name, _UNKNOWN)
+            if default is _UNKNOWN:
+                continue
             if name == "logit_bias":
                 value = _logit_bias(value)
             if type(value) is not type(default) and not (type(default) is float and type(value) is int):
@@ -95,10 +97,11 @@ def _is_bias(pair: Any) -> bool:
     return isinstance(pair, (list, tuple)) and len(pair) == 2 and type(pair[0]) is int and type(pair[1]) in (int, float)
 
 
+_UNKNOWN = object()
 _SAMPLING_DEFAULTS: dict[str, Any] = {found.name: found.default for found in fields(Sampling)}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GenerateRequest:
     """One sequence to be continued. `tokens` is the prompt, followed by what earlier workers generated already."""
 

@@ -146,3 +146,19 @@ def test_a_block_that_nobody_wrote_gives_another_context() -> None:
     contents = KVContents(2, 8, "m")
     Cursor(contents, [0, 1], 0).extend(array("I", [1, 2, 3, 4]))
     assert Cursor(contents, [0, 1], 4).context != Cursor(contents, [0, 7], 4).context
+
+
+@given(st.binary(min_size=96, max_size=96), st.integers(1, 40))
+def test_rows_that_came_from_elsewhere_are_kept_to_the_byte_and_go_on_from_there(payload: bytes, token: int) -> None:
+    contents = KVContents(4, 32, "m")
+    Cursor(contents, [0], 0).extend([token] * 4)
+    own = contents.read(0, 4)
+    contents.write(0, payload)
+    cursor = Cursor(contents, [0, 1], 3)
+    cursor.append(token)
+    held = contents.read(0, 4)
+    assert held[:96] == payload and len(held) == 128
+    contents.digest([0], 0)
+    assert Cursor(contents, [0, 1], 4).context == cursor.context
+    contents.write(0, own)
+    assert contents.read(0, 4) == own

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MeshserveError, PeerLost, UnknownMethod
+from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MeshserveError, PeerLost, ProtocolError, UnknownMethod
 from meshserve.mesh.calls import CallTable, IncomingCall
 from meshserve.wire import frames
 from meshserve.wire.frames import Message
@@ -16,6 +17,7 @@ class Wire:
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
+        self.is_local, self.num_batches = False, 0
         self.sent: list[Message] = []
 
     def send(self, message: Message) -> None:
@@ -76,6 +78,47 @@ def test_a_handler_that_breaks_ends_its_own_stream_and_no_other() -> None:
     (error,) = failed.ends
     assert isinstance(error, MeshserveError) and "KeyError" in error.message
     assert record.ends == ["fine"] and not pair.callee.incoming
+
+
+class Batches(Record):
+    """A sink that takes several items at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def on_items(self, items: list[Any]) -> None:
+        self.sizes.append(len(items))
+        self.items += items
+
+
+@pytest.mark.parametrize("record", [Record(), Batches()])
+def test_several_items_between_roles_of_one_peer_are_one_message(record: Record) -> None:
+    table, wire = CallTable(10, str), Wire("self")
+    wire.is_local = True
+    served: list[IncomingCall] = []
+    table.handlers["work"] = served.append
+    table.open(wire, "work", None, record, 0.0, 10.0)
+    table.received(wire, wire.sent.pop(), 0.0)
+    served[0].send_all([1, 2, 3])
+    served[0].send_all([4])
+    assert [message[0] for message in wire.sent] == [frames.ITEMS, frames.ITEM]
+    for message in wire.sent:
+        table.received(wire, message, 0.0)
+    assert record.items == [1, 2, 3, 4]
+    assert not isinstance(record, Batches) or record.sizes == [3]
+
+
+def test_several_items_for_another_peer_are_messages_that_any_version_reads() -> None:
+    pair = Pair()
+    record = pair.open()
+    pair.deliver()
+    pair.served[0].send_all([1, 2])
+    assert [message[0] for message in pair.back.sent] == [frames.ITEM, frames.ITEM]
+    pair.deliver()
+    assert record.items == [1, 2]
+    with pytest.raises(ProtocolError):
+        frames.unpack(frames.pack([[frames.ITEMS, 1, [1, 2]]]))
 
 
 def test_items_come_in_order_and_then_the_end() -> None:

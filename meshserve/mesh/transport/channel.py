@@ -31,6 +31,8 @@ class Channel:
         "_waiting_bytes",
         "is_broken",
         "is_dirty",
+        "is_local",
+        "num_batches",
         "peer",
     )
 
@@ -42,6 +44,10 @@ class Channel:
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = self._unconfirmed_bytes = self._unreported_bytes = 0
         self.is_dirty = self.is_broken = False
+        self.is_local = False
+        """It ends in this very process: nothing is packed."""
+        self.num_batches = 0
+        """Grows when what was given to `send` leaves; until then, it can still be added to."""
 
     def send(self, message: Message) -> None:
         """Send with all else that is ready at this turn. Never blocks, never fails: a broken channel is told of by its owner."""
@@ -92,11 +98,13 @@ class Channel:
     def take_unpacked(self) -> list[Message]:
         """What waits, as it is, for a channel that ends in this very process."""
         self.is_dirty = False
+        self.num_batches += 1
         messages, self._outbox = self._outbox, []
         return messages
 
     def _pack_outbox(self) -> None:
         messages, self._outbox = self._outbox, []
+        self.num_batches += 1
         data = frames.pack(messages)
         if len(data) > self._config.max_batch_bytes and len(messages) > 1:
             middle = len(messages) // 2

@@ -34,6 +34,13 @@ class Answer:
             self.stop(RequestTimedOut("the client takes its answer in too slowly"))
         self._wake()
 
+    def on_items(self, items: list[Any]) -> None:
+        """Several at once."""
+        self.items += items
+        if len(self.items) > self._max_unread:
+            self.stop(RequestTimedOut("the client takes its answer in too slowly"))
+        self._wake()
+
     def on_end(self, value: Any) -> None:
         self.end = value if value is not None else ()
         self._over(True)
@@ -50,7 +57,7 @@ class Answer:
             self.cancel()
             self.on_error(error)
 
-    def client_gone(self, _: Any = None) -> None:
+    def client_gone(self) -> None:
         """Cancel at every hop."""
         if self.end is None and self.error is None:
             self.is_client_gone = True

@@ -22,6 +22,7 @@ from meshserve.roles.frontend.apis import Api
 from meshserve.roles.frontend.asgi import ClientGone, Header, Receive, Scope, Send, error_headers, send_whole
 from meshserve.roles.frontend.bodies import read_json
 from meshserve.roles.frontend.cancelling import UnderWay
+from meshserve.roles.frontend.connections import CONNECTION, FrontProtocol
 from meshserve.roles.frontend.desk import Desk, request_timeout_s
 from meshserve.roles.frontend.parsing import MAX_SESSION_CHARACTERS, ResponseOptions, parse_generate
 from meshserve.roles.frontend.writers import Reply, Writer
@@ -94,7 +95,7 @@ class Completions:
         client_id = _header(scope, b"x-request-id")[:128]
         label = [(b"x-request-id", (client_id or request_id).encode("latin-1", "replace"))]
         answer, front = Answer(self._loop, self._config.front.max_unread_texts), Front(request_id, client_id, began_s)
-        gone: asyncio.Task[Any] | None = None
+        connection: FrontProtocol = scope[CONNECTION]
         self.num_open += 1
         try:
             deadline_s = began_s + request_timeout_s(scope, self._config.request_timeout_s)
@@ -104,8 +105,10 @@ class Completions:
             writer = api.writer(Reply(api.response_id(request_id), int(time.time()), request, options))
             self.under_way.add(request_id, client_id, answer)
             self._open(request, answer, scope, deadline_s)
-            gone = self._loop.create_task(_until_gone(receive))
-            gone.add_done_callback(answer.client_gone)
+            connection.on_lost = answer.client_gone
+            connection.flow.resume_reading()  # a long body may have paused it, and who does not read sees no client go
+            if connection.is_lost:  # meanwhile
+                answer.client_gone()
             await (self._stream if options.is_stream else self._whole)(writer, answer, send, label, front)
         except ClientGone:
             self._mesh.counters.add("clients_gone")
@@ -123,9 +126,7 @@ class Completions:
             answer.cancel()
             self._keep(front, answer)
             self.under_way.remove(request_id, client_id)
-            if gone is not None:
-                gone.remove_done_callback(answer.client_gone)
-                gone.cancel()
+            connection.on_lost = None
 
     async def _parse(self, api: Api, body: bytes, request_id: str, client_id: str) -> tuple[CompletionRequest, ResponseOptions]:
         """Raises InvalidRequest. A long body is parsed beside the event loop, where other requests' tokens need not wait for it."""
@@ -243,11 +244,6 @@ async def _send_error(send: Send, api: Api, error: MeshserveError, label: Label)
 
 def _stream_headers(writer: Writer) -> Label:
     return [(b"content-type", writer.media_type.encode()), (b"cache-control", b"no-cache")]
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
 
 
 def _header(scope: Scope, name: bytes) -> str:

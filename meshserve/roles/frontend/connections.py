@@ -7,6 +7,7 @@ connections, so that a request pays for no timer; the keep-alive timer that uvic
 import asyncio
 import contextlib
 from collections import Counter
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -19,6 +20,9 @@ from meshserve.roles.frontend.apis import error_body_for
 from meshserve.roles.frontend.asgi import body_too_large, error_headers
 from meshserve.roles.frontend.progress import Progress, Stage, Verdict
 from meshserve.telemetry import Counters
+
+CONNECTION, CYCLE = "meshserve.connection", "meshserve.cycle"
+"""In the scope of every request: the connection that it came on, and uvicorn's state of its answer."""
 
 _SWEEP_S = 0.5
 _SWEEP_AGAIN_S = 0.02
@@ -92,6 +96,9 @@ class FrontProtocol(HttpToolsProtocol):
         """Nothing of an earlier request is in what was read now."""
         self._num_read = 0
         self._num_parts = 0
+        self.is_lost = False
+        self.on_lost: Callable[[], None] | None = None
+        """Of the request that is being answered: called once if the client goes away. A task that waits for it would cost more."""
 
     # --- coming and going
 
@@ -111,6 +118,9 @@ class FrontProtocol(HttpToolsProtocol):
         self._registry.open.discard(self)
         self._registry.left(self._address)
         super().connection_lost(exc)
+        self.is_lost = True
+        if self.on_lost is not None:
+            self.on_lost()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -181,6 +191,7 @@ class FrontProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self.scope[CONNECTION] = self  # type: ignore[literal-required]  # ours, for those on the way
         progress = self.progress
         progress.is_answering = self.cycle is not None and not self.cycle.response_complete
         progress.enter(Stage.HEAD, self._registry.now_s)
@@ -203,6 +214,7 @@ class FrontProtocol(HttpToolsProtocol):
         self.progress.enter(Stage.BODY, self._registry.now_s)
         self.progress.num_body_bytes = 0
         super().on_headers_complete()
+        self.scope[CYCLE] = self.cycle  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
         self.progress.num_body_bytes += len(body)

@@ -44,6 +44,8 @@ class Guard:
         self._origins = Origins(front.cors_origins)
         self._hosts = tuple(name.lower() for name in front.allowed_hosts)
         self._checks_host = is_loopback(config.http_host) and not self._keys
+        self._last_host = b""
+        """The last one that was let in: most requests name the same."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
@@ -86,9 +88,12 @@ class Guard:
 
     def _check_host(self, headers: Headers) -> None:
         host = headers.get(b"host", b"")
+        if host == self._last_host and host:
+            return
         if not is_name_of_loopback(host, self._hosts):
             name = host.decode("latin-1")
             raise Forbidden(f"{name} is no name of this machine's loopback: start with --allow-host {name} or --api-key if it is meant")
+        self._last_host = host
 
     def _check_page(self, scope: Scope, headers: Headers) -> None:
         """Without keys, what a page of another site sends could be anybody's who runs a website."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from meshserve.errors import MeshserveError
 from meshserve.roles.frontend.logprobs import chat_logprobs, completion_logprobs
-from meshserve.roles.frontend.shapes import FINGERPRINT, dump, error_body, error_event, usage_of
+from meshserve.roles.frontend.shapes import FINGERPRINT, dump, error_body, error_event, usage_of, usage_text
 from meshserve.roles.frontend.writers import Collected, EventWriter, Reply, WholeWriter
 from meshserve.wire.completion import CallItem, Ending, EndItem, TextItem
 
@@ -145,18 +145,19 @@ class WholeCompletion(WholeWriter):
     _kind = "text_completion"
 
     def _body(self, ending: Ending) -> bytes:
-        body = {
-            "id": self._reply.response_id,
-            "object": self._kind,
-            "created": self._reply.created_s,
-            "model": self._reply.request.model,
-            "system_fingerprint": FINGERPRINT,
-            "choices": [self._choice(index, choice) for index, choice in enumerate(self._choices)],
-            "usage": usage_of(ending),
-        }
-        if ending.receipt is not None:
-            body["meshserve"] = ending.receipt
-        return dump(body).encode()
+        choices = ",".join([self._choice_text(index, choice) for index, choice in enumerate(self._choices)])
+        receipt = "" if ending.receipt is None else ',"meshserve":' + dump(ending.receipt)
+        reply = self._reply
+        return (
+            f'{{"id":"{reply.response_id}","object":"{self._kind}","created":{reply.created_s},"model":{_encode_text(reply.request.model)},'
+            f'"system_fingerprint":"{FINGERPRINT}","choices":[{choices}],"usage":{usage_text(ending)}{receipt}}}'
+        ).encode()
+
+    def _choice_text(self, index: int, choice: Collected) -> str:
+        """A plain one is worded here, since an encoder costs as much as all else about it."""
+        if self._reply.request.logprobs >= 0:
+            return dump(self._choice(index, choice))
+        return f'{{"index":{index},"text":{_encode_text(choice.text)},"logprobs":null,"finish_reason":{_encode_text(choice.reason)}}}'
 
     def _choice(self, index: int, choice: Collected) -> dict[str, Any]:
         logprobs = completion_logprobs(choice.logprobs, choice.offsets) if self._reply.request.logprobs >= 0 else None
@@ -167,6 +168,9 @@ class WholeChat(WholeCompletion):
     """A chat's answer that is not streamed."""
 
     _kind = "chat.completion"
+
+    def _choice_text(self, index: int, choice: Collected) -> str:
+        return dump(self._choice(index, choice))
 
     def _choice(self, index: int, choice: Collected) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}

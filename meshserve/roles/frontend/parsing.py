@@ -96,7 +96,7 @@ TOKEN_ID = re.compile("[0-9]{1,10}")
 """As the name of a member of `logit_bias`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ResponseOptions:
     """How the client wants its answer."""
 

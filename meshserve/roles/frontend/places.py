@@ -80,7 +80,7 @@ class Places:
 
     def ask(self, model: str, ticket: Ticket, on_decided: Callable[[MeshserveError | None], None]) -> None:
         """A place for this request. `on_decided` is called once: before this returns, or later. Raises Overloaded or RateLimited."""
-        if not any(info.card is not None and info.card.model == model for info in self._mesh.peers_with("decode")):
+        if not self._mesh.peers_serving("decode", model):
             on_decided(None)  # the processor knows best how to say that nobody serves this
             return
         found = self._models.get(model)
@@ -156,8 +156,7 @@ class Places:
 
     def _recount(self, model: str) -> None:
         found, now_s = self._models[model], self._mesh.now_s()
-        workers = [info for info in self._mesh.peers_with("decode") if info.card is not None and info.card.model == model]
-        loads = [self._loads.get(info.incarnation) for info in workers]
+        loads = [self._loads.get(info.incarnation) for info in self._mesh.peers_serving("decode", model)]
         share = share_of(loads, found.peak(now_s), len(self._mesh.peers_with("frontend")))
         self._decide(found.admission.set_capacity(share, now_s))
 

@@ -25,6 +25,7 @@ from meshserve.roles.frontend.events import Dashboard
 from meshserve.roles.frontend.guard import Guard
 from meshserve.roles.frontend.listening import Server, bind, possible_connections, tls_context, url_of
 from meshserve.roles.frontend.openapi.serving import Documents
+from meshserve.roles.frontend.responding import responder
 from meshserve.roles.frontend.tokenizing import Tokenizing, hot_routes
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ class _HotRoutes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route = self._routes.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
-        await (route or self._application)(scope, receive, send)
+        if route is not None:
+            await route(scope, receive, responder(scope, send))
+        else:
+            await self._application(scope, receive, send)
 
 
 class FrontendRole:

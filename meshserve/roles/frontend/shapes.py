@@ -27,6 +27,15 @@ def usage_of(ending: Ending) -> dict[str, Any]:
     }
 
 
+def usage_text(ending: Ending) -> str:
+    """The same as JSON."""
+    num_prompt, num_completion = ending.num_prompt_tokens, ending.num_completion_tokens
+    return (
+        f'{{"prompt_tokens":{num_prompt},"completion_tokens":{num_completion},"total_tokens":{num_prompt + num_completion},'
+        f'"prompt_tokens_details":{{"cached_tokens":{ending.num_cached_tokens}}},"completion_tokens_details":{{"reasoning_tokens":0}}}}'
+    )
+
+
 def error_body(error: MeshserveError) -> bytes:
     """OpenAI's error object."""
     default = "invalid_request_error" if isinstance(error, InvalidRequest) else "server_error"

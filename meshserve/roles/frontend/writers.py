@@ -11,7 +11,7 @@ from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndIt
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Reply:
     """What a writer needs to know."""
 

@@ -3,6 +3,8 @@
 import codecs
 from collections.abc import Callable, Sequence
 
+_Decoder = codecs.getincrementaldecoder("utf-8")
+
 
 class Detokenizer:
     """One sequence's. Whatever the split into calls, the texts joined are the bytes joined and decoded, malformed ones replaced."""
@@ -11,7 +13,8 @@ class Detokenizer:
 
     def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
         self._token_bytes = token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder: codecs.IncrementalDecoder | None = None
+        """Made for the first character that is not ASCII."""
         self.is_between = True
         """No character is unfinished."""
 
@@ -20,10 +23,16 @@ class Detokenizer:
         data = self._token_bytes(tokens[0]) if len(tokens) == 1 else b"".join(map(self._token_bytes, tokens))
         if self.is_between and data.isascii():
             return data.decode("ascii")
+        if self._decoder is None:
+            self._decoder = _Decoder("replace")
         text = self._decoder.decode(data)
         self.is_between = not self._decoder.getstate()[0]
         return text
 
+    def pieces(self, tokens: Sequence[int]) -> list[str]:
+        """What :meth:`feed` gives for each of them, one after the other."""
+        return [self.feed((token,)) for token in tokens]
+
     def finish(self) -> str:
         """What an unfinished character leaves."""
-        return self._decoder.decode(b"", final=True)
+        return self._decoder.decode(b"", final=True) if self._decoder is not None else ""

@@ -44,10 +44,10 @@ class Models:
 
     def card(self, model: str) -> ModelCard:
         """Raises NoWorker if there is no decode worker at all, ModelNotFound if none serves this model."""
+        for info in self._mesh.peers_serving("decode", model):
+            if info.card is not None:
+                return info.card
         cards = [info.card for info in self._mesh.peers_with("decode") if info.card is not None]
-        for card in cards:
-            if card.model == model:
-                return card
         if not cards:
             raise NoWorker("no decode worker is in the mesh yet")
         names = ", ".join(sorted({card.model for card in cards}))

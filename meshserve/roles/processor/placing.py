@@ -19,7 +19,7 @@ machine is merely busy."""
 _NO_ROUTER = "round-robin (no router)"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Placement:
     """Where a request may go, best first, and who said so."""
 
@@ -66,7 +66,7 @@ class Placing:
         question = {
             "request_id": self.request_id,
             "model": self.model,
-            "tokens": pack_tokens(self.tokens),
+            "tokens": self.tokens if router == self.placer.mesh.incarnation else pack_tokens(self.tokens),
             "policy": self.policy,
             "session": self.session,
             "excluded": list(self._excluded),
@@ -83,7 +83,7 @@ class Placing:
         """The router's answer."""
         self._call = None
         try:
-            decode, prefill = ([Candidate.from_wire(item) for item in value[role]] for role in ("decode", "prefill"))
+            decode, prefill = map(_candidates, (value["decode"], value["prefill"]))
             placement = Placement(str(value["router"]), str(value["policy"]), decode, prefill)
             if not decode:
                 raise ProtocolError("a router that knows no worker says so")
@@ -111,6 +111,11 @@ class Placing:
             self.on_failed(NoWorker(f"no decode worker for the model {self.model!r} can take work now"))
 
 
+def _candidates(items: Any) -> list[Candidate]:
+    """As a router names them, or as this very peer's does. Raises ProtocolError or TypeError."""
+    return [item if type(item) is Candidate else Candidate.from_wire(item) for item in items]
+
+
 class Placer:
     """What all requests of a processor share when they look for workers."""
 
@@ -127,8 +132,7 @@ class Placer:
 
     def take_turns(self, model: str, excluded: Sequence[str]) -> list[Candidate]:
         """Without a router: live workers of this model, each time another one first."""
-        serving = [info for info in self.mesh.peers_with("decode") if info.card is not None and info.card.model == model]
-        able = [info for info in serving if info.incarnation not in excluded]
+        able = [info for info in self.mesh.peers_serving("decode", model) if info.incarnation not in excluded]
         start = next(self._worker_turn) % len(able) if able else 0
         return [
             Candidate(info.incarnation, self.mesh.name_of(info.incarnation), 0, 0, 0.0, 0.0, "its turn; there is no router")

@@ -86,6 +86,7 @@ class Request:
             self._call.send,
             self._token_bytes,
             index,
+            send_all=self._call.send_all,
             is_bare=self._is_plain,
             stops=asked.stop,
             min_tokens=asked.min_tokens,

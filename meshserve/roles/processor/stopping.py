@@ -11,8 +11,8 @@ class StopChecker:
     __slots__ = ("_held", "_longest", "_stops", "found")
 
     def __init__(self, stops: tuple[str, ...]) -> None:
-        self._stops = tuple(sorted(stops, key=len, reverse=True))
-        self._longest = max(map(len, stops), default=0)
+        self._stops = tuple(sorted(stops, key=len, reverse=True)) if stops else ()
+        self._longest = len(self._stops[0]) if stops else 0
         self._held = ""
         self.found: str | None = None
         """The stop string that ended the text."""
