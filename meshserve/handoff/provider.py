@@ -91,6 +91,8 @@ class PrefillProvider:
         self._sender: BlockSender | None = None
         self.on_queue_changed: Callable[[], None] = lambda: None
         """Called when prompts come or go."""
+        self.on_queued: Callable[[str], None] = lambda request_id: None
+        """Called with each request of which a ticket is counted in `num_queued` from now on."""
         mesh.levels.derive("tickets", lambda: self._queue.num_waiting)
         mesh.levels.derive("attempts", lambda: len(self._jobs))
         pipeline.receive(self._on_ticket)
@@ -124,7 +126,7 @@ class PrefillProvider:
             self.counters.add("tickets_refused")
             return
         self.counters.add("tickets_received")
-        self.on_queue_changed()
+        self.on_queued(ticket.request_id)
         self.pump()
 
     def _on_strike(self, call: IncomingCall) -> None:

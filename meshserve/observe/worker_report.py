@@ -54,7 +54,7 @@ class WorkerReporter:
         )
 
     def admitted(self, request_id: str) -> None:
-        """The engine, or the handoff, counts this request from now on."""
+        """The engine, or the handoff, or the queue of tickets counts this request from now on."""
         if self._source.has_watchers:
             self._admitted.append(request_id)
         self.changed()

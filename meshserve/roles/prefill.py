@@ -11,6 +11,7 @@ class PrefillRole:
         self._provider = provider
         reporter.num_tickets = lambda: provider.num_queued
         provider.on_queue_changed = reporter.changed
+        provider.on_queued = reporter.admitted
 
     @property
     def is_idle(self) -> bool:

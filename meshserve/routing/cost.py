@@ -9,7 +9,8 @@ wait       until the prompts queued and booked at the worker are computed, less 
 step       one decode step, if sequences run there: the first token shares its step with them.
 prefill    base + (prompt - overlap) * ms per token: the prompt's tokens that are not in the worker's cache. Cached tokens against
            queued work is the cost of Dynamo's KV router and of Mooncake; both count them in blocks, we in measured time, so that
-           workers of unequal speed compare. Where prompts are prefilled elsewhere: the smaller of this and the handoff.
+           workers of unequal speed compare. Where there are prefill workers and more than `max_local_prefill_tokens` is missing: until
+           the best of them is done, the handoff of what is missing, and the prompt's last token, which is always computed here.
 n          sequences there. While the new prompt is computed none of them gets a token (Agrawal et al., Sarathi-Serve, OSDI 2024):
            Preble (Srivatsa et al., 2024, section 3.2) adds the same delay to its load cost.
 L, b, B    expected output (the mean of what workers finished; nobody knows it beforehand), milliseconds that one more block held
@@ -25,8 +26,8 @@ turnover   how fast the worker's cache turns over, relative to the others': by L
 
 A prefix is replicated as soon as waiting for it, and what that delays, costs more than computing it again and what that evicts; or,
 where many wait a little each, once all their waiting has cost as much (:mod:`meshserve.routing.replication`). Workers within `tie_ms`
-of the cheapest count as equal and the choice goes to the session's last worker, then to the least loaded, then to the one chosen
-longest ago.
+of the cheapest count as equal and the choice goes to the session's last worker, then to one that holds clearly more of the prompt (its
+blocks need not cross the network, whatever that costs), then to the least loaded, then to the one chosen longest ago.
 
 What was measured and left out stands in bench/README.md.
 """
@@ -130,7 +131,9 @@ def estimate_all(
             cost_ms = wait_ms + (terms.prefill_base_ms + terms.prefill_ms_per_token * uncached) * terms.burden
         else:
             wait_ms = remote_ms
-            cost_ms = remote_ms + terms.handoff_ms_per_token * uncached
+            cost_ms = (
+                remote_ms + terms.handoff_ms_per_token * uncached + (terms.prefill_base_ms + terms.prefill_ms_per_token) * terms.burden
+            )
         cost_ms += terms.fixed_ms + terms.held_block_ms * num_blocks
         evicted = num_blocks - overlap - max(0, terms.free_blocks)
         if evicted > 0:

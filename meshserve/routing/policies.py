@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from meshserve.routing.candidates import Candidate, Prompt, Worker
 from meshserve.routing.cost import Estimate, Outlook, estimate_all, estimate_prefill
 
+_WORTH_A_WORD_TOKENS = 256
+"""Of equal workers one that holds so much more of a prompt is taken. Lower sends all that begins with the same few words to one worker."""
+
 Ranking = list[tuple[Estimate, str]]
 
 
@@ -36,15 +39,24 @@ def _load_of(estimate: Estimate) -> tuple[int, int]:
     return estimate.worker.num_sequences, estimate.worker.last_chosen
 
 
+def _overlap_of(estimate: Estimate) -> int:
+    return estimate.overlap_blocks
+
+
+def _preference(estimate: Estimate, situation: Situation) -> tuple[int, int, int]:
+    """Among equals: who holds more of the prompt, as far as that is worth a word, then load and turns."""
+    return (-(estimate.overlap_blocks * situation.prompt.block_size // _WORTH_A_WORD_TOKENS), *_load_of(estimate))
+
+
 def _by_kv(estimates: list[Estimate], situation: Situation) -> Ranking:
     home = situation.home
     ranked = sorted(estimates, key=lambda estimate: estimate.cost_ms)
     limit_ms = ranked[0].cost_ms + situation.outlook.settings.tie_ms
     num_tied = next((rank for rank, estimate in enumerate(ranked) if estimate.cost_ms > limit_ms), len(ranked))
-    tied = sorted(ranked[:num_tied], key=lambda estimate: (estimate.worker.incarnation != home, *_load_of(estimate)))
+    tied = sorted(ranked[:num_tied], key=lambda estimate: (estimate.worker.incarnation != home, *_preference(estimate, situation)))
     best, deepest = tied[0], max(estimate.overlap_blocks for estimate in estimates)
     found = [
-        (best, _why(best, deepest, num_tied, best.worker.incarnation == home)),
+        (best, _why(best, tied, deepest, situation)),
         *((estimate, "about as good") for estimate in tied[1:]),
         *((estimate, "would cost more") for estimate in ranked[num_tied:]),
     ]
@@ -55,9 +67,14 @@ def _by_kv(estimates: list[Estimate], situation: Situation) -> Ranking:
     return found
 
 
-def _why(best: Estimate, deepest: int, num_tied: int, is_home: bool) -> str:
-    if num_tied > 1:
-        return "as good as any, and the session was there" if is_home else "as good as any, and its turn"
+def _why(best: Estimate, tied: Sequence[Estimate], deepest: int, situation: Situation) -> str:
+    if len(tied) > 1:
+        if best.worker.incarnation == situation.home:
+            return "as good as any, and the session was there"
+        most, least = (_preference(found, situation)[0] for found in (max(tied, key=_overlap_of), min(tied, key=_overlap_of)))
+        if most == least:
+            return "as good as any, and its turn"
+        return f"as good as any, and holds {best.overlap_blocks} blocks of this prompt"
     if not best.overlap_blocks:
         return "would answer first" if not deepest else f"computing anew costs less than waiting for {deepest} blocks"
     if best.overlap_blocks == deepest:

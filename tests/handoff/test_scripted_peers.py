@@ -19,6 +19,12 @@ from meshserve.handoff.requester import HandoffResult, PrefillRequester
 from meshserve.handoff.task import TaskState
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
+from meshserve.observe.worker_report import WorkerReporter
+from meshserve.roles.prefill import PrefillRole
+from meshserve.roles.router import RouterRole
+from meshserve.routing.bookings import BOOKING_TIMEOUT_S
+from meshserve.routing.candidates import Prompt
+from meshserve.routing.fleet import Question
 from meshserve.wire.generation import GenerateRequest, Sampling
 from tests.engines.dummy_harness import GenerationRecord, PrefillRecord
 from tests.harness import run_async, until
@@ -277,6 +283,45 @@ class _CountingEngine(DummyEngine):
     def prefill(self, *arguments: Any) -> None:
         self.num_prefills += 1
         super().prefill(*arguments)
+
+
+def test_a_routers_booking_ends_when_the_prefill_worker_reports_the_ticket() -> None:
+    async def run() -> None:
+        engine = new_engine()
+        async with peer("decode", engine) as decode_mesh:
+            decode, router = Decode(decode_mesh, engine), RouterRole(decode_mesh, "kv")
+            async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
+                pipeline, reporter = Pipeline(prefill_mesh), WorkerReporter(prefill_mesh, engine)
+                provider = PrefillProvider(prefill_mesh, pipeline, engine, HandoffConfig())
+                bulk = Bulk(prefill_mesh, provider.acknowledged, provider.bulk_lost)
+                provider.use(bulk)
+                PrefillRole(provider, reporter)
+                await until(lambda: decode_mesh.peers_with("prefill") and prefill_mesh.peers_with("decode"), DEADLINE_S, "both meet")
+
+                def wait_ms(request_id: str) -> float:
+                    """At the prefill worker, for a prompt of 1,000 tokens that is booked there now."""
+                    prompt = Prompt(1000, 16)
+                    asked = Question(request_id, prompt, [decode_mesh.incarnation], [prefill_mesh.incarnation])
+                    return router.fleet.choose("kv", asked, decode_mesh.now_s()).prefill[0].wait_ms
+
+                await until(lambda: prefill_mesh.counters.snapshot().get("watches_opened"), DEADLINE_S, "the router follows it")
+                assert wait_ms("r1") == 0 and wait_ms("other") > 0
+                router.fleet.unbook(prefill_mesh.incarnation, "other")
+                decode.start()
+                await decode.result()
+
+                def is_over() -> bool:
+                    found = wait_ms("probe")
+                    router.fleet.unbook(prefill_mesh.incarnation, "probe")
+                    return found == 0
+
+                await until(is_over, BOOKING_TIMEOUT_S / 2, "the booking is over before its time")
+                for closing in (provider, bulk, pipeline, reporter, router):
+                    closing.close()
+            decode.close()
+        await engine.close()
+
+    run_async(run())
 
 
 def test_row_9_the_same_ticket_ten_times_is_prefilled_once() -> None:

@@ -24,7 +24,10 @@ def test_the_same_prompts_again_are_cached_and_receipts_say_why_each_worker_was_
     mesh.wait_until_all_meet()
     prompts = long_prompts(12)
     first = mesh.complete_all(prompts, 4)
-    second = mesh.complete_all(prompts, 1)
+    second = []
+    for prompt in prompts:
+        pace(0.1)  # as people ask: right after an answer its worker still counts as busy, and a copy elsewhere may be the cheaper way
+        second.append(mesh.complete(prompt))
     assert [text_of(answer) for answer in first] == [text_of(answer) for answer in second]
     assert share_cached(first) <= 0.1 and share_cached(second) >= 0.9
     for before, after in zip(first, second, strict=True):
