@@ -97,7 +97,7 @@ class RouterRole:
             raise InvalidRequest(f"unknown policy {policy!r}; there are: {', '.join(POLICIES)}", param="meshserve.policy")
         for incarnation in excluded:
             self.fleet.unbook(incarnation, body["request_id"])
-        is_local = call.peer == self._mesh.incarnation  # then nothing is packed, neither the question nor the answer
+        is_local = isinstance(body.get("tokens"), array)  # from this very peer: nothing is packed, neither the question nor the answer
         tokens = body["tokens"] if is_local else unpack_tokens(body.get("tokens"))
         found = self._answer(body["request_id"], body["model"], tokens, policy, session, excluded)
         if not is_local:
