@@ -66,6 +66,7 @@ def test_with_a_key_only_its_holders_get_in(lan: Lan, tmp_path: Path) -> None:
     for path in (key, other):
         assert host.meshserve("key", "new", str(path)).exit_code == 0
     mesh = start_disaggregated(lan, "--key-file", str(key))
+    mesh.wait_until_all_meet()
     answer = mesh.complete(LONG_PROMPT)
     assert answer["meshserve"]["peers"]["prefill"] is not None
     strangers = [host.run("--role", "decode"), host.run("--role", "decode", "--key-file", str(other))]
