@@ -27,8 +27,7 @@ _TOLERANCE = 0.3
 _PAIRS, _PAIRS_AGAIN, _PAIRS_UPDATE = 8, 20, 20
 _TURN_S = 1.0
 _WIDE = 1.4
-_HOP_CALLS, _HOP_TURNS = 300, 3
-"""Its turns are short: so many of them for each of the others."""
+_HOP_CALLS = 600
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def look(figures: Sequence[Figure], num_pairs: int) -> dict[str, Ratio]:
     """Measure these. Raises ClickException where something answers in errors, or wrk is missing."""
     found: dict[str, Ratio] = {}
     if HOP in figures:
-        found[HOP.name] = Ratio(**hop.run(_HOP_TURNS * num_pairs, _HOP_CALLS)[HOP.key])
+        found[HOP.name] = Ratio(**hop.run(num_pairs, _HOP_CALLS)[HOP.key])
     wanted = {figure.scenario: figure for figure in figures if figure is not HOP}
     scenarios = [scenario for scenario in SCENARIOS if scenario.name in wanted]
     seen = measure(lambda step_ms: [FloorSystem(step_ms), MeshSystem(step_ms)], scenarios, num_pairs, _TURN_S, lambda name: None)
