@@ -41,17 +41,18 @@ class Rates:
     """For KV that comes from a prefill worker."""
 
     @classmethod
-    def reported(cls, load: WorkerLoad) -> "Rates | None":
-        """As this load says; None where it says nothing yet."""
-        if not load.prefill_ns_per_token or not load.decode_base_us:
+    def reported(cls, load: WorkerLoad, others: "Rates") -> "Rates | None":
+        """As this load says, and as the others' where it says nothing: a worker may only ever decode, or only prefill. None if it never
+        says anything."""
+        if not load.prefill_ns_per_token and not load.decode_base_us:
             return None
-        return cls(
-            load.prefill_base_us / 1e3,
-            max(_LEAST_PREFILL_MS_PER_TOKEN, load.prefill_ns_per_token / 1e6),
-            load.decode_base_us / 1e3,
-            load.decode_ns_per_block / 1e6,
-            load.handoff_ns_per_token / 1e6,
-        )
+        prefill = others.prefill_base_ms, others.prefill_ms_per_token
+        if load.prefill_ns_per_token:
+            prefill = load.prefill_base_us / 1e3, max(_LEAST_PREFILL_MS_PER_TOKEN, load.prefill_ns_per_token / 1e6)
+        decode = others.decode_base_ms, others.decode_ms_per_block
+        if load.decode_base_us:
+            decode = load.decode_base_us / 1e3, load.decode_ns_per_block / 1e6
+        return cls(*prefill, *decode, load.handoff_ns_per_token / 1e6)
 
     def is_like(self, other: "Rates", num_blocks: int) -> bool:
         """Whether both could be the same hardware: a prompt, and a decode step with a half-full cache, take about as long."""

@@ -103,7 +103,7 @@ class Fleet:
         load, outlook = worker.load, self.outlook
         if load.mean_output_tokens:
             outlook.mean_output_tokens += (load.mean_output_tokens - outlook.mean_output_tokens) * _FOLLOW
-        found = Rates.reported(load)
+        found = Rates.reported(load, outlook.rates)
         if found is None:
             return
         is_first, self._num_measured = not self._num_measured, self._num_measured + 1

@@ -25,7 +25,7 @@ def merged(one: Schema | None, other: Schema | None) -> Schema | None:
     result = {**one, **other}
     for key in one.keys() & other.keys():
         if key not in _MERGERS:
-            if one[key] != other[key]:
+            if _canonical(one[key]) != _canonical(other[key]):
                 raise Unsupported(f"two {key} in one place of the schema cannot be merged", param=PARAM)
             continue
         result[key] = _MERGERS[key](one[key], other[key])
@@ -115,7 +115,7 @@ def _with_whole_numbers(value: Any) -> Any:
 
 
 def _both(one: Any, other: Any) -> Any:
-    return one if one == other and type(one) is type(other) else {"allOf": [one, other]}
+    return one if _canonical(one) == _canonical(other) else {"allOf": [one, other]}
 
 
 def _common_multiple(one: float, other: float) -> float:
