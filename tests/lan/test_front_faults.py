@@ -23,6 +23,7 @@ from meshserve.config import ServeConfig
 from tests.harness import Lan, Process, meshserve_command, pace, wait_until
 from tests.harness.held import held
 from tests.harness.records import Event, Record
+from tests.harness.waiting import pace_async
 from tests.lan.meshes import HTTP, READY_S, LanMesh, long_prompts
 from tests.lan.test_handoff_faults import all_free, leave_after, num_events, wait_for_event
 
@@ -384,7 +385,7 @@ async def offer(port: int, per_s: float, duration_s: float, pid: int) -> Outcome
     most_bytes = 0
 
     async def one(at_s: float) -> None:
-        await asyncio.sleep(at_s - loop.time())
+        await pace_async(max(0.0, at_s - loop.time()))
         body = completion(max_tokens=NUM_TOKENS)
         began_s = loop.time()
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -404,7 +405,7 @@ async def offer(port: int, per_s: float, duration_s: float, pid: int) -> Outcome
         nonlocal most_bytes
         while True:
             most_bytes = max(most_bytes, resident_bytes(pid))
-            await asyncio.sleep(0.1)
+            await pace_async(0.1)
 
     start_s = loop.time() + 0.1
     watching = loop.create_task(watch())
