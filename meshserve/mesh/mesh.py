@@ -223,6 +223,10 @@ class Mesh:
             raise PeerLost(f"no connection to {name}", peer=name)
         return self.calls.open(channel, method, body, sink, time.monotonic(), timeout_s)
 
+    def after_turn(self, callback: Callable[[], None]) -> None:
+        """Call this once, when this turn's messages between roles of this peer are delivered. It must not raise."""
+        self.links.transport.turn.afterwards(callback)
+
     async def call(self, peer: str, method: str, body: Any, timeout_s: float) -> Any:
         """Open a stream and wait for its end value. Raises the MeshserveError it ends in; cancelling cancels the call."""
         sink = _OneAnswer()

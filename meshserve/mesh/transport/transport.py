@@ -43,6 +43,7 @@ class Turn:
         self._is_due = self._is_delivering = False
         self._sent_s, self._num_held = -1.0, 0
         self._on_broken, self._deliver = on_broken, deliver
+        self._afterwards: list[Callable[[], None]] = []
         self.loopback: Channel | None = None
         """Ends in this very peer; set by whoever makes it."""
 
@@ -56,6 +57,11 @@ class Turn:
         if not self._is_due and not self._is_delivering:
             self._is_due = True
             self._loop.call_soon(self._flush_unless_held)
+
+    def afterwards(self, callback: Callable[[], None]) -> None:
+        """Call this once at the end of the turn, when the roles have no more to say to each other and what is for others is sent."""
+        self._afterwards.append(callback)
+        self.flush_soon()
 
     def _deliver_loopback(self, loopback: Channel) -> None:
         self._is_delivering = True
@@ -96,6 +102,10 @@ class Turn:
                 self._loop.call_later(_RETRY_S, self._retry, channel)
             if channel.is_broken:
                 self._on_broken(channel)
+        if self._afterwards:
+            callbacks, self._afterwards = self._afterwards, []
+            for callback in callbacks:
+                callback()
 
     def _retry(self, channel: Channel) -> None:
         if not channel.is_dirty and not channel.is_broken:
