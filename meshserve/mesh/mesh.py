@@ -20,11 +20,9 @@ from meshserve.mesh.links import Links
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.binding import BoundPorts, bind_port_block
-from meshserve.mesh.transport.channel import Channel
 from meshserve.mesh.transport.sockets import SocketFactory
 from meshserve.telemetry import Counters, Histograms, Journal, Levels
 from meshserve.wire.card import ModelCard
-from meshserve.wire.frames import Message
 from meshserve.wire.hello import PeerInfo
 
 _log = logging.getLogger(__name__)
@@ -95,6 +93,7 @@ class Mesh:
         if self.ports is not None:
             self.links.transport.adopt_router(self.ports.calls, self.links.on_stranger)
         self.calls = CallTable(self.config.transport.max_streams_per_peer, self.name_of)
+        self.stream_message = self.calls.received
 
     def _introduction(self) -> PeerInfo:
         name = self.config.name or f"{socket.gethostname().split('.')[0]}-{self.incarnation[:4]}"
@@ -238,9 +237,6 @@ class Mesh:
             raise
 
     # --- what the links report
-
-    def stream_message(self, channel: Channel, message: Message, now_s: float) -> None:
-        self.calls.received(channel, message, now_s)
 
     def peer_lost(self, peer: str, reason: str) -> None:
         self.calls.peer_lost(peer, reason)

@@ -18,6 +18,7 @@ from meshserve.wire import frames
 from meshserve.wire.frames import Message
 
 OnFrame = Callable[[Channel, list[Message]], None]
+OnOwn = Callable[[list[Message]], None]
 OnLost = Callable[[Channel, str], None]
 
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -159,12 +160,13 @@ class _Dealer:
 class Transport:
     """Sends and receives messages on channels; knows nothing of what they mean but how long they may be."""
 
-    def __init__(self, factory: SocketFactory, config: TransportConfig, counters: Counters, on_frame: OnFrame, on_lost: OnLost) -> None:
+    def __init__(
+        self, factory: SocketFactory, config: TransportConfig, counters: Counters, on_frame: OnFrame, on_own: OnOwn, on_lost: OnLost
+    ) -> None:
+        """`on_own` is given what is sent on `loopback`."""
         self.config, self._factory, self._counters = config, factory, counters
         self._on_frame, self._on_lost = on_frame, on_lost
-        self.turn = Turn(
-            lambda channel: self.lost(channel, "overflow or unreachable"), lambda messages: self._on_frame(self.loopback, messages)
-        )
+        self.turn = Turn(lambda channel: self.lost(channel, "overflow or unreachable"), on_own)
         self._dealers: dict[Channel, _Dealer] = {}
         self._inbound: dict[bytes, Channel] = {}
         self._routing_ids: dict[Channel, bytes] = {}
