@@ -82,19 +82,20 @@ class PrefixIndex:
         alive = 0
         for bit in bits:
             alive |= bit
+        everybody, depth, get = alive, 0, self._holders.get
         depth_of: dict[int, int] = {}
-        get, depth = self._holders.get, 0
         for block_hash in hashes:
             held = get(block_hash, 0) & alive
             if held != alive:
-                if depth:
-                    _note(depth_of, alive ^ held, depth)
-                alive = held
-                if not alive:
+                if not held:
                     break
+                _note(depth_of, alive ^ held, depth)
+                alive = held
             depth += 1
+        if alive == everybody:  # nearly always: a prefix that all hold, or none at all
+            return [depth if bit else 0 for bit in bits] if depth else [0] * len(bits)
         _note(depth_of, alive, depth)
-        return [depth_of.get(bit, 0) for bit in bits] if depth_of else [0] * len(bits)
+        return [depth_of.get(bit, 0) for bit in bits]
 
     def _set(self, block_hash: int, holders: int) -> None:
         if holders:

@@ -73,7 +73,7 @@ class Outlook:
 
 
 Estimates = tuple[list[float], list[float]]
-"""For how long each worker would keep one request waiting, and what it costs to send it there, in milliseconds and in the workers' order."""
+"""How long each worker keeps one request waiting, and what it costs to send it there: milliseconds, in the workers' order."""
 
 
 def terms_of(worker: Worker, outlook: Outlook) -> Terms:

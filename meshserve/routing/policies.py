@@ -42,44 +42,44 @@ class Situation:
         worker = self.workers[place]
         return worker.num_sequences, worker.last_chosen
 
-    def preference(self, place: int) -> tuple[bool, int, int, int]:
-        """Among equals: the session's last worker, who holds more of the prompt, as far as that is worth a word, then load and turns."""
-        worker = self.workers[place]
-        return worker.incarnation != self.home, -self.words(self.overlaps[place]), worker.num_sequences, worker.last_chosen
-
-    def words(self, overlap_blocks: int) -> int:
-        """What so much of the prompt is worth among equals."""
-        return overlap_blocks * self.prompt.block_size // _WORTH_A_WORD_TOKENS
-
 
 def _by_kv(situation: Situation) -> Ranking:
-    costs_ms = situation.costs_ms
-    cost_of = costs_ms.__getitem__
-    ranked = sorted(range(len(costs_ms)), key=cost_of)
-    num_tied = bisect_right(ranked, costs_ms[ranked[0]] + situation.outlook.settings.tie_ms, key=cost_of)
-    tied = sorted(ranked[:num_tied], key=situation.preference) if num_tied > 1 else ranked[:1]
-    best = tied[0]
-    found, reasons = tied + ranked[num_tied:], [_why(best, tied, situation), *["about as good"] * (num_tied - 1), "would cost more"]
-    second_home = _second_home(best, ranked, situation)
-    if second_home is not None:
-        place = found.index(second_home)
-        found.insert(0, found.pop(place))
-        if place < num_tied:
-            del reasons[place]
-        reasons.insert(0, f"takes a copy of {situation.overlaps[best]} blocks that are in demand")
-    return found, reasons
+    costs_ms, overlaps = situation.costs_ms, situation.overlaps
+    by_cost = sorted(range(len(costs_ms)), key=costs_ms.__getitem__)
+    num_tied = bisect_right(by_cost, costs_ms[by_cost[0]] + situation.outlook.settings.tie_ms, key=costs_ms.__getitem__)
+    if num_tied > 1:
+        ranked, why = _by_preference(by_cost[:num_tied], situation)
+        reasons = [why, *["about as good"] * (num_tied - 1), "would cost more"]
+        ranked += by_cost[num_tied:]
+    else:
+        ranked, reasons = by_cost, [_why_alone(overlaps[by_cost[0]], max(overlaps)), "would cost more"]
+    held = overlaps[ranked[0]]
+    if held > min(overlaps):
+        other = next(place for place in by_cost if overlaps[place] < held)
+        if _is_copy_due(ranked[0], other, situation):
+            place = ranked.index(other)
+            del ranked[place], reasons[min(place, num_tied)]
+            return [other, *ranked], [f"takes a copy of {held} blocks that are in demand", *reasons, "would cost more"]
+    return ranked, reasons
 
 
-def _why(best: int, tied: Sequence[int], situation: Situation) -> str:
-    overlaps = situation.overlaps
-    held = overlaps[best]
-    if len(tied) > 1:
-        if situation.workers[best].incarnation == situation.home:
-            return "as good as any, and the session was there"
-        if len({situation.words(overlaps[place]) for place in tied}) == 1:
-            return "as good as any, and its turn"
-        return f"as good as any, and holds {held} blocks of this prompt"
-    deepest = max(overlaps)
+def _by_preference(tied: Sequence[int], situation: Situation) -> tuple[list[int], str]:
+    """Among equals: the session's last worker, who holds more of the prompt, as far as that is worth a word, then load and turns."""
+    workers, overlaps, size, home, found = situation.workers, situation.overlaps, situation.prompt.block_size, situation.home, []
+    for rank, place in enumerate(tied):
+        worker, words = workers[place], overlaps[place] * size // _WORTH_A_WORD_TOKENS
+        found.append((worker.incarnation != home, -words, worker.num_sequences, worker.last_chosen, rank, place))
+    found.sort()
+    if not found[0][0]:
+        why = "as good as any, and the session was there"
+    elif len({entry[1] for entry in found}) == 1:
+        why = "as good as any, and its turn"
+    else:
+        why = f"as good as any, and holds {overlaps[found[0][-1]]} blocks of this prompt"
+    return [entry[-1] for entry in found], why
+
+
+def _why_alone(held: int, deepest: int) -> str:
     if not held:
         return "would answer first" if not deepest else f"computing anew costs less than waiting for {deepest} blocks"
     if held == deepest:
@@ -87,17 +87,12 @@ def _why(best: int, tied: Sequence[int], situation: Situation) -> str:
     return f"holds {held} of {deepest} blocks, with less to wait for"
 
 
-def _second_home(best: int, ranked: Sequence[int], situation: Situation) -> int | None:
-    """The cheapest worker that does not hold what the best one holds, if it is time that it does."""
-    overlaps, costs_ms, prompt, outlook = situation.overlaps, situation.costs_ms, situation.prompt, situation.outlook
-    held = overlaps[best]
-    if held <= min(overlaps):
-        return None
-    other = next(place for place in ranked if overlaps[place] < held)
+def _is_copy_due(best: int, other: int, situation: Situation) -> bool:
+    """Whether it is time that the cheapest worker that does not hold what the best one holds does so too."""
+    prompt, outlook, costs_ms, held = situation.prompt, situation.outlook, situation.costs_ms, situation.overlaps[best]
     if_held_ms = estimate_all(prompt, [situation.workers[other]], [held], outlook, situation.now_s, situation.remote_ms)[1][0]
     prefix = prompt.hashes[held - 1]
-    is_due = outlook.replication.is_due(prefix, costs_ms[best] - if_held_ms, costs_ms[other] - costs_ms[best])
-    return other if is_due else None
+    return outlook.replication.is_due(prefix, costs_ms[best] - if_held_ms, costs_ms[other] - costs_ms[best])
 
 
 def _by_load(situation: Situation) -> Ranking:

@@ -14,8 +14,9 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.accounting import Account
 from meshserve.roles.processor.choices import Choice
-from meshserve.roles.processor.placing import Placement, Placer, Placing
+from meshserve.roles.processor.placing import Placer, Placing
 from meshserve.routing.candidates import Candidate
+from meshserve.routing.placement import Placement, RouteRequest
 from meshserve.telemetry import BUCKETS_S, Histograms, Phases
 from meshserve.wire.completion import EndItem
 from meshserve.wire.generation import GenerateRequest, Sampling
@@ -75,9 +76,7 @@ class Sequence:
         self.request_id = receipt.request_id
         self.tokens, self.sampling, self.choice, self.phases = tokens, sampling, choice, phases
         self._excluded: list[str] = []
-        self._placing = Placing(
-            dispatcher.placer, self.request_id, receipt.model, tokens, owner.policy, owner.session, self._placed, self._not_placed
-        )
+        self._placing: Placing | None = None
         self._prefill_peers: tuple[tuple[str, int, int], ...] = ()
         self._lost: list[str] = []
         """Names of workers that died with this sequence."""
@@ -106,18 +105,23 @@ class Sequence:
         """Look for a worker that was not tried yet."""
         self.worker = None
         self.account.enter("route")
-        self._placing.begin(self._excluded)
+        receipt, owner = self.receipt, self._owner
+        question = RouteRequest(self.request_id, receipt.model, self.tokens, owner.policy, owner.session, self._excluded)
+        self._placing = Placing(self._dispatcher.placer, question, self)
+        self._placing.ask()
 
-    def _placed(self, placement: Placement) -> None:
+    def placed(self, placement: Placement) -> None:
         """The candidates are known."""
         receipt = self.receipt
         receipt.peers["router"], receipt.policy = placement.router, placement.policy
         receipt.candidates, receipt.prefill_candidates = placement.decode, placement.prefill
-        self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in placement.prefill)
+        if placement.prefill:
+            self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in placement.prefill)
         self.account.settle()
         self._dispatch(placement.decode[0])
 
-    def _not_placed(self, error: MeshserveError) -> None:
+    def not_placed(self, error: MeshserveError) -> None:
+        """No worker can take it; one that is full is the better reason."""
         self._fail(self._overloaded if isinstance(error, NoWorker) and self._overloaded else error)
 
     # --- the worker's stream
@@ -273,7 +277,8 @@ class Sequence:
         """Nobody wants it any more. Harmless after its end."""
         if not self.is_over:
             self._over("cancelled")
-            self._placing.cancel()
+            if self._placing is not None:
+                self._placing.cancel()
             if self._opened is not None:
                 self._opened.cancel()
 
