@@ -83,8 +83,12 @@ def terms_of(worker: Worker, outlook: Outlook) -> Terms:
     used = load.used_blocks + worker.booked_blocks
     step_ms = rates.decode_ms(used) if num_sequences else 0.0
     slowing_ms = weight * outlook.mean_output_tokens * rates.decode_ms_per_block
+    queued, turnover = load.waiting_prefill_tokens, 1.0
+    if outlook.mean_turnover and load.num_blocks:
+        turnover = worker.recent_evictions / load.num_blocks / outlook.mean_turnover
+        turnover = min(settings.max_turnover, max(1 / settings.max_turnover, turnover))
     worker.terms = terms = (
-        worker.reported_at_s + rates.prefill_ms(load.waiting_prefill_tokens) / 1000,  # when all prompts should be computed that it has
+        worker.reported_at_s + rates.prefill_ms(queued) / 1000 if queued else worker.reported_at_s,  # when its prompts should be computed
         rates.prefill_ms(worker.booked_tokens),  # to compute what is on its way there
         step_ms / 2,  # the least one waits
         rates.prefill_base_ms,
@@ -94,16 +98,9 @@ def terms_of(worker: Worker, outlook: Outlook) -> Terms:
         step_ms + slowing_ms * used,  # step + w L b used
         slowing_ms * num_sequences,  # w L b n: per block that the request will hold
         load.num_blocks - load.used_blocks - load.cached_blocks - worker.booked_blocks,  # free ones
-        settings.regret_weight * outlook.regret * _turnover(worker, outlook) * token_ms,  # regret * turnover * ms per token
+        settings.regret_weight * outlook.regret * turnover * token_ms,  # regret * turnover * ms per token
     )
     return terms
-
-
-def _turnover(worker: Worker, outlook: Outlook) -> float:
-    if not outlook.mean_turnover or not worker.load.num_blocks:
-        return 1.0
-    most = outlook.settings.max_turnover
-    return min(most, max(1 / most, worker.recent_evictions / worker.load.num_blocks / outlook.mean_turnover))
 
 
 def estimate_all(
