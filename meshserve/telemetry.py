@@ -138,19 +138,15 @@ class Journal:
 class Phases:
     """The phases of one request on this peer's monotonic clock: each ends where the next begins, so that they partition the time."""
 
-    __slots__ = ("_began_s", "_last_s", "durations_ms")
+    __slots__ = ("_began_s", "_last_s")
 
     def __init__(self) -> None:
         self._began_s = self._last_s = time.monotonic()
-        self.durations_ms: dict[str, float] = {}
 
-    def end(self, phase: str) -> float:
-        """Everything since the last call was `phase`; returns its milliseconds. Phases that repeat add up."""
-        now_s = time.monotonic()
-        elapsed_ms = (now_s - self._last_s) * 1000
-        self._last_s = now_s
-        self.durations_ms[phase] = self.durations_ms.get(phase, 0.0) + elapsed_ms
-        return elapsed_ms
+    def end(self) -> float:
+        """Everything since the last call was one phase; returns its milliseconds."""
+        last_s, self._last_s = self._last_s, time.monotonic()
+        return (self._last_s - last_s) * 1000
 
     def lap_ms(self) -> float:
         """Since the last phase ended."""

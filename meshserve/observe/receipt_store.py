@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from meshserve.errors import InvalidRequest
+from meshserve.errors import Cancelled, InvalidRequest
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import OK, Front, Receipt
@@ -38,15 +38,15 @@ class Receipts:
             self.on_kept(receipt)
 
     def _count(self, receipt: Receipt) -> None:
-        outcome = receipt.outcome
-        kind = "done" if outcome == OK else "left" if outcome == "cancelled" else "failed"
-        self._mesh.counters.add(f"requests_{kind}")
-        if outcome != OK:
+        if receipt.outcome != OK:
+            self._mesh.counters.add("requests_left" if receipt.outcome == Cancelled.code else "requests_failed")
             return
+        self._mesh.counters.add("requests_done")
         observe, phases = self._mesh.histograms.observe, receipt.phases_ms
         observe("e2e", receipt.total_ms / 1000)
-        for phase in ("route", "queue", "prefill"):
-            observe(phase, phases.get(phase, 0.0) / 1000)
+        observe("route", phases.get("route", 0.0) / 1000)
+        observe("queue", phases.get("queue", 0.0) / 1000)
+        observe("prefill", phases.get("prefill", 0.0) / 1000)
 
     def _on_find(self, call: IncomingCall) -> None:
         """By the mesh's name or the client's; the latest, if several are called the same. The end is None if there is none."""

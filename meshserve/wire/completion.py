@@ -88,7 +88,20 @@ class CompletionRequest:
     @property
     def is_plain(self) -> bool:
         """One answer of nothing but text: its items are bare strings."""
-        return self.num_choices == 1 and self.logprobs < 0 and self.tool_choice == "none"
+        is_one_prompt = not isinstance(self.prompt, tuple) or len(self.prompt) == 1
+        return is_one_prompt and self.n == 1 and self.logprobs < 0 and self.tool_choice == "none"
+
+    @property
+    def needs_features(self) -> bool:
+        """It asks for more than text: for what not every engine can do."""
+        return (
+            self.logprobs >= 0
+            or self.tool_choice != "none"
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or bool(self.logit_bias)
+            or bool(self.json_schema)
+        )
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`; defaults are left out."""

@@ -15,6 +15,7 @@ from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.receipts import OK, Receipt, after_first_token, merged
 from meshserve.roles.processor.calling import wants_call
 from meshserve.roles.processor.choices import Choice, EchoOnly
+from meshserve.roles.processor.detokenizing import Spelling
 from meshserve.roles.processor.prompts import sampling_of
 from meshserve.roles.processor.sequences import Dispatcher, Sequence
 from meshserve.telemetry import Phases, log_event
@@ -52,21 +53,23 @@ class Request:
         asked: CompletionRequest,
         card: ModelCard,
         prompts: "list[array[int]]",
-        token_bytes: Any,
+        spelling: Spelling,
         phases: Phases,
     ) -> None:
-        self._role, self._call, self._asked, self._token_bytes = role, call, asked, token_bytes
+        self._role, self._call, self._asked, self._spelling = role, call, asked, spelling
         self.request_id, self.policy, self.session, self.block_size = asked.request_id, asked.policy, asked.session, card.block_size
         self._card, self._prompts, self._phases = card, prompts, phases
         self._is_plain = asked.is_plain
-        self._is_call = wants_call(asked)
+        self._is_call = asked.tool_choice != "none" and wants_call(asked)
         self._num_open = asked.n * len(prompts)
         self._first_end = EndItem(0, "", None)
         self.is_over = False
-        self.sequences = [sequence for place in range(len(prompts)) for sequence in self._sequences(place)]
-        self._process_ms = phases.end("process")
+        self.sequences = self._sequences(0)
+        for place in range(1, len(prompts)):
+            self.sequences += self._sequences(place)
+        process_ms = phases.end()
         for sequence in self.sequences:
-            sequence.receipt.add("process", self._process_ms)
+            sequence.receipt.add("process", process_ms)
 
     def _sequences(self, place: int) -> list[Sequence]:
         tokens, asked = self._prompts[place], self._asked
@@ -82,9 +85,10 @@ class Request:
         name = self.request_id if self._num_open == 1 else f"{self.request_id}/{index}"
         receipt = Receipt(name, asked.client_id, asked.model, num_prompt_tokens=len(tokens), traceparent=asked.traceparent)
         receipt.peers["processor"] = self._role.name
+        spelling = self._spelling
         choice = (Choice if asked.max_tokens != 0 else EchoOnly)(
             self._call.send,
-            self._token_bytes,
+            spelling.token_bytes,
             index,
             send_all=self._call.send_all,
             is_bare=self._is_plain,
@@ -92,6 +96,7 @@ class Request:
             min_tokens=asked.min_tokens,
             wants_logprobs=asked.logprobs >= 0,
             is_call=self._is_call,
+            texts=spelling.texts,
         )
         return Sequence(self._role, self, receipt, tokens, sampling, choice, Phases() if index else self._phases)
 
@@ -134,14 +139,14 @@ class Request:
             sequence.choice.echo(self._prompt_text(index // asked.n))
         if index % asked.n == 0:
             for other in self.sequences[index + 1 : index + asked.n]:
-                other.waited_ms = other.phases.end("waited")
+                other.waited_ms = other.phases.end()
                 self._go(other)
 
     def _prompt_text(self, place: int) -> str:
         prompt = self._asked.prompts[place]
         if isinstance(prompt, str):
             return prompt
-        return b"".join(map(self._token_bytes, prompt)).decode("utf-8", "replace")
+        return b"".join(map(self._spelling.token_bytes, prompt)).decode("utf-8", "replace")
 
     # --- the end
 

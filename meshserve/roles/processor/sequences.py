@@ -95,9 +95,10 @@ class Sequence:
         """When the last tokens came, on the monotonic clock."""
         self.account = Account(receipt, phases, dispatcher.histograms, dispatcher.mesh.name_of)
         self._journal = dispatcher.mesh.journal
+        self._is_followed = False
         if self._journal.is_on:
             self._journal.note("submit", self.request_id, num_tokens=len(tokens))
-        self._is_followed = self._journal.follows(self.request_id)
+            self._is_followed = self._journal.follows(self.request_id)
 
     # --- which worker
 
