@@ -6,7 +6,7 @@ import os
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -62,15 +62,23 @@ class Histograms:
 
     def observe(self, name: str, duration_s: float) -> None:
         """One more duration of `name`, e.g. `prefill_wait`."""
-        counts = self._counts.get(name)
-        if counts is None:
-            counts = self._counts[name] = [0] * (len(BUCKETS_S) + 1)
-        counts[bisect_left(BUCKETS_S, duration_s)] += 1
+        self.counts_of(name)[bisect_left(BUCKETS_S, duration_s)] += 1
         self._sums_s[name] += duration_s
+
+    def observe_all(self, durations_s: Iterable[tuple[str, float]]) -> None:
+        """One more of each: a request has several, and the calls took longer than the counting."""
+        counts_of, sums_s = self._counts, self._sums_s
+        for name, duration_s in durations_s:
+            counts = counts_of.get(name) or self.counts_of(name)
+            counts[bisect_left(BUCKETS_S, duration_s)] += 1
+            sums_s[name] += duration_s
 
     def counts_of(self, name: str) -> list[int]:
         """The counts between the bounds, for who adds to them where an `observe` would cost too much, and then to the sum."""
-        return self._counts.setdefault(name, [0] * (len(BUCKETS_S) + 1))
+        counts = self._counts.get(name)
+        if counts is None:
+            counts = self._counts[name] = [0] * (len(BUCKETS_S) + 1)
+        return counts
 
     def add_to_sum(self, name: str, duration_s: float) -> None:
         """What was added to the counts took so long in all."""
@@ -138,20 +146,17 @@ class Journal:
 class Phases:
     """The phases of one request on this peer's monotonic clock: each ends where the next begins, so that they partition the time."""
 
-    __slots__ = ("_began_s", "_last_s")
+    __slots__ = ("began_s", "last_s")
 
     def __init__(self) -> None:
-        self._began_s = self._last_s = time.monotonic()
+        self.began_s = self.last_s = time.monotonic()
+        """When the request came, and when its last phase ended."""
 
     def end(self) -> float:
         """Everything since the last call was one phase; returns its milliseconds."""
-        last_s, self._last_s = self._last_s, time.monotonic()
-        return (self._last_s - last_s) * 1000
-
-    def lap_ms(self) -> float:
-        """Since the last phase ended."""
-        return (time.monotonic() - self._last_s) * 1000
+        last_s, self.last_s = self.last_s, time.monotonic()
+        return (self.last_s - last_s) * 1000
 
     def total_ms(self) -> float:
         """Since the request came."""
-        return (time.monotonic() - self._began_s) * 1000
+        return (time.monotonic() - self.began_s) * 1000

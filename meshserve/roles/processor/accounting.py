@@ -34,11 +34,11 @@ class Account:
 
     def first_token(self) -> float:
         """The first one came; returns when, on the monotonic clock."""
-        self._first_ms = self.phases.lap_ms()
-        self._first_s = monotonic()
+        phases, now_s = self.phases, monotonic()
+        self._first_ms, self._first_s = (now_s - phases.last_s) * 1000, now_s
         if self._histograms is not None:
-            self._histograms.observe("ttft", self.phases.total_ms() / 1000)
-        return self._first_s
+            self._histograms.observe("ttft", now_s - phases.began_s)
+        return now_s
 
     def call_ended(self, account: dict[str, Any]) -> None:
         """The call ended well, with this account by its worker."""
@@ -66,7 +66,8 @@ class Account:
 
     def close(self, last_s: float) -> None:
         """The sequence is over, whose last token came then."""
-        self.settle()
+        if self._now_in:
+            self.settle()
         if self._histograms is not None and self._first_s:
             self._histograms.add_to_sum("itl", last_s - self._first_s)
 
@@ -74,8 +75,10 @@ class Account:
         """What the worker says of a call, or of its beginning, that took so long here."""
         receipt, phases = self.receipt, account.get("phases_ms")
         if isinstance(phases, dict):
+            known_ms = receipt.phases_ms
             for phase, took_ms in phases.items():
-                receipt.add(str(phase), milliseconds(took_ms))
+                phase = str(phase)
+                known_ms[phase] = known_ms.get(phase, 0.0) + milliseconds(took_ms)
         receipt.add("network", caller_ms - (milliseconds(account.get("total_ms")) or caller_ms))
         receipt.num_cached_tokens = int(milliseconds(account.get("num_cached_tokens")))
         if not _OF_HANDOFF.isdisjoint(account):

@@ -3,13 +3,13 @@
 What is given out depends on the tokens alone, never on how they were split into steps.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from meshserve.errors import ProtocolError
 from meshserve.roles.processor.calling import CallParser
 from meshserve.roles.processor.detokenizing import Detokenizer
-from meshserve.roles.processor.stopping import NO_STOPS, StopChecker
+from meshserve.roles.processor.stopping import StopChecker
 from meshserve.roles.processor.trail import TokenBytes, Trail, of_prompt
 from meshserve.wire.completion import CallItem, EndItem, TextItem, item_to_wire
 from meshserve.wire.generation import TokenLogprobs
@@ -19,17 +19,15 @@ _PROMPT_TOKENS_PER_ITEM = 512
 
 
 class Choice:
-    """Text, stop strings, log probabilities and calls of one sequence. `send` and `send_all` take items as they go over the wire."""
+    """Text, stop strings, log probabilities and calls of one sequence. `send` takes items as they go over the wire."""
 
     __slots__ = (
         "_detokenizer",
         "_index",
         "_is_bare",
-        "_is_simple",
         "_min_tokens",
         "_parser",
         "_send",
-        "_send_all",
         "_stops",
         "_token_bytes",
         "_trail",
@@ -42,28 +40,19 @@ class Choice:
         token_bytes: TokenBytes,
         index: int = 0,
         *,
-        send_all: Callable[[list[Any]], None] | None = None,
         is_bare: bool = False,
         stops: tuple[str, ...] = (),
         min_tokens: int = 0,
         wants_logprobs: bool = False,
         is_call: bool = False,
-        texts: Mapping[int, str | None] | None = None,
     ) -> None:
-        """`texts` are those of :class:`~meshserve.roles.processor.detokenizing.Spelling`."""
-        self._send, self._send_all = send, send_all or self._send_each
-        self._token_bytes, self._index, self._is_bare = token_bytes, index, is_bare
-        self._detokenizer = Detokenizer(token_bytes, texts)
-        self._stops, self._min_tokens = StopChecker(stops) if stops else NO_STOPS, min_tokens
+        self._send, self._token_bytes, self._index, self._is_bare = send, token_bytes, index, is_bare
+        self._detokenizer = Detokenizer(token_bytes)
+        self._stops, self._min_tokens = StopChecker(stops), min_tokens
         self._trail = Trail(token_bytes) if wants_logprobs else None
         self._parser = CallParser() if is_call else None
-        self._is_simple = not stops and not wants_logprobs and not is_call
         self.num_tokens = 0
         """Up to the one that made a stop string complete, that one included."""
-
-    def _send_each(self, items: list[Any]) -> None:
-        for item in items:
-            self._send(item)
 
     # --- the prompt, for those who want it repeated
 
@@ -85,11 +74,6 @@ class Choice:
 
     def feed(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> bool:
         """Tokens of one step; true if a stop string ended the text. Raises ProtocolError if log probabilities are missing."""
-        if self._is_simple:
-            self.num_tokens += len(tokens)
-            texts = self._detokenizer.pieces(tokens)
-            self._send_all(texts if self._is_bare else [[self._index, text] for text in texts])
-            return False
         if self._trail is not None and (logprobs is None or len(logprobs) != len(tokens)):
             raise ProtocolError("a worker left out the log probabilities")
         return any(self._feed_one(token, logprobs[place] if logprobs else None) for place, token in enumerate(tokens))
@@ -107,11 +91,6 @@ class Choice:
 
     def finish(self, reason: str) -> EndItem:
         """The sequence came to its end, by itself or by a stop string: what was held back, and how the choice ends."""
-        if self._is_simple:
-            rest = self._detokenizer.finish()
-            if rest:
-                self._give_text(rest, [], [])
-            return EndItem(self._index, reason, None)
         if self._stops.found is None:
             rest = self._detokenizer.finish()
             if self._trail is not None:

@@ -37,11 +37,10 @@ class _Texts(dict[int, str | None]):
 class Detokenizer:
     """One sequence's. Whatever the split into calls, the texts joined are the bytes joined and decoded, malformed ones replaced."""
 
-    __slots__ = ("_decoder", "_texts", "_token_bytes", "is_between")
+    __slots__ = ("_decoder", "_token_bytes", "is_between")
 
-    def __init__(self, token_bytes: Callable[[int], bytes], texts: Mapping[int, str | None] | None = None) -> None:
-        """`texts` are those of :class:`Spelling`, for who wants many pieces."""
-        self._token_bytes, self._texts = token_bytes, texts
+    def __init__(self, token_bytes: Callable[[int], bytes]) -> None:
+        self._token_bytes = token_bytes
         self._decoder: codecs.IncrementalDecoder | None = None
         """Made for the first character that is not ASCII."""
         self.is_between = True
@@ -60,10 +59,6 @@ class Detokenizer:
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """What :meth:`feed` gives for each of them, one after the other."""
-        if self.is_between and self._texts is not None:
-            found = list(map(self._texts.__getitem__, tokens))
-            if None not in found:
-                return found  # type: ignore[return-value]
         return [self.feed((token,)) for token in tokens]
 
     def finish(self) -> str:

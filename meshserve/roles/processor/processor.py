@@ -86,7 +86,8 @@ class ProcessorRole:
         phases = Phases()
         try:
             card = self.models.card(asked.model)
-            check_features(asked, card)
+            if asked.needs_features:
+                check_features(asked, card)
             encoded = self.models.encode_nowait(asked, card)
             if encoded is not None:
                 self._start(call, asked, card, encoded, phases)
@@ -112,7 +113,8 @@ class ProcessorRole:
     def _start(self, call: IncomingCall, asked: CompletionRequest, card: ModelCard, encoded: Encoded, phases: Phases) -> None:
         """Raises what is wrong with a request before anybody works for it."""
         prompts, spelling = encoded
-        check_bias(asked, spelling.vocab_size)
+        if asked.logit_bias:
+            check_bias(asked, spelling.vocab_size)
         check_prompts(asked, prompts, card, spelling.vocab_size)
         request = Request(self, call, asked, card, prompts, spelling, phases)
         self._running[request.request_id] = request

@@ -23,8 +23,6 @@ MAX_UNASKED_TOKENS = 4096
 
 def check_features(request: CompletionRequest, card: ModelCard) -> None:
     """Raises Unsupported, which names the field, for what this model's engine cannot do."""
-    if not request.needs_features:
-        return
     is_call = request.tool_choice != "none"
     asked = (
         ("logprobs", "logprobs", request.logprobs >= 0),
@@ -132,5 +130,5 @@ def schema_of(request: CompletionRequest) -> str:
 
 def check_bias(request: CompletionRequest, vocab_size: int) -> None:
     """Raises InvalidRequest for a bias on a token that does not exist."""
-    if request.logit_bias and any(token >= vocab_size for token, _ in request.logit_bias):
+    if any(token >= vocab_size for token, _ in request.logit_bias):
         raise InvalidRequest(f"logit_bias names a token above this model's last, {vocab_size - 1}", param="logit_bias")

@@ -16,8 +16,9 @@ from meshserve.observe.receipts import OK, Receipt, after_first_token, merged
 from meshserve.roles.processor.calling import wants_call
 from meshserve.roles.processor.choices import Choice, EchoOnly
 from meshserve.roles.processor.detokenizing import Spelling
+from meshserve.roles.processor.plain_choice import PlainChoice
 from meshserve.roles.processor.prompts import sampling_of
-from meshserve.roles.processor.sequences import Dispatcher, Sequence
+from meshserve.roles.processor.sequences import Dispatcher, Output, Sequence
 from meshserve.telemetry import Phases, log_event
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartItem, item_to_wire
@@ -69,7 +70,7 @@ class Request:
             self.sequences += self._sequences(place)
         process_ms = phases.end()
         for sequence in self.sequences:
-            sequence.receipt.add("process", process_ms)
+            sequence.receipt.phases_ms["process"] = process_ms
 
     def _sequences(self, place: int) -> list[Sequence]:
         tokens, asked = self._prompts[place], self._asked
@@ -83,22 +84,25 @@ class Request:
     def _sequence(self, index: int, tokens: "array[int]", sampling: Sampling) -> Sequence:
         asked = self._asked
         name = self.request_id if self._num_open == 1 else f"{self.request_id}/{index}"
-        receipt = Receipt(name, asked.client_id, asked.model, num_prompt_tokens=len(tokens), traceparent=asked.traceparent)
-        receipt.peers["processor"] = self._role.name
-        spelling = self._spelling
-        choice = (Choice if asked.max_tokens != 0 else EchoOnly)(
-            self._call.send,
+        peers = {"frontend": None, "processor": self._role.name, "router": None, "decode": None, "prefill": None}
+        receipt = Receipt(name, asked.client_id, asked.model, "", peers, num_prompt_tokens=len(tokens), traceparent=asked.traceparent)
+        phases = Phases() if index else self._phases
+        return Sequence(self._role, self, receipt, tokens, sampling, self._choice(index), phases)
+
+    def _choice(self, index: int) -> Output:
+        asked, call, spelling = self._asked, self._call, self._spelling
+        if asked.max_tokens != 0 and asked.logprobs < 0 and not asked.stop and not self._is_call:
+            return PlainChoice(call.send, call.send_all, spelling, index, self._is_plain)
+        return (Choice if asked.max_tokens != 0 else EchoOnly)(
+            call.send,
             spelling.token_bytes,
             index,
-            send_all=self._call.send_all,
             is_bare=self._is_plain,
             stops=asked.stop,
             min_tokens=asked.min_tokens,
             wants_logprobs=asked.logprobs >= 0,
             is_call=self._is_call,
-            texts=spelling.texts,
         )
-        return Sequence(self._role, self, receipt, tokens, sampling, choice, Phases() if index else self._phases)
 
     # --- life
 

@@ -13,7 +13,6 @@ from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.accounting import Account
-from meshserve.roles.processor.choices import Choice
 from meshserve.roles.processor.placing import Placer, Placing
 from meshserve.routing.candidates import Candidate
 from meshserve.routing.placement import Placement, RouteRequest
@@ -34,6 +33,25 @@ class Dispatcher(Protocol):
     placer: Placer
     histograms: Histograms | None
     """Of latencies; None if nobody wants them."""
+
+
+class Output(Protocol):
+    """What becomes of the tokens: a :class:`~meshserve.roles.processor.choices.Choice`, or a plain one."""
+
+    num_tokens: int
+    """Up to the one that made a stop string complete, that one included."""
+
+    def echo(self, text: str) -> None:
+        """The text begins with this."""
+
+    def echo_logprobs(self, tokens: "array[int]", logprobs: list[Any]) -> None:
+        """The text begins with these tokens. Raises ValueError or TypeError for what a worker must not say."""
+
+    def feed(self, tokens: list[int], logprobs: Any = None) -> bool:
+        """Tokens of one step; true if a stop string ended the text. Raises ProtocolError if log probabilities are missing."""
+
+    def finish(self, reason: str) -> EndItem:
+        """The sequence came to its end, by itself or by a stop string."""
 
 
 class Owner(Protocol):
@@ -69,7 +87,7 @@ class Sequence:
         receipt: Receipt,
         tokens: "array[int]",
         sampling: Sampling,
-        choice: Choice,
+        choice: Output,
         phases: Phases,
     ) -> None:
         self._dispatcher, self._owner, self.receipt = dispatcher, owner, receipt

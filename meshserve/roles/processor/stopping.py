@@ -55,7 +55,3 @@ class StopChecker:
         """The sequence ended without a stop string: what was held back."""
         held, self._held = self._held, ""
         return held
-
-
-NO_STOPS = StopChecker(())
-"""Holds nothing back, so one is enough for all."""
