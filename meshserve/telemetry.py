@@ -4,13 +4,16 @@ import json
 import logging
 import os
 import time
-from bisect import bisect_left
+from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histograms' buckets: from a hop on loopback to a prompt of 100,000 tokens on one GPU."""
+
+_NOTED_AT_ONCE = 256
+"""Durations: to sort so many takes 0.1 ms. More take more memory, fewer more time."""
 
 
 def log_event(logger: logging.Logger, event: str, text: str, **fields: Any) -> None:
@@ -54,24 +57,37 @@ class Levels:
 
 
 class Histograms:
-    """Named distributions of durations since the process started. One instance a peer; an observation costs under a microsecond."""
+    """Named distributions of durations since the process started. One instance a peer.
+
+    Durations are noted as they come and sorted into buckets many at a time: one at a time takes ten times as long.
+    """
 
     def __init__(self) -> None:
         self._counts: dict[str, list[int]] = {}
         self._sums_s: defaultdict[str, float] = defaultdict(float)
+        self._noted: defaultdict[tuple[str, ...], list[tuple[float, ...]]] = defaultdict(list)
 
     def observe(self, name: str, duration_s: float) -> None:
         """One more duration of `name`, e.g. `prefill_wait`."""
-        self.counts_of(name)[bisect_left(BUCKETS_S, duration_s)] += 1
-        self._sums_s[name] += duration_s
+        self.observe_all((name,), (duration_s,))
 
-    def observe_all(self, durations_s: Iterable[tuple[str, float]]) -> None:
-        """One more of each: a request has several, and the calls took longer than the counting."""
-        counts_of, sums_s = self._counts, self._sums_s
-        for name, duration_s in durations_s:
-            counts = counts_of.get(name) or self.counts_of(name)
-            counts[bisect_left(BUCKETS_S, duration_s)] += 1
-            sums_s[name] += duration_s
+    def observe_all(self, names: tuple[str, ...], durations_s: tuple[float, ...]) -> None:
+        """One more duration of each of these, in the same order."""
+        noted = self._noted[names]
+        noted.append(durations_s)
+        if len(noted) >= _NOTED_AT_ONCE:
+            self._count(names)
+
+    def _count(self, names: tuple[str, ...]) -> None:
+        noted, self._noted[names] = self._noted[names], []
+        for name, durations_s in zip(names, map(sorted, zip(*noted, strict=True)), strict=False):
+            counts, num_counted = self.counts_of(name), 0
+            self._sums_s[name] += sum(durations_s)
+            for bucket, bound_s in enumerate(BUCKETS_S):
+                num_below = bisect_right(durations_s, bound_s)
+                counts[bucket] += num_below - num_counted
+                num_counted = num_below
+            counts[-1] += len(durations_s) - num_counted
 
     def counts_of(self, name: str) -> list[int]:
         """The counts between the bounds, for who adds to them where an `observe` would cost too much, and then to the sum."""
@@ -86,6 +102,8 @@ class Histograms:
 
     def snapshot(self) -> dict[str, Any]:
         """By name: the sum in seconds, and the counts between the bounds of `BUCKETS_S`, the last one above all of them."""
+        for names in list(self._noted):
+            self._count(names)
         return {name: [self._sums_s[name], counts[:]] for name, counts in self._counts.items()}
 
 

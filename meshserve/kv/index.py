@@ -6,6 +6,7 @@ bytes, whoever holds it (measured by `bench.index`).
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 _SWEPT_AT_ONCE = 4096
 """Hashes looked at in one call after a worker has gone: about a millisecond. Higher frees memory sooner, lower stalls less."""
@@ -78,7 +79,7 @@ class PrefixIndex:
 
     def overlaps(self, hashes: Sequence[int], workers: Sequence[str]) -> list[int]:
         """For each worker, how many blocks of this prompt it holds from the start on."""
-        bits = [self._bits.get(worker, 0) for worker in workers]
+        bits = list(map(self._bits.get, workers, repeat(0)))
         alive = 0
         for bit in bits:
             alive |= bit
@@ -93,7 +94,7 @@ class PrefixIndex:
                 alive = held
             depth += 1
         if alive == everybody:  # nearly always: a prefix that all hold, or none at all
-            return [depth if bit else 0 for bit in bits] if depth else [0] * len(bits)
+            return [depth if bit else 0 for bit in bits] if depth and 0 in bits else [depth] * len(bits)
         _note(depth_of, alive, depth)
         return [depth_of.get(bit, 0) for bit in bits]
 

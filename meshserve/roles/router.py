@@ -28,10 +28,10 @@ _WORKERS = {"decode", "prefill"}
 
 @dataclass(slots=True)
 class _Crew:
-    """The workers for one model, and the peers from which that was found."""
+    """The workers for one model."""
 
-    decode_infos: list[PeerInfo]
-    prefill_infos: list[PeerInfo]
+    found_in: list[PeerInfo]
+    """What `peers_serving` said: another list as soon as any peer changes."""
     card: ModelCard
     decode: list[str]
     """Incarnations."""
@@ -125,27 +125,29 @@ class RouterRole:
         return Placement(self._mesh.own.name, policy, found.decode, found.prefill)
 
     def _crew_for(self, model: str, excluded: Sequence[str]) -> "_Crew | None":
-        """Who can take work for this model; None if nobody decodes it. Found once, as long as `peers_serving` gives the same lists."""
-        decode, prefill = self._mesh.peers_serving("decode", model), self._mesh.peers_serving("prefill", model)
-        if excluded:
-            decode, prefill = ([info for info in infos if info.incarnation not in excluded] for infos in (decode, prefill))
+        """Who can take work for this model; None if nobody decodes it. Found once, as long as `peers_serving` gives the same list."""
+        decode = self._mesh.peers_serving("decode", model)
         crew = self._crews.get(model)
-        if crew is not None and crew.decode_infos is decode and crew.prefill_infos is prefill:
+        if crew is not None and crew.found_in is decode and not excluded:
             return crew
-        if not decode:
-            return None
+        prefill = self._mesh.peers_serving("prefill", model)
+        if excluded:
+            able = ([info for info in infos if info.incarnation not in excluded] for infos in (decode, prefill))
+            return self._made_crew(*able)
         crew = self._made_crew(decode, prefill)
-        if not excluded:
+        if crew is not None:
             self._crews[model] = crew
         return crew
 
-    def _made_crew(self, decode: list[PeerInfo], prefill: list[PeerInfo]) -> "_Crew":
+    def _made_crew(self, decode: list[PeerInfo], prefill: list[PeerInfo]) -> "_Crew | None":
+        if not decode:
+            return None
         card = decode[0].card
         assert card is not None
         able = [info for info in prefill if info.card == card] if card.can_hand_over else []
         for info in (*decode, *able):
             self._follow(info.incarnation)
-        return _Crew(decode, prefill, card, [info.incarnation for info in decode], [info.incarnation for info in able])
+        return _Crew(decode, card, [info.incarnation for info in decode], [info.incarnation for info in able])
 
     def close(self) -> None:
         """Follow nobody any more."""

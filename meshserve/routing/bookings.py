@@ -32,8 +32,10 @@ class Bookings:
 
         `num_tokens` are those that it will compute, `num_blocks` those that it will hold.
         """
-        self.end(worker.incarnation, request_id)
-        self._bookings[(worker.incarnation, request_id)] = _Booking(worker, num_tokens, num_blocks, now_s + BOOKING_TIMEOUT_S)
+        key = worker.incarnation, request_id
+        if key in self._bookings:
+            self.end(*key)
+        self._bookings[key] = _Booking(worker, num_tokens, num_blocks, now_s + BOOKING_TIMEOUT_S)
         worker.book(num_tokens, num_blocks)
 
     def hear(self, worker: Worker, request_id: str, num_tokens: int, now_s: float, num_blocks: int = 0) -> None:

@@ -76,7 +76,7 @@ class Rates:
         return self.decode_base_ms + self.decode_ms_per_block * used_blocks
 
 
-Terms = tuple[float, float, float, float, float, float, float, float, float, int, float]
+Terms = tuple[float, float, float, float, float, float, int, float]
 """What the formula of :mod:`meshserve.routing.cost` needs of one worker, as :func:`~meshserve.routing.cost.terms_of` lists it. It changes
 with reports and bookings only, so it is worked out once for many requests. A tuple, as each question unpacks every worker's: looking up
 the fields of an object takes three times as long."""

@@ -80,24 +80,23 @@ def terms_of(worker: Worker, outlook: Outlook) -> Terms:
     """Work out a worker's terms, and note them there."""
     load, rates, settings = worker.load, worker.rates or outlook.rates, outlook.settings
     num_sequences, weight, token_ms = worker.num_sequences, settings.stream_weight, rates.prefill_ms_per_token
-    used = load.used_blocks + worker.booked_blocks
-    step_ms = rates.decode_ms(used) if num_sequences else 0.0
+    used, queued, booked = load.used_blocks + worker.booked_blocks, load.waiting_prefill_tokens, worker.booked_tokens
+    step_ms = rates.decode_base_ms + rates.decode_ms_per_block * used if num_sequences else 0.0
     slowing_ms = weight * outlook.mean_output_tokens * rates.decode_ms_per_block
-    queued, turnover = load.waiting_prefill_tokens, 1.0
+    turnover = 1.0
     if outlook.mean_turnover and load.num_blocks:
         turnover = worker.recent_evictions / load.num_blocks / outlook.mean_turnover
         turnover = min(settings.max_turnover, max(1 / settings.max_turnover, turnover))
+    burden, fixed_ms = 1 + weight * num_sequences, step_ms + slowing_ms * used
+    booked_ms = rates.prefill_base_ms + token_ms * booked if booked else 0.0
     worker.terms = terms = (
-        worker.reported_at_s + rates.prefill_ms(queued) / 1000 if queued else worker.reported_at_s,  # when its prompts should be computed
-        rates.prefill_ms(worker.booked_tokens),  # to compute what is on its way there
-        step_ms / 2,  # the least one waits
-        rates.prefill_base_ms,
-        token_ms,
+        worker.reported_at_s * 1000 + rates.prefill_ms(queued) + booked_ms,  # when all its prompts should be computed, queued and booked
+        step_ms / 2 + booked_ms,  # the least one waits
+        rates.prefill_base_ms * burden + fixed_ms,  # base * (1 + w n) + step + w L b used
+        token_ms * burden,  # ms per token * (1 + w n)
         rates.handoff_ms_per_token,
-        1 + weight * num_sequences,  # 1 + w n
-        step_ms + slowing_ms * used,  # step + w L b used
         slowing_ms * num_sequences,  # w L b n: per block that the request will hold
-        load.num_blocks - load.used_blocks - load.cached_blocks - worker.booked_blocks,  # free ones
+        max(0, load.num_blocks - load.used_blocks - load.cached_blocks - worker.booked_blocks),  # free ones
         settings.regret_weight * outlook.regret * turnover * token_ms,  # regret * turnover * ms per token
     )
     return terms
@@ -112,29 +111,23 @@ def estimate_all(
     remote_ms: float | None = None,
 ) -> Estimates:
     """The formula, for every worker. `remote_ms` is when the best prefill worker could have computed the prompt, if there is one."""
-    num_tokens, size = prompt.num_tokens, prompt.block_size
+    num_tokens, size, now_ms = prompt.num_tokens, prompt.block_size, now_s * 1000
     num_blocks = int(num_tokens + outlook.mean_output_tokens) // size + 1
-    most_local = outlook.settings.max_local_prefill_tokens
+    most_local = num_tokens if remote_ms is None else outlook.settings.max_local_prefill_tokens
     waits_ms, costs_ms = [], []
     for worker, overlap in zip(workers, overlaps, strict=True):
-        ready_at_s, booked_ms, min_wait_ms, base_ms, token_ms, handed_ms, burden, fixed_ms, held_ms, free_blocks, evicted_ms = (
-            worker.terms or terms_of(worker, outlook)
-        )
+        ready_at_ms, wait_ms, fixed_ms, token_ms, handed_ms, held_ms, free_blocks, evicted_ms = worker.terms or terms_of(worker, outlook)
         # comparisons instead of `max`: half of this loop's time was those calls
+        if wait_ms < ready_at_ms - now_ms:
+            wait_ms = ready_at_ms - now_ms
         uncached = num_tokens - overlap * size
-        if uncached < 1:
-            uncached = 1
-        if remote_ms is None or uncached <= most_local:
-            wait_ms = (ready_at_s - now_s) * 1000
-            if wait_ms < min_wait_ms:
-                wait_ms = min_wait_ms
-            wait_ms += booked_ms
-            cost_ms = wait_ms + (base_ms + token_ms * uncached) * burden
-        else:
+        cost_ms = fixed_ms + held_ms * num_blocks
+        if uncached > most_local and remote_ms is not None:
             wait_ms = remote_ms
-            cost_ms = remote_ms + handed_ms * uncached + (base_ms + token_ms) * burden
-        cost_ms += fixed_ms + held_ms * num_blocks
-        evicted = num_blocks - overlap - (free_blocks if free_blocks > 0 else 0)
+            cost_ms += remote_ms + handed_ms * uncached + token_ms
+        else:
+            cost_ms += wait_ms + token_ms * (uncached if uncached > 0 else 1)
+        evicted = num_blocks - overlap - free_blocks
         if evicted > 0:
             cost_ms += evicted_ms * size * evicted
         waits_ms.append(wait_ms)

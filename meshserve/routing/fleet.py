@@ -156,7 +156,7 @@ class Fleet:
         decode = rank(
             policy,
             prompt,
-            [followed[incarnation] for incarnation in question.decode],
+            list(map(followed.__getitem__, question.decode)),
             overlaps,
             self._rng,
             outlook=outlook,

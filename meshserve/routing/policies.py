@@ -9,12 +9,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
+from operator import attrgetter
 
 from meshserve.routing.candidates import Candidate, Prompt, Worker
 from meshserve.routing.cost import Outlook, estimate_all, estimate_prefill
 
 _WORTH_A_WORD_TOKENS = 256
 """Of equal workers one that holds so much more of a prompt is taken. Lower sends all that begins with the same few words to one worker."""
+
+_LOAD = attrgetter("num_sequences", "last_chosen")
 
 Ranking = tuple[Sequence[int], Sequence[str]]
 """The workers' places in a :class:`Situation`, best first, and the reasons for the first of them; the last one goes for all that follow."""
@@ -38,23 +41,24 @@ class Situation:
     """Incarnation of the worker that served the session last, a hint."""
 
     def load_of(self, place: int) -> tuple[int, int]:
-        """Of two workers, the one with less comes first."""
-        worker = self.workers[place]
-        return worker.num_sequences, worker.last_chosen
+        """Of two workers, the one with less comes first; else the one that was chosen longer ago."""
+        load: tuple[int, int] = _LOAD(self.workers[place])
+        return load
 
 
 def _by_kv(situation: Situation) -> Ranking:
     costs_ms, overlaps = situation.costs_ms, situation.overlaps
     by_cost = sorted(range(len(costs_ms)), key=costs_ms.__getitem__)
     num_tied = bisect_right(by_cost, costs_ms[by_cost[0]] + situation.outlook.settings.tie_ms, key=costs_ms.__getitem__)
+    deepest = max(overlaps)
     if num_tied > 1:
-        ranked, why = _by_preference(by_cost[:num_tied], situation)
+        ranked, why = _by_preference(by_cost[:num_tied], deepest, situation)
         reasons = [why, *["about as good"] * (num_tied - 1), "would cost more"]
         ranked += by_cost[num_tied:]
     else:
-        ranked, reasons = by_cost, [_why_alone(overlaps[by_cost[0]], max(overlaps)), "would cost more"]
+        ranked, reasons = by_cost, [_why_alone(overlaps[by_cost[0]], deepest), "would cost more"]
     held = overlaps[ranked[0]]
-    if held > min(overlaps):
+    if held and held > min(overlaps):
         other = next(place for place in by_cost if overlaps[place] < held)
         if _is_copy_due(ranked[0], other, situation):
             place = ranked.index(other)
@@ -63,20 +67,22 @@ def _by_kv(situation: Situation) -> Ranking:
     return ranked, reasons
 
 
-def _by_preference(tied: Sequence[int], situation: Situation) -> tuple[list[int], str]:
+def _by_preference(tied: list[int], deepest: int, situation: Situation) -> tuple[list[int], str]:
     """Among equals: the session's last worker, who holds more of the prompt, as far as that is worth a word, then load and turns."""
-    workers, overlaps, size, home, found = situation.workers, situation.overlaps, situation.prompt.block_size, situation.home, []
-    for rank, place in enumerate(tied):
-        worker, words = workers[place], overlaps[place] * size // _WORTH_A_WORD_TOKENS
-        found.append((worker.incarnation != home, -words, worker.num_sequences, worker.last_chosen, rank, place))
-    found.sort()
-    if not found[0][0]:
-        why = "as good as any, and the session was there"
-    elif len({entry[1] for entry in found}) == 1:
-        why = "as good as any, and its turn"
-    else:
-        why = f"as good as any, and holds {overlaps[found[0][-1]]} blocks of this prompt"
-    return [entry[-1] for entry in found], why
+    workers, overlaps, size, home = situation.workers, situation.overlaps, situation.prompt.block_size, situation.home
+    loads = dict(zip(tied, map(_LOAD, map(workers.__getitem__, tied)), strict=True))
+    tied.sort(key=loads.__getitem__)
+    why = "as good as any, and its turn"
+    if deepest * size >= _WORTH_A_WORD_TOKENS:
+        words = {place: -(overlaps[place] * size // _WORTH_A_WORD_TOKENS) for place in tied}
+        tied.sort(key=words.__getitem__)
+        if words[tied[0]] != words[tied[-1]]:
+            why = f"as good as any, and holds {overlaps[tied[0]]} blocks of this prompt"
+    if home is not None:
+        at_home = [place for place in tied if workers[place].incarnation == home]
+        if at_home:
+            return at_home + [place for place in tied if place not in at_home], "as good as any, and the session was there"
+    return tied, why
 
 
 def _why_alone(held: int, deepest: int) -> str:

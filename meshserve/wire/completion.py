@@ -7,6 +7,7 @@ other request gets lists and maps, told apart by :func:`read_item`. The stream's
 from array import array
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from meshserve.errors import ProtocolError
@@ -94,14 +95,7 @@ class CompletionRequest:
     @property
     def needs_features(self) -> bool:
         """It asks for more than text: for what not every engine can do."""
-        return (
-            self.logprobs >= 0
-            or self.tool_choice != "none"
-            or self.presence_penalty != 0
-            or self.frequency_penalty != 0
-            or bool(self.logit_bias)
-            or bool(self.json_schema)
-        )
+        return _features_of(self) != _NO_FEATURES
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`; defaults are left out."""
@@ -145,6 +139,9 @@ class CompletionRequest:
 _DEFAULTS: dict[str, Any] = {
     found.name: found.default for found in fields(CompletionRequest) if found.name not in ("request_id", "kind", "model", "prompt")
 }
+_FEATURES = ("logprobs", "tool_choice", "presence_penalty", "frequency_penalty", "logit_bias", "json_schema")
+_features_of = attrgetter(*_FEATURES)
+_NO_FEATURES = tuple(_DEFAULTS[name] for name in _FEATURES)
 _NUMBER = (int, float)
 _TYPES: dict[str, tuple[type, ...]] = {
     "request_id": (str,),

@@ -77,7 +77,6 @@ class Account:
         if isinstance(phases, dict):
             known_ms = receipt.phases_ms
             for phase, took_ms in phases.items():
-                phase = str(phase)
                 known_ms[phase] = known_ms.get(phase, 0.0) + milliseconds(took_ms)
         receipt.add("network", caller_ms - (milliseconds(account.get("total_ms")) or caller_ms))
         receipt.num_cached_tokens = int(milliseconds(account.get("num_cached_tokens")))

@@ -47,6 +47,26 @@ class Role(Dispatcher, Protocol):
 class Request:
     """Owns its sequences, which are numbered prompt by prompt."""
 
+    __slots__ = (
+        "_asked",
+        "_call",
+        "_card",
+        "_first_end",
+        "_is_call",
+        "_is_plain",
+        "_num_open",
+        "_phases",
+        "_prompts",
+        "_role",
+        "_spelling",
+        "block_size",
+        "is_over",
+        "policy",
+        "request_id",
+        "sequences",
+        "session",
+    )
+
     def __init__(
         self,
         role: Role,

@@ -80,6 +80,34 @@ class Owner(Protocol):
 class Sequence:
     """What is needed to go on elsewhere (prompt, sampling, seed), and how far it is."""
 
+    __slots__ = (
+        "_dispatcher",
+        "_excluded",
+        "_gaps",
+        "_is_followed",
+        "_journal",
+        "_last_s",
+        "_lost",
+        "_num_overlap_blocks",
+        "_opened",
+        "_overloaded",
+        "_owner",
+        "_placing",
+        "_prefill_peers",
+        "account",
+        "choice",
+        "is_over",
+        "is_scored",
+        "num_tokens",
+        "phases",
+        "receipt",
+        "request_id",
+        "sampling",
+        "tokens",
+        "waited_ms",
+        "worker",
+    )
+
     def __init__(
         self,
         dispatcher: Dispatcher,
