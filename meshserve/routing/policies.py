@@ -159,9 +159,8 @@ def rank(
     found = []
     for place, why in zip(ranked[:limit], chain(reasons, repeat(reasons[-1])), strict=False):
         worker = workers[place]
-        found.append(
-            Candidate(worker.incarnation, worker.name, overlaps[place], worker.num_sequences, waits_ms[place], costs_ms[place], why)
-        )
+        load = worker.num_sequences
+        found.append(Candidate(worker.incarnation, worker.name, overlaps[place], load, waits_ms[place], costs_ms[place], why))
     return found
 
 

@@ -305,7 +305,12 @@ class Ending(NamedTuple):
 
     @classmethod
     def from_wire(cls, data: Any) -> "Ending":
-        """Raises ProtocolError for anything else; earlier versions say no stop string, and what later ones append is ignored."""
+        """Raises ProtocolError for anything else; earlier versions say no stop string, and what later ones append is ignored.
+
+        From this very peer it comes as it is.
+        """
+        if type(data) is cls:
+            return data
         if not isinstance(data, list) or len(data) < 3 or not isinstance(data[0], str) or not isinstance(data[1], list):
             raise ProtocolError("the end of a completion that cannot be read")
         reason, usage, receipt = data[:3]

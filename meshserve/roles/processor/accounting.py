@@ -27,6 +27,11 @@ class Account:
         self.early = _NOTHING
         """What the worker said before the first token."""
 
+    def placed(self) -> None:
+        """Its worker is found, and called now."""
+        self.receipt.add("route", self.phases.end())
+        self.enter("call")
+
     def enter(self, now_in: str) -> None:
         """From now on it is in this."""
         self._now_in = now_in

@@ -185,20 +185,20 @@ class Request:
             self._over()
             receipt = self._finish(sequence, OK)
             wired = receipt.to_wire() if self._asked.wants_receipt else None
-            usage = receipt.num_prompt_tokens, receipt.num_completion_tokens, receipt.num_cached_tokens
-            self._call.end(Ending(self._first_end.reason, *usage, wired, self._first_end.stop).to_wire())
+            first, usage = self._first_end, (receipt.num_prompt_tokens, receipt.num_completion_tokens, receipt.num_cached_tokens)
+            ending = Ending(first.reason, *usage, wired, first.stop)
+            is_local = self._asked is self._call.body  # from this very peer: nothing is packed, neither the request nor its end
+            self._call.end(ending if is_local else ending.to_wire())
 
     def _finish(self, last: Sequence, outcome: str, error: str = "") -> Receipt:
         """The receipt: the path of the first answer, the times of the one that the end waited for."""
-        receipt = self._receipt(last)
+        receipt = last.receipt if len(self.sequences) == 1 else self._merged_receipt(last)
         receipt.total_ms, receipt.outcome, receipt.error = self._phases.total_ms(), outcome, error
         if self._role.receipts is not None:
             self._role.receipts.keep(receipt)
         return receipt
 
-    def _receipt(self, last: Sequence) -> Receipt:
-        if len(self.sequences) == 1:
-            return last.receipt
+    def _merged_receipt(self, last: Sequence) -> Receipt:
         receipts = [sequence.receipt for sequence in self.sequences]
         num_cached = sum(receipt.num_cached_tokens for receipt in receipts[:: self._asked.n])
         receipt = merged(receipts, self.request_id, sum(map(len, self._prompts)), num_cached)

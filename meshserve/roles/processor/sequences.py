@@ -162,9 +162,9 @@ class Sequence:
         receipt = self.receipt
         receipt.peers["router"], receipt.policy = placement.router, placement.policy
         receipt.candidates, receipt.prefill_candidates = placement.decode, placement.prefill
-        if placement.prefill:
-            self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in placement.prefill)
-        self.account.settle()
+        prefill = placement.prefill
+        self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in prefill) if prefill else ()
+        self.account.placed()
         self._dispatch(placement.decode[0])
 
     def not_placed(self, error: MeshserveError) -> None:
@@ -175,7 +175,6 @@ class Sequence:
 
     def _dispatch(self, chosen: Candidate) -> None:
         self.worker, self._num_overlap_blocks = chosen.incarnation, chosen.overlap_blocks
-        self.account.enter("call")
         self.receipt.peers["decode"] = chosen.peer
         if self._is_followed:
             self._note_routed(chosen)
