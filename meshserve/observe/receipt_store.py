@@ -5,7 +5,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from meshserve.errors import InvalidRequest
+from meshserve.errors import Cancelled, InvalidRequest
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import OK, Front, Receipt
@@ -13,6 +13,9 @@ from meshserve.observe.receipts import OK, Front, Receipt
 RECEIPT, LATEST, FRONT = "receipts.find", "receipts.latest", "receipts.front"
 
 MAX_NAME = 256
+_OBSERVED = ("e2e", "route", "queue", "prefill")
+"""Durations in the histograms: of a whole request, and of phases."""
+
 _MAX_CANDIDATES = 16
 """Of each role, kept of one request: the best are what "why" is about."""
 
@@ -38,15 +41,13 @@ class Receipts:
             self.on_kept(receipt)
 
     def _count(self, receipt: Receipt) -> None:
-        outcome = receipt.outcome
-        kind = "done" if outcome == OK else "left" if outcome == "cancelled" else "failed"
-        self._mesh.counters.add(f"requests_{kind}")
-        if outcome != OK:
+        if receipt.outcome != OK:
+            self._mesh.counters.add("requests_left" if receipt.outcome == Cancelled.code else "requests_failed")
             return
-        observe, phases = self._mesh.histograms.observe, receipt.phases_ms
-        observe("e2e", receipt.total_ms / 1000)
-        for phase in ("route", "queue", "prefill"):
-            observe(phase, phases.get(phase, 0.0) / 1000)
+        self._mesh.counters.add("requests_done")
+        took_ms = receipt.phases_ms.get
+        durations_s = receipt.total_ms / 1000, took_ms("route", 0.0) / 1000, took_ms("queue", 0.0) / 1000, took_ms("prefill", 0.0) / 1000
+        self._mesh.histograms.observe_all(_OBSERVED, durations_s)
 
     def _on_find(self, call: IncomingCall) -> None:
         """By the mesh's name or the client's; the latest, if several are called the same. The end is None if there is none."""
