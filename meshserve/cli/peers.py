@@ -69,9 +69,9 @@ class PeersView:
 
     def print(self) -> None:
         """Once."""
-        from rich.console import Console
+        from meshserve.cli.printing import Output
 
-        console = Console(highlight=False, soft_wrap=True)
+        console = Output(highlight=False, soft_wrap=True)
         for line in self.draw(console.width if console.is_terminal else None, None):
             console.print(line)
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
@@ -41,6 +42,13 @@ def leave(error: MeshserveError) -> NoReturn:
     sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
+def _let_go_of_stdout() -> None:
+    """What is still buffered for a reader that has left goes nowhere, without a word at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def execute(settings: dict[str, Any], make: Callable[[], Coroutine[Any, Any, int]]) -> NoReturn:
     """Run a command's coroutine and exit with its code."""
     set_up_logging(settings)
@@ -51,7 +59,7 @@ def execute(settings: dict[str, Any], make: Callable[[], Coroutine[Any, Any, int
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `meshserve peers | head`
-        sys.stderr.close()
+        _let_go_of_stdout()
         code = 0
     except Exception as error:  # a bug: people get one line, and a way to see more
         logging.getLogger("meshserve").debug("unexpected", exc_info=error)

@@ -21,6 +21,8 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.text import Text
 
+from meshserve.cli.printing import Output
+
 RESIZED, INTERRUPTED = "resized", "ctrl-c"
 
 _ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[H"
@@ -101,7 +103,7 @@ async def run_view(view: View, interval_s: float) -> None:
 
 
 async def _print_forever(view: View, interval_s: float) -> None:
-    console = Console(highlight=False, soft_wrap=True, color_system=None)
+    console = Output(highlight=False, soft_wrap=True, color_system=None)
     while True:
         began_s = time.monotonic()
         await view.refresh()

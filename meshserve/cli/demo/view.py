@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from meshserve.cli.demo.children import Child
+from meshserve.cli.printing import Output
 
 _PHASES = {
     "http": "blue",
@@ -27,10 +27,10 @@ class View:
     """Prints to stdout."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=False)
+        self.console = Output(highlight=False, soft_wrap=False)
         self._live: Live | None = None
         if not self.console.is_terminal:
-            self.console = Console(highlight=False, width=110)
+            self.console = Output(highlight=False, width=110)
 
     # --- peers becoming ready
 
