@@ -25,6 +25,14 @@ def set_up_logging(settings: dict[str, Any]) -> None:
     logging.getLogger("meshserve").setLevel(str(settings.get("log_level", "warning")).upper())
 
 
+def declare(event: str, text: str) -> None:
+    """One line on stderr whatever the level: plain, or JSON where log lines are."""
+    formatters = [handler.formatter for handler in logging.getLogger().handlers]
+    as_json = next((found for found in formatters if isinstance(found, JsonFormatter)), None)
+    record = logging.makeLogRecord({"name": "meshserve", "levelno": logging.WARNING, "levelname": "WARNING", "msg": text, "event": event})
+    click.echo(f"meshserve: {text}" if as_json is None else as_json.format(record), err=True)
+
+
 def run_loop(coroutine: Coroutine[Any, Any, int]) -> int:
     """Run under uvloop where there is one."""
     make_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
