@@ -203,6 +203,23 @@ def test_other_meshes_are_named(hosts: list[Host]) -> None:
     assert {"other_mesh", "no_peers"} <= set(lost) and lost["other_mesh"]["severity"] == "error"
 
 
+@pytest.mark.full
+def test_a_network_without_ipv4_is_looked_at_too() -> None:
+    with Lan() as lan:
+        hosts = [lan.add_host() for _ in range(2)]
+        for host in hosts:
+            host.command("ip", "-4", "address", "flush", "dev", "eth0")
+        start(hosts[0], "frontend,processor,router")
+        start(hosts[1], "decode")
+        wait_until(lambda: len(peers_on(hosts[0])) == 2, READY_S, "all are there")
+        wait_until(lambda: not examine(hosts[0]), READY_S, "every peer knows all others")
+        text = hosts[0].meshserve("doctor", deadline_s=DOCTOR_S).stdout
+        assert "multicast arrives from 1 other machine: f" in text, text
+        hosts[0].block_multicast()
+        wait_until(lambda: "multicast_deaf" in examine(hosts[0]), READY_S, "blocked multicast is named")
+        assert not lan.tracebacks(), lan.tracebacks()[0]
+
+
 def test_two_peers_of_one_name_are_named(hosts: list[Host]) -> None:
     start(hosts[0], "frontend,processor,router")
     for host in hosts[1:]:

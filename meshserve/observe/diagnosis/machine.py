@@ -52,7 +52,7 @@ def _mdns(facts: Facts) -> Iterator[Finding]:
         yield warning(
             "multicast_deaf",
             "this machine does not hear its own multicast",
-            f"questions to 224.0.0.251 on {names(asked.interface for asked in facts.multicast)} did not come back",
+            f"questions by multicast on {names(asked.interface for asked in facts.multicast)} did not come back",
             f"Let {MULTICAST_PORT} through this machine's firewall (`ufw allow {MULTICAST_PORT}`). {_PEER_HINT}",
         )
     elif heard:
