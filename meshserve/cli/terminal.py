@@ -63,8 +63,8 @@ class View(Protocol):
     def draw(self, width: int | None, height: int | None) -> list[Text]:
         """Lines, at most `height`, each at most `width` cells; None where there is no terminal, and all is to be shown."""
 
-    def on_key(self, key: str) -> None:
-        """A key other than those that end the application: a letter, or `up`, `enter`, `page-down`, ..."""
+    def on_key(self, key: str) -> bool:
+        """A key other than those that end the application: a letter, or `up`, `enter`, `page-down`, ... True: look again at once."""
 
 
 def parse_keys(data: bytes) -> list[str]:
@@ -126,8 +126,8 @@ async def _show(view: View, terminal: "Terminal", interval_s: float) -> None:
             event = await terminal.event(refreshing, due_s - time.monotonic())
             if event in ("q", INTERRUPTED):
                 return
-            if event not in (None, RESIZED):
-                view.on_key(str(event))
+            if event not in (None, RESIZED) and view.on_key(str(event)):
+                due_s = time.monotonic()
             if refreshing is not None and refreshing.done():
                 await refreshing
                 refreshing = None
