@@ -113,15 +113,20 @@ class View:
             line.append(f" {milliseconds:.2f}")
         return line
 
-    def finished(self, url: str, model: str, num_answered: int, is_serving: bool, joining: str) -> None:
-        """What next."""
+    def finished(self, url: str, model: str, num_answered: int, is_serving: bool, watching: str, joining: str) -> None:
+        """What next; `watching` are the options that lead other commands into this mesh, `joining` is how to start more of it."""
         self.console.print(f"{num_answered} of {num_answered} prompts answered.")
         if not is_serving:
             return
         body = f'{{"model": "{model}", "prompt": "Hello", "max_tokens": 32, "stream": true}}'
-        self.console.print("\n[bold]Ask it yourself:[/]")
-        for command in (f"curl {url}/v1/completions -d '{body}'", f"curl {url}/mesh/peers", joining):
-            self.console.print(Text(f"  {command}"), soft_wrap=True)
+        sections = {
+            "Watch it, in a browser or here:": (f"{url}/", f"meshserve top {watching}"),
+            "Ask it yourself:": (f"curl {url}/v1/completions -d '{body}'", f"meshserve trace --last {watching}", joining),
+        }
+        for title, commands in sections.items():
+            self.console.print(Text(f"\n{title}", "bold"))
+            for command in commands:
+                self.console.print(Text(f"  {command}"), soft_wrap=True)
         self.console.print("\nCtrl-C ends it.")
 
     def close(self) -> None:
