@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import time
 
@@ -70,9 +71,10 @@ def test_a_demo_whose_reader_has_seen_enough_ends_well() -> None:
         assert "ended with 0" in process.stderr_text and "Traceback" not in process.stderr_text
 
 
-def test_an_interrupted_demo_takes_its_peers_with_it() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_demo_that_is_interrupted_or_whose_terminal_is_closed_takes_its_peers_with_it(number: signal.Signals) -> None:
     with Process(meshserve_command("demo", "--http", "127.0.0.1:0")) as process:
         process.wait_for_line("Ctrl-C ends it", 15.0)
-        process.interrupt()
+        os.kill(process.pid, number)
         assert process.wait() == 0
         assert "Traceback" not in process.stderr_text

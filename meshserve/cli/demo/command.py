@@ -53,14 +53,17 @@ async def _demo(settings: dict[str, Any]) -> int:
             course.cancel()
         interrupted.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: its terminal was closed, which its peers would not notice
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            loop.add_signal_handler(number, on_signal)
     children, view = Children(_common_options(settings)), View()
     try:
         return await _until(interrupted, _course(settings, children, view))
     finally:
-        view.close()
-        await children.stop()
+        try:
+            view.close()
+        finally:
+            await children.stop()
 
 
 async def _until(interrupted: asyncio.Event, course: Any) -> int:
