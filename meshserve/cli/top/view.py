@@ -117,7 +117,6 @@ class TopView:
         self._is_trace_due = False
         if not self._recent:
             self._recent = await recent_requests(self._mesh)
-        self._at = max(0, min(self._at, len(self._recent) - 1))
         name = self._recent[self._at] if self._recent else ""
         try:
             self._receipt = await find_receipt(self._mesh, name) if name else None
@@ -135,7 +134,7 @@ class TopView:
             self._recent, self._at, self._is_detailed = [], 0, False
             self._show_trace()
         elif key in ("left", "right") and self._traces:
-            self._at = max(0, self._at + (1 if key == "left" else -1))
+            self._at = max(0, min(len(self._recent) - 1, self._at + (1 if key == "left" else -1)))
             self._show_trace()
         elif key == "enter":
             self._is_detailed, self._traces, self._scrolled = not (self._is_detailed or self._traces), False, 0
