@@ -59,6 +59,7 @@ def _as_json(facts: Any, findings: list[Any], took_s: float) -> dict[str, Any]:
                 "version": peer.version,
                 "answers": peer.view is not None,
                 "clock_offset_s": round(peer.view.clock_offset_s, 3) if peer.view else None,
+                "longest_packet": peer.path.largest if peer.path else None,
             }
             for peer in facts.peers
         ],
