@@ -14,10 +14,10 @@ from meshserve.observe.receipts import OK, Front, Receipt
 RECEIPT, LATEST, RECENT, FRONT = "receipts.find", "receipts.latest", "receipts.recent", "receipts.front"
 
 MAX_NAME = 256
-MAX_RECENT = 50
-"""Names of requests that one answer lists."""
 _MAX_CANDIDATES = 16
 """Of each role, kept of one request: the best are what "why" is about."""
+MAX_RECENT = 50
+"""Names of requests that one answer lists."""
 
 
 class Receipts:
