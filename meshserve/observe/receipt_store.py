@@ -1,5 +1,6 @@
 """Where receipts are kept: a processor's own, and a frontend's part of each. Bounded; rendered when somebody asks."""
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import OK, Front, Receipt
 
-RECEIPT, LATEST, FRONT = "receipts.find", "receipts.latest", "receipts.front"
+RECEIPT, LATEST, RECENT, FRONT = "receipts.find", "receipts.latest", "receipts.recent", "receipts.front"
 
 MAX_NAME = 256
 _OBSERVED = ("e2e", "route", "queue", "prefill")
@@ -18,6 +19,8 @@ _OBSERVED = ("e2e", "route", "queue", "prefill")
 
 _MAX_CANDIDATES = 16
 """Of each role, kept of one request: the best are what "why" is about."""
+MAX_RECENT = 50
+"""Names of requests that one answer lists."""
 
 
 class Receipts:
@@ -30,6 +33,7 @@ class Receipts:
         """Told of each one."""
         mesh.serve(RECEIPT, self._on_find)
         mesh.serve(LATEST, self._on_latest)
+        mesh.serve(RECENT, self._on_recent)
 
     def keep(self, receipt: Receipt) -> None:
         """One more request is over."""
@@ -61,6 +65,12 @@ class Receipts:
 
     def _on_latest(self, call: IncomingCall) -> None:
         call.end(self._render(self._kept[-1]) if self._kept else None)
+
+    def _on_recent(self, call: IncomingCall) -> None:
+        """The mesh's names of the last ones, and how many seconds ago each ended; the latest first."""
+        now_s = time.monotonic()
+        latest = itertools.islice(reversed(self._kept), MAX_RECENT)
+        call.end([[receipt.request_id, round(now_s - receipt.ended_s, 3)] for receipt in latest])
 
     def _render(self, receipt: Receipt) -> dict[str, Any]:
         return {**receipt.to_wire(), "ended_ago_s": round(time.monotonic() - receipt.ended_s, 3)}

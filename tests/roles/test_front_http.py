@@ -367,7 +367,7 @@ def test_a_start_without_its_files_fails_in_one_line(certificate: tuple[Path, Pa
     other = tmp_path / "nonsense.pem"
     other.write_text("nonsense\n")
     empty = tmp_path / "keys"
-    empty.write_text("\n\n")
+    empty.write_text("\n# none yet\n")
     for options, code, words in (
         (("--tls-cert", str(cert)), 2, "go together"),
         (("--tls-cert", str(cert), "--tls-key", str(tmp_path / "none")), 1, "No such file"),
@@ -384,10 +384,12 @@ def test_a_start_without_its_files_fails_in_one_line(certificate: tuple[Path, Pa
 
 def test_keys_come_from_a_file_too_and_an_open_front_beyond_loopback_says_so(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("from-file\n\nanother\n")
+    keys.write_text("# who may ask\nfrom-file\n\n  # and\nanother\n")
     for front in started("--mesh", "front-file", "--api-key-file", str(keys)):
-        statuses = [front.client.get("/v1/models", headers={"x-api-key": key}).status_code for key in ("from-file", "another", "")]
-        assert statuses == [200, 200, 401]
+        statuses = [
+            front.client.get("/v1/models", headers={"x-api-key": key}).status_code for key in ("from-file", "another", "", "# who may ask")
+        ]
+        assert statuses == [200, 200, 401, 401]
     with Process(meshserve_command("run", "--role", "frontend", *ALL_ROLES[3:6], "--mesh", "front-wide", "--http", "0.0.0.0:0")) as peer:
         peer.wait_for_line("^meshserve: OPEN HTTP: no --api-key", 10.0)
         peer.terminate()

@@ -13,6 +13,7 @@ from meshserve.cli.bench.histogram import QUANTILES, Histogram
 from meshserve.cli.bench.session import Run
 from meshserve.cli.bench.sweep import RULE, Knee, power
 from meshserve.cli.bench.tally import Tally
+from meshserve.cli.printing import Output
 
 LABELS = {"ttft": "time to first token", "itl": "between tokens", "tpot": "per output token", "e2e": "end to end", "queue": "send delay"}
 _WIDTH = 110
@@ -20,7 +21,7 @@ _WIDTH = 110
 
 def console() -> Console:
     """For stdout."""
-    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, soft_wrap=False)
+    return Output(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, soft_wrap=False)
 
 
 def show(value: float) -> str:
