@@ -133,6 +133,17 @@ def test_nobody_at_the_port_is_one_clear_error() -> None:
     run_async(course())
 
 
+def test_a_list_of_models_that_is_none_is_one_clear_error() -> None:
+    async def course() -> None:
+        async with serving(lambda asked: [], models=b'{"data": 5}') as server:
+            target = HttpTarget(server.url, HttpSettings())
+            with pytest.raises(StartupFailed, match="names no model"):
+                await target.open()
+            await target.close()
+
+    run_async(course())
+
+
 def test_requests_say_what_was_asked_for() -> None:
     async def course() -> None:
         async with serving(lambda asked: tokens(2)) as server:

@@ -38,7 +38,8 @@ def distribution(title: str, series: Sequence[tuple[str, Histogram]]) -> str:
     known = [(name, _thinned(histogram)) for name, histogram in series if histogram.count]
     plot = Plot(f"{title}: distribution", axis_for((x for _, line in known for x, _ in line), "ms", is_log=True), _SHARE)
     for number, (name, line) in enumerate(known):
-        plot.line([(line[0][0], 0.0), *line] if line else [], _COLOURS[number % len(_COLOURS)], name, is_stepped=True)
+        colour = _COLOURS[number % len(_COLOURS)] + (" again" if number >= len(_COLOURS) else "")
+        plot.line([(line[0][0], 0.0), *line] if line else [], colour, name, is_stepped=True)
     return plot.render()
 
 
