@@ -1,12 +1,13 @@
 """`python -m bench.agreement [--aiperf DIRECTORY] [--json]`: whether `meshserve bench` sees what others see, on the same target in turn.
 
-The target is a paced mesh of this machine. Requests per second of a closed loop are compared with wrk's; times to the first token and,
+The targets are paced meshes of this machine. Requests per second of a closed loop are compared with wrk's; times to the first token and,
 our TPOT with its ITL (which it averages over each request), with those of NVIDIA's AIPerf, from PyPI into a virtual environment in
 DIRECTORY. That is an open loop, Poisson at the same rate: in a closed one each asks again in step with the engine, a moment after it
 was answered, and that moment, which is each generator's own, comes off the wait for the next step. Where ours takes 0.1 ms and AIPerf
 2 ms, it sees a TTFT that is 2 ms shorter, of the same server.
 """
 
+import itertools
 import json
 import random
 import subprocess
@@ -24,7 +25,10 @@ from bench.venvs import ensure
 from bench.wrk import Scenario
 from meshserve.cli.bench.pairing import Ratio, ratio_of
 
-_TOKENS, _STEP_MS = 16, 20.0
+_TOKENS = 16
+_CLOSED_STEP_MS, _OPEN_STEP_MS = 10.0, 50.0
+"""Short, so that a turn has many answers of each client: at its ends it misses half of one. Long, so that a time to the first token, of one
+to two steps, is of the size that servers of large models have, to which what a busy generator adds, some milliseconds, is little."""
 _PROMPT_TOKENS = 70
 """As many bytes as a prompt of 32 tokens has that AIPerf makes with the tiny tokenizer; the target's prefill takes no time."""
 _QUANTILES = ("p50", "p90", "p99")
@@ -101,6 +105,31 @@ def compare(ours: Callable[[], Figures], theirs: Callable[[], Figures], num_pair
     return dict(sorted(found.items()))
 
 
+def with_wrk(clients: int, seconds: float, num_pairs: int, told: Callable[[str], None]) -> dict[str, Any]:
+    """A closed loop of so many clients."""
+    target = MeshSystem(_CLOSED_STEP_MS)
+    with running([target]):
+        return compare(
+            lambda: by_bench(target.url, seconds, "--concurrency", str(clients)),
+            lambda: by_wrk(target.url, clients, seconds),
+            num_pairs,
+            lambda what: told(f"wrk, {what}"),
+        )
+
+
+def with_aiperf(python: Path, directory: Path, rate: float, seconds: float, num_pairs: int, told: Callable[[str], None]) -> dict[str, Any]:
+    """An open loop of so many requests a second."""
+    target = MeshSystem(_OPEN_STEP_MS)
+    seeds = itertools.count(1)  # else all turns of ours had the same arrivals, and the interval knew nothing of their chance
+    with running([target]):
+        return compare(
+            lambda: by_bench(target.url, seconds, "--rate", f"{rate:g}", "--seed", str(next(seeds))),
+            lambda: by_aiperf(python, directory, target.url, rate, seconds),
+            num_pairs,
+            lambda what: told(f"AIPerf, {what}"),
+        )
+
+
 def verdict(ratio: Ratio) -> str:
     """By the whole interval: noise alone neither passes for agreement nor for a difference. Pure."""
     if ratio.low >= 1 - _BOUND and ratio.high <= 1 + _BOUND:
@@ -129,22 +158,9 @@ def main(as_json: bool, directory: Path | None, clients: int, rate: float, pairs
         click.echo(f"{what} ...", err=True)
 
     python = ensure(directory.resolve(), [AIPERF]) if directory is not None else None
-    target = MeshSystem(_STEP_MS)
-    found: dict[str, Any] = {}
-    with running([target]):
-        url = target.url
-
-        found["wrk"] = compare(
-            lambda: by_bench(url, seconds, "--concurrency", str(clients)), lambda: by_wrk(url, clients, seconds), pairs, told
-        )
-        if python is not None and directory is not None:
-            place, interpreter, long = directory.resolve(), python, 3 * seconds
-            found["aiperf"] = compare(
-                lambda: by_bench(url, long, "--rate", f"{rate:g}"),
-                lambda: by_aiperf(interpreter, place, url, rate, long),
-                max(6, pairs // 2),
-                told,
-            )
+    found = {"wrk": with_wrk(clients, seconds, pairs, told)}
+    if python is not None and directory is not None:
+        found["aiperf"] = with_aiperf(python, directory.resolve(), rate, 3 * seconds, max(6, pairs // 2), told)
     if as_json:
         click.echo(json.dumps(found, indent=1))
     else:

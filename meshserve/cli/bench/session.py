@@ -68,7 +68,7 @@ def _interruption(tally: Tally, num_left: int) -> str:
 
 
 def _second(second: Second) -> dict[str, Any]:
-    found = {"requests": second.num_done, "errors": second.num_errors, "output_pieces": second.num_pieces}
+    found = {"due": second.num_due, "requests": second.num_done, "errors": second.num_errors, "output_pieces": second.num_pieces}
     if not second.e2e.count:
         return found
     return {**found, "ttft_p50_ms": round(second.ttft.quantile_ms(0.5), 3), "e2e_p50_ms": round(second.e2e.quantile_ms(0.5), 3)}

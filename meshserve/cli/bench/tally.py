@@ -82,6 +82,7 @@ class Tally:
             return
         assert exchange.ended_s is not None
         self.last_s = max(self.last_s, exchange.ended_s)
+        self._second(exchange.due_s).num_due += 1
         second = self._second(exchange.ended_s)
         if exchange.error is not None:
             self.errors[exchange.error] += 1
@@ -108,7 +109,6 @@ class Tally:
         second.num_done += 1
         second.ttft.record_s(ttft_s)
         second.e2e.record_s(e2e_s)
-        self._second(exchange.due_s).num_due += 1
         self._count_tokens(exchange)
 
     def _count_tokens(self, exchange: Exchange) -> None:

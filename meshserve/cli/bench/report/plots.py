@@ -63,7 +63,9 @@ def timeline(run: Run) -> list[str]:
     x = axis_for([*(float(number) for number, _ in seconds_seen), 1.0], "seconds")
     done = [(float(number), float(second.num_done)) for number, second in seconds_seen]
     failed = [(float(number), float(second.num_errors)) for number, second in seconds_seen]
-    rates = Plot("answers in each second", x, axis_for((y for _, y in done + failed), "requests"))
+    due = [(float(number), float(second.num_due)) for number, second in seconds_seen]
+    rates = Plot("requests in each second", x, axis_for((y for _, y in due + done + failed), "requests"))
+    rates.line(due, "c0", "due")
     rates.line(done, "c1", "answered")
     if any(y for _, y in failed):
         rates.line(failed, "c4", "failed")
