@@ -169,6 +169,12 @@ def test_what_is_no_url_is_refused(url: str) -> None:
         parse_url(url)
 
 
+def test_a_url_with_a_password_is_refused_without_telling_it() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_url("http://me:secret@host:8000")
+    assert "--api-key" in caught.value.message and "secret" not in caught.value.message
+
+
 @pytest.mark.parametrize(
     ("url", "host", "port", "base"),
     [
@@ -200,7 +206,7 @@ def test_tls_is_spoken_and_a_certificate_that_nobody_knows_is_refused(tmp_path: 
             assert len((await ask(target)).times_s) == 3
             await target.close()
             target = HttpTarget(url, SETTINGS)
-            with pytest.raises(StartupFailed, match="TLS"):
+            with pytest.raises(StartupFailed, match=r"TLS.*--insecure"):
                 await target.open()
             await target.close()
 

@@ -42,6 +42,8 @@ def parse_url(url: str, is_checking_certificates: bool = True) -> tuple[Origin, 
         port = -1
     if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query:
         raise UsageError(f"{url!r} is no URL of a server: http://HOST:PORT")
+    if "@" in parts.netloc:
+        raise UsageError("no name or password in a URL, as it is shown with the figures: --api-key")
     tls = None
     if parts.scheme == "https":
         tls = ssl.create_default_context()
@@ -50,8 +52,7 @@ def parse_url(url: str, is_checking_certificates: bool = True) -> tuple[Origin, 
     base = parts.path.rstrip("/")
     for ending in (*PATHS.values(), "/v1"):
         base = base.removesuffix(ending)
-    host = parts.netloc.rpartition("@")[2]
-    return Origin(parts.hostname, port or (443 if tls else 80), tls), host, base
+    return Origin(parts.hostname, port or (443 if tls else 80), tls), parts.netloc, base
 
 
 class HttpTarget:
@@ -153,8 +154,16 @@ class HttpTarget:
         except TimeoutError as exc:
             raise StartupFailed(f"{self.name} did not answer {path} within {timeout_s:g} s") from exc
         except ConnectionError as exc:
-            raise StartupFailed(f"{self.name} cannot be asked: {exc}; is it running?") from exc
+            raise StartupFailed(f"{self.name} cannot be asked: {exc}; {self._hint(str(exc))}") from exc
         return reply.status, _object(data)
+
+    def _hint(self, kind: str) -> str:
+        """What it may be."""
+        if "CERTIFICATE" in kind:
+            return "--insecure does not check it"
+        if kind == "connection closed" and self._origin.tls is None:
+            return "does it speak https?"
+        return "is it running?"
 
 
 class _Answer:
