@@ -180,3 +180,8 @@ def test_a_target_that_answers_nothing_right_ends_in_exit_code_one(mesh: dict[st
     done = bench(mesh["http"], *SHORT, "--model", "other", "--requests", "3")
     assert done.exit_code == 1 and "HTTP 404 model_not_found" in done.stdout and "Traceback" not in done.stderr
     assert "p99.9" not in done.stdout  # a table of nothing
+
+
+def test_a_comparison_with_one_that_answers_nothing_says_so_and_ends_in_exit_code_one(mesh: dict[str, str]) -> None:
+    done = bench("--compare", mesh["http"], f"{mesh['http']} model=other", "--pairs", "6", "--duration", "0.1", *SHORT)
+    assert done.exit_code == 1 and "A has it in 6 turns and B in 0: requests/s" in done.stdout and "HTTP 404 model_not_found" in done.stdout

@@ -85,7 +85,7 @@ class _Course:
         self._write(outcome)
         if stop.is_asked:
             return EXIT_CODE
-        return 0 if any(run.tally.num_done for run in outcome.runs) else 1
+        return 0 if outcome.is_answered else 1
 
     async def _outcome(self, stop: "Stop") -> "Outcome":
         from meshserve.cli.bench.live import Live

@@ -62,13 +62,12 @@ def compare_runs(pairs: Sequence[tuple[Tally, Tally]]) -> list[Compared]:
 
 def left_out(pairs: Sequence[tuple[Tally, Tally]]) -> list[str]:
     """What a reader would miss: figures that only some turns have, or only one side, as the rate of one that answers nothing. Pure."""
-    found = []
+    missing: dict[tuple[int, int], list[str]] = {}
     for name, figure in FIGURES.items():
         values = [(figure(a) > 0, figure(b) > 0) for a, b in pairs]
-        num_usable = sum(a and b for a, b in values)
-        if any(a or b for a, b in values) and num_usable < MIN_PAIRS:
-            found.append(f"{name} is not compared: A has it in {sum(a for a, _ in values)} turns, B in {sum(b for _, b in values)}")
-    return found
+        if any(a or b for a, b in values) and sum(a and b for a, b in values) < MIN_PAIRS:
+            missing.setdefault((sum(a for a, _ in values), sum(b for _, b in values)), []).append(name)
+    return [f"not compared, as A has it in {a} turns and B in {b}: {', '.join(names)}" for (a, b), names in missing.items()]
 
 
 def _median(values: Iterable[float]) -> float:

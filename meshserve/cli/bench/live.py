@@ -38,7 +38,7 @@ class Live:
         figures = _Figures(table_column=Column(no_wrap=True, overflow="ellipsis"))
         columns = (TextColumn("{task.description}"), bar, TextColumn("{task.percentage:>3.0f}%"), figures)
         self._progress = Progress(*columns, console=self._console, auto_refresh=False, transient=True)
-        self._task = self._progress.add_task("", total=num_runs, figures="")
+        self._task = self._progress.add_task("asking the target", total=num_runs, figures="")
         self._num_runs, self._num_begun = num_runs, 0
         self._plan = Plan()
         self._num_planned: int | None = None

@@ -52,6 +52,12 @@ class Outcome:
         return list(dict.fromkeys(told))
 
     @property
+    def is_answered(self) -> bool:
+        """Whether there is anything to show; of a comparison, whether of both sides."""
+        sides = [self.runs[0::2], self.runs[1::2]] if self.kind == "compare" else [self.runs]
+        return all(any(run.tally.num_done for run in side) for side in sides)
+
+    @property
     def main_notes(self) -> list[str]:
         """As many of them as a person reads."""
         notes = self.notes
