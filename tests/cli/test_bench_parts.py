@@ -14,7 +14,7 @@ from meshserve.cli.bench.compare import compare_runs, left_out
 from meshserve.cli.bench.distributions import parse_lengths
 from meshserve.cli.bench.exchange import Ending, Exchange, Job
 from meshserve.cli.bench.histogram import Histogram
-from meshserve.cli.bench.pairing import ratio_of
+from meshserve.cli.bench.pairing import interval_rank, ratio_of
 from meshserve.cli.bench.selfcheck import findings
 from meshserve.cli.bench.sse import EventReader
 from meshserve.cli.bench.sweep import find_knee, parse_sweep
@@ -314,6 +314,11 @@ def test_a_side_that_answers_too_little_to_be_compared_is_named() -> None:
     assert (
         said.startswith("not compared, as A has it in 6 turns and B in 0: requests/s, output tokens/s, TTFT p50") and "goodput" not in said
     )
+
+
+@pytest.mark.parametrize(("count", "rank"), [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (10, 1), (20, 5), (30, 9), (100, 39), (2000, 955)])
+def test_the_interval_is_that_of_the_binomial_tables(count: int, rank: int) -> None:
+    assert interval_rank(count) == rank
 
 
 @given(st.integers(0, 2**32))
