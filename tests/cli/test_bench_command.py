@@ -176,12 +176,29 @@ def test_options_are_shown_in_groups() -> None:
     assert headings == ["Target", "Load", "Prompts and answers", "What to find out", "Output", "The mesh, where no URL is given", "Other"]
 
 
-def test_a_target_that_answers_nothing_right_ends_in_exit_code_one(mesh: dict[str, str]) -> None:
-    done = bench(mesh["http"], *SHORT, "--model", "other", "--requests", "3")
+def test_a_target_that_answers_nothing_right_ends_in_exit_code_one(mesh: dict[str, str], tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    done = bench(mesh["http"], *SHORT, "--model", "other", "--requests", "3", "--report", str(report))
     assert done.exit_code == 1 and "HTTP 404 model_not_found" in done.stdout and "Traceback" not in done.stderr
     assert "p99.9" not in done.stdout  # a table of nothing
+    check_report(report, 0)
 
 
-def test_a_comparison_with_one_that_answers_nothing_says_so_and_ends_in_exit_code_one(mesh: dict[str, str]) -> None:
-    done = bench("--compare", mesh["http"], f"{mesh['http']} model=other", "--pairs", "6", "--duration", "0.1", *SHORT)
+def test_a_comparison_with_one_that_answers_nothing_says_so_and_ends_in_exit_code_one(mesh: dict[str, str], tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    command = (
+        "--compare",
+        mesh["http"],
+        f"{mesh['http']} model=other",
+        "--pairs",
+        "6",
+        "--duration",
+        "0.1",
+        *SHORT,
+        "--report",
+        str(report),
+    )
+    done = bench(*command)
     assert done.exit_code == 1 and "A has it in 6 turns and B in 0: requests/s" in done.stdout and "HTTP 404 model_not_found" in done.stdout
+    assert "Nothing to compare" in report.read_text()
+    check_report(report, 4)

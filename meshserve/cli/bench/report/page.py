@@ -85,6 +85,8 @@ def _comparison(outcome: Outcome) -> str:
     for one in outcome.compared:
         interval = f"{one.ratio.low:.3f} to {one.ratio.high:.3f}"
         rows.append([one.name, show(one.a), show(one.b), f"{one.ratio.median:.3f}", interval, one.verdict])
+    if not rows:
+        return f"{sides}<p>Nothing to compare: too few pairs of turns had answers.</p>"
     return sides + _table(["", "A", "B", "B / A", "95 % interval", ""], rows)
 
 

@@ -1,6 +1,6 @@
 """Which plots a report has, by what was run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from meshserve.cli.bench.compare import Compared
 from meshserve.cli.bench.histogram import Histogram
@@ -16,21 +16,29 @@ _MAX_POINTS = 400
 
 
 def plots(outcome: Outcome) -> list[str]:
-    """As SVG figures."""
+    """As SVG figures; none where nothing was answered."""
+    if not any(run.tally.num_done for run in outcome.runs):
+        return []
     if outcome.kind == "compare":
         names = ["A", "B"]
         sides = [outcome.side_times(0), outcome.side_times(1)]
         found = [ratios(outcome.compared)] if outcome.compared else []
-        found += [distribution(LABELS[kind], [(name, times[kind]) for name, times in zip(names, sides, strict=True)]) for kind in _KINDS]
+        found += _distributions(list(zip(names, sides, strict=True)))
         return [*found, turns(names, outcome.runs)]
     if outcome.knee is not None:
         found = [throughput_against_latency(outcome.runs, outcome.knee)]
-        return found + [distribution(LABELS[kind], [(run.label, run.tally.times[kind]) for run in outcome.runs]) for kind in _KINDS]
+        return found + _distributions([(run.label, run.tally.times) for run in outcome.runs])
     run = outcome.runs[0]
     return [all_distributions(run), *timeline(run), seconds(run)]
 
 
 _KINDS = ("ttft", "itl", "e2e")
+
+
+def _distributions(series: Sequence[tuple[str, Mapping[str, Histogram]]]) -> list[str]:
+    """A plot for each kind of time that any of them has: without a stream there are no gaps."""
+    kinds = [kind for kind in _KINDS if any(times[kind].count for _, times in series)]
+    return [distribution(LABELS[kind], [(name, times[kind]) for name, times in series]) for kind in kinds]
 
 
 def distribution(title: str, series: Sequence[tuple[str, Histogram]]) -> str:

@@ -20,7 +20,7 @@ tr.marked td{background:var(--mark);font-weight:600}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:20px;margin-top:20px}
 figure{margin:0;break-inside:avoid}
 figcaption{font-weight:600}figcaption b{margin-right:14px}
-svg{width:100%;height:auto;display:block}
+svg{width:100%;height:auto;max-width:820px;display:block}
 svg text{font:12px system-ui,sans-serif;fill:var(--dim)}
 svg text.word{fill:var(--ink);font-weight:600;paint-order:stroke;stroke:var(--paper);stroke-width:4px}
 .grid{stroke:var(--rule);stroke-width:1;fill:none}

@@ -81,6 +81,10 @@ class Plot:
     def line(self, points: Points, colour: str, name: str = "", is_stepped: bool = False) -> None:
         """Joined, where they are finite; stepped as a distribution is."""
         path, is_begun = [], False
+        known = [point for point in points if all(map(math.isfinite, point))]
+        if len(known) == 1:
+            self.dots(known, colour, name)
+            return
         for x, y in points:
             if not (math.isfinite(x) and math.isfinite(y)):
                 is_begun = False
