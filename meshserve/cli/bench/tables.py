@@ -28,7 +28,7 @@ def show(value: float) -> str:
     """Four significant digits or so; a dash for what is not there."""
     if math.isnan(value):
         return "-"
-    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    digits = next((digits for digits, limit in ((3, 10), (2, 100), (1, 10_000)) if abs(value) < limit), 0)
     return f"{value:,.{digits}f}"
 
 
