@@ -23,8 +23,7 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
         raise InvalidRequest(f"top_p must be above 0 and at most 1, not {sampling.top_p}", param="top_p")
     if not 0 <= sampling.choice < 2**32:
         raise InvalidRequest(f"there is no choice {sampling.choice}", param="n")
-    for name in ("presence_penalty", "frequency_penalty"):
-        value = getattr(sampling, name)
+    for name, value in (("presence_penalty", sampling.presence_penalty), ("frequency_penalty", sampling.frequency_penalty)):
         if not -_MOST_PENALTY <= value <= _MOST_PENALTY:
             raise InvalidRequest(f"{name} must be from -2 to 2, not {value}", param=name)
     if not -1 <= sampling.logprobs <= _MOST_LOGPROBS:
@@ -59,8 +58,8 @@ def check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:
 def chooser_for(request: GenerateRequest, speech: Speech | None) -> Chooser | None:
     """None for a plain request, whose tokens `next_token` gives. It chooses among the model's own tokens, whatever it speaks."""
     sampling = request.sampling
-    penalties = (sampling.presence_penalty, sampling.frequency_penalty)
-    if sampling.logprobs < 0 and not sampling.logit_bias and not any(penalties) and not sampling.json_schema:
+    is_bent = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty
+    if sampling.logprobs < 0 and not is_bent and not sampling.json_schema:
         return None
     output = request.tokens[len(request.tokens) - request.num_generated :]
     document = WrittenDocument(read_schema(sampling.json_schema)) if sampling.json_schema else None
