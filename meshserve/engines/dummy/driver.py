@@ -86,13 +86,14 @@ class Driver:
         if self._step is None and not self._begin(now):
             self._rest()
             return
-        delay_s = self._compute_slices(now)
-        if delay_s is None:
+        delay_s = self._compute_slices(now) if self._slices else 0.0
+        if not self._slices and self._due is not None:
+            delay_s = max(0.0, self._due - now)
+        if not self._slices and not delay_s:
             self._finish(now)
             if self._scheduler.is_idle:  # known now: no turn more to find out
                 self._rest()
                 return
-            delay_s = 0.0
         self._on_turn()
         self._wait(now, delay_s)
 
@@ -129,8 +130,8 @@ class Driver:
         slices.reverse()
         return slices
 
-    def _compute_slices(self, now: float) -> float | None:
-        """Compute what is due and fits into one turn. Seconds until the next turn, or None at the end of the step."""
+    def _compute_slices(self, now: float) -> float:
+        """Compute what is due and fits into one turn. Seconds until the next one that is left over is due."""
         slices, ends_at = self._slices, now + _TURN_S
         for _ in range(min(_TURN_SLICES, len(slices))):
             job, end, due = slices[-1]
@@ -140,10 +141,7 @@ class Driver:
             self._visit(job, end)
             if slices and self._clock() > ends_at:
                 break
-        if self._slices:
-            return 0.0
-        assert self._due is not None
-        return self._due - now if self._due > now else None
+        return 0.0
 
     def _visit(self, job: Job, end: int) -> None:
         if job.stage is not Stage.RUNNING:  # cancelled meanwhile: its blocks may be somebody else's by now

@@ -173,7 +173,10 @@ class Scheduler(Generic[S]):
         is_short = bool(self._full) and self._grow_decodes()
         if not self.waiting_prefill_tokens:  # most steps: all that is here decodes
             self.is_waiting_for_room = False
-            return self._timed(Step(self._running[:], [], []), 0) if self._running else None
+            if not self._running:
+                return None
+            step = Step(self._running[:], [], [])
+            return step if self._is_instant else self._timed(step, 0)
         decodes = [sequence for sequence in self._running if not sequence.num_pending]
         step = Step(decodes, [], [])
         most_new = self.max_batch_tokens - len(decodes)
@@ -182,11 +185,10 @@ class Scheduler(Generic[S]):
             budget = self._plan_waiting(step, budget, now)
         if not decodes and not step.prefills:
             return None
-        return self._timed(step, most_new - budget)
+        return step if self._is_instant else self._timed(step, most_new - budget)
 
     def _timed(self, step: Step[S], num_new: int) -> Step[S]:
-        if not self._is_instant:
-            step.duration_s = self.timing.step_s(num_new, len(step.decodes), self.pool.num_used / self.pool.num_blocks)
+        step.duration_s = self.timing.step_s(num_new, len(step.decodes), self.pool.num_used / self.pool.num_blocks)
         return step
 
     def complete(self, step: Step[S], now: float) -> Outcome[S]:
