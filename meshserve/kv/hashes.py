@@ -16,7 +16,7 @@ def block_hashes(tokens: "array[int]", block_size: int, salt: str) -> list[int]:
     data = tokens.tobytes()
     size = block_size * tokens.itemsize
     digest = xxhash.xxh3_64_intdigest
-    parent = _root(salt)
+    parent = _first_parent(salt)
     hashes = []
     for start in range(0, len(data) - size + 1, size):
         parent = digest(data[start : start + size], parent)
@@ -24,7 +24,6 @@ def block_hashes(tokens: "array[int]", block_size: int, salt: str) -> list[int]:
     return hashes
 
 
-@lru_cache(maxsize=64)
-def _root(salt: str) -> int:
-    root: int = xxhash.xxh3_64_intdigest(salt.encode())
-    return root
+@lru_cache(64)  # of models: the same for every request
+def _first_parent(salt: str) -> int:
+    return xxhash.xxh3_64_intdigest(salt.encode())

@@ -42,19 +42,20 @@ class WorkerLoad:
 
     def to_wire(self) -> list[int]:
         """Plain data for :meth:`from_wire`."""
-        return list(_figures(self))
+        return list(_figures_of(self))
 
     @classmethod
     def from_wire(cls, data: Any) -> "WorkerLoad":
         """Later versions may send more numbers; fewer, or what no worker could mean, raise ProtocolError."""
         figures = data[:_NUM_FIGURES] if isinstance(data, list) else []
-        if len(figures) < _NUM_FIGURES or {*map(type, figures)} != {int} or not 0 <= min(figures) <= max(figures) < MAX_FIGURE:
+        if len(figures) < _NUM_FIGURES or set(map(type, figures)) != {int} or min(figures) < 0 or max(figures) >= MAX_FIGURE:
             raise ProtocolError("malformed load")
         return cls(*figures)
 
 
 _NAMES = [field.name for field in fields(WorkerLoad)]
-_NUM_FIGURES, _figures = len(_NAMES), attrgetter(*_NAMES)
+_NUM_FIGURES = len(_NAMES)
+_figures_of = attrgetter(*_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,8 @@ class WorkerReport:
         if not isinstance(data, list) or len(data) < 4 or not all(isinstance(part, list) for part in data[:4]):
             raise ProtocolError("malformed worker report")
         load, stored, evicted, admitted = data[:4]
-        if {*map(type, stored), *map(type, evicted)} - {int}:
+        if not {int}.issuperset(map(type, stored)) or not {int}.issuperset(map(type, evicted)):
             raise ProtocolError("block hashes are integers")
-        if {*map(type, admitted)} - {str}:
+        if not {str}.issuperset(map(type, admitted)):
             raise ProtocolError("request ids are strings")
         return cls(WorkerLoad.from_wire(load), tuple(stored), tuple(evicted), tuple(admitted))
