@@ -38,10 +38,8 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
 
 
 def check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:
-    """Raises InvalidRequest if a prompt cannot be rated."""
+    """Raises InvalidRequest if a prompt that is to be rated cannot be."""
     num_alternatives, tokens = request.sampling.prompt_logprobs, request.tokens
-    if num_alternatives < 0:
-        return
     if num_alternatives > _MOST_LOGPROBS:
         raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {num_alternatives}", param="logprobs")
     if len(tokens) * (1 + num_alternatives) > _MOST_PROMPT_LOGPROBS:

@@ -65,7 +65,8 @@ class DummyEngine:
         if not 0 <= request.num_generated < min(sampling.max_tokens, len(request.tokens)):
             raise InvalidRequest(f"num_generated is {request.num_generated} with max_tokens {sampling.max_tokens}", param="num_generated")
         check_sampling(sampling, self._vocab_size)
-        check_prompt_logprobs(request, self._vocab_size)
+        if sampling.prompt_logprobs >= 0:
+            check_prompt_logprobs(request, self._vocab_size)
         self._check_length(len(request.tokens) - request.num_generated, sampling.max_tokens)
 
     def num_cached_tokens(self, tokens: "array[int]") -> int:
