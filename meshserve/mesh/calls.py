@@ -79,12 +79,15 @@ class OutgoingCall:
 
 
 class IncomingCall:
-    """A stream that a peer opened here. The handler ends it with `end` or `fail`; what comes after that, or after a cancel, is dropped."""
+    """A stream that a peer opened here. The handler ends it with `end` or `fail`; what comes after that, or after a cancel, is dropped.
 
-    __slots__ = ("_table", "_wire", "body", "deadline_s", "ended_by", "is_open", "method", "on_cancel", "peer", "stream")
+    An item that is a list may be added to as long as `wire.num_batches` stays the same.
+    """
+
+    __slots__ = ("_table", "body", "deadline_s", "ended_by", "is_open", "method", "on_cancel", "peer", "stream", "wire")
 
     def __init__(self, table: "CallTable", wire: Wire, stream: int, method: str, deadline_s: float, body: Any) -> None:
-        self._table, self._wire, self.stream, self.method, self.deadline_s, self.body = table, wire, stream, method, deadline_s, body
+        self._table, self.wire, self.stream, self.method, self.deadline_s, self.body = table, wire, stream, method, deadline_s, body
         self.peer = wire.peer
         self.is_open = True
         self.ended_by = ""
@@ -95,32 +98,27 @@ class IncomingCall:
     def send(self, item: Any) -> None:
         """One more item of plain data."""
         if self.is_open:
-            self._wire.send([ITEM, self.stream, item])
+            self.wire.send([ITEM, self.stream, item])
 
     def send_all(self, items: list[Any]) -> None:
         """Several items at once, in order. Not to be changed any more."""
         if not self.is_open:
             return
-        if self._wire.is_local and len(items) > 1:
-            self._wire.send([ITEMS, self.stream, items])
+        if self.wire.is_local and len(items) > 1:
+            self.wire.send([ITEMS, self.stream, items])
             return
         for item in items:
-            self._wire.send([ITEM, self.stream, item])
-
-    @property
-    def num_batches(self) -> int:
-        """Grows when what was sent leaves: an item that is a list may be added to as long as this stays the same."""
-        return self._wire.num_batches
+            self.wire.send([ITEM, self.stream, item])
 
     def end(self, value: Any = None) -> None:
         """The stream is complete; `value` is its result."""
         if self._close():
-            self._wire.send([END, self.stream, value])
+            self.wire.send([END, self.stream, value])
 
     def fail(self, error: MeshserveError) -> None:
         """The stream ends in this error."""
         if self._close():
-            self._wire.send([ERROR, self.stream, error.to_wire()])
+            self.wire.send([ERROR, self.stream, error.to_wire()])
 
     def _close(self) -> bool:
         was_open, self.is_open = self.is_open, False

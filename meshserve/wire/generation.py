@@ -153,24 +153,25 @@ class GenerateRequest:
         """Raises ProtocolError where a field is missing or malformed."""
         if not isinstance(data, dict):
             raise ProtocolError("a generate request is a map")
-        request_id, model, num_generated, peers = (data.get(key) for key in ("request_id", "model", "num_generated", "prefill_peers"))
+        get = data.get
+        request_id, model, num_generated, peers = get("request_id"), get("model"), get("num_generated"), get("prefill_peers")
         if not isinstance(request_id, str) or not isinstance(model, str) or not isinstance(num_generated, int):
             raise ProtocolError("a generate request names its id, its model and its position")
-        if not isinstance(peers, list) or len(peers) > 1024 or not all(map(_is_ranked_peer, peers)):
+        if not isinstance(peers, list) or len(peers) > 1024 or (peers and not all(map(_is_ranked_peer, peers))):
             raise ProtocolError("prefill peers are an incarnation, a queue length and a number of blocks each")
-        lost = data.get("lost_peers") or []
-        if not isinstance(lost, list) or not all(isinstance(name, str) for name in lost):
+        lost = get("lost_peers") or []
+        if not isinstance(lost, list) or (lost and not all(isinstance(name, str) for name in lost)):
             raise ProtocolError("lost peers are names")
-        tokens = unpack_tokens(data.get("tokens"))
+        tokens = unpack_tokens(get("tokens"))
         if not tokens or not 0 <= num_generated < len(tokens):
             raise ProtocolError("a prompt has at least one token")
         return cls(
             request_id,
             model,
             tokens,
-            Sampling.from_wire(data.get("sampling")),
+            Sampling.from_wire(get("sampling")),
             num_generated,
-            tuple((peer, queued, overlap_blocks) for peer, queued, overlap_blocks in peers),
+            tuple([(peer, queued, overlap_blocks) for peer, queued, overlap_blocks in peers]),
             tuple(lost),
         )
 
