@@ -51,11 +51,6 @@ class KVContents:
         """The rows of a block that are kept as they came, and whatever follows them in it."""
         return self._foreign.get(block)
 
-    def row(self, seed: bytes | bytearray) -> bytes:
-        """The KV row of this seed."""
-        row = bytes(seed) * self._repeats
-        return row if len(row) == self.kv_bytes_per_token else row[: self.kv_bytes_per_token]
-
     def read(self, block: int, num_tokens: int) -> bytes:
         """The block's first `num_tokens` rows."""
         foreign = self._foreign.get(block)
@@ -64,9 +59,15 @@ class KVContents:
         seeds = self._seeds.get(block)
         if seeds is None:
             return bytes(num_tokens * self.kv_bytes_per_token)
-        return b"".join([self.row(seeds[start : start + _SEED_BYTES]) for start in range(0, num_tokens * _SEED_BYTES, _SEED_BYTES)])
+        return self._rows(seeds, num_tokens)
 
-    def write(self, block: int, payload: bytes | memoryview) -> None:
+    def _rows(self, seeds: bytearray, num_tokens: int) -> bytes:
+        starts, repeats = range(0, num_tokens * _SEED_BYTES, _SEED_BYTES), self._repeats
+        rows = [seeds[start : start + _SEED_BYTES] * repeats for start in starts]
+        cut = self.kv_bytes_per_token
+        return b"".join(rows if cut % _SEED_BYTES == 0 else [row[:cut] for row in rows])
+
+    def write(self, block: int, payload: bytes) -> None:
         """Take in rows that were computed elsewhere. They are visible once :meth:`digest` was called."""
         self._digests.pop(block, None)
         self._foreign.pop(block, None)
@@ -77,22 +78,23 @@ class KVContents:
         self._foreign[block] = bytearray(self.block_size * self.kv_bytes_per_token)
         self._foreign[block][: len(payload)] = payload
 
-    def _seeds_of(self, payload: bytes | memoryview) -> bytearray | None:
+    def _seeds_of(self, payload: bytes) -> bytearray | None:
         """None if these rows are not all what their seeds stand for."""
-        row_bytes = self.kv_bytes_per_token
-        seeds = bytearray(self.block_size * _SEED_BYTES)
-        for index in range(len(payload) // row_bytes):
-            row = bytes(payload[index * row_bytes : (index + 1) * row_bytes])
-            seed = row[:_SEED_BYTES].ljust(_SEED_BYTES, b"\0")
-            if self.row(seed) != row:
-                return None
-            seeds[index * _SEED_BYTES : (index + 1) * _SEED_BYTES] = seed
+        row_bytes, taken = self.kv_bytes_per_token, min(self.kv_bytes_per_token, _SEED_BYTES)
+        parts = [payload[start : start + taken].ljust(_SEED_BYTES, b"\0") for start in range(0, len(payload), row_bytes)]
+        seeds = bytearray().join(parts)
+        if self._rows(seeds, len(parts)) != payload:
+            return None
+        seeds.extend(bytes(self.block_size * _SEED_BYTES - len(seeds)))
         return seeds
 
-    def digest(self, blocks: list[int], index: int) -> None:
-        """Digest block `index` of a sequence's blocks, which is full, from what it holds and from the digest before it."""
-        hasher = xxhash.xxh3_64(self.read(blocks[index], self.block_size), seed=self.parent(blocks, index))
-        self._digests[blocks[index]] = hasher.intdigest()
+    def digest(self, blocks: list[int], index: int, rows: bytes | None = None) -> None:
+        """Digest block `index` of a sequence's blocks, which is full, from what it holds and from the digest before it.
+
+        `rows` is what it holds, from one who wrote it just now.
+        """
+        held = self.read(blocks[index], self.block_size) if rows is None else rows
+        self._digests[blocks[index]] = xxhash.xxh3_64_intdigest(held, self.parent(blocks, index))
 
     def keep_digest(self, block: int, digest: int) -> None:
         """What :meth:`digest` would find, from one who took it while writing the rows."""
