@@ -44,6 +44,9 @@ class ClaimedPrompt:
     ticket: Ticket
     call: OutgoingCall | None = None
     transfer: Transfer | None = None
+    """Once it is granted."""
+    attempt: int = 0
+    """Of what the engine has; 0 before that."""
     engine_id: str = ""
     began_s: float = 0.0
     num_tokens: int = 0

@@ -130,11 +130,10 @@ class PrefillProvider:
 
     def _deliver(self, job: ClaimedPrompt) -> None:
         """All was computed on the offer before anybody was asked: the claim brings it."""
-        assert job.transfer is not None
         marks = tuple(BlockMark(index, num_tokens, checksum(payload)) for index, num_tokens, payload in job.kept)
         payloads = [payload for _, _, payload in job.kept]
         decode_peer, request_id = job.key
-        header = BulkHeader(decode_peer, self._mesh.incarnation, request_id, job.transfer.attempt, marks, job.computed_ms)
+        header = BulkHeader(decode_peer, self._mesh.incarnation, request_id, job.attempt, marks, job.computed_ms)
         self._queue.delivered(job.key)
         job.kept, job.num_delivered_bytes = [], sum(map(len, payloads))
         self._note(job, "blocks_sent", indexes=[mark.index for mark in marks])
@@ -172,14 +171,14 @@ class PrefillProvider:
 
     def _goes_on(self, job: ClaimedPrompt, attempt: int, first_block: int) -> bool:
         """Whether what was begun on an offer is what was granted. What was delivered and not enough is not."""
-        assert job.transfer is not None and job.ticket.offer is not None
+        assert job.ticket.offer is not None
         is_kept = self._queue.state(job.key) is not JobState.DELIVERED
-        return is_kept and attempt == job.transfer.attempt and first_block >= job.ticket.offer.first_block
+        return is_kept and attempt == job.attempt and first_block >= job.ticket.offer.first_block
 
     def _send_kept(self, job: ClaimedPrompt) -> None:
-        assert self._sender is not None and job.transfer is not None
+        assert self._sender is not None
         kept, job.kept = job.kept, []
-        job.acknowledged_s = time.monotonic()
+        job.transfer, job.acknowledged_s = self._sender.open(*job.key, job.attempt), time.monotonic()
         for index, num_tokens, payload in kept:
             self._sender.add(job.transfer, index, num_tokens, payload, job.computed_ms)
 
@@ -197,7 +196,9 @@ class PrefillProvider:
         job.began_s = time.monotonic()
         if not self._queue.granted(job.key, attempt, num_tokens, job.began_s):
             return
-        job.transfer = self._sender.open(*job.key, attempt)
+        job.attempt = attempt
+        if job.is_granted:
+            job.transfer = self._sender.open(*job.key, attempt)
         job.engine_id = f"{job.ticket.decode_peer}/{job.ticket.request_id}@{attempt}"
         self._note(job, "prefill_begun", num_tokens=num_tokens)
         try:
@@ -217,18 +218,16 @@ class PrefillProvider:
         return 0 <= first_block * self._engine.card.block_size < len(tokens)
 
     def _note(self, job: ClaimedPrompt, event: str, **details: Any) -> None:
-        if self._mesh.journal.is_on and job.transfer is not None:
-            decode, attempt = job.ticket.decode_peer, job.transfer.attempt
-            self._mesh.journal.note(event, job.ticket.request_id, decode=decode, attempt=attempt, **details)
+        if self._mesh.journal.is_on and job.attempt:
+            self._mesh.journal.note(event, job.ticket.request_id, decode=job.ticket.decode_peer, attempt=job.attempt, **details)
 
     def computed(self, job: ClaimedPrompt, index: int, num_tokens: int, payload: bytes) -> None:
         """The engine gives out a block: it leaves while the next one is computed."""
-        assert self._sender is not None and job.transfer is not None
         now_s = time.monotonic()
         job.acknowledged_s = job.acknowledged_s or now_s
         job.computed_ms = (now_s - job.began_s) * 1000
         self._queue.computed(job.key, num_tokens, now_s)
-        if job.is_granted:
+        if job.transfer is not None and self._sender is not None:
             self._sender.add(job.transfer, index, num_tokens, payload, job.computed_ms)
         else:
             job.kept.append((index, num_tokens, payload))
@@ -322,7 +321,7 @@ class PrefillProvider:
             self.pump()  # claims that are not answered no longer keep others waiting
             named: dict[str, list[list[Any]]] = {}
             for job in list(self._jobs.values()):
-                if job.is_granted and job.transfer is not None and (overdue_s := self._overdue_s(job)) is not None:
+                if job.transfer is not None and (overdue_s := self._overdue_s(job)) is not None:
                     named.setdefault(job.ticket.decode_peer, []).append([job.ticket.request_id, job.transfer.attempt, overdue_s])
             for decode_peer, attempts in named.items():
                 if self._mesh.links.channel_to(decode_peer) is not None:

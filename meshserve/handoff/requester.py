@@ -347,19 +347,22 @@ class PrefillRequester:
         return True
 
     def _take_in(self, running: _Running, header: BulkHeader, payloads: Sequence[bytes | memoryview]) -> None:
-        assert running.reservation is not None
+        reservation, missing, is_noted = running.reservation, running.missing, self._mesh.journal.follows(running.task.request_id)
+        assert reservation is not None
+        num_tokens, block_size = reservation.num_tokens, self._engine.card.block_size
         for mark, payload in zip(header.marks, payloads, strict=True):
-            if not 0 <= mark.index * self._engine.card.block_size < running.reservation.num_tokens:
+            if not 0 <= mark.index * block_size < num_tokens:
                 raise BlockRefused(f"there is no block {mark.index} in this prompt")
-            if mark.index not in running.missing:
+            if mark.index not in missing:
                 self._mesh.counters.add("kv_blocks_double")
                 continue  # an earlier attempt brought it already, and its checksum was right
-            running.reservation.write(mark.index, payload)
-            running.missing.discard(mark.index)
+            reservation.write(mark.index, payload)
+            missing.discard(mark.index)
             running.task.received(len(payload))
             self._mesh.counters.add("kv_blocks_received")
             self._mesh.counters.add("kv_bytes_received", len(payload))
-            self._note(running, "block", attempt=header.attempt, peer_sending=header.prefill_peer, index=mark.index)
+            if is_noted:
+                self._note(running, "block", attempt=header.attempt, peer_sending=header.prefill_peer, index=mark.index)
         running.computed_ms = header.computed_ms
 
     def _attempt_failed(self, running: _Running, peer: str, attempt: int, reason: str, is_peer_dead: bool = False) -> None:

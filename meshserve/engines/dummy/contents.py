@@ -80,8 +80,11 @@ class KVContents:
 
     def _seeds_of(self, payload: bytes) -> bytearray | None:
         """None if these rows are not all what their seeds stand for."""
-        row_bytes, taken = self.kv_bytes_per_token, min(self.kv_bytes_per_token, _SEED_BYTES)
-        parts = [payload[start : start + taken].ljust(_SEED_BYTES, b"\0") for start in range(0, len(payload), row_bytes)]
+        row_bytes, starts = self.kv_bytes_per_token, range(0, len(payload), self.kv_bytes_per_token)
+        if row_bytes >= _SEED_BYTES:
+            parts = [payload[start : start + _SEED_BYTES] for start in starts]
+        else:
+            parts = [payload[start : start + row_bytes].ljust(_SEED_BYTES, b"\0") for start in starts]
         seeds = bytearray().join(parts)
         if self._rows(seeds, len(parts)) != payload:
             return None
