@@ -138,6 +138,7 @@ class PrefillTask:
     _renewed_s: float = 0.0
     _is_hedged: bool = False
     _offered_to: str | None = None
+    """Who may have begun, and has not claimed yet."""
     _reminder_s: float = 0.0
     """How long after the queueing the next reminder goes out."""
 
@@ -195,6 +196,8 @@ class PrefillTask:
 
         `began_s` is when it began, where that was before.
         """
+        if peer == self._offered_to:
+            self._offered_to = None
         if self.state is not TaskState.QUEUED or peer in self._tried:
             return False
         self.state, self.peer, self._renewed_s = TaskState.CLAIMED, peer, now_s
@@ -240,6 +243,8 @@ class PrefillTask:
             actions.append(self._lose(peer))
             if self._has_lost_too_many():
                 return [*actions, *self._finish(TaskState.GAVE_UP)]
+            if self._offered_to in self._candidates:  # it may be dying of the same, and a third must not
+                self._candidates = [self._offered_to]
         self.attempt += 1
         return [*actions, *self._retry(now_s)]
 

@@ -68,6 +68,16 @@ def test_who_dies_with_an_offer_may_have_died_of_it() -> None:
     assert task.peer_gone("p2", 0.003, is_dead=True)[-1] == Finish(TaskState.GAVE_UP)
 
 
+def test_as_long_as_it_is_not_known_whether_the_first_died_of_an_offer_no_third_gets_it() -> None:
+    task = PrefillTask("r1", CONFIG, LEASE_S, 0.0)
+    task.start(PEERS, 0.0, is_short=True)
+    assert task.tick(0.021) == [Push(("p2", "p3"), 1)]
+    assert task.claim("p2", 0.022)
+    assert task.peer_gone("p2", 0.03, is_dead=True) == [Revoke("p2", 1), Lose("p2"), Push(("p1",), 2)]
+    assert task.tick(0.5) == [Push(("p1",), 2)]
+    assert task.peer_gone("p1", 0.6, is_dead=True)[-1] == Finish(TaskState.GAVE_UP)
+
+
 def test_who_was_never_sent_the_offer_did_not_die_of_it() -> None:
     task = PrefillTask("r1", CONFIG, LEASE_S, 0.0)
     task.start(PEERS, 0.0, is_short=True)
