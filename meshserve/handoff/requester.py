@@ -173,8 +173,7 @@ class PrefillRequester:
                 self._finish(running, action)
 
     def _push(self, running: _Running, push: Push) -> None:
-        request = running.request
-        offer = self._offers.make(request, running.offered_block) if push.is_offer else None
+        request, offer = running.request, self._offers.make(running.request, running.offered_block) if push.is_offer else None
         ticket = Ticket(self._mesh.incarnation, request.request_id, push.attempt, len(request.tokens), offer).to_wire()
         if offer is not None:
             self._mesh.counters.add("prefills_offered")
@@ -212,9 +211,8 @@ class PrefillRequester:
         self._mesh.counters.add("tickets_hedged", running.task.num_hedges)
         self._note(running, "handoff_ended", attempt=running.task.attempt, state=finish.state.value)
         self._revoke_quietly(running, finish.state)
-        reservation = running.reservation
-        if finish.state is not TaskState.DONE and reservation is not None:
-            reservation.release()
+        if finish.state is not TaskState.DONE and running.reservation is not None:
+            running.reservation.release()
         if finish.state is not TaskState.CANCELLED:
             running.on_done(self._result(running, finish.state))
 
@@ -347,22 +345,20 @@ class PrefillRequester:
         return True
 
     def _take_in(self, running: _Running, header: BulkHeader, payloads: Sequence[bytes | memoryview]) -> None:
-        reservation, missing, is_noted = running.reservation, running.missing, self._mesh.journal.follows(running.task.request_id)
+        reservation, block_size = running.reservation, self._engine.card.block_size
         assert reservation is not None
-        num_tokens, block_size = reservation.num_tokens, self._engine.card.block_size
         for mark, payload in zip(header.marks, payloads, strict=True):
-            if not 0 <= mark.index * block_size < num_tokens:
+            if not 0 <= mark.index * block_size < reservation.num_tokens:
                 raise BlockRefused(f"there is no block {mark.index} in this prompt")
-            if mark.index not in missing:
+            if mark.index not in running.missing:
                 self._mesh.counters.add("kv_blocks_double")
                 continue  # an earlier attempt brought it already, and its checksum was right
             reservation.write(mark.index, payload)
-            missing.discard(mark.index)
+            running.missing.discard(mark.index)
             running.task.received(len(payload))
             self._mesh.counters.add("kv_blocks_received")
             self._mesh.counters.add("kv_bytes_received", len(payload))
-            if is_noted:
-                self._note(running, "block", attempt=header.attempt, peer_sending=header.prefill_peer, index=mark.index)
+            self._note(running, "block", attempt=header.attempt, peer_sending=header.prefill_peer, index=mark.index)
         running.computed_ms = header.computed_ms
 
     def _attempt_failed(self, running: _Running, peer: str, attempt: int, reason: str, is_peer_dead: bool = False) -> None:
@@ -376,7 +372,8 @@ class PrefillRequester:
         for running in list(self._running.values()):
             task = running.task
             if change in (Change.DIED, Change.LEFT, Change.SUSPECTED):
-                self._carry_out(running, task.peer_gone(peer, now_s, is_dead=change is Change.DIED))
+                is_closed = task.is_offered_to(peer) and self._mesh.links.channel_to(peer) is None  # as for a claim that ends so
+                self._carry_out(running, task.peer_gone(peer, now_s, is_dead=change is Change.DIED or is_closed))
             elif change is Change.UPDATED and member.info.is_draining:
                 self._carry_out(running, task.peer_draining(peer, now_s))
             elif change in (Change.CALLABLE, Change.RECOVERED) and member.info.card == self._engine.card:

@@ -138,7 +138,6 @@ class PrefillTask:
     _renewed_s: float = 0.0
     _is_hedged: bool = False
     _offered_to: str | None = None
-    """Who may have begun, and has not claimed yet."""
     _reminder_s: float = 0.0
     """How long after the queueing the next reminder goes out."""
 
@@ -223,6 +222,10 @@ class PrefillTask:
     def is_current(self, peer: str, attempt: int) -> bool:
         """Whether this is the attempt that runs."""
         return self.state is TaskState.CLAIMED and self.peer == peer and self.attempt == attempt
+
+    def is_offered_to(self, peer: str) -> bool:
+        """Whether this peer may have begun, and has not claimed yet."""
+        return peer == self._offered_to
 
     def complete(self, now_s: float) -> list[Action]:
         """All blocks are in."""
