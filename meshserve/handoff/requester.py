@@ -278,7 +278,6 @@ class PrefillRequester:
         elif not running.missing:
             self._carry_out(running, running.task.complete(time.monotonic()))
         if running.task.is_current(call.peer, attempt):
-            running.has_delivered = False
             call.send({"tokens": pack_tokens(running.request.tokens[:-1]), "attempt": attempt, "first_block": min(running.missing)})
 
     def _take_brought(self, running: _Running, peer: str, header: BulkHeader, payloads: Sequence[bytes]) -> None:
@@ -372,8 +371,9 @@ class PrefillRequester:
         for running in list(self._running.values()):
             task = running.task
             if change in (Change.DIED, Change.LEFT, Change.SUSPECTED):
-                is_closed = task.is_offered_to(peer) and self._mesh.links.channel_to(peer) is None  # as for a claim that ends so
-                self._carry_out(running, task.peer_gone(peer, now_s, is_dead=change is Change.DIED or is_closed))
+                is_cut = change is Change.SUSPECTED and self._mesh.links.channel_to(peer) is None
+                is_dead = change is Change.DIED or (is_cut and task.is_offered_to(peer))  # as for a claim that ends so
+                self._carry_out(running, task.peer_gone(peer, now_s, is_dead=is_dead))
             elif change is Change.UPDATED and member.info.is_draining:
                 self._carry_out(running, task.peer_draining(peer, now_s))
             elif change in (Change.CALLABLE, Change.RECOVERED) and member.info.card == self._engine.card:
@@ -395,6 +395,6 @@ class PrefillRequester:
         """Cancel everything."""
         for request_id in list(self._running):
             self.cancel(request_id)
+        self._answers.close()
         if self._timer is not None:
             self._timer.cancel()
-        self._answers.close()

@@ -16,11 +16,15 @@ from tests.handoff.scripted import (
     PROMPT,
     Block,
     CountingEngine,
+    Decode,
+    Scripted,
     blocks_of,
     cut_short,
     flipped,
     misplaced,
+    new_engine,
     pair,
+    peer,
     real_pair,
     text_of,
     undisturbed,
@@ -89,6 +93,25 @@ def test_a_claim_that_brings_too_little_gets_the_task_from_there_on() -> None:
             result = await decode.result()
             assert result.state is TaskState.DONE and result.num_blocks == len(blocks)
             assert await text_of(decode.engine, result) == await undisturbed()
+
+    run_async(run())
+
+
+def test_who_says_goodbye_with_an_offer_did_not_die_of_it() -> None:
+    async def run() -> None:
+        engine = new_engine()
+        async with peer("decode", engine) as decode_mesh:
+            decode = Decode(decode_mesh, engine)
+            async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
+                scripted = Scripted(prefill_mesh)
+                await until(lambda: decode_mesh.peers_with("prefill") and prefill_mesh.peers_with("decode"), DEADLINE_S, "both meet")
+                decode.start()
+                await until(lambda: scripted.tickets, DEADLINE_S, "the ticket comes")
+                scripted.close()
+            result = await decode.result()
+            assert result.state is TaskState.LOCAL and not result.lost_peers
+            decode.close()
+        await engine.close()
 
     run_async(run())
 
