@@ -17,6 +17,7 @@ import uvloop
 import zmq
 
 from bench.pairing import ratio_of
+from bench.processes import until
 from meshserve.config import MeshConfig
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
@@ -86,8 +87,7 @@ async def compare(peer_port: int, floor_port: int, num_pairs: int, num_calls: in
     await mesh.start()
     mesh.serve("echo", _answer)
     await mesh.join()
-    while not mesh.peers_with("decode"):
-        await asyncio.sleep(0.005)
+    await until(lambda: mesh.peers_with("decode"))
     peer = mesh.peers_with("decode")[0].incarnation
     hops, floors = [], []
     with zmq.Context() as context, context.socket(zmq.DEALER) as socket:

@@ -22,7 +22,13 @@ _FRONT_OPTIONS: list[Callable[[Any], Any]] = [
         envvar="MESHSERVE_API_KEY",
         help=f"Asked of HTTP clients, {_KEYS_ELSEWHERE}; repeatable.",
     ),
-    option("--api-key-file", type=click.Path(), default=None, metavar="FILE", help="More of them, one a line; `ps` shows none of these."),
+    option(
+        "--api-key-file",
+        type=click.Path(),
+        default=None,
+        metavar="FILE",
+        help="More of them, one a line, `#` begins a comment; `ps` shows none of these.",
+    ),
     option("--tls-cert", type=click.Path(), default=None, metavar="FILE", help="Serve HTTPS with this certificate (PEM, with its chain)."),
     option("--tls-key", type=click.Path(), default=None, metavar="FILE", help="The certificate's private key (PEM, not encrypted)."),
     option(
@@ -122,7 +128,7 @@ def _read_keys(path: str) -> list[str]:
         raise StartupFailed(f"--api-key-file {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise StartupFailed(f"--api-key-file {path}: not a text file") from error
-    keys = [line.strip() for line in lines if line.strip()]
+    keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise StartupFailed(f"--api-key-file {path}: there is no key in it; write one a line")
     return keys

@@ -69,16 +69,17 @@ class PeersView:
 
     def print(self) -> None:
         """Once."""
-        from rich.console import Console
+        from meshserve.cli.printing import Output
 
-        console = Console(highlight=False, soft_wrap=True)
+        console = Output(highlight=False, soft_wrap=True)
         for line in self.draw(console.width if console.is_terminal else None, None):
             console.print(line)
 
-    def on_key(self, key: str) -> None:
+    def on_key(self, key: str) -> bool:
         """Scroll."""
         steps = {"up": -1, "k": -1, "down": 1, "j": 1, "page-up": -10, "page-down": 10, "home": -len(self.found), "end": len(self.found)}
         self._first = max(0, min(len(self.found) - 1, self._first + steps.get(key, 0)))
+        return False
 
     def draw(self, width: int | None, height: int | None) -> "list[Text]":
         """The table, then who was refused and who is gone, as far as there is room."""

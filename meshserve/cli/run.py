@@ -10,7 +10,7 @@ import click
 
 from meshserve.cli.front_options import api_keys, front_config, front_options
 from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles
-from meshserve.cli.running import execute, leave
+from meshserve.cli.running import declare, execute, leave
 from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
 from meshserve.errors import MeshserveError, UsageError
 
@@ -127,9 +127,10 @@ async def serve(mesh: MeshConfig, config: ServeConfig) -> int:
     peer = Peer(mesh, config, lambda line: click.echo(line))
     await peer.start()
     if mesh.key_file is None:
-        click.echo(f"meshserve: OPEN MESH: no --key-file, so everyone on this network can join {mesh.mesh!r}", err=True)
+        where = "this machine" if mesh.interface is not None and is_loopback(mesh.interface) else "this network"
+        declare("open_mesh", f"OPEN MESH: no --key-file, so everyone on {where} can join {mesh.mesh!r}")
     if "frontend" in mesh.roles and not config.api_keys and not is_loopback(config.http_host):
-        click.echo(f"meshserve: OPEN HTTP: no --api-key, so everyone who reaches {peer.http_url} can use this mesh", err=True)
+        declare("open_http", f"OPEN HTTP: no --api-key, so everyone who reaches {peer.http_url} can use this mesh")
     try:
         await told_to_stop.wait()
         await peer.drain()

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Coroutine
 from typing import Any, NoReturn
@@ -24,6 +25,14 @@ def set_up_logging(settings: dict[str, Any]) -> None:
     logging.getLogger("meshserve").setLevel(str(settings.get("log_level", "warning")).upper())
 
 
+def declare(event: str, text: str) -> None:
+    """One line on stderr whatever the level: plain, or JSON where log lines are."""
+    formatters = [handler.formatter for handler in logging.getLogger().handlers]
+    as_json = next((found for found in formatters if isinstance(found, JsonFormatter)), None)
+    record = logging.makeLogRecord({"name": "meshserve", "levelno": logging.WARNING, "levelname": "WARNING", "msg": text, "event": event})
+    click.echo(f"meshserve: {text}" if as_json is None else as_json.format(record), err=True)
+
+
 def run_loop(coroutine: Coroutine[Any, Any, int]) -> int:
     """Run under uvloop where there is one."""
     make_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
@@ -41,6 +50,13 @@ def leave(error: MeshserveError) -> NoReturn:
     sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
+def _let_go_of_stdout() -> None:
+    """What is still buffered for a reader that has left goes nowhere, without a word at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
 def execute(settings: dict[str, Any], make: Callable[[], Coroutine[Any, Any, int]]) -> NoReturn:
     """Run a command's coroutine and exit with its code."""
     set_up_logging(settings)
@@ -51,7 +67,7 @@ def execute(settings: dict[str, Any], make: Callable[[], Coroutine[Any, Any, int
     except KeyboardInterrupt:
         code = 130
     except BrokenPipeError:  # `meshserve peers | head`
-        sys.stderr.close()
+        _let_go_of_stdout()
         code = 0
     except Exception as error:  # a bug: people get one line, and a way to see more
         logging.getLogger("meshserve").debug("unexpected", exc_info=error)

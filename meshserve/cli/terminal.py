@@ -21,6 +21,8 @@ from typing import Any, Protocol, Self
 from rich.console import Console
 from rich.text import Text
 
+from meshserve.cli.printing import Output
+
 RESIZED, INTERRUPTED = "resized", "ctrl-c"
 
 _ENTER = "\x1b[?1049h\x1b[?25l\x1b[?7l\x1b[H"
@@ -61,8 +63,8 @@ class View(Protocol):
     def draw(self, width: int | None, height: int | None) -> list[Text]:
         """Lines, at most `height`, each at most `width` cells; None where there is no terminal, and all is to be shown."""
 
-    def on_key(self, key: str) -> None:
-        """A key other than those that end the application: a letter, or `up`, `enter`, `page-down`, ..."""
+    def on_key(self, key: str) -> bool:
+        """A key other than those that end the application: a letter, or `up`, `enter`, `page-down`, ... True: look again at once."""
 
 
 def parse_keys(data: bytes) -> list[str]:
@@ -101,7 +103,7 @@ async def run_view(view: View, interval_s: float) -> None:
 
 
 async def _print_forever(view: View, interval_s: float) -> None:
-    console = Console(highlight=False, soft_wrap=True, color_system=None)
+    console = Output(highlight=False, soft_wrap=True, color_system=None)
     while True:
         began_s = time.monotonic()
         await view.refresh()
@@ -124,8 +126,8 @@ async def _show(view: View, terminal: "Terminal", interval_s: float) -> None:
             event = await terminal.event(refreshing, due_s - time.monotonic())
             if event in ("q", INTERRUPTED):
                 return
-            if event not in (None, RESIZED):
-                view.on_key(str(event))
+            if event not in (None, RESIZED) and view.on_key(str(event)):
+                due_s = time.monotonic()
             if refreshing is not None and refreshing.done():
                 await refreshing
                 refreshing = None

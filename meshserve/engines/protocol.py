@@ -26,7 +26,7 @@ class EngineOptions:
     """`--engine-opt KEY=VALUE`, as strings. An unknown key is a UsageError that lists the known ones."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as those below: that triples what an object of so many fields costs, and each request has some
 class GenerationStats:
     """What the engine measured of one generation, on its own monotonic clock."""
 
@@ -41,7 +41,7 @@ class GenerationStats:
     """From the first token to the last."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Admission:
     """What is known of a generation once its first step has begun, in the terms of :class:`GenerationStats`."""
 
@@ -80,7 +80,7 @@ class PrefillSink(Protocol):
         """No more blocks will come."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EngineLoad:
     """What an engine has to do, for routers and people."""
 

@@ -3,6 +3,8 @@
 _MEMORY_STEPS = 1000.0
 """Steps after which an observation counts for a third: long enough for a line through them, short enough to follow another load."""
 
+_KEEP = 1 - 1 / _MEMORY_STEPS
+
 _ENOUGH_STEPS = 3.0
 
 _ENOUGH_TOKENS = 16.0
@@ -17,12 +19,11 @@ class _Line:
         self.weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, x: float, y: float) -> None:
-        keep = 1 - 1 / _MEMORY_STEPS
-        self.weight = self.weight * keep + 1
-        self._x = self._x * keep + x
-        self._y = self._y * keep + y
-        self._xx = self._xx * keep + x * x
-        self._xy = self._xy * keep + x * y
+        self.weight = self.weight * _KEEP + 1
+        self._x = self._x * _KEEP + x
+        self._y = self._y * _KEEP + y
+        self._xx = self._xx * _KEEP + x * x
+        self._xy = self._xy * _KEEP + x * y
 
     @property
     def mean_x(self) -> float:

@@ -1,6 +1,7 @@
 """Names for blocks of tokens: a block's hash stands for its whole prefix."""
 
 from array import array
+from functools import lru_cache
 
 import xxhash
 
@@ -15,9 +16,14 @@ def block_hashes(tokens: "array[int]", block_size: int, salt: str) -> list[int]:
     data = tokens.tobytes()
     size = block_size * tokens.itemsize
     digest = xxhash.xxh3_64_intdigest
-    parent = digest(salt.encode())
+    parent = _first_parent(salt)
     hashes = []
     for start in range(0, len(data) - size + 1, size):
         parent = digest(data[start : start + size], parent)
         hashes.append(parent)
     return hashes
+
+
+@lru_cache(64)  # of models: the same for every request
+def _first_parent(salt: str) -> int:
+    return xxhash.xxh3_64_intdigest(salt.encode())

@@ -6,6 +6,7 @@ bytes, whoever holds it (measured by `bench.index`).
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import repeat
 
 _SWEPT_AT_ONCE = 4096
 """Hashes looked at in one call after a worker has gone: about a millisecond. Higher frees memory sooner, lower stalls less."""
@@ -78,23 +79,24 @@ class PrefixIndex:
 
     def overlaps(self, hashes: Sequence[int], workers: Sequence[str]) -> list[int]:
         """For each worker, how many blocks of this prompt it holds from the start on."""
-        bits = [self._bits.get(worker, 0) for worker in workers]
+        bits = list(map(self._bits.get, workers, repeat(0)))
         alive = 0
         for bit in bits:
             alive |= bit
+        everybody, depth, get = alive, 0, self._holders.get
         depth_of: dict[int, int] = {}
-        get, depth = self._holders.get, 0
         for block_hash in hashes:
             held = get(block_hash, 0) & alive
             if held != alive:
-                if depth:
-                    _note(depth_of, alive ^ held, depth)
-                alive = held
-                if not alive:
+                if not held:
                     break
+                _note(depth_of, alive ^ held, depth)
+                alive = held
             depth += 1
+        if alive == everybody:  # nearly always: a prefix that all hold, or none at all
+            return [depth if bit else 0 for bit in bits] if depth and 0 in bits else [depth] * len(bits)
         _note(depth_of, alive, depth)
-        return [depth_of.get(bit, 0) for bit in bits] if depth_of else [0] * len(bits)
+        return [depth_of.get(bit, 0) for bit in bits]
 
     def _set(self, block_hash: int, holders: int) -> None:
         if holders:

@@ -60,20 +60,26 @@ class BlockPool:
         """So many blocks, held once each; idle blocks are evicted when no free one is left. Raises PoolFull and then changes nothing."""
         if num_blocks > self.num_available:
             raise PoolFull(f"{num_blocks} blocks are needed and {self.num_available} of {self.num_blocks} are available")
-        num_free = min(num_blocks, len(self._free))
-        blocks = self._free[len(self._free) - num_free :]
-        del self._free[len(self._free) - num_free :]
-        num_new = min(num_blocks - num_free, self.num_blocks - self._never_used)
-        blocks += range(self._never_used, self._never_used + num_new)
-        self._never_used += num_new
-        blocks += [self._evict() for _ in range(num_blocks - num_free - num_new)]
-        self._holders.update(dict.fromkeys(blocks, 1))
+        free, blocks = self._free, []
+        if free:
+            first = max(0, len(free) - num_blocks)
+            blocks = free[first:]
+            del free[first:]
+        num_new = min(num_blocks - len(blocks), self.num_blocks - self._never_used)
+        if num_new:
+            blocks += range(self._never_used, self._never_used + num_new)
+            self._never_used += num_new
+        while len(blocks) < num_blocks:
+            blocks.append(self._evict())
+        holders = self._holders
+        for block in blocks:
+            holders[block] = 1
         return blocks
 
     def acquire(self, prefix: Sequence[int], num_fresh: int) -> list[int]:
         """Hold the blocks of `prefix` (as found by :meth:`lookup`) and allocate `num_fresh` more: all of them, or PoolFull and none."""
         idle = self._idle
-        available = self.num_available - sum(1 for block in prefix if block in idle)
+        available = self.num_available - sum([block in idle for block in prefix])
         if num_fresh > available:
             raise PoolFull(f"{num_fresh} blocks are needed and {available} of {self.num_blocks} are available")
         self.retain(prefix)

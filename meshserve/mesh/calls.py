@@ -46,6 +46,22 @@ class Sink(Protocol):
         """The stream failed: at the peer, on the way, or at its deadline."""
 
 
+class _Nobody:
+    """The sink of a stream that ended. A sink mostly holds its call: if the call held it too, only the collector could free both."""
+
+    def on_item(self, item: Any) -> None:
+        pass
+
+    def on_end(self, value: Any) -> None:
+        pass
+
+    def on_error(self, error: MeshserveError) -> None:
+        pass
+
+
+_NOBODY = _Nobody()
+
+
 class OutgoingCall:
     """A stream that this peer opened. Garbage as soon as it ended."""
 
@@ -58,16 +74,20 @@ class OutgoingCall:
     def cancel(self) -> None:
         """Tell the peer to stop. Nothing more is called on the sink. Harmless after the end."""
         if self._table.outgoing.pop(self.stream, None) is not None:
+            self.sink = _NOBODY
             self._wire.send([CANCEL, self.stream])
 
 
 class IncomingCall:
-    """A stream that a peer opened here. The handler ends it with `end` or `fail`; what comes after that, or after a cancel, is dropped."""
+    """A stream that a peer opened here. The handler ends it with `end` or `fail`; what comes after that, or after a cancel, is dropped.
 
-    __slots__ = ("_table", "_wire", "body", "deadline_s", "ended_by", "is_open", "method", "on_cancel", "peer", "stream")
+    An item that is a list may be added to as long as `wire.num_batches` stays the same.
+    """
+
+    __slots__ = ("_table", "body", "deadline_s", "ended_by", "is_open", "method", "on_cancel", "peer", "stream", "wire")
 
     def __init__(self, table: "CallTable", wire: Wire, stream: int, method: str, deadline_s: float, body: Any) -> None:
-        self._table, self._wire, self.stream, self.method, self.deadline_s, self.body = table, wire, stream, method, deadline_s, body
+        self._table, self.wire, self.stream, self.method, self.deadline_s, self.body = table, wire, stream, method, deadline_s, body
         self.peer = wire.peer
         self.is_open = True
         self.ended_by = ""
@@ -78,46 +98,41 @@ class IncomingCall:
     def send(self, item: Any) -> None:
         """One more item of plain data."""
         if self.is_open:
-            self._wire.send([ITEM, self.stream, item])
+            self.wire.send([ITEM, self.stream, item])
 
     def send_all(self, items: list[Any]) -> None:
         """Several items at once, in order. Not to be changed any more."""
         if not self.is_open:
             return
-        if self._wire.is_local and len(items) > 1:
-            self._wire.send([ITEMS, self.stream, items])
+        if self.wire.is_local and len(items) > 1:
+            self.wire.send([ITEMS, self.stream, items])
             return
         for item in items:
-            self._wire.send([ITEM, self.stream, item])
-
-    @property
-    def num_batches(self) -> int:
-        """Grows when what was sent leaves: an item that is a list may be added to as long as this stays the same."""
-        return self._wire.num_batches
+            self.wire.send([ITEM, self.stream, item])
 
     def end(self, value: Any = None) -> None:
         """The stream is complete; `value` is its result."""
         if self._close():
-            self._wire.send([END, self.stream, value])
+            self.wire.send([END, self.stream, value])
 
     def fail(self, error: MeshserveError) -> None:
         """The stream ends in this error."""
         if self._close():
-            self._wire.send([ERROR, self.stream, error.to_wire()])
+            self.wire.send([ERROR, self.stream, error.to_wire()])
 
     def _close(self) -> bool:
         was_open, self.is_open = self.is_open, False
         self._table.incoming.pop((self.peer, self.stream), None)
+        self.on_cancel = None  # mostly of something that holds this call
         return was_open
 
     def abandon(self, ended_by: str, error: MeshserveError | None = None) -> None:
         """End by something else than the handler; its owner is told if there is an error to tell."""
-        self.ended_by = ended_by
+        self.ended_by, on_cancel = ended_by, self.on_cancel
         if error is not None:
             self.fail(error)
         self._close()
-        if self.on_cancel is not None:
-            on_cancel, self.on_cancel = self.on_cancel, None
+        if on_cancel is not None:
             on_cancel()
 
 
@@ -177,10 +192,11 @@ class CallTable:
         if call is None or call.peer != wire.peer:
             return  # late, after a cancel or a deadline; or not meant for us
         del self.outgoing[call.stream]
+        sink, call.sink = call.sink, _NOBODY
         if kind == END:
-            call.sink.on_end(message[2])
+            sink.on_end(message[2])
         elif kind == ERROR:
-            call.sink.on_error(from_wire(message[2]))
+            sink.on_error(from_wire(message[2]))
 
     def _opened(self, wire: Wire, message: Message, now_s: float) -> None:
         _, stream, method, timeout_ms, body = message
@@ -193,17 +209,13 @@ class CallTable:
             wire.send([ERROR, stream, Overloaded("too many open streams from this peer").to_wire()])
         else:
             call = self.incoming[(wire.peer, stream)] = IncomingCall(self, wire, stream, method, now_s + timeout_ms / 1000, body)
-            self._serve(method, handler, call)
-
-    @staticmethod
-    def _serve(method: str, handler: Handler, call: IncomingCall) -> None:
-        try:
-            handler(call)
-        except MeshserveError as error:
-            call.fail(error)
-        except Exception as error:  # a fault of ours: its stream ends all the same, and so does nobody else's
-            _log.exception("%s failed", method)
-            call.fail(MeshserveError(f"{method} failed: {type(error).__name__}"))
+            try:
+                handler(call)
+            except MeshserveError as error:
+                call.fail(error)
+            except Exception as error:  # a fault of ours: its stream ends all the same, and so does nobody else's
+                _log.exception("%s failed", method)
+                call.fail(MeshserveError(f"{method} failed: {type(error).__name__}"))
 
     def num_incoming(self, peer: str) -> int:
         """Streams that this peer has open here."""
@@ -220,8 +232,9 @@ class CallTable:
     def expire(self, now_s: float) -> None:
         """End what is past its deadline, on both sides."""
         for outgoing in [call for call in self.outgoing.values() if call.deadline_s <= now_s]:
+            sink = outgoing.sink
             outgoing.cancel()
-            outgoing.sink.on_error(DeadlineExceeded(f"no answer from {self._describe(outgoing.peer)} within the deadline"))
+            sink.on_error(DeadlineExceeded(f"no answer from {self._describe(outgoing.peer)} within the deadline"))
         for incoming in [call for call in self.incoming.values() if call.deadline_s <= now_s]:
             incoming.abandon("deadline", DeadlineExceeded("past the deadline"))
 
@@ -229,8 +242,8 @@ class CallTable:
         """The peer is gone, or its link broke: end all streams with it."""
         for outgoing in [call for call in self.outgoing.values() if call.peer == peer]:
             if self.outgoing.pop(outgoing.stream, None) is not None:
-                name = self._describe(peer)
-                outgoing.sink.on_error(PeerLost(f"{name} was lost: {reason}", peer=name))
+                name, sink, outgoing.sink = self._describe(peer), outgoing.sink, _NOBODY
+                sink.on_error(PeerLost(f"{name} was lost: {reason}", peer=name))
         self.peer_stopped_listening(peer, reason)
 
     def peer_stopped_listening(self, peer: str, reason: str) -> None:
@@ -241,7 +254,8 @@ class CallTable:
     def close(self) -> None:
         """End everything: this peer stops."""
         for outgoing in list(self.outgoing.values()):
+            sink = outgoing.sink
             outgoing.cancel()
-            outgoing.sink.on_error(Cancelled("this peer is stopping"))
+            sink.on_error(Cancelled("this peer is stopping"))
         for incoming in list(self.incoming.values()):
             incoming.abandon("stop", Cancelled("the peer is stopping"))

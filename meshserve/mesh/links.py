@@ -59,7 +59,7 @@ class Links:
         self._started_s = time.monotonic()
         self.own = own
         self.membership = Membership(own, config, self._started_s)
-        self.transport = Transport(factory, config.transport, counters, self._on_frame, self._on_lost)
+        self.transport = Transport(factory, config.transport, counters, self._on_frame, self._on_own, self._on_lost)
         self.transport.loopback.peer = own.incarnation
         self.listeners: list[Callable[[Change, Member], None]] = []
         self.refused: dict[str, str] = {}
@@ -150,6 +150,12 @@ class Links:
                 self._counters.add("messages_before_hello")
                 self.transport.lost(channel, "it said no hello")
                 return
+
+    def _on_own(self, messages: list[Message]) -> None:
+        """What this peer's roles say to each other."""
+        now_s, receive, loopback = time.monotonic(), self._owner.stream_message, self.transport.loopback
+        for message in messages:
+            receive(loopback, message, now_s)
 
     def _heard(self, peer: str, now_s: float) -> None:
         member = self.membership.members.get(peer)

@@ -20,11 +20,9 @@ from meshserve.mesh.links import Links
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.binding import BoundPorts, bind_port_block
-from meshserve.mesh.transport.channel import Channel
 from meshserve.mesh.transport.sockets import SocketFactory
 from meshserve.telemetry import Counters, Histograms, Journal, Levels
 from meshserve.wire.card import ModelCard
-from meshserve.wire.frames import Message
 from meshserve.wire.hello import PeerInfo
 
 _log = logging.getLogger(__name__)
@@ -95,6 +93,7 @@ class Mesh:
         if self.ports is not None:
             self.links.transport.adopt_router(self.ports.calls, self.links.on_stranger)
         self.calls = CallTable(self.config.transport.max_streams_per_peer, self.name_of)
+        self.stream_message = self.calls.received
 
     def _introduction(self) -> PeerInfo:
         name = self.config.name or f"{socket.gethostname().split('.')[0]}-{self.incarnation[:4]}"
@@ -223,6 +222,10 @@ class Mesh:
             raise PeerLost(f"no connection to {name}", peer=name)
         return self.calls.open(channel, method, body, sink, time.monotonic(), timeout_s)
 
+    def after_turn(self, callback: Callable[[], None]) -> None:
+        """Call this once, when this turn's messages between roles of this peer are delivered. It must not raise."""
+        self.links.transport.turn.afterwards(callback)
+
     async def call(self, peer: str, method: str, body: Any, timeout_s: float) -> Any:
         """Open a stream and wait for its end value. Raises the MeshserveError it ends in; cancelling cancels the call."""
         sink = _OneAnswer()
@@ -234,9 +237,6 @@ class Mesh:
             raise
 
     # --- what the links report
-
-    def stream_message(self, channel: Channel, message: Message, now_s: float) -> None:
-        self.calls.received(channel, message, now_s)
 
     def peer_lost(self, peer: str, reason: str) -> None:
         self.calls.peer_lost(peer, reason)

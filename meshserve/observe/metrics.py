@@ -1,5 +1,6 @@
 """Metrics of the whole mesh in Prometheus' text format, from what every peer says of itself when asked: one scrape shows all."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,6 @@ _COUNTERS = {
     "requests_done": "Requests that came to their end, as processors see them.",
     "requests_failed": "Requests that ended in an error, as processors see them.",
     "requests_left": "Requests that their caller gave up.",
-    "requests_migrated": "Requests that another worker went on with after their first token.",
     "requests_refused": "Requests that found no place in the mesh.",
     "requests_cancelled": "Requests that were ended by name.",
     "otlp_requests_sent": "Requests whose spans an OpenTelemetry collector took.",
@@ -83,6 +83,8 @@ _HISTOGRAMS = {
 """What peers call them, what Prometheus does, and what they are. They show once there was something to observe."""
 
 _LABELS = ("peer", "incarnation")
+_NAME = re.compile("[a-z][a-z0-9_]{0,62}")
+"""Of a counter that only peers know, perhaps newer ones."""
 
 
 class _Mesh(Collector):
@@ -103,7 +105,8 @@ class _Mesh(Collector):
         yield from self._histograms()
 
     def _counters(self) -> Iterator[Metric]:
-        extra = sorted({name for _, peer in self._peers for name in peer["counters"]} - _COUNTERS.keys())
+        named = {name for _, peer in self._peers for name in peer["counters"] if _NAME.fullmatch(name)}
+        extra = sorted(named - _COUNTERS.keys())
         for name in (*_COUNTERS, *extra):
             family = CounterMetricFamily(f"meshserve_{name}", _COUNTERS.get(name, name.replace("_", " ") + "."), labels=_LABELS)
             for labels, peer in self._peers:

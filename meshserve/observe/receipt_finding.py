@@ -6,7 +6,7 @@ from typing import Any
 
 from meshserve.errors import MeshserveError, RequestNotFound
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipt_store import FRONT, LATEST, RECEIPT
+from meshserve.observe.receipt_store import FRONT, LATEST, MAX_RECENT, RECEIPT, RECENT
 from meshserve.observe.receipts import PHASES, with_front
 
 _TIMEOUT_S = 2.0
@@ -51,6 +51,17 @@ async def latest_receipt(mesh: Mesh) -> dict[str, Any]:
     if found is None:
         raise RequestNotFound("no processor of this mesh has a receipt: nothing was asked yet, or they run with --no-observe", param="id")
     return await _completed(mesh, found, None)
+
+
+async def recent_requests(mesh: Mesh) -> list[str]:
+    """Names of those that ended last, the latest first; up to as many as one processor lists."""
+    answers = await _ask_all(mesh, _with_role(mesh, "processor"), RECENT, None)
+    entries = [entry for answer in answers if isinstance(answer, list) for entry in answer[:MAX_RECENT] if _is_recent(entry)]
+    return [name for name, _ in sorted(entries, key=lambda entry: float(entry[1]))][:MAX_RECENT]
+
+
+def _is_recent(entry: Any) -> bool:
+    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and type(entry[1]) in (int, float)
 
 
 async def _completed(mesh: Mesh, receipt: dict[str, Any], front: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,20 +1,26 @@
 """Where receipts are kept: a processor's own, and a frontend's part of each. Bounded; rendered when somebody asks."""
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from meshserve.errors import InvalidRequest
+from meshserve.errors import Cancelled, InvalidRequest
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import OK, Front, Receipt
 
-RECEIPT, LATEST, FRONT = "receipts.find", "receipts.latest", "receipts.front"
+RECEIPT, LATEST, RECENT, FRONT = "receipts.find", "receipts.latest", "receipts.recent", "receipts.front"
 
 MAX_NAME = 256
+_OBSERVED = ("e2e", "route", "queue", "prefill")
+"""Durations in the histograms: of a whole request, and of phases."""
+
 _MAX_CANDIDATES = 16
 """Of each role, kept of one request: the best are what "why" is about."""
+MAX_RECENT = 50
+"""Names of requests that one answer lists."""
 
 
 class Receipts:
@@ -27,6 +33,7 @@ class Receipts:
         """Told of each one."""
         mesh.serve(RECEIPT, self._on_find)
         mesh.serve(LATEST, self._on_latest)
+        mesh.serve(RECENT, self._on_recent)
 
     def keep(self, receipt: Receipt) -> None:
         """One more request is over."""
@@ -38,15 +45,13 @@ class Receipts:
             self.on_kept(receipt)
 
     def _count(self, receipt: Receipt) -> None:
-        outcome = receipt.outcome
-        kind = "done" if outcome == OK else "left" if outcome == "cancelled" else "failed"
-        self._mesh.counters.add(f"requests_{kind}")
-        if outcome != OK:
+        if receipt.outcome != OK:
+            self._mesh.counters.add("requests_left" if receipt.outcome == Cancelled.code else "requests_failed")
             return
-        observe, phases = self._mesh.histograms.observe, receipt.phases_ms
-        observe("e2e", receipt.total_ms / 1000)
-        for phase in ("route", "queue", "prefill"):
-            observe(phase, phases.get(phase, 0.0) / 1000)
+        self._mesh.counters.add("requests_done")
+        took_ms = receipt.phases_ms.get
+        durations_s = receipt.total_ms / 1000, took_ms("route", 0.0) / 1000, took_ms("queue", 0.0) / 1000, took_ms("prefill", 0.0) / 1000
+        self._mesh.histograms.observe_all(_OBSERVED, durations_s)
 
     def _on_find(self, call: IncomingCall) -> None:
         """By the mesh's name or the client's; the latest, if several are called the same. The end is None if there is none."""
@@ -60,6 +65,12 @@ class Receipts:
 
     def _on_latest(self, call: IncomingCall) -> None:
         call.end(self._render(self._kept[-1]) if self._kept else None)
+
+    def _on_recent(self, call: IncomingCall) -> None:
+        """The mesh's names of the last ones, and how many seconds ago each ended; the latest first."""
+        now_s = time.monotonic()
+        latest = itertools.islice(reversed(self._kept), MAX_RECENT)
+        call.end([[receipt.request_id, round(now_s - receipt.ended_s, 3)] for receipt in latest])
 
     def _render(self, receipt: Receipt) -> dict[str, Any]:
         return {**receipt.to_wire(), "ended_ago_s": round(time.monotonic() - receipt.ended_s, 3)}

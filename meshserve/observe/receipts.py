@@ -28,7 +28,9 @@ class Receipt:
     client_id: str
     model: str
     policy: str = ""
-    peers: dict[str, str | None] = field(default_factory=lambda: dict.fromkeys(("frontend", "processor", "router", "decode", "prefill")))
+    peers: dict[str, str | None] = field(
+        default_factory=lambda: {"frontend": None, "processor": None, "router": None, "decode": None, "prefill": None}
+    )
     candidates: Sequence[Candidate] = ()
     """Worded when somebody wants to see them."""
     prefill_candidates: Sequence[Candidate] = ()
@@ -52,11 +54,15 @@ class Receipt:
 
     def add(self, phase: str, milliseconds: float) -> None:
         """More time in this phase."""
-        self.phases_ms[phase] = self.phases_ms.get(phase, 0.0) + max(0.0, milliseconds)
+        before_ms = self.phases_ms.get(phase, 0.0)
+        self.phases_ms[phase] = before_ms + milliseconds if milliseconds > 0.0 else before_ms
 
     def keep_best(self, num_candidates: int) -> None:
         """For those who keep many: a mesh may have hundreds of workers."""
-        self.candidates, self.prefill_candidates = self.candidates[:num_candidates], self.prefill_candidates[:num_candidates]
+        if len(self.candidates) > num_candidates:
+            self.candidates = self.candidates[:num_candidates]
+        if len(self.prefill_candidates) > num_candidates:
+            self.prefill_candidates = self.prefill_candidates[:num_candidates]
 
     def to_wire(self) -> dict[str, Any]:
         """The receipt as clients see it, but for the frontend's part."""
@@ -97,6 +103,8 @@ def partition(phases_ms: Mapping[str, float], total_ms: float) -> dict[str, floa
 
 def milliseconds(value: Any) -> float:
     """What a peer says that something took; 0 for what no clock says."""
+    if type(value) is float and 0.0 <= value < _MAX_MS:
+        return value
     return min(float(value), _MAX_MS) if type(value) in (int, float) and math.isfinite(value) and value > 0 else 0.0
 
 

@@ -93,8 +93,9 @@ class WorkerReporter:
         admitted, self._admitted = tuple(self._admitted), []
         stored, self._stored = tuple(self._stored), {}
         evicted, self._evicted = tuple(self._evicted), {}
-        self._source.publish(WorkerReport(self.load(), stored, evicted, admitted).to_wire())
-        if self._engine.load().num_running:
+        load = self.load()
+        self._source.publish(WorkerReport(load, stored, evicted, admitted).to_wire())
+        if load.num_running:
             self.changed()  # load goes on changing as long as anything runs
 
     def _snapshot(self) -> Iterable[Any]:

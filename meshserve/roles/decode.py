@@ -29,24 +29,26 @@ class _Generation:
         "_has_told",
         "_is_untold",
         "_item",
-        "_position",
         "_role",
         "_waited_ms",
+        "_wire",
         "request",
     )
 
     def __init__(self, role: "DecodeRole", call: IncomingCall, request: GenerateRequest) -> None:
         self._role, self._call, self.request = role, call, request
-        self._first = self._position = request.num_generated
+        self._wire = call.wire
+        self._first = request.num_generated
         self._began_s = time.monotonic()
         self._handoff: HandoffResult | None = None
         self._waited_ms = 0.0
         """Until the engine got it."""
         self._is_untold, self._has_told = role.is_observed, False
         """Whether the processor is still to hear what was done before the first token, and whether it heard all of it."""
-        self._item: list[int] = []
+        self._item = [self._first]
+        """The last one: the position of its first token, and its tokens. The next token's position is that plus their number."""
         self._batch = -1
-        """The message that the last item leaves with."""
+        """The message that it leaves with."""
 
     def on_prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> None:
         """An item that begins with its name: tokens begin with a number, or with a list."""
@@ -57,17 +59,25 @@ class _Generation:
 
         Tokens that leave in one message are one item.
         """
-        if self._is_untold:
-            self._tell()
-        call = self._call
-        if logprobs is not None:
-            call.send([[self._position, *tokens], logprobs])
-        elif self._batch == call.num_batches:
+        if logprobs is None and self._batch == self._wire.num_batches:
             self._item += tokens
         else:
-            self._item, self._batch = [self._position, *tokens], call.num_batches
-            call.send(self._item)
-        self._position += len(tokens)
+            self._begin_item(tokens, logprobs)
+
+    def _begin_item(self, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> None:
+        if self._is_untold:
+            self._tell()
+        item = [self._position, *tokens]
+        if logprobs is None:
+            self._item, self._batch = item, self._wire.num_batches
+            self._call.send(item)
+        else:
+            self._item, self._batch = [self._position + len(tokens)], -1
+            self._call.send([item, logprobs])
+
+    @property
+    def _position(self) -> int:
+        return self._item[0] + len(self._item) - 1
 
     @property
     def num_generated(self) -> int:
@@ -83,13 +93,17 @@ class _Generation:
         else:
             self._call.end({"reason": reason, **self._account(stats.queue_ms, stats.prefill_ms, stats.decode_ms, num_cached)})
 
+    def cancel(self) -> None:
+        """Nobody waits for it any more."""
+        self._role.cancel(self)
+
     def begins(self) -> None:
         """The engine gets it now."""
         self._waited_ms = (time.monotonic() - self._began_s) * 1000
 
     def _tell(self) -> None:
         """Ahead of the first token, what was done by then: of a request that is stopped, cancelled or cut off, no more is ever heard."""
-        self._is_untold, self._batch = False, -1
+        self._is_untold = False
         if self.request.sampling.max_tokens - self._first <= 1:
             return  # its end follows at once
         admission = self._role.admission(self.request)
@@ -187,7 +201,7 @@ class DecodeRole:
         self._running[request.request_id] = generation
         if self._mesh.journal.is_on:
             self._mesh.journal.note("accepted", request.request_id)
-        call.on_cancel = lambda: self._cancel(generation)
+        call.on_cancel = generation.cancel
         candidates = self._candidates(request)
         if candidates:
             self._requester.start(request, candidates, call.deadline_s, generation.prefilled, call.send)
@@ -197,6 +211,8 @@ class DecodeRole:
 
     def _check_queue(self) -> None:
         """Raises Overloaded when more wait than may, wherever they wait: for their prompt's KV, or for a place in the batch."""
+        if len(self._running) < self._max_queue:
+            return
         load = self._engine.load()
         num_waiting = len(self._running) - max(load.num_running, load.max_running)
         if num_waiting >= self._max_queue:
@@ -262,7 +278,8 @@ class DecodeRole:
         if self._engine.load().num_waiting:
             self._mean_gap_s += (gap_s - self._mean_gap_s) * 0.05
 
-    def _cancel(self, generation: _Generation) -> None:
+    def cancel(self, generation: _Generation) -> None:
+        """Stop working on it, wherever that is."""
         self._requester.cancel(generation.request.request_id)
         self._engine.cancel(generation.request.request_id)
         self.ended(generation)

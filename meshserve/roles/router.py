@@ -1,8 +1,8 @@
 """The router role: answers "which worker is best, and why" from what workers report and what routers send out."""
 
 import time
-from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from meshserve.errors import InvalidRequest, NoWorker, ProtocolError
@@ -15,14 +15,28 @@ from meshserve.observe.worker_report import REPORT_METHOD
 from meshserve.routing.candidates import Prompt
 from meshserve.routing.cost import CostSettings
 from meshserve.routing.fleet import Fleet, Question
+from meshserve.routing.placement import Placement, RouteRequest
 from meshserve.routing.policies import POLICIES
 from meshserve.wire.booking import Booking
-from meshserve.wire.generation import unpack_tokens
+from meshserve.wire.card import ModelCard
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.load import WorkerReport
 
 _BOOKINGS_METHOD = "router.bookings"
 _WORKERS = {"decode", "prefill"}
+
+
+@dataclass(slots=True)
+class _Crew:
+    """The workers for one model."""
+
+    found_in: list[PeerInfo]
+    """What `peers_serving` said: another list as soon as any peer changes."""
+    card: ModelCard
+    decode: list[str]
+    """Incarnations."""
+    prefill: list[str]
+    """Those of workers whose card is the same."""
 
 
 class RouterRole:
@@ -33,6 +47,8 @@ class RouterRole:
         self.fleet = Fleet(settings)
         self._workers: dict[str, Watcher] = {}
         self._routers: dict[str, Watcher] = {}
+        self._crews: dict[str, _Crew] = {}
+        """By model."""
         self._bookings = WatchSource(mesh, _BOOKINGS_METHOD, lambda: ())  # what was booked before fades within two seconds
         mesh.levels.derive("bookings", lambda: self.fleet.num_bookings(time.monotonic()))
         mesh.levels.derive("booked_tokens", self.fleet.num_booked_tokens)
@@ -80,54 +96,58 @@ class RouterRole:
             watcher = watchers.pop(incarnation, None)
             if watcher is not None:
                 watcher.close()
+        self._crews.clear()
         self.fleet.leave(incarnation)
 
     # --- answering
 
     def _on_route(self, call: IncomingCall) -> None:
-        body = call.body
-        if not isinstance(body, dict) or not isinstance(body.get("request_id"), str) or not isinstance(body.get("model"), str):
-            raise ProtocolError("a question to a router names a request and a model")
-        policy, session, excluded = body.get("policy") or self._policy, body.get("session") or "", body.get("excluded") or []
-        if not isinstance(policy, str) or not isinstance(session, str):
-            raise ProtocolError("a policy and a session are strings")
-        if not isinstance(excluded, list) or not all(isinstance(incarnation, str) for incarnation in excluded):
-            raise ProtocolError("excluded workers are a list of incarnations")
+        is_local = type(call.body) is RouteRequest  # from this very peer: nothing is packed, neither the question nor the answer
+        asked = call.body if is_local else RouteRequest.from_wire(call.body)
+        policy = asked.policy or self._policy
         if policy not in POLICIES:
             raise InvalidRequest(f"unknown policy {policy!r}; there are: {', '.join(POLICIES)}", param="meshserve.policy")
-        for incarnation in excluded:
-            self.fleet.unbook(incarnation, body["request_id"])
-        is_local = isinstance(body.get("tokens"), array)  # from this very peer: nothing is packed, neither the question nor the answer
-        tokens = body["tokens"] if is_local else unpack_tokens(body.get("tokens"))
-        found = self._answer(body["request_id"], body["model"], tokens, policy, session, excluded)
-        if not is_local:
-            found.update({role: [candidate.to_wire() for candidate in found[role]] for role in ("decode", "prefill")})
-        call.end(found)
+        for incarnation in asked.excluded:
+            self.fleet.unbook(incarnation, asked.request_id)
+        found = self._answer(asked, policy)
+        call.end(found if is_local else found.to_wire())
 
-    def _answer(
-        self, request_id: str, model: str, tokens: "array[int]", policy: str, session: str, excluded: Sequence[str]
-    ) -> dict[str, Any]:
-        decode = self._able("decode", model, excluded)
+    def _answer(self, asked: RouteRequest, policy: str) -> Placement:
+        crew = self._crew_for(asked.model, asked.excluded)
+        if crew is None:
+            raise NoWorker(f"no decode worker for the model {asked.model!r} can take work now")
+        card = crew.card
+        prompt = Prompt(len(asked.tokens), card.block_size, block_hashes(asked.tokens, card.block_size, card.model_hash))
+        question = Question(asked.request_id, prompt, crew.decode, crew.prefill, asked.session)
+        found = self.fleet.choose(policy, question, time.monotonic())
+        if self._bookings.has_watchers and found.booking is not None:
+            self._bookings.publish(found.booking.to_wire())
+        return Placement(self._mesh.own.name, policy, found.decode, found.prefill)
+
+    def _crew_for(self, model: str, excluded: Sequence[str]) -> "_Crew | None":
+        """Who can take work for this model; None if nobody decodes it. Found once, as long as `peers_serving` gives the same list."""
+        decode = self._mesh.peers_serving("decode", model)
+        crew = self._crews.get(model)
+        if crew is not None and crew.found_in is decode and not excluded:
+            return crew
+        prefill = self._mesh.peers_serving("prefill", model)
+        if excluded:
+            able = ([info for info in infos if info.incarnation not in excluded] for infos in (decode, prefill))
+            return self._made_crew(*able)
+        crew = self._made_crew(decode, prefill)
+        if crew is not None:
+            self._crews[model] = crew
+        return crew
+
+    def _made_crew(self, decode: list[PeerInfo], prefill: list[PeerInfo]) -> "_Crew | None":
         if not decode:
-            raise NoWorker(f"no decode worker for the model {model!r} can take work now")
+            return None
         card = decode[0].card
         assert card is not None
-        prefill = [info for info in self._able("prefill", model, excluded) if info.card == card] if card.can_hand_over else []
-        prompt = Prompt(len(tokens), card.block_size, block_hashes(tokens, card.block_size, card.model_hash))
-        question = Question(request_id, prompt, self._followed(decode), self._followed(prefill), session)
-        found = self.fleet.choose(policy, question, time.monotonic())
-        if found.booking is not None and self._bookings.has_watchers:
-            self._bookings.publish(found.booking.to_wire())
-        return {"router": self._mesh.own.name, "policy": policy, "decode": found.decode, "prefill": found.prefill}
-
-    def _able(self, role: str, model: str, excluded: Sequence[str]) -> list[PeerInfo]:
-        serving = self._mesh.peers_serving(role, model)
-        return [info for info in serving if info.incarnation not in excluded] if excluded else serving
-
-    def _followed(self, infos: list[PeerInfo]) -> list[str]:
-        for info in infos:
+        able = [info for info in prefill if info.card == card] if card.can_hand_over else []
+        for info in (*decode, *able):
             self._follow(info.incarnation)
-        return [info.incarnation for info in infos]
+        return _Crew(decode, card, [info.incarnation for info in decode], [info.incarnation for info in able])
 
     def close(self) -> None:
         """Follow nobody any more."""

@@ -24,14 +24,18 @@ class Bookings:
     def __init__(self) -> None:
         self._bookings: dict[tuple[str, str], _Booking] = {}
         self._reported: dict[tuple[str, str], float] = {}
+        self._due_s = 0.0
+        """Nothing is due before: to find the first of a dict whose first ones are deleted all the time takes a microsecond."""
 
     def book(self, worker: Worker, request_id: str, num_tokens: int, now_s: float, num_blocks: int = 0) -> None:
         """Count this request on the worker until it reports it itself, or for two seconds.
 
         `num_tokens` are those that it will compute, `num_blocks` those that it will hold.
         """
-        self.end(worker.incarnation, request_id)
-        self._bookings[(worker.incarnation, request_id)] = _Booking(worker, num_tokens, num_blocks, now_s + BOOKING_TIMEOUT_S)
+        key = worker.incarnation, request_id
+        if key in self._bookings:
+            self.end(*key)
+        self._bookings[key] = _Booking(worker, num_tokens, num_blocks, now_s + BOOKING_TIMEOUT_S)
         worker.book(num_tokens, num_blocks)
 
     def hear(self, worker: Worker, request_id: str, num_tokens: int, now_s: float, num_blocks: int = 0) -> None:
@@ -57,14 +61,21 @@ class Bookings:
 
     def expire(self, now_s: float) -> None:
         """Bookings are made in order of time, so the first that is not due ends the search."""
-        due = []
+        if now_s < self._due_s:
+            return
+        due, self._due_s = [], now_s + BOOKING_TIMEOUT_S  # of what is booked from now on
         for key, booking in self._bookings.items():
             if booking.until_s > now_s:
+                self._due_s = booking.until_s
                 break
             due.append(key)
         for key in due:
             self.end(*key)
-        while self._reported and next(iter(self._reported.values())) <= now_s:
+        while self._reported:
+            first_s = next(iter(self._reported.values()))
+            if first_s > now_s:
+                self._due_s = min(self._due_s, first_s)
+                break
             del self._reported[next(iter(self._reported))]
 
     def __len__(self) -> int:

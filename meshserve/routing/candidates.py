@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
 from meshserve.errors import ProtocolError
@@ -14,6 +15,8 @@ _TYPICAL_TOKENS = 2048
 _ALIKE = 1.5
 """Rates within this factor are taken for one: which prompts a worker happened to see makes as much difference, and taking that for
 speed would send the next ones there, or keep them away, for nothing."""
+
+_NO_LOAD = WorkerLoad()
 
 
 @dataclass(slots=True)
@@ -62,8 +65,7 @@ class Rates:
 
     def towards(self, other: "Rates", share: float) -> "Rates":
         """A running mean."""
-        pairs = ((getattr(self, found.name), getattr(other, found.name)) for found in fields(self))
-        return Rates(*(before + (now - before) * share for before, now in pairs))
+        return Rates(*(before + (now - before) * share for before, now in zip(_figures_of(self), _figures_of(other), strict=True)))
 
     def prefill_ms(self, num_tokens: int) -> float:
         """To compute so many prompt tokens."""
@@ -74,30 +76,13 @@ class Rates:
         return self.decode_base_ms + self.decode_ms_per_block * used_blocks
 
 
-@dataclass(slots=True)
-class Terms:
-    """What the formula of :mod:`meshserve.routing.cost` needs of one worker.
+Terms = tuple[float, float, float, float, float, float, int, float]
+"""What the formula of :mod:`meshserve.routing.cost` needs of one worker, as :func:`~meshserve.routing.cost.terms_of` lists it. It changes
+with reports and bookings only, so it is worked out once for many requests. A tuple, as each question unpacks every worker's: looking up
+the fields of an object takes three times as long."""
 
-    It changes with reports and bookings only, so it is worked out once for many requests.
-    """
 
-    ready_at_s: float
-    """When the prompts that it reported as queued should all be computed."""
-    booked_ms: float
-    """To compute what is on its way there."""
-    min_wait_ms: float
-    prefill_base_ms: float
-    prefill_ms_per_token: float
-    handoff_ms_per_token: float
-    burden: float
-    """1 + w n."""
-    fixed_ms: float
-    """step + w L b used."""
-    held_block_ms: float
-    """w L b n: per block that the request will hold."""
-    free_blocks: int
-    evicted_token_ms: float
-    """regret * turnover * ms per token."""
+_figures_of = attrgetter(*(found.name for found in fields(Rates)))
 
 
 @dataclass(slots=True)
@@ -106,7 +91,7 @@ class Worker:
 
     incarnation: str
     name: str
-    load: WorkerLoad = field(default_factory=WorkerLoad)
+    load: WorkerLoad = field(default=_NO_LOAD, init=False)
     rates: Rates | None = None
     """None if it is like the others."""
     reported_at_s: float = 0.0
@@ -116,6 +101,8 @@ class Worker:
     """Uncached prompt tokens of requests that it has not reported yet."""
     booked_blocks: int = 0
     num_booked: int = 0
+    num_sequences: int = 0
+    """Running, waiting and on their way."""
     last_chosen: int = 0
     """The router's choice number at which it was last chosen to decode: breaks ties, oldest first."""
     last_prefilled: int = 0
@@ -123,20 +110,17 @@ class Worker:
     terms: Terms | None = None
     """Worked out from all this when first needed; None again after every change."""
 
-    @property
-    def num_sequences(self) -> int:
-        """Running, waiting and on their way."""
-        return self.load.num_running + self.load.num_waiting + self.num_booked
-
     def take_load(self, load: WorkerLoad, now_s: float) -> None:
         """What it reports holds from now on; bookings come on top."""
         self.load, self.reported_at_s, self.terms = load, now_s, None
+        self.num_sequences = load.num_running + load.num_waiting + self.num_booked
 
     def book(self, num_tokens: int, num_blocks: int) -> None:
         """Work that it has not reported yet is on its way there."""
         self.booked_tokens += num_tokens
         self.booked_blocks += num_blocks
         self.num_booked += 1
+        self.num_sequences += 1
         self.terms = None
 
     def unbook(self, num_tokens: int, num_blocks: int) -> None:
@@ -144,6 +128,7 @@ class Worker:
         self.booked_tokens -= num_tokens
         self.booked_blocks -= num_blocks
         self.num_booked -= 1
+        self.num_sequences -= 1
         self.terms = None
 
 

@@ -72,40 +72,34 @@ class Outlook:
     replication: Replication = field(default_factory=Replication)
 
 
-@dataclass(slots=True, eq=False)
-class Estimate:
-    """One worker for one request."""
-
-    worker: Worker
-    overlap_blocks: int
-    wait_ms: float
-    cost_ms: float
+Estimates = tuple[list[float], list[float]]
+"""How long each worker keeps one request waiting, and what it costs to send it there: milliseconds, in the workers' order."""
 
 
 def terms_of(worker: Worker, outlook: Outlook) -> Terms:
-    """Work out a worker's terms."""
+    """Work out a worker's terms, and note them there."""
     load, rates, settings = worker.load, worker.rates or outlook.rates, outlook.settings
-    num_sequences, weight = worker.num_sequences, settings.stream_weight
-    used = load.used_blocks + worker.booked_blocks
-    step_ms = rates.decode_ms(used) if num_sequences else 0.0
+    num_sequences, weight, token_ms = worker.num_sequences, settings.stream_weight, rates.prefill_ms_per_token
+    used, queued, booked = load.used_blocks + worker.booked_blocks, load.waiting_prefill_tokens, worker.booked_tokens
+    step_ms = rates.decode_base_ms + rates.decode_ms_per_block * used if num_sequences else 0.0
     slowing_ms = weight * outlook.mean_output_tokens * rates.decode_ms_per_block
     turnover = 1.0
     if outlook.mean_turnover and load.num_blocks:
         turnover = worker.recent_evictions / load.num_blocks / outlook.mean_turnover
-    turnover = min(settings.max_turnover, max(1 / settings.max_turnover, turnover))
-    return Terms(
-        worker.reported_at_s + rates.prefill_ms(load.waiting_prefill_tokens) / 1000,
-        rates.prefill_ms(worker.booked_tokens),
-        step_ms / 2,
-        rates.prefill_base_ms,
-        rates.prefill_ms_per_token,
+        turnover = min(settings.max_turnover, max(1 / settings.max_turnover, turnover))
+    burden, fixed_ms = 1 + weight * num_sequences, step_ms + slowing_ms * used
+    booked_ms = rates.prefill_base_ms + token_ms * booked if booked else 0.0
+    worker.terms = terms = (
+        worker.reported_at_s * 1000 + rates.prefill_ms(queued) + booked_ms,  # when all its prompts should be computed, queued and booked
+        step_ms / 2 + booked_ms,  # the least one waits
+        rates.prefill_base_ms * burden + fixed_ms,  # base * (1 + w n) + step + w L b used
+        token_ms * burden,  # ms per token * (1 + w n)
         rates.handoff_ms_per_token,
-        1 + weight * num_sequences,
-        step_ms + slowing_ms * used,
-        slowing_ms * num_sequences,
-        load.num_blocks - load.used_blocks - load.cached_blocks - worker.booked_blocks,
-        settings.regret_weight * outlook.regret * turnover * rates.prefill_ms_per_token,
+        slowing_ms * num_sequences,  # w L b n: per block that the request will hold
+        max(0, load.num_blocks - load.used_blocks - load.cached_blocks - worker.booked_blocks),  # free ones
+        settings.regret_weight * outlook.regret * turnover * token_ms,  # regret * turnover * ms per token
     )
+    return terms
 
 
 def estimate_all(
@@ -115,40 +109,40 @@ def estimate_all(
     outlook: Outlook,
     now_s: float,
     remote_ms: float | None = None,
-) -> list[Estimate]:
+) -> Estimates:
     """The formula, for every worker. `remote_ms` is when the best prefill worker could have computed the prompt, if there is one."""
-    num_tokens, size = prompt.num_tokens, prompt.block_size
+    num_tokens, size, now_ms = prompt.num_tokens, prompt.block_size, now_s * 1000
     num_blocks = int(num_tokens + outlook.mean_output_tokens) // size + 1
-    most_local = outlook.settings.max_local_prefill_tokens
-    estimates = []
+    most_local = num_tokens if remote_ms is None else outlook.settings.max_local_prefill_tokens
+    waits_ms, costs_ms = [], []
     for worker, overlap in zip(workers, overlaps, strict=True):
-        terms = worker.terms
-        if terms is None:
-            terms = worker.terms = terms_of(worker, outlook)
-        wait_ms = max(terms.min_wait_ms, (terms.ready_at_s - now_s) * 1000) + terms.booked_ms
-        uncached = max(1, num_tokens - overlap * size)
-        if remote_ms is None or uncached <= most_local:
-            cost_ms = wait_ms + (terms.prefill_base_ms + terms.prefill_ms_per_token * uncached) * terms.burden
-        else:
+        ready_at_ms, wait_ms, fixed_ms, token_ms, handed_ms, held_ms, free_blocks, evicted_ms = worker.terms or terms_of(worker, outlook)
+        # comparisons instead of `max`: half of this loop's time was those calls
+        if wait_ms < ready_at_ms - now_ms:
+            wait_ms = ready_at_ms - now_ms
+        uncached = num_tokens - overlap * size
+        cost_ms = fixed_ms + held_ms * num_blocks
+        if uncached > most_local and remote_ms is not None:
             wait_ms = remote_ms
-            cost_ms = (
-                remote_ms + terms.handoff_ms_per_token * uncached + (terms.prefill_base_ms + terms.prefill_ms_per_token) * terms.burden
-            )
-        cost_ms += terms.fixed_ms + terms.held_block_ms * num_blocks
-        evicted = num_blocks - overlap - max(0, terms.free_blocks)
+            cost_ms += remote_ms + handed_ms * uncached + token_ms
+        else:
+            cost_ms += wait_ms + token_ms * (uncached if uncached > 0 else 1)
+        evicted = num_blocks - overlap - free_blocks
         if evicted > 0:
-            cost_ms += terms.evicted_token_ms * size * evicted
-        estimates.append(Estimate(worker, overlap, wait_ms, cost_ms))
-    return estimates
+            cost_ms += evicted_ms * size * evicted
+        waits_ms.append(wait_ms)
+        costs_ms.append(cost_ms)
+    return waits_ms, costs_ms
 
 
-def estimate_prefill(prompt: Prompt, workers: Sequence[Worker], overlaps: Sequence[int], outlook: Outlook, now_s: float) -> list[Estimate]:
+def estimate_prefill(prompt: Prompt, workers: Sequence[Worker], overlaps: Sequence[int], outlook: Outlook, now_s: float) -> Estimates:
     """The formula for prefill workers: no streams to slow, but tickets that nobody has claimed yet, each as long as is usual."""
-    estimates = []
-    for found in estimate_all(prompt, workers, overlaps, outlook, now_s):
-        worker = found.worker
-        ticket_ms = (worker.rates or outlook.rates).prefill_ms(round(outlook.mean_uncached_tokens))
-        num_unclaimed = max(0, worker.load.num_tickets - worker.load.num_running - worker.load.num_waiting)
-        wait_ms = found.wait_ms + num_unclaimed * ticket_ms
-        estimates.append(Estimate(worker, found.overlap_blocks, wait_ms, found.cost_ms + wait_ms - found.wait_ms))
-    return estimates
+    waits_ms, costs_ms = estimate_all(prompt, workers, overlaps, outlook, now_s)
+    usual = round(outlook.mean_uncached_tokens)
+    for place, worker in enumerate(workers):
+        num_unclaimed = worker.load.num_tickets - worker.load.num_running - worker.load.num_waiting
+        if num_unclaimed > 0:
+            tickets_ms = num_unclaimed * (worker.rates or outlook.rates).prefill_ms(usual)
+            waits_ms[place] += tickets_ms
+            costs_ms[place] += tickets_ms
+    return waits_ms, costs_ms

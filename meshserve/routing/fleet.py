@@ -150,58 +150,60 @@ class Fleet:
     def choose(self, policy: str, question: Question, now_s: float) -> Answer:
         """Rank the workers and book the request on the best. KeyError for an unknown policy, or a worker that is not followed."""
         self._bookings.expire(now_s)
-        prompt, outlook, hashes = question.prompt, self.outlook, question.prompt.hashes
-        prefill: list[Candidate] = []
-        if question.prefill:
-            workers = [self._workers[incarnation] for incarnation in question.prefill]
-            overlaps = self._index.overlaps(hashes, question.prefill)
-            prefill = rank_prefill(prompt, workers, overlaps, outlook=outlook, now_s=now_s, limit=MAX_CANDIDATES)
-        workers = [self._workers[incarnation] for incarnation in question.decode]
-        overlaps = self._index.overlaps(hashes, question.decode)
+        prompt, outlook, followed = question.prompt, self.outlook, self._workers
+        prefill = self._rank_prefill(question, now_s) if question.prefill else []
+        overlaps = self._index.overlaps(prompt.hashes, question.decode)
         decode = rank(
             policy,
             prompt,
-            workers,
+            list(map(followed.__getitem__, question.decode)),
             overlaps,
             self._rng,
             outlook=outlook,
             now_s=now_s,
             remote_ms=prefill[0].cost_ms if prefill else None,
-            home=self._sessions.get(question.session),
+            home=self._sessions.get(question.session) if question.session else None,
             limit=MAX_CANDIDATES,
         )
         if not decode:
             return Answer(decode, prefill)
-        self._regret.asked(hashes[max(overlaps) :])
+        self._regret.asked(prompt.hashes, max(overlaps))
         booking = self._booking_for(question, decode[0], prefill)
         for share in booking.shares:
-            self._bookings.book(self._workers[share.incarnation], booking.request_id, share.num_tokens, now_s, share.num_blocks)
+            self._bookings.book(followed[share.incarnation], booking.request_id, share.num_tokens, now_s, share.num_blocks)
         self._note_choice(booking)
         return Answer(decode, prefill, booking)
+
+    def _rank_prefill(self, question: Question, now_s: float) -> list[Candidate]:
+        workers = [self._workers[incarnation] for incarnation in question.prefill]
+        overlaps = self._index.overlaps(question.prompt.hashes, question.prefill)
+        return rank_prefill(question.prompt, workers, overlaps, outlook=self.outlook, now_s=now_s, limit=MAX_CANDIDATES)
 
     def _booking_for(self, question: Question, chosen: Candidate, prefill: list[Candidate]) -> Booking:
         prompt, outlook = question.prompt, self.outlook
         uncached = max(1, prompt.num_tokens - chosen.overlap_blocks * prompt.block_size)
         outlook.mean_uncached_tokens += (uncached - outlook.mean_uncached_tokens) * _FOLLOW
         num_blocks = -(-prompt.num_tokens // prompt.block_size)
-        others = [candidate for candidate in prefill if candidate.incarnation != chosen.incarnation]  # nobody hands over to himself
-        if not others or uncached <= outlook.settings.max_local_prefill_tokens:
-            return Booking(question.request_id, (Share(chosen.incarnation, uncached, num_blocks),), question.session)
-        remaining = max(1, prompt.num_tokens - others[0].overlap_blocks * prompt.block_size)
-        shares = Share(chosen.incarnation, 1, num_blocks), Share(others[0].incarnation, remaining, num_blocks)
-        return Booking(question.request_id, shares, question.session)
+        if prefill and uncached > outlook.settings.max_local_prefill_tokens:
+            other = next((found for found in prefill if found.incarnation != chosen.incarnation), None)  # nobody hands over to himself
+            if other is not None:
+                remaining = max(1, prompt.num_tokens - other.overlap_blocks * prompt.block_size)
+                shares = Share(chosen.incarnation, 1, num_blocks), Share(other.incarnation, remaining, num_blocks)
+                return Booking(question.request_id, shares, question.session)
+        return Booking(question.request_id, (Share(chosen.incarnation, uncached, num_blocks),), question.session)
 
     def _note_choice(self, booking: Booking) -> None:
         """Turns and sessions, of this router's choices and of the others'."""
         self._num_choices += 1
-        decode, *prefill = (self._workers.get(share.incarnation) for share in booking.shares)
+        shares = booking.shares
+        decode = self._workers.get(shares[0].incarnation)
         if decode is not None:
             decode.last_chosen = self._num_choices
-        if prefill and prefill[0] is not None:
-            prefill[0].last_prefilled = self._num_choices
+        if len(shares) > 1 and (prefill := self._workers.get(shares[1].incarnation)) is not None:
+            prefill.last_prefilled = self._num_choices
         if booking.session:
             self._sessions.pop(booking.session, None)
-            self._sessions[booking.session] = booking.shares[0].incarnation
+            self._sessions[booking.session] = shares[0].incarnation
             if len(self._sessions) > MAX_SESSIONS:
                 del self._sessions[next(iter(self._sessions))]
 

@@ -5,121 +5,126 @@ the load is old (Mitzenmacher, "The power of two choices in randomized load bala
 """
 
 import random
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, repeat
+from operator import attrgetter
 
 from meshserve.routing.candidates import Candidate, Prompt, Worker
-from meshserve.routing.cost import Estimate, Outlook, estimate_all, estimate_prefill
+from meshserve.routing.cost import Outlook, estimate_all, estimate_prefill
 
 _WORTH_A_WORD_TOKENS = 256
 """Of equal workers one that holds so much more of a prompt is taken. Lower sends all that begins with the same few words to one worker."""
 
-Ranking = list[tuple[Estimate, str]]
+_LOAD = attrgetter("num_sequences", "last_chosen")
+
+Ranking = tuple[Sequence[int], Sequence[str]]
+"""The workers' places in a :class:`Situation`, best first, and the reasons for the first of them; the last one goes for all that follow."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Situation:
-    """What a policy may look at beside the workers."""
+    """What a policy may look at: workers, how many blocks of the prompt each holds, and the cost formula's figures for each."""
 
     prompt: Prompt
+    workers: Sequence[Worker]
+    overlaps: Sequence[int]
+    waits_ms: Sequence[float]
+    costs_ms: Sequence[float]
     outlook: Outlook
     rng: random.Random
-    now_s: float = 0.0
-    remote_ms: float | None = None
+    now_s: float
+    remote_ms: float | None
     """When the best prefill worker could have computed the prompt, if there is one."""
-    home: str | None = None
+    home: str | None
     """Incarnation of the worker that served the session last, a hint."""
 
-    def estimates(self, workers: Sequence[Worker], overlaps: Sequence[int]) -> list[Estimate]:
-        """The cost formula for workers that hold so many blocks of the prompt."""
-        return estimate_all(self.prompt, workers, overlaps, self.outlook, self.now_s, self.remote_ms)
+    def load_of(self, place: int) -> tuple[int, int]:
+        """Of two workers, the one with less comes first; else the one that was chosen longer ago."""
+        load: tuple[int, int] = _LOAD(self.workers[place])
+        return load
 
 
-def _load_of(estimate: Estimate) -> tuple[int, int]:
-    return estimate.worker.num_sequences, estimate.worker.last_chosen
+def _by_kv(situation: Situation) -> Ranking:
+    costs_ms, overlaps = situation.costs_ms, situation.overlaps
+    by_cost = sorted(range(len(costs_ms)), key=costs_ms.__getitem__)
+    num_tied = bisect_right(by_cost, costs_ms[by_cost[0]] + situation.outlook.settings.tie_ms, key=costs_ms.__getitem__)
+    deepest = max(overlaps)
+    if num_tied > 1:
+        ranked, why = _by_preference(by_cost[:num_tied], deepest, situation)
+        reasons = [why, *["about as good"] * (num_tied - 1), "would cost more"]
+        ranked += by_cost[num_tied:]
+    else:
+        ranked, reasons = by_cost, [_why_alone(overlaps[by_cost[0]], deepest), "would cost more"]
+    held = overlaps[ranked[0]]
+    if held and held > min(overlaps):
+        other = next(place for place in by_cost if overlaps[place] < held)
+        if _is_copy_due(ranked[0], other, situation):
+            place = ranked.index(other)
+            del ranked[place], reasons[min(place, num_tied)]
+            return [other, *ranked], [f"takes a copy of {held} blocks that are in demand", *reasons, "would cost more"]
+    return ranked, reasons
 
 
-def _overlap_of(estimate: Estimate) -> int:
-    return estimate.overlap_blocks
+def _by_preference(tied: list[int], deepest: int, situation: Situation) -> tuple[list[int], str]:
+    """Among equals: the session's last worker, who holds more of the prompt, as far as that is worth a word, then load and turns."""
+    workers, overlaps, size, home = situation.workers, situation.overlaps, situation.prompt.block_size, situation.home
+    loads = dict(zip(tied, map(_LOAD, map(workers.__getitem__, tied)), strict=True))
+    tied.sort(key=loads.__getitem__)
+    why = "as good as any, and its turn"
+    if deepest * size >= _WORTH_A_WORD_TOKENS:
+        words = {place: -(overlaps[place] * size // _WORTH_A_WORD_TOKENS) for place in tied}
+        tied.sort(key=words.__getitem__)
+        if words[tied[0]] != words[tied[-1]]:
+            why = f"as good as any, and holds {overlaps[tied[0]]} blocks of this prompt"
+    if home is not None:
+        at_home = [place for place in tied if workers[place].incarnation == home]
+        if at_home:
+            return at_home + [place for place in tied if place not in at_home], "as good as any, and the session was there"
+    return tied, why
 
 
-def _preference(estimate: Estimate, situation: Situation) -> tuple[int, int, int]:
-    """Among equals: who holds more of the prompt, as far as that is worth a word, then load and turns."""
-    return (-(estimate.overlap_blocks * situation.prompt.block_size // _WORTH_A_WORD_TOKENS), *_load_of(estimate))
-
-
-def _by_kv(estimates: list[Estimate], situation: Situation) -> Ranking:
-    home = situation.home
-    ranked = sorted(estimates, key=lambda estimate: estimate.cost_ms)
-    limit_ms = ranked[0].cost_ms + situation.outlook.settings.tie_ms
-    num_tied = next((rank for rank, estimate in enumerate(ranked) if estimate.cost_ms > limit_ms), len(ranked))
-    tied = sorted(ranked[:num_tied], key=lambda estimate: (estimate.worker.incarnation != home, *_preference(estimate, situation)))
-    best, deepest = tied[0], max(estimate.overlap_blocks for estimate in estimates)
-    found = [
-        (best, _why(best, tied, deepest, situation)),
-        *((estimate, "about as good") for estimate in tied[1:]),
-        *((estimate, "would cost more") for estimate in ranked[num_tied:]),
-    ]
-    second_home = _second_home(best, ranked, situation)
-    if second_home is not None:
-        why = f"takes a copy of {best.overlap_blocks} blocks that are in demand"
-        return [(second_home, why), *(entry for entry in found if entry[0] is not second_home)]
-    return found
-
-
-def _why(best: Estimate, tied: Sequence[Estimate], deepest: int, situation: Situation) -> str:
-    if len(tied) > 1:
-        if best.worker.incarnation == situation.home:
-            return "as good as any, and the session was there"
-        most, least = (_preference(found, situation)[0] for found in (max(tied, key=_overlap_of), min(tied, key=_overlap_of)))
-        if most == least:
-            return "as good as any, and its turn"
-        return f"as good as any, and holds {best.overlap_blocks} blocks of this prompt"
-    if not best.overlap_blocks:
+def _why_alone(held: int, deepest: int) -> str:
+    if not held:
         return "would answer first" if not deepest else f"computing anew costs less than waiting for {deepest} blocks"
-    if best.overlap_blocks == deepest:
+    if held == deepest:
         return f"holds {deepest} blocks of this prompt"
-    return f"holds {best.overlap_blocks} of {deepest} blocks, with less to wait for"
+    return f"holds {held} of {deepest} blocks, with less to wait for"
 
 
-def _second_home(best: Estimate, ranked: Sequence[Estimate], situation: Situation) -> Estimate | None:
-    """The cheapest worker that does not hold what the best one holds, if it is time that it does."""
-    if not best.overlap_blocks:
-        return None
-    other = next((estimate for estimate in ranked if estimate.overlap_blocks < best.overlap_blocks), None)
-    if other is None:
-        return None
-    if_held = situation.estimates([other.worker], [best.overlap_blocks])[0]
-    prefix = situation.prompt.hashes[best.overlap_blocks - 1]
-    is_due = situation.outlook.replication.is_due(prefix, best.cost_ms - if_held.cost_ms, other.cost_ms - best.cost_ms)
-    return other if is_due else None
+def _is_copy_due(best: int, other: int, situation: Situation) -> bool:
+    """Whether it is time that the cheapest worker that does not hold what the best one holds does so too."""
+    prompt, outlook, costs_ms, held = situation.prompt, situation.outlook, situation.costs_ms, situation.overlaps[best]
+    if_held_ms = estimate_all(prompt, [situation.workers[other]], [held], outlook, situation.now_s, situation.remote_ms)[1][0]
+    prefix = prompt.hashes[held - 1]
+    return outlook.replication.is_due(prefix, costs_ms[best] - if_held_ms, costs_ms[other] - costs_ms[best])
 
 
-def _by_load(estimates: list[Estimate], situation: Situation) -> Ranking:
-    ranked = sorted(estimates, key=_load_of)
-    return [(estimate, "fewest sequences" if rank == 0 else "more sequences, or chosen later") for rank, estimate in enumerate(ranked)]
+def _by_load(situation: Situation) -> Ranking:
+    return sorted(range(len(situation.workers)), key=situation.load_of), ("fewest sequences", "more sequences, or chosen later")
 
 
-def _by_two_choices(estimates: list[Estimate], situation: Situation) -> Ranking:
-    drawn = situation.rng.sample(estimates, min(2, len(estimates)))
-    rest = [estimate for estimate in estimates if estimate not in drawn]
-    ranked = sorted(drawn, key=_load_of) + sorted(rest, key=_load_of)
-    return [
-        (estimate, ("fewer sequences of two drawn", "the other of two")[rank] if rank < 2 else "not drawn")
-        for rank, estimate in enumerate(ranked)
-    ]
+def _by_two_choices(situation: Situation) -> Ranking:
+    places = range(len(situation.workers))
+    drawn = situation.rng.sample(places, min(2, len(places)))
+    rest = [place for place in places if place not in drawn]
+    ranked = sorted(drawn, key=situation.load_of) + sorted(rest, key=situation.load_of)
+    return ranked, ("fewer sequences of two drawn", "the other of two", "not drawn")
 
 
-def _by_turn(estimates: list[Estimate], situation: Situation) -> Ranking:
-    ranked = sorted(estimates, key=lambda estimate: (estimate.worker.last_chosen, estimate.worker.incarnation))
-    return [(estimate, "its turn" if rank == 0 else "later turn") for rank, estimate in enumerate(ranked)]
+def _by_turn(situation: Situation) -> Ranking:
+    workers = situation.workers
+    ranked = sorted(range(len(workers)), key=lambda place: (workers[place].last_chosen, workers[place].incarnation))
+    return ranked, ("its turn", "later turn")
 
 
-def _by_chance(estimates: list[Estimate], situation: Situation) -> Ranking:
-    return [(estimate, "by chance") for estimate in situation.rng.sample(estimates, len(estimates))]
+def _by_chance(situation: Situation) -> Ranking:
+    places = range(len(situation.workers))
+    return situation.rng.sample(places, len(places)), ("by chance",)
 
 
-POLICIES: dict[str, Callable[[list[Estimate], Situation], Ranking]] = {
+POLICIES: dict[str, Callable[[Situation], Ranking]] = {
     "kv": _by_kv,
     "round-robin": _by_turn,
     "random": _by_chance,
@@ -148,9 +153,15 @@ def rank(
     order = POLICIES[policy]
     if not workers:
         return []
-    situation = Situation(prompt, outlook or Outlook(), rng, now_s, remote_ms, home)
-    ranked = order(situation.estimates(workers, overlaps), situation)
-    return [_candidate(found, found.worker.num_sequences, why) for found, why in ranked[:limit]]
+    outlook = outlook or Outlook()
+    waits_ms, costs_ms = estimate_all(prompt, workers, overlaps, outlook, now_s, remote_ms)
+    ranked, reasons = order(Situation(prompt, workers, overlaps, waits_ms, costs_ms, outlook, rng, now_s, remote_ms, home))
+    found = []
+    for place, why in zip(ranked[:limit], chain(reasons, repeat(reasons[-1])), strict=False):
+        worker = workers[place]
+        load = worker.num_sequences
+        found.append(Candidate(worker.incarnation, worker.name, overlaps[place], load, waits_ms[place], costs_ms[place], why))
+    return found
 
 
 def rank_prefill(
@@ -163,12 +174,14 @@ def rank_prefill(
     limit: int | None = None,
 ) -> list[Candidate]:
     """Prefill workers, best first: when each could be done with this prompt, and what that would push out of its cache."""
-    estimates = estimate_prefill(prompt, workers, overlaps, outlook or Outlook(), now_s)
-    estimates.sort(key=lambda estimate: (estimate.cost_ms, estimate.worker.num_sequences, estimate.worker.last_prefilled))
-    reasons = ("could be done first", "could be done later")
-    return [_candidate(found, found.worker.load.num_tickets, reasons[rank > 0]) for rank, found in enumerate(estimates[:limit])]
+    waits_ms, costs_ms = estimate_prefill(prompt, workers, overlaps, outlook or Outlook(), now_s)
+    ranked = sorted(zip(costs_ms, workers, overlaps, waits_ms, strict=True), key=_prefill_order)
+    reasons = chain(("could be done first",), repeat("could be done later"))
+    return [
+        Candidate(worker.incarnation, worker.name, overlap, worker.load.num_tickets, wait_ms, cost_ms, why)
+        for (cost_ms, worker, overlap, wait_ms), why in zip(ranked[:limit], reasons, strict=False)
+    ]
 
 
-def _candidate(found: Estimate, load: int, why: str) -> Candidate:
-    worker = found.worker
-    return Candidate(worker.incarnation, worker.name, found.overlap_blocks, load, found.wait_ms, found.cost_ms, why)
+def _prefill_order(found: tuple[float, Worker, int, float]) -> tuple[float, int, int]:
+    return found[0], found[1].num_sequences, found[1].last_prefilled

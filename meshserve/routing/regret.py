@@ -1,6 +1,6 @@
 """How often what a cache pushed out is asked for again: what an eviction costs, measured. Pure."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 _PRIOR_EVICTIONS = 200.0
 _PRIOR_REGRET = 0.3
@@ -38,9 +38,10 @@ class Regret:
             self._num_evicted /= 2
             self._num_regretted /= 2
 
-    def asked(self, missing: Iterable[int]) -> None:
-        """A prompt has these blocks, and nobody holds them."""
-        for block_hash in missing:
+    def asked(self, hashes: Sequence[int], num_held: int) -> None:
+        """A prompt has these blocks, and nobody holds more than the first `num_held`."""
+        for place in range(num_held, len(hashes)):
+            block_hash = hashes[place]
             if block_hash in self._young:
                 del self._young[block_hash]
             elif block_hash in self._old:

@@ -7,7 +7,7 @@ from meshserve.errors import ProtocolError
 from meshserve.wire.load import MAX_FIGURE
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, as what else is made for every request: that makes an object three times as dear
 class Share:
     """What one worker gets of a request."""
 
@@ -18,7 +18,7 @@ class Share:
     """KV blocks that it will hold."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Booking:
     """One choice of a router. Known to all routers, so that two of them do not pile onto one worker."""
 

@@ -7,6 +7,7 @@ other request gets lists and maps, told apart by :func:`read_item`. The stream's
 from array import array
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from meshserve.errors import ProtocolError
@@ -88,7 +89,13 @@ class CompletionRequest:
     @property
     def is_plain(self) -> bool:
         """One answer of nothing but text: its items are bare strings."""
-        return self.num_choices == 1 and self.logprobs < 0 and self.tool_choice == "none"
+        is_one_prompt = not isinstance(self.prompt, tuple) or len(self.prompt) == 1
+        return is_one_prompt and self.n == 1 and self.logprobs < 0 and self.tool_choice == "none"
+
+    @property
+    def needs_features(self) -> bool:
+        """It asks for more than text: for what not every engine can do."""
+        return _features_of(self) != _NO_FEATURES
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`; defaults are left out."""
@@ -132,6 +139,9 @@ class CompletionRequest:
 _DEFAULTS: dict[str, Any] = {
     found.name: found.default for found in fields(CompletionRequest) if found.name not in ("request_id", "kind", "model", "prompt")
 }
+_FEATURES = ("logprobs", "tool_choice", "presence_penalty", "frequency_penalty", "logit_bias", "json_schema")
+_features_of = attrgetter(*_FEATURES)
+_NO_FEATURES = tuple(_DEFAULTS[name] for name in _FEATURES)
 _NUMBER = (int, float)
 _TYPES: dict[str, tuple[type, ...]] = {
     "request_id": (str,),
@@ -295,7 +305,12 @@ class Ending(NamedTuple):
 
     @classmethod
     def from_wire(cls, data: Any) -> "Ending":
-        """Raises ProtocolError for anything else; earlier versions say no stop string, and what later ones append is ignored."""
+        """Raises ProtocolError for anything else; earlier versions say no stop string, and what later ones append is ignored.
+
+        From this very peer it comes as it is.
+        """
+        if type(data) is cls:
+            return data
         if not isinstance(data, list) or len(data) < 3 or not isinstance(data[0], str) or not isinstance(data[1], list):
             raise ProtocolError("the end of a completion that cannot be read")
         reason, usage, receipt = data[:3]

@@ -1,6 +1,7 @@
 """What a worker reports of itself to the routers that watch it."""
 
 from dataclasses import dataclass, fields
+from operator import attrgetter
 from typing import Any
 
 from meshserve.errors import ProtocolError
@@ -41,19 +42,20 @@ class WorkerLoad:
 
     def to_wire(self) -> list[int]:
         """Plain data for :meth:`from_wire`."""
-        return [getattr(self, field.name) for field in fields(self)]
+        return list(_figures_of(self))
 
     @classmethod
     def from_wire(cls, data: Any) -> "WorkerLoad":
         """Later versions may send more numbers; fewer, or what no worker could mean, raise ProtocolError."""
-        names = [field.name for field in fields(cls)]
-        if (
-            not isinstance(data, list)
-            or len(data) < len(names)
-            or not all(type(value) is int and 0 <= value < MAX_FIGURE for value in data[: len(names)])
-        ):
+        figures = data[:_NUM_FIGURES] if isinstance(data, list) else []
+        if len(figures) < _NUM_FIGURES or set(map(type, figures)) != {int} or min(figures) < 0 or max(figures) >= MAX_FIGURE:
             raise ProtocolError("malformed load")
-        return cls(*data[: len(names)])
+        return cls(*figures)
+
+
+_NAMES = [field.name for field in fields(WorkerLoad)]
+_NUM_FIGURES = len(_NAMES)
+_figures_of = attrgetter(*_NAMES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +79,8 @@ class WorkerReport:
         if not isinstance(data, list) or len(data) < 4 or not all(isinstance(part, list) for part in data[:4]):
             raise ProtocolError("malformed worker report")
         load, stored, evicted, admitted = data[:4]
-        if not all(type(number) is int for number in stored) or not all(type(number) is int for number in evicted):
+        if not {int}.issuperset(map(type, stored)) or not {int}.issuperset(map(type, evicted)):
             raise ProtocolError("block hashes are integers")
-        if not all(isinstance(request_id, str) for request_id in admitted):
+        if not {str}.issuperset(map(type, admitted)):
             raise ProtocolError("request ids are strings")
         return cls(WorkerLoad.from_wire(load), tuple(stored), tuple(evicted), tuple(admitted))

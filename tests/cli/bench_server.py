@@ -68,6 +68,7 @@ class Server:
     """Listening; `asked` has what came, models and token counts aside."""
 
     port: int
+    models: bytes = MODELS
     asked: list[Asked] = field(default_factory=list)
     num_connections: int = 0
 
@@ -110,7 +111,7 @@ class _Served(asyncio.Protocol):
 
     def _answer(self, asked: Asked) -> None:
         if asked.path.endswith("/models"):
-            self._write(whole(200, MODELS))
+            self._write(whole(200, self._server.models))
             return
         self._server.asked.append(asked)
         self._play(iter(self._script(asked)), self._loop.time())
@@ -136,10 +137,10 @@ class _Served(asyncio.Protocol):
 
 
 @asynccontextmanager
-async def serving(script: Script, tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
+async def serving(script: Script, tls: ssl.SSLContext | None = None, models: bytes = MODELS) -> AsyncIterator[Server]:
     """A server on a free port of this loop."""
     loop = asyncio.get_running_loop()
-    made, live = Server(0), set[_Served]()
+    made, live = Server(0, models), set[_Served]()
     listening = await loop.create_server(lambda: _Served(made, script, live), "127.0.0.1", 0, ssl=tls)
     made.port = listening.sockets[0].getsockname()[1]
     try:

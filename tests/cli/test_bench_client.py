@@ -133,6 +133,17 @@ def test_nobody_at_the_port_is_one_clear_error() -> None:
     run_async(course())
 
 
+def test_a_list_of_models_that_is_none_is_one_clear_error() -> None:
+    async def course() -> None:
+        async with serving(lambda asked: [], models=b'{"data": 5}') as server:
+            target = HttpTarget(server.url, HttpSettings())
+            with pytest.raises(StartupFailed, match="names no model"):
+                await target.open()
+            await target.close()
+
+    run_async(course())
+
+
 def test_requests_say_what_was_asked_for() -> None:
     async def course() -> None:
         async with serving(lambda asked: tokens(2)) as server:
@@ -156,6 +167,12 @@ def test_requests_say_what_was_asked_for() -> None:
 def test_what_is_no_url_is_refused(url: str) -> None:
     with pytest.raises(UsageError, match="is no URL of a server"):
         parse_url(url)
+
+
+def test_a_url_with_a_password_is_refused_without_telling_it() -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_url("http://me:secret@host:8000")
+    assert "--api-key" in caught.value.message and "secret" not in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -189,7 +206,7 @@ def test_tls_is_spoken_and_a_certificate_that_nobody_knows_is_refused(tmp_path: 
             assert len((await ask(target)).times_s) == 3
             await target.close()
             target = HttpTarget(url, SETTINGS)
-            with pytest.raises(StartupFailed, match="TLS"):
+            with pytest.raises(StartupFailed, match=r"TLS.*--insecure"):
                 await target.open()
             await target.close()
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import urllib.request
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from meshserve.cli.main import main
-from tests.harness import Completed, Process, meshserve_command, run_command
+from tests.harness import Completed, Process, meshserve_command, run_command, wait_until
 
 ALONE = ("--interface", "127.0.0.1", "--no-mdns", "--mesh", "bench-tests")
 SHORT = ("--prompt-tokens", "32", "--output-tokens", "4", "--warmup", "5")
@@ -47,6 +48,7 @@ def test_a_url_is_measured_and_its_model_found(mesh: dict[str, str], tmp_path: P
     with rows.open() as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 40 and all(float(line["ttft_ms"]) > 0 and line["output_tokens"] == "4" for line in lines)
+    assert {line["run"] for line in lines} == {"run"}
 
 
 def test_the_mesh_itself_is_measured_without_http(mesh: dict[str, str]) -> None:
@@ -73,6 +75,55 @@ def test_a_sweep_names_a_knee_and_its_rule(mesh: dict[str, str], tmp_path: Path)
     done = bench(mesh["http"], "--sweep", "concurrency=1,2,4", "--duration", "0.3", *SHORT, "--report", str(report))
     assert done.exit_code == 0 and "Kleinrock" in done.stdout and "concurrency 4" in done.stdout, done
     check_report(report, 4)
+
+
+def num_answered(mesh: dict[str, str]) -> float:
+    """By the mesh, since its start."""
+    with urllib.request.urlopen(f"{mesh['http']}/metrics", timeout=5) as response:
+        found = re.search(r"^meshserve_requests_done_total\{.*\} (\S+)$", response.read().decode(), re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "interrupted after"),
+        (("--sweep", "rate=50,100"), "interrupted: 1 of 2 steps are shown"),
+        (("--compare",), "interrupted after 0 of 10 pairs"),
+    ],
+)
+def test_ctrl_c_shows_what_was_seen_until_then(mesh: dict[str, str], tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    report, rows = tmp_path / "report.html", tmp_path / "rows.csv"
+    targets = (*arguments, mesh["http"], mesh["http"]) if "--compare" in arguments else (mesh["http"], *arguments)
+    command = ["bench", *targets, *SHORT, "--warmup", "0", "--duration", "60", "--report", str(report), "--csv", str(rows)]
+    before = num_answered(mesh)
+    with Process(meshserve_command(*command)) as process:
+        wait_until(lambda: num_answered(mesh) >= before + 30, 20.0, "requests were answered")
+        process.interrupt()
+        assert process.wait() == 130, process.stderr_text
+        assert words in process.stdout_text and not process.stderr_text
+    assert words in report.read_text() and len(rows.read_text().splitlines()) > 20
+
+
+def test_ctrl_c_before_anything_was_measured_says_so(mesh: dict[str, str]) -> None:
+    before = num_answered(mesh)
+    with Process(meshserve_command("bench", mesh["http"], *SHORT, "--warmup", "60s")) as process:
+        wait_until(lambda: num_answered(mesh) >= before + 5, 20.0, "requests were answered")
+        process.interrupt()
+        assert process.wait() == 130 and "nothing was measured" in process.stdout_text and "ms  " not in process.stdout_text
+
+
+def test_the_key_of_one_side_is_shown_nowhere(mesh: dict[str, str], tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    sides = (f"{mesh['http']} api-key=secret", f"{mesh['http']} api-key='secret too'")
+    done = bench("--compare", *sides, "--pairs", "6", "--duration", "0.1", *SHORT, "--report", str(report))
+    assert done.exit_code == 0 and "api-key=..." in done.stdout and "secret" not in done.stdout + report.read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_figures_are_printed_even_where_a_file_cannot_be_written(mesh: dict[str, str]) -> None:
+    done = bench(mesh["http"], *SHORT, "--requests", "5", "--csv", "/dev/full")
+    assert done.exit_code == 1 and "time to first token" in done.stdout and "cannot be written" in done.stderr
 
 
 def test_a_run_prints_a_table_and_writes_a_report(mesh: dict[str, str], tmp_path: Path) -> None:
@@ -102,7 +153,10 @@ def check_report(path: Path, num_plots: int) -> None:
         (("http://x", "--warmup", "long"), "--warmup"),
         (("http://x", "--ramp", "rate=1"), "--ramp"),
         (("http://x", "--sweep", "rate=5"), "--sweep"),
+        (("http://x", "--sweep", "rate=5,6", "--concurrency", "2"), "--sweep says what the load is: without --concurrency"),
         (("http://x", "--extra", "[1]"), "--extra is not a JSON object"),
+        (("http://x", "--report", "/nowhere/at/all.html"), "there is no directory '/nowhere/at'"),
+        (("http://x", "--csv", "/nowhere.at/all.csv"), "there is no directory"),
         (("http://x", "--trace", "/nowhere"), "cannot be read"),
         (("http://x", "--trace", "/nowhere", "--turns", "2"), "without --turns"),
         (("http://x", "--compare", "http://a", "http://b"), "without URL"),
@@ -122,6 +176,29 @@ def test_options_are_shown_in_groups() -> None:
     assert headings == ["Target", "Load", "Prompts and answers", "What to find out", "Output", "The mesh, where no URL is given", "Other"]
 
 
-def test_a_target_that_answers_nothing_right_ends_in_exit_code_one(mesh: dict[str, str]) -> None:
-    done = bench(mesh["http"], *SHORT, "--model", "other", "--requests", "3")
+def test_a_target_that_answers_nothing_right_ends_in_exit_code_one(mesh: dict[str, str], tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    done = bench(mesh["http"], *SHORT, "--model", "other", "--requests", "3", "--report", str(report))
     assert done.exit_code == 1 and "HTTP 404 model_not_found" in done.stdout and "Traceback" not in done.stderr
+    assert "p99.9" not in done.stdout  # a table of nothing
+    check_report(report, 0)
+
+
+def test_a_comparison_with_one_that_answers_nothing_says_so_and_ends_in_exit_code_one(mesh: dict[str, str], tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    command = (
+        "--compare",
+        mesh["http"],
+        f"{mesh['http']} model=other",
+        "--pairs",
+        "6",
+        "--duration",
+        "0.1",
+        *SHORT,
+        "--report",
+        str(report),
+    )
+    done = bench(*command)
+    assert done.exit_code == 1 and "A has it in 6 turns and B in 0: requests/s" in done.stdout and "HTTP 404 model_not_found" in done.stdout
+    assert "Nothing to compare" in report.read_text()
+    check_report(report, 4)

@@ -2,7 +2,9 @@
 
 import asyncio
 import itertools
+import os
 import random
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +15,12 @@ from meshserve.cli.bench.distributions import parse_lengths
 from meshserve.cli.bench.exchange import Job
 from meshserve.cli.bench.http_target import HttpSettings, HttpTarget
 from meshserve.cli.bench.load import Load, Plan
+from meshserve.cli.bench.stopping import Stop
 from meshserve.cli.bench.tally import Goal, Tally
 from meshserve.cli.bench.texts import Scale
 from meshserve.cli.bench.workload import Shape, Workload
 from tests.cli.bench_server import Asked, Part, Script, Server, serving, tokens, whole
-from tests.harness import run_async
+from tests.harness import run_async, until
 
 JOB = Job((("user", "hello"),), 2)
 
@@ -114,6 +117,46 @@ def test_what_takes_too_long_is_an_error_and_the_run_goes_on() -> None:
 def test_a_server_that_refuses_everything_is_not_hammered() -> None:
     tally, server = run(lambda asked: [(0, whole(503, b"{}"))], Plan(clients=constant_level(2), duration_s=0.5))
     assert tally.num_done == 0 and tally.errors.keys() == {"HTTP 503"} and len(server.asked) <= 2 * 0.5 / 0.05 + 4
+
+
+@pytest.mark.parametrize("rate", [None, 50.0, 0.01])
+def test_ctrl_c_ends_the_load_with_what_there_is(rate: float | None) -> None:
+    plan = Plan(clients=constant_level(2) if rate is None else None, num_requests=100_000)
+
+    async def course() -> tuple[Tally, Load]:
+        async with serving(lambda asked: tokens(2, first_s=0.01)) as server:
+            target = HttpTarget(server.url, HttpSettings("completions", "scripted"))
+            await target.open()
+            tally = Tally(Goal())
+            dues = None if rate is None else itertools.chain([0.0, 0.0, 0.0], due_times(constant_level(rate), "constant", random.Random(0)))
+            load = Load(target, plan, itertools.repeat(JOB), dues, tally)
+            with Stop() as stop:
+                stop.watch(load)
+                running = asyncio.create_task(load.run())
+                await until(lambda: tally.num_done >= 3, 10.0, "three answers")
+                os.kill(os.getpid(), signal.SIGINT)
+                await asyncio.wait_for(running, 5.0)
+            assert stop.is_asked and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            await target.close()
+            return tally, load
+
+    tally, load = run_async(course())
+    assert load.is_stopped and load.num_open == 0 and load.num_left <= 2
+    assert 0 < tally.window_s < 20 and tally.num_done >= 3 and not tally.errors and tally.requests_per_s > 0
+
+
+def test_a_load_that_was_stopped_before_it_began_asks_nothing() -> None:
+    async def course() -> None:
+        async with serving(lambda asked: tokens(2)) as server:
+            target = HttpTarget(server.url, HttpSettings("completions", "scripted"))
+            await target.open()
+            load = Load(target, Plan(clients=constant_level(1), duration_s=60.0), itertools.repeat(JOB), None, Tally(Goal()))
+            load.stop()
+            await asyncio.wait_for(load.run(), 5.0)
+            await target.close()
+            assert not server.asked
+
+    run_async(course())
 
 
 def test_what_was_due_and_could_not_be_sent_in_time_is_counted() -> None:

@@ -10,12 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.cli.bench.arrivals import Level, due_times, parse_ramp
-from meshserve.cli.bench.compare import compare_runs
+from meshserve.cli.bench.compare import compare_runs, left_out
 from meshserve.cli.bench.distributions import parse_lengths
 from meshserve.cli.bench.exchange import Ending, Exchange, Job
 from meshserve.cli.bench.histogram import Histogram
-from meshserve.cli.bench.pairing import ratio_of
-from meshserve.cli.bench.report.svg import axis_for, linear_ticks, log_ticks
+from meshserve.cli.bench.pairing import interval_rank, ratio_of
 from meshserve.cli.bench.selfcheck import findings
 from meshserve.cli.bench.sse import EventReader
 from meshserve.cli.bench.sweep import find_knee, parse_sweep
@@ -151,6 +150,11 @@ def test_a_trace_shares_the_text_of_equal_blocks_and_keeps_lengths() -> None:
     assert [len(job.prompt) for job in (a, b, c)] == [2200, 2048, 1200]
     assert a.prompt[:2048] == b.prompt and c.prompt[:1024] != a.prompt[:1024]
     assert [(job.due_s, job.max_tokens) for job in (a, b, c)] == [(0.0, 3), (0.5, 4), (1.0, 5)]
+
+
+def test_a_trace_that_was_cut_out_of_another_begins_at_once() -> None:
+    jobs = trace_jobs([TraceLine(3600.0, 10, 1, (1,)), TraceLine(3600.5, 10, 1, (2,))], Scale(1.0), 0)
+    assert [job.due_s for job in jobs] == [0.0, 0.5]
 
 
 def test_a_trace_is_sorted_and_sped_up_and_its_mistakes_are_named() -> None:
@@ -303,6 +307,20 @@ def test_a_figure_that_too_few_pairs_have_is_left_out() -> None:
     assert not any(one.name == "goodput/s" for one in compare_runs([(turn(0.1), turn(0.1))] * 8))
 
 
+def test_a_side_that_answers_too_little_to_be_compared_is_named() -> None:
+    nothing = tally_of([exchange(0.0, [], error="HTTP 503")])
+    assert left_out([(turn(0.1), turn(0.1))] * 6) == []
+    (said,) = left_out([(turn(0.1), nothing)] * 6)
+    assert (
+        said.startswith("not compared, as A has it in 6 turns and B in 0: requests/s, output tokens/s, TTFT p50") and "goodput" not in said
+    )
+
+
+@pytest.mark.parametrize(("count", "rank"), [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (10, 1), (20, 5), (30, 9), (100, 39), (2000, 955)])
+def test_the_interval_is_that_of_the_binomial_tables(count: int, rank: int) -> None:
+    assert interval_rank(count) == rank
+
+
 @given(st.integers(0, 2**32))
 def test_the_interval_holds_the_true_ratio_nearly_always(seed: int) -> None:
     rng = random.Random(seed)
@@ -354,27 +372,3 @@ def test_what_was_delayed_unsent_or_failed_is_said() -> None:
     tally.num_delayed, tally.num_unsent = 3, 4
     said = " ".join(findings(0.1, Histogram(), Histogram(), tally))
     assert "3 requests waited" in said and "4 requests were due and never sent" in said and "1 HTTP 503 overloaded" in said
-
-
-# --- plots
-
-
-@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_ticks_lie_within_their_axis_and_are_neither_few_nor_many(low: float, width: float) -> None:
-    ticks = linear_ticks(low, low + width)
-    assert 2 <= len(ticks) <= 11 and ticks == sorted(ticks)
-    assert low - width * 1e-6 <= ticks[0] and ticks[-1] <= low + width * (1 + 1e-6)
-
-
-@given(st.floats(1e-4, 1e4), st.floats(1.5, 1e7))
-def test_ticks_of_a_logarithmic_axis_lie_within_it(low: float, factor: float) -> None:
-    ticks = log_ticks(low, low * factor)
-    assert 2 <= len(ticks) <= 12 and low * 0.998 <= ticks[0] and ticks[-1] <= low * factor * 1.002
-
-
-@given(st.lists(st.floats(allow_nan=True, allow_infinity=True, min_value=None), max_size=5), st.booleans(), st.booleans())
-def test_an_axis_has_room_for_whatever_comes(values: list[float], is_log: bool, is_from_zero: bool) -> None:
-    known = [value for value in values if not math.isfinite(value) or (abs(value) < 1e12 and (abs(value) > 1e-6 or value == 0))]
-    axis = axis_for(known, "ms", is_log, is_from_zero)
-    assert axis.low < axis.high and axis.ticks()
-    assert all(0 <= axis.place(value) <= 1 for value in known if math.isfinite(value) and (value > 0 or not is_log))

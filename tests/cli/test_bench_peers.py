@@ -30,4 +30,4 @@ def test_the_mesh_is_compared_with_its_floor() -> None:
 
 def test_throughput_agrees_with_that_of_wrk() -> None:
     found = figures("agreement", "--pairs", "6", "--seconds", "4")
-    assert found["wrk"]["requests/s"]["agrees"]
+    assert found["wrk"]["requests/s"]["verdict"] != "DIFFERS"

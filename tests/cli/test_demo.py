@@ -2,9 +2,11 @@
 
 import os
 import re
+import signal
 import socket
 import time
 
+import httpx
 import pytest
 
 from tests.harness import Completed, Process, run_command
@@ -12,6 +14,7 @@ from tests.harness.processes import meshserve_command
 from tests.harness.rights import missing_right
 
 PROMPTS = 5
+DEMO_ONCE = meshserve_command("demo", "--once", "--http", "127.0.0.1:0")
 
 
 def demo(*options: str, prefix: tuple[str, ...] = ()) -> Completed:
@@ -49,9 +52,29 @@ def test_demo_runs_on_a_machine_without_any_network() -> None:
     assert time.monotonic() - began < 15.0
 
 
-def test_an_interrupted_demo_takes_its_peers_with_it() -> None:
+def test_a_demo_that_goes_on_says_how_to_watch_it_and_that_works() -> None:
+    with Process(meshserve_command("demo", "--http", "127.0.0.1:0", "--decode", "1")) as process:
+        process.wait_for_line("Ctrl-C ends it", 15.0)
+        url = re.search(r"^  (http://127.0.0.1:\d+/)$", process.stdout_text, re.MULTILINE)
+        assert url and httpx.get(url[1]).headers["content-type"].startswith("text/html")
+        told = re.search(r"^  meshserve (trace --last --mesh .*)$", process.stdout_text, re.MULTILINE)
+        assert told
+        shown = run_command(meshserve_command(*told[1].split()), 10.0)
+        assert shown.exit_code == 0 and "DECODE CANDIDATES" in shown.stdout
+        process.interrupt()
+        assert process.wait() == 0
+
+
+def test_a_demo_whose_reader_has_seen_enough_ends_well() -> None:
+    with Process(["sh", "-c", '{ "$@"; echo "ended with $?" >&2; } | head -1', "sh", *DEMO_ONCE]) as process:
+        assert process.wait() == 0
+        assert "ended with 0" in process.stderr_text and "Traceback" not in process.stderr_text
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_a_demo_that_is_interrupted_or_whose_terminal_is_closed_takes_its_peers_with_it(number: signal.Signals) -> None:
     with Process(meshserve_command("demo", "--http", "127.0.0.1:0")) as process:
         process.wait_for_line("Ctrl-C ends it", 15.0)
-        process.interrupt()
+        os.kill(process.pid, number)
         assert process.wait() == 0
         assert "Traceback" not in process.stderr_text

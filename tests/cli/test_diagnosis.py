@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from meshserve.mesh.addresses import LocalAddress
-from meshserve.observe.diagnosis.facts import Facts, Listener, Multicast, PeerFacts, Stranger
+from meshserve.observe.diagnosis.facts import Facts, Listener, Multicast, PathMtu, PeerFacts, Stranger
 from meshserve.observe.diagnosis.findings import Finding, Severity, is_wrong, names
 from meshserve.observe.diagnosis.judging import diagnose
 from meshserve.observe.reach import PortKnock, View
@@ -157,6 +157,7 @@ TABLE: list[tuple[str, Facts, str, str]] = [
     ("long messages are lost", facts(peer("a"), replace(peer("b"), carries_large=False), peer("c")), "mtu", "b"),
     ("nobody there", NOBODY, "no_peers", "'default'"),
     ("a --peer that does not answer", replace(NOBODY, strangers=(SEED,)), "seed_silent", PLACE),
+    ("a --peer that does not answer, though others do", facts(strangers=(SEED,)), "seed_silent", PLACE),
     ("silence around", facts(peer("a"), multicast=(Multicast("eth0", "10.0.0.1", None, True),)), "alone", "this machine"),
     ("multicast cannot be sent", facts(multicast=(Multicast("eth0", "10.0.0.1", "not permitted"),)), "multicast_out", "eth0"),
     ("no network", facts(peer("a"), interfaces=HERE[:1]), "no_network", "no network"),
@@ -180,6 +181,33 @@ def test_one_cause_brings_no_others_with_it(code: str) -> None:
 
 def test_other_meshes_beside_a_sound_one_are_information() -> None:
     assert not wrong(facts(other_meshes={"lab": ("10.0.0.9:7800",)}))
+
+
+def test_neighbours_of_another_mesh_are_one_finding_and_wrong_only_if_they_were_meant() -> None:
+    strangers = tuple(Stranger("10.0.0.1", port, "open", "NULL", "mesh", "it belongs to 'lab'") for port in (7804, 7808))
+    found = [finding for finding in diagnose(facts(strangers=strangers)) if finding.code == "other_mesh"]
+    assert [finding.cause for finding in found] == ["10.0.0.1:7804, 10.0.0.1:7808 are of another mesh"]
+    assert found[0].severity is Severity.INFO
+    assert wrong(facts(peer("a"), strangers=strangers))["other_mesh"].severity is Severity.WARNING
+    meant = (strangers[0], replace(strangers[1], is_seed=True))
+    assert wrong(facts(strangers=meant))["other_mesh"].severity is Severity.ERROR
+    assert wrong(replace(NOBODY, strangers=strangers))["other_mesh"].severity is Severity.ERROR
+
+
+def test_who_has_just_started_is_no_witness_against_multicast() -> None:
+    young = (replace(with_view(name, heard=DEAF), is_young=True) for name in ADDRESSES)
+    assert not wrong(facts(*young, heard=DEAF))
+    one_young = replace(with_view("c", heard=DEAF), is_young=True)
+    assert not wrong(facts(peer("a"), peer("b"), one_young))
+
+
+def test_a_path_that_carries_less_is_named_with_the_length_that_it_carries() -> None:
+    narrow = PathMtu("eth0", 1500, 1420)
+    lossy = facts(peer("a"), replace(peer("b"), carries_large=False, path=narrow), replace(peer("c"), path=PathMtu("eth0", 1500, 1500)))
+    assert set(wrong(lossy)) == {"mtu"} and "`ip link set dev eth0 mtu 1420`" in wrong(lossy)["mtu"].advice
+    assert "packets of 1420 bytes get to b, those of 1500 that eth0 sends do not" in wrong(lossy)["mtu"].seen
+    known = facts(peer("a"), replace(peer("b"), carries_large=True, path=narrow), peer("c"))
+    assert not wrong(known) and any(finding.code == "path_mtu" for finding in diagnose(known))
 
 
 def test_what_has_ended_is_information() -> None:

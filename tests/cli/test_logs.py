@@ -51,6 +51,8 @@ def test_events_worth_a_persons_time_are_a_line_each_with_request_ids() -> None:
             assert worker.stderr_text.startswith("meshserve: OPEN MESH") and len(worker.stderr) == 1
         front.wait_for_line("peer_died", READY_S)
         found = {entry["event"]: entry for entry in events(front)}
+        assert all(line.text.startswith("{") for line in front.stderr), "every line is JSON"
+        assert found["open_mesh"]["level"] == "warning" and "OPEN MESH" in found["open_mesh"]["message"]
         assert found["peer_joined"]["peer"] in ("quiet", "second") and found["peer_joined"]["address"].startswith("tcp://127.0.0.1:")
         assert found["peer_died"]["peer"] == "quiet" and found["peer_died"]["level"] == "info"
         ((status, request_id),) = answers

@@ -46,6 +46,22 @@ def test_an_unknown_option_is_refused() -> None:
     assert done.exit_code == 2 and "No such option" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "--role", "decode", "--warp", "9"), "meshserve run --help`"),
+        (("pers",), "No such command 'pers'; there are bench, demo, "),
+        (("run", "--port", "high"), "meshserve run --help`"),
+        (("run", "--policy", "fair"), "'fair' is not one of 'kv', 'round-robin'"),
+        (("key", "new"), "meshserve key new --help`"),
+        (("trace", "one", "two"), "meshserve trace --help`"),
+        (("trace",), "or ask for --last"),
+    ],
+)
+def test_what_no_command_takes_is_said_in_one_line_with_where_to_read_on(arguments: tuple[str, ...], words: str) -> None:
+    assert_one_line(meshserve(*arguments), 2, words)
+
+
 @pytest.mark.parametrize("option", ["--port", "--http"])
 def test_a_taken_port_is_named(option: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:

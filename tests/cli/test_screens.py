@@ -1,7 +1,9 @@
 """`peers --watch` and `top` on real terminals of several sizes, and through a pipe."""
 
 import json
+import os
 import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import Process, run_command, wait_until
-from tests.harness.processes import meshserve_command
+from tests.harness.processes import child_environment, meshserve_command
 from tests.harness.tmux import Screen, has_tmux
 
 READY_S = 10.0
@@ -104,6 +106,17 @@ def test_a_pipe_gets_plain_text(mesh: dict[str, Process], view: str) -> None:
         assert process.wait() == 130
         assert "\x1b" not in process.stdout_text and not process.stderr_text
         assert "frontend,processor,router" in process.stdout_text
+
+
+@pytest.mark.parametrize("command", ["peers", "peers --watch", "top", "doctor"])
+def test_a_reader_that_has_seen_enough_is_no_failure(mesh: dict[str, Process], command: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with subprocess.Popen(
+        meshserve_command(*command.split(), *joining(mesh)), env=child_environment(), stdout=writing, stderr=subprocess.PIPE
+    ) as process:
+        os.close(writing)
+        assert process.stderr is not None and process.stderr.read() == b"" and process.wait(READY_S) == 0
 
 
 def test_peers_once_as_table_and_as_json(mesh: dict[str, Process]) -> None:

@@ -59,6 +59,22 @@ def test_any_bytes_are_some_keys(data: bytes) -> None:
     assert all(key and key.isprintable() for key in parse_keys(data))
 
 
+@given(st.lists(st.floats(0, 40) | st.sampled_from(BUCKETS_S), max_size=30), st.integers(1, 40), st.integers(0, 3))
+def test_durations_are_in_the_same_buckets_however_many_are_sorted_at_once(values: list[float], times: int, looks: int) -> None:
+    histograms = Histograms()
+    for turn in range(times):
+        for value in values:
+            histograms.observe_all(("e2e", "route"), (value, value))
+        if turn < looks:
+            histograms.snapshot()
+    expected = [0] * (len(BUCKETS_S) + 1)
+    for value in values:
+        expected[sum(bound < value for bound in BUCKETS_S)] += times
+    for name in ("e2e", "route") if values else ():
+        sum_s, counts = histograms.snapshot()[name]
+        assert counts == expected and sum_s == pytest.approx(sum(values) * times)
+
+
 @given(st.lists(st.floats(0, 40), min_size=1, max_size=200))
 def test_percentiles_lie_in_the_bucket_of_the_true_one(durations_s: list[float]) -> None:
     histograms = Histograms()

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
@@ -20,6 +20,7 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).parents[2]
 CLOSE_S = 5.0
+_STOP_S = 5.0
 
 
 class Completed(NamedTuple):
@@ -147,8 +148,9 @@ class Process:
         self._child.send_signal(signal.SIGKILL)
 
     def stop(self) -> None:
-        """Send SIGSTOP: it stands still, and its sockets stay open."""
+        """Send SIGSTOP, and wait until each of its threads stands still; its sockets stay open."""
         self._child.send_signal(signal.SIGSTOP)
+        wait_until(lambda: all(state in "TZX" for state in _thread_states(self.pid)), _STOP_S, "every thread is stopped")
 
     def resume(self) -> None:
         """Send SIGCONT: it goes on from where it was stopped."""
@@ -214,3 +216,10 @@ class Process:
     def _describe(self) -> str:
         state = "running" if self.exit_code is None else f"exit code {self.exit_code}"
         return f"{shlex.join(self.command)} (pid {self.pid}, {state})\n{self._output.tail()}"
+
+
+def _thread_states(pid: int) -> Iterator[str]:
+    """As proc(5) has them; none of a process that has ended."""
+    for path in Path("/proc", str(pid), "task").glob("*/stat"):
+        with contextlib.suppress(OSError):  # a thread may end meanwhile
+            yield path.read_text().rpartition(")")[2].split()[0]

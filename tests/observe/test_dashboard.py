@@ -119,7 +119,10 @@ def test_the_prompt_box_shows_text_then_the_waterfall_and_keys_do_all_of_it(show
     page.wait_for("document.getElementById('detail').open", 5.0)
     phases = page.evaluate("[...document.querySelectorAll('#detail .phase')].map((phase) => phase.textContent)")
     assert {"route", "prefill", "KV transfer", "decode", "other"} <= set(phases)
-    assert page.evaluate("document.querySelectorAll('#detail tbody tr').length") == 2
+    tables = page.evaluate("[...document.querySelectorAll('#detail table')].map((table) => table.querySelectorAll('tbody tr').length)")
+    assert tables == [2, 1]  # of decode workers, and of prefill workers
+    name = page.evaluate("document.querySelector('#requests .mine').dataset.request")
+    assert page.evaluate("document.querySelector('#detail .name code').textContent") == name
     page.press("Escape")
     page.wait_for("!document.getElementById('detail').open", 5.0)
     assert page.evaluate("document.activeElement.closest('.mine') !== null")
@@ -130,6 +133,51 @@ def test_the_prompt_box_shows_text_then_the_waterfall_and_keys_do_all_of_it(show
     page.wait_for("document.getElementById('detail').open", 5.0)
     assert page.evaluate("document.getElementById('detail-title').textContent") == "decode-1"
     page.press("Escape")
+
+
+@needs_chromium
+def test_a_request_that_failed_says_why_when_it_is_opened(shown: Shown) -> None:
+    body = {"model": "dummy", "prompt": "A prompt", "max_tokens": 100_000}
+    answer = httpx.post(f"{shown.url}/v1/completions", json=body, timeout=30.0)
+    assert answer.status_code == 503, answer.text
+    row = f"document.querySelector('#requests [data-request=\"{answer.headers['x-request-id']}\"][data-state=failed] button')"
+    shown.page.wait_for(f"{row} !== null", 5.0)
+    assert shown.page.evaluate(f"{row}.querySelector('.row-time').textContent") == "pool_full"
+    shown.page.evaluate(f"{row}.click()")
+    shown.page.wait_for("document.querySelector('#detail .failure') !== null", 5.0)
+    error = answer.json()["error"]
+    assert shown.page.evaluate("document.querySelector('#detail .failure').textContent") == f"{error['code']}: {error['message']}"
+    shown.page.press("Escape")
+    shown.page.wait_for("!document.getElementById('detail').open", 5.0)
+
+
+@needs_chromium
+def test_prompts_that_were_refused_are_counted_with_the_reason(shown: Shown) -> None:
+    shown.page.evaluate("document.getElementById('max-tokens').value = '100000000'; document.getElementById('burst').click()")
+    shown.page.wait_for("document.getElementById('answer').dataset.state === 'failed'", 10.0)
+    words = shown.page.evaluate("document.getElementById('answer').textContent")
+    shown.page.evaluate("document.getElementById('max-tokens').value = '32'")
+    assert words.startswith("20 of 20 prompts were not answered: ") and "max_tokens must be" in words
+    shown.page.wait_for("!document.getElementById('burst').disabled", 5.0)
+    shown.page.errors[:] = [error for error in shown.page.errors if " 400 " not in error]  # which Chromium notes of every such answer
+
+
+@needs_chromium
+def test_a_page_whose_frontend_was_started_again_with_keys_asks_for_one(shown: Shown) -> None:
+    page, keyed = shown.page, ("--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--mesh", "keyed", "--api-key", "sesame")
+    errors, addresses = page.errors[:], page.addresses[:]
+    with Process(meshserve_command("run", *keyed, "--http", "127.0.0.1:0")) as first:
+        url = first.ready(20.0)["http"]
+        page.open(f"{url}/")
+        page.wait_for("document.getElementById('key') !== null", 10.0)
+        page.evaluate("document.getElementById('key').value = 'sesame'; document.forms[0].submit()")
+        page.wait_for("document.querySelectorAll('#peers li').length === 1", 10.0)
+    with Process(meshserve_command("run", *keyed, "--http", url.removeprefix("http://"))) as again:
+        again.ready(20.0)
+        page.wait_for("document.getElementById('key') !== null", 15.0)
+    page.open(f"{shown.url}/{FAST}")
+    page.wait_for("document.querySelectorAll('#peers li').length === 4", 20.0)
+    page.errors[:], page.addresses[:] = errors, addresses  # this test's own are of another mesh, with refusals that were meant
 
 
 @needs_chromium
@@ -151,6 +199,10 @@ def test_a_phone_sees_it_all_without_scrolling_sideways(shown: Shown) -> None:
         shown.page.resize(390, 844, is_phone=True)
         shown.page.wait_for("document.getElementById('stage').clientWidth < 390", 5.0)
         assert shown.page.evaluate("document.documentElement.scrollWidth") == 390
+        shown.page.evaluate(
+            "for (const id of ['num-decode', 'requests-per-s', 'tokens-per-s']) document.getElementById(id).textContent = '1,250k'"
+        )
+        assert shown.page.evaluate("document.documentElement.scrollWidth") == 390, "whatever the load"
         outside = "[...document.querySelectorAll('#peers li')].filter((item) => item.getBoundingClientRect().right > 390).length"
         shown.page.wait_for(f"{outside} === 0", 5.0)
     finally:

@@ -259,11 +259,17 @@ def test_a_trace_fits_its_terminal(served: Served, width: int, height: int, tmp_
 
 @needs_tmux
 def test_top_shows_the_last_request(served: Served, tmp_path: Path) -> None:
+    served.ask("before-it")
     served.ask("topmost")
     command = meshserve_command("top", *ALONE, "--peer", served.seed, "--interval", "0.2")
     with Screen(command, 80, 24, tmp_path) as screen:
         screen.wait_for("PEER")
         screen.press("t")
+        screen.wait_for("topmost  ok")
+        screen.press("Left")
+        screen.wait_for("before-it  ok")
+        assert any(line.startswith("2 of the last ") for line in screen.lines())
+        screen.press("Right")
         screen.wait_for("topmost  ok")
         screen.press("Escape")
         screen.wait_for("↑PEER")

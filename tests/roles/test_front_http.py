@@ -2,62 +2,23 @@
 
 import json
 import re
-import socket
 import ssl
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.harness import Process, meshserve_command, run_command, wait_until
+from tests.roles.fronts import ALL_ROLES, BODY, Front, error_of, started
 
-ALL_ROLES = ("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0")
 KEYS = ("--api-key", "secret", "--api-key", "other")
 ORIGIN = "https://chat.example.org"
-BODY = {"model": "dummy", "prompt": "hi", "max_tokens": 2}
 LONG = {**BODY, "max_tokens": 20_000, "ignore_eos": True}
 BROWSER = {"accept": "text/html,application/xhtml+xml", "sec-fetch-site": "same-origin"}
-
-
-class Front(NamedTuple):
-    """A peer and how to reach it."""
-
-    process: Process
-    url: str
-    client: httpx.Client
-
-    def raw(self, data: bytes, timeout_s: float = 10.0) -> bytes:
-        """Send these bytes and return everything until the other side closes, or is silent."""
-        with self.connect(timeout_s) as connection:
-            connection.sendall(data)
-            parts = []
-            while part := connection.recv(65_536):
-                parts.append(part)
-            return b"".join(parts)
-
-    def connect(self, timeout_s: float = 10.0) -> socket.socket:
-        host, port = self.url.rpartition("/")[2].split(":")
-        return socket.create_connection((host, int(port)), timeout_s)
-
-    def running(self) -> int:
-        """Sequences on the worker."""
-        peers = self.client.get("/mesh/peers", headers={"authorization": "Bearer secret"}).json()
-        return sum(peer["load"]["num_running"] + peer["load"]["num_waiting"] for peer in peers)
-
-
-def started(*options: str, headers: dict[str, str] | None = None) -> Iterator[Front]:
-    with Process(meshserve_command(*ALL_ROLES, *options)) as process:
-        url = process.ready()["http"]
-        no_pool = httpx.Limits(max_keepalive_connections=0)  # a test leaves no connection to the next
-        with httpx.Client(base_url=url, timeout=10.0, headers=headers, limits=no_pool) as client:
-            yield Front(process, url, client)
-        process.terminate()
-        assert process.wait() == 0
-        assert "Traceback" not in process.stderr_text and "secret" not in process.stderr_text
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +30,6 @@ def guarded() -> Iterator[Front]:
 def front() -> Iterator[Front]:
     options = ("--max-body-bytes", "200000", "--engine-opt", "step_ms=5", "--request-timeout", "60")
     yield from started("--mesh", "front-open", *options)
-
-
-def error_of(response: httpx.Response) -> dict[str, Any]:
-    error: dict[str, Any] = response.json()["error"]
-    assert error.keys() == {"message", "type", "param", "code"}
-    return error
 
 
 # --- keys
@@ -269,28 +224,6 @@ def test_a_client_that_sends_a_huge_body_whole_before_it_reads_gets_its_413(fron
     assert streamed.status_code == 413
 
 
-def test_pipelined_requests_are_answered_in_turn_and_hundreds_of_them_are_too_many(front: Front) -> None:
-    one = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    last = one.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
-    assert front.raw(one * 9 + last).count(b"HTTP/1.1 200 OK") == 10
-    try:
-        answered = front.raw(one * 500 + last)
-    except ConnectionResetError:
-        answered = b""
-    assert answered.count(b"HTTP/1.1 200 OK") < 500
-    assert front.client.get("/health").status_code == 200
-
-
-def test_keep_alive_serves_one_request_after_the_other(front: Front) -> None:
-    with front.connect() as connection:
-        for _ in range(3):
-            connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
-            told = b""
-            while not told.endswith(b"}"):  # head and body may come one after the other
-                told += connection.recv(65_536)
-            assert told.startswith(b"HTTP/1.1 200 OK")
-
-
 # --- deadlines
 
 
@@ -434,7 +367,7 @@ def test_a_start_without_its_files_fails_in_one_line(certificate: tuple[Path, Pa
     other = tmp_path / "nonsense.pem"
     other.write_text("nonsense\n")
     empty = tmp_path / "keys"
-    empty.write_text("\n\n")
+    empty.write_text("\n# none yet\n")
     for options, code, words in (
         (("--tls-cert", str(cert)), 2, "go together"),
         (("--tls-cert", str(cert), "--tls-key", str(tmp_path / "none")), 1, "No such file"),
@@ -451,10 +384,12 @@ def test_a_start_without_its_files_fails_in_one_line(certificate: tuple[Path, Pa
 
 def test_keys_come_from_a_file_too_and_an_open_front_beyond_loopback_says_so(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("from-file\n\nanother\n")
+    keys.write_text("# who may ask\nfrom-file\n\n  # and\nanother\n")
     for front in started("--mesh", "front-file", "--api-key-file", str(keys)):
-        statuses = [front.client.get("/v1/models", headers={"x-api-key": key}).status_code for key in ("from-file", "another", "")]
-        assert statuses == [200, 200, 401]
+        statuses = [
+            front.client.get("/v1/models", headers={"x-api-key": key}).status_code for key in ("from-file", "another", "", "# who may ask")
+        ]
+        assert statuses == [200, 200, 401, 401]
     with Process(meshserve_command("run", "--role", "frontend", *ALL_ROLES[3:6], "--mesh", "front-wide", "--http", "0.0.0.0:0")) as peer:
         peer.wait_for_line("^meshserve: OPEN HTTP: no --api-key", 10.0)
         peer.terminate()

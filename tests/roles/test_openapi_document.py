@@ -90,8 +90,9 @@ def test_every_field_that_a_parser_knows_is_a_property_and_every_property_a_fiel
 
 def test_every_route_is_in_the_document_and_nothing_else_is() -> None:
     sources = [path.read_text() for path in ROUTES.rglob("*.py")]
-    routes = {path for source in sources for path in re.findall(r'Route\("([^"]+)"|^        "(/[^"]+)": \w+\.', source, re.MULTILINE)}
-    named = {re.sub(r"\{\w+(:path)?\}", "{}", one or other) for one, other in routes}
+    pattern = r'Route\("([^"]+)"|^        "(/[^"]+)": \w+\.|\bApi\(\s*"(/[^"]+)"'
+    routes = {max(found) for source in sources for found in re.findall(pattern, source, re.MULTILINE)}
+    named = {re.sub(r"\{\w+(:path)?\}", "{}", path) for path in routes}
     files, forms = {"/dashboard/{}", "/docs/{}"}, {"/login", "/logout"}
     assert {re.sub(r"\{\w+\}", "{}", path) for path in DOCUMENT["paths"]} == named - files | forms
 

@@ -1,13 +1,17 @@
 """Tokens to text, stop strings and chat templates."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.errors import InvalidRequest
-from meshserve.roles.processor.detokenizing import Detokenizer
+from meshserve.roles.processor.detokenizing import Detokenizer, Spelling
+from meshserve.roles.processor.plain_choice import PlainChoice
 from meshserve.roles.processor.stopping import StopChecker
 from meshserve.roles.processor.templating import render_chat
+from meshserve.wire.completion import EndItem
 
 
 @given(st.binary(max_size=40) | st.text(max_size=20).map(str.encode), st.data())
@@ -30,6 +34,35 @@ def test_tokens_of_any_bytes_in_any_groups_become_the_same_text(pieces: list[byt
         texts.append(detokenizer.feed(rest[:size]))
         rest = rest[size:]
     assert "".join([*texts, detokenizer.finish()]) == b"".join(pieces).decode("utf-8", "replace")
+
+
+class Bytes:
+    """A vocabulary of all bytes, and a few words."""
+
+    pieces = (*(bytes([value]) for value in range(256)), b"", b" word", "\u00e9\u20ac".encode())
+    eos_token = 256
+    eos_tokens: tuple[int, ...] = (256,)
+    vocab_size = len(pieces)
+
+    def token_bytes(self, token: int) -> bytes:
+        return self.pieces[token] if 0 <= token < self.vocab_size else b""
+
+
+SPELLING = Spelling(Bytes())
+
+
+@given(st.lists(st.integers(-1, Bytes.vocab_size), max_size=40), st.booleans(), st.data())
+def test_a_plain_choice_says_one_piece_a_token_in_whatever_steps_they_come(tokens: list[int], is_bare: bool, draw: st.DataObject) -> None:
+    said: list[Any] = []
+    choice, rest = PlainChoice(said.append, said.extend, SPELLING, 3, is_bare), tokens
+    while rest:
+        size = draw.draw(st.integers(1, len(rest)))
+        assert not choice.feed(rest[:size])
+        rest = rest[size:]
+    assert len(said) == len(tokens) == choice.num_tokens
+    assert choice.finish("length") == EndItem(3, "length", None)
+    texts = said if is_bare else [text for index, text in said if index == 3]
+    assert "".join(texts) == b"".join(map(Bytes().token_bytes, tokens)).decode("utf-8", "replace")
 
 
 def by_character(text: str, stops: tuple[str, ...]) -> str:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from meshserve.errors import ProtocolError
 from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, StartItem, TextItem, Tokenized, item_to_wire, read_item
 from meshserve.wire.frames import pack_body, unpack_body
+from meshserve.wire.generation import Sampling
 
 FULL: dict[str, Any] = {
     "request_id": "r",
@@ -117,3 +118,28 @@ def test_endings_and_tokens_cross_the_wire() -> None:
     assert Ending.from_wire(over_the_wire(ending.to_wire())) == ending
     found = Tokenized(array("I", [1, 2]), 9, "aé".encode(), array("I", [1, 2]))
     assert Tokenized.from_wire(over_the_wire(found.to_wire())).texts() == ["a", "é"]
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "max_tokens": st.integers(1, 99),
+            "min_tokens": st.integers(0, 9),
+            "temperature": st.sampled_from((0.0, 0.5)),
+            "top_p": st.sampled_from((0.9, 1.0)),
+            "top_k": st.integers(0, 9),
+            "seed": st.integers(-9, 9),
+            "ignore_eos": st.booleans(),
+            "choice": st.integers(0, 2),
+            "presence_penalty": st.sampled_from((0.0, 0.5)),
+            "logprobs": st.integers(-1, 3),
+            "json_schema": st.sampled_from(("", "{}")),
+        },
+    )
+)
+def test_sampling_crosses_the_wire_whichever_of_its_fields_are_set(values: dict[str, Any]) -> None:
+    sampling = Sampling(**values)
+    sent = sampling.to_wire()
+    assert Sampling.from_wire(over_the_wire(sent)) == sampling
+    assert sent.keys() <= values.keys() | {"max_tokens", "seed"}

@@ -1,6 +1,8 @@
 """The command: flags -> settings -> runs -> tables, JSON, CSV, a report."""
 
 import json
+import os
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -18,6 +20,7 @@ from meshserve.errors import StartupFailed, UsageError
 if TYPE_CHECKING:
     from meshserve.cli.bench.outcome import Outcome
     from meshserve.cli.bench.settings import Settings
+    from meshserve.cli.bench.stopping import Stop
     from meshserve.cli.bench.sweep import Sweep
 
 _DURATION_S, _TURN_S, _STEP_S = 10.0, 2.0, 5.0
@@ -52,6 +55,7 @@ class _Course:
         from meshserve.cli.bench.sweep import parse_sweep
 
         self._options = options
+        _check_files(options)
         self.sweep: Sweep | None = None
         self.sides: list[tuple[str, Settings]] = []
         if options["compare"] and options["sweep"]:
@@ -60,39 +64,50 @@ class _Course:
             if options["url"]:
                 raise UsageError("--compare names its targets itself: without URL")
             for spec in options["compare"]:
-                self.sides.append((spec, read_settings(_with_overrides(context, options, spec), _TURN_S)))
+                self.sides.append((_without_key(spec), read_settings(_with_overrides(context, options, spec), _TURN_S)))
             return
         if options["sweep"]:
             self.sweep = parse_sweep(options["sweep"])
+            given = [name for name in ("concurrency", "rate", "ramp") if options[name] is not None]
+            if given:
+                raise UsageError(f"--sweep says what the load is: without --{given[0]}")
             for step in self.sweep.steps:
-                over = {"concurrency": None, "rate": None, "ramp": None, self.sweep.name: step}
-                self.sides.append((f"{self.sweep.name} {step:g}", read_settings({**options, **over}, _STEP_S)))
+                self.sides.append((f"{self.sweep.name} {step:g}", read_settings({**options, self.sweep.name: step}, _STEP_S)))
             return
         self.sides.append(("run", read_settings(options, _DURATION_S)))
 
     async def run(self) -> int:
-        """Runs it, and gives the exit code: 1 if nothing was answered."""
-        outcome = await self._outcome()
-        self._write(outcome)
-        return 0 if any(run.tally.num_done for run in outcome.runs) else 1
+        """Runs it, and gives the exit code: 1 if nothing was answered, that of Ctrl-C if there was one."""
+        from meshserve.cli.bench.stopping import EXIT_CODE, Stop
 
-    async def _outcome(self) -> "Outcome":
+        stop = Stop()
+        outcome = await self._outcome(stop)
+        self._write(outcome)
+        if stop.is_asked:
+            return EXIT_CODE
+        return 0 if outcome.is_answered else 1
+
+    async def _outcome(self, stop: "Stop") -> "Outcome":
         from meshserve.cli.bench.live import Live
-        from meshserve.cli.bench.outcome import run_comparison, run_once, run_sweep
+        from meshserve.cli.bench.outcome import Course, run_comparison, run_once, run_sweep
 
         options, mesh = self._options, mesh_config(dict(self._options))
-        is_keeping_rows = options["csv_file"] is not None
         async with AsyncExitStack() as stack:
+            live = stack.enter_context(Live(2 * options["pairs"] if options["compare"] else len(self.sides)))
+            course = Course(stack, mesh, live, stop, options["csv_file"] is not None)
             if options["compare"]:
-                live = stack.enter_context(Live(2 * options["pairs"]))
-                return await run_comparison(stack, self.sides, mesh, options["pairs"], live, is_keeping_rows)
-            live = stack.enter_context(Live(len(self.sides)))
+                return await run_comparison(course, self.sides, options["pairs"])
             if self.sweep is not None:
-                return await run_sweep(stack, self.sides, mesh, live, is_keeping_rows)
-            return await run_once(stack, self.sides[0][1], mesh, live, is_keeping_rows)
+                return await run_sweep(course, self.sides)
+            return await run_once(course, self.sides[0][1])
 
     def _write(self, outcome: "Outcome") -> None:
+        """What is printed first: figures are not lost where a file cannot be written after all. Raises StartupFailed then."""
         options = self._options
+        if options["as_json"]:
+            click.echo(json.dumps(outcome.to_dict(), indent=1))
+        else:
+            outcome.print()
         try:
             if options["csv_file"]:
                 with Path(options["csv_file"]).open("w", newline="") as file:
@@ -103,21 +118,30 @@ class _Course:
                 Path(options["report"]).write_text(page(outcome, _command_line()))
         except OSError as exc:
             raise StartupFailed(f"the figures cannot be written: {exc}") from exc
-        if options["as_json"]:
-            click.echo(json.dumps(outcome.to_dict(), indent=1))
-        else:
-            outcome.print()
+
+
+def _check_files(options: Mapping[str, Any]) -> None:
+    """Before anything is measured for them. Raises UsageError."""
+    for name, file in (("--report", options["report"]), ("--csv", options["csv_file"])):
+        if file is not None:
+            place = Path(file).absolute()
+            if not place.parent.is_dir():
+                raise UsageError(f"{name} {file!r}: there is no directory {str(place.parent)!r}")
+            if not os.access(place if place.exists() else place.parent, os.W_OK):
+                raise UsageError(f"{name} {file!r}: cannot be written")
 
 
 def _command_line() -> str:
     """As it was typed, without a key."""
     words = [*sys.argv[1:]]
     for number, word in enumerate(words):
-        if word == "--api-key" and number + 1 < len(words):
-            words[number + 1] = "..."
-        elif word.startswith("--api-key="):
-            words[number] = "--api-key=..."
+        words[number] = "..." if number and words[number - 1] == "--api-key" else _without_key(word)
     return shlex.join(["meshserve", *words])
+
+
+def _without_key(words: str) -> str:
+    """A side of a comparison, or an option, as others may read it."""
+    return re.sub(r"(api-key=)(\"[^\"]*\"|'[^']*'|\S+)", r"\1...", words)
 
 
 def _with_overrides(context: click.Context, options: Mapping[str, Any], spec: str) -> dict[str, Any]:

@@ -24,6 +24,8 @@ FIGURES: dict[str, Callable[[Tally], float]] = {
     "end-to-end p99": lambda tally: tally.times["e2e"].quantile_ms(0.99),
 }
 """What is compared: rates, and times in milliseconds."""
+MIN_PAIRS = 6
+"""With fewer there is no interval of 95 %."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,16 +48,26 @@ class Compared:
 
 
 def compare_runs(pairs: Sequence[tuple[Tally, Tally]]) -> list[Compared]:
-    """All figures that both sides have, in all pairs that have them: at least six, or no interval of 95 % exists. Pure."""
+    """All figures that both sides have, in all pairs that have them, if they are enough. Pure."""
     found = []
     for name, figure in FIGURES.items():
         values = [(figure(a), figure(b)) for a, b in pairs]
         usable = [(a, b) for a, b in values if a > 0 and b > 0]  # False for NaN
-        if len(usable) < 6:
+        if len(usable) < MIN_PAIRS:
             continue
         ratio = ratio_of([b for _, b in usable], [a for a, _ in usable])
         found.append(Compared(name, _median(a for a, _ in usable), _median(b for _, b in usable), ratio))
     return found
+
+
+def left_out(pairs: Sequence[tuple[Tally, Tally]]) -> list[str]:
+    """What a reader would miss: figures that only some turns have, or only one side, as the rate of one that answers nothing. Pure."""
+    missing: dict[tuple[int, int], list[str]] = {}
+    for name, figure in FIGURES.items():
+        values = [(figure(a) > 0, figure(b) > 0) for a, b in pairs]
+        if any(a or b for a, b in values) and sum(a and b for a, b in values) < MIN_PAIRS:
+            missing.setdefault((sum(a for a, _ in values), sum(b for _, b in values)), []).append(name)
+    return [f"not compared, as A has it in {a} turns and B in {b}: {', '.join(names)}" for (a, b), names in missing.items()]
 
 
 def _median(values: Iterable[float]) -> float:
@@ -65,18 +77,20 @@ def _median(values: Iterable[float]) -> float:
 
 
 async def alternate(
-    run_a: Callable[[], Awaitable[Run]], run_b: Callable[[], Awaitable[Run]], num_pairs: int, seed: int
+    run_a: Callable[[], Awaitable[Run]], run_b: Callable[[], Awaitable[Run]], num_pairs: int, seed: int, is_stopped: Callable[[], bool]
 ) -> list[tuple[Run, Run]]:
-    """Pairs of runs; which of a pair comes first is drawn, so that a drift favours neither."""
+    """Pairs of runs; which of a pair comes first is drawn, so that a drift favours neither. A pair that was stopped counts for nothing."""
     rng = random.Random(f"order {seed}")
-    pairs = []
-    for _ in range(num_pairs):
+    pairs: list[tuple[Run, Run]] = []
+    while len(pairs) < num_pairs and not is_stopped():
         if rng.random() < 0.5:
             a = await run_a()
-            pairs.append((a, await run_b()))
+            b = await run_b()
         else:
             b = await run_b()
-            pairs.append((await run_a(), b))
+            a = await run_a()
+        if not is_stopped():
+            pairs.append((a, b))
     return pairs
 
 

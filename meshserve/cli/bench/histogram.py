@@ -13,7 +13,7 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 
 
 class Histogram:
-    """Counts of times in nanoseconds; what is negative counts as 0. Mean, least and most are exact."""
+    """Counts of times in nanoseconds; what is negative counts as 0. Mean and most are exact."""
 
     __slots__ = ("_counts", "count", "most", "total")
 

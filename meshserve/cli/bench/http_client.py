@@ -7,6 +7,8 @@ aiohttp misses the 5 % in which this must agree with wrk; at 500 streams of 16 t
 
 import asyncio
 import contextlib
+import errno
+import resource
 import ssl
 import time
 from collections import deque
@@ -17,6 +19,7 @@ import httptools
 
 CONNECT_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 2.0
+_MAX_FILES = 1 << 20
 
 
 class Reply(Protocol):
@@ -219,5 +222,14 @@ class Pool:
                     await asyncio.sleep(0)
 
 
+def ask_for_files() -> None:
+    """As many as this process may have: the usual limit is a thousand connections. Where that is not allowed, it stays at that."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_FILES if hard == resource.RLIM_INFINITY else hard, hard))
+
+
 def _reason(error: OSError) -> str:
+    if error.errno == errno.EMFILE:
+        return "too many open files here, see ulimit -n"
     return (error.strerror or str(error) or type(error).__name__).lower().split(" ('")[0]

@@ -9,11 +9,12 @@ from urllib.parse import urlsplit
 
 from meshserve.cli.bench.choices import PATHS
 from meshserve.cli.bench.exchange import Ending, Exchange, Job
-from meshserve.cli.bench.http_client import Connection, Origin, Pool
+from meshserve.cli.bench.http_client import Connection, Origin, Pool, ask_for_files
 from meshserve.cli.bench.sse import EventReader, text_of
 from meshserve.errors import StartupFailed, UsageError
 
-_ASK_TIMEOUT_S = 30.0
+_LIST_TIMEOUT_S, _ANSWER_TIMEOUT_S = 30.0, 120.0
+"""For the models, and for one token of a server that may have to load its model first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ def parse_url(url: str, is_checking_certificates: bool = True) -> tuple[Origin, 
         port = -1
     if parts.scheme not in ("http", "https") or not parts.hostname or port == -1 or parts.query:
         raise UsageError(f"{url!r} is no URL of a server: http://HOST:PORT")
+    if "@" in parts.netloc:
+        raise UsageError("no name or password in a URL, as it is shown with the figures: --api-key")
     tls = None
     if parts.scheme == "https":
         tls = ssl.create_default_context()
@@ -49,8 +52,7 @@ def parse_url(url: str, is_checking_certificates: bool = True) -> tuple[Origin, 
     base = parts.path.rstrip("/")
     for ending in (*PATHS.values(), "/v1"):
         base = base.removesuffix(ending)
-    host = parts.netloc.rpartition("@")[2]
-    return Origin(parts.hostname, port or (443 if tls else 80), tls), host, base
+    return Origin(parts.hostname, port or (443 if tls else 80), tls), parts.netloc, base
 
 
 class HttpTarget:
@@ -72,9 +74,11 @@ class HttpTarget:
         return self._pool
 
     async def open(self) -> None:
+        ask_for_files()
         self._pool = Pool(self._origin)
         status, fields = await self._ask("GET", "/v1/models")
-        models = [entry for entry in fields.get("data") or [] if isinstance(entry, dict) and entry.get("id")]
+        listed = fields.get("data")
+        models = [entry for entry in listed if isinstance(entry, dict) and entry.get("id")] if isinstance(listed, list) else []
         if status == 401:
             raise StartupFailed(f"{self.name} asks for an API key, or another one: --api-key")
         if not self.model:
@@ -141,16 +145,25 @@ class HttpTarget:
     async def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
         """One request outside the measurement. Raises StartupFailed if there is no answer."""
         encoded = json.dumps(body).encode() if body is not None else b""
+        timeout_s = _LIST_TIMEOUT_S if body is None else _ANSWER_TIMEOUT_S
         reply = _Answer()
         self.pool.start(b"%b%d\r\n\r\n%b" % (self._request_head(method, path), len(encoded), encoded), reply)
         try:
-            async with asyncio.timeout(_ASK_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 data = await reply.ended
         except TimeoutError as exc:
-            raise StartupFailed(f"{self.name} did not answer {path} within {_ASK_TIMEOUT_S:g} s") from exc
+            raise StartupFailed(f"{self.name} did not answer {path} within {timeout_s:g} s") from exc
         except ConnectionError as exc:
-            raise StartupFailed(f"{self.name} cannot be asked: {exc}; is it running?") from exc
+            raise StartupFailed(f"{self.name} cannot be asked: {exc}; {self._hint(str(exc))}") from exc
         return reply.status, _object(data)
+
+    def _hint(self, kind: str) -> str:
+        """What it may be."""
+        if "CERTIFICATE" in kind:
+            return "--insecure does not check it"
+        if kind == "connection closed" and self._origin.tls is None:
+            return "does it speak https?"
+        return "is it running?"
 
 
 class _Answer:

@@ -8,12 +8,15 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from meshserve.cli.bench.load import Load, Plan
 from meshserve.cli.bench.tally import Tally
 
 _REFRESH_S = 0.5
+_WIDE = 110
+"""Columns of a terminal in which a long label has room."""
 
 
 class _Figures(ProgressColumn):
@@ -29,21 +32,26 @@ class Live:
     def __init__(self, num_runs: int = 1) -> None:
         self._console = Console(stderr=True)
         self._is_shown = self._console.is_terminal
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), _Figures())
+        is_narrow = self._console.width < _WIDE
+        self._label_chars = 16 if is_narrow else 40
+        bar = BarColumn(bar_width=8 if is_narrow else 24)
+        figures = _Figures(table_column=Column(no_wrap=True, overflow="ellipsis"))
+        columns = (TextColumn("{task.description}"), bar, TextColumn("{task.percentage:>3.0f}%"), figures)
         self._progress = Progress(*columns, console=self._console, auto_refresh=False, transient=True)
-        self._task = self._progress.add_task("", total=num_runs, figures="")
+        self._task = self._progress.add_task("asking the target", total=num_runs, figures="")
         self._num_runs, self._num_begun = num_runs, 0
         self._plan = Plan()
+        self._num_planned: int | None = None
         self._load: Load | None = None
         self._tally: Tally | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self, label: str, plan: Plan) -> None:
-        """The next run."""
+    def begin(self, label: str, plan: Plan, num_planned: int | None = None) -> None:
+        """The next run; `num_planned` is how many requests there are, where a trace says so."""
         self._num_begun += 1
-        self._plan = plan
+        self._plan, self._num_planned = plan, plan.num_requests or num_planned
         count = f"{self._num_begun}/{self._num_runs} " if self._num_runs > 1 else ""
-        self._progress.update(self._task, description=f"{count}{label}"[:40])
+        self._progress.update(self._task, description=f"{count}{label}"[: self._label_chars])
 
     def watch(self, load: Load, tally: Tally) -> None:
         """Follow this run."""
@@ -55,7 +63,7 @@ class Live:
         self._timer = asyncio.get_running_loop().call_later(_REFRESH_S, self._draw)
         if self._load is None or self._tally is None:
             return
-        done = self._num_begun - 1 + _share(self._plan, self._tally, time.monotonic())
+        done = self._num_begun - 1 + share_done(self._plan.duration_s, self._num_planned, self._tally, time.monotonic())
         self._progress.update(self._task, completed=done, figures=_line(self._load, self._tally))
         self._progress.refresh()
 
@@ -70,15 +78,15 @@ class Live:
         self._progress.stop()
 
 
-def _share(plan: Plan, tally: Tally, now_s: float) -> float:
+def share_done(duration_s: float | None, num_requests: int | None, tally: Tally, now_s: float) -> float:
     """Of a run that is done."""
     if tally.began_s is None:
         return 0.0
     shares = [0.0]
-    if plan.duration_s:
-        shares.append((now_s - tally.began_s) / plan.duration_s)
-    if plan.num_requests:
-        shares.append((tally.num_done + tally.num_errors) / plan.num_requests)
+    if duration_s:
+        shares.append((now_s - tally.began_s) / duration_s)
+    if num_requests:
+        shares.append((tally.num_done + tally.num_errors) / num_requests)
     return min(1.0, max(shares))
 
 

@@ -65,6 +65,10 @@ class Load:
         self._pauses: set[asyncio.TimerHandle] = set()
         self._is_exhausted = False
         self._changed = asyncio.Event()
+        self._task: asyncio.Task[object] | None = None
+        self.is_stopped = False
+        self.num_left = 0
+        """Requests that were under way when the run was stopped."""
 
     @property
     def num_open(self) -> int:
@@ -76,8 +80,17 @@ class Load:
         """Since the start."""
         return time.monotonic() - self._began_s
 
+    def stop(self) -> None:
+        """End now, with what there is: no more is sent, and what is under way is left out."""
+        if self._task is not None and not self.is_stopped:
+            self._task.cancel()
+        self.is_stopped = True
+
     async def run(self) -> None:
-        """Until all is sent and answered, or timed out."""
+        """Until all is sent and answered, or timed out; or stopped."""
+        self._task = None if self.is_stopped else asyncio.current_task()
+        if self._task is None:
+            return
         self._began_s = time.monotonic()
         watch = self._loop.create_task(self._watch())
         try:
@@ -88,7 +101,13 @@ class Load:
             while self._open or not self._is_over(time.monotonic()):
                 self._changed.clear()
                 await self._changed.wait()
+        except asyncio.CancelledError:
+            if not self.is_stopped or self._task.uncancel():
+                raise
+            self._tally.close_window(time.monotonic())
+            self.num_left = sum(exchange.is_measured for exchange in self._open.values())
         finally:
+            self._task = None
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
             self._abandon()

@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from meshserve import __version__
-from meshserve.cli.bench.compare import Compared, all_times, alternate, compare_runs
+from meshserve.cli.bench.compare import Compared, all_times, alternate, compare_runs, left_out
 from meshserve.cli.bench.histogram import Histogram
 from meshserve.cli.bench.live import Live
+from meshserve.cli.bench.load import Load
 from meshserve.cli.bench.session import CSV_COLUMNS, Run, Session
 from meshserve.cli.bench.settings import Settings
+from meshserve.cli.bench.stopping import Stop
 from meshserve.cli.bench.sweep import RULE, Knee, find_knee, power
 from meshserve.cli.bench.tables import console, print_comparison, print_findings, print_run, print_sweep
+from meshserve.cli.bench.tally import Tally
 from meshserve.config import MeshConfig
 
 SCHEMA = 1
@@ -33,15 +36,26 @@ class Outcome:
     sides: tuple[str, ...] = ()
     """A and B of a comparison, whose runs take turns: A's first in each pair here, whatever the order was."""
     compared: list[Compared] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    """Of a comparison: what could not be compared, and why."""
     knee: Knee | None = None
+    interruption: str = ""
+    """What a user who ended it early must know."""
 
     @property
     def notes(self) -> list[str]:
         """What the targets are to be known for, and what the generator found about itself."""
-        told = [note for session in self.sessions for note in session.target.notes]
+        told = [self.interruption, *self.left_out] if self.interruption else [*self.left_out]
+        told += [note for session in self.sessions for note in session.target.notes]
         for run in self.runs:
             told += [*run.findings, *run.advice] if self.kind == "run" else [f"{run.label}: {finding}" for finding in run.findings]
         return list(dict.fromkeys(told))
+
+    @property
+    def is_answered(self) -> bool:
+        """Whether there is anything to show; of a comparison, whether of both sides."""
+        sides = [self.runs[0::2], self.runs[1::2]] if self.kind == "compare" else [self.runs]
+        return all(any(run.tally.num_done for run in side) for side in sides)
 
     @property
     def main_notes(self) -> list[str]:
@@ -100,49 +114,73 @@ class Outcome:
         print_findings(out, self.main_notes)
 
 
-async def _opened(stack: AsyncExitStack, settings: Settings, mesh: MeshConfig) -> Session:
-    session = Session(settings, mesh)
-    stack.push_async_callback(session.close)
-    await session.open()
-    return session
+@dataclass(frozen=True, slots=True)
+class Course:
+    """What all runs of a command have in common. Connections are closed by the stack's owner, before figures are shown."""
+
+    stack: AsyncExitStack
+    mesh: MeshConfig
+    live: Live
+    stop: Stop
+    is_keeping_rows: bool
+
+    async def opened(self, settings: Settings) -> Session:
+        """A target that is ready. Raises StartupFailed."""
+        session = Session(settings, self.mesh)
+        self.stack.push_async_callback(session.close)
+        await session.open()
+        return session
+
+    async def run(self, session: Session, label: str, shown: str, settings: Settings) -> Run:
+        """One of the runs."""
+        self.live.begin(shown, settings.plan, session.num_planned)
+
+        def watch(load: Load, tally: Tally) -> None:
+            self.live.watch(load, tally)
+            self.stop.watch(load)
+
+        return await session.run(label, settings, watch, self.is_keeping_rows)
 
 
-async def run_once(stack: AsyncExitStack, settings: Settings, mesh: MeshConfig, live: Live, is_keeping_rows: bool) -> Outcome:
+async def run_once(course: Course, settings: Settings) -> Outcome:
     """One run. Raises StartupFailed if the target cannot be used."""
-    session = await _opened(stack, settings, mesh)
-    live.begin("", settings.plan)
-    run = await session.run("run", watch=live.watch, is_keeping_rows=is_keeping_rows)
-    return Outcome("run", [run], [session])
+    session = await course.opened(settings)
+    with course.stop:
+        return Outcome("run", [await course.run(session, "run", "", settings)], [session])
 
 
-async def run_sweep(
-    stack: AsyncExitStack, steps: Sequence[tuple[str, Settings]], mesh: MeshConfig, live: Live, is_keeping_rows: bool
-) -> Outcome:
-    """A run for each step, on the same connections."""
-    session = await _opened(stack, steps[0][1], mesh)
-    runs = []
-    for label, settings in steps:
-        live.begin(label, settings.plan)
-        runs.append(await session.run(label, settings, live.watch, is_keeping_rows))
-    return Outcome("sweep", runs, [session], knee=find_knee([run.tally for run in runs]))
+async def run_sweep(course: Course, steps: Sequence[tuple[str, Settings]]) -> Outcome:
+    """A run for each step, on the same connections. Raises StartupFailed if the target cannot be used."""
+    session = await course.opened(steps[0][1])
+    runs: list[Run] = []
+    with course.stop:
+        for label, settings in steps:
+            runs.append(await course.run(session, label, label, settings))
+            if course.stop.is_asked:
+                break
+    if course.stop.is_asked and len(runs) > 1 and not runs[-1].tally.num_done:
+        del runs[-1]
+    interruption = f"interrupted: {len(runs)} of {len(steps)} steps are shown" if course.stop.is_asked else ""
+    return Outcome("sweep", runs, [session], knee=find_knee([run.tally for run in runs]), interruption=interruption)
 
 
-async def run_comparison(
-    stack: AsyncExitStack, sides: Sequence[tuple[str, Settings]], mesh: MeshConfig, num_pairs: int, live: Live, is_keeping_rows: bool
-) -> Outcome:
-    """Turns of both, in pairs."""
-    sessions = [await _opened(stack, settings, mesh) for _, settings in sides]
-    a, b = (_turns(name, session, live, is_keeping_rows) for name, session in zip("AB", sessions, strict=True))
-    pairs = await alternate(a, b, num_pairs, sides[0][1].seed)
-    compared = compare_runs([(one.tally, other.tally) for one, other in pairs])
-    return Outcome("compare", [run for pair in pairs for run in pair], sessions, tuple(spec for spec, _ in sides), compared)
+async def run_comparison(course: Course, sides: Sequence[tuple[str, Settings]], num_pairs: int) -> Outcome:
+    """Turns of both, in pairs. Raises StartupFailed if a target cannot be used."""
+    sessions = [await course.opened(settings) for _, settings in sides]
+    a, b = (_turns(course, name, session) for name, session in zip("AB", sessions, strict=True))
+    with course.stop:
+        pairs = await alternate(a, b, num_pairs, sides[0][1].seed, lambda: course.stop.is_asked)
+    interruption = f"interrupted after {len(pairs)} of {num_pairs} pairs" if course.stop.is_asked else ""
+    tallies = [(one.tally, other.tally) for one, other in pairs]
+    specs = tuple(spec for spec, _ in sides)
+    runs = [run for pair in pairs for run in pair]
+    return Outcome("compare", runs, sessions, specs, compare_runs(tallies), left_out(tallies), interruption=interruption)
 
 
-def _turns(name: str, session: Session, live: Live, is_keeping_rows: bool) -> Callable[[], Awaitable[Run]]:
+def _turns(course: Course, name: str, session: Session) -> Callable[[], Awaitable[Run]]:
     numbers = itertools.count(1)
 
     async def turn() -> Run:
-        live.begin(f"{name} {session.target.name}", session.settings.plan)
-        return await session.run(f"{name}{next(numbers)}", watch=live.watch, is_keeping_rows=is_keeping_rows)
+        return await course.run(session, f"{name}{next(numbers)}", f"{name} {session.target.name}", session.settings)
 
     return turn

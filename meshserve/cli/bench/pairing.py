@@ -27,8 +27,16 @@ class Ratio:
 def ratio_of(subjects: list[float], floors: list[float]) -> Ratio:
     """Of the pairs' ratios: the median, and the interval from order statistics, which assumes nothing about their distribution."""
     ratios = sorted(subject / floor for subject, floor in zip(subjects, floors, strict=True))
-    count = len(ratios)
-    reach = math.ceil(0.98 * math.sqrt(count))  # half the width of the binomial interval of the median's rank
-    middle = (count - 1) / 2
-    low, high = max(0, math.floor(middle - reach)), min(count - 1, math.ceil(middle + reach))
-    return Ratio(statistics.median(ratios), ratios[low], ratios[high], count)
+    rank = interval_rank(len(ratios))
+    return Ratio(statistics.median(ratios), ratios[rank], ratios[-1 - rank], len(ratios))
+
+
+def interval_rank(count: int) -> int:
+    """How many values lie outside on each side of a 95 % interval of the median; 0 for fewer than six, of which all are too few.
+
+    The median lies below the (r+1)-th of n values as often as n coins show at most r heads.
+    """
+    rank, share = 0, 2 / 2**count  # of both tails
+    while (share := share + 2 * math.comb(count, rank + 1) / 2**count) <= 0.05:
+        rank += 1
+    return rank

@@ -61,7 +61,8 @@ def findings(cpu_share: float, late: Histogram, lag: Histogram, tally: Tally) ->
     limit_ms = max(_MIN_LATE_MS, latency_ms * _MAX_SHARE_OF_LATENCY)
     if late.count and late.quantile_ms(0.99) > limit_ms:
         found.append(
-            f"the generator sent late: 1 % of requests {late.quantile_ms(0.99):.1f} ms or more after they were due, by its own fault"
+            f"the generator sent late: 1 % of requests {late.quantile_ms(0.99):.1f} ms or more after they were due, "
+            "as this machine was busy; it counts as latency and is not the target's"
         )
     limit_ms = max(_MIN_LAG_MS, latency_ms * _MAX_SHARE_OF_LATENCY)
     if lag.count and lag.quantile_ms(0.99) > limit_ms:

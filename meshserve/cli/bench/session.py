@@ -17,7 +17,7 @@ from meshserve.cli.bench.trace import TraceLine, read_trace_file
 from meshserve.cli.bench.workload import Workload, trace_jobs
 from meshserve.config import MeshConfig
 
-CSV_COLUMNS = ("due_s", "queue_ms", "ttft_ms", "tpot_ms", "e2e_ms", "prompt_tokens", "output_tokens", "error")
+CSV_COLUMNS = ("due_s", "queue_ms", "ttft_ms", "tpot_ms", "e2e_ms", "prompt_tokens", "output_tokens", "error", "run")
 
 Watcher = Callable[[Load, Tally], None]
 """Told of a run at its start; looks at it as it goes on."""
@@ -34,13 +34,16 @@ class Run:
     tally: Tally
     generator: dict[str, Any]
     findings: list[str] = field(default_factory=list)
+    is_stopped: bool = False
+    """By its user, before its end."""
 
     @property
     def advice(self) -> list[str]:
         """What makes figures weak that are not wrong."""
         num_done = self.tally.num_done
         if 0 < num_done < 1000:
-            return [f"p99.9 of {num_done} requests is their maximum; for a real one it takes 1,000 and more"]
+            of = f"{num_done} requests" if num_done > 1 else "one request"
+            return [f"p99.9 of {of} is the maximum; for a real one it takes 1,000 and more"]
         return []
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,8 +61,14 @@ class Run:
         }
 
 
+def _interruption(tally: Tally, num_left: int) -> str:
+    if tally.began_s is None:
+        return "interrupted during the warm-up: nothing was measured"
+    return f"interrupted after {tally.window_s:.1f} s; requests that were under way are left out ({num_left})"
+
+
 def _second(second: Second) -> dict[str, Any]:
-    found = {"requests": second.num_done, "errors": second.num_errors, "output_pieces": second.num_pieces}
+    found = {"due": second.num_due, "requests": second.num_done, "errors": second.num_errors, "output_pieces": second.num_pieces}
     if not second.e2e.count:
         return found
     return {**found, "ttft_p50_ms": round(second.ttft.quantile_ms(0.5), 3), "e2e_p50_ms": round(second.e2e.quantile_ms(0.5), 3)}
@@ -74,7 +83,12 @@ class Session:
         self._scale = Scale()
         self._lines: list[TraceLine] = read_trace_file(settings.trace, settings.speed) if settings.trace is not None else []
         self._num_runs = 0
-        self._rows: list[Exchange] = []
+        self._rows: list[tuple[str, Exchange]] = []
+
+    @property
+    def num_planned(self) -> int | None:
+        """Requests of the trace; None without one."""
+        return len(self._lines) or None
 
     async def open(self) -> None:
         """Connect, and learn how long the target's tokens are. Raises StartupFailed."""
@@ -101,7 +115,8 @@ class Session:
             jobs = _without_times(jobs)
         tally = Tally(settings.goal)
         next_turn = workload.next_turn if settings.shape.num_turns > 1 else None
-        load = Load(self.target, settings.plan, jobs, settings.dues(seed), tally, next_turn, self._rows.append if is_keeping_rows else None)
+        keep = (lambda exchange: self._rows.append((label, exchange))) if is_keeping_rows else None
+        load = Load(self.target, settings.plan, jobs, settings.dues(seed), tally, next_turn, keep)
         if watch is not None:
             watch(load, tally)
         gc.collect()
@@ -112,12 +127,14 @@ class Session:
             gc.unfreeze()
         check = load.check
         found = findings(check.cpu_share, check.late, check.lag, tally)
-        return Run(label, settings.load, self.target.name, self.target.model, tally, check.to_dict(), found)
+        if load.is_stopped:
+            found.insert(0, _interruption(tally, load.num_left))
+        return Run(label, settings.load, self.target.name, self.target.model, tally, check.to_dict(), found, load.is_stopped)
 
     def rows(self) -> list[list[Any]]:
         """The measured requests of all runs that kept theirs, with the columns of :data:`CSV_COLUMNS`."""
-        began_s = min((row.due_s for row in self._rows), default=0.0)
-        return [_row(row, began_s) for row in self._rows if row.is_measured]
+        began_s = min((row.due_s for _, row in self._rows), default=0.0)
+        return [[*_row(row, began_s), label] for label, row in self._rows if row.is_measured]
 
     async def close(self) -> None:
         """End all connections."""

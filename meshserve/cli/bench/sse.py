@@ -4,7 +4,8 @@ import json
 import re
 from typing import Any
 
-_CONTENT = re.compile(rb'"(?:text|content|reasoning_content|reasoning)"\s*:\s*"[^"]')
+_NAMES = ("text", "content", "reasoning_content", "reasoning")
+_CONTENT = re.compile(rb'"(?:%b)"\s*:\s*"[^"]' % "|".join(_NAMES).encode())
 """Content that is not empty. Quotes within a JSON string are escaped, so nothing that a model says can look like this."""
 _MAX_KEPT = 16
 
@@ -65,8 +66,8 @@ class EventReader:
 def text_of(fields: dict[str, Any]) -> str:
     """The content of the first choice of a chunk, or of a whole answer."""
     for choice in _choices(fields)[:1]:
-        message = choice.get("delta") or choice.get("message") or {}
-        return str(choice.get("text") or message.get("content") or message.get("reasoning_content") or "")
+        messages = [part for part in (choice, choice.get("delta"), choice.get("message")) if isinstance(part, dict)]
+        return next((part[name] for part in messages for name in _NAMES if isinstance(part.get(name), str) and part[name]), "")
     return ""
 
 

@@ -56,8 +56,7 @@ def find_knee(tallies: Sequence[Tally]) -> Knee:
     index = powers.index(max(powers))
     good_index = None
     for number, tally in enumerate(tallies):
-        share = tally.num_good / max(1, tally.num_done + tally.num_errors)
-        if not tally.goal.is_set or share < GOOD_SHARE:
+        if not tally.goal.is_set or tally.good_share < GOOD_SHARE:
             break
         good_index = number
     return Knee(index, index < len(powers) - 1, good_index)

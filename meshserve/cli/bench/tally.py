@@ -70,6 +70,11 @@ class Tally:
         self.began_s = now_s
         self.ends_s = None if duration_s is None else now_s + duration_s
 
+    def close_window(self, now_s: float) -> None:
+        """Before its time."""
+        if self.began_s is not None and (self.ends_s is None or self.ends_s > now_s):
+            self.ends_s = now_s
+
     def ended(self, exchange: Exchange) -> None:
         """One more exchange, measured or not: what was under way when the window opened counts for its rates."""
         self._count_within(exchange)
@@ -77,6 +82,7 @@ class Tally:
             return
         assert exchange.ended_s is not None
         self.last_s = max(self.last_s, exchange.ended_s)
+        self._second(exchange.due_s).num_due += 1
         second = self._second(exchange.ended_s)
         if exchange.error is not None:
             self.errors[exchange.error] += 1
@@ -103,7 +109,6 @@ class Tally:
         second.num_done += 1
         second.ttft.record_s(ttft_s)
         second.e2e.record_s(e2e_s)
-        self._second(exchange.due_s).num_due += 1
         self._count_tokens(exchange)
 
     def _count_tokens(self, exchange: Exchange) -> None:
@@ -175,6 +180,11 @@ class Tally:
         return self._num_good_within / self.window_s if self.window_s else 0.0
 
     @property
+    def good_share(self) -> float:
+        """Of all requests, failed ones included, that met the goal."""
+        return self.num_good / max(1, self.num_done + self.num_errors)
+
+    @property
     def num_errors(self) -> int:
         """Of all kinds."""
         return sum(self.errors.values())
@@ -201,7 +211,7 @@ class Tally:
         found.update({f"{name}_ms": histogram.to_dict() for name, histogram in self.times.items()})
         if self.goal.is_set:
             found["goodput_per_s"] = round(self.goodput, 3)
-            found["good_share"] = round(self.num_good / max(1, self.num_done + self.num_errors), 5)
+            found["good_share"] = round(self.good_share, 5)
         if self.num_receipts:
             found["phases_ms"] = {phase: round(value, 4) for phase, value in self.mean_phases_ms.items()}
             found["receipts"] = self.num_receipts

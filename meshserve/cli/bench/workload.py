@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from meshserve.cli.bench.distributions import Lengths
@@ -54,11 +54,12 @@ class Workload:
         return replace(job, messages=messages, max_tokens=self._shape.output_tokens.draw(self._rng), num_turns_left=job.num_turns_left - 1)
 
 
-def trace_jobs(lines: Iterable[TraceLine], scale: Scale, seed: int) -> Iterator[Job]:
-    """The requests of a trace. Blocks of equal ids have equal texts, and the last one is cut so that the length is right."""
+def trace_jobs(lines: Sequence[TraceLine], scale: Scale, seed: int) -> Iterator[Job]:
+    """The requests of a trace, the first at once. Blocks of equal ids have equal texts; the last one is cut so that the length is right."""
     texts = Texts(seed)
     block_chars = scale.num_chars(TRACE_BLOCK_SIZE, is_first=False)
     for line in lines:
         num_chars = scale.num_chars(line.num_tokens)
         blocks = "".join(texts.make(f"block {seed}.{hash_id}", block_chars) for hash_id in line.hash_ids)
-        yield Job((("user", blocks[:num_chars] or "a"),), line.num_output_tokens, due_s=line.arrival_s)
+        # from the first one's time on: a trace that was cut out of a longer one would else begin with its silence
+        yield Job((("user", blocks[:num_chars] or "a"),), line.num_output_tokens, due_s=line.arrival_s - lines[0].arrival_s)

@@ -53,14 +53,17 @@ async def _demo(settings: dict[str, Any]) -> int:
             course.cancel()
         interrupted.set()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: its terminal was closed, which its peers would not notice
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            loop.add_signal_handler(number, on_signal)
     children, view = Children(_common_options(settings)), View()
     try:
         return await _until(interrupted, _course(settings, children, view))
     finally:
-        view.close()
-        await children.stop()
+        try:
+            view.close()
+        finally:
+            await children.stop()
 
 
 async def _until(interrupted: asyncio.Event, course: Any) -> int:
@@ -78,13 +81,17 @@ async def _until(interrupted: asyncio.Event, course: Any) -> int:
 
 
 def _common_options(settings: dict[str, Any]) -> list[str]:
-    mesh = settings["mesh"] if settings["lan"] or settings["mesh"] != "default" else f"demo-{os.getpid()}"
-    options = ["--mesh", mesh, "--log-level", settings["log_level"], "--drain-timeout", "2"]
+    options = ["--mesh", _mesh(settings), "--log-level", settings["log_level"], "--drain-timeout", "2"]
     if not settings["lan"]:
         options += ["--interface", "127.0.0.1", "--no-mdns"]
     if settings["key_file"]:
         options += ["--key-file", settings["key_file"]]
     return options
+
+
+def _mesh(settings: dict[str, Any]) -> str:
+    """On loopback one of its own, unless a name was given: it should meet no other."""
+    return str(settings["mesh"]) if settings["lan"] or settings["mesh"] != "default" else f"demo-{os.getpid()}"
 
 
 def _http_address(settings: dict[str, Any]) -> str:
@@ -114,7 +121,7 @@ async def _course(settings: dict[str, Any], children: "Children", view: "View") 
     await _all_linked(url, len(children.all))
     view.started(children.all, time.monotonic() - began_s)
     num_answered = await _ask_all(url, view)
-    view.finished(url, "dummy", num_answered, not settings["once"], _joining(settings))
+    view.finished(url, "dummy", num_answered, not settings["once"], _watching(settings, seed), _joining(settings))
     while not settings["once"]:
         children.check()
         await asyncio.sleep(0.2)
@@ -141,6 +148,11 @@ async def _wait_for(children: "Children", view: "View", condition: Callable[[], 
             return
         await asyncio.sleep(_CHECK_S)
     raise StartupFailed(f"the demo's peers did not find each other in {_START_TIMEOUT_S:g} s; --log-level info says more")
+
+
+def _watching(settings: dict[str, Any], seed: str) -> str:
+    key = f" --key-file {settings['key_file']}" if settings["key_file"] else ""
+    return f"--mesh {_mesh(settings)}{'' if settings['lan'] else f' --peer {seed}'}{key}"
 
 
 def _joining(settings: dict[str, Any]) -> str:

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from rich.console import Console
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
 from meshserve.cli.demo.children import Child
+from meshserve.cli.printing import Output
 
 _PHASES = {
     "http": "blue",
@@ -27,10 +27,10 @@ class View:
     """Prints to stdout."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False, soft_wrap=False)
+        self.console = Output(highlight=False, soft_wrap=False)
         self._live: Live | None = None
         if not self.console.is_terminal:
-            self.console = Console(highlight=False, width=110)
+            self.console = Output(highlight=False, width=110)
 
     # --- peers becoming ready
 
@@ -113,15 +113,20 @@ class View:
             line.append(f" {milliseconds:.2f}")
         return line
 
-    def finished(self, url: str, model: str, num_answered: int, is_serving: bool, joining: str) -> None:
-        """What next."""
+    def finished(self, url: str, model: str, num_answered: int, is_serving: bool, watching: str, joining: str) -> None:
+        """What next; `watching` are the options that lead other commands into this mesh, `joining` is how to start more of it."""
         self.console.print(f"{num_answered} of {num_answered} prompts answered.")
         if not is_serving:
             return
         body = f'{{"model": "{model}", "prompt": "Hello", "max_tokens": 32, "stream": true}}'
-        self.console.print("\n[bold]Ask it yourself:[/]")
-        for command in (f"curl {url}/v1/completions -d '{body}'", f"curl {url}/mesh/peers", joining):
-            self.console.print(Text(f"  {command}"), soft_wrap=True)
+        sections = {
+            "Watch it, in a browser or here:": (f"{url}/", f"meshserve top {watching}"),
+            "Ask it yourself:": (f"curl {url}/v1/completions -d '{body}'", f"meshserve trace --last {watching}", joining),
+        }
+        for title, commands in sections.items():
+            self.console.print(Text(f"\n{title}", "bold"))
+            for command in commands:
+                self.console.print(Text(f"  {command}"), soft_wrap=True)
         self.console.print("\nCtrl-C ends it.")
 
     def close(self) -> None:

@@ -59,6 +59,7 @@ def _as_json(facts: Any, findings: list[Any], took_s: float) -> dict[str, Any]:
                 "version": peer.version,
                 "answers": peer.view is not None,
                 "clock_offset_s": round(peer.view.clock_offset_s, 3) if peer.view else None,
+                "longest_packet": peer.path.largest if peer.path else None,
             }
             for peer in facts.peers
         ],
@@ -75,13 +76,13 @@ _STYLES = {"error": "bold red", "warning": "bold yellow", "info": "green"}
 
 
 def _print(findings: list[Any]) -> None:
-    from rich.console import Console
     from rich.padding import Padding
     from rich.text import Text
 
     from meshserve.cli.columns import plain
+    from meshserve.cli.printing import Output
 
-    console = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    console = Output(highlight=False, soft_wrap=not sys.stdout.isatty())
     for finding in findings:
         console.print(Text.assemble((f"{finding.severity:7}", _STYLES[finding.severity]), "  ", plain(finding.cause)))
         for title, text in (("seen", finding.seen), ("do", finding.advice)):

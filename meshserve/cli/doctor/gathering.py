@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from meshserve.cli.doctor.multicast import ask_by_multicast
+from meshserve.cli.doctor.path_mtu import probe_paths
 from meshserve.cli.observing import settle
 from meshserve.config import FIRST_PORT, PORTS_PER_PEER, MeshConfig
 from meshserve.mesh.addresses import LocalAddress, choose_addresses, local_addresses, parse_host_port, resolve
@@ -24,6 +25,8 @@ _LOCAL_TIMEOUT_S, _KNOCK_TIMEOUT_S, _HELLO_TIMEOUT_S = 0.3, 0.8, 1.2
 _VIEW_TIMEOUT_S, _REACH_TIMEOUT_S, _LARGE_TIMEOUT_S = 0.8, 2.4, 2.0
 _LISTEN_S, _SETTLE_S, _GIVE_UP_S = 1.5, 0.5, 2.0
 _GROW_S, _GROWN_S, _ASK_AGAIN_S = 1.5, 3.5, 0.25
+_YOUNG_S = 3.0
+"""An announcement takes a second or two, and as long again on a machine that is busy."""
 _LARGE_AT_ONCE, _LARGE_AFTER_S = 8, 0.05
 """The other question must be on its way before a message that may block the connection for good."""
 
@@ -134,10 +137,7 @@ async def _resolved(seeds: tuple[str, ...]) -> list[tuple[str, int]]:
 
 async def _of_the_mesh(mesh: Mesh, seeds: list[tuple[str, int]], listeners: list[Listener]) -> Facts:
     places = mesh.links.membership.places()
-    large_limit = asyncio.Semaphore(_LARGE_AT_ONCE)
-    asked, knocks = await asyncio.gather(
-        asyncio.gather(*(_peer(mesh, member.info, large_limit) for member in mesh.links.membership.listed())), knock_at(places)
-    )
+    asked, knocks = await asyncio.gather(_peers(mesh), knock_at(places))
     members = {peer.incarnation: peer for peer in asked}
     heard = _hearsay(mesh, [*knocks, *(found for peer in asked for found in peer.knocks or ())], set(members))
     own = [parse_host_port(place, FIRST_PORT) for place in _own_seeds(listeners)]
@@ -158,6 +158,21 @@ async def _of_the_mesh(mesh: Mesh, seeds: list[tuple[str, int]], listeners: list
         strangers=tuple(replace(found, is_seed=(found.address, found.port) in seeds) for found in strangers),
         other_meshes=other_meshes,
     )
+
+
+async def _peers(mesh: Mesh) -> list[PeerFacts]:
+    """All members, asked at once, and the ways to those on other machines."""
+    listed = mesh.links.membership.listed()
+    own = {local.address: local.interface for local in local_addresses()}
+    outside = {member.info.incarnation: member.linked_at for member in listed if member.linked_at and member.linked_at[0] not in own}
+    young = {member.info.incarnation for member in listed if mesh.now_s() - member.started_s < _YOUNG_S}
+    large_limit = asyncio.Semaphore(_LARGE_AT_ONCE)
+    asked, paths = await asyncio.gather(
+        asyncio.gather(*(_peer(mesh, member.info, large_limit) for member in listed)),
+        asyncio.to_thread(probe_paths, list(outside.values()), own),
+    )
+    by_peer = {incarnation: paths.get(address) for incarnation, (address, _) in outside.items()}
+    return [replace(peer, path=by_peer.get(peer.incarnation), is_young=peer.incarnation in young) for peer in asked]
 
 
 async def _peer(mesh: Mesh, info: PeerInfo, large_limit: asyncio.Semaphore) -> PeerFacts:

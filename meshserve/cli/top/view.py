@@ -13,7 +13,7 @@ from meshserve.cli.top.rates import Activity, Samples, percentile_s, sparkline
 from meshserve.cli.trace.waterfall import waterfall
 from meshserve.errors import RequestNotFound
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipt_finding import latest_receipt
+from meshserve.observe.receipt_finding import find_receipt, recent_requests
 from meshserve.observe.status import list_peers
 
 _BAR_CELLS = 10
@@ -101,28 +101,41 @@ class TopView:
         self._is_detailed = False
         self._scrolled = 0
         self._traces, self._is_trace_due = False, False
+        self._recent: list[str] = []
+        """Requests that had ended last when `t` was pressed, the latest first."""
+        self._at = 0
         self._receipt: dict[str, Any] | None = None
-        """Of the request that had ended last when its key was pressed."""
+        """Of the one of them that is shown; None if there is none, or it is forgotten by now."""
 
     async def refresh(self) -> None:
         """Ask every peer."""
         self._activities = self._samples.add(await list_peers(self._mesh), time.monotonic())
         if self._is_trace_due:
-            self._is_trace_due = False
-            try:
-                self._receipt = await latest_receipt(self._mesh)
-            except RequestNotFound:
-                self._receipt = None
+            await self._find_trace()
+
+    async def _find_trace(self) -> None:
+        self._is_trace_due = False
+        if not self._recent:
+            self._recent = await recent_requests(self._mesh)
+        name = self._recent[self._at] if self._recent else ""
+        try:
+            self._receipt = await find_receipt(self._mesh, name) if name else None
+        except RequestNotFound:
+            self._receipt = None
 
     # --- keys
 
-    def on_key(self, key: str) -> None:
-        """Arrows select and sort, enter opens, escape closes, `t` shows the last request."""
+    def on_key(self, key: str) -> bool:
+        """Arrows select and sort, enter opens, escape closes, `t` shows the last request, and arrows then those before it."""
         steps = {"up": -1, "k": -1, "down": 1, "j": 1, "page-up": -_PAGE, "page-down": _PAGE}
         if key in ("escape", "backspace"):
             self._is_detailed = self._traces = False
         elif key == "t":
-            self._traces, self._is_trace_due, self._is_detailed, self._scrolled = True, True, False, 0
+            self._recent, self._at, self._is_detailed = [], 0, False
+            self._show_trace()
+        elif key in ("left", "right") and self._traces:
+            self._at = max(0, min(len(self._recent) - 1, self._at + (1 if key == "left" else -1)))
+            self._show_trace()
         elif key == "enter":
             self._is_detailed, self._traces, self._scrolled = not (self._is_detailed or self._traces), False, 0
         elif key in steps and (self._is_detailed or self._traces):
@@ -133,6 +146,10 @@ class TopView:
             self._sort_by = (self._sort_by + (1 if key in ("right", ">") else -1)) % len(_FIELDS)
         elif key == "r":
             self._is_reversed = not self._is_reversed
+        return self._is_trace_due
+
+    def _show_trace(self) -> None:
+        self._traces, self._is_trace_due, self._scrolled = True, True, 0
 
     def _select(self, step: int) -> None:
         order = [activity.peer["incarnation"] for activity in self._sorted()]
@@ -204,9 +221,12 @@ class TopView:
         return [Text(plain(line)) for line in details(activity)] if activity is not None else []
 
     def _trace(self, width: int) -> list[Text]:
-        if self._is_trace_due:
+        if self._is_trace_due and self._receipt is None:
             return [Text("looking for the last request ...", "dim")]
-        return waterfall(self._receipt, width) if self._receipt is not None else [Text("no request has ended yet")]
+        if self._receipt is None:
+            return [Text(f"{plain(self._recent[self._at])} is not kept any more" if self._recent else "no request has ended yet")]
+        place = Text(f"{self._at + 1} of the last {len(self._recent)} requests", "dim") if len(self._recent) > 1 else Text()
+        return [place, *waterfall(self._receipt, width)]
 
     def _shown(self, lines: list[Text], height: int) -> list[Text]:
         self._scrolled = max(0, min(self._scrolled, len(lines) - height))
@@ -214,7 +234,7 @@ class TopView:
 
     def _foot(self) -> Text:
         if self._traces:
-            return Text("q quit   esc back   ↑↓ scroll   t the last request by now", "reverse")
+            return Text("q quit   esc back   ↑↓ scroll   ← earlier   → later   t the last by now", "reverse")
         if self._is_detailed:
             return Text("q quit   esc back   ↑↓ scroll", "reverse")
         return Text("q quit   ↑↓ select   enter details   t last request   ←→ sort   r reverse", "reverse")

@@ -27,9 +27,8 @@ def trace(request_id: str | None, is_last: bool, as_json: bool, **settings: Any)
 
 
 async def _trace(settings: dict[str, Any], request_id: str | None, as_json: bool) -> int:
-    from rich.console import Console
-
     from meshserve.cli.observing import observer, settle, wait_for
+    from meshserve.cli.printing import Output
     from meshserve.cli.trace.waterfall import waterfall
     from meshserve.observe.receipt_finding import find_receipt, latest_receipt
 
@@ -40,7 +39,7 @@ async def _trace(settings: dict[str, Any], request_id: str | None, as_json: bool
     if as_json:
         click.echo(json.dumps(receipt, indent=1))
         return 0
-    console = Console(highlight=False, soft_wrap=True)
+    console = Output(highlight=False, soft_wrap=True)
     width, height = (console.width, console.height - 1) if console.is_terminal else (None, None)
     for line in waterfall(receipt, width, height):
         console.print(line)

@@ -23,8 +23,7 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
         raise InvalidRequest(f"top_p must be above 0 and at most 1, not {sampling.top_p}", param="top_p")
     if not 0 <= sampling.choice < 2**32:
         raise InvalidRequest(f"there is no choice {sampling.choice}", param="n")
-    for name in ("presence_penalty", "frequency_penalty"):
-        value = getattr(sampling, name)
+    for name, value in (("presence_penalty", sampling.presence_penalty), ("frequency_penalty", sampling.frequency_penalty)):
         if not -_MOST_PENALTY <= value <= _MOST_PENALTY:
             raise InvalidRequest(f"{name} must be from -2 to 2, not {value}", param=name)
     if not -1 <= sampling.logprobs <= _MOST_LOGPROBS:
@@ -39,10 +38,8 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
 
 
 def check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:
-    """Raises InvalidRequest if a prompt cannot be rated."""
+    """Raises InvalidRequest if a prompt that is to be rated cannot be."""
     num_alternatives, tokens = request.sampling.prompt_logprobs, request.tokens
-    if num_alternatives < 0:
-        return
     if num_alternatives > _MOST_LOGPROBS:
         raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {num_alternatives}", param="logprobs")
     if len(tokens) * (1 + num_alternatives) > _MOST_PROMPT_LOGPROBS:
@@ -59,8 +56,8 @@ def check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:
 def chooser_for(request: GenerateRequest, speech: Speech | None) -> Chooser | None:
     """None for a plain request, whose tokens `next_token` gives. It chooses among the model's own tokens, whatever it speaks."""
     sampling = request.sampling
-    penalties = (sampling.presence_penalty, sampling.frequency_penalty)
-    if sampling.logprobs < 0 and not sampling.logit_bias and not any(penalties) and not sampling.json_schema:
+    is_bent = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty
+    if sampling.logprobs < 0 and not is_bent and not sampling.json_schema:
         return None
     output = request.tokens[len(request.tokens) - request.num_generated :]
     document = WrittenDocument(read_schema(sampling.json_schema)) if sampling.json_schema else None

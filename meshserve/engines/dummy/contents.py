@@ -5,10 +5,12 @@ the digest of the block before. Every digest is taken from the bytes as they wer
 visible: from there on a corrupted, stale or missing block changes every row and token that follows.
 
 A row repeats a seed of 16 bytes, and a block is kept as the seeds of its rows (1.5 % of it) until somebody reads its bytes. What came from
-elsewhere is kept so only if its rows are found to repeat, byte by byte: else as it came.
+elsewhere is kept so only if its rows are found to repeat, byte by byte: else as it came. A block that is being written is a list of seeds,
+to which one more costs a fifth of what it costs in a bytearray (0.02 us of 0.1); a full one is their bytes, which the garbage collector
+does not walk.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from struct import Struct
 
 import xxhash
@@ -30,22 +32,31 @@ class KVContents:
         self.kv_bytes_per_token = kv_bytes_per_token
         self._repeats = -(-kv_bytes_per_token // _SEED_BYTES)
         self._root = xxhash.xxh3_64_intdigest(salt.encode())
-        self._seeds: dict[int, bytearray] = {}
+        self._seeds: dict[int, bytes | list[bytes]] = {}
         self._foreign: dict[int, bytearray] = {}
         """Blocks of which some rows do not repeat, as they came."""
         self._digests: dict[int, int] = {}
 
-    def seeds(self, block: int) -> bytearray:
-        """Where rows are written, a seed each."""
-        found = self._seeds.get(block)
-        if found is None:
-            found = self._seeds[block] = bytearray(self.block_size * _SEED_BYTES)
-        return found
-
-    def renew(self, block: int) -> bytearray:
-        """The same for a block that is written from its start: whatever came into it before is gone."""
+    def begin(self, block: int) -> list[bytes]:
+        """Where the seeds of a block that is written from its start go: whatever came into it before is gone."""
         self._foreign.pop(block, None)
-        return self.seeds(block)
+        seeds = self._seeds[block] = []
+        return seeds
+
+    def resume(self, block: int, num_rows: int) -> list[bytes]:
+        """The same for one that goes on after its first rows, which were written or came here."""
+        found = self._joined(block)[: num_rows * _SEED_BYTES].ljust(num_rows * _SEED_BYTES, b"\0")
+        seeds = self._seeds[block] = [found[start : start + _SEED_BYTES] for start in range(0, len(found), _SEED_BYTES)]
+        return seeds
+
+    def complete(self, block: int, seeds: list[bytes], digest: int) -> None:
+        """All rows of a block are written; `digest` is what :meth:`digest` would find."""
+        self._seeds[block] = b"".join(seeds)
+        self._digests[block] = digest
+
+    def _joined(self, block: int) -> bytes:
+        seeds = self._seeds.get(block, b"")
+        return b"".join(seeds) if isinstance(seeds, list) else seeds
 
     def foreign(self, block: int) -> bytearray | None:
         """The rows of a block that are kept as they came, and whatever follows them in it."""
@@ -56,14 +67,12 @@ class KVContents:
         foreign = self._foreign.get(block)
         if foreign is not None:
             return bytes(foreign[: num_tokens * self.kv_bytes_per_token])
-        seeds = self._seeds.get(block)
-        if seeds is None:
-            return bytes(num_tokens * self.kv_bytes_per_token)
-        return self._rows(seeds, num_tokens)
+        rows = self._rows(self._joined(block)[: num_tokens * _SEED_BYTES])
+        return rows.ljust(num_tokens * self.kv_bytes_per_token, b"\0")
 
-    def _rows(self, seeds: bytearray, num_tokens: int) -> bytes:
-        starts, repeats = range(0, num_tokens * _SEED_BYTES, _SEED_BYTES), self._repeats
-        rows = [seeds[start : start + _SEED_BYTES] * repeats for start in starts]
+    def _rows(self, seeds: bytes) -> bytes:
+        repeats = self._repeats
+        rows = [seeds[start : start + _SEED_BYTES] * repeats for start in range(0, len(seeds), _SEED_BYTES)]
         cut = self.kv_bytes_per_token
         return b"".join(rows if cut % _SEED_BYTES == 0 else [row[:cut] for row in rows])
 
@@ -78,18 +87,14 @@ class KVContents:
         self._foreign[block] = bytearray(self.block_size * self.kv_bytes_per_token)
         self._foreign[block][: len(payload)] = payload
 
-    def _seeds_of(self, payload: bytes) -> bytearray | None:
+    def _seeds_of(self, payload: bytes) -> bytes | None:
         """None if these rows are not all what their seeds stand for."""
         row_bytes, starts = self.kv_bytes_per_token, range(0, len(payload), self.kv_bytes_per_token)
         if row_bytes >= _SEED_BYTES:
-            parts = [payload[start : start + _SEED_BYTES] for start in starts]
+            seeds = b"".join([payload[start : start + _SEED_BYTES] for start in starts])
         else:
-            parts = [payload[start : start + row_bytes].ljust(_SEED_BYTES, b"\0") for start in starts]
-        seeds = bytearray().join(parts)
-        if self._rows(seeds, len(parts)) != payload:
-            return None
-        seeds.extend(bytes(self.block_size * _SEED_BYTES - len(seeds)))
-        return seeds
+            seeds = b"".join([payload[start : start + row_bytes].ljust(_SEED_BYTES, b"\0") for start in starts])
+        return seeds if self._rows(seeds) == payload else None
 
     def digest(self, blocks: list[int], index: int, rows: bytes | None = None) -> None:
         """Digest block `index` of a sequence's blocks, which is full, from what it holds and from the digest before it.
@@ -98,10 +103,6 @@ class KVContents:
         """
         held = self.read(blocks[index], self.block_size) if rows is None else rows
         self._digests[blocks[index]] = xxhash.xxh3_64_intdigest(held, self.parent(blocks, index))
-
-    def keep_digest(self, block: int, digest: int) -> None:
-        """What :meth:`digest` would find, from one who took it while writing the rows."""
-        self._digests[block] = digest
 
     def parent(self, blocks: list[int], index: int) -> int:
         """The digest of all that stands before block `index` of a sequence's blocks."""
@@ -129,13 +130,13 @@ class Cursor:
     """
 
     __slots__ = (
-        "_block_bytes",
+        "_block_end",
+        "_block_size",
         "_blocks",
         "_contents",
         "_foreign",
         "_hasher",
-        "_is_cut",
-        "_offset",
+        "_is_plain",
         "_repeats",
         "_row_bytes",
         "_seeds",
@@ -146,68 +147,85 @@ class Cursor:
     def __init__(self, contents: KVContents, blocks: list[int], num_tokens: int) -> None:
         self._contents = contents
         self._blocks = blocks
+        self._block_size = size = contents.block_size
         self._row_bytes = contents.kv_bytes_per_token
         self._repeats = -(-self._row_bytes // _SEED_BYTES)
-        self._is_cut = self._row_bytes % _SEED_BYTES != 0
-        self._block_bytes = contents.block_size * _SEED_BYTES
         self.num_tokens = num_tokens
-        index, num_rows = divmod(num_tokens, contents.block_size)
+        index, num_rows = divmod(num_tokens, size)
         self.context = contents.parent(blocks, index)
-        self._offset = num_rows * _SEED_BYTES
-        rows = contents.read(blocks[index], num_rows) if num_rows else b""
-        self._seeds = contents.seeds(blocks[index]) if num_rows else bytearray()
-        self._foreign = contents.foreign(blocks[index]) if num_rows else None
-        self._hasher = xxhash.xxh3_64(rows, seed=self.context)
+        self._hasher: xxhash.xxh3_64 | None = None
+        """None: the next row begins a block."""
         if num_rows:
-            self.context = self._hasher.intdigest()
+            self._resume(blocks[index], num_rows)
+
+    def _resume(self, block: int, num_rows: int) -> None:
+        contents = self._contents
+        self._hasher = xxhash.xxh3_64(contents.read(block, num_rows), seed=self.context)
+        self.context = self._hasher.intdigest()
+        self._seeds = contents.resume(block, num_rows)
+        self._foreign = contents.foreign(block)
+        self._is_plain = self._foreign is None and not self._row_bytes % _SEED_BYTES
+        self._block_end = self.num_tokens - num_rows + self._block_size
+
+    def _enter_block(self) -> "xxhash.xxh3_64":
+        num_tokens = self.num_tokens
+        self._seeds = self._contents.begin(self._blocks[num_tokens // self._block_size])
+        self._foreign = None
+        self._is_plain = not self._row_bytes % _SEED_BYTES
+        self._block_end = num_tokens + self._block_size
+        self._hasher = hasher = xxhash.xxh3_64(seed=self.context)
+        return hasher
 
     def append(self, token: int) -> None:
         """Compute and store the KV row of the next token."""
-        offset = self._offset
-        if not offset:
-            self._enter_block()
+        hasher = self._hasher or self._enter_block()
         seed = _digest(_pack_state(self.context, token))
-        self._offset = end = offset + _SEED_BYTES
-        self._seeds[offset:end] = seed
+        self._seeds.append(seed)
         row = seed * self._repeats
-        hasher = self._hasher
-        if self._is_cut:
-            row = row[: self._row_bytes]
+        if not self._is_plain:
+            row = self._keep_foreign(row[: self._row_bytes])
         hasher.update(row)
+        self.context = hasher.intdigest()
+        self.num_tokens = num_tokens = self.num_tokens + 1
+        if num_tokens == self._block_end:
+            self._complete_block()
+
+    def _keep_foreign(self, row: bytes) -> bytes:
         if self._foreign is not None:
-            first = offset // _SEED_BYTES * self._row_bytes
+            first = (self.num_tokens + self._block_size - self._block_end) * self._row_bytes
             self._foreign[first : first + self._row_bytes] = row
-        self.context = context = hasher.intdigest()
-        self.num_tokens += 1
-        if end == self._block_bytes:
-            self._contents.keep_digest(self._blocks[self.num_tokens // self._contents.block_size - 1], context)
-            self._offset = 0
+        return row
 
-    def extend(self, tokens: Iterable[int]) -> None:
+    def _complete_block(self) -> None:
+        self._contents.complete(self._blocks[self.num_tokens // self._block_size - 1], self._seeds, self.context)
+        self._hasher = None
+
+    def extend(self, tokens: Sequence[int]) -> None:
         """:meth:`append` for each."""
-        if self._foreign is not None or self._is_cut:
-            for token in tokens:
-                self.append(token)
-            return
-        rows, block_bytes, repeats = self._seeds, self._block_bytes, self._repeats
-        offset, context, hasher = self._offset, self.context, self._hasher
-        for token in tokens:
-            if not offset:
-                self.context = context
+        place, num_tokens = 0, len(tokens)
+        while place < num_tokens:
+            if self._hasher is None:
                 self._enter_block()
-                rows, hasher = self._seeds, self._hasher
-            seed = _digest(_pack_state(context, token))
-            rows[offset : offset + _SEED_BYTES] = seed
-            offset += _SEED_BYTES
-            hasher.update(seed * repeats)
-            context = hasher.intdigest()
-            self.num_tokens += 1
-            if offset == block_bytes:
-                self._contents.keep_digest(self._blocks[self.num_tokens // self._contents.block_size - 1], context)
-                offset = 0
-        self._offset, self.context = offset, context
+            end = min(num_tokens, place + self._block_end - self.num_tokens)
+            if self._is_plain:
+                self._extend_block(tokens[place:end])
+            else:
+                for token in tokens[place:end]:
+                    self.append(token)
+            place = end
 
-    def _enter_block(self) -> None:
-        self._seeds = self._contents.renew(self._blocks[self.num_tokens // self._contents.block_size])
-        self._foreign = None
-        self._hasher = xxhash.xxh3_64(seed=self.context)
+    def _extend_block(self, tokens: Sequence[int]) -> None:
+        """With all that it takes at hand: 0.24 us a token, of 0.38 where each is appended."""
+        hasher, context, repeats = self._hasher, self.context, self._repeats
+        assert hasher is not None, "its block was entered"
+        keep, update, digest_rows = self._seeds.append, hasher.update, hasher.intdigest
+        pack, digest = _pack_state, _digest
+        for token in tokens:
+            seed = digest(pack(context, token))
+            keep(seed)
+            update(seed * repeats)
+            context = digest_rows()
+        self.context = context
+        self.num_tokens += len(tokens)
+        if self.num_tokens == self._block_end:
+            self._complete_block()

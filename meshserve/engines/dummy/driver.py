@@ -69,33 +69,39 @@ class Driver:
     def kick(self) -> None:
         """There may be something to do. Harmless when that is known."""
         if self._handle is None and self._loop is not None:
-            self._wait(0.0)
+            self._wait(self._clock(), 0.0)
 
     def overdue_s(self) -> float:
         """How long ago the next turn should have come."""
         return max(0.0, self._clock() - self._expected_at) if self._expected_at is not None else 0.0
 
-    def _wait(self, delay_s: float) -> None:
+    def _wait(self, now: float, delay_s: float) -> None:
         if self._loop is None:  # stopped by a sink within this turn
             return
-        self._expected_at = self._clock() + delay_s
+        self._expected_at = now + delay_s
         self._handle = self._loop.call_later(delay_s, self._turn) if delay_s > 0 else self._loop.call_soon(self._turn)
 
     def _turn(self) -> None:
-        if self._step is None and not self._begin():
-            self._handle = self._due = self._expected_at = None
-            self._on_turn()
+        now = self._clock()
+        if self._step is None and not self._begin(now):
+            self._rest()
             return
-        now = self._clock()
-        delay_s = self._compute_slices(now)
-        if delay_s is None:
+        delay_s = self._compute_slices(now) if self._slices else 0.0
+        if not self._slices and self._due is not None:
+            delay_s = max(0.0, self._due - now)
+        if not self._slices and not delay_s:
             self._finish(now)
-            delay_s = 0.0
+            if self._scheduler.is_idle:  # known now: no turn more to find out
+                self._rest()
+                return
         self._on_turn()
-        self._wait(delay_s)
+        self._wait(now, delay_s)
 
-    def _begin(self) -> bool:
-        now = self._clock()
+    def _rest(self) -> None:
+        self._handle = self._due = self._expected_at = None
+        self._on_turn()
+
+    def _begin(self, now: float) -> bool:
         step = self._scheduler.plan(now)
         if step is None:
             return False
@@ -106,12 +112,13 @@ class Driver:
         for job in step.decodes:
             job.cursor.append(job.tokens[-1])  # type: ignore[union-attr]  # set when it was admitted; this is the hot path
         self._step = step
-        self._slices = self._cut(step, begins_at)
+        if step.prefills:
+            self._slices = self._cut(step, begins_at)
         return True
 
     def _cut(self, step: Step[Job], begins_at: float) -> list[_Slice]:
         slices: list[_Slice] = []
-        num_new = sum(num_tokens for _, num_tokens in step.prefills)
+        num_new = sum([num_tokens for _, num_tokens in step.prefills])
         num_done = 0
         for job, num_tokens in step.prefills:
             start, end = job.first_to_visit(self._contents.block_size), job.num_computed + num_tokens
@@ -123,23 +130,18 @@ class Driver:
         slices.reverse()
         return slices
 
-    def _compute_slices(self, now: float) -> float | None:
-        """Compute what is due and fits into one turn. Seconds until the next turn, or None at the end of the step."""
-        ends_at = now + _TURN_S
-        for _ in range(_TURN_SLICES):
-            if not self._slices:
-                break
-            job, end, due = self._slices[-1]
+    def _compute_slices(self, now: float) -> float:
+        """Compute what is due and fits into one turn. Seconds until the next one that is left over is due."""
+        slices, ends_at = self._slices, now + _TURN_S
+        for _ in range(min(_TURN_SLICES, len(slices))):
+            job, end, due = slices[-1]
             if due > now:
                 return due - now
-            self._slices.pop()
+            slices.pop()
             self._visit(job, end)
-            if self._clock() > ends_at:
+            if slices and self._clock() > ends_at:
                 break
-        if self._slices:
-            return 0.0
-        assert self._due is not None
-        return self._due - now if self._due > now else None
+        return 0.0
 
     def _visit(self, job: Job, end: int) -> None:
         if job.stage is not Stage.RUNNING:  # cancelled meanwhile: its blocks may be somebody else's by now

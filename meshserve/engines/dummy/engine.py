@@ -10,15 +10,14 @@ from meshserve.engines.dummy.driver import Driver
 from meshserve.engines.dummy.jobs import GenerationJob, Job, PrefillJob, RatedJob
 from meshserve.engines.dummy.options import parse_options
 from meshserve.engines.dummy.reservation import DummyReservation
-from meshserve.engines.dummy.sampling import next_token
-from meshserve.engines.dummy.scheduler import Scheduler, Stage, Step
+from meshserve.engines.dummy.scheduler import Scheduler, Step
 from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, EngineOptions, GenerationSink, PrefillSink, Reservation
 from meshserve.engines.rates import StepRates
-from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
+from meshserve.engines.tokenizers import ByteTokenizer
 from meshserve.errors import BlockRefused, ContextLengthExceeded, EngineFailed, InvalidRequest, PoolFull
 from meshserve.kv.hashes import block_hashes
 from meshserve.kv.pool import BlockPool
-from meshserve.wire.generation import GenerateRequest, TokenLogprobs
+from meshserve.wire.generation import GenerateRequest
 
 
 class DummyEngine:
@@ -66,7 +65,8 @@ class DummyEngine:
         if not 0 <= request.num_generated < min(sampling.max_tokens, len(request.tokens)):
             raise InvalidRequest(f"num_generated is {request.num_generated} with max_tokens {sampling.max_tokens}", param="num_generated")
         check_sampling(sampling, self._vocab_size)
-        check_prompt_logprobs(request, self._vocab_size)
+        if sampling.prompt_logprobs >= 0:
+            check_prompt_logprobs(request, self._vocab_size)
         self._check_length(len(request.tokens) - request.num_generated, sampling.max_tokens)
 
     def num_cached_tokens(self, tokens: "array[int]") -> int:
@@ -105,9 +105,8 @@ class DummyEngine:
 
     def _job_of(self, request: GenerateRequest, hashes: list[int], sink: GenerationSink) -> GenerationJob:
         chooser = chooser_for(request, self._speech)
-        if request.sampling.prompt_logprobs >= 0 and not request.num_generated:
-            return RatedJob(request, hashes, sink, chooser, self._speech)
-        return GenerationJob(request, hashes, sink, chooser)
+        is_rated = request.sampling.prompt_logprobs >= 0 and not request.num_generated
+        return (RatedJob if is_rated else GenerationJob)(request, hashes, sink, chooser, self._speech)
 
     def prefill(self, request_id: str, tokens: "array[int]", first_block: int, sink: PrefillSink) -> None:
         """Compute the KV of all these tokens and give out the blocks from `first_block` on. Raises as :meth:`generate` does."""
@@ -185,53 +184,29 @@ class DummyEngine:
         self._driver.kick()
 
     def _take_step(self, step: Step[Job], began: float, now: float) -> None:
-        num_prompt_tokens = sum(num_tokens for _, num_tokens in step.prefills)
+        num_prompt_tokens = sum([num_tokens for _, num_tokens in step.prefills])
         self.rates.observe(num_prompt_tokens, len(step.decodes), self._pool.num_used, now - began)
         outcome = self._scheduler.complete(step, now)
-        for job in outcome.prefilled:
-            self._give_out(job, now)
-        for job in outcome.producing:
-            self._give_out(job, now)
+        for job in outcome.prefilled + outcome.producing:
+            if job.is_live:  # else cancelled meanwhile, perhaps by the sink that was called before
+                try:
+                    reason = job.give_out()
+                    if reason and job.is_live:
+                        self._finish(job, reason, now)
+                except Exception as exc:
+                    self._fail(job, exc)
 
-    def _give_out(self, job: Job, now: float) -> None:
-        if not job.is_live:  # cancelled meanwhile, perhaps by the sink that was called before
-            return
-        try:
-            if isinstance(job, GenerationJob):
-                self._produce(job, now)
-            elif isinstance(job, PrefillJob):
-                self._end(job)
-                job.sink.on_finish(job.num_cached or 0)
-        except Exception as exc:
-            self._fail(job, exc)
-
-    def _produce(self, job: GenerationJob, now: float) -> None:
-        logprobs: TokenLogprobs | None = None
-        if job.chooser is None:
-            token = next_token(job.cursor.context, job.sampling, job.position)  # type: ignore[union-attr]  # open while it runs
-        else:
-            token, logprobs = job.chooser.choose(job.cursor.context, job.position)  # type: ignore[union-attr]
-        if token == EOS_TOKEN:
-            self._end(job)
+    def _finish(self, job: Job, reason: str, now: float) -> None:
+        self._end(job)
+        if job.max_new_tokens:
             self.rates.finished(job.num_generated)
-            job.sink.on_finish("stop", job.stats(now))
-            return
-        if self._speech is not None:
-            token = self._speech.from_own(token)
-            logprobs = self._speech.spoken(logprobs) if logprobs else None
-        job.position += 1
-        job.tokens.append(token)
-        job.sink.on_tokens([token], [logprobs] if logprobs else None)
-        if job.stage is Stage.ENDED and job.is_live:
-            self._end(job)
-            self.rates.finished(job.num_generated)
-            job.sink.on_finish("length", job.stats(now))
+        job.finish(reason, now)
 
     def _fail(self, job: Job, exc: Exception) -> None:
         """A sink raised: its sequence ends, the others go on."""
-        if job.is_live and isinstance(job, GenerationJob | PrefillJob):
+        if job.is_live:
             self._end(job)
-            job.sink.on_error(EngineFailed(f"the output could not be given out: {exc}"))
+            job.fail(EngineFailed(f"the output could not be given out: {exc}"))
 
     def _report_blocks(self) -> None:
         if self._listener is not None:

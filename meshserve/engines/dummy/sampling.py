@@ -45,7 +45,7 @@ def next_token(context: int, sampling: Sampling, position: int) -> int:
     candidate where sentences begin.
     """
     first, size, is_start = _SLOTS[position % _PERIOD]
-    wins_eos = is_start and _is_end(context, position) and may_end(sampling, position)
+    wins_eos = is_start and may_end(sampling, position) and _is_end(context, position)
     if sampling.temperature <= 0:
         return EOS_TOKEN if wins_eos else first + context % size
     rank = draw_rank(sampling, position, size, wins_eos)

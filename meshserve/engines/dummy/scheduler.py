@@ -7,7 +7,7 @@ vLLM's scheduler (Kwon et al., SOSP 2023) with Sarathi's chunked prefill (Agrawa
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
 from typing import Generic, TypeVar
@@ -77,8 +77,8 @@ class Step(Generic[S]):
     """One forward pass. The sequences of `decodes` compute one token each; those of `prefills` as many as stands beside them."""
 
     decodes: list[S]
-    prefills: list[tuple[S, int]] = field(default_factory=list)
-    admitted: list[S] = field(default_factory=list)
+    prefills: list[tuple[S, int]]
+    admitted: list[S]
     """Those of `prefills` that were waiting until now, some of them perhaps for the second time after a preemption."""
     duration_s: float = 0.0
 
@@ -87,12 +87,13 @@ class Step(Generic[S]):
 class Outcome(Generic[S]):
     """What a step led to. Each sequence in `producing` has one more token; those whose stage is ENDED have all of `max_new_tokens`."""
 
-    producing: list[S] = field(default_factory=list)
-    prefilled: list[S] = field(default_factory=list)
+    producing: list[S]
+    prefilled: list[S]
     """Prefills that ended with this step."""
 
 
 _by_arrival = attrgetter("arrival")
+_RUNNING = Stage.RUNNING  # to look at an enum's member costs more than to compare with it
 
 
 class Scheduler(Generic[S]):
@@ -108,13 +109,21 @@ class Scheduler(Generic[S]):
         self.block_size = block_size
         self.max_batch = min(max_batch, max_batch_tokens)  # else some decodes would never get a place in a step
         self.max_batch_tokens = max_batch_tokens
+        self._is_instant = timing == Timing()
         self.waiting_prefill_tokens = 0
         self.is_waiting_for_room = False
         """The next one to be admitted did not fit at the last plan: what comes later must not take the blocks that it waits for."""
         self._running: list[S] = []
+        self._full: list[S] = []
+        """Of the decodes, those whose next token needs a block more, and perhaps some that ended or were preempted since."""
         self._waiting: deque[S] = deque()
         self._holding: deque[S] = deque()  # waiting with their blocks in hand: behind a head that needs those, all would wait for ever
         self._num_arrived = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """There is nothing to do or to wait for."""
+        return not self._running and not self._waiting and not self._holding
 
     @property
     def num_running(self) -> int:
@@ -149,8 +158,10 @@ class Scheduler(Generic[S]):
 
     def end(self, sequence: S) -> None:
         """Take a sequence out, whatever it does, and release its blocks. Harmless when it has ended."""
-        if sequence.stage is Stage.RUNNING:
+        if sequence.stage is _RUNNING:
             self._running.remove(sequence)
+        elif sequence.stage is Stage.ENDED:
+            return
         elif sequence.stage is Stage.WAITING:
             (self._holding if sequence in self._holding else self._waiting).remove(sequence)
         self._drop_blocks(sequence)
@@ -159,34 +170,43 @@ class Scheduler(Generic[S]):
 
     def plan(self, now: float) -> Step[S] | None:
         """The next step, its blocks allocated; None if there is nothing to do, or no room for any of what waits."""
-        is_short = self._grow_decodes()
+        is_short = bool(self._full) and self._grow_decodes()
+        if not self.waiting_prefill_tokens:  # most steps: all that is here decodes
+            self.is_waiting_for_room = False
+            if not self._running:
+                return None
+            step = Step(self._running[:], [], [])
+            return step if self._is_instant else self._timed(step, 0)
         decodes = [sequence for sequence in self._running if not sequence.num_pending]
-        step = Step(decodes)
-        budget = self._plan_running(step, self.max_batch_tokens - len(decodes))
+        step = Step(decodes, [], [])
+        most_new = self.max_batch_tokens - len(decodes)
+        budget = self._plan_running(step, most_new)
         if not is_short or not self._running:  # else what was preempted would only take back the blocks it gave up
             budget = self._plan_waiting(step, budget, now)
         if not decodes and not step.prefills:
             return None
-        num_new = self.max_batch_tokens - len(decodes) - budget
-        step.duration_s = self.timing.step_s(num_new, len(decodes), self.pool.num_used / self.pool.num_blocks)
+        return step if self._is_instant else self._timed(step, most_new - budget)
+
+    def _timed(self, step: Step[S], num_new: int) -> Step[S]:
+        step.duration_s = self.timing.step_s(num_new, len(step.decodes), self.pool.num_used / self.pool.num_blocks)
         return step
 
     def complete(self, step: Step[S], now: float) -> Outcome[S]:
         """Take note that a step's tokens were computed. Sequences that ended in the meantime are passed over."""
-        outcome: Outcome[S] = Outcome()
-        producing = outcome.producing
-        running = Stage.RUNNING
+        producing: list[S] = []
+        outcome = Outcome(producing, [])
         for sequence in step.decodes:
-            if sequence.stage is running:
-                sequence.num_computed += 1
-                sequence.num_generated += 1
+            if sequence.stage is _RUNNING:
+                sequence.num_computed = num_computed = sequence.num_computed + 1
+                sequence.num_generated = num_generated = sequence.num_generated + 1
                 producing.append(sequence)
+                if num_generated == sequence.max_new_tokens:
+                    self.end(sequence)
+                elif num_computed == sequence.capacity:
+                    self._full.append(sequence)
         for sequence, num_tokens in step.prefills:
-            if sequence.stage is running:
+            if sequence.stage is _RUNNING:
                 self._complete_prefill(sequence, num_tokens, outcome, now)
-        for sequence in producing:
-            if sequence.num_generated == sequence.max_new_tokens:
-                self.end(sequence)
         return outcome
 
     def _complete_prefill(self, sequence: S, num_tokens: int, outcome: Outcome[S], now: float) -> None:
@@ -203,6 +223,10 @@ class Scheduler(Generic[S]):
             sequence.first_token_at = now
         sequence.num_generated += 1
         outcome.producing.append(sequence)
+        if sequence.num_generated == sequence.max_new_tokens:
+            self.end(sequence)
+        elif sequence.num_computed == sequence.capacity:
+            self._full.append(sequence)
 
     def _plan_running(self, step: Step[S], budget: int) -> int:
         for sequence in self._running:
@@ -233,10 +257,14 @@ class Scheduler(Generic[S]):
             sequence = self._waiting.popleft()
         else:
             return None
-        sequence.stage = Stage.RUNNING
+        sequence.stage = _RUNNING
         if sequence.started_at is None:
             sequence.started_at = now
-        insort(self._running, sequence, key=_by_arrival)
+        running = self._running
+        if not running or running[-1].arrival < sequence.arrival:
+            running.append(sequence)
+        else:  # it was preempted, or brought its blocks
+            insort(running, sequence, key=_by_arrival)
         return sequence
 
     def _place(self, sequence: S) -> bool:
@@ -263,10 +291,11 @@ class Scheduler(Generic[S]):
     def _grow_decodes(self) -> bool:
         """A block more for each decode whose last one is full. True if others had to give up theirs for it."""
         is_short = False
-        for sequence in [found for found in self._running if not found.num_pending and found.num_computed == found.capacity]:
-            if sequence.stage is Stage.RUNNING:
+        full, self._full = self._full, []
+        for sequence in sorted(full, key=_by_arrival):
+            if sequence.stage is _RUNNING:
                 is_short |= self._make_room(sequence)
-                if sequence.stage is Stage.RUNNING:
+                if sequence.stage is _RUNNING:
                     sequence.blocks += self.pool.allocate(1)
                     sequence.capacity += self.block_size
         return is_short
@@ -275,7 +304,7 @@ class Scheduler(Generic[S]):
         """Preempt the latest arrivals, `sequence` itself among them, until one block is available."""
         if self.pool.num_available:
             return False
-        while not self.pool.num_available and sequence.stage is Stage.RUNNING:
+        while not self.pool.num_available and sequence.stage is _RUNNING:
             self._preempt(self._running[-1])
         return True
 

@@ -18,6 +18,7 @@ from meshserve.wire import frames
 from meshserve.wire.frames import Message
 
 OnFrame = Callable[[Channel, list[Message]], None]
+OnOwn = Callable[[list[Message]], None]
 OnLost = Callable[[Channel, str], None]
 
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
@@ -43,6 +44,7 @@ class Turn:
         self._is_due = self._is_delivering = False
         self._sent_s, self._num_held = -1.0, 0
         self._on_broken, self._deliver = on_broken, deliver
+        self._afterwards: list[Callable[[], None]] = []
         self.loopback: Channel | None = None
         """Ends in this very peer; set by whoever makes it."""
 
@@ -56,6 +58,11 @@ class Turn:
         if not self._is_due and not self._is_delivering:
             self._is_due = True
             self._loop.call_soon(self._flush_unless_held)
+
+    def afterwards(self, callback: Callable[[], None]) -> None:
+        """Call this once at the end of the turn, when the roles have no more to say to each other and what is for others is sent."""
+        self._afterwards.append(callback)
+        self.flush_soon()
 
     def _deliver_loopback(self, loopback: Channel) -> None:
         self._is_delivering = True
@@ -96,6 +103,10 @@ class Turn:
                 self._loop.call_later(_RETRY_S, self._retry, channel)
             if channel.is_broken:
                 self._on_broken(channel)
+        if self._afterwards:
+            callbacks, self._afterwards = self._afterwards, []
+            for callback in callbacks:
+                callback()
 
     def _retry(self, channel: Channel) -> None:
         if not channel.is_dirty and not channel.is_broken:
@@ -149,12 +160,13 @@ class _Dealer:
 class Transport:
     """Sends and receives messages on channels; knows nothing of what they mean but how long they may be."""
 
-    def __init__(self, factory: SocketFactory, config: TransportConfig, counters: Counters, on_frame: OnFrame, on_lost: OnLost) -> None:
+    def __init__(
+        self, factory: SocketFactory, config: TransportConfig, counters: Counters, on_frame: OnFrame, on_own: OnOwn, on_lost: OnLost
+    ) -> None:
+        """`on_own` is given what is sent on `loopback`."""
         self.config, self._factory, self._counters = config, factory, counters
         self._on_frame, self._on_lost = on_frame, on_lost
-        self.turn = Turn(
-            lambda channel: self.lost(channel, "overflow or unreachable"), lambda messages: self._on_frame(self.loopback, messages)
-        )
+        self.turn = Turn(lambda channel: self.lost(channel, "overflow or unreachable"), on_own)
         self._dealers: dict[Channel, _Dealer] = {}
         self._inbound: dict[bytes, Channel] = {}
         self._routing_ids: dict[Channel, bytes] = {}

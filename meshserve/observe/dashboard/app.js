@@ -56,7 +56,7 @@ function idleWords() {
   return `${how} Send a prompt to see it pass through.`;
 }
 
-const rate = (perS) => (perS > 0 && perS < 10 ? perS.toFixed(1) : count(perS));
+const rate = (perS) => (perS >= 10000 ? `${count(perS / 1000)}k` : perS > 0 && perS < 10 ? perS.toFixed(1) : count(perS));
 
 store.addEventListener("point", ({ detail: point }) => {
   setText($("requests-per-s"), point ? rate(point.requests_per_s) : "–");

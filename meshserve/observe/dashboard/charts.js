@@ -81,7 +81,8 @@ export class Charts {
     context.lineWidth = 2;
     context.lineJoin = "round";
     let began = null;
-    const close = (lastX) => {
+    const close = (lastX, lastY) => {
+      if (lastX - began < 1) context.arc(lastX, lastY, 1.5, 0, 2 * Math.PI); // a second alone, between such as nothing was measured in
       context.stroke();
       context.globalAlpha = 0.12;
       context.lineTo(lastX, height - 1);
@@ -93,7 +94,7 @@ export class Charts {
     points.forEach((point, rank) => {
       const number = point[name];
       if (number === null) {
-        if (began !== null) close(x(rank - 1));
+        if (began !== null) close(x(rank - 1), y(points[rank - 1][name]));
         return;
       }
       if (began === null) {
@@ -103,8 +104,8 @@ export class Charts {
       }
       context.lineTo(x(rank), y(number));
     });
-    if (began !== null) close(x(points.length - 1));
     const last = points.at(-1)?.[name];
+    if (began !== null) close(x(points.length - 1), y(last));
     if (last === null || last === undefined) return;
     context.beginPath();
     context.arc(x(points.length - 1), y(last), 3, 0, 2 * Math.PI);

@@ -2,7 +2,7 @@
 
 import { $, count, duration, el, plural } from "./dom.js";
 import { kvWords } from "./topology.js";
-import { attemptsList, candidatesTable, pathOf, seen, summary, waterfall } from "./waterfall.js";
+import { attemptsList, candidatesTable, failure, nameOf, pathOf, seen, summary, waterfall } from "./waterfall.js";
 
 export class Detail {
   constructor(store) {
@@ -48,13 +48,16 @@ export class Detail {
   renderStory(story) {
     const { receipt } = story;
     if (receipt) {
-      const attempts = receipt.attempts.length ? [attemptsList(receipt.attempts)] : [];
-      this.open(`Request ${story.number}`, pathOf(receipt), summary(receipt), waterfall(receipt), candidatesTable(receipt.candidates, receipt.policy), ...attempts);
+      const attempts = receipt.attempts.length ? attemptsList(receipt.attempts) : null;
+      const candidates = receipt.candidates.length ? candidatesTable(receipt.candidates, `Candidates (policy ${receipt.policy})`) : null;
+      const forPrefill = receipt.prefill_candidates?.length ? candidatesTable(receipt.prefill_candidates, "Candidates for prefill") : null;
+      const parts = [failure(receipt), pathOf(receipt), summary(receipt), nameOf(receipt.request_id, receipt.client_id), waterfall(receipt), attempts, candidates, forPrefill];
+      this.open(`Request ${story.number}`, ...parts.filter(Boolean));
       return;
     }
     const words = [story.promptTokens === null ? null : plural(story.promptTokens, "prompt token"), plural(story.tokens, "token"), story.outcome ?? "under way", story.totalMs ? duration(story.totalMs) : null];
-    const candidates = story.candidates.length ? [candidatesTable(story.candidates, story.policy)] : [];
-    this.open(`Request ${story.number}`, el("p", { className: "muted" }, words.filter(Boolean).join(" · ")), seen(story, this.store), ...candidates);
+    const candidates = story.candidates.length ? [candidatesTable(story.candidates, `Candidates (policy ${story.policy})`)] : [];
+    this.open(`Request ${story.number}`, el("p", { className: "muted" }, words.filter(Boolean).join(" · ")), nameOf(story.id), seen(story, this.store), ...candidates);
   }
 
   openPeer(id) {

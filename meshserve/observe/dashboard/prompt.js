@@ -93,6 +93,7 @@ export class Prompt {
   }
 
   fail(message) {
+    $("answer").hidden = false;
     $("answer").dataset.state = "failed";
     $("answer").textContent = message;
   }
@@ -100,11 +101,14 @@ export class Prompt {
   async burst() {
     const prompt = $("prompt").value.trim() || this.last;
     $("burst").disabled = true;
-    const ask = (rank) => fetch("/v1/completions", { method: "POST", headers: { "content-type": "application/json" }, body: this.body(`Copy ${rank}. ${prompt}`) }).then((response) => response.text());
+    const ask = (rank) => fetch("/v1/completions", { method: "POST", headers: { "content-type": "application/json" }, body: this.body(`Copy ${rank}. ${prompt}`) }).then(async (response) => {
+      if (!response.ok) throw new Error(await errorOf(response));
+      return response.text();
+    });
     const answers = await Promise.allSettled(Array.from({ length: BURST }, (_, rank) => ask(rank + 1)));
     $("burst").disabled = false;
-    const failed = answers.filter((answer) => answer.status === "rejected").length;
-    if (failed) this.fail(`${failed} of ${BURST} prompts were not answered.`);
+    const failed = answers.filter((answer) => answer.status === "rejected");
+    if (failed.length) this.fail(`${failed.length} of ${BURST} prompts were not answered: ${failed[0].reason.message}`);
   }
 }
 

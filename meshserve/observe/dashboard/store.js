@@ -92,8 +92,15 @@ export class Store extends EventTarget {
 
   check() {
     if (performance.now() - this.heardAt > SILENT_MS) this.setLive(false);
-    // a browser does not try again by itself after an answer that is no stream of events
-    if (this.source.readyState === EventSource.CLOSED) this.connect();
+    if (this.source.readyState === EventSource.CLOSED) this.reopen();
+  }
+
+  // A browser does not try again by itself after an answer that is no stream of events. One of them is that a key is asked for, when a
+  // frontend with keys was started again: then the page, asked for anew, is the form.
+  async reopen() {
+    const answer = await fetch("/mesh/events", { method: "HEAD" }).catch(() => null);
+    if (answer?.status === 401) location.reload();
+    else if (this.source.readyState === EventSource.CLOSED) this.connect();
   }
 
   setLive(isLive) {

@@ -4,6 +4,7 @@ import { $, bytes, count, duration, el, isStill, keepOneInTabOrder, roam, setTex
 
 const CLIENT = "client";
 const NARROW_PX = 640;
+const MANY_LINKS = 40;
 const GROUPS = ["front", "decode", "prefill"];
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -140,9 +141,9 @@ export class Topology {
     this.boxes.set(CLIENT, { x: (width - client.w) / 2, y: 4, ...client, rank: 0 });
     let y = 4 + client.h + between;
     groups.filter((group) => group.length).forEach((group, row) => {
-      const perRow = Math.min(group.length, group.length > 12 ? 3 : 2);
+      const perRow = Math.min(group.length, 2);
       const w = Math.min(220, (width - 2 * pad - gap * (perRow - 1)) / perRow);
-      const h = 92;
+      const h = group.length > 8 ? 54 : 92;
       group.forEach((peer, rank) => {
         const line = Math.floor(rank / perRow);
         const inLine = Math.min(perRow, group.length - line * perRow);
@@ -168,6 +169,7 @@ export class Topology {
       for (const other of peers) if (one !== other && areLinked(one, other) && !this.lines.has(key(one.id, other.id))) parts.push(this.drawLink(one.id, other.id));
     }
     svg.replaceChildren(...parts);
+    svg.classList.toggle("dense", this.lines.size > MANY_LINKS);
     this.tellLayout?.();
   }
 

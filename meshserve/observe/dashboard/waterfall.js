@@ -57,16 +57,28 @@ export function summary(receipt) {
   return el("p", { className: "muted" }, parts.join(" · "));
 }
 
-export function candidatesTable(candidates, policy) {
-  const head = el("tr", {}, ...["Worker", "Cached", "Load", "Wait", "Cost", "Why"].map((text) => el("th", { scope: "col" }, text)));
+// What it is called, for `meshserve trace`, logs and clients.
+export function nameOf(id, label) {
+  return el("p", { className: "muted name" }, el("code", {}, id), label ? ` · its client calls it ${label}` : null);
+}
+
+// How it ended, where that was no success.
+export function failure({ outcome, error }) {
+  if (!outcome || outcome === "ok") return null;
+  return el("p", { className: "failure" }, el("b", {}, outcome), error && error !== outcome ? `: ${error}` : null);
+}
+
+// Why comes second: a phone shows the first columns, and scrolls to the rest.
+export function candidatesTable(candidates, title) {
+  const head = el("tr", {}, ...["Worker", "Why", "Cached", "Load", "Wait", "Cost"].map((text) => el("th", { scope: "col" }, text)));
   const rows = candidates.map((candidate, rank) =>
-    el("tr", { className: rank ? "" : "best" }, el("th", { scope: "row" }, candidate.peer), ...[`${count(candidate.overlap_blocks)} blocks`, String(candidate.load), duration(candidate.wait_ms), duration(candidate.cost_ms), candidate.reason].map((text) => el("td", {}, text))),
+    el("tr", { className: rank ? "" : "best" }, el("th", { scope: "row" }, candidate.peer), ...[candidate.reason, `${count(candidate.overlap_blocks)} blocks`, String(candidate.load), duration(candidate.wait_ms), duration(candidate.cost_ms)].map((text) => el("td", {}, text))),
   );
-  return el("section", {}, el("h3", {}, `Candidates (policy ${policy})`), el("div", { className: "scroll", tabIndex: 0, role: "group", ariaLabel: "Candidates" }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows))));
+  return el("section", {}, el("h3", {}, title), el("div", { className: "scroll", tabIndex: 0, role: "group", ariaLabel: title }, el("table", {}, el("thead", {}, head), el("tbody", {}, ...rows))));
 }
 
 export function attemptsList(attempts) {
-  const words = (attempt) => [attempt.peer, attempt.role, attempt.outcome, attempt.blocks ? plural(attempt.blocks, "block") : null, attempt.tokens ? plural(attempt.tokens, "token") : null].filter(Boolean).join(" · ");
+  const words = (attempt) => [attempt.peer, attempt.role, attempt.outcome, duration(attempt.ms), attempt.blocks ? plural(attempt.blocks, "block") : null, attempt.tokens ? plural(attempt.tokens, "token") : null].filter(Boolean).join(" · ");
   return el("section", {}, el("h3", {}, "Attempts"), el("ol", { className: "plain" }, ...attempts.map((attempt) => el("li", {}, words(attempt)))));
 }
 

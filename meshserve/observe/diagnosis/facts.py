@@ -25,6 +25,18 @@ class Multicast:
 
 
 @dataclass(frozen=True, slots=True)
+class PathMtu:
+    """The longest packets between this machine and another one, in bytes."""
+
+    interface: str
+    """Of this machine, on the way there."""
+    mtu: int
+    """What this interface sends."""
+    largest: int
+    """Of those tried, the longest that got there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Listener:
     """A port of the range of peers that somebody on this machine listens at."""
 
@@ -70,8 +82,12 @@ class PeerFacts:
     knocks: tuple[PortKnock, ...] | None = None
     """What its own connection attempts to others met; None: it could not be asked."""
     carries_large: bool | None = None
+    path: PathMtu | None = None
+    """None: nothing could be found out about the way there."""
     is_alive: bool = True
     """It said hello to somebody, or announced itself just now; else it is known only by old hearsay."""
+    is_young: bool = False
+    """It has just started: its announcement may still be on its way, and others' to it."""
 
     @property
     def label(self) -> str:

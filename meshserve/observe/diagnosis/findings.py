@@ -9,6 +9,8 @@ from meshserve.config import FIRST_PORT
 
 PORTS = f"{FIRST_PORT}-{FIRST_PORT + 99}/tcp"
 """What a firewall has to let in."""
+MULTICAST_PORT = "5353/udp"
+"""The same for mDNS."""
 
 
 class Severity(StrEnum):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from meshserve.config import FIRST_PORT
 from meshserve.mesh.addresses import LocalAddress, is_virtual
 from meshserve.observe.diagnosis.facts import Facts, Multicast, is_loopback
-from meshserve.observe.diagnosis.findings import PORTS, Finding, count, error, info, names, warning
+from meshserve.observe.diagnosis.findings import MULTICAST_PORT, PORTS, Finding, count, error, info, names, warning
 
 _PEER_HINT = "Start peers here with --peer ADDRESS of any one on another machine: it joins the whole mesh."
 
@@ -52,8 +52,8 @@ def _mdns(facts: Facts) -> Iterator[Finding]:
         yield warning(
             "multicast_deaf",
             "this machine does not hear its own multicast",
-            f"questions to 224.0.0.251 on {names(asked.interface for asked in facts.multicast)} did not come back",
-            f"Let 5353/udp through this machine's firewall. {_PEER_HINT}",
+            f"questions by multicast on {names(asked.interface for asked in facts.multicast)} did not come back",
+            f"Let {MULTICAST_PORT} through this machine's firewall (`ufw allow {MULTICAST_PORT}`). {_PEER_HINT}",
         )
     elif heard:
         yield info("multicast_in", f"multicast arrives from {count(len(heard), 'other machine')}: {names(heard)}")
@@ -81,13 +81,13 @@ def _ports(facts: Facts) -> Iterator[Finding]:
 
 
 def judge_alone(facts: Facts) -> Iterator[Finding]:
-    """Nobody there, or nobody but on this machine: the reasons that lie here."""
+    """Nobody there, or nobody but on this machine: the reasons that lie here. A --peer where nobody is is told of in any case."""
+    for seed in facts.strangers:
+        if seed.is_seed and seed.outcome != "open":
+            judged = warning if facts.elsewhere() else error
+            yield judged("seed_silent", f"--peer {seed.place}: {_WORDS.get(seed.outcome, seed.outcome)}", "", _SEED_ADVICE)
     if facts.elsewhere():
         return
-    seeds = [stranger for stranger in facts.strangers if stranger.is_seed]
-    for seed in seeds:
-        if seed.outcome != "open":
-            yield error("seed_silent", f"--peer {seed.place}: {_WORDS.get(seed.outcome, seed.outcome)}", "", _SEED_ADVICE)
     silence = _silence(facts)
     if not any(peer.is_alive for peer in facts.peers):
         yield error(

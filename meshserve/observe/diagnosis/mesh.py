@@ -3,8 +3,8 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from meshserve.observe.diagnosis.facts import Facts, PeerFacts
-from meshserve.observe.diagnosis.findings import Finding, count, error, info, names, warning
+from meshserve.observe.diagnosis.facts import Facts, PathMtu, PeerFacts
+from meshserve.observe.diagnosis.findings import MULTICAST_PORT, Finding, count, error, info, names, warning
 
 _NEEDED = {
     "frontend": "nobody takes HTTP requests",
@@ -32,7 +32,7 @@ def judge_mesh(facts: Facts) -> Iterator[Finding]:
 def _multicast(facts: Facts, peers: list[PeerFacts]) -> Iterator[Finding]:
     """Whoever hears nobody on other machines is cut off, if somebody there announces itself."""
     known = {peer.incarnation: peer for peer in peers}
-    speaking = [peer for peer in peers if peer.view is not None and peer.view.mdns == "on"]
+    speaking = [peer for peer in peers if peer.view is not None and peer.view.mdns == "on" and not peer.is_young]
     deaf, num_asked = [], 0
     for listener in speaking:
         others = [peer.incarnation for peer in speaking if not facts.on_one_machine(peer, listener)]
@@ -58,8 +58,9 @@ def _multicast_finding(facts: Facts, deaf: list[PeerFacts], is_deaf_here: bool, 
     where = "this network" if is_everybody else names([*here, *elsewhere])
     seen = "peers on other machines are there and announce themselves, and mDNS told of none of them there"
     reached = next((peer for peer in facts.elsewhere() if peer not in deaf), None)
-    advice = f"--peer {reached.place if reached else 'ADDRESS'} joins the whole mesh without multicast; or let 5353/udp through"
-    return warning("multicast_blocked", f"multicast is blocked: {where}", seen, f"{advice} (guest Wi-Fi and client isolation block it).")
+    joining = f"Start peers there with --peer {reached.place if reached else 'ADDRESS'}, which joins the whole mesh without multicast"
+    letting = f"or let {MULTICAST_PORT} through the firewall (`ufw allow {MULTICAST_PORT}`; guest Wi-Fi and client isolation block it)"
+    return warning("multicast_blocked", f"multicast is blocked: {where}", seen, f"{joining}; {letting}.")
 
 
 def _unheard(facts: Facts, speaking: list[PeerFacts]) -> Iterator[Finding]:
@@ -74,7 +75,7 @@ def _unheard(facts: Facts, speaking: list[PeerFacts]) -> Iterator[Finding]:
 
 def _advice(facts: Facts, peer: PeerFacts) -> str:
     other = next((found for found in facts.peers if found.is_alive and not facts.on_one_machine(found, peer)), None)
-    return f"Start it with --peer {other.place if other else 'ADDRESS'}; or let 5353/udp through its machine's firewall."
+    return f"Start it with --peer {other.place if other else 'ADDRESS'}; or let {MULTICAST_PORT} through its machine's firewall."
 
 
 def _names(peers: list[PeerFacts]) -> Iterator[Finding]:
@@ -118,12 +119,24 @@ def _clocks(peers: list[PeerFacts]) -> Iterator[Finding]:
 
 
 def _large_messages(peers: list[PeerFacts]) -> Iterator[Finding]:
+    """Where packets of full length are lost it matters only if nobody says so to those who send them: then long messages are too."""
     stuck = [peer for peer in peers if peer.carries_large is False]
+    short = [peer for peer in peers if peer.path is not None and peer.path.largest < peer.path.mtu]
+    measured = [_packets(peer, peer.path) for peer in short if peer.path is not None]
     if stuck:
+        paths = [peer.path for peer in short if peer in stuck and peer.path is not None]
+        least = min(paths, key=lambda path: path.largest, default=None)
+        device, mtu = (least.interface, least.largest) if least is not None else ("NAME", 1280)
         yield error(
             "mtu",
             f"long messages do not get to {names(peer.label for peer in stuck)} and back, short ones do",
-            "64 KiB did not come back within the time that a short message needs",
+            "; ".join(["64 KiB did not come back within the time that a short message needs", *dict.fromkeys(measured)]),
             "The path carries smaller packets than its ends believe (a VPN, a tunnel, jumbo frames): lower the MTU of the interface, "
-            "`ip link set dev NAME mtu 1280`.",
+            f"`ip link set dev {device} mtu {mtu}` here, and the same at the other end.",
         )
+    elif measured:
+        yield info("path_mtu", f"{names(measured)}; long messages get there all the same")
+
+
+def _packets(peer: PeerFacts, path: PathMtu) -> str:
+    return f"packets of {path.largest} bytes get to {peer.label}, those of {path.mtu} that {path.interface} sends do not"

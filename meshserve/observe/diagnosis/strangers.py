@@ -1,6 +1,7 @@
 """Who is there and does not become a member: other keys, other meshes, other versions."""
 
 import difflib
+from collections import defaultdict
 from collections.abc import Iterator
 
 from meshserve.observe.diagnosis.facts import Facts, Stranger, is_open
@@ -61,9 +62,17 @@ def _versions(met: list[Stranger]) -> Iterator[Finding]:
 
 def _meshes(facts: Facts, refused: list[Stranger]) -> Iterator[Finding]:
     announced = {place for places in facts.other_meshes.values() for place in places}
+    by_reason = defaultdict(list)
     for stranger in refused:
         if stranger.place not in announced:  # else it is listed below, with the name of its mesh
-            yield error("other_mesh", f"{stranger.place} is of another mesh", stranger.reason, "Use one --mesh NAME everywhere.")
+            by_reason[stranger.reason].append(stranger)
+    for reason, found in by_reason.items():
+        is_meant = any(stranger.is_seed for stranger in found) or not any(peer.is_alive for peer in facts.peers)
+        judged = error if is_meant else info if _can_serve(facts) else warning
+        are = "is" if len(found) == 1 else "are"
+        yield judged(
+            "other_mesh", f"{names(stranger.place for stranger in found)} {are} of another mesh", reason, "Use one --mesh NAME everywhere."
+        )
     for mesh, places in facts.other_meshes.items():
         cause = f"there is another mesh here: {mesh!r}, and {facts.mesh!r} was asked for"
         seen = f"announced by {names(places)}"

@@ -21,6 +21,7 @@ ANTHROPIC_PREFIX = "/v1/messages"
 class Api:
     """One way of asking for completions."""
 
+    path: str
     prefix: str
     """Of the response's id."""
     parse: Parse
@@ -45,9 +46,10 @@ class Api:
         return error
 
 
-COMPLETIONS = Api("cmpl-", parse_completion, ChunkWriter, WholeCompletion)
-CHATS = Api("chatcmpl-", parse_chat, ChatChunkWriter, WholeChat)
+COMPLETIONS = Api("/v1/completions", "cmpl-", parse_completion, ChunkWriter, WholeCompletion)
+CHATS = Api("/v1/chat/completions", "chatcmpl-", parse_chat, ChatChunkWriter, WholeChat)
 RESPONSES = Api(
+    "/v1/responses",
     "resp_",
     responses_parsing.parse_response,
     responses_writers.ResponseEvents,
@@ -55,6 +57,7 @@ RESPONSES = Api(
     params=responses_parsing.PARAMS,
 )
 MESSAGES = Api(
+    "/v1/messages",
     "msg_",
     anthropic_parsing.parse_message,
     anthropic_writers.MessageEvents,
@@ -64,9 +67,12 @@ MESSAGES = Api(
 )
 
 
+APIS = (COMPLETIONS, CHATS, RESPONSES, MESSAGES)
+
+
 def lines(parse: Parse) -> Api:
     """`/generate`, whose parser must know the first model there is."""
-    return Api("", parse, LineWriter, LineWriter)
+    return Api("/generate", "", parse, LineWriter, LineWriter)
 
 
 def error_body_for(path: str, error: MeshserveError) -> bytes:

@@ -64,6 +64,12 @@ def _deepest(outside: bytes, depth: int) -> int:
     return max(accumulate(map(_STEPS.__getitem__, outside.translate(None, _NOT_BRACKETS)), initial=depth))
 
 
+def check_small(body: bytes) -> None:
+    """Of a body of at most 64 KiB, all of it. Raises InvalidRequest if its depth is too much."""
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+        JsonScanner().feed(body)
+
+
 async def read_json(receive: Receive, max_bytes: int) -> bytes:
     """A body that can be parsed without holding anybody up. Raises RequestTooLarge or InvalidRequest, or ClientGone."""
     parts: list[bytes] = []

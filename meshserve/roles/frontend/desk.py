@@ -2,7 +2,6 @@
 
 import math
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -10,17 +9,15 @@ from meshserve.config import ServeConfig
 from meshserve.errors import InvalidRequest, MeshserveError, Overloaded, RateLimited
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.frontend.admission import Ticket
-from meshserve.roles.frontend.asgi import Scope
-from meshserve.roles.frontend.guard import CLIENT
 from meshserve.roles.frontend.places import Places
+from meshserve.wire.completion import CompletionRequest
 
 TIMEOUT_HEADER = "x-request-timeout"
 MIN_TIMEOUT_S = 0.001
 
 
-def request_timeout_s(scope: Scope, most_s: float) -> float:
+def request_timeout_s(given: bytes | None, most_s: float) -> float:
     """What the header asks for, and no more than `most_s`. Raises InvalidRequest that names it."""
-    given = next((value for name, value in scope["headers"] if name == b"x-request-timeout"), None)
     if given is None:
         return most_s
     try:
@@ -32,13 +29,20 @@ def request_timeout_s(scope: Scope, most_s: float) -> float:
     return min(asked_s, most_s)
 
 
-class Waiting(Protocol):
-    """What waits for the answer, as far as the desk knows it."""
+class Applicant(Protocol):
+    """Who asks for a place, as far as the desk knows it: an exchange."""
 
-    on_over: Callable[[bool], None] | None
+    request: CompletionRequest | None
+    client: str
+    """Whose request it is: clients share the mesh evenly."""
+    deadline_s: float
+    ticket: Ticket | None
+
+    def placed(self) -> None:
+        """There is a place."""
 
     def on_error(self, error: MeshserveError) -> None:
-        """There will be no answer."""
+        """There will be none."""
 
 
 class Desk:
@@ -47,33 +51,30 @@ class Desk:
     def __init__(self, mesh: Mesh, config: ServeConfig) -> None:
         self._mesh = mesh
         self._places = Places(mesh, config.front)
+        self.leave = self._places.leave
 
-    def ask(self, scope: Scope, model: str, weight: int, deadline_s: float, answer: Waiting, pass_on: Callable[[], None]) -> None:
-        """Have `pass_on` called when there are `weight` places: at once, or later. What it raises, and a refusal, go to the answer.
+    def ask(self, applicant: Applicant) -> None:
+        """Call its `placed` when there are as many places as it has answers: at once, or later, or else its `on_error`.
 
-        Raises Overloaded or RateLimited, and what `pass_on` raises, if it is now.
+        Raises Overloaded or RateLimited.
         """
-        ticket = Ticket(scope.get(CLIENT, ""), weight, time.monotonic(), deadline_s)
-        answer.on_over = partial(self._places.leave, model, ticket)
-        is_now = True
-
-        def decided(error: MeshserveError | None) -> None:
-            try:
-                if error is not None:
-                    self._mesh.counters.add("requests_refused")
-                    raise error
-                pass_on()
-            except MeshserveError as problem:
-                if is_now:
-                    raise
-                answer.on_error(problem)
-
+        request = applicant.request
+        assert request is not None
+        ticket = applicant.ticket = Ticket(applicant.client, request.num_choices, time.monotonic(), applicant.deadline_s)
         try:
-            self._places.ask(model, ticket, decided)
+            if self._places.ask(request.model, ticket, partial(self._decided, applicant)):
+                applicant.placed()
         except (Overloaded, RateLimited):
             self._mesh.counters.add("requests_refused")
             raise
-        is_now = False
+
+    def _decided(self, applicant: Applicant, error: MeshserveError | None) -> None:
+        """Of one that had to wait."""
+        if error is None:
+            applicant.placed()
+        else:
+            self._mesh.counters.add("requests_refused")
+            applicant.on_error(error)
 
     def close(self) -> None:
         """Nobody gets a place any more."""

@@ -26,11 +26,14 @@ from meshserve.roles.frontend.origins import (
 
 CLIENT = "meshserve.client"
 """In the scope of every request that was let in: whose it is, for the fairness between clients."""
+EXTRA_HEADERS = "meshserve.extra"
+"""In the scope of every request, where pages of others may ask: the headers of every response to it."""
 
 _log = logging.getLogger(__name__)
 
 OPEN_PATHS = ("/health", "/ready")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+_NO_KEY = "the API key is missing or wrong: send it as `Authorization: Bearer KEY`"
 
 
 class Guard:
@@ -51,7 +54,8 @@ class Guard:
         """ASGI."""
         headers = dict(reversed(scope["headers"]))  # of a header that comes twice, the first counts
         if self._origins:
-            send = self._with_cors(send, self._origins.headers(headers.get(b"origin")))
+            scope[EXTRA_HEADERS] = self.extra_headers(headers)
+            send = self._with_cors(send, scope[EXTRA_HEADERS])
         try:
             await self._serve(scope, headers, receive, send)
         except MeshserveError as error:
@@ -63,6 +67,22 @@ class Guard:
             _log.error("%s %s failed: %r", scope["method"], scope["path"], error, exc_info=_log.isEnabledFor(logging.DEBUG))
             await send_whole(send, 500, apis.error_body_for(scope["path"], MeshserveError()), error_headers(MeshserveError()))
 
+    def extra_headers(self, headers: Headers) -> list[Header]:
+        """Of every response to a request with these."""
+        return self._origins.headers(headers.get(b"origin")) if self._origins else []
+
+    def admit(self, scheme: str, address: str, headers: Headers) -> str:
+        """Let a request by POST to an API in, and say whose it is. Raises Unauthorized or Forbidden."""
+        if self._checks_host:
+            self._check_host(headers)
+        if not self._keys:
+            self._check_page("POST", headers)
+            return address
+        client = self._client_of("POST", scheme, headers)
+        if client is None:
+            raise Unauthorized(_NO_KEY)
+        return client
+
     async def _serve(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
         """Let in, or raise Unauthorized or Forbidden."""
         if self._checks_host:
@@ -73,7 +93,7 @@ class Guard:
             return
         scope[CLIENT] = scope["client"][0] if scope["client"] else ""
         if not self._keys:
-            self._check_page(scope, headers)
+            self._check_page(scope["method"], headers)
         elif scope["path"] in (LOGIN, LOGOUT) and self._may_log_in(scope, headers):
             await self._login.serve(scope, headers, receive, send)
             return
@@ -95,29 +115,32 @@ class Guard:
             raise Forbidden(f"{name} is no name of this machine's loopback: start with --allow-host {name} or --api-key if it is meant")
         self._last_host = host
 
-    def _check_page(self, scope: Scope, headers: Headers) -> None:
+    def _check_page(self, method: str, headers: Headers) -> None:
         """Without keys, what a page of another site sends could be anybody's who runs a website."""
-        if scope["method"] not in _SAFE_METHODS and is_cross_site(headers) and not self._origins.allows(headers.get(b"origin", b"")):
+        if method not in _SAFE_METHODS and is_cross_site(headers) and not self._origins.allows(headers.get(b"origin", b"")):
             raise Forbidden("this request was sent by a page of another site; --cors-origin lets one in")
 
     def _is_known(self, scope: Scope, headers: Headers) -> bool:
-        """Says whose request it is. Raises Forbidden for a cookie that a page of another site makes use of."""
+        client = self._client_of(scope["method"], scope["scheme"], headers)
+        if client is not None:
+            scope[CLIENT] = client
+        return client is not None
+
+    def _client_of(self, method: str, scheme: str, headers: Headers) -> str | None:
+        """By key or session; None without. Raises Forbidden for a cookie that a page of another site makes use of."""
         shown = headers.get(b"x-api-key")
         authorization = headers.get(b"authorization", b"")
         if authorization[:7].lower() == b"bearer ":
             shown = authorization[7:].strip()
         key = self._keys.find(shown) if shown is not None else None
-        if key is not None:
-            scope[CLIENT] = f"key {key}"
-        if key is not None or shown is not None:
-            return key is not None
+        if shown is not None:
+            return f"key {key}" if key is not None else None
         session = self._session(headers)
         if session is None:
-            return False
-        if scope["method"] not in _SAFE_METHODS and not is_same_origin(scope["scheme"], headers):
+            return None
+        if method not in _SAFE_METHODS and not is_same_origin(scheme, headers):
             raise Forbidden("a session is for this frontend's own pages; programs send a key")
-        scope[CLIENT] = f"key {session}"
-        return True
+        return f"key {session}"
 
     def _session(self, headers: Headers) -> int | None:
         token = session_token(headers)
@@ -128,7 +151,7 @@ class Guard:
             query = b"?" + scope["query_string"] if scope["query_string"] else b""
             await send_whole(send, 303, b"", [(b"location", login_url(scope["raw_path"] + query)), (b"cache-control", b"no-store")])
             return
-        raise Unauthorized("the API key is missing or wrong: send it as `Authorization: Bearer KEY`")
+        raise Unauthorized(_NO_KEY)
 
     @staticmethod
     def _with_cors(send: Send, extra: list[Header]) -> Send:

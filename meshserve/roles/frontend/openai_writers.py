@@ -185,7 +185,7 @@ class WholeChat(WholeCompletion):
 class LineWriter(EventWriter):
     """`/generate`: a JSON object a line."""
 
-    media_type = "application/x-ndjson"
+    headers = b"content-type: application/x-ndjson\r\ncache-control: no-cache\r\n"
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)

@@ -78,11 +78,10 @@ class Places:
 
     # --- requests
 
-    def ask(self, model: str, ticket: Ticket, on_decided: Callable[[MeshserveError | None], None]) -> None:
-        """A place for this request. `on_decided` is called once: before this returns, or later. Raises Overloaded or RateLimited."""
+    def ask(self, model: str, ticket: Ticket, on_decided: Callable[[MeshserveError | None], None]) -> bool:
+        """A place for this request: true if it has it now; else `on_decided` is called once, later. Raises Overloaded or RateLimited."""
         if not self._mesh.peers_serving("decode", model):
-            on_decided(None)  # the processor knows best how to say that nobody serves this
-            return
+            return True  # the processor knows best how to say that nobody serves this
         found = self._models.get(model)
         if found is None:
             found = self._models[model] = _Model(self._limits)
@@ -90,11 +89,11 @@ class Places:
         decisions = found.admission.arrive(ticket, ticket.arrived_s)
         if not ticket.is_waiting:
             found.peak(ticket.arrived_s)
-            on_decided(None)
-            return
+            return True
         self._waiting[ticket] = on_decided
         self._decide(decisions)
         self._sweep_soon()
+        return False
 
     def leave(self, model: str, ticket: Ticket, is_done: bool) -> None:
         """The request ended (well, if `is_done`), or nobody waits for it any more. Harmless after it was refused."""

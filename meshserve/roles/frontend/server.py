@@ -18,14 +18,15 @@ from meshserve.observe.feed_mesh import MeshFeed
 from meshserve.observe.receipt_finding import find_receipt
 from meshserve.observe.status import list_peers
 from meshserve.roles.frontend import apis, shapes
-from meshserve.roles.frontend.asgi import Receive, Scope, Send
+from meshserve.roles.frontend.asgi import Receive, Scope, Send, error_headers
 from meshserve.roles.frontend.completions import Completions
-from meshserve.roles.frontend.connections import Connections
+from meshserve.roles.frontend.connections import Connections, FrontProtocol, ShortRequest
 from meshserve.roles.frontend.events import Dashboard
 from meshserve.roles.frontend.guard import Guard
 from meshserve.roles.frontend.listening import Server, bind, possible_connections, tls_context, url_of
+from meshserve.roles.frontend.login import challenge
 from meshserve.roles.frontend.openapi.serving import Documents
-from meshserve.roles.frontend.responding import responder
+from meshserve.roles.frontend.responding import Responder, encode_headers, responder
 from meshserve.roles.frontend.tokenizing import Tokenizing, hot_routes
 
 if TYPE_CHECKING:
@@ -46,6 +47,26 @@ class _HotRoutes:
             await route(scope, receive, responder(scope, send))
         else:
             await self._application(scope, receive, send)
+
+
+class _Door:
+    """Where requests for a completion come in that came whole: past the guard, and on as an exchange. No task, and no ASGI."""
+
+    def __init__(self, guard: Guard, completions: Completions, api: apis.Api) -> None:
+        self._guard, self._completions, self._api = guard, completions, api
+
+    def __call__(self, connection: FrontProtocol, request: ShortRequest) -> None:
+        """Never raises: a refusal is the answer."""
+        guard, headers = self._guard, request.headers
+        response = Responder(request, guard.extra_headers(headers))
+        try:
+            client = guard.admit(connection.scheme or "", connection.address, headers)
+        except MeshserveError as error:
+            body = apis.error_body_for(request.path, error)
+            response.whole(error.http_status, body, encode_headers([*error_headers(error), *challenge(error)]))
+            return
+        exchange = self._completions.begin(self._api, connection, response, headers, client, request.began_s)
+        self._completions.take(exchange, request.body)
 
 
 class FrontendRole:
@@ -76,7 +97,9 @@ class FrontendRole:
         self._mesh.levels.derive("http_connections", lambda: len(open_now))
         completions = self._completions
         hot = hot_routes(completions, Tokenizing(self._mesh, self._config, completions))
-        self._server = Server(Guard(_HotRoutes(self._routes(hot), hot), self._config), self._connections, context)
+        guard = Guard(_HotRoutes(self._routes(hot), hot), self._config)
+        self._connections.doors = {path.encode(): _Door(guard, completions, api) for path, api in completions.apis.items()}
+        self._server = Server(guard, self._connections, context)
         self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listening]))
         while not self._server.started and not self._serving.done():
             await asyncio.sleep(_START_CHECK_S)

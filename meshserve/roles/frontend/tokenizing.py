@@ -79,12 +79,8 @@ class Tokenizing:
 def hot_routes(completions: Completions, tokenizing: Tokenizing) -> dict[str, Any]:
     """Everything that is asked of models with POST."""
     return {
-        "/v1/completions": completions.completion,
-        "/v1/chat/completions": completions.chat,
-        "/v1/responses": completions.response,
-        "/v1/messages": completions.message,
+        **{path: completions.route(path) for path in completions.apis},
         "/v1/messages/count_tokens": tokenizing.count_message,
-        "/generate": completions.generate,
         "/tokenize": tokenizing.tokenize,
         "/detokenize": tokenizing.detokenize,
     }

@@ -28,7 +28,10 @@ class Reply:
 class Writer(Protocol):
     """One answer in the making. Raises ProtocolError for what a processor must not say."""
 
-    media_type: str
+    is_stream: bool
+    """Whether what items come to is sent as they come."""
+    headers: bytes
+    """Of the response, as they stand in its head."""
 
     def feed(self, items: Sequence[Any]) -> bytes:
         """What these items add to the response; empty for an answer that is given in one piece."""
@@ -43,7 +46,8 @@ class Writer(Protocol):
 class EventWriter:
     """Reads items, and asks an API's own writer for the events that they stand for, as text."""
 
-    media_type = EVENT_STREAM
+    is_stream = True
+    headers = f"content-type: {EVENT_STREAM}\r\ncache-control: no-cache\r\n".encode()
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
@@ -103,7 +107,8 @@ class Collected:
 class WholeWriter:
     """Gathers items until the end."""
 
-    media_type = "application/json"
+    is_stream = False
+    headers = b"content-type: application/json\r\n"
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply

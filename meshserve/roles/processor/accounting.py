@@ -7,6 +7,10 @@ from typing import Any
 from meshserve.observe.receipts import Receipt, milliseconds
 from meshserve.telemetry import Histograms, Phases
 
+_NOTHING: dict[str, Any] = {}
+_OF_HANDOFF = frozenset(("num_blocks", "num_bytes", "attempts", "prefill_peer"))
+"""Said only of prompts that were computed elsewhere."""
+
 
 class Account:
     """What a sequence is in is `route`, a `call` to a worker, or nothing. Of a call that ends well the worker says what it did; of any
@@ -20,36 +24,42 @@ class Account:
         self.receipt, self.phases, self._histograms, self._name_of = receipt, phases, histograms, name_of
         self._now_in = ""
         self._first_ms = self._first_s = 0.0
-        self.early: dict[str, Any] = {}
+        self.early = _NOTHING
         """What the worker said before the first token."""
+
+    def placed(self) -> None:
+        """Its worker is found, and called now."""
+        self.receipt.add("route", self.phases.end())
+        self.enter("call")
 
     def enter(self, now_in: str) -> None:
         """From now on it is in this."""
         self._now_in = now_in
-        self.early, self._first_s = {}, 0.0
+        self.early, self._first_s = _NOTHING, 0.0
 
     def first_token(self) -> float:
         """The first one came; returns when, on the monotonic clock."""
-        self._first_ms = self.phases.lap_ms()
-        self._first_s = monotonic()
+        phases, now_s = self.phases, monotonic()
+        self._first_ms, self._first_s = (now_s - phases.last_s) * 1000, now_s
         if self._histograms is not None:
-            self._histograms.observe("ttft", self.phases.total_ms() / 1000)
-        return self._first_s
+            self._histograms.observe("ttft", now_s - phases.began_s)
+        return now_s
 
     def call_ended(self, account: dict[str, Any]) -> None:
         """The call ended well, with this account by its worker."""
         self._now_in = ""
-        early_phases, phases = self.early.get("phases_ms"), account.get("phases_ms")
-        if isinstance(early_phases, dict) and isinstance(phases, dict):  # what was said once need not be said again
-            account = {**self.early, **account, "phases_ms": {**early_phases, **phases}}
-        self._take(account, self.phases.end("call"))
+        if self.early:
+            early_phases, phases = self.early.get("phases_ms"), account.get("phases_ms")
+            if isinstance(early_phases, dict) and isinstance(phases, dict):  # what was said once need not be said again
+                account = {**self.early, **account, "phases_ms": {**early_phases, **phases}}
+        self._take(account, self.phases.end())
 
     def settle(self) -> float:
         """What it was in is over, and nobody else accounts for it; returns its milliseconds. Harmless when it is in nothing."""
         was_in, self._now_in = self._now_in, ""
         if not was_in:
             return 0.0
-        took_ms = self.phases.end(was_in)
+        took_ms = self.phases.end()
         if was_in == "route":
             self.receipt.add("route", took_ms)
         elif not self._first_s:
@@ -61,18 +71,25 @@ class Account:
 
     def close(self, last_s: float) -> None:
         """The sequence is over, whose last token came then."""
-        self.settle()
+        if self._now_in:
+            self.settle()
         if self._histograms is not None and self._first_s:
             self._histograms.add_to_sum("itl", last_s - self._first_s)
 
     def _take(self, account: dict[str, Any], caller_ms: float) -> None:
         """What the worker says of a call, or of its beginning, that took so long here."""
         receipt, phases = self.receipt, account.get("phases_ms")
-        for phase, took_ms in phases.items() if isinstance(phases, dict) else ():
-            receipt.add(str(phase), milliseconds(took_ms))
+        if isinstance(phases, dict):
+            known_ms = receipt.phases_ms
+            for phase, took_ms in phases.items():
+                known_ms[phase] = known_ms.get(phase, 0.0) + milliseconds(took_ms)
         receipt.add("network", caller_ms - (milliseconds(account.get("total_ms")) or caller_ms))
         receipt.num_cached_tokens = int(milliseconds(account.get("num_cached_tokens")))
+        if not _OF_HANDOFF.isdisjoint(account):
+            self._take_handoff(account)
+
+    def _take_handoff(self, account: dict[str, Any]) -> None:
+        receipt, attempts, prefill = self.receipt, account.get("attempts"), account.get("prefill_peer")
         receipt.num_blocks, receipt.num_bytes = (int(milliseconds(account.get(name))) for name in ("num_blocks", "num_bytes"))
-        attempts, prefill = account.get("attempts"), account.get("prefill_peer")
         receipt.attempts += [attempt for attempt in attempts if isinstance(attempt, dict)] if isinstance(attempts, list) else []
         receipt.peers["prefill"] = self._name_of(prefill) if isinstance(prefill, str) else None

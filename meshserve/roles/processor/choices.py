@@ -19,17 +19,15 @@ _PROMPT_TOKENS_PER_ITEM = 512
 
 
 class Choice:
-    """Text, stop strings, log probabilities and calls of one sequence. `send` and `send_all` take items as they go over the wire."""
+    """Text, stop strings, log probabilities and calls of one sequence. `send` takes items as they go over the wire."""
 
     __slots__ = (
         "_detokenizer",
         "_index",
         "_is_bare",
-        "_is_simple",
         "_min_tokens",
         "_parser",
         "_send",
-        "_send_all",
         "_stops",
         "_token_bytes",
         "_trail",
@@ -42,27 +40,19 @@ class Choice:
         token_bytes: TokenBytes,
         index: int = 0,
         *,
-        send_all: Callable[[list[Any]], None] | None = None,
         is_bare: bool = False,
         stops: tuple[str, ...] = (),
         min_tokens: int = 0,
         wants_logprobs: bool = False,
         is_call: bool = False,
     ) -> None:
-        self._send = send
-        self._send_all = send_all or self._send_each
-        self._token_bytes, self._index, self._is_bare = token_bytes, index, is_bare
+        self._send, self._token_bytes, self._index, self._is_bare = send, token_bytes, index, is_bare
         self._detokenizer = Detokenizer(token_bytes)
         self._stops, self._min_tokens = StopChecker(stops), min_tokens
         self._trail = Trail(token_bytes) if wants_logprobs else None
         self._parser = CallParser() if is_call else None
-        self._is_simple = not stops and not wants_logprobs and not is_call
         self.num_tokens = 0
         """Up to the one that made a stop string complete, that one included."""
-
-    def _send_each(self, items: list[Any]) -> None:
-        for item in items:
-            self._send(item)
 
     # --- the prompt, for those who want it repeated
 
@@ -84,11 +74,6 @@ class Choice:
 
     def feed(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> bool:
         """Tokens of one step; true if a stop string ended the text. Raises ProtocolError if log probabilities are missing."""
-        if self._is_simple:
-            self.num_tokens += len(tokens)
-            texts: list[Any] = self._detokenizer.pieces(tokens)
-            self._send_all(texts if self._is_bare else [[self._index, text] for text in texts])
-            return False
         if self._trail is not None and (logprobs is None or len(logprobs) != len(tokens)):
             raise ProtocolError("a worker left out the log probabilities")
         return any(self._feed_one(token, logprobs[place] if logprobs else None) for place, token in enumerate(tokens))

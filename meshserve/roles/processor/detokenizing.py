@@ -1,9 +1,37 @@
 """Tokens to text, as they come: only whole characters are given out. Pure."""
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from meshserve.engines.tokenizers import Vocabulary
 
 _Decoder = codecs.getincrementaldecoder("utf-8")
+
+_MAX_TEXTS = 65_536
+"""Tokens whose text is remembered, 0.1 kB each. More than most models use of their vocabularies."""
+
+
+class Spelling:
+    """What a model's tokens stand for, as its sequences share it."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.vocab_size, self.token_bytes = vocabulary.vocab_size, vocabulary.token_bytes
+        self.texts: Mapping[int, str | None] = _Texts(vocabulary)
+        """Those that are whole characters wherever they stand, which is known of ASCII; None for any other token."""
+
+
+class _Texts(dict[int, str | None]):
+    """Filled as tokens come: looking up the tokens of a step is then one pass that runs no code of ours."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+
+    def __missing__(self, token: int) -> str | None:
+        data = self._vocabulary.token_bytes(token)
+        text = data.decode("ascii") if data.isascii() else None
+        if 0 <= token < self._vocabulary.vocab_size and len(self) < _MAX_TEXTS:
+            self[token] = text
+        return text
 
 
 class Detokenizer:

@@ -5,11 +5,11 @@ from array import array
 from collections import OrderedDict
 from typing import Any
 
-from meshserve.engines.tokenizers import Vocabulary
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
 from meshserve.errors import ModelNotFound, NoWorker
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
+from meshserve.roles.processor.detokenizing import Spelling
 from meshserve.roles.processor.file_cache import FileCache, cache_directory
 from meshserve.roles.processor.model_files import ModelFiles
 from meshserve.roles.processor.prompts import chat_of, not_empty
@@ -90,7 +90,7 @@ class Models:
 
     # --- requests
 
-    def encode_nowait(self, request: CompletionRequest, card: ModelCard) -> "tuple[list[array[int]], Vocabulary] | None":
+    def encode_nowait(self, request: CompletionRequest, card: ModelCard) -> "tuple[list[array[int]], Spelling] | None":
         """The prompts' tokens and what tokens stand for; None if that has to wait for files or another process: :meth:`encode`.
 
         Raises as :meth:`encode` does.
@@ -103,21 +103,21 @@ class Models:
             prompts = [own.chat_nowait(chat.messages, chat.tools, add_generation_prompt=chat.add_generation_prompt)]
         else:
             prompts = [own.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
-        return not_empty(request, prompts), own.tokenizer
+        return not_empty(request, prompts), own.own_spelling
 
-    async def encode(self, request: CompletionRequest, card: ModelCard) -> "tuple[list[array[int]], Vocabulary]":
+    async def encode(self, request: CompletionRequest, card: ModelCard) -> "tuple[list[array[int]], Spelling]":
         """The same for any model. To be cancelled at the request's deadline, or when nobody waits any more.
 
         Raises InvalidRequest for an empty prompt or a template that refuses, TokenizerFailed if the model's files cannot be had.
         """
         text = self.text(card)
-        vocabulary = await text.vocabulary()
+        spelling = await text.spelling()
         if request.kind == "chat":
             chat = chat_of(request)
             prompts = [await text.encode_chat(chat.messages, chat.tools, add_generation_prompt=chat.add_generation_prompt)]
         else:
             prompts = [await text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
-        return not_empty(request, prompts), vocabulary
+        return not_empty(request, prompts), spelling
 
 
 def _is_own(card: ModelCard) -> bool:

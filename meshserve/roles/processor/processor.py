@@ -10,13 +10,13 @@ from array import array
 from collections.abc import Callable
 from typing import Any
 
-from meshserve.engines.tokenizers import Vocabulary
 from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, ProtocolError
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.receipts import Receipt
+from meshserve.roles.processor.detokenizing import Spelling
 from meshserve.roles.processor.models import Models
 from meshserve.roles.processor.placing import Placer
 from meshserve.roles.processor.prompts import check_bias, check_features, check_prompts
@@ -27,7 +27,7 @@ from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, Tokenized
 from meshserve.wire.generation import unpack_tokens
 
-Encoded = tuple[list["array[int]"], Vocabulary]
+Encoded = tuple[list["array[int]"], Spelling]
 """The prompts' tokens, and what tokens stand for."""
 
 
@@ -56,6 +56,8 @@ class ProcessorRole:
 
     def __init__(self, mesh: Mesh, max_lost_peers: int, receipts: Receipts | None = None) -> None:
         self.mesh, self.max_lost_peers, self.receipts = mesh, max_lost_peers, receipts
+        self.name = mesh.own.name
+        """This peer's."""
         self.histograms = mesh.histograms if receipts is not None else None
         self.models = Models(mesh)
         self._running: dict[str, Request | Preparing] = {}
@@ -67,11 +69,6 @@ class ProcessorRole:
         mesh.serve_async("tokenize", self._tokenize)
         mesh.serve_async("detokenize", self._detokenize)
         mesh.subscribe(self._on_change)
-
-    @property
-    def name(self) -> str:
-        """This peer's."""
-        return self.mesh.own.name
 
     @property
     def is_idle(self) -> bool:
@@ -89,7 +86,8 @@ class ProcessorRole:
         phases = Phases()
         try:
             card = self.models.card(asked.model)
-            check_features(asked, card)
+            if asked.needs_features:
+                check_features(asked, card)
             encoded = self.models.encode_nowait(asked, card)
             if encoded is not None:
                 self._start(call, asked, card, encoded, phases)
@@ -106,7 +104,7 @@ class ProcessorRole:
         """The receipt of a request that no worker saw."""
         if self.receipts is None:
             return
-        process_ms = phases.end("process")
+        process_ms = phases.end()
         receipt = Receipt(asked.request_id, asked.client_id, asked.model, phases_ms={"process": process_ms}, traceparent=asked.traceparent)
         receipt.peers["processor"] = self.name
         receipt.total_ms, receipt.outcome, receipt.error = process_ms, error.code, error.message
@@ -114,10 +112,11 @@ class ProcessorRole:
 
     def _start(self, call: IncomingCall, asked: CompletionRequest, card: ModelCard, encoded: Encoded, phases: Phases) -> None:
         """Raises what is wrong with a request before anybody works for it."""
-        prompts, vocabulary = encoded
-        check_bias(asked, vocabulary.vocab_size)
-        check_prompts(asked, prompts, card, vocabulary.vocab_size)
-        request = Request(self, call, asked, card, prompts, vocabulary.token_bytes, phases)
+        prompts, spelling = encoded
+        if asked.logit_bias:
+            check_bias(asked, spelling.vocab_size)
+        check_prompts(asked, prompts, card, spelling.vocab_size)
+        request = Request(self, call, asked, card, prompts, spelling, phases)
         self._running[request.request_id] = request
         call.on_cancel = request.cancel
         request.start()
@@ -169,8 +168,8 @@ class ProcessorRole:
         asked = CompletionRequest.from_wire(body[0])
         card = self.models.card(asked.model)
         check_features(asked, card)
-        (tokens, *_), vocabulary = self.models.encode_nowait(asked, card) or await self.models.encode(asked, card)
-        pieces = list(map(vocabulary.token_bytes, tokens)) if body[1] else []
+        (tokens, *_), spelling = self.models.encode_nowait(asked, card) or await self.models.encode(asked, card)
+        pieces = list(map(spelling.token_bytes, tokens)) if body[1] else []
         return Tokenized(tokens, card.context_length, b"".join(pieces), array("I", map(len, pieces))).to_wire()
 
     async def _detokenize(self, call: IncomingCall) -> str:
@@ -178,7 +177,7 @@ class ProcessorRole:
         if not isinstance(body, list) or len(body) != 2 or not isinstance(body[0], str):
             raise ProtocolError("what is to be detokenized is a model and tokens")
         text = self.models.text(self.models.card(body[0]))
-        vocabulary, tokens = await text.vocabulary(), unpack_tokens(body[1])
-        if tokens and max(tokens) >= vocabulary.vocab_size:
-            raise InvalidRequest(f"this model's last token is {vocabulary.vocab_size - 1}", param="tokens")
+        spelling, tokens = await text.spelling(), unpack_tokens(body[1])
+        if tokens and max(tokens) >= spelling.vocab_size:
+            raise InvalidRequest(f"this model's last token is {spelling.vocab_size - 1}", param="tokens")
         return await text.decode(tokens)

@@ -82,7 +82,7 @@ def _parsed(arguments: str) -> Any:
 def check_prompts(request: CompletionRequest, prompts: list["array[int]"], card: ModelCard, vocab_size: int) -> None:
     """Raises ContextLengthExceeded for a prompt that leaves no room, InvalidRequest for what is too much or no token at all."""
     wanted = request.max_tokens or 1
-    longest = max(map(len, prompts))
+    longest = len(prompts[0]) if len(prompts) == 1 else max(map(len, prompts))
     if longest + wanted > card.context_length:
         raise ContextLengthExceeded(
             f"this model's context is {card.context_length} tokens; {longest} of prompt and {wanted} of completion are too many",
@@ -92,7 +92,9 @@ def check_prompts(request: CompletionRequest, prompts: list["array[int]"], card:
         raise InvalidRequest(
             f"echo with logprobs takes prompts of up to {MAX_SCORED_PROMPT_TOKENS} tokens, and this one has {longest}", param="echo"
         )
-    if sum(map(len, prompts)) * request.n > max(MAX_PROMPT_TOKENS, card.context_length):
+    if longest * len(prompts) * request.n > MAX_PROMPT_TOKENS and sum(map(len, prompts)) * request.n > max(
+        MAX_PROMPT_TOKENS, card.context_length
+    ):
         raise InvalidRequest(
             f"all prompts, each times n, have more than {MAX_PROMPT_TOKENS} tokens", param="n" if request.n > 1 else "prompt"
         )
@@ -103,21 +105,20 @@ def check_prompts(request: CompletionRequest, prompts: list["array[int]"], card:
 def sampling_of(request: CompletionRequest, card: ModelCard, num_prompt_tokens: int, drawn_seed: int) -> Sampling:
     """What the client left open is filled in by the model's card, the room that is left, and a seed that was drawn for it."""
     room = min(MAX_UNASKED_TOKENS, card.context_length - num_prompt_tokens)
-    return Sampling(
-        max_tokens=room if request.max_tokens is None else max(1, request.max_tokens),
-        min_tokens=request.min_tokens,
-        temperature=request.temperature if request.temperature is not None else card.default_temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        seed=request.seed if request.seed is not None else drawn_seed,
-        ignore_eos=request.ignore_eos,
-        presence_penalty=request.presence_penalty,
-        frequency_penalty=request.frequency_penalty,
-        logit_bias=request.logit_bias,
-        logprobs=request.logprobs,
-        prompt_logprobs=request.logprobs if request.echo else -1,
-        json_schema=schema_of(request),
+    found = Sampling(
+        room if request.max_tokens is None else max(1, request.max_tokens),
+        request.min_tokens,
+        request.temperature if request.temperature is not None else card.default_temperature,
+        request.top_p,
+        request.top_k,
+        request.seed if request.seed is not None else drawn_seed,
+        request.ignore_eos,
     )
+    if request.needs_features:
+        found.presence_penalty, found.frequency_penalty = request.presence_penalty, request.frequency_penalty
+        found.logit_bias, found.logprobs, found.json_schema = request.logit_bias, request.logprobs, schema_of(request)
+        found.prompt_logprobs = request.logprobs if request.echo else -1
+    return found
 
 
 def schema_of(request: CompletionRequest) -> str:

@@ -15,8 +15,10 @@ from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.receipts import OK, Receipt, after_first_token, merged
 from meshserve.roles.processor.calling import wants_call
 from meshserve.roles.processor.choices import Choice, EchoOnly
+from meshserve.roles.processor.detokenizing import Spelling
+from meshserve.roles.processor.plain_choice import PlainChoice
 from meshserve.roles.processor.prompts import sampling_of
-from meshserve.roles.processor.sequences import Dispatcher, Sequence
+from meshserve.roles.processor.sequences import Dispatcher, Output, Sequence
 from meshserve.telemetry import Phases, log_event
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartItem, item_to_wire
@@ -45,6 +47,26 @@ class Role(Dispatcher, Protocol):
 class Request:
     """Owns its sequences, which are numbered prompt by prompt."""
 
+    __slots__ = (
+        "_asked",
+        "_call",
+        "_card",
+        "_first_end",
+        "_is_call",
+        "_is_plain",
+        "_num_open",
+        "_phases",
+        "_prompts",
+        "_role",
+        "_spelling",
+        "block_size",
+        "is_over",
+        "policy",
+        "request_id",
+        "sequences",
+        "session",
+    )
+
     def __init__(
         self,
         role: Role,
@@ -52,21 +74,23 @@ class Request:
         asked: CompletionRequest,
         card: ModelCard,
         prompts: "list[array[int]]",
-        token_bytes: Any,
+        spelling: Spelling,
         phases: Phases,
     ) -> None:
-        self._role, self._call, self._asked, self._token_bytes = role, call, asked, token_bytes
+        self._role, self._call, self._asked, self._spelling = role, call, asked, spelling
         self.request_id, self.policy, self.session, self.block_size = asked.request_id, asked.policy, asked.session, card.block_size
         self._card, self._prompts, self._phases = card, prompts, phases
         self._is_plain = asked.is_plain
-        self._is_call = wants_call(asked)
+        self._is_call = asked.tool_choice != "none" and wants_call(asked)
         self._num_open = asked.n * len(prompts)
         self._first_end = EndItem(0, "", None)
         self.is_over = False
-        self.sequences = [sequence for place in range(len(prompts)) for sequence in self._sequences(place)]
-        self._process_ms = phases.end("process")
+        self.sequences = self._sequences(0)
+        for place in range(1, len(prompts)):
+            self.sequences += self._sequences(place)
+        process_ms = phases.end()
         for sequence in self.sequences:
-            sequence.receipt.add("process", self._process_ms)
+            sequence.receipt.phases_ms["process"] = process_ms
 
     def _sequences(self, place: int) -> list[Sequence]:
         tokens, asked = self._prompts[place], self._asked
@@ -80,20 +104,25 @@ class Request:
     def _sequence(self, index: int, tokens: "array[int]", sampling: Sampling) -> Sequence:
         asked = self._asked
         name = self.request_id if self._num_open == 1 else f"{self.request_id}/{index}"
-        receipt = Receipt(name, asked.client_id, asked.model, num_prompt_tokens=len(tokens), traceparent=asked.traceparent)
-        receipt.peers["processor"] = self._role.name
-        choice = (Choice if asked.max_tokens != 0 else EchoOnly)(
-            self._call.send,
-            self._token_bytes,
+        peers = {"frontend": None, "processor": self._role.name, "router": None, "decode": None, "prefill": None}
+        receipt = Receipt(name, asked.client_id, asked.model, "", peers, num_prompt_tokens=len(tokens), traceparent=asked.traceparent)
+        phases = Phases() if index else self._phases
+        return Sequence(self._role, self, receipt, tokens, sampling, self._choice(index), phases)
+
+    def _choice(self, index: int) -> Output:
+        asked, call, spelling = self._asked, self._call, self._spelling
+        if asked.max_tokens != 0 and asked.logprobs < 0 and not asked.stop and not self._is_call:
+            return PlainChoice(call.send, call.send_all, spelling, index, self._is_plain)
+        return (Choice if asked.max_tokens != 0 else EchoOnly)(
+            call.send,
+            spelling.token_bytes,
             index,
-            send_all=self._call.send_all,
             is_bare=self._is_plain,
             stops=asked.stop,
             min_tokens=asked.min_tokens,
             wants_logprobs=asked.logprobs >= 0,
             is_call=self._is_call,
         )
-        return Sequence(self._role, self, receipt, tokens, sampling, choice, Phases() if index else self._phases)
 
     # --- life
 
@@ -134,14 +163,14 @@ class Request:
             sequence.choice.echo(self._prompt_text(index // asked.n))
         if index % asked.n == 0:
             for other in self.sequences[index + 1 : index + asked.n]:
-                other.waited_ms = other.phases.end("waited")
+                other.waited_ms = other.phases.end()
                 self._go(other)
 
     def _prompt_text(self, place: int) -> str:
         prompt = self._asked.prompts[place]
         if isinstance(prompt, str):
             return prompt
-        return b"".join(map(self._token_bytes, prompt)).decode("utf-8", "replace")
+        return b"".join(map(self._spelling.token_bytes, prompt)).decode("utf-8", "replace")
 
     # --- the end
 
@@ -156,20 +185,20 @@ class Request:
             self._over()
             receipt = self._finish(sequence, OK)
             wired = receipt.to_wire() if self._asked.wants_receipt else None
-            usage = receipt.num_prompt_tokens, receipt.num_completion_tokens, receipt.num_cached_tokens
-            self._call.end(Ending(self._first_end.reason, *usage, wired, self._first_end.stop).to_wire())
+            first, usage = self._first_end, (receipt.num_prompt_tokens, receipt.num_completion_tokens, receipt.num_cached_tokens)
+            ending = Ending(first.reason, *usage, wired, first.stop)
+            is_local = self._asked is self._call.body  # from this very peer: nothing is packed, neither the request nor its end
+            self._call.end(ending if is_local else ending.to_wire())
 
     def _finish(self, last: Sequence, outcome: str, error: str = "") -> Receipt:
         """The receipt: the path of the first answer, the times of the one that the end waited for."""
-        receipt = self._receipt(last)
+        receipt = last.receipt if len(self.sequences) == 1 else self._merged_receipt(last)
         receipt.total_ms, receipt.outcome, receipt.error = self._phases.total_ms(), outcome, error
         if self._role.receipts is not None:
             self._role.receipts.keep(receipt)
         return receipt
 
-    def _receipt(self, last: Sequence) -> Receipt:
-        if len(self.sequences) == 1:
-            return last.receipt
+    def _merged_receipt(self, last: Sequence) -> Receipt:
         receipts = [sequence.receipt for sequence in self.sequences]
         num_cached = sum(receipt.num_cached_tokens for receipt in receipts[:: self._asked.n])
         receipt = merged(receipts, self.request_id, sum(map(len, self._prompts)), num_cached)

@@ -13,9 +13,9 @@ from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.accounting import Account
-from meshserve.roles.processor.choices import Choice
-from meshserve.roles.processor.placing import Placement, Placer, Placing
+from meshserve.roles.processor.placing import Placer, Placing
 from meshserve.routing.candidates import Candidate
+from meshserve.routing.placement import Placement, RouteRequest
 from meshserve.telemetry import BUCKETS_S, Histograms, Phases
 from meshserve.wire.completion import EndItem
 from meshserve.wire.generation import GenerateRequest, Sampling
@@ -33,6 +33,25 @@ class Dispatcher(Protocol):
     placer: Placer
     histograms: Histograms | None
     """Of latencies; None if nobody wants them."""
+
+
+class Output(Protocol):
+    """What becomes of the tokens: a :class:`~meshserve.roles.processor.choices.Choice`, or a plain one."""
+
+    num_tokens: int
+    """Up to the one that made a stop string complete, that one included."""
+
+    def echo(self, text: str) -> None:
+        """The text begins with this."""
+
+    def echo_logprobs(self, tokens: "array[int]", logprobs: list[Any]) -> None:
+        """The text begins with these tokens. Raises ValueError or TypeError for what a worker must not say."""
+
+    def feed(self, tokens: list[int], logprobs: Any = None) -> bool:
+        """Tokens of one step; true if a stop string ended the text. Raises ProtocolError if log probabilities are missing."""
+
+    def finish(self, reason: str) -> EndItem:
+        """The sequence came to its end, by itself or by a stop string."""
 
 
 class Owner(Protocol):
@@ -61,6 +80,34 @@ class Owner(Protocol):
 class Sequence:
     """What is needed to go on elsewhere (prompt, sampling, seed), and how far it is."""
 
+    __slots__ = (
+        "_dispatcher",
+        "_excluded",
+        "_gaps",
+        "_is_followed",
+        "_journal",
+        "_last_s",
+        "_lost",
+        "_num_overlap_blocks",
+        "_opened",
+        "_overloaded",
+        "_owner",
+        "_placing",
+        "_prefill_peers",
+        "account",
+        "choice",
+        "is_over",
+        "is_scored",
+        "num_tokens",
+        "phases",
+        "receipt",
+        "request_id",
+        "sampling",
+        "tokens",
+        "waited_ms",
+        "worker",
+    )
+
     def __init__(
         self,
         dispatcher: Dispatcher,
@@ -68,16 +115,14 @@ class Sequence:
         receipt: Receipt,
         tokens: "array[int]",
         sampling: Sampling,
-        choice: Choice,
+        choice: Output,
         phases: Phases,
     ) -> None:
         self._dispatcher, self._owner, self.receipt = dispatcher, owner, receipt
         self.request_id = receipt.request_id
         self.tokens, self.sampling, self.choice, self.phases = tokens, sampling, choice, phases
         self._excluded: list[str] = []
-        self._placing = Placing(
-            dispatcher.placer, self.request_id, receipt.model, tokens, owner.policy, owner.session, self._placed, self._not_placed
-        )
+        self._placing: Placing | None = None
         self._prefill_peers: tuple[tuple[str, int, int], ...] = ()
         self._lost: list[str] = []
         """Names of workers that died with this sequence."""
@@ -96,9 +141,10 @@ class Sequence:
         """When the last tokens came, on the monotonic clock."""
         self.account = Account(receipt, phases, dispatcher.histograms, dispatcher.mesh.name_of)
         self._journal = dispatcher.mesh.journal
+        self._is_followed = False
         if self._journal.is_on:
             self._journal.note("submit", self.request_id, num_tokens=len(tokens))
-        self._is_followed = self._journal.follows(self.request_id)
+            self._is_followed = self._journal.follows(self.request_id)
 
     # --- which worker
 
@@ -106,25 +152,29 @@ class Sequence:
         """Look for a worker that was not tried yet."""
         self.worker = None
         self.account.enter("route")
-        self._placing.begin(self._excluded)
+        receipt, owner = self.receipt, self._owner
+        question = RouteRequest(self.request_id, receipt.model, self.tokens, owner.policy, owner.session, self._excluded)
+        self._placing = Placing(self._dispatcher.placer, question, self)
+        self._placing.ask()
 
-    def _placed(self, placement: Placement) -> None:
+    def placed(self, placement: Placement) -> None:
         """The candidates are known."""
         receipt = self.receipt
         receipt.peers["router"], receipt.policy = placement.router, placement.policy
         receipt.candidates, receipt.prefill_candidates = placement.decode, placement.prefill
-        self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in placement.prefill)
-        self.account.settle()
+        prefill = placement.prefill
+        self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in prefill) if prefill else ()
+        self.account.placed()
         self._dispatch(placement.decode[0])
 
-    def _not_placed(self, error: MeshserveError) -> None:
+    def not_placed(self, error: MeshserveError) -> None:
+        """No worker can take it; one that is full is the better reason."""
         self._fail(self._overloaded if isinstance(error, NoWorker) and self._overloaded else error)
 
     # --- the worker's stream
 
     def _dispatch(self, chosen: Candidate) -> None:
         self.worker, self._num_overlap_blocks = chosen.incarnation, chosen.overlap_blocks
-        self.account.enter("call")
         self.receipt.peers["decode"] = chosen.peer
         if self._is_followed:
             self._note_routed(chosen)
@@ -273,7 +323,8 @@ class Sequence:
         """Nobody wants it any more. Harmless after its end."""
         if not self.is_over:
             self._over("cancelled")
-            self._placing.cancel()
+            if self._placing is not None:
+                self._placing.cancel()
             if self._opened is not None:
                 self._opened.cancel()
 

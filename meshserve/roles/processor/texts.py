@@ -7,11 +7,12 @@ from array import array
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from meshserve.engines.tokenizers import ByteTokenizer, Vocabulary
+from meshserve.engines.tokenizers import ByteTokenizer
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
 from meshserve.engines.tokenizers.table import TokenTable
 from meshserve.errors import MeshserveError, TokenizerFailed
 from meshserve.mesh.tasks import TaskOwner
+from meshserve.roles.processor.detokenizing import Spelling
 from meshserve.roles.processor.templating import render_chat
 from meshserve.roles.processor.text_process import TextProcess, load_request
 from meshserve.wire.card import ModelCard
@@ -29,7 +30,7 @@ class ModelText(Protocol):
     def begin(self) -> None:
         """Fetch and load what it takes, so that a first request need not wait for it."""
 
-    async def vocabulary(self) -> Vocabulary:
+    async def spelling(self) -> Spelling:
         """What tokens stand for."""
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
@@ -48,10 +49,11 @@ class ModelText(Protocol):
 
 
 class OwnText:
-    """The dummy model's own, without files. Nothing of it waits; `tokenizer` and `chat_nowait` are for those who cannot."""
+    """The dummy model's own, without files. Nothing of it waits; `tokenizer`, `own_spelling` and `chat_nowait` are for those who cannot."""
 
     def __init__(self) -> None:
         self.tokenizer = ByteTokenizer()
+        self.own_spelling = Spelling(self.tokenizer)
 
     def begin(self) -> None:
         """There is nothing to fetch. Importing the template's language takes 50 ms: beside the event loop, or in the first chat's time."""
@@ -61,8 +63,8 @@ class OwnText:
         """This program's own template is rendered in this process."""
         return self.tokenizer.encode(render_chat(CHAT_TEMPLATE, messages, tools, **variables))
 
-    async def vocabulary(self) -> Vocabulary:
-        return self.tokenizer
+    async def spelling(self) -> Spelling:
+        return self.own_spelling
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
         return self.tokenizer.encode(text, add_special_tokens)
@@ -87,7 +89,7 @@ class ProcessText:
         self._loading: asyncio.Task[None] | None = None
         self._failure: MeshserveError | None = None
         self._fails_until = 0.0
-        self._vocabulary: Vocabulary | None = None
+        self._spelling: Spelling | None = None
         self._processes: dict[bool, TextProcess] = {}
         """For texts that are not long, and for those that are."""
 
@@ -99,16 +101,16 @@ class ProcessText:
     def begin(self) -> None:
         """Start loading, unless that was done or failed a moment ago."""
         has_failed = self._failure is not None and time.monotonic() < self._fails_until
-        if self._loading is None or (self._loading.done() and self._vocabulary is None and not has_failed):
+        if self._loading is None or (self._loading.done() and self._spelling is None and not has_failed):
             self._failure = None
             self._loading = self._tasks.spawn(self._load())
 
     async def _loaded(self) -> dict[bool, TextProcess]:
-        if self._vocabulary is None:
+        if self._spelling is None:
             self.begin()
             assert self._loading is not None
             await asyncio.wait([self._loading])  # shared: who stops waiting does not stop it
-            if self._vocabulary is None:
+            if self._spelling is None:
                 raise self._failure or TokenizerFailed("this peer is stopping")
         return self._processes
 
@@ -121,15 +123,15 @@ class ProcessText:
             self._processes = {is_long: TextProcess(self._tasks, request) for is_long in (False, True)}
             await self._processes[False].ask("encode", "", False)
             table = self._processes[False].table
-            self._vocabulary = TokenTable.from_bytes(table) if table else ByteTokenizer()
+            self._spelling = Spelling(TokenTable.from_bytes(table) if table else ByteTokenizer())
         except MeshserveError as error:
             _log.warning("the tokenizer of the model %s cannot be had: %s", self._card.model, error.message)
             self._failure, self._fails_until = error, time.monotonic() + failed_for_s
 
-    async def vocabulary(self) -> Vocabulary:
+    async def spelling(self) -> Spelling:
         await self._loaded()
-        assert self._vocabulary is not None
-        return self._vocabulary
+        assert self._spelling is not None
+        return self._spelling
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
         processes = await self._loaded()

@@ -9,8 +9,7 @@ from meshserve.cli.bench.outcome import Outcome
 from meshserve.cli.bench.report.plots import plots
 from meshserve.cli.bench.report.style import STYLE
 from meshserve.cli.bench.session import Run
-from meshserve.cli.bench.sweep import power
-from meshserve.cli.bench.tables import LABELS, knee_line, show, summary_line
+from meshserve.cli.bench.tables import LABELS, counted, knee_line, show, summary_line, sweep_cells
 
 Rows = Sequence[Sequence[str]]
 
@@ -42,7 +41,7 @@ def _body(outcome: Outcome) -> str:
         return f"{_where(outcome.runs[0])}{_sweep(outcome)}<p>{escape(knee_line(outcome.runs, outcome.knee))}</p>"
     run = outcome.runs[0]
     line = f"<p>{escape(run.load)}: {escape(summary_line(run.tally).replace('  ', ', '))}</p>"
-    return f"{_where(run)}{line}{_times(run.tally.times)}{_phases(run)}"
+    return f"{_where(run)}{line}{_times(run.tally.times) if run.tally.num_done else ''}{_phases(run)}"
 
 
 def _where(run: Run) -> str:
@@ -70,19 +69,14 @@ def _phases(run: Run) -> str:
         colour = f"c{number % 8 + 1}"
         bar.append(f'<span class="part {colour}" style="width:{value / total:.2%}"></span>')
         keys.append(f'<span class="key {colour}">{escape(phase.replace("_", " "))} {show(value)}</span>')
-    words = f"Where the time goes: ms, mean of {run.tally.num_receipts} receipts"
+    words = f"Where the time goes: ms, mean of {counted(run.tally.num_receipts, 'receipt')}"
     return f'<h2>{words}</h2><div class="bar">{"".join(bar)}</div><p class="keys">{"".join(keys)}</p>'
 
 
 def _sweep(outcome: Outcome) -> str:
-    rows = []
-    for run in outcome.runs:
-        tally, times = run.tally, run.tally.times
-        latencies = [show(times[name].quantile_ms(share)) for name in ("ttft", "itl", "e2e") for share in (0.5, 0.99)]
-        rates = [show(tally.requests_per_s), show(tally.tokens_per_s)]
-        rows.append([run.label, *rates, *latencies, show(power(tally)), str(tally.num_errors)])
-    columns = ["load", "req/s", "tok/s", "TTFT p50", "p99", "ITL p50", "p99", "e2e p50", "p99", "power", "errors"]
-    return _table(columns, rows, outcome.knee.index if outcome.knee is not None else None)
+    cells = [sweep_cells(run) for run in outcome.runs]
+    rows = [[run.label, *row.values()] for run, row in zip(outcome.runs, cells, strict=True)]
+    return _table(["load", *cells[0]], rows, outcome.knee.index if outcome.knee is not None else None)
 
 
 def _comparison(outcome: Outcome) -> str:
@@ -91,6 +85,8 @@ def _comparison(outcome: Outcome) -> str:
     for one in outcome.compared:
         interval = f"{one.ratio.low:.3f} to {one.ratio.high:.3f}"
         rows.append([one.name, show(one.a), show(one.b), f"{one.ratio.median:.3f}", interval, one.verdict])
+    if not rows:
+        return f"{sides}<p>Nothing to compare: too few pairs of turns had answers.</p>"
     return sides + _table(["", "A", "B", "B / A", "95 % interval", ""], rows)
 
 
@@ -105,4 +101,4 @@ def _table(columns: Sequence[str], rows: Rows, marked: int | None = None) -> str
     for number, row in enumerate(rows):
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
         lines.append(f'<tr class="marked">{cells}</tr>' if number == marked else f"<tr>{cells}</tr>")
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'

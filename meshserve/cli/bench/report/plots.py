@@ -1,6 +1,6 @@
 """Which plots a report has, by what was run."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from meshserve.cli.bench.compare import Compared
 from meshserve.cli.bench.histogram import Histogram
@@ -16,16 +16,18 @@ _MAX_POINTS = 400
 
 
 def plots(outcome: Outcome) -> list[str]:
-    """As SVG figures."""
+    """As SVG figures; none where nothing was answered."""
+    if not any(run.tally.num_done for run in outcome.runs):
+        return []
     if outcome.kind == "compare":
         names = ["A", "B"]
         sides = [outcome.side_times(0), outcome.side_times(1)]
         found = [ratios(outcome.compared)] if outcome.compared else []
-        found += [distribution(LABELS[kind], [(name, times[kind]) for name, times in zip(names, sides, strict=True)]) for kind in _KINDS]
+        found += _distributions(list(zip(names, sides, strict=True)))
         return [*found, turns(names, outcome.runs)]
     if outcome.knee is not None:
         found = [throughput_against_latency(outcome.runs, outcome.knee)]
-        return found + [distribution(LABELS[kind], [(run.label, run.tally.times[kind]) for run in outcome.runs]) for kind in _KINDS]
+        return found + _distributions([(run.label, run.tally.times) for run in outcome.runs])
     run = outcome.runs[0]
     return [all_distributions(run), *timeline(run), seconds(run)]
 
@@ -33,12 +35,19 @@ def plots(outcome: Outcome) -> list[str]:
 _KINDS = ("ttft", "itl", "e2e")
 
 
+def _distributions(series: Sequence[tuple[str, Mapping[str, Histogram]]]) -> list[str]:
+    """A plot for each kind of time that any of them has: without a stream there are no gaps."""
+    kinds = [kind for kind in _KINDS if any(times[kind].count for _, times in series)]
+    return [distribution(LABELS[kind], [(name, times[kind]) for name, times in series]) for kind in kinds]
+
+
 def distribution(title: str, series: Sequence[tuple[str, Histogram]]) -> str:
     """Cumulative distributions of one kind of time."""
     known = [(name, _thinned(histogram)) for name, histogram in series if histogram.count]
     plot = Plot(f"{title}: distribution", axis_for((x for _, line in known for x, _ in line), "ms", is_log=True), _SHARE)
     for number, (name, line) in enumerate(known):
-        plot.line([(line[0][0], 0.0), *line] if line else [], _COLOURS[number % len(_COLOURS)], name, is_stepped=True)
+        colour = _COLOURS[number % len(_COLOURS)] + (" again" if number >= len(_COLOURS) else "")
+        plot.line([(line[0][0], 0.0), *line] if line else [], colour, name, is_stepped=True)
     return plot.render()
 
 
@@ -62,7 +71,9 @@ def timeline(run: Run) -> list[str]:
     x = axis_for([*(float(number) for number, _ in seconds_seen), 1.0], "seconds")
     done = [(float(number), float(second.num_done)) for number, second in seconds_seen]
     failed = [(float(number), float(second.num_errors)) for number, second in seconds_seen]
-    rates = Plot("answers in each second", x, axis_for((y for _, y in done + failed), "requests"))
+    due = [(float(number), float(second.num_due)) for number, second in seconds_seen]
+    rates = Plot("requests in each second", x, axis_for((y for _, y in due + done + failed), "requests"))
+    rates.line(due, "c0", "due")
     rates.line(done, "c1", "answered")
     if any(y for _, y in failed):
         rates.line(failed, "c4", "failed")

@@ -10,27 +10,30 @@ body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper)
 h1{font-size:22px;margin:0 0 4px}h2{font-size:16px;margin:20px 0 6px}
 code{font:13px/1.5 ui-monospace,monospace;overflow-wrap:anywhere}
 .meta{color:var(--dim);margin:0 0 16px}
+.wide{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:10px 0}
 th,td{padding:3px 12px;text-align:right;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{color:var(--dim);font-weight:600}
 th:first-child,td:first-child{text-align:left;padding-left:0}
 tr.marked td{background:var(--mark);font-weight:600}
 .notes{border-left:3px solid var(--c6);padding:2px 0 2px 24px;margin:14px 0}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(420px,1fr));gap:20px;margin-top:20px}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:20px;margin-top:20px}
 figure{margin:0;break-inside:avoid}
-figcaption{font-weight:600}
-svg{width:100%;height:auto;display:block}
+figcaption{font-weight:600}figcaption b{margin-right:14px}
+svg{width:100%;height:auto;max-width:820px;display:block}
 svg text{font:12px system-ui,sans-serif;fill:var(--dim)}
-svg text.word{fill:var(--ink);font-weight:600}
+svg text.word{fill:var(--ink);font-weight:600;paint-order:stroke;stroke:var(--paper);stroke-width:4px}
 .grid{stroke:var(--rule);stroke-width:1;fill:none}
 .line{fill:none;stroke:currentColor;stroke-width:2;stroke-linejoin:round}
+.line.again{stroke-dasharray:6 3}
 .thick{fill:none;stroke:currentColor;stroke-width:5;stroke-linecap:round;opacity:.55}
 .dot{fill:currentColor}
 .ring{fill:none;stroke:var(--ink);stroke-width:1.5}
 .dashed{stroke:var(--dim);stroke-dasharray:4 3;fill:none}
-.key{font-weight:400;font-size:13px;margin-left:12px;white-space:nowrap;color:var(--ink)!important}
+.key{font-weight:400;font-size:13px;margin-right:14px;white-space:nowrap;color:var(--ink)!important}
 .key::before{content:"";display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px;background:var(--key)}
-.keys .key{margin:0 14px 0 0}
+.key.again::before{background:repeating-linear-gradient(90deg,var(--key) 0 3px,transparent 3px 5px)}
+@media (max-width:600px){body{padding:14px}th,td{padding:3px 4px;font-size:12px}svg text{font-size:17px}}
 .bar{display:flex;height:22px;border-radius:4px;overflow:hidden;max-width:820px}
 .part{background:var(--key)}
 .c0{color:var(--c0);--key:var(--c0)}.c1{color:var(--c1);--key:var(--c1)}.c2{color:var(--c2);--key:var(--c2)}

@@ -81,6 +81,10 @@ class Plot:
     def line(self, points: Points, colour: str, name: str = "", is_stepped: bool = False) -> None:
         """Joined, where they are finite; stepped as a distribution is."""
         path, is_begun = [], False
+        known = [point for point in points if all(map(math.isfinite, point))]
+        if len(known) == 1:
+            self.dots(known, colour, name)
+            return
         for x, y in points:
             if not (math.isfinite(x) and math.isfinite(y)):
                 is_begun = False
@@ -104,12 +108,13 @@ class Plot:
         self._named(name, colour)
 
     def mark(self, x: float, y: float, text: str) -> None:
-        """A ring with words beside it, on the side that has room."""
+        """A ring with words under it, or over it, on the side that has room."""
         left, top = self._at(x, y)
+        word_top = top + 24 if top < self._height - _BOTTOM - 30 else top - 14
         is_right = left > self._width * 0.6
         anchor, shift = ("end", -10) if is_right else ("start", 10)
         self._parts.append(f'<circle class="ring" cx="{left:.1f}" cy="{top:.1f}" r="8"/>')
-        self._parts.append(f'<text class="word" x="{left + shift:.1f}" y="{top - 8:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
+        self._parts.append(f'<text class="word" x="{left + shift:.1f}" y="{word_top:.1f}" text-anchor="{anchor}">{escape(text)}</text>')
 
     def vertical(self, x: float) -> None:
         """A dashed line over the whole height."""
@@ -135,7 +140,7 @@ class Plot:
             f'<svg viewBox="0 0 {self._width} {self._height}" role="img" aria-label="{escape(self._title)}">'
             f"{self._x_axis()}{self._y_axis(y_names)}{''.join(self._parts)}</svg>"
         )
-        return f"<figure><figcaption>{escape(self._title)} {legend}</figcaption>{picture}</figure>"
+        return f"<figure><figcaption><b>{escape(self._title)}</b> {legend}</figcaption>{picture}</figure>"
 
     def _x_axis(self) -> str:
         bottom = self._height - _BOTTOM
