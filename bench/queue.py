@@ -1,7 +1,8 @@
 """`python -m bench.queue [--json]`: the prefill queue against what it replaces.
 
-First, how long an idle prefill worker takes to start: from the push of a ticket (ticket, claim, task: three messages) to the call of its
-engine, against the round trip of a blocking DEALER/ROUTER echo in the same run. Both ends read one clock, as all processes of a host do.
+First, how long an idle prefill worker takes to start: from the push of a ticket to the call of its engine, against the round trip of a
+blocking DEALER/ROUTER echo in the same run. It is one message, as these prompts are short and go with their tickets (ticket, claim and task
+were three). Both ends read one clock, as all processes of a host do.
 
 Then, how long prompts wait under load: several prefill workers, each a process with the dummy engine, prompts of heavy-tailed lengths
 that arrive at random at a share of what the workers can do, from two decode workers; against one ideal central queue simulated on the same

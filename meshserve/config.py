@@ -96,6 +96,9 @@ class HandoffConfig:
     Lower costs messages where many prompts wait, higher delays the few whose ticket was lost."""
     claim_timeout_s: float = 10.0
     """A task that nobody claimed in this time is prefilled locally, however alive the prefill workers look."""
+    offer_kv_bytes: int = 256 * 1024
+    """A prompt with at most so much KV to compute goes with its ticket, if that goes to one worker, and its KV comes back with the claim.
+    Higher puts more KV on the connection of the calls and computes more in vain where a worker is late; 0 offers nothing."""
     attempt_timeout_s: float = 600.0
     """For one attempt at a prompt, claim to last block, however lively its worker. Lower ends long prefills, higher holds a slot."""
     block_timeout_s: float = 30.0

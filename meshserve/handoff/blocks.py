@@ -74,6 +74,44 @@ class BulkHeader:
                 raise BlockRefused(f"the checksum of block {mark.index} is wrong", is_checksum=True)
 
 
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A claim for a prompt; one that was begun on an offer brings its blocks."""
+
+    request_id: str
+    header: BulkHeader | None = None
+    payloads: Sequence[bytes] = ()
+    waited_ms: float = 0.0
+    """Between the offer's coming and the prompt's beginning, at the prefill worker."""
+
+    def to_wire(self) -> Any:
+        """Plain data for :meth:`from_wire`."""
+        return self.request_id if self.header is None else [self.header.to_wire(), list(self.payloads), self.waited_ms]
+
+    @classmethod
+    def from_wire(cls, data: Any) -> "Claim":
+        """Raises ProtocolError for anything else. Whether the blocks are what their header says is checked later."""
+        if isinstance(data, str):
+            return cls(data)
+        if not isinstance(data, list) or [type(part) for part in data] != [list, list, float] or not 0.0 <= data[2] < math.inf:
+            raise ProtocolError("a claim names a request, or brings blocks")
+        header, payloads = BulkHeader.from_wire(data[0]), data[1]
+        if not all(isinstance(payload, bytes) for payload in payloads):
+            raise ProtocolError("blocks are bytes")
+        return cls(header.request_id, header, payloads, data[2])
+
+    def began_s(self, queued_s: float, now_s: float) -> float | None:
+        """When the prompt was begun whose blocks this claim brings now, if its ticket left at `queued_s`; None for a claim without.
+
+        On the clock of the decode worker: ticket and blocks are taken to have been on their way for as long.
+        """
+        if self.header is None:
+            return None
+        computed_s, took_s = self.header.computed_ms / 1000, now_s - queued_s
+        way_s = max(0.0, took_s - computed_s - self.waited_ms / 1000)
+        return now_s - min(took_s, computed_s + way_s / 2)
+
+
 class BlockWindow:
     """Blocks of one attempt on their way: computed, sent, acknowledged."""
 

@@ -4,74 +4,27 @@ import asyncio
 import time
 from array import array
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine
-from meshserve.errors import Gone, MeshserveError, PeerLost, ProtocolError
+from meshserve.errors import MeshserveError, PeerLost, ProtocolError
+from meshserve.handoff.blocks import BlockMark, BulkHeader, Claim, checksum
+from meshserve.handoff.claimed import ClaimedPrompt, EngineSink
 from meshserve.handoff.queue import JobKey, JobState, PrefillQueue
 from meshserve.handoff.requester import IgnoredAnswer
-from meshserve.handoff.sending import BlockSender, Transfer
+from meshserve.handoff.sending import BlockSender
 from meshserve.handoff.tickets import Ticket
-from meshserve.mesh.calls import IncomingCall, OutgoingCall
+from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
+from meshserve.mesh.transport.bulk import MAX_PAYLOADS
 from meshserve.wire.generation import unpack_tokens
 
 _RENEW_TIMEOUT_S = 5.0
-
-
-@dataclass(slots=True)
-class _Job:
-    """One claimed prompt, as the sink of both its claim and its engine run."""
-
-    provider: "PrefillProvider"
-    ticket: Ticket
-    call: OutgoingCall | None = None
-    transfer: Transfer | None = None
-    engine_id: str = ""
-    began_s: float = 0.0
-    num_tokens: int = 0
-    """Of the prompt, once it is known."""
-    acknowledged_s: float = 0.0
-    """When the decode worker last took in a block, or the first was computed."""
-
-    @property
-    def key(self) -> JobKey:
-        return (self.ticket.decode_peer, self.ticket.request_id)
-
-    # the claim's answers
-
-    def on_item(self, item: Any) -> None:
-        self.provider.granted(self, item)
-
-    def on_end(self, value: Any) -> None:
-        self.provider.counters.add("prefills_delivered")
-        self.provider.ended(self, "delivered")
-
-    def on_error(self, error: MeshserveError) -> None:
-        self.provider.counters.add("claims_answered_gone" if isinstance(error, Gone) and not self.engine_id else "claims_lost")
-        self.provider.ended(self, error.code)
-
-
-class _EngineSink:
-    """The engine's view of a job: an engine's failure ends the claim, which tells the decode worker."""
-
-    __slots__ = ("_job",)
-
-    def __init__(self, job: _Job) -> None:
-        self._job = job
-
-    def on_block(self, index: int, num_tokens: int, payload: bytes) -> None:
-        self._job.provider.computed(self._job, index, num_tokens, payload)
-
-    def on_finish(self, num_cached_tokens: int) -> None:
-        self._job.provider.all_computed(self._job, num_cached_tokens)
-
-    def on_error(self, error: MeshserveError) -> None:
-        self._job.provider.engine_failed(self._job)
+_CLAIM_AFTER_S = 0.002
+"""A prompt that was begun on an offer and takes longer than this is claimed at once: its decode worker must know who has it."""
 
 
 class PrefillProvider:
@@ -84,7 +37,7 @@ class PrefillProvider:
         self._mesh, self._engine, self._config = mesh, engine, config
         self.counters = mesh.counters
         self._queue = PrefillQueue(config)
-        self._jobs: dict[JobKey, _Job] = {}
+        self._jobs: dict[JobKey, ClaimedPrompt] = {}
         self._is_closing = False
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -122,7 +75,7 @@ class PrefillProvider:
         except ProtocolError:
             self.counters.add("tickets_malformed")
             return
-        if self._mesh.member(ticket.decode_peer) is None or not self._queue.ticket(ticket):
+        if self._mesh.member(ticket.decode_peer) is None or not self._queue.ticket(ticket, time.monotonic()):
             self.counters.add("tickets_refused")
             return
         self.counters.add("tickets_received")
@@ -130,17 +83,26 @@ class PrefillProvider:
         self.pump()
 
     def _on_strike(self, call: IncomingCall) -> None:
-        if isinstance(call.body, str) and self._queue.strike((call.peer, call.body)):
+        if isinstance(call.body, str):
+            self._strike((call.peer, call.body))
+        call.end()
+
+    def _strike(self, key: JobKey) -> None:
+        job = self._jobs.get(key)
+        if self._queue.strike(key):
             self.counters.add("tickets_struck")
             self.on_queue_changed()
             if self._mesh.journal.is_on:
-                self._mesh.journal.note("struck", call.body, decode=call.peer)
-        call.end()
+                self._mesh.journal.note("struck", key[1], decode=key[0])
+        elif job is not None and job.call is None:
+            self.ended(job, "struck")
 
     def pump(self) -> None:
         """Claim as long as the engine has room."""
+        if not self._queue.num_waiting:
+            return
         while not self._is_closing and (ticket := self._queue.next_claim(time.monotonic())) is not None:
-            self._claim(ticket)
+            self._take_up(ticket)
         if self._timer is None and (wait_s := self._queue.claim_in_s(time.monotonic())) is not None:
             self._timer = self._loop.call_later(wait_s, self._pump_later)
 
@@ -148,37 +110,99 @@ class PrefillProvider:
         self._timer = None
         self.pump()
 
-    def _claim(self, ticket: Ticket) -> None:
-        job = _Job(self, ticket)
-        try:
-            job.call = self._mesh.open(ticket.decode_peer, "prefill.claim", ticket.request_id, job, self._config.attempt_timeout_s)
-        except PeerLost:
-            self._queue.ended(job.key, time.monotonic())
-            return
+    def _take_up(self, ticket: Ticket) -> None:
+        job = ClaimedPrompt(self, ticket)
         self._jobs[job.key] = job
+        offer, now_s = ticket.offer, time.monotonic()
+        if offer is None or not self._queue.may_begin(ticket, now_s) or not self._is_within(offer.first_block, offer.tokens):
+            self._claim(job)
+            return
+        job.waited_ms = (now_s - offer.came_s) * 1000
+        self.counters.add("prefills_begun_on_offer")
+        self._begin(job, offer.tokens, ticket.attempt, offer.first_block)
+        if job.call is None and job.key in self._jobs:
+            job.claim_timer = self._loop.call_later(_CLAIM_AFTER_S, self._claim, job)
+
+    def _claim(self, job: ClaimedPrompt) -> None:
+        """Ask for the task; of what was begun already, the same."""
+        if job.call is None and job.key in self._jobs:
+            self._open_claim(job, Claim(job.ticket.request_id), self._config.attempt_timeout_s)
+
+    def _deliver(self, job: ClaimedPrompt) -> None:
+        """All was computed on the offer before anybody was asked: the claim brings it."""
+        marks = tuple(BlockMark(index, num_tokens, checksum(payload)) for index, num_tokens, payload in job.kept)
+        payloads = [payload for _, _, payload in job.kept]
+        decode_peer, request_id = job.key
+        header = BulkHeader(decode_peer, self._mesh.incarnation, request_id, job.attempt, marks, job.computed_ms)
+        self._queue.delivered(job.key)
+        job.kept, job.num_delivered_bytes = [], sum(map(len, payloads))
+        self._note(job, "blocks_sent", indexes=[mark.index for mark in marks])
+        self._open_claim(job, Claim(request_id, header, payloads, job.waited_ms), self._config.block_timeout_s)
+        self.counters.add("kv_blocks_sent", len(payloads))
+        self.counters.add("kv_bytes_sent", job.num_delivered_bytes)
+
+    def _open_claim(self, job: ClaimedPrompt, claim: Claim, timeout_s: float) -> None:
+        try:
+            job.call = self._mesh.open(job.ticket.decode_peer, "prefill.claim", claim.to_wire(), job, timeout_s)
+        except PeerLost:
+            self.ended(job, "decode worker lost")
+            return
         self.counters.add("claims_sent")
 
     # --- one job
 
-    def granted(self, job: _Job, item: Any) -> None:
+    def granted(self, job: ClaimedPrompt, item: Any) -> None:
         """The claim was the first: the task is ours."""
-        assert self._sender is not None
         try:
             tokens, attempt, first_block = self._task_from(item)
         except ProtocolError:
             self.counters.add("tasks_malformed")
             self._give_up(job, "malformed task")
             return
+        job.is_granted = True
+        if job.has_failed:
+            self._give_up(job, "engine failed")
+        elif not job.engine_id:
+            self._begin(job, tokens, attempt, first_block)
+        elif self._goes_on(job, attempt, first_block):
+            self._send_kept(job)
+        else:
+            self._begin_again(job, tokens, attempt, first_block)
+
+    def _goes_on(self, job: ClaimedPrompt, attempt: int, first_block: int) -> bool:
+        """Whether what was begun on an offer is what was granted. What was delivered and not enough is not."""
+        assert job.ticket.offer is not None
+        is_kept = self._queue.state(job.key) is not JobState.DELIVERED
+        return is_kept and attempt == job.attempt and first_block >= job.ticket.offer.first_block
+
+    def _send_kept(self, job: ClaimedPrompt) -> None:
+        assert self._sender is not None
+        kept, job.kept = job.kept, []
+        job.transfer, job.acknowledged_s = self._sender.open(*job.key, job.attempt), time.monotonic()
+        for index, num_tokens, payload in kept:
+            self._sender.add(job.transfer, index, num_tokens, payload, job.computed_ms)
+
+    def _begin_again(self, job: ClaimedPrompt, tokens: "array[int]", attempt: int, first_block: int) -> None:
+        self._engine.cancel(job.engine_id)
+        self._note(job, "prefill_ended", outcome="granted otherwise")
+        job.kept = []
+        self._queue.granted_otherwise(job.key, time.monotonic())
+        self._begin(job, tokens, attempt, first_block)
+
+    def _begin(self, job: ClaimedPrompt, tokens: "array[int]", attempt: int, first_block: int) -> None:
+        assert self._sender is not None
         job.num_tokens = len(tokens)
         num_tokens = job.num_tokens - first_block * self._engine.card.block_size
         job.began_s = time.monotonic()
         if not self._queue.granted(job.key, attempt, num_tokens, job.began_s):
             return
-        job.transfer = self._sender.open(*job.key, attempt)
+        job.attempt = attempt
+        if job.is_granted:
+            job.transfer = self._sender.open(*job.key, attempt)
         job.engine_id = f"{job.ticket.decode_peer}/{job.ticket.request_id}@{attempt}"
         self._note(job, "prefill_begun", num_tokens=num_tokens)
         try:
-            self._engine.prefill(job.engine_id, tokens, first_block, _EngineSink(job))
+            self._engine.prefill(job.engine_id, tokens, first_block, EngineSink(job))
         except MeshserveError:
             self.engine_failed(job)
 
@@ -186,47 +210,75 @@ class PrefillProvider:
         if not isinstance(item, dict) or type(item.get("attempt")) is not int or type(item.get("first_block")) is not int:
             raise ProtocolError("a task is tokens, an attempt and a first block")
         tokens, attempt, first_block = unpack_tokens(item.get("tokens")), item["attempt"], item["first_block"]
-        if attempt < 1 or not 0 <= first_block * self._engine.card.block_size < len(tokens):
+        if attempt < 1 or not self._is_within(first_block, tokens):
             raise ProtocolError("a task begins within its prompt")
         return tokens, attempt, first_block
 
-    def _note(self, job: _Job, event: str, **details: Any) -> None:
-        if self._mesh.journal.is_on and job.transfer is not None:
-            decode, attempt = job.ticket.decode_peer, job.transfer.attempt
-            self._mesh.journal.note(event, job.ticket.request_id, decode=decode, attempt=attempt, **details)
+    def _is_within(self, first_block: int, tokens: "array[int]") -> bool:
+        return 0 <= first_block * self._engine.card.block_size < len(tokens)
 
-    def computed(self, job: _Job, index: int, num_tokens: int, payload: bytes) -> None:
+    def _note(self, job: ClaimedPrompt, event: str, **details: Any) -> None:
+        if self._mesh.journal.is_on and job.attempt:
+            self._mesh.journal.note(event, job.ticket.request_id, decode=job.ticket.decode_peer, attempt=job.attempt, **details)
+
+    def computed(self, job: ClaimedPrompt, index: int, num_tokens: int, payload: bytes) -> None:
         """The engine gives out a block: it leaves while the next one is computed."""
-        assert self._sender is not None and job.transfer is not None
         now_s = time.monotonic()
         job.acknowledged_s = job.acknowledged_s or now_s
+        job.computed_ms = (now_s - job.began_s) * 1000
         self._queue.computed(job.key, num_tokens, now_s)
-        self._sender.add(job.transfer, index, num_tokens, payload, (now_s - job.began_s) * 1000)
+        if job.transfer is not None and self._sender is not None:
+            self._sender.add(job.transfer, index, num_tokens, payload, job.computed_ms)
+        else:
+            job.kept.append((index, num_tokens, payload))
         self.pump()
 
-    def all_computed(self, job: _Job, num_cached_tokens: int) -> None:
+    def all_computed(self, job: ClaimedPrompt, num_cached_tokens: int) -> None:
         """The engine has room again; the blocks may still be on their way."""
         self.counters.add("prefill_tokens", job.num_tokens)
         self.counters.add("prefill_tokens_cached", num_cached_tokens)
         self._queue.all_computed(job.key, num_cached_tokens, time.monotonic())
+        if job.call is None and self._can_deliver(job):
+            self._deliver(job)
+        else:
+            self._claim(job)
         self.pump()
 
-    def engine_failed(self, job: _Job) -> None:
-        """The engine cannot: another worker may."""
-        self.counters.add("prefills_failed")
-        self._give_up(job, "engine failed")
+    def _can_deliver(self, job: ClaimedPrompt) -> bool:
+        """Little enough for the connection of the calls, and nothing that a limit of the bulk path would hold back."""
+        num_bytes = sum(len(payload) for _, _, payload in job.kept)
+        is_limited = self._mesh.config.transport.bulk_bytes_per_s > 0
+        return not is_limited and len(job.kept) <= MAX_PAYLOADS and num_bytes <= self._config.offer_kv_bytes
 
-    def _give_up(self, job: _Job, outcome: str) -> None:
+    def delivered(self, job: ClaimedPrompt) -> None:
+        """The decode worker has all blocks."""
+        self.counters.add("prefills_delivered")
+        if self._queue.state(job.key) is JobState.DELIVERED:
+            self._note(job, "ack", num_bytes=job.num_delivered_bytes)
+        self.ended(job, "delivered")
+
+    def engine_failed(self, job: ClaimedPrompt) -> None:
+        """The engine cannot: another worker may. Who is to be told so is not yet, where it was begun on an offer."""
+        self.counters.add("prefills_failed")
+        if job.is_granted:
+            self._give_up(job, "engine failed")
+        else:
+            job.has_failed = True
+            self._claim(job)
+
+    def _give_up(self, job: ClaimedPrompt, outcome: str) -> None:
         if job.call is not None:
             job.call.cancel()
         self.ended(job, outcome)
 
-    def ended(self, job: _Job, outcome: str) -> None:
+    def ended(self, job: ClaimedPrompt, outcome: str) -> None:
         """Delivered, gone, revoked or lost: whatever it was, free what it holds."""
         state = self._queue.ended(job.key, time.monotonic())
         if state is None:
             return
         del self._jobs[job.key]
+        if job.claim_timer is not None:
+            job.claim_timer.cancel()
         self._note(job, "prefill_ended", outcome=outcome)
         if job.transfer is not None:
             assert self._sender is not None
@@ -253,7 +305,7 @@ class PrefillProvider:
 
     def bulk_lost(self, decode_peer: str, reason: str) -> None:
         """Blocks may be lost with the connection: these attempts are over, and their decode worker decides what next."""
-        for job in [job for job in self._jobs.values() if job.ticket.decode_peer == decode_peer]:
+        for job in [job for job in self._jobs.values() if job.is_granted and job.ticket.decode_peer == decode_peer]:
             self._give_up(job, "bulk lost")
 
     # --- others
@@ -275,7 +327,7 @@ class PrefillProvider:
                 if self._mesh.links.channel_to(decode_peer) is not None:
                     self._mesh.open(decode_peer, "prefill.renew", attempts, IgnoredAnswer(), _RENEW_TIMEOUT_S)
 
-    def _overdue_s(self, job: _Job) -> float | None:
+    def _overdue_s(self, job: ClaimedPrompt) -> float | None:
         """Of its computing; of its blocks' way, once all are computed: slow is not lost, until `block_timeout_s`."""
         if self._queue.state(job.key) is JobState.COMPUTING:
             return self._engine.overdue_s(job.engine_id)

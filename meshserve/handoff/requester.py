@@ -5,14 +5,15 @@ Deciding is :class:`~meshserve.handoff.task.PrefillTask`'s; this carries it out 
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine, Reservation
 from meshserve.errors import BlockRefused, Gone, MeshserveError, PoolFull, ProtocolError
-from meshserve.handoff.blocks import BulkHeader
+from meshserve.handoff.blocks import BulkHeader, Claim
+from meshserve.handoff.offering import LateAnswers, Offers
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 from meshserve.handoff.tickets import Ticket
 from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IncomingCall
@@ -59,6 +60,10 @@ class _Running:
     reservation: Reservation | None = None
     missing: set[int] = field(default_factory=set)
     claim: IncomingCall | None = None
+    offered_block: int | None = None
+    """The first that is missing here, of a prompt that may be offered."""
+    has_delivered: bool = False
+    """The claim brought blocks."""
     computed_ms: float = 0.0
     names: dict[str, str] = field(default_factory=dict)
     """Of the peers that claimed, as a dead one's is soon forgotten."""
@@ -86,6 +91,7 @@ class PrefillRequester:
         self._running: dict[str, _Running] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._ticked_s = 0.0
+        self._offers, self._answers = Offers(engine, config), LateAnswers()
         mesh.levels.derive("handoffs", lambda: len(self._running))
         mesh.serve("prefill.claim", self._on_claim)
         mesh.serve("prefill.renew", self._on_renew)
@@ -139,7 +145,8 @@ class PrefillRequester:
         task = PrefillTask(request.request_id, self._config, lease_s, now_s, deadline_s, num_lost_before=len(request.lost_peers))
         num_preferred = self._num_preferred(candidates, request)
         running = self._running[request.request_id] = _Running(task, request, on_done, on_lost)
-        self._carry_out(running, task.start(candidates, now_s, num_preferred))
+        running.offered_block = self._offers.first_block(request, len(self._running)) if num_preferred == 1 else None
+        self._carry_out(running, task.start(candidates, now_s, num_preferred, running.offered_block is not None))
         if self._timer is None and self._running:
             self._ticked_s = now_s
             self._timer = self._loop.call_later(_TICK_S, self._tick)
@@ -166,13 +173,17 @@ class PrefillRequester:
                 self._finish(running, action)
 
     def _push(self, running: _Running, push: Push) -> None:
-        ticket = Ticket(self._mesh.incarnation, running.task.request_id, push.attempt, len(running.request.tokens)).to_wire()
+        request, offer = running.request, self._offers.make(running.request, running.offered_block) if push.is_offer else None
+        ticket = Ticket(self._mesh.incarnation, request.request_id, push.attempt, len(request.tokens), offer).to_wire()
+        if offer is not None:
+            self._mesh.counters.add("prefills_offered")
+            running.names[push.peers[0]] = self._mesh.name_of(push.peers[0])
         self._mesh.counters.add("tickets_pushed", len(push.peers))
         self._note(running, "ticket", attempt=push.attempt, peers=list(push.peers))
         for peer in push.peers:
             if not self._pipeline.push_nowait(peer, ticket):
                 self._mesh.counters.add("tickets_not_sent")
-                self._carry_out(running, running.task.push_failed(peer, time.monotonic()))
+                self._carry_out(running, running.task.push_failed(peer, time.monotonic(), push.is_offer))
 
     def _note(self, running: _Running, event: str, **details: Any) -> None:
         if self._mesh.journal.follows(running.task.request_id):
@@ -200,9 +211,8 @@ class PrefillRequester:
         self._mesh.counters.add("tickets_hedged", running.task.num_hedges)
         self._note(running, "handoff_ended", attempt=running.task.attempt, state=finish.state.value)
         self._revoke_quietly(running, finish.state)
-        reservation = running.reservation
-        if finish.state is not TaskState.DONE and reservation is not None:
-            reservation.release()
+        if finish.state is not TaskState.DONE and running.reservation is not None:
+            running.reservation.release()
         if finish.state is not TaskState.CANCELLED:
             running.on_done(self._result(running, finish.state))
 
@@ -210,7 +220,9 @@ class PrefillRequester:
         claim, running.claim = running.claim, None
         if claim is not None:
             claim.on_cancel = None
-            if state is TaskState.DONE:
+            if state is TaskState.DONE and running.has_delivered:
+                self._answers.end_soon(claim)
+            elif state is TaskState.DONE:
                 claim.end()
             else:
                 claim.fail(Gone("the task is over"))
@@ -247,9 +259,9 @@ class PrefillRequester:
     # --- what comes in
 
     def _on_claim(self, call: IncomingCall) -> None:
-        request_id = call.body
-        running = self._running.get(request_id) if isinstance(request_id, str) else None
-        if running is None or not running.task.claim(call.peer, time.monotonic()):
+        claim, now_s = Claim.from_wire(call.body), time.monotonic()
+        running = self._running.get(claim.request_id)
+        if running is None or not running.task.claim(call.peer, now_s, claim.began_s(running.task.queued_s, now_s)):
             self._mesh.counters.add("claims_gone")
             raise Gone("claimed by another, or over")
         self._mesh.counters.add("claims_granted")
@@ -259,12 +271,22 @@ class PrefillRequester:
         if running.reservation is None and not self._reserve(running):
             return
         running.missing = set(running.reservation.missing()) if running.reservation is not None else set()
-        if not running.missing:
-            self._carry_out(running, running.task.complete(time.monotonic()))
-            return
         attempt = running.task.attempt
         call.on_cancel = lambda: self._claim_ended(running, call, attempt)
-        call.send({"tokens": pack_tokens(running.request.tokens[:-1]), "attempt": attempt, "first_block": min(running.missing)})
+        if running.missing and claim.header is not None:
+            self._take_brought(running, call.peer, claim.header, claim.payloads)
+        elif not running.missing:
+            self._carry_out(running, running.task.complete(time.monotonic()))
+        if running.task.is_current(call.peer, attempt):
+            call.send({"tokens": pack_tokens(running.request.tokens[:-1]), "attempt": attempt, "first_block": min(running.missing)})
+
+    def _take_brought(self, running: _Running, peer: str, header: BulkHeader, payloads: Sequence[bytes]) -> None:
+        """The blocks of a claim that was granted. Those of another attempt are left, and the claim is as good as any."""
+        if (header.decode_peer, header.prefill_peer, header.attempt) != (self._mesh.incarnation, peer, running.task.attempt):
+            self._mesh.counters.add("kv_blocks_stale", len(payloads))
+            return
+        running.has_delivered = True
+        self._take(running, header, payloads)
 
     def _reserve(self, running: _Running) -> bool:
         """All blocks or none. Without room the prompt waits its turn in the engine's own queue, and is prefilled there."""
@@ -303,6 +325,10 @@ class PrefillRequester:
         ):
             self._mesh.counters.add("kv_blocks_stale", len(payloads))
             return None
+        return [header.request_id, header.attempt, sum(map(len, payloads))] if self._take(running, header, payloads) else None
+
+    def _take(self, running: _Running, header: BulkHeader, payloads: Sequence[bytes | memoryview]) -> bool:
+        """Blocks of the running attempt: all of them, or it has failed."""
         try:
             header.check(payloads)
             self._take_in(running, header, payloads)
@@ -311,21 +337,22 @@ class PrefillRequester:
             if error.is_checksum:
                 self._mesh.counters.add("kv_checksum_failures")
             self._attempt_failed(running, header.prefill_peer, header.attempt, f"block refused: {error.message}")
-            return None
+            return False
         running.task.renew(header.prefill_peer, header.attempt, time.monotonic())
         if not running.missing:
             self._carry_out(running, running.task.complete(time.monotonic()))
-        return [header.request_id, header.attempt, sum(map(len, payloads))]
+        return True
 
-    def _take_in(self, running: _Running, header: BulkHeader, payloads: list[memoryview]) -> None:
-        assert running.reservation is not None
+    def _take_in(self, running: _Running, header: BulkHeader, payloads: Sequence[bytes | memoryview]) -> None:
+        reservation, block_size = running.reservation, self._engine.card.block_size
+        assert reservation is not None
         for mark, payload in zip(header.marks, payloads, strict=True):
-            if not 0 <= mark.index * self._engine.card.block_size < running.reservation.num_tokens:
+            if not 0 <= mark.index * block_size < reservation.num_tokens:
                 raise BlockRefused(f"there is no block {mark.index} in this prompt")
             if mark.index not in running.missing:
                 self._mesh.counters.add("kv_blocks_double")
                 continue  # an earlier attempt brought it already, and its checksum was right
-            running.reservation.write(mark.index, payload)
+            reservation.write(mark.index, payload)
             running.missing.discard(mark.index)
             running.task.received(len(payload))
             self._mesh.counters.add("kv_blocks_received")
@@ -344,7 +371,9 @@ class PrefillRequester:
         for running in list(self._running.values()):
             task = running.task
             if change in (Change.DIED, Change.LEFT, Change.SUSPECTED):
-                self._carry_out(running, task.peer_gone(peer, now_s, is_dead=change is Change.DIED))
+                is_cut = change is Change.SUSPECTED and self._mesh.links.channel_to(peer) is None
+                is_dead = change is Change.DIED or (is_cut and task.is_offered_to(peer))  # as for a claim that ends so
+                self._carry_out(running, task.peer_gone(peer, now_s, is_dead=is_dead))
             elif change is Change.UPDATED and member.info.is_draining:
                 self._carry_out(running, task.peer_draining(peer, now_s))
             elif change in (Change.CALLABLE, Change.RECOVERED) and member.info.card == self._engine.card:
@@ -366,5 +395,6 @@ class PrefillRequester:
         """Cancel everything."""
         for request_id in list(self._running):
             self.cancel(request_id)
+        self._answers.close()
         if self._timer is not None:
             self._timer.cancel()

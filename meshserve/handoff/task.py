@@ -37,6 +37,8 @@ class Push:
 
     peers: tuple[str, ...]
     attempt: int
+    is_offer: bool = False
+    """Whether the prompt may go along, for one peer to begin at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,13 +129,15 @@ class PrefillTask:
     """Workers that this request took down before this task began."""
     lost_peers: list[str] = field(default_factory=list)
     num_hedges: int = 0
+    queued_s: float = 0.0
+    """When the attempt that is queued or running now was put out."""
     _candidates: list[str] = field(default_factory=list)
     _ticketed: list[str] = field(default_factory=list)
     _asked: set[str] = field(default_factory=set)
     _tried: set[str] = field(default_factory=set)
-    _queued_s: float = 0.0
     _renewed_s: float = 0.0
     _is_hedged: bool = False
+    _offered_to: str | None = None
     _reminder_s: float = 0.0
     """How long after the queueing the next reminder goes out."""
 
@@ -142,19 +146,25 @@ class PrefillTask:
         """Nothing changes any more."""
         return self.state not in (TaskState.QUEUED, TaskState.CLAIMED)
 
-    def start(self, candidates: Sequence[str], now_s: float, num_preferred: int = 1) -> list[Action]:
-        """Tickets to the first `num_preferred` of these peers, ranked; to the others if none of them claims in time."""
-        self._candidates = list(candidates)
-        return self._queue(now_s, num_preferred)
+    def start(self, candidates: Sequence[str], now_s: float, num_preferred: int = 1, is_short: bool = False) -> list[Action]:
+        """Tickets to the first `num_preferred` of these peers, ranked; to the others if none of them claims in time.
 
-    def _queue(self, now_s: float, num_preferred: int) -> list[Action]:
+        A short prompt is offered if only one is asked: of several, all but one would compute it in vain. What is sent later than this
+        is an ordinary ticket, as somebody may have begun.
+        """
+        self._candidates = list(candidates)
+        if is_short and num_preferred == 1 and self._candidates:
+            self._offered_to = self._candidates[0]
+        return self._queue(now_s, num_preferred, is_offer=self._offered_to is not None)
+
+    def _queue(self, now_s: float, num_preferred: int, is_offer: bool = False) -> list[Action]:
         if not self._candidates:
             return self._finish(TaskState.LOCAL)
-        self.state, self.peer, self._queued_s = TaskState.QUEUED, None, now_s
+        self.state, self.peer, self.queued_s = TaskState.QUEUED, None, now_s
         self._is_hedged = num_preferred >= len(self._candidates)
         self._reminder_s = self.config.reminder_ms / 1000
         self._asked.clear()
-        return [self._push(self._candidates[:num_preferred])]
+        return [self._push(self._candidates[:num_preferred], is_offer)]
 
     def _retry(self, now_s: float) -> list[Action]:
         """Elsewhere, asking everybody at once, as it is late already; or locally, if another failure would only show after the deadline."""
@@ -163,27 +173,35 @@ class PrefillTask:
             return self._finish(TaskState.LOCAL)
         return self._queue(now_s, len(self._candidates))
 
-    def _push(self, peers: Sequence[str]) -> Push:
+    def _push(self, peers: Sequence[str], is_offer: bool = False) -> Push:
         self._ticketed += [peer for peer in peers if peer not in self._ticketed]
         self._asked.update(peers)
-        return Push(tuple(peers), self.attempt)
+        return Push(tuple(peers), self.attempt, is_offer)
 
-    def push_failed(self, peer: str, now_s: float) -> list[Action]:
+    def push_failed(self, peer: str, now_s: float, was_offer: bool = False) -> list[Action]:
         """The ticket could not be sent: the others get theirs at once; without any, this one is asked again in a moment."""
         self._asked.discard(peer)
+        if was_offer:
+            self._offered_to = None
         if self.state is not TaskState.QUEUED:
             return []
         if not self._is_hedged and self._unasked(besides=peer):
             return self._hedge(besides=peer)
-        self._reminder_s = min(self._reminder_s, now_s - self._queued_s + self.config.hedge_ms / 1000)
+        self._reminder_s = min(self._reminder_s, now_s - self.queued_s + self.config.hedge_ms / 1000)
         return []
 
-    def claim(self, peer: str, now_s: float) -> bool:
-        """Whether this peer gets the task. False is "gone": claimed by another, ended, or failed there before."""
+    def claim(self, peer: str, now_s: float, began_s: float | None = None) -> bool:
+        """Whether this peer gets the task. False is "gone": claimed by another, ended, or failed there before.
+
+        `began_s` is when it began, where that was before.
+        """
+        if peer == self._offered_to:
+            self._offered_to = None
         if self.state is not TaskState.QUEUED or peer in self._tried:
             return False
         self.state, self.peer, self._renewed_s = TaskState.CLAIMED, peer, now_s
-        self.attempts.append(Attempt(self.attempt, peer, self._queued_s, now_s, is_hedged=self.num_hedges > 0))
+        claimed_s = now_s if began_s is None else began_s
+        self.attempts.append(Attempt(self.attempt, peer, self.queued_s, claimed_s, is_hedged=self.num_hedges > 0))
         return True
 
     def renew(self, peer: str, attempt: int, seen_s: float) -> None:
@@ -199,11 +217,15 @@ class PrefillTask:
     def stalled(self, stall_s: float) -> None:
         """This very process stood still for so long: whoever waits for it is given as much more time."""
         self._renewed_s += stall_s
-        self._queued_s += stall_s
+        self.queued_s += stall_s
 
     def is_current(self, peer: str, attempt: int) -> bool:
         """Whether this is the attempt that runs."""
         return self.state is TaskState.CLAIMED and self.peer == peer and self.attempt == attempt
+
+    def is_offered_to(self, peer: str) -> bool:
+        """Whether this peer may have begun, and has not claimed yet."""
+        return peer == self._offered_to
 
     def complete(self, now_s: float) -> list[Action]:
         """All blocks are in."""
@@ -224,6 +246,8 @@ class PrefillTask:
             actions.append(self._lose(peer))
             if self._has_lost_too_many():
                 return [*actions, *self._finish(TaskState.GAVE_UP)]
+            if self._offered_to in self._candidates:  # it may be dying of the same, and a third must not
+                self._candidates = [self._offered_to]
         self.attempt += 1
         return [*actions, *self._retry(now_s)]
 
@@ -231,11 +255,14 @@ class PrefillTask:
         """A prefill worker is suspect or dead."""
         if self.state is TaskState.CLAIMED and self.peer == peer:
             return self.attempt_failed(peer, self.attempt, "peer died" if is_dead else "peer silent", now_s, is_peer_dead=is_dead)
-        if is_dead and not self.is_final and self._was_silent(peer):
-            lost = self._lose(peer)  # first silent, then dead: that attempt took a worker down too
+        if is_dead and not self.is_final and self._may_have_had_it(peer):
+            lost = self._lose(peer)
             if self._has_lost_too_many():
                 return [lost, *self._revoke_running("gave up", now_s), *self._finish(TaskState.GAVE_UP)]
-            return [lost]
+            return [lost, *self._ask_others(peer)]
+        return self._ask_others(peer)
+
+    def _ask_others(self, peer: str) -> list[Action]:
         if self.is_final or peer not in self._candidates:
             return []
         self._candidates.remove(peer)
@@ -255,8 +282,11 @@ class PrefillTask:
     def _has_lost_too_many(self) -> bool:
         return self.num_lost_before + len(self.lost_peers) >= self.config.max_lost_peers
 
-    def _was_silent(self, peer: str) -> bool:
-        return peer not in self.lost_peers and any(past.peer == peer and past.outcome in _SILENT for past in self.attempts)
+    def _may_have_had_it(self, peer: str) -> bool:
+        """First silent, then dead: that attempt took a worker down too. Who was offered it may have begun, and had no time to say so."""
+        if peer in self.lost_peers:
+            return False
+        return peer == self._offered_to or any(past.peer == peer and past.outcome in _SILENT for past in self.attempts)
 
     def _revoke_running(self, outcome: str, now_s: float) -> list[Action]:
         if self.state is not TaskState.CLAIMED:
@@ -270,7 +300,7 @@ class PrefillTask:
         if not self.is_final and peer not in self._candidates and peer not in self._tried:
             self._candidates.append(peer)
             if self.state is TaskState.QUEUED:
-                self._reminder_s = min(self._reminder_s, now_s - self._queued_s + self.config.hedge_ms / 1000)
+                self._reminder_s = min(self._reminder_s, now_s - self.queued_s + self.config.hedge_ms / 1000)
 
     def fall_back(self, now_s: float) -> list[Action]:
         """The decode worker has no room for blocks from elsewhere: it will prefill itself when its engine's turn comes."""
@@ -291,17 +321,17 @@ class PrefillTask:
         if self.state is TaskState.CLAIMED and now_s - self._renewed_s > self.lease_s:
             assert self.peer is not None
             return self.attempt_failed(self.peer, self.attempt, "no longer named", now_s)
-        if self.state is TaskState.QUEUED and now_s - self._queued_s > self._longest_wait_s():
+        if self.state is TaskState.QUEUED and now_s - self.queued_s > self._longest_wait_s():
             return self._finish(TaskState.LOCAL)
-        if self.state is TaskState.QUEUED and not self._is_hedged and now_s - self._queued_s >= self.config.hedge_ms / 1000:
+        if self.state is TaskState.QUEUED and not self._is_hedged and now_s - self.queued_s >= self.config.hedge_ms / 1000:
             return self._hedge()
-        if self.state is TaskState.QUEUED and now_s - self._queued_s >= self._reminder_s:
+        if self.state is TaskState.QUEUED and now_s - self.queued_s >= self._reminder_s:
             return self._remind()
         return []
 
     def _longest_wait_s(self) -> float:
         """For a claim. Half of what the request has left stays for prefilling it here."""
-        return min(self.config.claim_timeout_s, (self.deadline_s - self._queued_s) / 2)
+        return min(self.config.claim_timeout_s, (self.deadline_s - self.queued_s) / 2)
 
     def _remind(self) -> list[Action]:
         """Tickets are not acknowledged: one that was lost is sent again, ever more seldom; one that waits there changes nothing."""

@@ -19,6 +19,8 @@ _COUNTERS = {
     "tickets_received": "Prefill tickets taken.",
     "tickets_refused": "Prefill tickets refused: the list is full, or their sender is unknown.",
     "tickets_struck": "Prefill tickets that became void before they were claimed.",
+    "prefills_offered": "Short prompts that went with their ticket.",
+    "prefills_begun_on_offer": "Of those that came here, the ones that were computed before they were claimed.",
     "claims_granted": "Claims that got their task.",
     "claims_gone": "Claims that came too late.",
     "prefill_tasks_done": "Prompts prefilled elsewhere.",

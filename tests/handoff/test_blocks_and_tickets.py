@@ -1,18 +1,39 @@
 """What goes over the bulk path, and the prefill worker's list of tickets."""
 
+from array import array
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.errors import BlockRefused, ProtocolError
-from meshserve.handoff.blocks import BURST_S, BlockMark, BlockWindow, BulkHeader, RateLimit, checksum
-from meshserve.handoff.tickets import Ticket, TicketList
+from meshserve.handoff.blocks import BURST_S, BlockMark, BlockWindow, BulkHeader, Claim, RateLimit, checksum
+from meshserve.handoff.tickets import Offer, Ticket, TicketList
 from meshserve.wire.frames import pack_body, unpack_body
 
 
 def header_for(payloads: list[bytes]) -> BulkHeader:
     marks = tuple(BlockMark(index, len(payload), checksum(payload)) for index, payload in enumerate(payloads))
     return BulkHeader("decode", "prefill", "r1", 2, marks, 1.5)
+
+
+def test_offers_and_claims_with_blocks_come_out_as_they_went_in() -> None:
+    offered = Ticket("d", "r1", 1, 4, Offer(7, 0, array("I", [1, 2, 3])))
+    claim = Claim("r1", header_for([b"a", b"b"]), [b"a", b"b"], 0.5)
+    for sent in (offered, Ticket("d", "r1", 1, 4)):
+        assert Ticket.from_wire(unpack_body(pack_body(sent.to_wire()))) == sent
+    for brought in (claim, Claim("r1")):
+        assert Claim.from_wire(unpack_body(pack_body(brought.to_wire()))) == brought
+    for bad in (None, [], [claim.header, [1], 0.0], [header_for([]).to_wire(), [1], 0.0], [header_for([]).to_wire(), [], -1.0]):
+        with pytest.raises(ProtocolError):
+            Claim.from_wire(bad)
+
+
+def test_what_was_computed_before_its_claim_began_as_long_before_as_it_took_and_its_blocks_were_on_their_way() -> None:
+    claim = Claim("r1", BulkHeader("d", "p", "r1", 1, (), 30.0), [], 10.0)
+    assert claim.began_s(100.0, 100.1) == pytest.approx(100.1 - 0.03 - 0.03), "60 ms on the way, half of them back"
+    assert claim.began_s(100.0, 100.01) == pytest.approx(100.0), "never before the ticket left, whatever it says"
+    assert Claim("r1").began_s(100.0, 100.1) is None
 
 
 @given(st.lists(st.binary(min_size=1, max_size=64), min_size=1, max_size=5), st.data())
@@ -32,7 +53,7 @@ def test_any_flipped_bit_or_missing_byte_is_refused(payloads: list[bytes], data:
 
 @given(st.recursive(st.none() | st.integers() | st.text() | st.binary(), lambda inner: st.lists(inner, max_size=5)))
 def test_anything_else_is_no_header_and_no_ticket(data: object) -> None:
-    for parse in (BulkHeader.from_wire, Ticket.from_wire):
+    for parse in (BulkHeader.from_wire, Ticket.from_wire, Offer.from_wire):
         try:
             parse(data)
         except ProtocolError:

@@ -1,9 +1,11 @@
 """Both state machines of the handoff joined in memory by a network that reorders, doubles and loses: all interleavings keep the laws.
 
 Messages wait in a bag and are delivered in any order, some twice, tickets perhaps never; calls and blocks between live peers do arrive, as
-streams do, unless their attempt is over. Peers die; the decode worker cancels; time passes.
+streams do, unless their attempt is over. Peers die; the decode worker cancels; time passes. A short prompt is offered: who gets it computes
+before it claims, and claims when all is computed, or when it takes too long.
 """
 
+from array import array
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from meshserve.config import HandoffConfig
 from meshserve.handoff.queue import JobState, PrefillQueue
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
-from meshserve.handoff.tickets import Ticket
+from meshserve.handoff.tickets import Offer, Ticket
 
 CONFIG = HandoffConfig()
 LEASE_S = 1.5
@@ -31,28 +33,34 @@ class Letter:
     peer: str
     attempt: int = 0
     index: int = 0
+    is_offer: bool = False
+    brings_all: bool = False
+    """A claim with all blocks."""
 
 
 class BothEnds(RuleBasedStateMachine):
     """One prompt of one decode worker, three prefill workers."""
 
-    @initialize(count=st.integers(1, 3), num_preferred=st.integers(1, 3))
-    def start(self, count: int, num_preferred: int) -> None:
+    @initialize(count=st.integers(1, 3), num_preferred=st.integers(1, 3), is_short=st.booleans())
+    def start(self, count: int, num_preferred: int, is_short: bool) -> None:
         self.now_s = 0.0
         self.bag: list[Letter] = []
         self.queues = {peer: PrefillQueue(CONFIG) for peer in PEERS}
         self.running: dict[str, tuple[int, int]] = {}  # by worker: attempt, next block
+        self.unclaimed: dict[str, list[int]] = {}  # by worker: blocks that it computed on an offer and keeps
+        self.asked: set[str] = set()  # those of them whose claim is on its way
+        self.num_begun = dict.fromkeys(PEERS, 0)
         self.task = PrefillTask("r", CONFIG, LEASE_S, 0.0)
         self.missing = set(range(NUM_BLOCKS))
         self.taken: list[int] = []
         self.ends: list[TaskState] = []
         self.num_lost = 0
-        self.carry_out(self.task.start(PEERS[:count], 0.0, num_preferred))
+        self.carry_out(self.task.start(PEERS[:count], 0.0, num_preferred, is_short))
 
     def carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Push):
-                self.bag += [Letter("ticket", peer, action.attempt) for peer in action.peers]
+                self.bag += [Letter("ticket", peer, action.attempt, is_offer=action.is_offer) for peer in action.peers]
             elif isinstance(action, Strike):
                 self.bag += [Letter("strike", peer) for peer in action.peers]
             elif isinstance(action, Revoke):
@@ -61,7 +69,8 @@ class BothEnds(RuleBasedStateMachine):
                 self.num_lost += 1
             elif isinstance(action, Finish):
                 self.ends.append(action.state)
-                self.bag += [Letter("over", peer, attempt) for peer, (attempt, _) in self.running.items()]
+                claimed = [(peer, attempt) for peer, (attempt, _) in self.running.items() if peer not in self.unclaimed]
+                self.bag += [Letter("over", peer, attempt) for peer, attempt in claimed]
 
     @precondition(lambda self: self.bag)
     @rule(data=st.data(), is_doubled=st.booleans())
@@ -81,15 +90,38 @@ class BothEnds(RuleBasedStateMachine):
 
     def on_ticket(self, letter: Letter) -> None:
         queue = self.queues[letter.peer]
-        queue.ticket(Ticket(*KEY, letter.attempt, NUM_BLOCKS * BLOCK_TOKENS))
+        offer = Offer(1, 0, array("I")) if letter.is_offer else None
+        queue.ticket(Ticket(*KEY, letter.attempt, NUM_BLOCKS * BLOCK_TOKENS, offer), self.now_s)
         self.pump(letter.peer)
 
     def pump(self, peer: str) -> None:
-        while self.queues[peer].next_claim(self.now_s) is not None:
-            self.bag.append(Letter("claim", peer))
+        queue = self.queues[peer]
+        while (ticket := queue.next_claim(self.now_s)) is not None:
+            if queue.may_begin(ticket, self.now_s):
+                assert queue.granted(KEY, ticket.attempt, NUM_BLOCKS * BLOCK_TOKENS, self.now_s)
+                self.running[peer], self.unclaimed[peer] = (ticket.attempt, 0), []
+                self.num_begun[peer] += 1
+            else:
+                self.bag.append(Letter("claim", peer))
 
     def on_strike(self, letter: Letter) -> None:
         self.queues[letter.peer].strike(KEY)
+        if letter.peer in self.unclaimed and letter.peer not in self.asked:
+            self.forget(letter.peer)
+
+    def forget(self, peer: str) -> None:
+        """Struck, or its claim was answered that it is gone."""
+        self.running.pop(peer, None)
+        self.unclaimed.pop(peer, None)
+        self.asked.discard(peer)
+        self.queues[peer].ended(KEY, self.now_s)
+        self.pump(peer)
+
+    @rule(peer=st.sampled_from(PEERS))
+    def an_offer_takes_long(self, peer: str) -> None:
+        if peer in self.unclaimed and peer not in self.asked:
+            self.asked.add(peer)
+            self.bag.append(Letter("claim", peer, self.running[peer][0]))
 
     def on_over(self, letter: Letter) -> None:
         """The claim's stream ended: revoked, gone or delivered."""
@@ -102,22 +134,44 @@ class BothEnds(RuleBasedStateMachine):
     def compute_a_block(self, peer: str) -> None:
         if peer in self.running and self.running[peer][1] < NUM_BLOCKS:
             attempt, index = self.running[peer]
-            self.bag.append(Letter("block", peer, attempt, index))
+            if peer in self.unclaimed:
+                self.unclaimed[peer].append(index)
+            else:
+                self.bag.append(Letter("block", peer, attempt, index))
             self.running[peer] = (attempt, index + 1)
             self.queues[peer].computed(KEY, BLOCK_TOKENS, self.now_s)
             if index + 1 == NUM_BLOCKS:
-                self.queues[peer].all_computed(KEY, 0, self.now_s)
+                self.all_computed(peer, attempt)
+
+    def all_computed(self, peer: str, attempt: int) -> None:
+        self.queues[peer].all_computed(KEY, 0, self.now_s)
+        if peer in self.unclaimed and peer not in self.asked:
+            self.asked.add(peer)
+            self.queues[peer].delivered(KEY)
+            self.bag.append(Letter("claim", peer, attempt, brings_all=True))
 
     # what the decode worker hears
 
     def on_claim(self, letter: Letter) -> None:
         queue = self.queues[letter.peer]
         if not self.task.claim(letter.peer, self.now_s):
-            queue.ended(KEY, self.now_s)
-            self.pump(letter.peer)
+            self.forget(letter.peer)
             return
-        if queue.granted(KEY, self.task.attempt, NUM_BLOCKS * BLOCK_TOKENS, self.now_s):
-            self.running[letter.peer] = (self.task.attempt, 0)
+        attempt = self.task.attempt
+        self.asked.discard(letter.peer)
+        kept = self.unclaimed.pop(letter.peer, None)
+        if letter.brings_all and letter.attempt == attempt:
+            for index in range(NUM_BLOCKS):
+                self.on_block(Letter("block", letter.peer, attempt, index))
+            assert self.task.is_final, "all came"
+            return
+        if kept is not None and not letter.brings_all and letter.attempt == attempt:
+            self.bag += [Letter("block", letter.peer, attempt, index) for index in kept]
+            return
+        if kept is not None:
+            queue.granted_otherwise(KEY, self.now_s)
+        if queue.granted(KEY, attempt, NUM_BLOCKS * BLOCK_TOKENS, self.now_s):
+            self.running[letter.peer] = (attempt, 0)
 
     def on_block(self, letter: Letter) -> None:
         if not self.task.is_current(letter.peer, letter.attempt) or letter.index not in self.missing:
@@ -138,6 +192,7 @@ class BothEnds(RuleBasedStateMachine):
         if is_killed and peer in self.queues and len(self.queues) > 1:
             del self.queues[peer]
             self.running.pop(peer, None)
+            self.unclaimed.pop(peer, None)
             self.carry_out(self.task.peer_gone(peer, self.now_s, is_dead=True))
         elif not is_killed:
             self.carry_out(self.task.peer_gone(peer, self.now_s, is_dead=False))
@@ -161,9 +216,12 @@ class BothEnds(RuleBasedStateMachine):
         assert self.num_lost <= CONFIG.max_lost_peers
         for peer, queue in self.queues.items():
             assert queue.num_claimed <= 1 and queue.num_waiting <= 1
+            assert self.num_begun[peer] <= 1, "an offer that comes twice is begun once"
             if peer in self.running:
                 assert queue.is_running(KEY, self.running[peer][0])
-                assert queue.state(KEY) is (JobState.SENDING if self.running[peer][1] == NUM_BLOCKS else JobState.COMPUTING)
+                is_all = self.running[peer][1] == NUM_BLOCKS
+                assert queue.state(KEY) in ((JobState.SENDING, JobState.DELIVERED) if is_all else (JobState.COMPUTING,))
+                assert queue.num_claimed == (queue.state(KEY) is not JobState.DELIVERED)
 
     def teardown(self) -> None:
         """In the end all is delivered, and nobody holds anything."""
@@ -173,6 +231,8 @@ class BothEnds(RuleBasedStateMachine):
             self.now_s += 30.0
             self.carry_out(self.task.tick(self.now_s))
         assert self.task.is_final, "time alone ends every task"
+        for peer in PEERS:
+            self.an_offer_takes_long(peer)
         while self.bag:
             letter = self.bag.pop(0)
             if letter.peer in self.queues:

@@ -71,8 +71,8 @@ def test_small_prompts_are_batched_only_where_many_wait() -> None:
 def test_a_prompt_goes_from_ticket_to_delivery_and_what_comes_twice_changes_nothing() -> None:
     queue, key = PrefillQueue(CONFIG), ("d", "r")
     ticket = Ticket("d", "r", 1, 100)
-    assert queue.ticket(ticket) and queue.next_claim(0.0) == ticket and queue.next_claim(0.0) is None
-    assert queue.state(key) is JobState.CLAIMING and queue.ticket(ticket) and queue.num_waiting == 0
+    assert queue.ticket(ticket, 0.0) and queue.next_claim(0.0) == ticket and queue.next_claim(0.0) is None
+    assert queue.state(key) is JobState.CLAIMING and queue.ticket(ticket, 0.0) and queue.num_waiting == 0
     assert queue.granted(key, 1, 96, 0.0) and not queue.granted(key, 1, 96, 0.0)
     assert queue.is_running(key, 1) and not queue.is_running(key, 2)
     queue.computed(key, 96, 0.1)
@@ -86,7 +86,7 @@ def test_no_more_is_claimed_while_too_much_is_still_on_its_way_out() -> None:
     config = HandoffConfig(prefill_slots=2, sending_slots=1)
     queue = PrefillQueue(config)
     for number in range(5):
-        queue.ticket(Ticket("d", f"r{number}", 1, 100))
+        queue.ticket(Ticket("d", f"r{number}", 1, 100), 0.0)
     for number in range(3):
         assert queue.next_claim(0.0) is not None
         queue.granted(("d", f"r{number}"), 1, 96, 0.0)
@@ -98,8 +98,8 @@ def test_no_more_is_claimed_while_too_much_is_still_on_its_way_out() -> None:
 
 def test_tickets_of_a_dead_decode_worker_are_void() -> None:
     queue = PrefillQueue(CONFIG)
-    queue.ticket(Ticket("dead", "r1", 1, 100))
-    queue.ticket(Ticket("other", "r2", 1, 100))
+    queue.ticket(Ticket("dead", "r1", 1, 100), 0.0)
+    queue.ticket(Ticket("other", "r2", 1, 100), 0.0)
     queue.peer_gone("dead")
     claimed = queue.next_claim(0.0)
     assert claimed is not None and claimed.decode_peer == "other" and queue.num_waiting == 0

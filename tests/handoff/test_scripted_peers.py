@@ -2,22 +2,17 @@
 
 import asyncio
 import random
-from array import array
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from meshserve.config import HandoffConfig, MeshConfig
-from meshserve.engines.dummy.engine import DummyEngine
+from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import EngineOptions
-from meshserve.errors import Gone, MeshserveError
-from meshserve.handoff.blocks import BlockMark, BulkHeader, checksum
+from meshserve.errors import Gone
+from meshserve.handoff.blocks import checksum
 from meshserve.handoff.provider import PrefillProvider
-from meshserve.handoff.requester import HandoffResult, PrefillRequester
 from meshserve.handoff.task import TaskState
-from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.roles.prefill import PrefillRole
@@ -25,158 +20,23 @@ from meshserve.roles.router import RouterRole
 from meshserve.routing.bookings import BOOKING_TIMEOUT_S
 from meshserve.routing.candidates import Prompt
 from meshserve.routing.fleet import Question
-from meshserve.wire.generation import GenerateRequest, Sampling
-from tests.engines.dummy_harness import GenerationRecord, PrefillRecord
+from tests.handoff.scripted import (
+    DEADLINE_S,
+    PROMPT,
+    Block,
+    CountingEngine,
+    Decode,
+    blocks_of,
+    cut_short,
+    flipped,
+    misplaced,
+    new_engine,
+    pair,
+    peer,
+    text_of,
+    undisturbed,
+)
 from tests.harness import run_async, until
-
-DEADLINE_S = 5.0
-PROMPT = array("I", [random.Random(7).randrange(256) for _ in range(100)])
-Block = tuple[int, int, bytes]
-
-
-def new_engine() -> DummyEngine:
-    engine = DummyEngine(EngineOptions(None, {"kv_bytes_per_token": "64"}))
-    engine.start()
-    return engine
-
-
-async def blocks_of(tokens: "array[int]") -> list[Block]:
-    """The prompt's true KV."""
-    engine, record = new_engine(), PrefillRecord()
-    engine.prefill("p", tokens, 0, record)
-    await record.end()
-    await engine.close()
-    return [(index, record.num_tokens[index], payload) for index, payload in sorted(record.blocks.items())]
-
-
-async def text_of(engine: DummyEngine, result: HandoffResult | None) -> list[int]:
-    """What the engine generates from a prompt, with its KV or without."""
-    record = GenerationRecord()
-    engine.generate(GenerateRequest("g", "dummy", PROMPT, Sampling(max_tokens=16)), record, result.reservation if result else None)
-    return await record.end()
-
-
-async def undisturbed() -> list[int]:
-    engine = new_engine()
-    tokens = await text_of(engine, None)
-    await engine.close()
-    return tokens
-
-
-class Claim:
-    """The sink of a scripted claim."""
-
-    def __init__(self) -> None:
-        self.task: dict[str, Any] | None = None
-        self.is_done = False
-        self.error: MeshserveError | None = None
-
-    def on_item(self, item: Any) -> None:
-        self.task = item
-
-    def on_end(self, value: Any) -> None:
-        self.is_done = True
-
-    def on_error(self, error: MeshserveError) -> None:
-        self.error = error
-
-
-class Scripted:
-    """A prefill worker by hand."""
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh, self.tickets, self.answers = mesh, list[Any](), list[Any]()
-        self.pipeline = Pipeline(mesh)
-        self.pipeline.receive(self.tickets.append)
-        self.bulk = Bulk(mesh, lambda peer, answer: self.answers.append(answer), lambda peer, reason: None)
-        mesh.serve("prefill.strike", lambda call: call.end())
-
-    async def claim(self, request_id: str = "r1") -> Claim:
-        """Claim, and wait for the answer."""
-        claim = Claim()
-        self.mesh.open(self.decode_peer, "prefill.claim", request_id, claim, 60.0)
-        await until(lambda: claim.task or claim.error or claim.is_done, DEADLINE_S, "the claim is answered")
-        return claim
-
-    @property
-    def decode_peer(self) -> str:
-        return self.mesh.peers_with("decode")[0].incarnation
-
-    def send(self, blocks: list[Block], attempt: int = 1, prefill_peer: str = "", decode_peer: str = "", digest: bytes = b"") -> None:
-        """Blocks with a header that says what it is told to say."""
-        marks = tuple(BlockMark(index, num_tokens, digest or checksum(payload)) for index, num_tokens, payload in blocks)
-        header = BulkHeader(decode_peer or self.decode_peer, prefill_peer or self.mesh.incarnation, "r1", attempt, marks, 1.0)
-        self.bulk.send(self.decode_peer, header.to_wire(), [payload for _, _, payload in blocks])
-
-    def close(self) -> None:
-        self.bulk.close()
-        self.pipeline.close()
-
-
-class Decode:
-    """The real requester, on an engine of its own."""
-
-    def __init__(self, mesh: Mesh, engine: DummyEngine) -> None:
-        self.mesh, self.engine = mesh, engine
-        self.pipeline = Pipeline(mesh)
-        self.bulk = Bulk(mesh, lambda peer, answer: None, lambda peer, reason: None)
-        self.requester = PrefillRequester(mesh, self.pipeline, self.bulk, engine, HandoffConfig())
-        self.results: list[HandoffResult] = []
-
-    def start(self) -> None:
-        request = GenerateRequest("r1", "dummy", PROMPT)
-        self.requester.start(request, self.requester.candidates(request), self.mesh.now_s() + 60, self.results.append, lambda name: None)
-
-    async def result(self) -> HandoffResult:
-        return await until(lambda: self.results[0] if self.results else None, DEADLINE_S, "the handoff ends")
-
-    def count(self, name: str) -> int:
-        return self.mesh.counters.snapshot().get(name, 0)
-
-    def close(self) -> None:
-        self.requester.close()
-        self.bulk.close()
-        self.pipeline.close()
-
-
-@asynccontextmanager
-async def pair() -> AsyncIterator[tuple[Decode, Scripted]]:
-    """A decode worker and a scripted prefill worker that know each other, over loopback."""
-    engine = new_engine()
-    async with peer("decode", engine) as decode_mesh:
-        decode = Decode(decode_mesh, engine)
-        async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
-            scripted = Scripted(prefill_mesh)
-            await until(lambda: decode_mesh.peers_with("prefill") and prefill_mesh.peers_with("decode"), DEADLINE_S, "both meet")
-            yield decode, scripted
-            scripted.close()
-        decode.close()
-    await engine.close()
-
-
-@asynccontextmanager
-async def peer(role: str, engine: DummyEngine, seeds: tuple[str, ...] = ()) -> AsyncIterator[Mesh]:
-    mesh = Mesh(MeshConfig(mesh="scripted", roles=(role,), interface="127.0.0.1", use_mdns=False, seeds=seeds), engine.card)
-    await mesh.start()
-    await mesh.join()
-    try:
-        yield mesh
-    finally:
-        await mesh.close()
-
-
-def flipped(block: Block) -> Block:
-    index, num_tokens, payload = block
-    return index, num_tokens, bytes([payload[0] ^ 1]) + payload[1:]
-
-
-def cut_short(block: Block) -> Block:
-    index, num_tokens, payload = block
-    return index, num_tokens, payload[:-64]
-
-
-def misplaced(block: Block) -> Block:
-    return 99, block[1], block[2]
 
 
 @pytest.mark.parametrize("damage", [flipped, cut_short])
@@ -277,14 +137,6 @@ def test_row_9_the_first_claim_wins_and_late_ones_are_gone() -> None:
     run_async(run())
 
 
-class _CountingEngine(DummyEngine):
-    num_prefills = 0
-
-    def prefill(self, *arguments: Any) -> None:
-        self.num_prefills += 1
-        super().prefill(*arguments)
-
-
 def test_a_routers_booking_ends_when_the_prefill_worker_reports_the_ticket() -> None:
     async def run() -> None:
         engine = new_engine()
@@ -326,7 +178,7 @@ def test_a_routers_booking_ends_when_the_prefill_worker_reports_the_ticket() -> 
 
 def test_row_9_the_same_ticket_ten_times_is_prefilled_once() -> None:
     async def run() -> None:
-        engine, counting = new_engine(), _CountingEngine(EngineOptions(None, {"kv_bytes_per_token": "64"}))
+        engine, counting = new_engine(), CountingEngine(EngineOptions(None, {"kv_bytes_per_token": "64"}))
         counting.start()
         async with peer("decode", engine) as decode_mesh:
             decode = Decode(decode_mesh, engine)

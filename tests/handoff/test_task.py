@@ -52,6 +52,39 @@ def test_without_anybody_to_ask_it_is_local_at_once() -> None:
     assert a_task()[1] == [Finish(TaskState.LOCAL)]
 
 
+def test_a_short_prompt_is_offered_to_one_worker_and_never_a_second_time() -> None:
+    task = PrefillTask("r1", CONFIG, LEASE_S, 0.0)
+    assert task.start(PEERS, 0.0, is_short=True) == [Push(("p1",), 1, is_offer=True)]
+    assert task.tick(0.021) == [Push(("p2", "p3"), 1)] and task.tick(0.3) == [Push(PEERS, 1)]
+    several = PrefillTask("r1", CONFIG, LEASE_S, 0.0)
+    assert several.start(PEERS, 0.0, 2, is_short=True) == [Push(("p1", "p2"), 1)], "one of them would compute it in vain"
+
+
+def test_who_dies_with_an_offer_may_have_died_of_it() -> None:
+    task = PrefillTask("r1", CONFIG, LEASE_S, 0.0)
+    task.start(PEERS, 0.0, is_short=True)
+    assert task.peer_gone("p1", 0.001, is_dead=True) == [Lose("p1"), Push(("p2", "p3"), 1)]
+    assert task.claim("p2", 0.002)
+    assert task.peer_gone("p2", 0.003, is_dead=True)[-1] == Finish(TaskState.GAVE_UP)
+
+
+def test_as_long_as_it_is_not_known_whether_the_first_died_of_an_offer_no_third_gets_it() -> None:
+    task = PrefillTask("r1", CONFIG, LEASE_S, 0.0)
+    task.start(PEERS, 0.0, is_short=True)
+    assert task.tick(0.021) == [Push(("p2", "p3"), 1)]
+    assert task.claim("p2", 0.022)
+    assert task.peer_gone("p2", 0.03, is_dead=True) == [Revoke("p2", 1), Lose("p2"), Push(("p1",), 2)]
+    assert task.tick(0.5) == [Push(("p1",), 2)]
+    assert task.peer_gone("p1", 0.6, is_dead=True)[-1] == Finish(TaskState.GAVE_UP)
+
+
+def test_who_was_never_sent_the_offer_did_not_die_of_it() -> None:
+    task = PrefillTask("r1", CONFIG, LEASE_S, 0.0)
+    task.start(PEERS, 0.0, is_short=True)
+    assert task.push_failed("p1", 0.0, was_offer=True) == [Push(("p2", "p3"), 1)]
+    assert task.peer_gone("p1", 0.001, is_dead=True) == [] and not task.lost_peers
+
+
 def test_an_attempt_that_is_no_longer_named_is_made_elsewhere() -> None:
     task, _ = a_task("p1", "p2")
     assert task.claim("p1", 0.0)

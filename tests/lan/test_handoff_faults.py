@@ -90,14 +90,16 @@ def test_row_2_a_stopped_prefill_worker_is_replaced_and_its_late_blocks_change_n
     assert texts == undisturbed(lan, prompts) and later == texts[:4]
 
 
-def test_row_3_what_a_hung_engine_has_goes_elsewhere_though_its_process_lives(lan: Lan, path: Path) -> None:
-    mesh = start_recorded(lan, path, 1, 1, prefill=("--engine", "tests.harness.engines:HangingEngine"))
+@pytest.mark.parametrize("repeats", [20, 2], ids=["long", "short"])
+def test_row_3_what_a_hung_engine_has_goes_elsewhere_though_its_process_lives(lan: Lan, path: Path, repeats: int) -> None:
+    hanging_engine = ("--engine", "tests.harness.engines:HangingEngine")
+    mesh = start_recorded(lan, path, 1, 1, "--max-local-prefill-tokens", "0", prefill=hanging_engine)
     hanging = incarnation_of(mesh, mesh.prefill[0])
-    prompt = f"{HANG_MARK} " + long_prompts(1)[0]
+    prompt = f"{HANG_MARK} " + long_prompts(1, repeats)[0]
     alone = mesh.complete(prompt)
     mesh.prefill.append(lan.add_host().run("--role", "prefill", "--record", str(path)))
     mesh.wait_until_all_meet()
-    prompts = [prompt, *(f"{number} {HANG_MARK} {text}" for number, text in enumerate(long_prompts(4)))]
+    prompts = [prompt, *(f"{number} {HANG_MARK} {text}" for number, text in enumerate(long_prompts(4, repeats)))]
     texts = [text_of(answer) for answer in mesh.complete_all(prompts[1:], 4)]
     record = Record(path)
     record.check()
@@ -201,9 +203,11 @@ def num_alive(processes: list[Process]) -> int:
     return sum(process.exit_code is None for process in processes)
 
 
-def test_row_20_a_request_that_kills_its_worker_each_time_is_given_up_after_two(lan: Lan, path: Path) -> None:
-    mesh = start_recorded(lan, path, 2, 3, "--engine", "tests.harness.engines:KillingEngine")
-    body = {"model": "dummy", "prompt": f"{KILL_MARK} " + long_prompts(1)[0], "max_tokens": 4}
+@pytest.mark.parametrize("repeats", [20, 2], ids=["long", "short"])
+def test_row_20_a_request_that_kills_its_worker_each_time_is_given_up_after_two(lan: Lan, path: Path, repeats: int) -> None:
+    """A short prompt goes with its ticket, and kills before there is a claim."""
+    mesh = start_recorded(lan, path, 2, 3, "--engine", "tests.harness.engines:KillingEngine", "--max-local-prefill-tokens", "0")
+    body = {"model": "dummy", "prompt": f"{KILL_MARK} " + long_prompts(1, repeats)[0], "max_tokens": 4}
     response = mesh.front.post_json(f"{HTTP}/v1/completions", body, timeout_s=30.0)
     assert response.status == 502
     error = response.json()["error"]

@@ -62,21 +62,21 @@ class KVContents:
         """The rows of a block that are kept as they came, and whatever follows them in it."""
         return self._foreign.get(block)
 
-    def row(self, seed: bytes) -> bytes:
-        """The KV row of this seed."""
-        row = seed * self._repeats
-        return row if len(row) == self.kv_bytes_per_token else row[: self.kv_bytes_per_token]
-
     def read(self, block: int, num_tokens: int) -> bytes:
         """The block's first `num_tokens` rows."""
         foreign = self._foreign.get(block)
         if foreign is not None:
             return bytes(foreign[: num_tokens * self.kv_bytes_per_token])
-        seeds = self._joined(block)[: num_tokens * _SEED_BYTES]
-        rows = b"".join([self.row(seeds[start : start + _SEED_BYTES]) for start in range(0, len(seeds), _SEED_BYTES)])
+        rows = self._rows(self._joined(block)[: num_tokens * _SEED_BYTES])
         return rows.ljust(num_tokens * self.kv_bytes_per_token, b"\0")
 
-    def write(self, block: int, payload: bytes | memoryview) -> None:
+    def _rows(self, seeds: bytes) -> bytes:
+        repeats = self._repeats
+        rows = [seeds[start : start + _SEED_BYTES] * repeats for start in range(0, len(seeds), _SEED_BYTES)]
+        cut = self.kv_bytes_per_token
+        return b"".join(rows if cut % _SEED_BYTES == 0 else [row[:cut] for row in rows])
+
+    def write(self, block: int, payload: bytes) -> None:
         """Take in rows that were computed elsewhere. They are visible once :meth:`digest` was called."""
         self._digests.pop(block, None)
         self._foreign.pop(block, None)
@@ -87,22 +87,22 @@ class KVContents:
         self._foreign[block] = bytearray(self.block_size * self.kv_bytes_per_token)
         self._foreign[block][: len(payload)] = payload
 
-    def _seeds_of(self, payload: bytes | memoryview) -> bytes | None:
+    def _seeds_of(self, payload: bytes) -> bytes | None:
         """None if these rows are not all what their seeds stand for."""
-        row_bytes = self.kv_bytes_per_token
-        seeds = []
-        for index in range(len(payload) // row_bytes):
-            row = bytes(payload[index * row_bytes : (index + 1) * row_bytes])
-            seed = row[:_SEED_BYTES].ljust(_SEED_BYTES, b"\0")
-            if self.row(seed) != row:
-                return None
-            seeds.append(seed)
-        return b"".join(seeds)
+        row_bytes, starts = self.kv_bytes_per_token, range(0, len(payload), self.kv_bytes_per_token)
+        if row_bytes >= _SEED_BYTES:
+            seeds = b"".join([payload[start : start + _SEED_BYTES] for start in starts])
+        else:
+            seeds = b"".join([payload[start : start + row_bytes].ljust(_SEED_BYTES, b"\0") for start in starts])
+        return seeds if self._rows(seeds) == payload else None
 
-    def digest(self, blocks: list[int], index: int) -> None:
-        """Digest block `index` of a sequence's blocks, which is full, from what it holds and from the digest before it."""
-        hasher = xxhash.xxh3_64(self.read(blocks[index], self.block_size), seed=self.parent(blocks, index))
-        self._digests[blocks[index]] = hasher.intdigest()
+    def digest(self, blocks: list[int], index: int, rows: bytes | None = None) -> None:
+        """Digest block `index` of a sequence's blocks, which is full, from what it holds and from the digest before it.
+
+        `rows` is what it holds, from one who wrote it just now.
+        """
+        held = self.read(blocks[index], self.block_size) if rows is None else rows
+        self._digests[blocks[index]] = xxhash.xxh3_64_intdigest(held, self.parent(blocks, index))
 
     def parent(self, blocks: list[int], index: int) -> int:
         """The digest of all that stands before block `index` of a sequence's blocks."""

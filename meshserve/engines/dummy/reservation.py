@@ -51,9 +51,10 @@ class DummyReservation:
         size_bytes = memoryview(payload).nbytes
         if size_bytes != self.expected_bytes(index):
             raise BlockRefused(f"block {index} has {size_bytes} bytes instead of {self.expected_bytes(index)}")
-        self._contents.write(self.blocks[index], payload)
+        rows = bytes(payload)
+        self._contents.write(self.blocks[index], rows)
         del self._missing[index]
-        self._digest_what_is_complete()
+        self._digest_what_is_complete(index, rows)
 
     def release(self) -> None:
         """Give the blocks back. Harmless after `generate` took the reservation (`is_open` is False), and when called twice."""
@@ -61,9 +62,9 @@ class DummyReservation:
             self.is_open = False
             self._on_release(self)
 
-    def _digest_what_is_complete(self) -> None:
+    def _digest_what_is_complete(self, written: int, rows: bytes) -> None:
         """A digest needs that of the block before: what came ahead of its turn waits. A partial last block is digested by its reader."""
         num_full = self.num_tokens // self._contents.block_size
         while self._next_digest < num_full and self._next_digest not in self._missing:
-            self._contents.digest(self.blocks, self._next_digest)
+            self._contents.digest(self.blocks, self._next_digest, rows if self._next_digest == written else None)
             self._next_digest += 1

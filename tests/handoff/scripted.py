@@ -1,0 +1,208 @@
+"""A prefill worker by hand, which speaks the real protocol over real sockets and does not keep to it; and the real ends to join it to."""
+
+import random
+from array import array
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from meshserve.config import HandoffConfig, MeshConfig
+from meshserve.engines.dummy.engine import DummyEngine
+from meshserve.engines.protocol import EngineOptions
+from meshserve.errors import MeshserveError
+from meshserve.handoff.blocks import BlockMark, BulkHeader, Claim, checksum
+from meshserve.handoff.provider import PrefillProvider
+from meshserve.handoff.requester import HandoffResult, PrefillRequester
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.pipeline import Bulk, Pipeline
+from meshserve.wire.generation import GenerateRequest, Sampling
+from tests.engines.dummy_harness import GenerationRecord, PrefillRecord
+from tests.harness import until
+
+DEADLINE_S = 5.0
+PROMPT = array("I", [random.Random(7).randrange(256) for _ in range(100)])
+Block = tuple[int, int, bytes]
+
+
+def new_engine() -> DummyEngine:
+    engine = DummyEngine(EngineOptions(None, {"kv_bytes_per_token": "64"}))
+    engine.start()
+    return engine
+
+
+async def blocks_of(tokens: "array[int]") -> list[Block]:
+    """The prompt's true KV."""
+    engine, record = new_engine(), PrefillRecord()
+    engine.prefill("p", tokens, 0, record)
+    await record.end()
+    await engine.close()
+    return [(index, record.num_tokens[index], payload) for index, payload in sorted(record.blocks.items())]
+
+
+async def text_of(engine: DummyEngine, result: HandoffResult | None) -> list[int]:
+    """What the engine generates from a prompt, with its KV or without."""
+    record = GenerationRecord()
+    engine.generate(GenerateRequest("g", "dummy", PROMPT, Sampling(max_tokens=16)), record, result.reservation if result else None)
+    return await record.end()
+
+
+async def undisturbed() -> list[int]:
+    engine = new_engine()
+    tokens = await text_of(engine, None)
+    await engine.close()
+    return tokens
+
+
+class ClaimSink:
+    """The sink of a scripted claim."""
+
+    def __init__(self) -> None:
+        self.task: dict[str, Any] | None = None
+        self.is_done = False
+        self.error: MeshserveError | None = None
+
+    def on_item(self, item: Any) -> None:
+        self.task = item
+
+    def on_end(self, value: Any) -> None:
+        self.is_done = True
+
+    def on_error(self, error: MeshserveError) -> None:
+        self.error = error
+
+
+class Scripted:
+    """A prefill worker by hand."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh, self.tickets, self.answers = mesh, list[Any](), list[Any]()
+        self.pipeline = Pipeline(mesh)
+        self.pipeline.receive(self.tickets.append)
+        self.bulk = Bulk(mesh, lambda peer, answer: self.answers.append(answer), lambda peer, reason: None)
+        mesh.serve("prefill.strike", lambda call: call.end())
+
+    async def claim(self, request_id: str = "r1", body: Any = None) -> ClaimSink:
+        """Claim, and wait for the answer."""
+        claim = ClaimSink()
+        self.mesh.open(self.decode_peer, "prefill.claim", body or request_id, claim, 60.0)
+        await until(lambda: claim.task or claim.error or claim.is_done, DEADLINE_S, "the claim is answered")
+        return claim
+
+    @property
+    def decode_peer(self) -> str:
+        return self.mesh.peers_with("decode")[0].incarnation
+
+    async def claim_with(self, blocks: list[Block], **says: Any) -> ClaimSink:
+        """A claim that brings blocks, and its answer."""
+        return await self.claim(body=Claim("r1", self.header(blocks, **says), [payload for _, _, payload in blocks]).to_wire())
+
+    def send(self, blocks: list[Block], **says: Any) -> None:
+        """Blocks with a header that says what it is told to say."""
+        self.bulk.send(self.decode_peer, self.header(blocks, **says).to_wire(), [payload for _, _, payload in blocks])
+
+    def header(
+        self, blocks: list[Block], attempt: int = 1, prefill_peer: str = "", decode_peer: str = "", digest: bytes = b""
+    ) -> BulkHeader:
+        marks = tuple(BlockMark(index, num_tokens, digest or checksum(payload)) for index, num_tokens, payload in blocks)
+        return BulkHeader(decode_peer or self.decode_peer, prefill_peer or self.mesh.incarnation, "r1", attempt, marks, 1.0)
+
+    def close(self) -> None:
+        self.bulk.close()
+        self.pipeline.close()
+
+
+class Decode:
+    """The real requester, on an engine of its own."""
+
+    def __init__(self, mesh: Mesh, engine: DummyEngine) -> None:
+        self.mesh, self.engine = mesh, engine
+        self.pipeline = Pipeline(mesh)
+        self.bulk = Bulk(mesh, lambda peer, answer: None, lambda peer, reason: None)
+        self.requester = PrefillRequester(mesh, self.pipeline, self.bulk, engine, HandoffConfig())
+        self.results: list[HandoffResult] = []
+
+    def start(self) -> None:
+        request = GenerateRequest("r1", "dummy", PROMPT)
+        self.requester.start(request, self.requester.candidates(request), self.mesh.now_s() + 60, self.results.append, lambda name: None)
+
+    async def result(self) -> HandoffResult:
+        return await until(lambda: self.results[0] if self.results else None, DEADLINE_S, "the handoff ends")
+
+    def count(self, name: str) -> int:
+        return self.mesh.counters.snapshot().get(name, 0)
+
+    def close(self) -> None:
+        self.requester.close()
+        self.bulk.close()
+        self.pipeline.close()
+
+
+@asynccontextmanager
+async def pair() -> AsyncIterator[tuple[Decode, Scripted]]:
+    """A decode worker and a scripted prefill worker that know each other, over loopback."""
+    engine = new_engine()
+    async with peer("decode", engine) as decode_mesh:
+        decode = Decode(decode_mesh, engine)
+        async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
+            scripted = Scripted(prefill_mesh)
+            await until(lambda: decode_mesh.peers_with("prefill") and prefill_mesh.peers_with("decode"), DEADLINE_S, "both meet")
+            yield decode, scripted
+            scripted.close()
+        decode.close()
+    await engine.close()
+
+
+@asynccontextmanager
+async def peer(role: str, engine: DummyEngine, seeds: tuple[str, ...] = ()) -> AsyncIterator[Mesh]:
+    mesh = Mesh(MeshConfig(mesh="scripted", roles=(role,), interface="127.0.0.1", use_mdns=False, seeds=seeds), engine.card)
+    await mesh.start()
+    await mesh.join()
+    try:
+        yield mesh
+    finally:
+        await mesh.close()
+
+
+def flipped(block: Block) -> Block:
+    index, num_tokens, payload = block
+    return index, num_tokens, bytes([payload[0] ^ 1]) + payload[1:]
+
+
+def cut_short(block: Block) -> Block:
+    index, num_tokens, payload = block
+    return index, num_tokens, payload[:-64]
+
+
+def misplaced(block: Block) -> Block:
+    return 99, block[1], block[2]
+
+
+class CountingEngine(DummyEngine):
+    """Knows how often it was asked to prefill."""
+
+    num_prefills = 0
+
+    def prefill(self, *arguments: Any) -> None:
+        self.num_prefills += 1
+        super().prefill(*arguments)
+
+
+@asynccontextmanager
+async def real_pair(engine: DummyEngine, config: HandoffConfig | None = None) -> AsyncIterator[tuple[Decode, Mesh, PrefillProvider]]:
+    """The real requester and the real provider, which computes with this engine."""
+    engine.start()
+    own = new_engine()
+    async with peer("decode", own) as decode_mesh:
+        decode = Decode(decode_mesh, own)
+        async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
+            pipeline = Pipeline(prefill_mesh)
+            provider = PrefillProvider(prefill_mesh, pipeline, engine, config or HandoffConfig())
+            bulk = Bulk(prefill_mesh, provider.acknowledged, provider.bulk_lost)
+            provider.use(bulk)
+            await until(lambda: decode_mesh.peers_with("prefill") and prefill_mesh.peers_with("decode"), DEADLINE_S, "both meet")
+            yield decode, prefill_mesh, provider
+            for closing in (provider, bulk, pipeline):
+                closing.close()
+        decode.close()
+    await own.close()
+    await engine.close()
