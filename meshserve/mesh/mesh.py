@@ -226,6 +226,14 @@ class Mesh:
         """Call this once, when this turn's messages between roles of this peer are delivered. It must not raise."""
         self.links.transport.turn.afterwards(callback)
 
+    def later(self, callback: Callable[[], None]) -> None:
+        """The same for what nobody waits for: it is called when all else of this turn is done."""
+        self.links.transport.turn.later(callback)
+
+    def hurry(self) -> None:
+        """Nothing more comes in this turn: what is for other peers may leave at once."""
+        self.links.transport.turn.hurry()
+
     async def call(self, peer: str, method: str, body: Any, timeout_s: float) -> Any:
         """Open a stream and wait for its end value. Raises the MeshserveError it ends in; cancelling cancels the call."""
         sink = _OneAnswer()

@@ -85,13 +85,13 @@ class _Generation:
         return self._position - self._first
 
     def on_finish(self, reason: str, stats: GenerationStats) -> None:
-        self._role.ended(self)
         num_cached = self._role.count_prompt(self, stats)
         if self._has_told:
             phases, total_ms = {"decode": stats.decode_ms}, (time.monotonic() - self._began_s) * 1000
             self._call.end({"reason": reason, "phases_ms": phases, "total_ms": total_ms})
         else:
             self._call.end({"reason": reason, **self._account(stats.queue_ms, stats.prefill_ms, stats.decode_ms, num_cached)})
+        self._role.ended(self)
 
     def cancel(self) -> None:
         """Nobody waits for it any more."""
@@ -266,6 +266,8 @@ class DecodeRole:
         """No longer running here."""
         if self._running.get(generation.request.request_id) is generation:
             del self._running[generation.request.request_id]
+            if not self._running:
+                self._mesh.hurry()
             self._note_gap()
             self._num_tokens += generation.num_generated
             self._reporter.changed()

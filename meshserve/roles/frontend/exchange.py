@@ -141,13 +141,12 @@ class Exchange:
         self._write_soon()
 
     def on_end(self, value: Any) -> None:
-        self.end = value if value is not None else ()
-        self._left(is_done=True)
+        self.end, self.front.answered_s = value if value is not None else (), time.monotonic()
         self._write_soon()
 
     def on_error(self, error: MeshserveError) -> None:
         self.error = error
-        self._left(is_done=False)
+        self._left()
         self._write_soon()
 
     def stop(self, error: MeshserveError) -> None:
@@ -167,12 +166,14 @@ class Exchange:
         if self.call is not None:
             self.call.cancel()
 
-    def _left(self, is_done: bool) -> None:
-        """Nothing more comes: the place is free."""
+    def _left(self) -> None:
+        """If nothing more comes, the place is free."""
+        if self.end is None and self.error is None and not self._is_over:
+            return
         self.front.answered_s = self.front.answered_s or time.monotonic()
         ticket, self.ticket = self.ticket, None
         if ticket is not None and self.request is not None:
-            self._owner.leave(self.request.model, ticket, is_done)
+            self._owner.leave(self.request.model, ticket, self.end is not None)
 
     # --- what goes to the client
 
@@ -184,7 +185,10 @@ class Exchange:
     def write(self) -> None:
         """All that is there, unless the client still has to take in what was sent: then it comes again."""
         self._is_due = False
-        if self._is_over or self._response.is_stuck:
+        if self._is_over:
+            return
+        if self._response.is_stuck:
+            self._left()  # whoever takes his time to read needs no place for that
             return
         try:
             if self._writer is not None and self._writer.is_stream:
@@ -269,7 +273,7 @@ class Exchange:
             return
         self._is_over = True
         self._cancel()
-        self._left(is_done=False)
+        self._left()
         if self.error is not None:
             self.front.failed(self.error)
         if not self.front.ended_s:

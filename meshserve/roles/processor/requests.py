@@ -194,8 +194,10 @@ class Request:
         """The receipt: the path of the first answer, the times of the one that the end waited for."""
         receipt = last.receipt if len(self.sequences) == 1 else self._merged_receipt(last)
         receipt.total_ms, receipt.outcome, receipt.error = self._phases.total_ms(), outcome, error
-        if self._role.receipts is not None:
-            self._role.receipts.keep(receipt)
+        receipts = self._role.receipts
+        if receipts is not None:
+            self._role.mesh.later(lambda: receipts.keep(receipt))
+        self.sequences = []  # they hold this request: only the collector could free them
         return receipt
 
     def _merged_receipt(self, last: Sequence) -> Receipt:
