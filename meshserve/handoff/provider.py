@@ -138,6 +138,8 @@ class PrefillProvider:
         job.kept, job.num_delivered_bytes = [], sum(map(len, payloads))
         self._note(job, "blocks_sent", indexes=[mark.index for mark in marks])
         self._open_claim(job, Claim(request_id, header, payloads, job.waited_ms), self._config.block_timeout_s)
+        if len(self._jobs) == 1:
+            self._mesh.hurry()
         self.counters.add("kv_blocks_sent", len(payloads))
         self.counters.add("kv_bytes_sent", job.num_delivered_bytes)
 
