@@ -10,6 +10,8 @@ from meshserve.wire.generation import GenerateRequest
 
 _MAX_TOKENS = 2048
 """In one offer: tickets are small notes."""
+_ROUNDS = 2
+"""Of a worker's slots that may be offered: what is short waits for one round only, and comes back sooner than a claim would be answered."""
 _ANSWER_S = 0.004
 """Until a claim that brought its blocks is told that they were taken. Nothing waits for it, and a message holds many such answers: one
 for each prompt cost both sides a wake-up of two threads."""
@@ -25,10 +27,10 @@ class Offers:
     def first_block(self, request: GenerateRequest, num_outstanding: int) -> int | None:
         """Of a prompt that may be offered, the first block that is missing here; else None.
 
-        It has little KV to compute, and no more are outstanding than a worker has slots: more would wait there, and not be begun.
+        It has little KV to compute, and so few are outstanding that it is begun before its offer is too old.
         """
         num_tokens, card = len(request.tokens) - 1, self._engine.card
-        if num_tokens > _MAX_TOKENS or num_outstanding >= self._config.prefill_slots:
+        if num_tokens > _MAX_TOKENS or num_outstanding >= _ROUNDS * self._config.prefill_slots:
             return None
         num_cached = self._engine.num_cached_tokens(request.tokens)
         is_short = 0 < (num_tokens - num_cached) * card.kv_bytes_per_token <= self._config.offer_kv_bytes

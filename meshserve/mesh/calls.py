@@ -30,6 +30,9 @@ class Wire(Protocol):
     """Grows when what was sent leaves."""
 
     def send(self, message: Message) -> None:
+        """Send with all else of this turn, or of a few."""
+
+    def send_soon(self, message: Message) -> None:
         """Send with all else of this turn."""
 
 
@@ -155,7 +158,7 @@ class CallTable:
         stream = self._next_stream
         self._next_stream += 1
         call = self.outgoing[stream] = OutgoingCall(self, wire, stream, method, now_s + timeout_s, sink)
-        wire.send([OPEN, stream, method, int(timeout_s * 1000), body])
+        wire.send_soon([OPEN, stream, method, int(timeout_s * 1000), body])
         return call
 
     def received(self, wire: Wire, message: Message, now_s: float) -> None:

@@ -23,6 +23,8 @@ class Wire:
     def send(self, message: Message) -> None:
         self.sent.append(message)
 
+    send_soon = send
+
 
 class Record:
     """A sink that remembers."""

@@ -32,6 +32,7 @@ class Channel:
         "is_broken",
         "is_dirty",
         "is_local",
+        "is_urgent",
         "num_batches",
         "peer",
     )
@@ -44,6 +45,8 @@ class Channel:
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = self._unconfirmed_bytes = self._unreported_bytes = 0
         self.is_dirty = self.is_broken = False
+        self.is_urgent = False
+        """Some of what waits should not wait for more."""
         self.is_local = False
         """It ends in this very process: nothing is packed."""
         self.num_batches = 0
@@ -55,6 +58,11 @@ class Channel:
         if not self.is_dirty:
             self.is_dirty = True
             self._schedule(self)
+
+    def send_soon(self, message: Message) -> None:
+        """The same for what somebody waits for who could not go on without: at the end of this very turn."""
+        self.is_urgent = True
+        self.send(message)
 
     def send_last(self, message: Message) -> None:
         """Try to send this ahead of all that waits, as the channel is about to be dropped. Nothing depends on its arrival."""
@@ -77,7 +85,7 @@ class Channel:
 
     def flush(self) -> bool:
         """Send what credit allows. False: the socket would take no more now, try again soon. Sets `is_broken` when the link is lost."""
-        self.is_dirty = False
+        self.is_dirty = self.is_urgent = False
         if self._outbox:
             self._pack_outbox()
         while self._waiting and self._unconfirmed_bytes < self._config.credit_bytes and not self.is_broken:

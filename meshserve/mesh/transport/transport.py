@@ -24,9 +24,10 @@ OnLost = Callable[[Channel, str], None]
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _RETRY_S = 0.005
 _MAX_CHANNELS = 4096
-_HOLD_S = 0.0002
-_MAX_HELD = 3
-"""Turns that what is ready waits for more, if the last message left so lately: a message costs both sides as much as ten tokens."""
+_HOLD_S = 0.0005
+_MAX_HELD = 7
+"""Turns that items wait for more, if the last message left so lately: an engine without delays has some for every stream in each turn, and
+a message costs both sides as much as ten tokens, and the client's side a write. Calls do not wait."""
 _MAX_ROUNDS = 64
 """Of messages between roles of one peer, in one turn. A request takes four."""
 
@@ -93,7 +94,7 @@ class Turn:
 
     def _flush_unless_held(self) -> None:
         """The end of a turn in which nothing was read. Who sends turn by turn, as an engine without delays does, sends a few at a time."""
-        if self._is_due and self._num_held < _MAX_HELD and self._dirty and time.monotonic() - self._sent_s < _HOLD_S:
+        if self._is_due and self._num_held < _MAX_HELD and self._may_wait():
             self._num_held += 1
             if self.loopback is not None and self.loopback.is_dirty:
                 self._deliver_loopback(self.loopback)
@@ -101,6 +102,11 @@ class Turn:
             return
         if self._is_due:
             self.flush()
+
+    def _may_wait(self) -> bool:
+        if not self._dirty or time.monotonic() - self._sent_s >= _HOLD_S:
+            return False
+        return not any(channel.is_urgent for channel in self._dirty)
 
     def flush(self) -> None:
         """Send what is ready now. Called early at the end of a batch of input, where all answers to it are known."""
