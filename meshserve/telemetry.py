@@ -142,20 +142,6 @@ def added_up(snapshots: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def percentile_s(counts: list[int], share: float) -> float | None:
-    """As if the durations in each bucket lay evenly in it; those above the last bound count as that bound. None if there are none."""
-    num_left = sum(counts) * share
-    if num_left <= 0:
-        return None
-    low_s = 0.0
-    for count, bound_s in zip(counts, BUCKETS_S, strict=False):
-        if count >= num_left:
-            return min(bound_s, low_s + (bound_s - low_s) * num_left / count)  # rounding may exceed it
-        num_left -= count
-        low_s = bound_s
-    return low_s
-
-
 class Listener(Protocol):
     """Who is told of a journal's events as they happen. It must not block."""
 

@@ -13,7 +13,8 @@ from meshserve.cli.logs import JsonFormatter, PlainFormatter, RepeatLimit
 from meshserve.cli.peers import gone_lines, refused_lines
 from meshserve.cli.terminal import parse_keys
 from meshserve.cli.top.rates import Samples, sparkline
-from meshserve.telemetry import BUCKETS_S, Counters, Histograms, added_up, log_event, percentile_s
+from meshserve.observe.latencies import percentile_s
+from meshserve.telemetry import BUCKETS_S, Counters, Histograms, added_up, log_event
 
 COLUMNS = (Column("NAME"), Column("ROLES", 1), Column("LOAD", 2, is_number=True), Column("RTT", 3, is_number=True))
 

@@ -132,6 +132,9 @@ def test_the_prompt_box_shows_text_then_the_waterfall_and_keys_do_all_of_it(show
     page.press("Enter")
     page.wait_for("document.getElementById('detail').open", 5.0)
     assert page.evaluate("document.getElementById('detail-title').textContent") == "decode-1"
+    page.wait_for(
+        "/Time to first tokenmedian .* ms, p99 .* ms.*Between tokensmedian/.test(document.querySelector('#detail dl').textContent)", 5.0
+    )
     page.press("Escape")
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from meshserve.telemetry import added_up, percentile_s
+from meshserve.observe.latencies import percentile_s
+from meshserve.telemetry import added_up
 from tests.harness import Process, meshserve_command, run_command, wait_until
 
 READY_S = 10.0

@@ -4,9 +4,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from meshserve.telemetry import percentile_s
+from meshserve.observe.latencies import WINDOW_S, median_and_high_ms
 
-_RATE_WINDOW_S, _SHARE_WINDOW_S = 3.0, 30.0
+_RATE_WINDOW_S, _SHARE_WINDOW_S = 3.0, float(WINDOW_S)
 """Speeds are of the last few seconds, so that they follow what happens; shares and percentiles of more, as a few requests make none."""
 _MAX_SAMPLES = 120
 _MAX_TREND = 400
@@ -102,13 +102,9 @@ class Samples:
         found = _latencies(peer).get(name)
         if found is None:
             return None
-        counts = found[1]
         earlier = self._earlier(peer["incarnation"], float("-inf"))
         before = _latencies(earlier[1]).get(name) if earlier is not None else None
-        lately = [now - then for now, then in zip(counts, before[1], strict=True)] if before is not None else counts
-        counts = lately if sum(lately) > 0 and min(lately) >= 0 else counts
-        median_s, high_s = percentile_s(counts, 0.5), percentile_s(counts, 0.99)
-        return (median_s * 1000, high_s * 1000) if median_s is not None and high_s is not None else None
+        return median_and_high_ms(found[1], before[1] if before is not None else None)
 
 
 def _latencies(peer: dict[str, Any]) -> dict[str, Histogram]:

@@ -13,9 +13,9 @@ from meshserve.cli.top.rates import Activity, Samples, sparkline
 from meshserve.cli.trace.waterfall import waterfall
 from meshserve.errors import RequestNotFound
 from meshserve.mesh.mesh import Mesh
+from meshserve.observe.latencies import percentile_s
 from meshserve.observe.receipt_finding import find_receipt, recent_requests
 from meshserve.observe.status import list_peers
-from meshserve.telemetry import percentile_s
 
 _BAR_CELLS = 10
 _PAGE = 10
@@ -251,11 +251,11 @@ def details(activity: Activity) -> list[str]:
         f"other peers that it reaches: {peer['num_reached']}  round trip {_milliseconds(peer['rtt_ms'])} ms",
         "",
     ]
-    if peer["load"]:
-        lines += ["load", *_columns({name: str(value) for name, value in peer["load"].items()}), ""]
     if peer["latencies"]:
         served = {name: _times(data) for name, data in peer["latencies"].items()}
         lines += ["of what it served, at the processors, ms (number, mean, median, p99)", *_columns(served), ""]
+    if peer["load"]:
+        lines += ["load", *_columns({name: str(value) for name, value in peer["load"].items()}), ""]
     if peer["histograms"]:
         lines += ["times, ms (number, mean, median, p99)", *_columns({name: _times(data) for name, data in peer["histograms"].items()}), ""]
     counters = {name: str(count) for name, count in sorted(peer["counters"].items()) if count}
