@@ -81,7 +81,9 @@ export class Detail {
 }
 
 function medianAndHigh(found) {
-  return found ? `median ${duration(found[0])}, p99 ${duration(found[1])}` : "–";
+  if (!found) return "–";
+  const [median, high] = found.map((ms) => duration(ms).replace(" ", "\u00a0"));
+  return `p50\u00a0${median}, p99\u00a0${high}`;
 }
 
 async function fetchReceipt(id) {

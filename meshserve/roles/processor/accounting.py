@@ -8,6 +8,7 @@ from meshserve.observe.receipts import Receipt, milliseconds
 from meshserve.telemetry import Histograms, Phases
 
 _NOTHING: dict[str, Any] = {}
+_TTFT = ("ttft",)
 _OF_HANDOFF = frozenset(("num_blocks", "num_bytes", "attempts", "prefill_peer"))
 """Said only of prompts that were computed elsewhere."""
 
@@ -45,7 +46,7 @@ class Account:
         self._first_ms, self._first_s = (now_s - phases.last_s) * 1000, now_s
         if self._histograms is not None:
             self._histograms = of_worker = self._histograms.part(worker)
-            of_worker.observe("ttft", now_s - phases.began_s)
+            of_worker.observe_all(_TTFT, (now_s - phases.began_s,))
             self.gaps = of_worker.counts_of("itl")
         return now_s
 
