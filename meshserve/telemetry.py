@@ -69,6 +69,8 @@ class Histograms:
         self._sums_s: defaultdict[str, float] = defaultdict(float)
         self._noted: defaultdict[tuple[str, ...], list[tuple[float, ...]]] = defaultdict(list)
         self._parts: dict[str, Histograms] = {}
+        self._told_s: defaultdict[str, float] = defaultdict(float)
+        """The sums when somebody last looked."""
 
     def observe(self, name: str, duration_s: float) -> None:
         """One more duration of `name`, e.g. `prefill_wait`."""
@@ -125,7 +127,10 @@ class Histograms:
         for names in list(self._noted):
             self._count(names)
         own = {name: [self._sums_s[name], counts[:]] for name, counts in self._counts.items()}
-        return added_up([own, *self.parts().values()]) if self._parts else own
+        whole = added_up([own, *self.parts().values()])
+        for name, found in whole.items():  # after a fold the same sum, added up in another order, may round to less
+            found[0] = self._told_s[name] = max(found[0], self._told_s[name])
+        return whole
 
     def parts(self) -> dict[str, dict[str, Any]]:
         """The same of each part."""

@@ -78,15 +78,15 @@ def test_durations_are_in_the_same_buckets_however_many_are_sorted_at_once(value
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(("note", "count", "fold", "look")), st.floats(0, 40)), max_size=60))
 def test_what_is_noted_in_a_part_is_in_the_whole_for_good(steps: list[tuple[str, str, float]]) -> None:
-    histograms, seen = Histograms(), 0
+    histograms, told_s = Histograms(), 0.0
     noted: list[float] = []
     for part, step, value in steps:
         if step == "fold":
             histograms.fold(part)
         elif step == "look":
-            num_now = sum(histograms.snapshot().get("itl", (0.0, []))[1])
-            assert num_now == len(noted) >= seen
-            seen = num_now
+            now_s, counts = histograms.snapshot().get("itl", (0.0, []))
+            assert sum(counts) == len(noted) and now_s >= told_s
+            told_s = now_s
         elif step == "note":
             histograms.part(part).observe("itl", value)
             noted.append(value)

@@ -109,14 +109,25 @@ def test_top_shows_them_in_each_workers_row(served: Served) -> None:
     assert float(found["fast"][2]) < 50
 
 
-def test_a_worker_that_died_stays_in_the_sums_and_its_own_series_end(served: Served) -> None:
-    names = ("time_to_first_token_seconds_count", "inter_token_latency_seconds_count", "inter_token_latency_seconds_sum")
-    before = [served.metric(name) for name in names]
-    of_workers = served.metric("worker_inter_token_latency_seconds_count")
-    assert len(of_workers) == 4 and sum(of_workers.values()) == sum(before[1].values())
-    served.workers["slow"].kill()
-    served.workers["slow"].wait()
-    wait_until(lambda: len(served.metric("worker_inter_token_latency_seconds_count")) == 2, READY_S, "both processors miss it")
-    after = [served.metric(name) for name in names]
-    assert after[:2] == before[:2] and after[2] == pytest.approx(before[2])
+def test_a_worker_that_died_mid_stream_stays_in_the_sums_and_its_own_series_end(served: Served) -> None:
+    of_all, of_one = "inter_token_latency_seconds", "worker_inter_token_latency_seconds"
+    assert sum(served.metric(f"{of_one}_count").values()) == sum(served.metric(f"{of_all}_count").values())
+    assert len(served.metric(f"{of_one}_count")) == 4
+    before = served.metric(f"{of_all}_count")
+    body = {"model": "dummy", "prompt": "Hello", "max_tokens": 50_000, "ignore_eos": True, "stream": True}
+    with ExitStack() as stack:
+        client = stack.enter_context(httpx.Client(base_url=served.fronts[0].base_url, timeout=20.0))
+        for _ in STEP_MS:  # one at each worker
+            lines = stack.enter_context(client.stream("POST", "/v1/completions", json=body)).iter_lines()
+            assert sum("text" in next(lines) for _ in range(12)) >= 6
+        served.workers["slow"].kill()
+        served.workers["slow"].wait()
+        wait_until(lambda: len(served.metric(f"{of_one}_count")) == 2, READY_S, "both processors miss it")
+    wait_until(lambda: all(peer["held"].get("requests", 0) == 0 for peer in served.peers().values()), READY_S, "nothing runs")
+    slow_s, slow = (
+        sum(served.metric(f"{of_all}_{kind}").values()) - sum(served.metric(f"{of_one}_{kind}").values()) for kind in ("sum", "count")
+    )
+    after = served.metric(f"{of_all}_count")
+    assert slow >= NUM_ASKED * (NUM_TOKENS - 1) + 4 and slow_s >= 0.059 * slow
+    assert after.keys() == before.keys() and all(after[labels] >= before[labels] for labels in before)
     assert served.peers()["front-1"]["histograms_by_worker"].keys() == {served.peers()["fast"]["incarnation"]}
