@@ -91,7 +91,7 @@ def test_a_slow_worker_and_a_fast_one_show_their_own_latencies(served: Served) -
     peers = served.peers()
     slow, fast = (peers[name]["latencies"] for name in ("slow", "fast"))
     assert num_of(slow["ttft"]) == num_of(fast["ttft"]) == NUM_ASKED
-    assert num_of(slow["itl"]) == NUM_ASKED * (NUM_TOKENS - 1) and slow["itl"][0] >= num_of(slow["itl"]) * 0.059
+    assert num_of(slow["itl"]) == NUM_ASKED * (NUM_TOKENS - 1) and slow["itl"][0] >= num_of(slow["itl"]) * 0.045
     assert median_ms(slow["itl"]) > 50 > median_ms(fast["itl"])
     for name in ("front-1", "front-2"):
         own, by_worker = peers[name]["histograms"], peers[name]["histograms_by_worker"]
@@ -128,6 +128,6 @@ def test_a_worker_that_died_mid_stream_stays_in_the_sums_and_its_own_series_end(
         sum(served.metric(f"{of_all}_{kind}").values()) - sum(served.metric(f"{of_one}_{kind}").values()) for kind in ("sum", "count")
     )
     after = served.metric(f"{of_all}_count")
-    assert slow >= NUM_ASKED * (NUM_TOKENS - 1) + 4 and slow_s >= 0.059 * slow
+    assert slow >= NUM_ASKED * (NUM_TOKENS - 1) + 4 and slow_s >= 0.045 * slow
     assert after.keys() == before.keys() and all(after[labels] >= before[labels] for labels in before)
     assert served.peers()["front-1"]["histograms_by_worker"].keys() == {served.peers()["fast"]["incarnation"]}
