@@ -6,7 +6,8 @@ import os
 import time
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from operator import add
 from typing import Any, Protocol
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -59,13 +60,17 @@ class Levels:
 class Histograms:
     """Named distributions of durations since the process started. One instance a peer.
 
-    Durations are noted as they come and sorted into buckets many at a time: one at a time takes ten times as long.
+    Durations are noted as they come and sorted into buckets many at a time: one at a time takes ten times as long. What is noted in a
+    part is in the whole too: they are added up when somebody looks, so that keeping them apart costs nothing until then.
     """
 
     def __init__(self) -> None:
         self._counts: dict[str, list[int]] = {}
         self._sums_s: defaultdict[str, float] = defaultdict(float)
         self._noted: defaultdict[tuple[str, ...], list[tuple[float, ...]]] = defaultdict(list)
+        self._parts: dict[str, Histograms] = {}
+        self._told_s: defaultdict[str, float] = defaultdict(float)
+        """The sums when somebody last looked."""
 
     def observe(self, name: str, duration_s: float) -> None:
         """One more duration of `name`, e.g. `prefill_wait`."""
@@ -100,11 +105,46 @@ class Histograms:
         """What was added to the counts took so long in all."""
         self._sums_s[name] += duration_s
 
+    def part(self, of: str) -> "Histograms":
+        """Of one alone, e.g. of one worker's requests; made when it is first asked for."""
+        part = self._parts.get(of)
+        if part is None:
+            part = self._parts[of] = Histograms()
+        return part
+
+    def fold(self, of: str) -> None:
+        """There is no such part any more; what was noted in it stays in the whole. Nobody may note anything in it afterwards."""
+        part = self._parts.pop(of, None)
+        for name, (sum_s, counts) in (part.snapshot() if part is not None else {}).items():
+            own = self.counts_of(name)
+            own[:] = map(add, own, counts)
+            self._sums_s[name] += sum_s
+
     def snapshot(self) -> dict[str, Any]:
-        """By name: the sum in seconds, and the counts between the bounds of `BUCKETS_S`, the last one above all of them."""
+        """By name: the sum in seconds, and the counts between the bounds of `BUCKETS_S`, the last one above all of them. Neither ever
+        falls, whatever is folded.
+        """
         for names in list(self._noted):
             self._count(names)
-        return {name: [self._sums_s[name], counts[:]] for name, counts in self._counts.items()}
+        own = {name: [self._sums_s[name], counts[:]] for name, counts in self._counts.items()}
+        whole = added_up([own, *self.parts().values()])
+        for name, found in whole.items():  # after a fold the same sum, added up in another order, may round to less
+            found[0] = self._told_s[name] = max(found[0], self._told_s[name])
+        return whole
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """The same of each part."""
+        return {of: part.snapshot() for of, part in self._parts.items()}
+
+
+def added_up(snapshots: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several snapshots of histograms as one: as if all durations had been noted in one place."""
+    total: dict[str, Any] = {}
+    for snapshot in snapshots:
+        for name, (sum_s, counts) in snapshot.items():
+            known_s, known = total.get(name, (0.0, [0] * len(counts)))
+            total[name] = [known_s + sum_s, list(map(add, known, counts))]
+    return total
 
 
 class Listener(Protocol):

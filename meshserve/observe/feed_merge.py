@@ -9,6 +9,8 @@ from typing import Any
 
 from meshserve.errors import ProtocolError
 from meshserve.observe.feed import MAX_EVENTS, MAX_FOLLOWED, MAX_NEW_PER_S, MAX_SAMPLES
+from meshserve.observe.latencies import NAMES, Counts, WorkerLatencies
+from meshserve.telemetry import BUCKETS_S
 
 HISTORY_S = 120
 """Points of the past that a page gets when it opens."""
@@ -22,6 +24,8 @@ _MAX_KEPT = 24
 """Events of one request kept for pages that open while it runs."""
 _MAX_STORIES = 512
 """Requests of which there is word, most of them not followed from their beginning: peers choose what to follow each for itself."""
+_MAX_WORKERS = 1024
+"""Of which one processor tells."""
 _MAX_TEXT, _MAX_ITEMS, _MAX_DEPTH = 256, 32, 4
 
 Event = list[Any]
@@ -53,6 +57,19 @@ def _counts(value: Any) -> dict[str, int]:
     return dict(list(value.items())[:_MAX_ITEMS])
 
 
+def _latencies(value: Any) -> dict[str, Counts]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) and isinstance(of_names, dict) for key, of_names in value.items()):
+        raise ProtocolError("latencies are counts by worker")
+    found = {worker[:_MAX_TEXT]: {name: of_names[name] for name in NAMES if name in of_names} for worker, of_names in value.items()}
+    if len(found) > _MAX_WORKERS or not all(map(_is_buckets, (counts for of_names in found.values() for counts in of_names.values()))):
+        raise ProtocolError("latencies are counts of as many buckets as there are, of a bounded number of workers")
+    return found
+
+
+def _is_buckets(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == len(BUCKETS_S) + 1 and all(type(count) is int and count >= 0 for count in value)
+
+
 @dataclass(slots=True)
 class Batch:
     """What one peer says happened since it last spoke."""
@@ -62,6 +79,8 @@ class Batch:
     ttft_ms: list[float]
     itl_ms: list[float]
     load: dict[str, int] | None
+    latencies: dict[str, Counts] | None
+    """By worker, all that the peer counts, if it is a processor and has more to tell."""
 
     @classmethod
     def from_wire(cls, data: Any) -> "Batch":
@@ -74,8 +93,9 @@ class Batch:
                 raise ProtocolError("malformed event")
             events.append((_numbers([item[0]])[0], item[1][:_MAX_TEXT], str(item[2])[:_MAX_TEXT], plain(item[3])))
         load = _counts(data["load"]) if data.get("load") is not None else None
+        latencies = _latencies(data["latencies"]) if data.get("latencies") is not None else None
         counts = _counts(data.get("counts", {}))
-        return cls(events, counts, _numbers(data.get("ttft_ms", [])), _numbers(data.get("itl_ms", [])), load)
+        return cls(events, counts, _numbers(data.get("ttft_ms", [])), _numbers(data.get("itl_ms", [])), load, latencies)
 
 
 @dataclass(slots=True)
@@ -97,6 +117,8 @@ class Merge:
         self._events: list[Event] = []
         self._loads: dict[str, dict[str, int]] = {}
         self._new_loads: set[str] = set()
+        self._by_worker = WorkerLatencies()
+        self._latencies: dict[str, Any] = {}
         self._counts: dict[str, dict[str, int]] = {}
         self._sums: dict[str, int] = {}
         self._ttft_ms: list[float] = []
@@ -123,6 +145,8 @@ class Merge:
         if batch.load is not None:
             self._loads[peer] = batch.load
             self._new_loads.add(peer)
+        if batch.latencies is not None:
+            self._by_worker.told(peer, batch.latencies)
 
     def _add_event(self, event: Event, now_s: float) -> None:
         kind, request_id = event[2], event[3]
@@ -165,7 +189,8 @@ class Merge:
             story.events.append(event)
 
     def forget(self, peer: str) -> None:
-        """It left, or began anew: its load says nothing any more."""
+        """It left, or began anew: its load says nothing any more, nor what it counted."""
+        self._by_worker.forget(peer)
         self._loads.pop(peer, None)
         self._new_loads.discard(peer)
 
@@ -180,6 +205,7 @@ class Merge:
         update: dict[str, Any] = {"events": events, "counts": counts, "loads": loads}
         if now_s - self._point_s >= 1.0:
             update["point"] = self._end_point(now_s)
+            update["latencies"] = self._end_latencies()
         return {key: value for key, value in update.items() if value}
 
     def _drop_old(self, now_s: float) -> None:
@@ -206,6 +232,11 @@ class Merge:
         self._history.append(point)
         return point
 
+    def _end_latencies(self) -> dict[str, Any]:
+        """Of workers whose latencies are others than a second ago."""
+        before, self._latencies = self._latencies, self._by_worker.end_second()
+        return {worker: found for worker, found in self._latencies.items() if found != before.get(worker)}
+
     def _cache_hits(self, sums: Mapping[str, int]) -> float | None:
         """Of prompt tokens, over the last seconds: a request is all hit or all miss so often that a second alone says little."""
         self._cached.append((sums.get("cached_tokens", 0), sums.get("prompt_tokens", 0)))
@@ -213,14 +244,15 @@ class Merge:
         return round(num_cached / num_prompt, 4) if num_prompt else None
 
     def now(self) -> dict[str, Any]:
-        """The state, for a page that opens: loads, the past as points, and the requests that are under way."""
+        """The state, for a page that opens: loads, workers' latencies, the past as points, and the requests that are under way."""
         events: list[Event] = []
         for request_id, story in self._stories.items():
             if story.is_known and not story.is_over:
                 events += story.events
                 if story.num_tokens:
                     events.append([story.events[-1][0], story.events[0][1], "tokens", request_id, {"count": story.num_tokens}])
-        return {"loads": self._loads, "history": list(self._history), "events": sorted(events, key=lambda event: float(event[0]))}
+        events.sort(key=lambda event: float(event[0]))
+        return {"loads": self._loads, "latencies": self._latencies, "history": list(self._history), "events": events}
 
 
 def _total(loads: Iterable[Mapping[str, int]], *names: str) -> int:

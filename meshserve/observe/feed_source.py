@@ -7,6 +7,7 @@ from typing import Any
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watch import WatchSource
 from meshserve.observe.feed import Digest
+from meshserve.observe.latencies import Counts, counts_by_worker
 from meshserve.wire.load import WorkerLoad
 
 FEED_METHOD = "feed.watch"
@@ -15,11 +16,14 @@ INTERVAL_S = 0.2
 """Between two batches, and between two updates to a reader. Half of it cost a mesh under full load about 1 % more CPU time, and a page that
 shows everything in slow motion looks the same."""
 
+_TICKS_A_SECOND = round(1 / INTERVAL_S)
+
 _SHOWN = ("num_running", "num_waiting", "waiting_prefill_tokens", "used_blocks", "cached_blocks", "num_blocks", "num_tickets")
 
 
 class FeedSource:
-    """One a peer. Items of its watch are :class:`~meshserve.observe.feed.Digest`'s batches, with the worker's `load` when it changed."""
+    """One a peer. Items of its watch are :class:`~meshserve.observe.feed.Digest`'s batches, with the worker's `load` and a processor's
+    `latencies` by worker when they changed."""
 
     def __init__(self, mesh: Mesh, load: Callable[[], WorkerLoad] | None) -> None:
         self._mesh, self._load = mesh, load
@@ -28,6 +32,8 @@ class FeedSource:
         self._digest: Digest | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._told: WorkerLoad | None = None
+        self._told_latencies: dict[str, Counts] = {}
+        self._num_ticks = 0
 
     def _snapshot(self) -> Iterable[Any]:
         """There is no past to tell: events begin now."""
@@ -37,6 +43,12 @@ class FeedSource:
             self._timer = self._loop.call_later(INTERVAL_S, self._publish)
         if self._load is not None:
             yield {"load": _shown(self._load())}
+        if latencies := self._latencies():
+            yield {"latencies": latencies}
+
+    def _latencies(self) -> dict[str, Counts]:
+        """Empty on peers that are no processors."""
+        return counts_by_worker(self._mesh.histograms.parts())
 
     def _publish(self) -> None:
         if not self._source.has_watchers:
@@ -49,6 +61,9 @@ class FeedSource:
         if load is not None and load != self._told:
             self._told = load
             batch["load"] = _shown(load)
+        self._num_ticks += 1
+        if self._num_ticks % _TICKS_A_SECOND == 0 and (latencies := self._latencies()) != self._told_latencies:
+            self._told_latencies = batch["latencies"] = latencies
         if batch:
             self._source.publish(batch)
 

@@ -82,6 +82,13 @@ _HISTOGRAMS = {
 }
 """What peers call them, what Prometheus does, and what they are. They show once there was something to observe."""
 
+_BY_WORKER = {
+    "ttft": ("worker_time_to_first_token", "Of one worker: from its requests' arrival at this processor to their first token."),
+    "itl": ("worker_inter_token_latency", "Of one worker: between the tokens of one step and those of the next, at this processor."),
+}
+"""Families of their own, as adding one up over all its labels must count nothing twice. Each processor says its own: a worker's sum over
+processors would fall when one of them leaves. A worker's end with it."""
+
 _LABELS = ("peer", "incarnation")
 _NAME = re.compile("[a-z][a-z0-9_]{0,62}")
 """Of a counter that only peers know, perhaps newer ones."""
@@ -103,6 +110,7 @@ class _Mesh(Collector):
         yield from self._gauges()
         yield self._held()
         yield from self._histograms()
+        yield from self._by_worker()
 
     def _counters(self) -> Iterator[Metric]:
         named = {name for _, peer in self._peers for name in peer["counters"] if _NAME.fullmatch(name)}
@@ -137,6 +145,17 @@ class _Mesh(Collector):
                 if key in peer["histograms"]:
                     sum_s, counts = peer["histograms"][key]
                     family.add_metric(labels, _cumulated(counts), sum_s)
+            yield family
+
+    def _by_worker(self) -> Iterator[Metric]:
+        names = {peer["incarnation"]: peer["name"] for _, peer in self._peers}
+        for key, (name, help_text) in _BY_WORKER.items():
+            family = HistogramMetricFamily(f"meshserve_{name}_seconds", help_text, labels=(*_LABELS, "worker", "worker_incarnation"))
+            for labels, peer in self._peers:
+                for worker, histograms in peer["histograms_by_worker"].items():
+                    if key in histograms and worker in names:
+                        sum_s, counts = histograms[key]
+                        family.add_metric((*labels, names[worker], worker), _cumulated(counts), sum_s)
             yield family
 
 

@@ -12,7 +12,7 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.sockets import endpoint
 from meshserve.observe.reach import Reach
 from meshserve.observe.worker_report import WorkerReporter
-from meshserve.telemetry import BUCKETS_S
+from meshserve.telemetry import BUCKETS_S, added_up
 from meshserve.wire.hello import PeerInfo
 
 _METHOD = "mesh.status"
@@ -43,6 +43,7 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
                 "calls_made": dict(mesh.calls.num_made()),
                 "calls_served": dict(mesh.calls.num_served()),
                 "histograms": mesh.histograms.snapshot(),
+                "histograms_by_worker": mesh.histograms.parts(),
             }
         )
 
@@ -60,7 +61,16 @@ async def list_peers(mesh: Mesh) -> list[dict[str, Any]]:
     infos = own + [member.info for member in members]
     answers = await asyncio.gather(*(_ask(mesh, info.incarnation) for info in infos))
     by_incarnation = {member.info.incarnation: member for member in members}
-    return [_entry(mesh, info, by_incarnation.get(info.incarnation), answer) for info, answer in zip(infos, answers, strict=True)]
+    found = [_entry(mesh, info, by_incarnation.get(info.incarnation), answer) for info, answer in zip(infos, answers, strict=True)]
+    for entry in found:
+        if "decode" in entry["roles"]:
+            entry["latencies"] = _latencies(entry["incarnation"], found)
+    return found
+
+
+def _latencies(worker: str, peers: list[dict[str, Any]]) -> dict[str, Any]:
+    """As every processor measured them of what this worker served, in all."""
+    return added_up(peer["histograms_by_worker"].get(worker, {}) for peer in peers)
 
 
 async def _ask(mesh: Mesh, incarnation: str) -> tuple[dict[str, Any], float | None]:
@@ -77,7 +87,10 @@ async def _ask(mesh: Mesh, incarnation: str) -> tuple[dict[str, Any], float | No
 
 def _is_status(answer: Any) -> bool:
     """What others send is checked here, once, so that one peer cannot spoil what is shown of all."""
-    if not isinstance(answer, dict) or not isinstance(answer.get("histograms", {}), dict):
+    if not isinstance(answer, dict) or not _are_histograms(answer.get("histograms", {})):
+        return False
+    by_worker = answer.get("histograms_by_worker", {})
+    if not isinstance(by_worker, dict) or not all(isinstance(worker, str) for worker in by_worker):
         return False
     if not _are_entries(answer.get("refused", []), _STRANGER_FIELDS) or not _are_entries(answer.get("gone", []), _GONE_FIELDS):
         return False
@@ -85,7 +98,7 @@ def _is_status(answer: Any) -> bool:
     if not isinstance(cannot_join, dict) or not all(isinstance(part, str) for item in cannot_join.items() for part in item):
         return False
     numbers = [answer.get("load") or {}, *(answer.get(name, {}) for name in _COUNTS)]
-    return all(map(_are_counts, numbers)) and all(map(_is_histogram, answer.get("histograms", {}).values()))
+    return all(map(_are_counts, numbers)) and all(map(_are_histograms, by_worker.values()))
 
 
 def _are_counts(data: Any) -> bool:
@@ -96,6 +109,10 @@ def _are_entries(data: Any, expected: dict[str, Any]) -> bool:
     if not isinstance(data, list) or len(data) > _MAX_LISTED:
         return False
     return all(isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in expected.items()) for entry in data)
+
+
+def _are_histograms(data: Any) -> bool:
+    return isinstance(data, dict) and all(isinstance(name, str) and _is_histogram(entry) for name, entry in data.items())
 
 
 def _is_histogram(data: Any) -> bool:
@@ -127,6 +144,8 @@ def _entry(mesh: Mesh, info: PeerInfo, member: Member | None, answer: tuple[dict
         "addresses": list(info.addresses),
         **{name: status.get(name, {}) for name in _COUNTS},
         "histograms": status.get("histograms", {}),
+        "histograms_by_worker": status.get("histograms_by_worker", {}),
+        "latencies": None,
         "refused": status.get("refused", []),
         "gone": status.get("gone", []),
         "cannot_join": status.get("cannot_join", {}),

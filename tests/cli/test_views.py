@@ -12,8 +12,9 @@ from meshserve.cli.columns import Column, duration, plain, table
 from meshserve.cli.logs import JsonFormatter, PlainFormatter, RepeatLimit
 from meshserve.cli.peers import gone_lines, refused_lines
 from meshserve.cli.terminal import parse_keys
-from meshserve.cli.top.rates import Samples, percentile_s, sparkline
-from meshserve.telemetry import BUCKETS_S, Counters, Histograms, log_event
+from meshserve.cli.top.rates import Samples, sparkline
+from meshserve.observe.latencies import percentile_s
+from meshserve.telemetry import BUCKETS_S, Counters, Histograms, added_up, log_event
 
 COLUMNS = (Column("NAME"), Column("ROLES", 1), Column("LOAD", 2, is_number=True), Column("RTT", 3, is_number=True))
 
@@ -75,6 +76,48 @@ def test_durations_are_in_the_same_buckets_however_many_are_sorted_at_once(value
         assert counts == expected and sum_s == pytest.approx(sum(values) * times)
 
 
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(("note", "count", "fold", "look")), st.floats(0, 40)), max_size=60))
+def test_what_is_noted_in_a_part_is_in_the_whole_for_good(steps: list[tuple[str, str, float]]) -> None:
+    histograms, told_s = Histograms(), 0.0
+    noted: list[float] = []
+    for part, step, value in steps:
+        if step == "fold":
+            histograms.fold(part)
+        elif step == "look":
+            now_s, counts = histograms.snapshot().get("itl", (0.0, []))
+            assert sum(counts) == len(noted) and now_s >= told_s
+            told_s = now_s
+        elif step == "note":
+            histograms.part(part).observe("itl", value)
+            noted.append(value)
+        else:
+            histograms.part(part).counts_of("itl")[0] += 1
+            noted.append(0.0)
+    whole = Histograms()
+    for value in noted:
+        whole.observe("itl", value)
+    found_s, counts = histograms.snapshot().get("itl", [0.0, [0] * (len(BUCKETS_S) + 1)])
+    expected_s, expected = whole.snapshot().get("itl", [0.0, [0] * (len(BUCKETS_S) + 1)])
+    assert counts == expected and found_s == pytest.approx(expected_s)
+    assert not {step[0] for step in steps[-1:] if step[1] == "fold"} & histograms.parts().keys()
+
+
+def test_parts_are_told_apart_until_they_are_folded() -> None:
+    histograms = Histograms()
+    histograms.observe("route", 0.1)
+    for worker, value in (("fast", 0.004), ("fast", 0.004), ("slow", 0.2)):
+        histograms.part(worker).observe("ttft", value)
+    parts = histograms.parts()
+    assert {worker: sum(part["ttft"][1]) for worker, part in parts.items()} == {"fast": 2, "slow": 1}
+    before = histograms.snapshot()
+    assert before == added_up([*parts.values(), {"route": before["route"]}]) and before["ttft"][0] == pytest.approx(0.208)
+    histograms.fold("slow")
+    histograms.fold("nobody")
+    assert histograms.parts().keys() == {"fast"} and histograms.snapshot() == before
+    histograms.part("slow").observe("ttft", 0.2)  # it is back, and begins anew
+    assert sum(histograms.parts()["slow"]["ttft"][1]) == 1 and sum(histograms.snapshot()["ttft"][1]) == 4
+
+
 @given(st.lists(st.floats(0, 40), min_size=1, max_size=200))
 def test_percentiles_lie_in_the_bucket_of_the_true_one(durations_s: list[float]) -> None:
     histograms = Histograms()
@@ -95,7 +138,7 @@ def test_no_durations_have_no_percentiles() -> None:
 
 def a_peer(**counters: int) -> dict[str, object]:
     load = {"num_running": 3, "num_waiting": 1, "num_tickets": 2, "used_blocks": 50, "cached_blocks": 25, "num_blocks": 100}
-    return {"incarnation": "x", "name": "x", "rtt_ms": 1.0, "load": load, "counters": counters, "histograms": {}}
+    return {"incarnation": "x", "name": "x", "rtt_ms": 1.0, "load": load, "counters": counters, "histograms": {}, "latencies": None}
 
 
 def test_rates_are_of_the_last_seconds_and_shares_of_more() -> None:
@@ -108,6 +151,32 @@ def test_rates_are_of_the_last_seconds_and_shares_of_more() -> None:
     assert idle.tokens_per_s == 0 and idle.hit_share == 0.9
     (silent,) = samples.add([{**a_peer(), "rtt_ms": None}], 15.0)
     assert silent.tokens_per_s is None and list(samples.trend) == [0, 100, 0, 0]
+
+
+def of_durations(**durations_s: float) -> dict[str, object]:
+    histograms = Histograms()
+    for name, duration_s in durations_s.items():
+        histograms.observe(name, duration_s)
+    return histograms.snapshot()
+
+
+def test_a_workers_latencies_are_of_what_it_served_and_a_processors_of_all() -> None:
+    slow = of_durations(ttft=0.3, itl=0.09)
+    worker = {**a_peer(), "latencies": slow}
+    both = {**worker, "incarnation": "y", "histograms": of_durations(ttft=0.0004, itl=0.0004)}
+    unused = {**both, "incarnation": "z", "latencies": {}}
+    processor = {**a_peer(), "incarnation": "p", "load": None, "histograms": added_up([slow, of_durations(ttft=0.3)])}
+    found = Samples().add([worker, both, unused, processor], 10.0)
+    assert found[0].ttft_ms == found[1].ttft_ms == pytest.approx((375.0, 497.5))
+    assert found[0].itl_ms == found[1].itl_ms == pytest.approx((75.0, 99.5))
+    assert found[2].ttft_ms is None and found[3].ttft_ms == pytest.approx((375.0, 497.5))
+
+
+def test_a_worker_whose_processor_left_is_measured_by_what_the_others_say() -> None:
+    samples, one = Samples(), of_durations(itl=0.09)
+    samples.add([{**a_peer(), "latencies": added_up([one, of_durations(itl=0.004)])}], 10.0)
+    (found,) = samples.add([{**a_peer(), "latencies": one}], 11.0)
+    assert found.itl_ms == pytest.approx((75.0, 99.5))
 
 
 def test_a_sparkline_is_as_high_as_its_highest() -> None:

@@ -136,6 +136,20 @@ def test_the_prompt_box_shows_text_then_the_waterfall_and_keys_do_all_of_it(show
 
 
 @needs_chromium
+def test_a_workers_details_say_how_long_its_clients_wait(shown: Shown) -> None:
+    body = {"model": "dummy", "prompt": "A prompt", "max_tokens": 12, "meshserve": {"receipt": True}}
+    worker = httpx.post(f"{shown.url}/v1/completions", json=body, timeout=30.0).json()["meshserve"]["peers"]["decode"]
+    shown.page.evaluate(f"[...document.querySelectorAll('#peers button')].find((peer) => peer.textContent.includes('{worker}')).click()")
+    facts = "[...document.querySelectorAll('#detail dt')].map((name) => [name.textContent, name.nextSibling.textContent])"
+    shown.page.wait_for(f"{facts}.filter(([name, value]) => /token/.test(name) && value.startsWith('p50')).length === 2", 5.0)
+    found = dict(shown.page.evaluate(facts))
+    pattern = r"p50\s[\d.,]+\sm?s, p99\s[\d.,]+\sm?s"
+    assert all(re.fullmatch(pattern, found[name]) for name in ("Time to first token", "Between tokens")), found
+    shown.page.press("Escape")
+    shown.page.wait_for("!document.getElementById('detail').open", 5.0)
+
+
+@needs_chromium
 def test_a_request_that_failed_says_why_when_it_is_opened(shown: Shown) -> None:
     body = {"model": "dummy", "prompt": "A prompt", "max_tokens": 100_000}
     answer = httpx.post(f"{shown.url}/v1/completions", json=body, timeout=30.0)

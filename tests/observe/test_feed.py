@@ -15,6 +15,8 @@ from meshserve.observe.feed import MAX_EVENTS, MAX_FOLLOWED, MAX_NEW_PER_S, Dige
 from meshserve.observe.feed_merge import Batch, Merge
 from meshserve.observe.feed_mesh import MAX_READERS, MeshFeed, Reader
 from meshserve.observe.feed_source import FeedSource
+from meshserve.observe.latencies import counts_by_worker
+from meshserve.telemetry import BUCKETS_S, Histograms
 from meshserve.wire.load import WorkerLoad
 from tests.harness import run_async, until
 
@@ -176,6 +178,38 @@ def test_a_point_a_second_sums_up_all_peers() -> None:
     assert merge.now()["history"] == [point]
 
 
+def counted(**durations_s: float) -> Batch:
+    """A processor's batch: to the first token and between tokens, of workers by name."""
+    histograms = Histograms()
+    for worker, duration_s in durations_s.items():
+        for name in ("ttft", "itl", "ttft"):
+            histograms.part(worker).observe(name, duration_s)
+    return batch(latencies=counts_by_worker(histograms.parts()))
+
+
+def test_a_workers_latencies_are_added_up_over_processors_and_told_when_they_change() -> None:
+    merge = Merge(0.0)
+    merge.add("front-1", counted(fast=0.004, slow=0.09), 0.5)
+    merge.add("front-2", counted(slow=0.3), 0.5)
+    found = merge.take(1.0)["latencies"]
+    assert found["fast"] == {"ttft_ms": [3.75, 4.975], "itl_ms": [3.75, 4.975]}
+    assert found["slow"]["ttft_ms"] == [100.0, 495.0]  # two of 50 to 100 ms, two of 250 to 500
+    assert merge.now()["latencies"] == found and "latencies" not in merge.take(2.0)
+    merge.forget("front-2")
+    assert merge.take(3.0)["latencies"] == {"slow": {"ttft_ms": [75.0, 99.5], "itl_ms": [75.0, 99.5]}}
+    merge.add("front-1", counted(fast=0.004), 3.5)  # the slow one died
+    assert "latencies" not in merge.take(4.0) and merge.now()["latencies"].keys() == {"fast"}
+
+
+def test_a_workers_latencies_are_those_of_the_last_half_minute() -> None:
+    merge, histograms = Merge(0.0), Histograms()
+    for second in range(1, 70):
+        histograms.part("w").observe("itl", 0.09 if second < 20 else 0.004)
+        merge.add("front", batch(latencies=counts_by_worker(histograms.parts())), second - 0.5)
+        merge.take(float(second))
+    assert merge.now()["latencies"] == {"w": {"itl_ms": [3.75, 4.975]}}
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -189,6 +223,11 @@ def test_a_point_a_second_sums_up_all_peers() -> None:
         {"counts": {"submit": "many"}},
         {"load": {"num_running": 1.5}},
         {"ttft_ms": [float("inf")]},
+        {"latencies": []},
+        {"latencies": {"w": [1]}},
+        {"latencies": {"w": {"ttft": [1, 2]}}},
+        {"latencies": {"w": {"itl": [-1] * (len(BUCKETS_S) + 1)}}},
+        {"latencies": {str(number): {} for number in range(2000)}},
     ],
 )
 def test_a_malformed_batch_is_refused(data: Any) -> None:
@@ -244,16 +283,20 @@ def test_peers_listen_to_their_journals_only_while_somebody_reads() -> None:
         first = state_of(await reader.next())
         assert {peer["state"] for peer in first["peers"]} == {"alive"} and len(first["peers"]) == 2
         await until(lambda: worker.journal.is_on and front.journal.is_on, 5.0, "both listen")
+        front.histograms.part(worker.incarnation).observe("ttft", 0.004)
         front.journal.note("submit", "f-1", num_tokens=4)
         worker.journal.note("accepted", "f-1")
         seen: list[str] = []
         loads: dict[str, Any] = {}
+        latencies: dict[str, Any] = {}
         async with asyncio.timeout(5.0):
-            while len(seen) < 2 or not loads:
+            while len(seen) < 2 or not loads or not latencies:
                 update = state_of(await reader.next())
                 seen += [event[2] for event in update.get("events", [])]
                 loads |= update.get("loads", {})
+                latencies |= update.get("latencies", {})
         assert seen == ["submit", "accepted"] and loads[worker.incarnation]["num_running"] == 5
+        assert latencies == {worker.incarnation: {"ttft_ms": [3.75, 4.975]}}
 
         others = [feed.join() for _ in range(MAX_READERS - 1)]
         with pytest.raises(Overloaded):

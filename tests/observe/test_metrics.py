@@ -18,7 +18,8 @@ def shown(**changes: Any) -> str:
     load = {"num_running": 1, "num_waiting": 0, "num_tickets": 0, "used_blocks": 3, "cached_blocks": 4, "num_blocks": 8}
     histograms = {name: [1.5, [1] * (len(BUCKETS_S) + 1)] for name in HISTOGRAMS}
     peer = {"name": "one", "incarnation": "abc", "roles": ["decode"], "state": "alive", "rtt_ms": 0.5, "counters": {}, "held": {"calls": 2}}
-    return metrics_text([{**peer, "load": load, "histograms": histograms, **changes}]).decode()
+    by_worker = {"abc": {name: histograms[name] for name in ("ttft", "itl")}, "gone": {"ttft": histograms["ttft"]}}
+    return metrics_text([{**peer, "load": load, "histograms": histograms, "histograms_by_worker": by_worker, **changes}]).decode()
 
 
 def test_names_units_and_texts_are_as_prometheus_wants_them() -> None:
@@ -46,3 +47,11 @@ def test_a_peer_of_another_version_adds_counters_and_no_lines() -> None:
     text = shown(counters={"tickets_burnt": 3, "evil\nmeshserve_forged 1\n": 1, "Odd name": 2})
     assert 'meshserve_tickets_burnt_total{incarnation="abc",peer="one"} 3.0' in text
     assert "forged" not in text and "Odd" not in text
+
+
+def test_a_workers_latencies_are_a_family_of_their_own_for_each_processor() -> None:
+    text = shown()
+    of_one = 'incarnation="abc",peer="one",worker="one",worker_incarnation="abc"'
+    assert f"meshserve_worker_inter_token_latency_seconds_count{{{of_one}}} {len(BUCKETS_S) + 1}.0" in text
+    assert f"meshserve_worker_time_to_first_token_seconds_sum{{{of_one}}} 1.5" in text
+    assert text.count("meshserve_inter_token_latency_seconds_count{") == 1 and '"gone"' not in text

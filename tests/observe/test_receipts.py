@@ -84,7 +84,7 @@ def test_a_call_that_ends_without_an_account_counts_what_its_worker_said_before_
     account = Account(Receipt("r", "", "m"), Phases(), Histograms(), str)
     account.enter("call")
     account.early = {"phases_ms": {"queue": 0.0, "prefill": 0.0}, "total_ms": 0.0, "prefill_peer": "p", "num_cached_tokens": 3}
-    last_s = account.first_token()
+    last_s = account.first_token("w")
     account.close(last_s)
     receipt = account.receipt
     assert receipt.peers["prefill"] == "p" and receipt.num_cached_tokens == 3 and receipt.phases_ms["decode"] > 0
@@ -104,7 +104,7 @@ def test_what_a_worker_said_twice_counts_once() -> None:
     account = Account(Receipt("r", "", "m"), Phases(), None, str)
     account.enter("call")
     account.early = {"phases_ms": {"queue": 2.0, "prefill": 3.0}, "total_ms": 5.0, "attempts": [{"peer": "p"}]}
-    account.first_token()
+    account.first_token("w")
     account.call_ended({"phases_ms": {"prefill": 4.0, "decode": 1.0}, "total_ms": 7.0})
     assert account.receipt.phases_ms == {"queue": 2.0, "prefill": 4.0, "decode": 1.0, "network": 0.0}
     assert account.receipt.attempts == [{"peer": "p"}]

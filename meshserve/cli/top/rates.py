@@ -4,9 +4,9 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from meshserve.telemetry import BUCKETS_S
+from meshserve.observe.latencies import WINDOW_S, median_and_high_ms
 
-_RATE_WINDOW_S, _SHARE_WINDOW_S = 3.0, 30.0
+_RATE_WINDOW_S, _SHARE_WINDOW_S = 3.0, float(WINDOW_S)
 """Speeds are of the last few seconds, so that they follow what happens; shares and percentiles of more, as a few requests make none."""
 _MAX_SAMPLES = 120
 _MAX_TREND = 400
@@ -32,7 +32,7 @@ class Activity:
     tokens_per_s: float | None = None
     prompt_tokens_per_s: float | None = None
     ttft_ms: tuple[float, float] | None = None
-    """Median and 99th percentile."""
+    """Median and 99th percentile: a worker's are those of what it served, a processor's those of all that came to it."""
     itl_ms: tuple[float, float] | None = None
 
 
@@ -99,34 +99,22 @@ class Samples:
         return min(1.0, max(0.0, num_cached / num_tokens)) if num_tokens > 0 else None
 
     def _percentiles_ms(self, peer: dict[str, Any], name: str) -> tuple[float, float] | None:
-        found = peer["histograms"].get(name)
+        found = _latencies(peer).get(name)
         if found is None:
             return None
-        counts = found[1]
         earlier = self._earlier(peer["incarnation"], float("-inf"))
-        before = earlier[1]["histograms"].get(name) if earlier is not None else None
-        lately = [now - then for now, then in zip(counts, before[1], strict=True)] if before is not None else counts
-        counts = lately if sum(lately) > 0 and min(lately) >= 0 else counts
-        median_s, high_s = percentile_s(counts, 0.5), percentile_s(counts, 0.99)
-        return (median_s * 1000, high_s * 1000) if median_s is not None and high_s is not None else None
+        before = _latencies(earlier[1]).get(name) if earlier is not None else None
+        return median_and_high_ms(found[1], before[1] if before is not None else None)
+
+
+def _latencies(peer: dict[str, Any]) -> dict[str, Histogram]:
+    served: dict[str, Histogram] | None = peer["latencies"]
+    own: dict[str, Histogram] = peer["histograms"]
+    return own if served is None else served
 
 
 def _sum(peer: dict[str, Any], counters: tuple[str, ...]) -> int:
     return sum(peer["counters"].get(name, 0) for name in counters)
-
-
-def percentile_s(counts: list[int], share: float) -> float | None:
-    """As if the durations in each bucket lay evenly in it; those above the last bound count as that bound. None if there are none."""
-    num_left = sum(counts) * share
-    if num_left <= 0:
-        return None
-    low_s = 0.0
-    for count, bound_s in zip(counts, BUCKETS_S, strict=False):
-        if count >= num_left:
-            return min(bound_s, low_s + (bound_s - low_s) * num_left / count)  # rounding may exceed it
-        num_left -= count
-        low_s = bound_s
-    return low_s
 
 
 def sparkline(values: list[float], width: int) -> str:

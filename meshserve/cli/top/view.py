@@ -9,10 +9,11 @@ from rich.text import Text
 
 from meshserve.cli.columns import Cell, Column, duration, plain, table
 from meshserve.cli.peers import STATE_STYLES
-from meshserve.cli.top.rates import Activity, Samples, percentile_s, sparkline
+from meshserve.cli.top.rates import Activity, Samples, sparkline
 from meshserve.cli.trace.waterfall import waterfall
 from meshserve.errors import RequestNotFound
 from meshserve.mesh.mesh import Mesh
+from meshserve.observe.latencies import percentile_s
 from meshserve.observe.receipt_finding import find_receipt, recent_requests
 from meshserve.observe.status import list_peers
 
@@ -250,6 +251,9 @@ def details(activity: Activity) -> list[str]:
         f"other peers that it reaches: {peer['num_reached']}  round trip {_milliseconds(peer['rtt_ms'])} ms",
         "",
     ]
+    if peer["latencies"]:
+        served = {name: _times(data) for name, data in peer["latencies"].items()}
+        lines += ["of what it served, at the processors, ms (number, mean, median, p99)", *_columns(served), ""]
     if peer["load"]:
         lines += ["load", *_columns({name: str(value) for name, value in peer["load"].items()}), ""]
     if peer["histograms"]:

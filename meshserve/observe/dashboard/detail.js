@@ -72,11 +72,18 @@ export class Detail {
     const rtt = this.store.roundTrips[peer.id];
     const rows = [["State", peer.state], ["Roles", peer.roles.join(", ")], ["Model", peer.model ?? "–"], ["Address", peer.address], ["Round trip", peer.id === this.store.frontend ? "this peer serves the page" : duration(rtt)], ["Version", peer.version], ["Incarnation", peer.id]];
     if (load) rows.splice(3, 0, ["Running", count(load.num_running)], ["Waiting", count(load.num_waiting)], ["Tickets queued", count(load.num_tickets)], ["KV blocks held", kvWords(peer, load)]);
+    if (peer.roles.includes("decode")) rows.splice(load ? 7 : 3, 0, ["Time to first token", medianAndHigh(this.store.latencies.get(peer.id)?.ttft_ms)], ["Between tokens", medianAndHigh(this.store.latencies.get(peer.id)?.itl_ms)]);
     const served = [...this.store.stories.values()].filter((story) => [story.front, story.decode, story.prefill].includes(peer.id)).slice(-5).reverse();
     const lines = served.map((story) => el("li", {}, `${story.number} · ${plural(story.tokens, "token")} · ${story.outcome ?? "under way"}`));
     const recent = lines.length ? [el("h3", {}, "Requests seen here"), el("ol", { className: "plain" }, ...lines)] : [];
     this.open(peer.name, el("dl", { className: "facts" }, ...rows.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])), ...recent);
   }
+}
+
+function medianAndHigh(found) {
+  if (!found) return "–";
+  const [median, high] = found.map((ms) => duration(ms).replace(" ", "\u00a0"));
+  return `p50\u00a0${median}, p99\u00a0${high}`;
 }
 
 async function fetchReceipt(id) {

@@ -61,6 +61,7 @@ export class Store extends EventTarget {
     super();
     this.peers = new Map();
     this.loads = new Map();
+    this.latencies = new Map();
     this.rates = new Map();
     this.roundTrips = {};
     this.points = [];
@@ -114,6 +115,7 @@ export class Store extends EventTarget {
     const before = new Map(this.peers);
     this.peers = new Map(state.peers.map((peer) => [peer.id, peer]));
     this.loads = new Map(Object.entries(state.loads));
+    this.latencies = new Map(Object.entries(state.latencies));
     this.rates.clear();
     this.roundTrips = state.rtt_ms;
     this.points = state.history;
@@ -130,11 +132,12 @@ export class Store extends EventTarget {
     this.setLive(true);
     if (change.peers || change.dropped) {
       const before = new Map(this.peers);
-      for (const id of change.dropped ?? []) this.peers.delete(id);
+      for (const id of change.dropped ?? []) [this.peers, this.latencies].forEach((known) => known.delete(id));
       for (const peer of change.peers ?? []) this.peers.set(peer.id, peer);
       this.tell("peers", { changed: change.peers ?? [], before, isSnapshot: false });
     }
     for (const [peer, load] of Object.entries(change.loads ?? {})) this.loads.set(peer, load);
+    for (const [peer, found] of Object.entries(change.latencies ?? {})) this.latencies.set(peer, found);
     for (const [peer, counts] of Object.entries(change.counts ?? {})) this.count(peer, counts);
     if (change.rtt_ms) this.roundTrips = change.rtt_ms;
     if (change.point) {

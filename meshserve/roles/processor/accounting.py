@@ -1,4 +1,4 @@
-"""Where one sequence's time goes: into its receipt, and into the histograms of this peer."""
+"""Where one sequence's time goes: into its receipt, and into this peer's histograms of its worker."""
 
 from collections.abc import Callable
 from time import monotonic
@@ -8,6 +8,7 @@ from meshserve.observe.receipts import Receipt, milliseconds
 from meshserve.telemetry import Histograms, Phases
 
 _NOTHING: dict[str, Any] = {}
+_TTFT = ("ttft",)
 _OF_HANDOFF = frozenset(("num_blocks", "num_bytes", "attempts", "prefill_peer"))
 """Said only of prompts that were computed elsewhere."""
 
@@ -17,15 +18,17 @@ class Account:
     other it is known what the worker said before the first token.
     """
 
-    __slots__ = ("_first_ms", "_first_s", "_histograms", "_name_of", "_now_in", "early", "phases", "receipt")
+    __slots__ = ("_first_ms", "_first_s", "_histograms", "_name_of", "_now_in", "early", "gaps", "phases", "receipt")
 
     def __init__(self, receipt: Receipt, phases: Phases, histograms: Histograms | None, name_of: Callable[[str], str]) -> None:
-        """`histograms` is None if nobody wants them; `name_of` knows peers by their incarnation."""
+        """`histograms` is None if nobody wants them, and has a part for each worker; `name_of` knows peers by their incarnation."""
         self.receipt, self.phases, self._histograms, self._name_of = receipt, phases, histograms, name_of
         self._now_in = ""
         self._first_ms = self._first_s = 0.0
         self.early = _NOTHING
         """What the worker said before the first token."""
+        self.gaps: list[int] | None = None
+        """From the first token on: the worker's counts of times between tokens, to which each later one adds itself."""
 
     def placed(self) -> None:
         """Its worker is found, and called now."""
@@ -37,12 +40,14 @@ class Account:
         self._now_in = now_in
         self.early, self._first_s = _NOTHING, 0.0
 
-    def first_token(self) -> float:
-        """The first one came; returns when, on the monotonic clock."""
+    def first_token(self, worker: str) -> float:
+        """The first one came, from the worker of this incarnation; returns when, on the monotonic clock."""
         phases, now_s = self.phases, monotonic()
         self._first_ms, self._first_s = (now_s - phases.last_s) * 1000, now_s
         if self._histograms is not None:
-            self._histograms.observe("ttft", now_s - phases.began_s)
+            self._histograms = of_worker = self._histograms.part(worker)
+            of_worker.observe_all(_TTFT, (now_s - phases.began_s,))
+            self.gaps = of_worker.counts_of("itl")
         return now_s
 
     def call_ended(self, account: dict[str, Any]) -> None:

@@ -153,6 +153,8 @@ class ProcessorRole:
         self._running.pop(request.request_id, None)
 
     def _on_change(self, change: Change, member: Member) -> None:
+        if change in (Change.DIED, Change.LEFT) and self.histograms is not None:
+            self.histograms.fold(member.info.incarnation)  # its streams ended before anybody was told
         if change is Change.SUSPECTED and "decode" in member.info.roles:
             for sequence in [sequence for request in self._running.values() for sequence in request.sequences]:
                 if sequence.worker == member.info.incarnation and not sequence.is_over:

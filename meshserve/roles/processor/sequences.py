@@ -32,7 +32,7 @@ class Dispatcher(Protocol):
     max_lost_peers: int
     placer: Placer
     histograms: Histograms | None
-    """Of latencies; None if nobody wants them."""
+    """Of latencies, a part for each worker; None if nobody wants them."""
 
 
 class Output(Protocol):
@@ -136,7 +136,7 @@ class Sequence:
         self.is_over = self.is_scored = False
         self.waited_ms = 0.0
         """For the first answer to the same prompt, if this is a later one."""
-        self._gaps = dispatcher.histograms.counts_of("itl") if dispatcher.histograms is not None else None
+        self._gaps: list[int] | None = None
         self._last_s = 0.0
         """When the last tokens came, on the monotonic clock."""
         self.account = Account(receipt, phases, dispatcher.histograms, dispatcher.mesh.name_of)
@@ -205,7 +205,8 @@ class Sequence:
         if self._is_followed:
             self._journal.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
         if not self.num_tokens:
-            self._last_s = self.account.first_token()
+            self._last_s = self.account.first_token(self.worker or "")
+            self._gaps = self.account.gaps
             self._owner.began(self)
         elif self._gaps:  # in line: it is all that a token pays to be observed (0.2 us)
             now_s = monotonic()

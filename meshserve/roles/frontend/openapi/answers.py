@@ -185,6 +185,8 @@ def _peer() -> Schema:
         "addresses": array(TEXT),
         "counters": _OBJECT,
         "histograms": _OBJECT,
+        "histograms_by_worker": _OBJECT,
+        "latencies": {"type": ["object", "null"]},
         "refused": array(_OBJECT),
         "gone": array(_OBJECT),
         "cannot_join": _OBJECT,
