@@ -28,7 +28,8 @@ from bench.processes import answer_until_told, joined, loopback, started, until
 from meshserve.config import HandoffConfig, MeshConfig, TransportConfig
 from meshserve.errors import MeshserveError
 from meshserve.handoff.provider import PrefillProvider
-from meshserve.handoff.requester import HandoffResult, PrefillRequester
+from meshserve.handoff.requester import PrefillRequester
+from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import TaskState
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh

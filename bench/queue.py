@@ -36,7 +36,8 @@ from meshserve.config import HandoffConfig
 from meshserve.engines.dummy.engine import DummyEngine
 from meshserve.engines.protocol import Engine, EngineOptions
 from meshserve.handoff.provider import PrefillProvider
-from meshserve.handoff.requester import HandoffResult, PrefillRequester
+from meshserve.handoff.requester import PrefillRequester
+from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import TaskState
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from meshserve.config import HandoffConfig
@@ -14,6 +15,7 @@ from meshserve.engines.protocol import Engine, Reservation
 from meshserve.errors import BlockRefused, Gone, MeshserveError, PoolFull, ProtocolError
 from meshserve.handoff.blocks import BulkHeader, Claim
 from meshserve.handoff.offering import LateAnswers, Offers
+from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 from meshserve.handoff.tickets import Ticket
 from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IncomingCall
@@ -28,27 +30,6 @@ _STALL_S = 0.1
 """A tick that comes later than this says that this process stood still, and could not hear what others said meanwhile."""
 _MAX_RENEWED = 4096
 """Attempts named in one renewal."""
-
-
-@dataclass(slots=True)
-class HandoffResult:
-    """How a prefill task ended, for the generation that waits for it and for the receipt."""
-
-    state: TaskState
-    reservation: Reservation | None
-    """The prompt's KV, if the state is `done`."""
-    prefill_peer: str | None
-    """Incarnation of the worker whose blocks these are."""
-    attempts: list[dict[str, Any]]
-    lost_peers: list[str]
-    num_blocks: int
-    num_bytes: int
-    queue_ms: float
-    """From the first ticket to the claim that succeeded."""
-    prefill_ms: float
-    """Of the engine that computed the blocks, by its own clock."""
-    transfer_ms: float
-    """From that claim to the last block, less what was computing."""
 
 
 @dataclass(slots=True)
@@ -181,9 +162,11 @@ class PrefillRequester:
         self._mesh.counters.add("tickets_pushed", len(push.peers))
         self._note(running, "ticket", attempt=push.attempt, peers=list(push.peers))
         for peer in push.peers:
-            if not self._pipeline.push_nowait(peer, ticket):
-                self._mesh.counters.add("tickets_not_sent")
-                self._carry_out(running, running.task.push_failed(peer, time.monotonic(), push.is_offer))
+            self._pipeline.push_soon(peer, ticket, partial(self._not_sent, running, peer, push.is_offer))
+
+    def _not_sent(self, running: _Running, peer: str, is_offer: bool) -> None:
+        self._mesh.counters.add("tickets_not_sent")
+        self._carry_out(running, running.task.push_failed(peer, time.monotonic(), is_offer))
 
     def _note(self, running: _Running, event: str, **details: Any) -> None:
         if self._mesh.journal.follows(running.task.request_id):

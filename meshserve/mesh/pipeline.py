@@ -8,7 +8,7 @@ from meshserve.errors import PeerLost, ProtocolError
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.bulk import BulkInlet, BulkOutlet
-from meshserve.mesh.transport.tickets import TicketInlet, TicketOutlet
+from meshserve.mesh.transport.tickets import MAX_TICKETS, TicketInlet, TicketOutlet
 from meshserve.wire.frames import pack_body, unpack_body
 
 _BULK_OFFSET, _TICKETS_OFFSET = 1, 2
@@ -22,6 +22,8 @@ class Pipeline:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._outlets: dict[str, TicketOutlet] = {}
+        self._waiting: dict[str, list[tuple[bytes, Callable[[], None]]]] = {}
+        """Tickets that leave at the end of the turn, each with who is told if it cannot."""
         self._inlet: TicketInlet | None = None
         self._on_ticket: Callable[[Any], None] | None = None
         mesh.subscribe(self._on_change)
@@ -33,13 +35,14 @@ class Pipeline:
         self._inlet = TicketInlet(self._mesh.ports.tickets, self._on_frames)
 
     def _on_frames(self, frames: list[bytes]) -> None:
-        try:
-            ticket = unpack_body(frames[-1])
-        except ProtocolError:
-            self._mesh.counters.add("tickets_malformed")
-            return
-        if self._on_ticket is not None:
-            self._on_ticket(ticket)
+        for frame in frames:
+            try:
+                ticket = unpack_body(frame)
+            except ProtocolError:
+                self._mesh.counters.add("tickets_malformed")
+                continue
+            if self._on_ticket is not None:
+                self._on_ticket(ticket)
 
     def connect(self, peer: str) -> None:
         """Have the outlet ready, so that the first ticket need not wait for a connection."""
@@ -48,11 +51,25 @@ class Pipeline:
             host, port = member.linked_at
             self._outlets[peer] = TicketOutlet(self._mesh.factory, host, port + _TICKETS_OFFSET)
 
-    def push_nowait(self, peer: str, ticket: Any) -> bool:
-        """False if the peer takes no ticket now."""
+    def push_soon(self, peer: str, ticket: Any, on_not_sent: Callable[[], None]) -> None:
+        """At the end of the turn, in one message with others for this peer. `on_not_sent` is called then if it takes none now."""
+        if not self._waiting:
+            self._mesh.after_turn(self._push_all)
+        self._waiting.setdefault(peer, []).append((pack_body(ticket), on_not_sent))
+
+    def _push_all(self) -> None:
+        waiting, self._waiting = self._waiting, {}
+        for peer, tickets in waiting.items():
+            for first in range(0, len(tickets), MAX_TICKETS):
+                part = tickets[first : first + MAX_TICKETS]
+                if not self._push(peer, [data for data, _ in part]):
+                    for _, on_not_sent in part:
+                        on_not_sent()
+
+    def _push(self, peer: str, tickets: list[bytes]) -> bool:
         self.connect(peer)
         outlet = self._outlets.get(peer)
-        if outlet is None or outlet.push_nowait(pack_body(ticket)):
+        if outlet is None or outlet.push_nowait(tickets):
             return outlet is not None
         if time.monotonic() - outlet.made_s > _RENEW_AFTER_S:
             self._drop(peer)  # its one connection is gone, or stuck: the next ticket goes over a new one

@@ -7,7 +7,8 @@ from typing import Any
 from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Admission, Engine, GenerationStats, Reservation
 from meshserve.errors import Draining, GaveUp, InvalidRequest, MeshserveError, Overloaded
-from meshserve.handoff.requester import HandoffResult, PrefillRequester
+from meshserve.handoff.requester import PrefillRequester
+from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import TaskState
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh

@@ -12,7 +12,8 @@ from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import MeshserveError
 from meshserve.handoff.blocks import BlockMark, BulkHeader, Claim, checksum
 from meshserve.handoff.provider import PrefillProvider
-from meshserve.handoff.requester import HandoffResult, PrefillRequester
+from meshserve.handoff.requester import PrefillRequester
+from meshserve.handoff.result import HandoffResult
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.wire.generation import GenerateRequest, Sampling

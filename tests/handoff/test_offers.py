@@ -124,7 +124,9 @@ def test_row_9_the_same_offer_ten_times_is_prefilled_once() -> None:
             decode.start()
             await decode.result()
             for _ in range(10):
-                decode.pipeline.push_nowait(mesh.incarnation, Ticket(decode.mesh.incarnation, "r1", 1, len(PROMPT), offer).to_wire())
+                decode.pipeline.push_soon(
+                    mesh.incarnation, Ticket(decode.mesh.incarnation, "r1", 1, len(PROMPT), offer).to_wire(), lambda: None
+                )
             await until(lambda: mesh.counters.snapshot().get("tickets_received", 0) == 11, DEADLINE_S, "all tickets came")
             await until(lambda: provider.is_idle and not provider.num_queued, DEADLINE_S, "none is left")
             assert counting.num_prefills == 1 and mesh.counters.snapshot()["prefills_begun_on_offer"] == 1

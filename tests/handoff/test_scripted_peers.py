@@ -191,10 +191,10 @@ def test_row_9_the_same_ticket_ten_times_is_prefilled_once() -> None:
                 decode.start()
                 ticket = [decode_mesh.incarnation, "r1", 1, len(PROMPT)]
                 for _ in range(10):
-                    decode.pipeline.push_nowait(prefill_mesh.incarnation, ticket)
+                    decode.pipeline.push_soon(prefill_mesh.incarnation, ticket, lambda: None)
                 await decode.result()
                 for _ in range(10):
-                    decode.pipeline.push_nowait(prefill_mesh.incarnation, ticket)
+                    decode.pipeline.push_soon(prefill_mesh.incarnation, ticket, lambda: None)
                 received = prefill_mesh.counters.snapshot
                 await until(lambda: provider.is_idle and received().get("tickets_received", 0) >= 11, DEADLINE_S, "all tickets came")
                 await until(lambda: provider.num_queued == 0, DEADLINE_S, "none is left")

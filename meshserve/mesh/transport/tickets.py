@@ -12,6 +12,8 @@ from meshserve.mesh.transport.reading import OnFrames, SocketReader
 from meshserve.mesh.transport.sockets import SocketFactory, endpoint
 
 _MAX_READS_PER_TURN = 200
+MAX_TICKETS = 32
+"""In one message, a frame each."""
 
 
 class TicketOutlet:
@@ -22,10 +24,10 @@ class TicketOutlet:
         self._socket = factory.client_socket(zmq.PUSH)
         self._socket.connect(endpoint(host, port))
 
-    def push_nowait(self, data: bytes) -> bool:
-        """False if the connection is not up or the peer takes no more: then nothing was sent."""
+    def push_nowait(self, tickets: list[bytes]) -> bool:
+        """One message. False if the connection is not up or the peer takes no more: then nothing was sent."""
         try:
-            self._socket.send(data, zmq.NOBLOCK)
+            self._socket.send_multipart(tickets, zmq.NOBLOCK)
         except zmq.ZMQError:
             return False
         return True
@@ -39,7 +41,7 @@ class TicketInlet:
     """Reads this peer's PULL socket."""
 
     def __init__(self, socket: "zmq.Socket[bytes]", on_frames: OnFrames) -> None:
-        self._reader = SocketReader(socket, on_frames, lambda: None, _MAX_READS_PER_TURN)
+        self._reader = SocketReader(socket, on_frames, lambda: None, _MAX_READS_PER_TURN, MAX_TICKETS)
 
     def close(self) -> None:
         """Stop reading; the socket belongs to the peer's port block."""
