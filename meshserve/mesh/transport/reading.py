@@ -45,13 +45,15 @@ class _Reader(Generic[F]):
         self._loop = asyncio.get_running_loop()
         self._descriptor: int = socket.FD
         self._is_closed = self._is_draining = False
+        self._is_busy = self._has_sent = False
         self._loop.add_reader(self._descriptor, self.drain)
         self._loop.call_soon(self.drain)  # what came before the descriptor was watched
 
     def drain(self) -> None:
         """Read what is there, up to the bound; the rest in the next turn. Looks again after `on_turn`, whose sends may swallow an edge.
 
-        The first message's answers leave before it looks for a second: looking costs as much as five receives, and there is mostly one.
+        Where there was but one message the last time, its answers leave before it looks for a second: looking costs as much as five
+        receives. Where there were more, all are read first: what they lead to leaves together.
         """
         if self._is_closed or self._is_draining:
             return
@@ -64,16 +66,18 @@ class _Reader(Generic[F]):
                     num_read += 1
                     if frames := self._receive():
                         self._on_frames(frames)
-                    has_input = num_read > 1 and self._has_input()
+                    has_input = (num_read > 1 or self._is_busy) and self._has_input()
+                self._has_sent = num_read == 1 and not self._is_busy  # or nobody looked yet
                 self._on_turn()
-                has_input = num_read < self._max_reads and (has_input or self._has_input())
+                has_input = num_read < self._max_reads and (has_input or (self._has_sent and self._has_input()))
         finally:
-            self._is_draining = False
+            self._is_draining, self._is_busy = False, num_read > 1
         if num_read >= self._max_reads:
             self.drain_soon()
 
     def drain_soon(self) -> None:
-        """To be called after a send on this socket from outside of its own `on_turn`."""
+        """To be called after every send on this socket."""
+        self._has_sent = True
         if not self._is_draining and self._has_input():
             self._loop.call_soon(self.drain)
 
