@@ -124,7 +124,9 @@ def check_peers(scene: Scene, receipts: dict[str, dict[str, Any]]) -> None:
     """Each receipt names the peers that really served it, and no other."""
     served = {name: Record(path) for name, path in scene.records.items()}
     accepted = {(event.request, name) for name, record in served.items() for event in record.of("accepted")}
-    prefilled = {(event.request, name) for name, record in served.items() for event in record.of("ack")}
+    ended = [(event, name) for name, record in served.items() for event in record.of("prefill_ended")]
+    # not by its blocks' acknowledgement: the word that all is there comes on another connection, and may overtake it
+    prefilled = {(event.request, name) for event, name in ended if event.details["outcome"] == "delivered"}
     for label, receipt in receipts.items():
         request_id, choices = receipt["request_id"], receipt.get("choices") or []
         named = [(f"{request_id}/{choice['index']}", choice) for choice in choices] or [(request_id, receipt["peers"])]
