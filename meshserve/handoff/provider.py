@@ -12,10 +12,9 @@ from meshserve.errors import MeshserveError, PeerLost, ProtocolError
 from meshserve.handoff.blocks import BlockMark, BulkHeader, Claim, checksum
 from meshserve.handoff.claimed import ClaimedPrompt, EngineSink
 from meshserve.handoff.queue import JobKey, JobState, PrefillQueue
-from meshserve.handoff.requester import IgnoredAnswer
 from meshserve.handoff.sending import BlockSender
 from meshserve.handoff.tickets import Ticket
-from meshserve.mesh.calls import IncomingCall
+from meshserve.mesh.calls import IgnoredAnswer, IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline

@@ -18,7 +18,7 @@ from meshserve.handoff.offering import LateAnswers, Offers
 from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 from meshserve.handoff.tickets import Ticket
-from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IncomingCall
+from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IgnoredAnswer, IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
@@ -48,19 +48,6 @@ class _Running:
     computed_ms: float = 0.0
     names: dict[str, str] = field(default_factory=dict)
     """Of the peers that claimed, as a dead one's is soon forgotten."""
-
-
-class IgnoredAnswer:
-    """The sink of a call whose answer nobody waits for."""
-
-    def on_item(self, item: Any) -> None:
-        pass
-
-    def on_end(self, value: Any) -> None:
-        pass
-
-    def on_error(self, error: MeshserveError) -> None:
-        pass
 
 
 class PrefillRequester:

@@ -49,8 +49,8 @@ class Sink(Protocol):
         """The stream failed: at the peer, on the way, or at its deadline."""
 
 
-class _Nobody:
-    """The sink of a stream that ended. A sink mostly holds its call: if the call held it too, only the collector could free both."""
+class IgnoredAnswer:
+    """The sink of a call whose answer nobody waits for."""
 
     def on_item(self, item: Any) -> None:
         pass
@@ -62,7 +62,8 @@ class _Nobody:
         pass
 
 
-_NOBODY = _Nobody()
+_NOBODY = IgnoredAnswer()
+"""Of a stream that ended. A sink mostly holds its call: if the call held it too, only the collector could free both."""
 
 
 class OutgoingCall:

@@ -223,7 +223,7 @@ class Mesh:
         return self.calls.open(channel, method, body, sink, time.monotonic(), timeout_s)
 
     def after_turn(self, callback: Callable[[], None]) -> None:
-        """Call this once, when this turn's messages between roles of this peer are delivered. It must not raise."""
+        """Call this once, when this turn's messages between roles of this peer are delivered."""
         self.links.transport.turn.afterwards(callback)
 
     def later(self, callback: Callable[[], None]) -> None:

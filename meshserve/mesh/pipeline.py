@@ -17,7 +17,7 @@ _RENEW_AFTER_S = 1.0
 
 
 class Pipeline:
-    """Tickets out and in. What comes in is plain data, not yet checked; a peer pushes to itself without a socket."""
+    """Tickets out and in. What comes in is plain data, not yet checked."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -89,7 +89,8 @@ class Pipeline:
             outlet.close()
 
     def close(self) -> None:
-        """Close all sockets of this end."""
+        """Close all sockets of this end; tickets that wait are lost."""
+        self._waiting.clear()
         for incarnation in list(self._outlets):
             self._drop(incarnation)
         if self._inlet is not None:

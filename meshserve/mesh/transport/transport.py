@@ -1,6 +1,7 @@
 """The call sockets of one peer: a ROUTER that is bound, and a DEALER for every peer that it calls."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 
@@ -20,6 +21,8 @@ from meshserve.wire.frames import Message
 OnFrame = Callable[[Channel, list[Message]], None]
 OnOwn = Callable[[list[Message]], None]
 OnLost = Callable[[Channel, str], None]
+
+_log = logging.getLogger(__name__)
 
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _RETRY_S = 0.005
@@ -125,17 +128,23 @@ class Turn:
                 self._on_broken(channel)
         if self._afterwards:
             callbacks, self._afterwards = self._afterwards, []
-            for callback in callbacks:
-                callback()
+            _call_all(callbacks)
         if self._later:
             callbacks, self._later = self._later, []
-            for callback in callbacks:
-                callback()
+            _call_all(callbacks)
 
     def _retry(self, channel: Channel) -> None:
         if not channel.is_dirty and not channel.is_broken:
             channel.is_dirty = True
             self.schedule(channel)
+
+
+def _call_all(callbacks: list[Callable[[], None]]) -> None:
+    for callback in callbacks:
+        try:
+            callback()
+        except Exception:  # a fault of ours: what others wait for must come all the same
+            _log.exception("what was left for the end of a turn failed")
 
 
 class _Dealer:
