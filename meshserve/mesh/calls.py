@@ -62,8 +62,17 @@ class IgnoredAnswer:
         pass
 
 
+_CARRYING = (ITEM, ITEMS)
+
 _NOBODY = IgnoredAnswer()
 """Of a stream that ended. A sink mostly holds its call: if the call held it too, only the collector could free both."""
+
+
+def _fail(sink: Sink, error: MeshserveError) -> None:
+    try:
+        sink.on_error(error)
+    except Exception:  # a fault of ours: others' streams must end all the same
+        _log.exception("an error could not be taken in: %s", error.message)
 
 
 class OutgoingCall:
@@ -137,7 +146,10 @@ class IncomingCall:
             self.fail(error)
         self._close()
         if on_cancel is not None:
-            on_cancel()
+            try:
+                on_cancel()
+            except Exception:  # a fault of ours: others' streams must end all the same
+                _log.exception("the end of %s could not be taken in", self.method)
 
 
 Handler = Callable[[IncomingCall], None]
@@ -165,12 +177,19 @@ class CallTable:
     def received(self, wire: Wire, message: Message, now_s: float) -> None:
         """One message about a stream from a peer that said hello."""
         kind = message[0]
-        if kind == ITEM:  # first, as it is nearly all there is
+        if kind in _CARRYING:  # first, as it is nearly all there is
             call = self.outgoing.get(message[1])
             if call is not None and call.peer == wire.peer:
-                call.sink.on_item(message[2])
-        elif kind == ITEMS:
-            self._received_all(message[1], message[2])
+                try:
+                    if kind == ITEM:
+                        call.sink.on_item(message[2])
+                    else:
+                        self._received_all(call, message[2])
+                except Exception as error:  # a fault of ours: its stream ends, and nobody else's
+                    _log.exception("an item of %s could not be taken in", call.method)
+                    sink = call.sink
+                    call.cancel()
+                    _fail(sink, MeshserveError(f"{call.method} failed: {type(error).__name__}"))
         elif kind == OPEN:
             self._opened(wire, message, now_s)
         elif kind == CANCEL:
@@ -180,16 +199,13 @@ class CallTable:
         else:
             self._answered(wire, kind, message)
 
-    def _received_all(self, stream: int, items: list[Any]) -> None:
-        call = self.outgoing.get(stream)
-        on_items = getattr(call.sink, "on_items", None) if call is not None else None
+    def _received_all(self, call: OutgoingCall, items: list[Any]) -> None:
+        on_items = getattr(call.sink, "on_items", None)
         if on_items is not None:
             on_items(items)
             return
         for item in items:
-            call = self.outgoing.get(stream)  # the sink may cancel at any of them
-            if call is not None:
-                call.sink.on_item(item)
+            call.sink.on_item(item)  # nobody's, once the sink has cancelled at one of them
 
     def _answered(self, wire: Wire, kind: int, message: Message) -> None:
         call = self.outgoing.get(message[1])
@@ -197,10 +213,14 @@ class CallTable:
             return  # late, after a cancel or a deadline; or not meant for us
         del self.outgoing[call.stream]
         sink, call.sink = call.sink, _NOBODY
-        if kind == END:
+        if kind == ERROR:
+            _fail(sink, from_wire(message[2]))
+            return
+        try:
             sink.on_end(message[2])
-        elif kind == ERROR:
-            sink.on_error(from_wire(message[2]))
+        except Exception as error:  # as above
+            _log.exception("the end of %s could not be taken in", call.method)
+            _fail(sink, MeshserveError(f"{call.method} failed: {type(error).__name__}"))
 
     def _opened(self, wire: Wire, message: Message, now_s: float) -> None:
         _, stream, method, timeout_ms, body = message
@@ -238,7 +258,7 @@ class CallTable:
         for outgoing in [call for call in self.outgoing.values() if call.deadline_s <= now_s]:
             sink = outgoing.sink
             outgoing.cancel()
-            sink.on_error(DeadlineExceeded(f"no answer from {self._describe(outgoing.peer)} within the deadline"))
+            _fail(sink, DeadlineExceeded(f"no answer from {self._describe(outgoing.peer)} within the deadline"))
         for incoming in [call for call in self.incoming.values() if call.deadline_s <= now_s]:
             incoming.abandon("deadline", DeadlineExceeded("past the deadline"))
 
@@ -247,7 +267,7 @@ class CallTable:
         for outgoing in [call for call in self.outgoing.values() if call.peer == peer]:
             if self.outgoing.pop(outgoing.stream, None) is not None:
                 name, sink, outgoing.sink = self._describe(peer), outgoing.sink, _NOBODY
-                sink.on_error(PeerLost(f"{name} was lost: {reason}", peer=name))
+                _fail(sink, PeerLost(f"{name} was lost: {reason}", peer=name))
         self.peer_stopped_listening(peer, reason)
 
     def peer_stopped_listening(self, peer: str, reason: str) -> None:
@@ -260,6 +280,6 @@ class CallTable:
         for outgoing in list(self.outgoing.values()):
             sink = outgoing.sink
             outgoing.cancel()
-            sink.on_error(Cancelled("this peer is stopping"))
+            _fail(sink, Cancelled("this peer is stopping"))
         for incoming in list(self.incoming.values()):
             incoming.abandon("stop", Cancelled("the peer is stopping"))

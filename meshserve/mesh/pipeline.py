@@ -1,5 +1,6 @@
 """The ticket pipeline and the bulk path between peers: one outlet per peer, opened when first needed, closed when the peer goes."""
 
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.bulk import BulkInlet, BulkOutlet
 from meshserve.mesh.transport.tickets import MAX_TICKETS, TicketInlet, TicketOutlet
 from meshserve.wire.frames import pack_body, unpack_body
+
+_log = logging.getLogger(__name__)
 
 _BULK_OFFSET, _TICKETS_OFFSET = 1, 2
 _RENEW_AFTER_S = 1.0
@@ -67,7 +70,10 @@ class Pipeline:
                         on_not_sent()
 
     def _push(self, peer: str, tickets: list[bytes]) -> bool:
-        self.connect(peer)
+        try:
+            self.connect(peer)
+        except Exception:  # no more sockets, say: the others' tickets must leave all the same
+            _log.exception("no connection for tickets to %s", self._mesh.name_of(peer))
         outlet = self._outlets.get(peer)
         if outlet is None or outlet.push_nowait(tickets):
             return outlet is not None

@@ -82,6 +82,38 @@ def test_a_handler_that_breaks_ends_its_own_stream_and_no_other() -> None:
     assert record.ends == ["fine"] and not pair.callee.incoming
 
 
+class Broken(Record):
+    """A sink that cannot take in the one thing."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self._what = what
+
+    def on_item(self, item: Any) -> None:
+        if self._what == "item":
+            raise KeyError("no such thing")
+
+    def on_end(self, value: Any) -> None:
+        if self._what == "end":
+            raise KeyError("no such thing")
+
+
+@pytest.mark.parametrize("what", ["item", "end"])
+def test_a_sink_that_breaks_ends_its_own_stream_and_no_other(what: str) -> None:
+    pair, broken = Pair(), Broken(what)
+    pair.caller.open(pair.there, "work", None, broken, 0.0, 10.0)
+    record = pair.open()
+    pair.deliver()
+    for call in list(pair.served):
+        call.send("item")
+        call.end("fine")
+    pair.deliver()
+    (error,) = broken.ends
+    assert isinstance(error, MeshserveError) and "KeyError" in error.message
+    assert record.items == ["item"] and record.ends == ["fine"]
+    assert not pair.caller.outgoing and not pair.callee.incoming
+
+
 class Batches(Record):
     """A sink that takes several items at once."""
 

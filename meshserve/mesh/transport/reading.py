@@ -70,6 +70,10 @@ class _Reader(Generic[F]):
                 self._has_sent = num_read == 1 and not self._is_busy  # or nobody looked yet
                 self._on_turn()
                 has_input = num_read < self._max_reads and (has_input or (self._has_sent and self._has_input()))
+        except BaseException:
+            if not self._is_closed:
+                self._loop.call_soon(self.drain)  # what is left has no edge of its own any more
+            raise
         finally:
             self._is_draining, self._is_busy = False, num_read > 1
         if num_read >= self._max_reads:

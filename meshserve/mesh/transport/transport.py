@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import zmq
 
@@ -99,9 +100,9 @@ class Turn:
         """The end of a turn in which nothing was read. Who sends turn by turn, as an engine without delays does, sends a few at a time."""
         if self._is_due and self._num_held < _MAX_HELD and self._may_wait():
             self._num_held += 1
+            self._loop.call_soon(self._flush_unless_held)  # first, as it must come whatever the roles do
             if self.loopback is not None and self.loopback.is_dirty:
                 self._deliver_loopback(self.loopback)
-            self._loop.call_soon(self._flush_unless_held)
             return
         if self._is_due:
             self.flush()
@@ -125,7 +126,7 @@ class Turn:
             if not channel.flush():
                 self._loop.call_later(_RETRY_S, self._retry, channel)
             if channel.is_broken:
-                self._on_broken(channel)
+                _call_all([partial(self._on_broken, channel)])
         if self._afterwards:
             callbacks, self._afterwards = self._afterwards, []
             _call_all(callbacks)

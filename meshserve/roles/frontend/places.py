@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -69,6 +70,9 @@ class Places:
         self._loads: dict[str, WorkerLoad] = {}
         self._watchers: dict[str, Watcher] = {}
         self._waiting: dict[Ticket, Callable[[MeshserveError | None], None]] = {}
+        self._decisions: deque[Decision] = deque()
+        """What is still to be told."""
+        self._is_deciding = False
         self._timer: asyncio.TimerHandle | None = None
         mesh.levels.derive("places", lambda: sum(found.admission.num_running for found in self._models.values()))
         mesh.levels.derive("waiting_for_a_place", self.num_waiting)
@@ -107,10 +111,19 @@ class Places:
         return len(self._waiting)
 
     def _decide(self, decisions: list[Decision]) -> None:
-        for ticket, error in decisions:
-            on_decided = self._waiting.pop(ticket, None)
-            if on_decided is not None:
-                on_decided(error)
+        """Never from within itself: where nobody can be served, whoever gets a place gives it back at once, and so on through all."""
+        self._decisions += decisions
+        if self._is_deciding:
+            return
+        self._is_deciding = True
+        try:
+            while self._decisions:
+                ticket, error = self._decisions.popleft()
+                on_decided = self._waiting.pop(ticket, None)
+                if on_decided is not None:
+                    on_decided(error)
+        finally:
+            self._is_deciding = False
 
     def _sweep_soon(self) -> None:
         if self._timer is None:

@@ -101,7 +101,7 @@ class Responder:
     def write(self, body: bytes, is_last: bool) -> None:
         """The next piece of the body."""
         cycle, (head, self._head) = self._cycle, (self._head, b"")
-        if cycle.disconnected:
+        if cycle.disconnected or cycle.transport.is_closing():
             return
         if cycle.chunked_encoding:
             chunk = b"%x\r\n%b\r\n" % (len(body), body) if body else b""

@@ -1,6 +1,7 @@
 """The HTTP server of a frontend: its routes, its socket, its life."""
 
 import asyncio
+import logging
 import time
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ from meshserve.roles.frontend.tokenizing import Tokenizing, hot_routes
 if TYPE_CHECKING:
     from meshserve.observe.otlp import Exporter
 
+_log = logging.getLogger(__name__)
+
 _START_CHECK_S = 0.002
 
 
@@ -61,12 +64,18 @@ class _Door:
         response = Responder(request, guard.extra_headers(headers))
         try:
             client = guard.admit(connection.scheme or "", connection.address, headers)
-        except MeshserveError as error:
-            body = apis.error_body_for(request.path, error)
-            response.whole(error.http_status, body, encode_headers([*error_headers(error), *challenge(error)]))
+        except Exception as error:
+            if not isinstance(error, MeshserveError):
+                _log.exception("%s failed", request.path)
+            self._refuse(response, request.path, error if isinstance(error, MeshserveError) else MeshserveError())
             return
         exchange = self._completions.begin(self._api, connection, response, headers, client, request.began_s)
         self._completions.take(exchange, request.body)
+
+    @staticmethod
+    def _refuse(response: Responder, path: str, error: MeshserveError) -> None:
+        headers = encode_headers([*error_headers(error), *challenge(error)])
+        response.whole(error.http_status, apis.error_body_for(path, error), headers)
 
 
 class FrontendRole:
