@@ -92,7 +92,7 @@ def test_a_closed_loop_has_as_many_under_way_as_it_has_clients() -> None:
 
 
 def test_a_ramp_brings_clients_as_time_goes_on() -> None:
-    tally, server = run(lambda asked: tokens(2, first_s=0.005), Plan(clients=Level(1, 6, 0.5), duration_s=0.8))
+    tally, server = run(lambda asked: tokens(2, first_s=0.005), Plan(clients=Level(1, 6, 0.5), duration_s=2.0))
     assert server.num_connections == 6 and tally.num_done > 20
     assert {asked.connection for asked in server.asked[:2]} == {1}
 
