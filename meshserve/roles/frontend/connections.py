@@ -190,6 +190,7 @@ class FrontProtocol(HttpToolsProtocol):
         self.is_lost = True
         if self.exchange is not None:
             self.exchange.client_gone()
+        self.cycle = None  # type: ignore[assignment]  # as uvicorn does the parser: a short request's holds this connection
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -151,7 +151,7 @@ class Exchange:
 
     def stop(self, error: MeshserveError) -> None:
         """Cancel at every hop; the client is told why. Harmless after the end."""
-        if self.end is None and self.error is None:
+        if self.end is None and self.error is None and not self._is_over:
             self._cancel()
             self.on_error(error)
 
@@ -276,6 +276,7 @@ class Exchange:
         self._left()
         if self.error is not None:
             self.front.failed(self.error)
+            self.error = None  # where it was raised it holds this exchange: only the collector could free both
         if not self.front.ended_s:
             self._passed()
         if self._connection.exchange is self:

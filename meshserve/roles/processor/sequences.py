@@ -159,7 +159,7 @@ class Sequence:
 
     def placed(self, placement: Placement) -> None:
         """The candidates are known."""
-        receipt = self.receipt
+        receipt, self._placing = self.receipt, None  # it holds this sequence: only the collector could free both
         receipt.peers["router"], receipt.policy = placement.router, placement.policy
         receipt.candidates, receipt.prefill_candidates = placement.decode, placement.prefill
         prefill = placement.prefill
@@ -169,6 +169,7 @@ class Sequence:
 
     def not_placed(self, error: MeshserveError) -> None:
         """No worker can take it; one that is full is the better reason."""
+        self._placing = None
         self._fail(self._overloaded if isinstance(error, NoWorker) and self._overloaded else error)
 
     # --- the worker's stream

@@ -1,0 +1,102 @@
+"""A request that is over leaves nothing that only the garbage collector could free: its looks would cost all requests their time."""
+
+import gc
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import httpx
+import pytest
+
+from meshserve.app import Peer
+from meshserve.config import MeshConfig, ServeConfig
+from tests.harness import run_async, until
+
+DEADLINE_S = 5.0
+LONG = "a prompt of several blocks, "
+COMPLETION: dict[str, Any] = {"model": "dummy", "prompt": "hi", "max_tokens": 4}
+CHAT: dict[str, Any] = {"model": "dummy", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
+
+REQUESTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "whole": ("/v1/completions", COMPLETION),
+    "a stream": ("/v1/completions", {**COMPLETION, "stream": True}),
+    "several answers": ("/v1/completions", {**COMPLETION, "n": 3, "echo": True}),
+    "log probabilities": ("/v1/completions", {**COMPLETION, "logprobs": 1, "echo": True}),
+    "nothing to generate": ("/v1/completions", {**COMPLETION, "max_tokens": 0, "echo": True}),
+    "stopped early": ("/v1/completions", {**COMPLETION, "max_tokens": 200, "stop": ["a", "e", " "]}),
+    "a chat": ("/v1/chat/completions", {**CHAT, "stream": True}),
+    "messages": ("/v1/messages", CHAT),
+    "a response": ("/v1/responses", {"model": "dummy", "input": "hi", "max_output_tokens": 4}),
+    "lines": ("/generate", {"prompt": "hi", "max_tokens": 4}),
+    "refused by the frontend": ("/v1/completions", {**COMPLETION, "max_tokens": -1}),
+    "refused by the processor": ("/v1/completions", {**COMPLETION, "model": "another"}),
+    "a long body": ("/v1/completions", {**COMPLETION, "prompt": "x" * 40_000, "user": "y" * 40_000}),
+    "handed over": ("/v1/completions", {**COMPLETION, "prompt": LONG * 4}),
+}
+
+
+@asynccontextmanager
+async def meshed() -> AsyncIterator[httpx.AsyncClient]:
+    """A peer of every role but prefill, and one that prefills what has more than 64 tokens."""
+    config = replace(ServeConfig(), http_port=0)
+    config = replace(config, handoff=replace(config.handoff, max_local_prefill_tokens=64))
+    common = MeshConfig(mesh="garbage", interface="127.0.0.1", use_mdns=False)
+    peer = Peer(replace(common, roles=("frontend", "processor", "router", "decode")), config)
+    await peer.start()
+    prefill = Peer(replace(common, roles=("prefill",), seeds=(f"127.0.0.1:{peer.mesh.own.port}",)), config)
+    try:
+        await prefill.start()
+        try:
+            await until(lambda: bool(peer.mesh.peers_with("prefill")), DEADLINE_S, "they have met")
+            assert peer.http_url is not None
+            async with httpx.AsyncClient(base_url=peer.http_url, timeout=10.0) as client:
+                yield client
+        finally:
+            await prefill.stop()
+    finally:
+        await peer.stop()
+
+
+@contextmanager
+def nothing_to_collect() -> Iterator[None]:
+    """What happens inside makes no objects of this program's that are reachable only from each other."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not Counter(type(found).__qualname__ for found in gc.garbage if type(found).__module__.startswith("meshserve."))
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
+@pytest.mark.parametrize("kind", REQUESTS)
+def test_nothing_of_a_request_waits_for_the_collector(kind: str) -> None:
+    path, body = REQUESTS[kind]
+
+    async def check() -> None:
+        async with meshed() as client:
+            with nothing_to_collect():
+                for number in range(3):
+                    fields = {**body, "prompt": f"{number} {body['prompt']}"} if kind == "handed over" else body
+                    reply = await client.post(path, json=fields)
+                    assert reply.is_success is not kind.startswith("refused"), reply.text
+
+    run_async(check())
+
+
+def test_nothing_of_a_request_whose_client_left_waits_for_the_collector() -> None:
+    async def check() -> None:
+        async with meshed() as client:
+            with nothing_to_collect():
+                async with client.stream("POST", "/v1/completions", json={**COMPLETION, "max_tokens": 100_000, "stream": True}) as reply:
+                    await anext(reply.aiter_bytes())
+                while (await client.get("/mesh/peers")).json()[0]["load"]["num_running"]:
+                    pass
+
+    run_async(check())
