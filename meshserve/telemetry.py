@@ -7,6 +7,7 @@ import time
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from operator import add
 from typing import Any, Protocol
 
@@ -67,25 +68,35 @@ class Histograms:
     def __init__(self) -> None:
         self._counts: dict[str, list[int]] = {}
         self._sums_s: defaultdict[str, float] = defaultdict(float)
-        self._noted: defaultdict[tuple[str, ...], list[tuple[float, ...]]] = defaultdict(list)
+        self._noted: defaultdict[tuple[str, ...], list[Any]] = defaultdict(list)
+        """By names: durations, or what a reader finds one of each name in."""
+        self._readers: dict[tuple[str, ...], Callable[[Any], tuple[float, ...]]] = {}
         self._parts: dict[str, Histograms] = {}
         self._told_s: defaultdict[str, float] = defaultdict(float)
         """The sums when somebody last looked."""
 
     def observe(self, name: str, duration_s: float) -> None:
         """One more duration of `name`, e.g. `prefill_wait`."""
-        self.observe_all((name,), (duration_s,))
+        self._note((name,), duration_s)
 
-    def observe_all(self, names: tuple[str, ...], durations_s: tuple[float, ...]) -> None:
-        """One more duration of each of these, in the same order."""
+    def read_from(self, names: tuple[str, ...], durations_s: Callable[[Any], tuple[float, ...]]) -> Callable[[Any], None]:
+        """A function that notes objects which hold one duration of each of these. They are read when they are counted, so nobody may
+        change them any more.
+        """
+        self._readers[names] = durations_s
+        return partial(self._note, names)
+
+    def _note(self, names: tuple[str, ...], noting: Any) -> None:
         noted = self._noted[names]
-        noted.append(durations_s)
+        noted.append(noting)
         if len(noted) >= _NOTED_AT_ONCE:
             self._count(names)
 
     def _count(self, names: tuple[str, ...]) -> None:
         noted, self._noted[names] = self._noted[names], []
-        for name, durations_s in zip(names, map(sorted, zip(*noted, strict=True)), strict=False):
+        read = self._readers.get(names)
+        columns = zip(*map(read, noted), strict=True) if read is not None else (noted,)
+        for name, durations_s in zip(names, map(sorted, columns), strict=False):
             counts, num_counted = self.counts_of(name), 0
             self._sums_s[name] += sum(durations_s)
             for bucket, bound_s in enumerate(BUCKETS_S):

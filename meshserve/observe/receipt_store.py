@@ -23,12 +23,20 @@ MAX_RECENT = 50
 """Names of requests that one answer lists."""
 
 
+def _durations_s(receipt: Receipt) -> tuple[float, ...]:
+    took_ms = receipt.phases_ms
+    return receipt.total_ms / 1000, took_ms.route / 1000, took_ms.queue / 1000, took_ms.prefill / 1000
+
+
 class Receipts:
     """A processor's last ones, whatever they ended in. Keeping one costs an append; names are looked for among all, as few ask."""
 
     def __init__(self, mesh: Mesh, num_kept: int) -> None:
         self._mesh = mesh
         self._kept: deque[Receipt] = deque(maxlen=num_kept)
+        self._over: list[Receipt] = []
+        """Of this turn."""
+        self._observe = mesh.histograms.read_from(_OBSERVED, _durations_s)
         self.on_kept: Callable[[Receipt], None] | None = None
         """Told of each one."""
         mesh.serve(RECEIPT, self._on_find)
@@ -36,22 +44,28 @@ class Receipts:
         mesh.serve(RECENT, self._on_recent)
 
     def keep(self, receipt: Receipt) -> None:
-        """One more request is over."""
-        receipt.keep_best(_MAX_CANDIDATES)
-        receipt.ended_s = time.monotonic()
-        self._kept.append(receipt)
-        self._count(receipt)
-        if self.on_kept is not None:
-            self.on_kept(receipt)
+        """One more request is over. It can be found from the end of this turn on: nobody waits for it before."""
+        if not self._over:
+            self._mesh.later(self._keep_all)
+        self._over.append(receipt)
+
+    def _keep_all(self) -> None:
+        over, self._over = self._over, []
+        now_s = time.monotonic()
+        for receipt in over:
+            receipt.keep_best(_MAX_CANDIDATES)
+            receipt.ended_s = now_s
+            self._kept.append(receipt)
+            self._count(receipt)
+            if self.on_kept is not None:
+                self.on_kept(receipt)
 
     def _count(self, receipt: Receipt) -> None:
         if receipt.outcome != OK:
             self._mesh.counters.add("requests_left" if receipt.outcome == Cancelled.code else "requests_failed")
             return
         self._mesh.counters.add("requests_done")
-        took_ms = receipt.phases_ms.get
-        durations_s = receipt.total_ms / 1000, took_ms("route", 0.0) / 1000, took_ms("queue", 0.0) / 1000, took_ms("prefill", 0.0) / 1000
-        self._mesh.histograms.observe_all(_OBSERVED, durations_s)
+        self._observe(receipt)
 
     def _on_find(self, call: IncomingCall) -> None:
         """By the mesh's name or the client's; the latest, if several are called the same. The end is None if there is none."""

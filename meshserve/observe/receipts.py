@@ -5,32 +5,54 @@ measured from what its caller did, so no clocks need to agree; `other` is what i
 attempt at a worker that was lost, or was full) is `queue`: waiting for the work that counts.
 """
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meshserve.errors import MeshserveError
 from meshserve.routing.candidates import Candidate
+from meshserve.wire.account import milliseconds
 
 PHASES = ("http", "process", "route", "queue", "prefill", "kv_transfer", "decode", "network", "other")
 _BEFORE_FIRST_TOKEN = ("route", "queue", "prefill", "kv_transfer")
-_MAX_MS = 1e9
 
 OK = "ok"
 
 
 @dataclass(slots=True)
+class PhaseTimes:
+    """Milliseconds of each phase; what no phase has is `other`."""
+
+    http: float = 0.0
+    process: float = 0.0
+    route: float = 0.0
+    queue: float = 0.0
+    prefill: float = 0.0
+    kv_transfer: float = 0.0
+    decode: float = 0.0
+    network: float = 0.0
+
+    def to_dict(self) -> dict[str, float]:
+        """By phase."""
+        return {phase: getattr(self, phase) for phase in PHASES[:-1]}
+
+
+@dataclass(slots=True)
 class Receipt:
-    """Filled by the processor as the request goes along, by what the peers on its path return."""
+    """Filled by the processor as the request goes along, by what the peers on its path return.
+
+    A thousand are kept, and each lies cold when it is let go: so it is of few objects, and what is empty is shared.
+    """
 
     request_id: str
     client_id: str
     model: str
     policy: str = ""
-    peers: dict[str, str | None] = field(
-        default_factory=lambda: {"frontend": None, "processor": None, "router": None, "decode": None, "prefill": None}
-    )
+    processor: str | None = None
+    router: str | None = None
+    decode: str | None = None
+    prefill: str | None = None
+    """Names of the peers that served it; the frontend adds its own."""
     candidates: Sequence[Candidate] = ()
     """Worded when somebody wants to see them."""
     prefill_candidates: Sequence[Candidate] = ()
@@ -39,9 +61,9 @@ class Receipt:
     num_completion_tokens: int = 0
     num_blocks: int = 0
     num_bytes: int = 0
-    attempts: list[dict[str, Any]] = field(default_factory=list)
-    phases_ms: dict[str, float] = field(default_factory=dict)
-    choices: list[dict[str, Any]] = field(default_factory=list)
+    attempts: Sequence[dict[str, Any]] = ()
+    phases_ms: PhaseTimes = field(default_factory=PhaseTimes)
+    choices: Sequence[dict[str, Any]] = ()
     """Who served each answer, where there are several: `index`, `decode`, `prefill`, `completion` (tokens)."""
     traceparent: str = ""
     total_ms: float = 0.0
@@ -52,10 +74,10 @@ class Receipt:
     ended_s: float = 0.0
     """On the processor's monotonic clock."""
 
-    def add(self, phase: str, milliseconds: float) -> None:
-        """More time in this phase."""
-        before_ms = self.phases_ms.get(phase, 0.0)
-        self.phases_ms[phase] = before_ms + milliseconds if milliseconds > 0.0 else before_ms
+    @property
+    def peers(self) -> dict[str, str | None]:
+        """By role."""
+        return {"frontend": None, "processor": self.processor, "router": self.router, "decode": self.decode, "prefill": self.prefill}
 
     def keep_best(self, num_candidates: int) -> None:
         """For those who keep many: a mesh may have hundreds of workers."""
@@ -76,15 +98,15 @@ class Receipt:
             "prefill_candidates": [candidate.for_receipt() for candidate in self.prefill_candidates],
             "tokens": {"prompt": self.num_prompt_tokens, "cached": self.num_cached_tokens, "completion": self.num_completion_tokens},
             "kv": {"blocks": self.num_blocks, "bytes": self.num_bytes},
-            "attempts": self.attempts,
+            "attempts": list(self.attempts),
             "migrations": 0,
             "outcome": self.outcome,
             "error": self.error,
             "traceparent": self.traceparent,
             "total_ms": round(self.total_ms, 3),
-            "phases_ms": partition(self.phases_ms, self.total_ms),
+            "phases_ms": partition(self.phases_ms.to_dict(), self.total_ms),
         }
-        return {**found, "choices": self.choices} if self.choices else found
+        return {**found, "choices": list(self.choices)} if self.choices else found
 
 
 def partition(phases_ms: Mapping[str, float], total_ms: float) -> dict[str, float]:
@@ -101,21 +123,14 @@ def partition(phases_ms: Mapping[str, float], total_ms: float) -> dict[str, floa
     return {**found, "other": left_us / 1000}
 
 
-def milliseconds(value: Any) -> float:
-    """What a peer says that something took; 0 for what no clock says."""
-    if type(value) is float and 0.0 <= value < _MAX_MS:
-        return value
-    return min(float(value), _MAX_MS) if type(value) in (int, float) and math.isfinite(value) and value > 0 else 0.0
-
-
-def after_first_token(first_ms: Mapping[str, float], waited_ms: float, own_ms: Mapping[str, float]) -> dict[str, float]:
+def after_first_token(first_ms: PhaseTimes, waited_ms: float, own_ms: PhaseTimes) -> PhaseTimes:
     """The phases of a later answer to a prompt, which waited so long for the first token of the first answer: that one's, then its own."""
-    found, left_ms = dict(own_ms), waited_ms
+    found, left_ms = replace(own_ms), waited_ms
     for phase in _BEFORE_FIRST_TOKEN:
-        taken_ms = min(left_ms, first_ms.get(phase, 0.0))
-        found[phase] = found.get(phase, 0.0) + taken_ms
+        taken_ms = min(left_ms, getattr(first_ms, phase))
+        setattr(found, phase, getattr(found, phase) + taken_ms)
         left_ms -= taken_ms
-    found["network"] = found.get("network", 0.0) + left_ms
+    found.network += left_ms
     return found
 
 
@@ -136,8 +151,7 @@ def merged(receipts: Sequence[Receipt], request_id: str, num_prompt_tokens: int,
 
 def _choices(receipts: Sequence[Receipt]) -> Iterable[dict[str, Any]]:
     for index, receipt in enumerate(receipts):
-        peers = {role: receipt.peers[role] for role in ("decode", "prefill")}
-        yield {"index": index, **peers, "completion": receipt.num_completion_tokens}
+        yield {"index": index, "decode": receipt.decode, "prefill": receipt.prefill, "completion": receipt.num_completion_tokens}
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from meshserve.handoff.task import TaskState
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.worker_report import WorkerReporter
+from meshserve.wire.account import HandedOver, WorkerAccount
 from meshserve.wire.generation import GenerateRequest, TokenLogprobs
 
 _WORD_GETS_OUT_S = 0.02
@@ -22,6 +23,7 @@ class _Generation:
     """One request on this worker: the sink of its engine run, and the end of its stream."""
 
     __slots__ = (
+        "_base",
         "_batch",
         "_began_s",
         "_call",
@@ -45,9 +47,11 @@ class _Generation:
         self._waited_ms = 0.0
         """Until the engine got it."""
         self._is_untold, self._has_told = role.is_observed, False
-        """Whether the processor is still to hear what was done before the first token, and whether it heard all of it."""
-        self._item = [self._first]
-        """The last one: the position of its first token, and its tokens. The next token's position is that plus their number."""
+        """Whether the processor is still to hear what was done before the first token, and whether it heard it."""
+        self._item: list[Any] = []
+        """The last one, as it leaves: tokens of the same message are added to it."""
+        self._base = self._first
+        """The next token's position, less the length of that item."""
         self._batch = -1
         """The message that it leaves with."""
 
@@ -66,19 +70,20 @@ class _Generation:
             self._begin_item(tokens, logprobs)
 
     def _begin_item(self, tokens: list[int], logprobs: list[TokenLogprobs] | None) -> None:
+        position = self._position
+        item: list[Any] = [position, *tokens] if logprobs is None else [[position, *tokens], logprobs]
         if self._is_untold:
-            self._tell()
-        item = [self._position, *tokens]
+            self._tell(item)
         if logprobs is None:
             self._item, self._batch = item, self._wire.num_batches
-            self._call.send(item)
         else:
-            self._item, self._batch = [self._position + len(tokens)], -1
-            self._call.send([item, logprobs])
+            self._item, self._batch = [], -1
+        self._base = position + len(tokens) - len(self._item)
+        self._call.send(item)
 
     @property
     def _position(self) -> int:
-        return self._item[0] + len(self._item) - 1
+        return self._base + len(self._item)
 
     @property
     def num_generated(self) -> int:
@@ -87,11 +92,8 @@ class _Generation:
 
     def on_finish(self, reason: str, stats: GenerationStats) -> None:
         num_cached = self._role.count_prompt(self, stats)
-        if self._has_told:
-            phases, total_ms = {"decode": stats.decode_ms}, (time.monotonic() - self._began_s) * 1000
-            self._call.end({"reason": reason, "phases_ms": phases, "total_ms": total_ms})
-        else:
-            self._call.end({"reason": reason, **self._account(stats.queue_ms, stats.prefill_ms, stats.decode_ms, num_cached)})
+        account = self._account(stats.queue_ms, stats.prefill_ms, stats.decode_ms, num_cached)
+        self._call.end({"reason": reason, "account": account})
         self._role.ended(self)
 
     def cancel(self) -> None:
@@ -102,8 +104,8 @@ class _Generation:
         """The engine gets it now."""
         self._waited_ms = (time.monotonic() - self._began_s) * 1000
 
-    def _tell(self) -> None:
-        """Ahead of the first token, what was done by then: of a request that is stopped, cancelled or cut off, no more is ever heard."""
+    def _tell(self, item: list[Any]) -> None:
+        """The first item begins with what was done by then: of a request that is stopped, cancelled or cut off, no more is ever heard."""
         self._is_untold = False
         if self.request.sampling.max_tokens - self._first <= 1:
             return  # its end follows at once
@@ -112,8 +114,8 @@ class _Generation:
         queue_ms, num_cached = 0.0, 0
         if admission is not None:
             queue_ms, num_cached = min(admission.queue_ms, since_ms), self._role.num_found(self, admission.num_cached_tokens)
-            self._has_told = True
-        self._call.send(self._account(queue_ms, since_ms - queue_ms, 0.0, num_cached))
+        item.insert(0, self._account(queue_ms, since_ms - queue_ms, 0.0, num_cached))
+        self._has_told = True
 
     def on_error(self, error: MeshserveError) -> None:
         self._role.ended(self)
@@ -130,28 +132,17 @@ class _Generation:
         else:
             self._role.run(self, result.reservation)
 
-    def _account(self, queue_ms: float, prefill_ms: float, decode_ms: float, num_cached: int) -> dict[str, Any]:
+    def _account(self, queue_ms: float, prefill_ms: float, decode_ms: float, num_cached: int) -> WorkerAccount:
         """What this worker knows for the receipt. Until the engine got it, whatever was not the handoff's work was waiting."""
-        handoff = self._handoff
+        handoff, total_ms = self._handoff, (time.monotonic() - self._began_s) * 1000
         if handoff is None:
-            phases = {"queue": queue_ms + self._waited_ms, "prefill": prefill_ms, "decode": decode_ms}
-            return {"num_cached_tokens": num_cached, "phases_ms": phases, "total_ms": (time.monotonic() - self._began_s) * 1000}
-        handed_ms = handoff.prefill_ms + handoff.transfer_ms
-        phases = {
-            "queue": queue_ms + max(0.0, self._waited_ms - handed_ms),
-            "prefill": prefill_ms + handoff.prefill_ms,
-            "kv_transfer": handoff.transfer_ms,
-            "decode": decode_ms,
-        }
-        return {
-            "num_cached_tokens": num_cached,
-            "phases_ms": phases,
-            "total_ms": (time.monotonic() - self._began_s) * 1000,
-            "prefill_peer": handoff.prefill_peer,
-            "attempts": handoff.attempts,
-            "num_blocks": handoff.num_blocks,
-            "num_bytes": handoff.num_bytes,
-        }
+            return WorkerAccount(queue_ms + self._waited_ms, prefill_ms, 0.0, decode_ms, total_ms, num_cached)
+        queue_ms += max(0.0, self._waited_ms - handoff.prefill_ms - handoff.transfer_ms)
+        handed_over = None
+        if not self._has_told:
+            handed_over = HandedOver(handoff.prefill_peer, handoff.attempts, handoff.num_blocks, handoff.num_bytes)
+        prefill_ms += handoff.prefill_ms
+        return WorkerAccount(queue_ms, prefill_ms, handoff.transfer_ms, decode_ms, total_ms, num_cached, handed_over)
 
     def num_handed_over(self, kv_bytes_per_token: int) -> int:
         """Tokens whose KV came from elsewhere: the engine counts them as cached, the receipt does not."""

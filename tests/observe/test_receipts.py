@@ -9,11 +9,12 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from meshserve.cli.trace.waterfall import waterfall
-from meshserve.observe.receipts import PHASES, Front, Receipt, after_first_token, merged, milliseconds, partition, with_front
+from meshserve.observe.receipts import PHASES, Front, PhaseTimes, Receipt, after_first_token, merged, partition, with_front
 from meshserve.observe.spans import MAX_PHASE_SPANS, export_body, receipt_spans
 from meshserve.roles.processor.accounting import Account
 from meshserve.routing.candidates import Candidate
 from meshserve.telemetry import Histograms, Phases
+from meshserve.wire.account import HandedOver, WorkerAccount, milliseconds
 from meshserve.wire.trace_context import TraceContext, read_traceparent
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -47,7 +48,7 @@ def test_no_clock_of_another_peer_breaks_the_partition(said: dict[str, Any], tot
 def test_with_the_frontends_part_they_partition_what_the_frontend_measured(
     measured: dict[str, float], total_ms: float, part: dict[str, float]
 ) -> None:
-    receipt = Receipt("r", "", "m", phases_ms=measured, total_ms=total_ms).to_wire()
+    receipt = Receipt("r", "", "m", phases_ms=PhaseTimes(**measured), total_ms=total_ms).to_wire()
     found = with_front(receipt, {"frontend": "f", **part})
     assert_partition(found["phases_ms"], part.get("total_ms", 0.0))
     assert found["peers"]["frontend"] == "f"
@@ -67,14 +68,14 @@ def test_a_frontends_part_adds_up_wherever_its_request_ended(gaps_s: list[float]
 
 @given(phases, phases, times)
 def test_a_later_answers_wait_is_what_the_first_one_did_then(first: dict[str, float], own: dict[str, float], waited_ms: float) -> None:
-    found = after_first_token(first, waited_ms, own)
+    found = after_first_token(PhaseTimes(**first), waited_ms, PhaseTimes(**own)).to_dict()
     assert sum(found.values()) == pytest.approx(sum(own.values()) + waited_ms)
     assert all(found[phase] >= value for phase, value in own.items())
 
 
 def test_several_answers_make_one_receipt_that_names_who_served_each() -> None:
     receipts = [Receipt(f"r/{index}", "", "m", num_completion_tokens=index, num_blocks=1) for index in range(3)]
-    receipts[1].peers["decode"] = "other"
+    receipts[1].decode = "other"
     whole = merged(receipts, "r", 7, 2).to_wire()
     assert whole["tokens"] == {"prompt": 7, "cached": 2, "completion": 3} and whole["kv"]["blocks"] == 3
     assert [choice["decode"] for choice in whole["choices"]] == [None, "other", None]
@@ -83,12 +84,12 @@ def test_several_answers_make_one_receipt_that_names_who_served_each() -> None:
 def test_a_call_that_ends_without_an_account_counts_what_its_worker_said_before_the_first_token() -> None:
     account = Account(Receipt("r", "", "m"), Phases(), Histograms(), str)
     account.enter("call")
-    account.early = {"phases_ms": {"queue": 0.0, "prefill": 0.0}, "total_ms": 0.0, "prefill_peer": "p", "num_cached_tokens": 3}
+    account.early = WorkerAccount(queue_ms=1.0, num_cached_tokens=3, handed_over=HandedOver("p", [], 0, 0))
     last_s = account.first_token("w")
     account.close(last_s)
     receipt = account.receipt
-    assert receipt.peers["prefill"] == "p" and receipt.num_cached_tokens == 3 and receipt.phases_ms["decode"] > 0
-    assert "queue" in receipt.phases_ms and account.settle() == 0.0
+    assert receipt.prefill == "p" and receipt.num_cached_tokens == 3 and receipt.phases_ms.decode > 0
+    assert receipt.phases_ms.queue == 1.0 and account.settle() == 0.0
 
 
 def test_a_call_that_came_to_nothing_was_waiting() -> None:
@@ -97,25 +98,29 @@ def test_a_call_that_came_to_nothing_was_waiting() -> None:
     account.settle()
     account.enter("call")
     took_ms = account.settle()
-    assert account.receipt.phases_ms["queue"] == took_ms > 0 and account.receipt.phases_ms["route"] > 0
+    assert account.receipt.phases_ms.queue == took_ms > 0 and account.receipt.phases_ms.route > 0
 
 
 def test_what_a_worker_said_twice_counts_once() -> None:
     account = Account(Receipt("r", "", "m"), Phases(), None, str)
     account.enter("call")
-    account.early = {"phases_ms": {"queue": 2.0, "prefill": 3.0}, "total_ms": 5.0, "attempts": [{"peer": "p"}]}
+    account.early = [2.0, 3.0, 0.0, 0.0, 5.0, 0, [None, [{"peer": "p"}], 0, 0]]
     account.first_token("w")
-    account.call_ended({"phases_ms": {"prefill": 4.0, "decode": 1.0}, "total_ms": 7.0})
-    assert account.receipt.phases_ms == {"queue": 2.0, "prefill": 4.0, "decode": 1.0, "network": 0.0}
+    account.call_ended([2.0, 4.0, 0.0, 1.0, 7.0, 0, None])
+    assert account.receipt.phases_ms == PhaseTimes(queue=2.0, prefill=4.0, decode=1.0)
     assert account.receipt.attempts == [{"peer": "p"}]
 
 
-@given(st.dictionaries(st.sampled_from(("phases_ms", "total_ms", "num_blocks", "attempts", "prefill_peer")), hostile))
-def test_an_account_of_any_form_does_no_harm(said: dict[str, Any]) -> None:
+@given(hostile | st.lists(hostile | st.lists(hostile, min_size=4, max_size=4), max_size=9), st.booleans())
+def test_an_account_of_any_form_does_no_harm(said: Any, is_complete: bool) -> None:
     account = Account(Receipt("r", "", "m"), Phases(), None, str)
     account.enter("call")
-    account.early = dict(said)
-    account.call_ended(said)
+    account.early = said
+    account.first_token("w")
+    if is_complete:
+        account.call_ended(said)
+    else:
+        account.settle()
     assert_partition(account.receipt.to_wire()["phases_ms"], 0.0)
 
 
@@ -148,7 +153,7 @@ def ids() -> list[str]:
 @given(phases, times)
 def test_the_spans_of_a_request_lie_one_after_the_other_within_it(measured: dict[str, float], total_ms: float) -> None:
     own = TraceContext("a" * 32, "b" * 16)
-    receipt = Receipt("r", "", "m", phases_ms=measured, total_ms=total_ms, outcome="peer_lost", error="gone")
+    receipt = Receipt("r", "", "m", phases_ms=PhaseTimes(**measured), total_ms=total_ms, outcome="peer_lost", error="gone")
     whole, *parts = receipt_spans(receipt, 10**18, own, "c" * 16, ids())
     assert whole["parentSpanId"] == "c" * 16 and whole["status"] == {"code": 2, "message": "gone"}
     last_ns = int(whole["startTimeUnixNano"])
@@ -165,10 +170,11 @@ def test_the_spans_of_a_request_lie_one_after_the_other_within_it(measured: dict
 def a_receipt(**fields: Any) -> dict[str, Any]:
     candidates = [Candidate(f"{number}", f"worker-{number}", number, number, 1.5, 2.5, "about as good") for number in range(40)]
     receipt = Receipt("r", "label", "m", candidates=candidates, prefill_candidates=candidates, total_ms=100.0, outcome="ok", **fields)
-    receipt.phases_ms = {"process": 10.0, "prefill": 40.0, "decode": 49.0}
-    receipt.peers |= {"processor": "front", "frontend": "front", "decode": "worker-1", "prefill": "worker-2"}
+    receipt.phases_ms = PhaseTimes(process=10.0, prefill=40.0, decode=49.0)
+    receipt.processor, receipt.decode, receipt.prefill = "front", "worker-1", "worker-2"
     receipt.attempts = [{"peer": "worker-2", "outcome": "done", "ms": 3.0, "blocks": 4}]
-    return receipt.to_wire()
+    found = receipt.to_wire()
+    return {**found, "peers": {**found["peers"], "frontend": "front"}}
 
 
 @pytest.mark.parametrize(("width", "height"), [(80, 23), (200, 49)])

@@ -13,6 +13,7 @@ from meshserve.errors import MeshserveError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.processor.processor import ProcessorRole
+from meshserve.wire.account import WorkerAccount
 from meshserve.wire.card import FEATURES
 from meshserve.wire.completion import CompletionRequest, Ending, Item, read_item
 from meshserve.wire.generation import GenerateRequest
@@ -84,7 +85,7 @@ class Worker:
         for place, token in enumerate(text.encode()):
             call.send([position + place, token])
         if reason is not None:
-            call.end({"reason": reason, "num_cached_tokens": 2})
+            call.end({"reason": reason, "account": WorkerAccount(num_cached_tokens=2)})
 
 
 class Scene:

@@ -284,22 +284,24 @@ def test_what_a_worker_must_not_say_fails_the_request_and_nothing_else(item: Any
 @pytest.mark.parametrize(
     "account",
     [
-        {"phases_ms": [1]},
-        {"phases_ms": {"decode": "x"}},
-        {"total_ms": [1]},
-        {"num_cached_tokens": "x"},
-        {"num_blocks": float("inf")},
-        {"attempts": 5},
+        {},
+        [],
+        ["x", 1.0],
+        [0.0, 0.0, 0.0, "x", 0.0, 0, None],
+        [0.0, 0.0, 0.0, float("nan"), [1], "x", 5],
+        [0.0, 0.0, 0.0, 0.0, 0.0, 0, [5, 5, float("inf"), None]],
     ],
 )
-def test_a_workers_malformed_account_costs_the_receipt_its_figures_and_nothing_else(account: dict[str, Any]) -> None:
+def test_a_workers_malformed_account_costs_the_receipt_its_figures_and_nothing_else(account: Any) -> None:
     async def check() -> None:
         async with scene() as found:
             client = found.ask(wants_receipt=True)
             await found.worker.asked(1)
-            found.worker.calls[0].end({"reason": "stop", **account})
+            found.worker.calls[0].send([account, 0, *b"ab"] if isinstance(account, list) else [0, *b"ab"])
+            found.worker.calls[0].end({"reason": "stop", "account": account})
             ending = await client.end()
-            assert ending.receipt is not None and ending.receipt["phases_ms"]["decode"] == 0 and ending.receipt["attempts"] == []
+            assert texts(client, 0) == "ab" and ending.receipt is not None
+            assert ending.receipt["phases_ms"]["decode"] == 0 and ending.receipt["attempts"] == []
             assert found.processor.is_idle
 
     run_async(check())

@@ -105,8 +105,8 @@ class ProcessorRole:
         if self.receipts is None:
             return
         process_ms = phases.end()
-        receipt = Receipt(asked.request_id, asked.client_id, asked.model, phases_ms={"process": process_ms}, traceparent=asked.traceparent)
-        receipt.peers["processor"] = self.name
+        receipt = Receipt(asked.request_id, asked.client_id, asked.model, processor=self.name, traceparent=asked.traceparent)
+        receipt.phases_ms.process = process_ms
         receipt.total_ms, receipt.outcome, receipt.error = process_ms, error.code, error.message
         self.receipts.keep(receipt)
 

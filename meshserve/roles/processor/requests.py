@@ -90,7 +90,7 @@ class Request:
             self.sequences += self._sequences(place)
         process_ms = phases.end()
         for sequence in self.sequences:
-            sequence.receipt.phases_ms["process"] = process_ms
+            sequence.receipt.phases_ms.process = process_ms
 
     def _sequences(self, place: int) -> list[Sequence]:
         tokens, asked = self._prompts[place], self._asked
@@ -104,8 +104,8 @@ class Request:
     def _sequence(self, index: int, tokens: "array[int]", sampling: Sampling) -> Sequence:
         asked = self._asked
         name = self.request_id if self._num_open == 1 else f"{self.request_id}/{index}"
-        peers = {"frontend": None, "processor": self._role.name, "router": None, "decode": None, "prefill": None}
-        receipt = Receipt(name, asked.client_id, asked.model, "", peers, num_prompt_tokens=len(tokens), traceparent=asked.traceparent)
+        receipt = Receipt(name, asked.client_id, asked.model, processor=self._role.name, traceparent=asked.traceparent)
+        receipt.num_prompt_tokens = len(tokens)
         phases = Phases() if index else self._phases
         return Sequence(self._role, self, receipt, tokens, sampling, self._choice(index), phases)
 
@@ -194,9 +194,8 @@ class Request:
         """The receipt: the path of the first answer, the times of the one that the end waited for."""
         receipt = last.receipt if len(self.sequences) == 1 else self._merged_receipt(last)
         receipt.total_ms, receipt.outcome, receipt.error = self._phases.total_ms(), outcome, error
-        receipts = self._role.receipts
-        if receipts is not None:
-            self._role.mesh.later(lambda: receipts.keep(receipt))
+        if self._role.receipts is not None:
+            self._role.receipts.keep(receipt)
         self.sequences = []  # they hold this request: only the collector could free them
         return receipt
 

@@ -160,8 +160,8 @@ class Sequence:
     def placed(self, placement: Placement) -> None:
         """The candidates are known."""
         receipt, self._placing = self.receipt, None  # it holds this sequence: only the collector could free both
-        receipt.peers["router"], receipt.policy = placement.router, placement.policy
-        receipt.candidates, receipt.prefill_candidates = placement.decode, placement.prefill
+        receipt.router, receipt.policy = placement.router, placement.policy
+        receipt.candidates, receipt.prefill_candidates = placement.decode, placement.prefill or ()
         prefill = placement.prefill
         self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in prefill) if prefill else ()
         self.account.placed()
@@ -176,7 +176,7 @@ class Sequence:
 
     def _dispatch(self, chosen: Candidate) -> None:
         self.worker, self._num_overlap_blocks = chosen.incarnation, chosen.overlap_blocks
-        self.receipt.peers["decode"] = chosen.peer
+        self.receipt.decode = chosen.peer
         if self._is_followed:
             self._note_routed(chosen)
         request = GenerateRequest(
@@ -191,7 +191,7 @@ class Sequence:
 
     def _note_routed(self, chosen: Candidate) -> None:
         receipt = self.receipt
-        router, policy = receipt.peers["router"], receipt.policy
+        router, policy = receipt.router, receipt.policy
         candidates = [candidate.for_receipt() for candidate in receipt.candidates]
         self._journal.note("routed", self.request_id, decode=chosen.incarnation, router=router, policy=policy, candidates=candidates)
 
@@ -223,15 +223,16 @@ class Sequence:
             self._stop_early()
 
     def _unusual(self, item: Any) -> tuple[list[int] | None, Any]:
-        """Tokens with log probabilities; else nothing: the name of a prefill worker that died, what the worker did before the first
-        token, or the prompt's log probabilities.
+        """The first tokens, ahead of which stands what the worker did by then, or tokens with log probabilities; else nothing: the name
+        of a prefill worker that died, or the prompt's log probabilities.
         """
         if isinstance(item, str):
             self._lost.append(item)
             return None, None
-        if isinstance(item, dict):
-            self.account.early = item
-            return None, None
+        if isinstance(item, list) and len(item) > 2 and isinstance(item[0], (list, tuple)) and not self.num_tokens:
+            self.account.early, item = item[0], item[1:]
+            if item[0] == 0 and len(item) > 1:
+                return item, None
         if isinstance(item, list) and len(item) == 2 and isinstance(item[1], list):
             numbered, logprobs = item
             if numbered == "prompt_logprobs":
@@ -250,16 +251,16 @@ class Sequence:
 
     def on_end(self, value: Any) -> None:
         """The worker is done."""
-        account = value if isinstance(value, dict) else {}
-        self.account.call_ended(account)
+        said = value if isinstance(value, dict) else {}
+        self.account.call_ended(said.get("account"))
         if not self.num_tokens:
             self._owner.began(self)
-        self._end("stop" if account.get("reason") == "stop" else "length")
+        self._end("stop" if said.get("reason") == "stop" else "length")
 
     def on_error(self, error: MeshserveError) -> None:
         """The worker failed, or was lost."""
         if error.code == PeerLost.code:
-            self._lost.append(self.receipt.peers["decode"] or "a worker")
+            self._lost.append(self.receipt.decode or "a worker")
         self._retry_or_fail(error)
 
     def _retry_or_fail(self, error: MeshserveError) -> None:
@@ -287,7 +288,7 @@ class Sequence:
     def _note_attempt(self, error: MeshserveError, took_ms: float) -> None:
         name = self._dispatcher.mesh.name_of(self.worker or "")
         attempt = {"peer": name, "role": "decode", "outcome": error.code, "tokens": self.num_tokens, "ms": round(took_ms, 3)}
-        self.receipt.attempts.append(attempt)
+        self.receipt.attempts = [*self.receipt.attempts, attempt]
 
     # --- the end
 
@@ -298,7 +299,7 @@ class Sequence:
         if self._opened is not None:
             self._opened.cancel()
         self.account.settle()
-        if not self.account.early:
+        if self.account.early is None:
             self.receipt.num_cached_tokens = min(self._num_overlap_blocks * self._owner.block_size, len(self.tokens) - 1)
         self._end("stop")
 
