@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-PROTOCOL_MAJOR = 1
-PROTOCOL_MINOR = 1
+PROTOCOL_MAJOR = 2
+PROTOCOL_MINOR = 0
 
 FIRST_PORT = 7800
 """Where a peer looks for its block of ports, and what `--peer HOST` means."""

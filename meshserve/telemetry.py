@@ -80,9 +80,10 @@ class Histograms:
         self._note((name,), duration_s)
 
     def read_from(self, names: tuple[str, ...], durations_s: Callable[[Any], tuple[float, ...]]) -> Callable[[Any], None]:
-        """A function that notes objects which hold one duration of each of these. They are read when they are counted, so nobody may
-        change them any more.
+        """A function that notes objects which hold one duration of each of these; to be called once for these names. The objects are read
+        when they are counted, so nobody may change them any more.
         """
+        assert names not in self._readers and names not in self._noted
         self._readers[names] = durations_s
         return partial(self._note, names)
 

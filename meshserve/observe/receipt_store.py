@@ -57,7 +57,8 @@ class Receipts:
             receipt.ended_s = now_s
             self._kept.append(receipt)
             self._count(receipt)
-            if self.on_kept is not None:
+        if self.on_kept is not None:
+            for receipt in over:
                 self.on_kept(receipt)
 
     def _count(self, receipt: Receipt) -> None:

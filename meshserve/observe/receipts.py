@@ -76,7 +76,7 @@ class Receipt:
 
     @property
     def peers(self) -> dict[str, str | None]:
-        """By role."""
+        """By role, in a dictionary of its own."""
         return {"frontend": None, "processor": self.processor, "router": self.router, "decode": self.decode, "prefill": self.prefill}
 
     def keep_best(self, num_candidates: int) -> None:

@@ -56,14 +56,11 @@ class _Generation:
         """The message that it leaves with."""
 
     def on_prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> None:
-        """An item that begins with its name: tokens begin with a number, or with a list."""
+        """An item of its own, see :mod:`meshserve.wire.generation`."""
         self._call.send(["prompt_logprobs", logprobs])
 
     def on_tokens(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
-        """Tokens carry their position, so that a gap or a repeat cannot pass unseen. With log probabilities, the item is a pair.
-
-        Tokens that leave in one message are one item.
-        """
+        """Tokens carry their position, so that a gap or a repeat cannot pass unseen. Those that leave in one message are one item."""
         if logprobs is None and self._batch == self._wire.num_batches:
             self._item += tokens
         else:
@@ -107,7 +104,7 @@ class _Generation:
     def _tell(self, item: list[Any]) -> None:
         """The first item begins with what was done by then: of a request that is stopped, cancelled or cut off, no more is ever heard."""
         self._is_untold = False
-        if self.request.sampling.max_tokens - self._first <= 1:
+        if self.request.sampling.max_tokens - self._first <= 1 and self._handoff is None:
             return  # its end follows at once
         admission = self._role.admission(self.request)
         since_ms = (time.monotonic() - self._began_s) * 1000 - self._waited_ms

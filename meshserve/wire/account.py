@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 _MAX_MS = 1e9
-_NUM_FIELDS = 7
+_MAX_COUNT = 1 << 63
 
 
 def milliseconds(value: Any) -> float:
@@ -12,6 +12,10 @@ def milliseconds(value: Any) -> float:
     if type(value) is float and 0.0 <= value < _MAX_MS:
         return value
     return min(float(value), _MAX_MS) if type(value) in (int, float) and math.isfinite(value) and value > 0 else 0.0
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and 0 <= value < _MAX_COUNT else 0
 
 
 class HandedOver(NamedTuple):
@@ -26,9 +30,13 @@ class HandedOver(NamedTuple):
     @classmethod
     def from_wire(cls, data: Any) -> "HandedOver":
         """Of what cannot be read nothing is left; see :meth:`WorkerAccount.from_wire`."""
-        peer, attempts, num_blocks, num_bytes = data[:4] if isinstance(data, (list, tuple)) and len(data) >= 4 else (None, None, 0, 0)
+        if type(data) is cls:
+            return data
+        num_fields = len(cls._fields)
+        row = data[:num_fields] if isinstance(data, (list, tuple)) and len(data) >= num_fields else (None, None, 0, 0)
+        peer, attempts, num_blocks, num_bytes = row
         read = [attempt for attempt in attempts if isinstance(attempt, dict)] if isinstance(attempts, list) else []
-        return cls(peer if isinstance(peer, str) else None, read, int(milliseconds(num_blocks)), int(milliseconds(num_bytes)))
+        return cls(peer if isinstance(peer, str) else None, read, _count(num_blocks), _count(num_bytes))
 
 
 class WorkerAccount(NamedTuple):
@@ -58,7 +66,7 @@ class WorkerAccount(NamedTuple):
             milliseconds(kv_transfer),
             milliseconds(decode),
             milliseconds(total),
-            int(milliseconds(num_cached)),
+            _count(num_cached),
             HandedOver.from_wire(handed_over) if handed_over is not None else None,
         )
 
@@ -70,3 +78,4 @@ def handed_over_in(data: Any) -> HandedOver | None:
 
 
 NOTHING_SAID = WorkerAccount()
+_NUM_FIELDS = len(NOTHING_SAID)

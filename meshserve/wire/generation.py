@@ -1,4 +1,13 @@
-"""What a processor asks of a decode worker, and what comes back."""
+"""What a processor asks of a decode worker. What comes back is a stream; its items are, with positions counted from 0:
+
+- `[position, token, ...]`: tokens, and the position of the first one;
+- `[[position, token, ...], logprobs]`: the same with as many log probabilities;
+- either of them after `account`, as its first element, with the first tokens: a row of :mod:`meshserve.wire.account`;
+- `["prompt_logprobs", logprobs]`, before all tokens;
+- `NAME` of a prefill worker that died with the prompt.
+
+The end is `{"reason": "stop" or "length", "account": account}`.
+"""
 
 import sys
 from array import array

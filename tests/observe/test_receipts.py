@@ -111,6 +111,11 @@ def test_what_a_worker_said_twice_counts_once() -> None:
     assert account.receipt.attempts == [{"peer": "p"}]
 
 
+def test_bytes_are_counted_whatever_their_number() -> None:
+    account = WorkerAccount.from_wire([0.0, 0.0, 0.0, 0.0, 0.0, 3, [None, [], 7, 5_000_000_000]])
+    assert account == WorkerAccount(num_cached_tokens=3, handed_over=HandedOver(None, [], 7, 5_000_000_000))
+
+
 @given(hostile | st.lists(hostile | st.lists(hostile, min_size=4, max_size=4), max_size=9), st.booleans())
 def test_an_account_of_any_form_does_no_harm(said: Any, is_complete: bool) -> None:
     account = Account(Receipt("r", "", "m"), Phases(), None, str)

@@ -171,6 +171,18 @@ def test_what_is_stopped_or_cancelled_names_its_peers_and_where_its_time_went(se
     assert receipt["phases_ms"]["decode"] > 0 and receipt["phases_ms"]["prefill"] > 0 and receipt["tokens"]["completion"] > 0
 
 
+def test_what_its_first_token_stopped_names_who_prefilled_it(served: Served) -> None:
+    stops = [" ", "e", "a", "o"]
+    for number in range(40):  # whose first letter is one of these
+        fields = {"prompt": f"{number} first {PROMPT}", "max_tokens": 1, "stop": stops, "meshserve": {"receipt": True}}
+        answer = served.ask(f"first-{number}", **fields).json()
+        if answer["choices"][0]["finish_reason"] == "stop":
+            break
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    receipt = answer["meshserve"]
+    assert receipt["peers"]["prefill"] and receipt["kv"]["blocks"] and [attempt["outcome"] for attempt in receipt["attempts"]] == ["done"]
+
+
 def test_several_answers_add_up_along_the_slowest_and_each_names_its_worker(served: Served) -> None:
     served.ask("several", prompt=f"several {PROMPT}", n=3, max_tokens=16)
     receipt = served.receipt("several")

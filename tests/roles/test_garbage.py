@@ -12,8 +12,12 @@ import pytest
 
 from meshserve.app import Peer
 from meshserve.config import MeshConfig, ServeConfig
-from tests.harness import run_async, until
+from meshserve.errors import Draining
+from meshserve.mesh.calls import IncomingCall
+from tests.harness import run_async, until, until_awaited
+from tests.roles.scripted import scene
 
+OURS = ("meshserve.", "uvicorn.")
 DEADLINE_S = 5.0
 LONG = "a prompt of several blocks, "
 COMPLETION: dict[str, Any] = {"model": "dummy", "prompt": "hi", "max_tokens": 4}
@@ -61,14 +65,14 @@ async def meshed() -> AsyncIterator[httpx.AsyncClient]:
 
 @contextmanager
 def nothing_to_collect() -> Iterator[None]:
-    """What happens inside makes no objects of this program's that are reachable only from each other."""
+    """What happens inside leaves no objects of this program's, or of its server's, that are reachable only from each other."""
     gc.collect()
     gc.disable()
     try:
         yield
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
-        assert not Counter(type(found).__qualname__ for found in gc.garbage if type(found).__module__.startswith("meshserve."))
+        assert not Counter(type(found).__qualname__ for found in gc.garbage if type(found).__module__.startswith(OURS))
     finally:
         gc.set_debug(0)
         gc.garbage.clear()
@@ -82,21 +86,53 @@ def test_nothing_of_a_request_waits_for_the_collector(kind: str) -> None:
     async def check() -> None:
         async with meshed() as client:
             with nothing_to_collect():
-                for number in range(3):
+                for number, connection in enumerate(("keep-alive", "keep-alive", "close")):
                     fields = {**body, "prompt": f"{number} {body['prompt']}"} if kind == "handed over" else body
-                    reply = await client.post(path, json=fields)
+                    reply = await client.post(path, json=fields, headers={"connection": connection})
                     assert reply.is_success is not kind.startswith("refused"), reply.text
+                await client.get("/health")  # by now the server has seen the last connection close
 
     run_async(check())
 
 
-def test_nothing_of_a_request_whose_client_left_waits_for_the_collector() -> None:
+def test_nothing_of_a_connection_whose_client_left_waits_for_the_collector() -> None:
     async def check() -> None:
         async with meshed() as client:
+
+            async def is_idle() -> bool:
+                peers = (await client.get("/mesh/peers", headers={"connection": "close"})).json()
+                return not any(peer["load"]["num_running"] for peer in peers if "decode" in peer["roles"])
+
             with nothing_to_collect():
                 async with client.stream("POST", "/v1/completions", json={**COMPLETION, "max_tokens": 100_000, "stream": True}) as reply:
                     await anext(reply.aiter_bytes())
-                while (await client.get("/mesh/peers")).json()[0]["load"]["num_running"]:
-                    pass
+                await until_awaited(is_idle, DEADLINE_S, "the worker is told")
+
+    run_async(check())
+
+
+def test_nothing_of_a_request_that_no_worker_takes_waits_for_the_collector() -> None:
+    async def check() -> None:
+        async with scene() as found:
+            found.worker.error = Draining("no more")
+            with nothing_to_collect():
+                assert (await found.ask().failure()).code == "no_worker"
+                found.worker.calls.clear()
+
+    run_async(check())
+
+
+def test_nothing_of_a_request_cancelled_while_a_router_thinks_waits_for_the_collector() -> None:
+    async def check() -> None:
+        async with scene(roles=("processor", "router", "decode")) as found:
+            asked: list[IncomingCall] = []
+            found.mesh.serve("route", asked.append)
+            with nothing_to_collect():
+                client = found.ask()
+                await until(lambda: bool(asked), DEADLINE_S, "the router is asked")
+                assert client.call is not None
+                client.call.cancel()
+                await until(lambda: not asked[0].is_open and found.processor.is_idle, DEADLINE_S, "all are told")
+                asked.clear()
 
     run_async(check())

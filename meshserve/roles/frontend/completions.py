@@ -97,9 +97,9 @@ class Completions:
 
     async def _serve(self, api: Api, scope: Scope, receive: Receive, send: Send) -> None:
         """The response leaves by the connection's own way, as that of a request that came whole."""
-        response = Responder(scope[CYCLE], scope.get(EXTRA_HEADERS, ()))
+        response = Responder(scope[CYCLE](), scope.get(EXTRA_HEADERS, ()))
         headers = dict(reversed(scope["headers"]))
-        exchange = self.begin(api, scope[CONNECTION], response, headers, scope.get(CLIENT, ""), time.monotonic())
+        exchange = self.begin(api, scope[CONNECTION](), response, headers, scope.get(CLIENT, ""), time.monotonic())
         over = asyncio.Event()
         exchange.on_done = over.set
         try:

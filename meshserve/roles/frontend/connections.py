@@ -10,6 +10,7 @@ between: both cost as much as all else about HTTP. Whatever is unusual about a r
 import asyncio
 import contextlib
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
@@ -27,7 +28,8 @@ from meshserve.roles.frontend.progress import Progress, Stage, Verdict
 from meshserve.telemetry import Counters
 
 CONNECTION, CYCLE = "meshserve.connection", "meshserve.cycle"
-"""In the scope of every request: the connection that it came on, and uvicorn's state of its answer."""
+"""In the scope of every request: the connection that it came on, and uvicorn's state of its answer. Weak references, as both hold the
+scope: only the collector could free them else."""
 
 _SWEEP_S = 0.5
 _SWEEP_AGAIN_S = 0.02
@@ -190,6 +192,7 @@ class FrontProtocol(HttpToolsProtocol):
         self.is_lost = True
         if self.exchange is not None:
             self.exchange.client_gone()
+        self.pipeline.clear()
         self.cycle = None  # type: ignore[assignment]  # as uvicorn does the parser: a short request's holds this connection
 
     def pause_writing(self) -> None:
@@ -308,9 +311,9 @@ class FrontProtocol(HttpToolsProtocol):
         super().on_message_begin()
         self.url, self.expect_100_continue = url, expects
         self.headers += headers  # the list that uvicorn's scope has
-        self.scope[CONNECTION] = self  # type: ignore[literal-required]  # ours, for those on the way
+        self.scope[CONNECTION] = weakref.ref(self)  # type: ignore[literal-required]  # ours, for those on the way
         super().on_headers_complete()
-        self.scope[CYCLE] = self.cycle  # type: ignore[literal-required]
+        self.scope[CYCLE] = weakref.ref(self.cycle)  # type: ignore[literal-required]
 
     def on_body(self, body: bytes) -> None:
         self.progress.num_body_bytes += len(body)

@@ -61,7 +61,7 @@ def encode_headers(headers: Sequence[Header]) -> bytes:
 
 def responder(scope: Scope, send: Send) -> Send:
     """For a request by POST: `send` itself if somebody stands before it who changes what is sent."""
-    cycle: Cycle = scope[CYCLE]
+    cycle: Cycle = scope[CYCLE]()
     return Responder(cycle).send if send == cycle.send else send  # type: ignore[attr-defined]  # uvicorn's has one
 
 

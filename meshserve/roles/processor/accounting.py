@@ -11,7 +11,7 @@ from meshserve.wire.account import HandedOver, WorkerAccount, handed_over_in
 
 class Account:
     """What a sequence is in is `route`, a `call` to a worker, or nothing. Of a call that ends well the worker says what it did; of any
-    other it is known what the worker said before the first token.
+    other it is known what the worker said with the first tokens.
     """
 
     __slots__ = ("_first_ms", "_first_s", "_histograms", "_name_of", "_now_in", "early", "gaps", "phases", "receipt")

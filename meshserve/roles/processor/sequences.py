@@ -293,8 +293,8 @@ class Sequence:
     # --- the end
 
     def _stop_early(self) -> None:
-        """A stop string was found: the worker need not go on. What it found in its cache is known from its word before the first token,
-        or else from the router.
+        """A stop string was found: the worker need not go on. What it found in its cache is known from its word with the first
+        tokens, or else from the router.
         """
         if self._opened is not None:
             self._opened.cancel()
@@ -328,6 +328,7 @@ class Sequence:
             self._over("cancelled")
             if self._placing is not None:
                 self._placing.cancel()
+                self._placing = None
             if self._opened is not None:
                 self._opened.cancel()
 
