@@ -337,5 +337,11 @@ class Sequence:
         self.is_over = True
         self.receipt.num_completion_tokens = self.choice.num_tokens
         if self._journal.is_on:
-            prompt = {"num_prompt_tokens": len(self.tokens), "num_cached_tokens": self.receipt.num_cached_tokens}
-            self._journal.note("result", self.request_id, outcome=outcome, num_tokens=self.num_tokens, **prompt)
+            self._journal.note(
+                "result",
+                self.request_id,
+                outcome=outcome,
+                num_tokens=self.num_tokens,
+                num_prompt_tokens=len(self.tokens),
+                num_cached_tokens=self.receipt.num_cached_tokens,
+            )
