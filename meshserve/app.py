@@ -36,7 +36,7 @@ _IDLE_CHECK_S = 0.02
 _OBJECTS_PER_COLLECTION = 5_000
 _COLLECTIONS_PER_OLDER = (10, 10)
 """A request is a few hundred objects, and hardly any of them is garbage that only a collector finds. Python's own 700 would look at those
-of all requests under way several times while each of them lives; a look at 5,000 takes 0.2 ms."""
+of all requests under way several times while each of them lives; a look at 5,000 takes up to 1 ms."""
 
 
 class Peer:
