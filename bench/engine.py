@@ -3,19 +3,24 @@
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 
+from meshserve.engines.core.rates import StepRates
 from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, GenerationSink, PrefillSink, Reservation
-from meshserve.engines.rates import StepRates
-from meshserve.errors import BlockRefused, Unsupported
+from meshserve.errors import BlockRefused, MeshserveError, Unsupported
 from meshserve.wire.card import ModelCard
 from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.layout import KVLayout
 
 _NUM_PAYLOADS = 16
 """Different blocks in memory, given out in turn: more than fit the processor's caches."""
 
 
-def bench_card(kv_bytes_per_token: int, block_size: int) -> ModelCard:
-    """A model of which only the KV's size matters."""
-    return ModelCard("bench", "bench", 1 << 22, "bytes", "", 0.0, 1, "uint8", kv_bytes_per_token, block_size, True)
+CARD = ModelCard("bench", "bench", 1 << 22, "bytes", "")
+"""A model of which only the KV's size matters."""
+
+
+def bench_layout(kv_bytes_per_token: int, block_size: int) -> KVLayout:
+    """That size."""
+    return KVLayout("bench", block_size, kv_bytes_per_token)
 
 
 class BenchReservation:
@@ -25,21 +30,28 @@ class BenchReservation:
         self.num_cached_tokens, self.num_tokens = 0, num_tokens
         self._buffers = buffers
         self._missing = set(range(num_blocks))
+        self._block_tokens = num_tokens // num_blocks
 
     def missing(self) -> Sequence[int]:
         """Indexes of the blocks that are still to be written, ascending."""
         return sorted(self._missing)
 
-    def expected_bytes(self, index: int) -> int:
+    def tokens_in(self, index: int) -> int:
         """All blocks are full."""
-        return len(self._buffers[0])
+        return self._block_tokens
 
-    def write(self, index: int, payload: bytes | memoryview) -> None:
+    @property
+    def is_complete(self) -> bool:
+        """Nothing is missing."""
+        return not self._missing
+
+    def write(self, index: int, payload: bytes | memoryview, on_done: Callable[[MeshserveError | None], None]) -> None:
         """Take in block `index`. Raises BlockRefused if it is not missing or its length is wrong."""
         if index not in self._missing or len(payload) != len(self._buffers[0]):
             raise BlockRefused(f"block {index} does not fit")
         self._missing.discard(index)
         self._buffers[index % len(self._buffers)][:] = payload
+        on_done(None)
 
     def release(self) -> None:
         """The memory stays."""
@@ -48,16 +60,17 @@ class BenchReservation:
 class BenchEngine:
     """Prefill gives out all blocks at once; nothing is ever cached."""
 
-    def __init__(self, card: ModelCard, on_prefill: Callable[[str], None] = lambda request_id: None) -> None:
-        self.card, self.rates, self._on_prefill = card, StepRates(), on_prefill
+    def __init__(self, layout: KVLayout, on_prefill: Callable[[str], None] = lambda request_id: None) -> None:
+        self.card, self.kv_layout, self.rates, self._on_prefill = CARD, layout, StepRates(), on_prefill
         self.files: Mapping[str, bytes] = {}
-        size_bytes = card.kv_bytes_per_token * card.block_size
+        self.on_failure: Callable[[MeshserveError], None] = lambda error: None
+        size_bytes = layout.block_bytes
         self._payloads = [bytes([number]) * size_bytes for number in range(_NUM_PAYLOADS)]
         self._buffers = [bytearray(size_bytes) for _ in range(_NUM_PAYLOADS)]
         for buffer in self._buffers:
             buffer[:] = self._payloads[0]  # the system finds the pages now, not while time is taken
 
-    def start(self) -> None:
+    async def start(self) -> None:
         """Nothing to start."""
 
     async def close(self) -> None:
@@ -66,14 +79,14 @@ class BenchEngine:
     def check(self, request: GenerateRequest) -> None:
         """Anything goes."""
 
-    def num_cached_tokens(self, tokens: "array[int]") -> int:
+    def num_cached_tokens(self, request: GenerateRequest) -> int:
         """None."""
         return 0
 
-    def reserve(self, tokens: "array[int]") -> Reservation:
+    def reserve(self, request: GenerateRequest) -> Reservation:
         """Room for all of the prompt but its last token, in whole blocks."""
-        num_tokens = len(tokens) - 1
-        return BenchReservation(self._buffers, num_tokens // self.card.block_size, num_tokens)
+        num_tokens = len(request.tokens) - 1
+        return BenchReservation(self._buffers, num_tokens // self.kv_layout.block_size, num_tokens)
 
     def generate(self, request: GenerateRequest, sink: GenerationSink, reservation: Reservation | None = None) -> None:
         """It generates nothing."""
@@ -82,8 +95,8 @@ class BenchEngine:
     def prefill(self, request_id: str, tokens: "array[int]", first_block: int, sink: PrefillSink) -> None:
         """Give out the blocks."""
         self._on_prefill(request_id)
-        for index in range(first_block, len(tokens) // self.card.block_size):
-            sink.on_block(index, self.card.block_size, self._payloads[index % _NUM_PAYLOADS])
+        for index in range(first_block, len(tokens) // self.kv_layout.block_size):
+            sink.on_block(index, self.kv_layout.block_size, self._payloads[index % _NUM_PAYLOADS])
         sink.on_finish(0)
 
     def cancel(self, request_id: str) -> None:

@@ -22,7 +22,7 @@ import click
 import uvloop
 import zmq
 
-from bench.engine import BenchEngine, bench_card
+from bench.engine import BenchEngine, bench_layout
 from bench.pairing import ratio_of
 from bench.processes import answer_until_told, joined, loopback, started, until
 from meshserve.config import HandoffConfig, MeshConfig, TransportConfig
@@ -79,13 +79,12 @@ def prefill_peer(pipe: Connection, kv_bytes_per_token: int, bulk_bytes_per_s: fl
             use_mdns=False,
             transport=TransportConfig(bulk_bytes_per_s=bulk_bytes_per_s),
         )
-        card = bench_card(kv_bytes_per_token, _BLOCK_TOKENS)
-        engine = BenchEngine(card)
+        engine = BenchEngine(bench_layout(kv_bytes_per_token, _BLOCK_TOKENS))
 
         def build(mesh: Mesh) -> Callable[[], None]:
             return _Prefill(mesh, engine).close
 
-        async with joined(config, card, build) as mesh:
+        async with joined(config, engine, build) as mesh:
             pipe.send(mesh.own.port)
             await answer_until_told(pipe, _no_answer)
 
@@ -166,11 +165,11 @@ async def compare_throughput(
     prefill_port: int, kv_bytes_per_token: int, floor: Connection, num_pairs: int, num_blocks: int
 ) -> dict[str, Any]:
     """Alternate between the handoff and the floor."""
-    card = bench_card(kv_bytes_per_token, _BLOCK_TOKENS)
+    layout = bench_layout(kv_bytes_per_token, _BLOCK_TOKENS)
     size_bytes = kv_bytes_per_token * _BLOCK_TOKENS
-    decode, engine = _Decode(), BenchEngine(card)
+    decode, engine = _Decode(), BenchEngine(layout)
     config = loopback("bench-kv", "decode", seeds=(f"127.0.0.1:{prefill_port}",))
-    async with joined(config, card, lambda mesh: decode.build(mesh, engine)) as mesh:
+    async with joined(config, engine, lambda mesh: decode.build(mesh, engine)) as mesh:
         await until(lambda: mesh.peers_with("prefill"))
         with zmq.Context() as context, context.socket(zmq.PULL) as socket:
             socket.linger = 0
@@ -199,10 +198,10 @@ def _floor_bytes_per_s(socket: "zmq.Socket[bytes]", floor: Connection, count: in
 
 async def compare_gaps(prefill_port: int, kv_bytes_per_token: int, num_pairs: int, num_items: int) -> dict[str, Any]:
     """A stream alone, then beside blocks that never stop coming, in turn."""
-    card = bench_card(kv_bytes_per_token, _BLOCK_TOKENS)
-    decode, engine = _Decode(), BenchEngine(card)
+    layout = bench_layout(kv_bytes_per_token, _BLOCK_TOKENS)
+    decode, engine = _Decode(), BenchEngine(layout)
     config = loopback("bench-kv", "decode", seeds=(f"127.0.0.1:{prefill_port}",))
-    async with joined(config, card, lambda mesh: decode.build(mesh, engine)) as mesh:
+    async with joined(config, engine, lambda mesh: decode.build(mesh, engine)) as mesh:
         await until(lambda: mesh.peers_with("prefill"))
         peer = mesh.peers_with("prefill")[0].incarnation
         await decode.hand_over(_WARM_UP_BLOCKS)

@@ -8,8 +8,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from meshserve.config import MeshConfig
+from meshserve.engines.protocol import Engine
 from meshserve.mesh.mesh import Mesh
-from meshserve.wire.card import ModelCard
 
 JOIN_TIMEOUT_S = 10.0
 
@@ -20,9 +20,9 @@ def loopback(mesh: str, *roles: str, seeds: tuple[str, ...] = ()) -> MeshConfig:
 
 
 @asynccontextmanager
-async def joined(config: MeshConfig, card: ModelCard | None, build: Callable[[Mesh], Callable[[], None]]) -> AsyncIterator[Mesh]:
+async def joined(config: MeshConfig, engine: Engine | None, build: Callable[[Mesh], Callable[[], None]]) -> AsyncIterator[Mesh]:
     """A peer that has joined; `build` gives it what it serves and returns what ends that."""
-    mesh = Mesh(config, card)
+    mesh = Mesh(config, engine.card, engine.kv_layout) if engine is not None else Mesh(config)
     await mesh.start()
     close = build(mesh)
     await mesh.join()

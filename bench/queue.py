@@ -28,7 +28,7 @@ import click
 import uvloop
 import zmq
 
-from bench.engine import BenchEngine, bench_card
+from bench.engine import BenchEngine, bench_layout
 from bench.hop import echo_socket, time_floor
 from bench.pairing import ratio_of
 from bench.processes import answer_until_told, joined, loopback, started, until
@@ -66,12 +66,14 @@ def prefill_peer(pipe: Connection, is_timed: bool) -> None:
         begun: dict[str, float] = {}
         engine: Engine
         if is_timed:
-            engine = BenchEngine(
-                bench_card(1, _BLOCK_TOKENS), lambda attempt: begun.update({attempt.partition("/")[2].partition("@")[0]: time.monotonic()})
-            )
+
+            def begin(attempt: str) -> None:
+                begun[attempt.partition("/")[2].partition("@")[0]] = time.monotonic()
+
+            engine = BenchEngine(bench_layout(1, _BLOCK_TOKENS), begin)
         else:
             engine = _dummy()
-        engine.start()
+        await engine.start()
 
         def build(mesh: Mesh) -> Callable[[], None]:
             pipeline = Pipeline(mesh)
@@ -89,7 +91,7 @@ def prefill_peer(pipe: Connection, is_timed: bool) -> None:
         async def answer(question: Any) -> dict[str, float]:
             return begun
 
-        async with joined(loopback("bench-queue", "prefill"), engine.card, build) as mesh:
+        async with joined(loopback("bench-queue", "prefill"), engine, build) as mesh:
             pipe.send(mesh.own.port)
             await answer_until_told(pipe, answer)
         await engine.close()
@@ -108,14 +110,14 @@ class _Decode:
     """A decode worker that hands prompts over and takes no other part."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.engine = engine
         self._num_requests = 0
         self.requester: PrefillRequester
 
     def build(self, mesh: Mesh) -> Callable[[], None]:
         pipeline = Pipeline(mesh)
         bulk = Bulk(mesh, lambda peer, answer: None, lambda peer, reason: None)
-        self.requester = PrefillRequester(mesh, pipeline, bulk, self._engine, HandoffConfig(max_prefill_queue=1 << 20))
+        self.requester = PrefillRequester(mesh, pipeline, bulk, self.engine, HandoffConfig(max_prefill_queue=1 << 20))
 
         def close() -> None:
             self.requester.close()
@@ -129,7 +131,7 @@ class _Decode:
         self._num_requests += 1
         request_id = f"r{self._num_requests}"
         tokens = array("I", [random.getrandbits(32), *([1] * num_tokens)])
-        request = GenerateRequest(request_id, self._engine.card.model, tokens)
+        request = GenerateRequest(request_id, self.engine.card.model, tokens)
         done: asyncio.Future[HandoffResult] = asyncio.get_running_loop().create_future()
         candidates = self.requester.candidates(request)
         random.shuffle(candidates)  # no router has ranked them
@@ -143,10 +145,11 @@ class _Decode:
 
 async def compare_start(prefill: Connection, floor_port: int, num_pairs: int, num_prompts: int) -> dict[str, Any]:
     """Alternate between prompts to an idle worker and the echo."""
-    decode = _Decode(BenchEngine(bench_card(1, _BLOCK_TOKENS)))
+    engine = BenchEngine(bench_layout(1, _BLOCK_TOKENS))
+    decode = _Decode(engine)
     config = loopback("bench-queue", "decode", seeds=(f"127.0.0.1:{prefill.recv()}",))
     starts, floors = [], []
-    async with joined(config, bench_card(1, _BLOCK_TOKENS), decode.build) as mesh:
+    async with joined(config, engine, decode.build) as mesh:
         await until(lambda: mesh.peers_with("prefill"))
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.linger = 0
@@ -198,7 +201,7 @@ async def measure_waits(ports: list[int], arrivals: list[tuple[float, int]]) -> 
     decodes = [_Decode(_dummy()) for _ in range(2)]
     async with AsyncExitStack() as stack:
         meshes = [
-            await stack.enter_async_context(joined(loopback("bench-queue", "decode", seeds=seeds), _dummy().card, decode.build))
+            await stack.enter_async_context(joined(loopback("bench-queue", "decode", seeds=seeds), decode.engine, decode.build))
             for decode in decodes
         ]
         await until(lambda: all(len(mesh.peers_with("prefill")) == len(ports) for mesh in meshes))

@@ -14,7 +14,7 @@ from typing import Any
 from bench.traces import TraceRequest
 from bench.virtual_engine import SimulatedEngine
 from meshserve.config import HandoffConfig
-from meshserve.engines.dummy.scheduler import Sequence, Stage, Step
+from meshserve.engines.core.scheduler import Sequence, Stage, Step
 from meshserve.engines.dummy.timing import Timing
 from meshserve.errors import PoolFull
 from meshserve.routing.candidates import Prompt
@@ -180,7 +180,7 @@ class Simulation:
         step = engine.begin(now)
         engine.is_due = step is not None
         if step is not None:
-            self._at(now + step.duration_s, self._end, engine, step)
+            self._at(now + engine.duration_s(step), self._end, engine, step)
 
     def _end(self, engine: Engine, step: Step[_Job], now: float) -> None:
         outcome = engine.end(step, now)

@@ -64,7 +64,7 @@ class _Forgets:
 async def token_us(sampling: dict[str, Any], num_sequences: int, num_tokens: int) -> float:
     """Microseconds of processor time a token, prompts of 16 tokens included."""
     engine = DummyEngine(EngineOptions(options={"kv_bytes_per_token": "16", "max_batch": str(num_sequences)}))
-    engine.start()
+    await engine.start()
     sink = _Forgets(num_sequences)
     began = time.process_time()
     for number in range(num_sequences):

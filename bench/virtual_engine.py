@@ -3,9 +3,9 @@
 from collections import deque
 from typing import Generic, TypeVar
 
-from meshserve.engines.dummy.scheduler import Outcome, Scheduler, Sequence, Step
+from meshserve.engines.core.rates import StepRates
+from meshserve.engines.core.scheduler import Outcome, Scheduler, Sequence, Step, StepLimits
 from meshserve.engines.dummy.timing import Timing
-from meshserve.engines.rates import StepRates
 from meshserve.errors import PoolFull
 from meshserve.kv.pool import BlockPool
 from meshserve.wire.load import WorkerLoad, WorkerReport
@@ -30,9 +30,8 @@ class SimulatedEngine(Generic[S]):
         self.is_due = False
         self.pool = BlockPool(num_blocks)
         self.pool.record_changes(True)
-        self._scheduler: Scheduler[S] = Scheduler(
-            self.pool, timing, block_size=block_size, max_batch=max_batch, max_batch_tokens=max_batch_tokens
-        )
+        self._timing = timing
+        self._scheduler: Scheduler[S] = Scheduler(self.pool, block_size, StepLimits(max_batch, max_batch_tokens))
         self._rates = StepRates()
         self._handoff_ns_per_token = round(handoff_s_per_token * 1e9)
         self._admitted: list[str] = []
@@ -56,13 +55,16 @@ class SimulatedEngine(Generic[S]):
         """The next step, if there is something to do."""
         while self._computed and self._take_in(self._computed[0], now):
             self._computed.popleft()
-        return self._scheduler.plan(now)
+        return self._scheduler.schedule(now)
+
+    def duration_s(self, step: Step[S]) -> float:
+        """How long the step takes on the hardware that is played."""
+        return self._timing.step_s(step.num_prompt_tokens, len(step.decodes), step.used_blocks / self.pool.num_blocks)
 
     def end(self, step: Step[S], now: float) -> Outcome[S]:
         """The step was computed, and measured as a real engine would."""
-        num_prompt_tokens = sum(num_tokens for _, num_tokens in step.prefills)
-        self._rates.observe(num_prompt_tokens, len(step.decodes), self.pool.num_used, step.duration_s)
-        outcome = self._scheduler.complete(step, now)
+        self._rates.observe(step.num_prompt_tokens, len(step.decodes), step.used_blocks, self.duration_s(step))
+        outcome = self._scheduler.update(step, [0] * (len(step.decodes) + len(step.prefills)), now)
         for sequence in outcome.producing:
             if sequence.num_generated == sequence.max_new_tokens:
                 self._rates.finished(sequence.num_generated)

@@ -5,12 +5,13 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable
+from itertools import chain, repeat
 from typing import TYPE_CHECKING
 
 from meshserve.config import MeshConfig, ServeConfig
 from meshserve.engines.loading import load_engine
 from meshserve.engines.protocol import Engine, EngineOptions
-from meshserve.errors import StartupFailed
+from meshserve.errors import MeshserveError, StartupFailed
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.requester import PrefillRequester
 from meshserve.mesh.files import offer_files
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _IDLE_CHECK_S = 0.02
+_WORKER_ROLES = ("decode", "prefill")
+_RESTART_PAUSES_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Before each try to start an engine that failed; the last one again and again."""
 
 _OBJECTS_PER_COLLECTION = 5_000
 _COLLECTIONS_PER_OLDER = (10, 10)
@@ -61,6 +65,10 @@ class Peer:
     async def start(self) -> None:
         """Bind, build the roles, join the mesh, and say so in the ready line. Raises StartupFailed, UsageError or KeyRefused."""
         try:
+            if self._engine is not None:
+                self._closers.push_async_callback(self._engine.close)
+                await self._engine.start()
+                self.mesh.describe(self._engine.kv_layout)
             await self.mesh.start()
             self._closers.push_async_callback(self.mesh.close)
             await self._start_roles()
@@ -120,9 +128,9 @@ class Peer:
 
     def _start_workers(self, engine: Engine) -> None:
         """Decode and prefill share one engine, its reports, and the paths of the handoff."""
-        engine.start()
-        offer_files(self.mesh, engine.files)
+        engine.on_failure = self._engine_failed
         self._closers.push_async_callback(engine.close)
+        offer_files(self.mesh, engine.files)
         reporter = WorkerReporter(self.mesh, engine)
         pipeline = Pipeline(self.mesh)
         self._closers.callback(pipeline.close)
@@ -147,6 +155,27 @@ class Peer:
             self._is_idle.append(lambda: decode.is_idle)
         self._closers.callback(reporter.close)
         self._reporter = reporter
+
+    def _engine_failed(self, error: MeshserveError) -> None:
+        """Its requests have ended. Nobody sends more until it runs again: this peer plays its other roles meanwhile."""
+        _log.error("the engine failed: %s; it is started again", error.message)
+        self.mesh.announce_withdrawn(tuple(role for role in self._roles if role in _WORKER_ROLES))
+        self.mesh.tasks.spawn(self._restart_engine())
+
+    async def _restart_engine(self) -> None:
+        """With growing pauses, for as long as it takes: what was wrong may pass, as memory that others held."""
+        assert self._engine is not None
+        for pause_s in chain(_RESTART_PAUSES_S, repeat(_RESTART_PAUSES_S[-1])):
+            await asyncio.sleep(pause_s)
+            try:
+                await self._engine.start()
+            except MeshserveError as error:
+                _log.error("the engine did not start: %s", error.message)
+                continue
+            self.mesh.describe(self._engine.kv_layout)
+            self.mesh.announce_withdrawn(())
+            log_event(_log, "engine_restarted", "the engine runs again")
+            return
 
     async def _start_frontend(self) -> None:
         from meshserve.roles.frontend.server import FrontendRole  # HTTP is a slow import that other roles need not wait for

@@ -2,7 +2,7 @@
 
 An engine is owned by one peer and shared by its roles. All methods are called on the event loop's thread and return at once;
 an engine that blocks or computes does so elsewhere and calls its sinks back on the loop (`loop.call_soon_threadsafe`).
-What an engine cannot do it says by `card.can_hand_over` and by raising :class:`~meshserve.errors.Unsupported`.
+What an engine cannot do it says by `kv_layout.refusal` and by raising :class:`~meshserve.errors.Unsupported`.
 """
 
 from array import array
@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from meshserve.engines.rates import StepRates
+from meshserve.engines.core.rates import StepRates
 from meshserve.errors import MeshserveError
 from meshserve.wire.card import ModelCard
 from meshserve.wire.generation import GenerateRequest, TokenLogprobs
+from meshserve.wire.layout import KVLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +72,10 @@ class PrefillSink(Protocol):
     """Who receives the KV blocks of one prompt. Exactly one of `on_finish` and `on_error` is called, last, unless it is cancelled."""
 
     def on_block(self, index: int, num_tokens: int, payload: bytes) -> None:
-        """Block `index` of the prompt, `num_tokens` * kv_bytes_per_token bytes long, as soon as it is computed, in ascending order."""
+        """Block `index` of the prompt, with `num_tokens` tokens, at the end of the step that computed it, in ascending order."""
 
     def on_finish(self, num_cached_tokens: int) -> None:
-        """All blocks were given out; so many of the tokens had been in this worker's cache."""
+        """All blocks were delivered; `num_cached_tokens` of the prompt's tokens were prefix hits."""
 
     def on_error(self, error: MeshserveError) -> None:
         """No more blocks will come."""
@@ -108,11 +109,19 @@ class Reservation(Protocol):
     def missing(self) -> Sequence[int]:
         """Indexes of the blocks that are still to be written, ascending."""
 
-    def expected_bytes(self, index: int) -> int:
-        """Length of block `index`'s payload: whole blocks but for a partial last one."""
+    def tokens_in(self, index: int) -> int:
+        """Of block `index`: whole blocks but for a partial last one."""
 
-    def write(self, index: int, payload: bytes | memoryview) -> None:
-        """Take in block `index`, in any order, once. Raises BlockRefused if it is not missing or its length is wrong."""
+    @property
+    def is_complete(self) -> bool:
+        """All blocks are written, and the engine has them."""
+
+    def write(self, index: int, payload: bytes | memoryview, on_done: Callable[[MeshserveError | None], None]) -> None:
+        """Take in block `index`, in any order, once. `on_done` is called once, perhaps within this call, unless it raises: with None
+        when the engine has the block, with the error if it could not take it.
+
+        Raises BlockRefused if the block is not missing, or its payload is not what this place demands; it is missing then as before.
+        """
 
     def release(self) -> None:
         """Give the blocks back. Harmless after `generate` took the reservation, and when called twice."""
@@ -126,14 +135,22 @@ class Engine(Protocol):
     """A model on this host. Built by `factory(EngineOptions)`, which raises UsageError or StartupFailed."""
 
     card: ModelCard
+
+    @property
+    def kv_layout(self) -> KVLayout:
+        """How it keeps KV; complete once the engine has started."""
+
     files: Mapping[str, bytes]
     """Contents of the files that the card names, by their SHA-256: what processors make the tokenizer of. Never changed."""
 
     rates: StepRates
     """What was measured of its steps, for routers. An engine that cannot see its own steps leaves it empty."""
 
-    def start(self) -> None:
-        """Called once, on the running event loop, before anything else."""
+    on_failure: Callable[[MeshserveError], None]
+    """Set by the engine's owner. Called when the engine as a whole can compute no more, after its requests have ended in errors."""
+
+    async def start(self) -> None:
+        """Get ready to compute; called before anything else, and again after a failure. Raises StartupFailed."""
 
     async def close(self) -> None:
         """Stop all work at once and give back every resource. Sinks are called no more."""
@@ -141,13 +158,14 @@ class Engine(Protocol):
     def check(self, request: GenerateRequest) -> None:
         """Raises the InvalidRequest (or a subclass) with which `generate` would fail for what the request itself says."""
 
-    def num_cached_tokens(self, tokens: "array[int]") -> int:
+    def num_cached_tokens(self, request: GenerateRequest) -> int:
         """How many tokens at the start of this prompt have their KV here, in whole blocks, without computing anything."""
 
-    def reserve(self, tokens: "array[int]") -> Reservation:
-        """Set blocks aside for KV that another worker computes. Raises PoolFull, and then holds nothing; Unsupported without KV.
+    def reserve(self, request: GenerateRequest) -> Reservation:
+        """Set blocks aside for this prompt's KV that another worker computes. Raises PoolFull, and then holds nothing; Unsupported
+        without KV.
 
-        PoolFull also while earlier sequences wait for room: whoever is refused waits behind them, in order.
+        PoolFull also while earlier sequences wait for room: a request that is refused waits behind them, in order.
         """
 
     def generate(self, request: GenerateRequest, sink: GenerationSink, reservation: Reservation | None = None) -> None:

@@ -29,12 +29,12 @@ class Offers:
 
         It has little KV to compute, and so few are outstanding that it is begun before its offer is too old.
         """
-        num_tokens, card = len(request.tokens) - 1, self._engine.card
+        num_tokens, layout = len(request.tokens) - 1, self._engine.kv_layout
         if num_tokens > _MAX_TOKENS or num_outstanding >= _ROUNDS * self._config.prefill_slots:
             return None
-        num_cached = self._engine.num_cached_tokens(request.tokens)
-        is_short = 0 < (num_tokens - num_cached) * card.kv_bytes_per_token <= self._config.offer_kv_bytes
-        return num_cached // card.block_size if is_short else None
+        num_cached = self._engine.num_cached_tokens(request)
+        is_short = 0 < (num_tokens - num_cached) * layout.bytes_per_token <= self._config.offer_kv_bytes
+        return num_cached // layout.block_size if is_short else None
 
     def make(self, request: GenerateRequest, first_block: int | None) -> Offer:
         """The next one."""

@@ -193,7 +193,7 @@ class PrefillProvider:
     def _begin(self, job: ClaimedPrompt, tokens: "array[int]", attempt: int, first_block: int) -> None:
         assert self._sender is not None
         job.num_tokens = len(tokens)
-        num_tokens = job.num_tokens - first_block * self._engine.card.block_size
+        num_tokens = job.num_tokens - first_block * self._engine.kv_layout.block_size
         job.began_s = time.monotonic()
         if not self._queue.granted(job.key, attempt, num_tokens, job.began_s):
             return
@@ -216,7 +216,7 @@ class PrefillProvider:
         return tokens, attempt, first_block
 
     def _is_within(self, first_block: int, tokens: "array[int]") -> bool:
-        return 0 <= first_block * self._engine.card.block_size < len(tokens)
+        return 0 <= first_block * self._engine.kv_layout.block_size < len(tokens)
 
     def _note(self, job: ClaimedPrompt, event: str, **details: Any) -> None:
         if self._mesh.journal.is_on and job.attempt:

@@ -6,14 +6,14 @@ Deciding is :class:`~meshserve.handoff.task.PrefillTask`'s; this carries it out 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from meshserve.config import HandoffConfig
-from meshserve.engines.protocol import Engine, Reservation
-from meshserve.errors import BlockRefused, Gone, MeshserveError, PoolFull, ProtocolError
+from meshserve.engines.protocol import Engine
+from meshserve.errors import Gone, MeshserveError, PoolFull, ProtocolError
 from meshserve.handoff.blocks import BulkHeader, Claim
+from meshserve.handoff.intake import BlockIntake, RunningTask
 from meshserve.handoff.offering import LateAnswers, Offers
 from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
@@ -32,34 +32,17 @@ _MAX_RENEWED = 4096
 """Attempts named in one renewal."""
 
 
-@dataclass(slots=True)
-class _Running:
-    task: PrefillTask
-    request: GenerateRequest
-    on_done: Callable[[HandoffResult], None]
-    on_lost: Callable[[str], None]
-    reservation: Reservation | None = None
-    missing: set[int] = field(default_factory=set)
-    claim: IncomingCall | None = None
-    offered_block: int | None = None
-    """The first that is missing here, of a prompt that may be offered."""
-    has_delivered: bool = False
-    """The claim brought blocks."""
-    computed_ms: float = 0.0
-    names: dict[str, str] = field(default_factory=dict)
-    """Of the peers that claimed, as a dead one's is soon forgotten."""
-
-
 class PrefillRequester:
     """Has prompts prefilled by other peers. Every `start` ends in exactly one call of its `on_done`, unless it is cancelled."""
 
     def __init__(self, mesh: Mesh, pipeline: Pipeline, bulk: Bulk, engine: Engine, config: HandoffConfig) -> None:
         self._mesh, self._pipeline, self._engine, self._config = mesh, pipeline, engine, config
         self._loop = asyncio.get_running_loop()
-        self._running: dict[str, _Running] = {}
+        self._running: dict[str, RunningTask] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._ticked_s = 0.0
         self._offers, self._answers = Offers(engine, config), LateAnswers()
+        self._intake = BlockIntake(mesh, engine, self)
         mesh.levels.derive("handoffs", lambda: len(self._running))
         mesh.serve("prefill.claim", self._on_claim)
         mesh.serve("prefill.renew", self._on_renew)
@@ -73,10 +56,10 @@ class PrefillRequester:
 
     def candidates(self, request: GenerateRequest) -> list[str]:
         """Prefill peers that could take this prompt, best first: as the router ranked them, then others. Empty: prefill locally."""
-        if not self._engine.card.can_hand_over:
-            return []
-        own = self._mesh.incarnation
-        able = [info.incarnation for info in self._mesh.peers_with("prefill") if info.card == self._engine.card and info.incarnation != own]
+        own, layout = self._mesh.incarnation, self._engine.kv_layout
+        able = [
+            info.incarnation for info in self._mesh.peers_with("prefill") if layout.accepts(info.layout) and info.incarnation != own
+        ]
         ranked = [peer for peer, _, _ in request.prefill_peers if peer in able]
         best = ranked + [peer for peer in able if peer not in ranked]
         if best and self._num_queued(best[0], request) >= self._config.max_prefill_queue:
@@ -112,7 +95,7 @@ class PrefillRequester:
         lease_s = self._mesh.config.failure_timeout_s
         task = PrefillTask(request.request_id, self._config, lease_s, now_s, deadline_s, num_lost_before=len(request.lost_peers))
         num_preferred = self._num_preferred(candidates, request)
-        running = self._running[request.request_id] = _Running(task, request, on_done, on_lost)
+        running = self._running[request.request_id] = RunningTask(task, request, on_done, on_lost)
         running.offered_block = self._offers.first_block(request, len(self._running)) if num_preferred == 1 else None
         self._carry_out(running, task.start(candidates, now_s, num_preferred, running.offered_block is not None))
         if self._timer is None and self._running:
@@ -127,7 +110,7 @@ class PrefillRequester:
 
     # --- carrying out
 
-    def _carry_out(self, running: _Running, actions: list[Action]) -> None:
+    def _carry_out(self, running: RunningTask, actions: list[Action]) -> None:
         for action in actions:
             if isinstance(action, Push):
                 self._push(running, action)
@@ -140,7 +123,7 @@ class PrefillRequester:
             else:
                 self._finish(running, action)
 
-    def _push(self, running: _Running, push: Push) -> None:
+    def _push(self, running: RunningTask, push: Push) -> None:
         request, offer = running.request, self._offers.make(running.request, running.offered_block) if push.is_offer else None
         ticket = Ticket(self._mesh.incarnation, request.request_id, push.attempt, len(request.tokens), offer).to_wire()
         if offer is not None:
@@ -151,15 +134,15 @@ class PrefillRequester:
         for peer in push.peers:
             self._pipeline.push_soon(peer, ticket, partial(self._not_sent, running, peer, push.is_offer))
 
-    def _not_sent(self, running: _Running, peer: str, is_offer: bool) -> None:
+    def _not_sent(self, running: RunningTask, peer: str, is_offer: bool) -> None:
         self._mesh.counters.add("tickets_not_sent")
         self._carry_out(running, running.task.push_failed(peer, time.monotonic(), is_offer))
 
-    def _note(self, running: _Running, event: str, **details: Any) -> None:
+    def _note(self, running: RunningTask, event: str, **details: Any) -> None:
         if self._mesh.journal.follows(running.task.request_id):
             self._mesh.journal.note(event, running.task.request_id, **details)
 
-    def _revoke(self, running: _Running, revoke: Revoke) -> None:
+    def _revoke(self, running: RunningTask, revoke: Revoke) -> None:
         self._mesh.counters.add("prefill_attempts_revoked")
         outcome = running.task.attempts[-1].outcome
         if outcome != "cancelled":
@@ -170,12 +153,12 @@ class PrefillRequester:
             claim.on_cancel = None
             claim.fail(Gone("this attempt is over"))
 
-    def _strike(self, running: _Running, strike: Strike) -> None:
+    def _strike(self, running: RunningTask, strike: Strike) -> None:
         for peer in strike.peers:
             if self._mesh.member(peer) is not None and self._mesh.links.channel_to(peer) is not None:
                 self._mesh.open(peer, "prefill.strike", running.task.request_id, IgnoredAnswer(), _STRIKE_TIMEOUT_S)
 
-    def _finish(self, running: _Running, finish: Finish) -> None:
+    def _finish(self, running: RunningTask, finish: Finish) -> None:
         del self._running[running.task.request_id]
         self._mesh.counters.add(f"prefill_tasks_{finish.state}")
         self._mesh.counters.add("tickets_hedged", running.task.num_hedges)
@@ -186,7 +169,7 @@ class PrefillRequester:
         if finish.state is not TaskState.CANCELLED:
             running.on_done(self._result(running, finish.state))
 
-    def _revoke_quietly(self, running: _Running, state: TaskState) -> None:
+    def _revoke_quietly(self, running: RunningTask, state: TaskState) -> None:
         claim, running.claim = running.claim, None
         if claim is not None:
             claim.on_cancel = None
@@ -197,7 +180,7 @@ class PrefillRequester:
             else:
                 claim.fail(Gone("the task is over"))
 
-    def _result(self, running: _Running, state: TaskState) -> HandoffResult:
+    def _result(self, running: RunningTask, state: TaskState) -> HandoffResult:
         task = running.task
         is_done = state is TaskState.DONE
         last = task.attempts[-1] if is_done else None
@@ -210,6 +193,7 @@ class PrefillRequester:
             lost_peers=[running.names[peer] for peer in task.lost_peers],
             num_blocks=sum(attempt.num_blocks for attempt in task.attempts),
             num_bytes=sum(attempt.num_bytes for attempt in task.attempts),
+            num_tokens=running.num_tokens,
             queue_ms=((last.claimed_s if last else time.monotonic()) - task.created_s) * 1000,
             prefill_ms=min(running.computed_ms, took_ms),
             transfer_ms=max(0.0, took_ms - running.computed_ms),
@@ -220,8 +204,7 @@ class PrefillRequester:
     def _observe(self, result: HandoffResult) -> None:
         histograms = self._mesh.histograms
         if result.state is TaskState.DONE:
-            per_token = self._engine.card.kv_bytes_per_token
-            self._engine.rates.handed_over(result.num_bytes // per_token if per_token else 0, result.transfer_ms / 1000)
+            self._engine.rates.handed_over(result.num_tokens, result.transfer_ms / 1000)
             histograms.observe("prefill_wait", result.queue_ms / 1000)
             histograms.observe("prefill_compute", result.prefill_ms / 1000)
             histograms.observe("kv_transfer", result.transfer_ms / 1000)
@@ -245,33 +228,32 @@ class PrefillRequester:
         call.on_cancel = lambda: self._claim_ended(running, call, attempt)
         if running.missing and claim.header is not None:
             self._take_brought(running, call.peer, claim.header, claim.payloads)
-        elif not running.missing:
-            self._carry_out(running, running.task.complete(time.monotonic()))
-        if running.task.is_current(call.peer, attempt):
+        self.complete_if_all_came(running)
+        if running.missing and running.task.is_current(call.peer, attempt):
             call.send({"tokens": pack_tokens(running.request.tokens[:-1]), "attempt": attempt, "first_block": min(running.missing)})
 
-    def _take_brought(self, running: _Running, peer: str, header: BulkHeader, payloads: Sequence[bytes]) -> None:
+    def _take_brought(self, running: RunningTask, peer: str, header: BulkHeader, payloads: Sequence[bytes]) -> None:
         """The blocks of a claim that was granted. Those of another attempt are left, and the claim is as good as any."""
         if (header.decode_peer, header.prefill_peer, header.attempt) != (self._mesh.incarnation, peer, running.task.attempt):
             self._mesh.counters.add("kv_blocks_stale", len(payloads))
             return
         running.has_delivered = True
-        self._take(running, header, payloads)
+        self._intake.take(running, header, payloads, lambda answer: None)
 
-    def _reserve(self, running: _Running) -> bool:
+    def _reserve(self, running: RunningTask) -> bool:
         """All blocks or none. Without room the prompt waits its turn in the engine's own queue, and is prefilled there."""
         try:
-            running.reservation = self._engine.reserve(running.request.tokens)
+            running.reservation = self._engine.reserve(running.request)
         except MeshserveError as error:
             self._mesh.counters.add("reservations_refused" if isinstance(error, PoolFull) else "reservations_failed")
             self._carry_out(running, running.task.fall_back(time.monotonic()))
             return False
         return True
 
-    def _claim_ended(self, running: _Running, call: IncomingCall, attempt: int) -> None:
+    def _claim_ended(self, running: RunningTask, call: IncomingCall, attempt: int) -> None:
         """By the worker, by its death, or by a link that broke: what the call ended by tells which."""
         is_lost = call.ended_by in (CONNECTION_CLOSED, PEER_DIED)
-        self._attempt_failed(running, call.peer, attempt, "peer died" if is_lost else "the worker gave up", is_peer_dead=is_lost)
+        self.attempt_failed(running, call.peer, attempt, "peer died" if is_lost else "the worker gave up", is_peer_dead=is_lost)
 
     def _on_renew(self, call: IncomingCall) -> None:
         if not isinstance(call.body, list):
@@ -285,7 +267,7 @@ class PrefillRequester:
                 running.task.renew(call.peer, attempt, now_s - max(0.0, overdue_s))
         call.end()
 
-    def _on_bulk(self, data: Any, payloads: list[memoryview]) -> Any:
+    def _on_bulk(self, data: Any, payloads: list[memoryview], answer: Callable[[Any], None]) -> None:
         header = BulkHeader.from_wire(data)
         running = self._running.get(header.request_id)
         if (
@@ -294,43 +276,20 @@ class PrefillRequester:
             or not running.task.is_current(header.prefill_peer, header.attempt)
         ):
             self._mesh.counters.add("kv_blocks_stale", len(payloads))
-            return None
-        return [header.request_id, header.attempt, sum(map(len, payloads))] if self._take(running, header, payloads) else None
+        else:
+            self._intake.take(running, header, payloads, answer)
 
-    def _take(self, running: _Running, header: BulkHeader, payloads: Sequence[bytes | memoryview]) -> bool:
-        """Blocks of the running attempt: all of them, or it has failed."""
-        try:
-            header.check(payloads)
-            self._take_in(running, header, payloads)
-        except BlockRefused as error:
-            self._mesh.counters.add("kv_blocks_refused", len(payloads))
-            if error.is_checksum:
-                self._mesh.counters.add("kv_checksum_failures")
-            self._attempt_failed(running, header.prefill_peer, header.attempt, f"block refused: {error.message}")
-            return False
-        running.task.renew(header.prefill_peer, header.attempt, time.monotonic())
-        if not running.missing:
+    def is_running(self, running: RunningTask) -> bool:
+        """Whether somebody still waits for this prompt."""
+        return self._running.get(running.task.request_id) is running
+
+    def complete_if_all_came(self, running: RunningTask) -> None:
+        """The engine has one block more: perhaps that was the last one."""
+        if not running.missing and running.reservation is not None and running.reservation.is_complete:
             self._carry_out(running, running.task.complete(time.monotonic()))
-        return True
 
-    def _take_in(self, running: _Running, header: BulkHeader, payloads: Sequence[bytes | memoryview]) -> None:
-        reservation, block_size = running.reservation, self._engine.card.block_size
-        assert reservation is not None
-        for mark, payload in zip(header.marks, payloads, strict=True):
-            if not 0 <= mark.index * block_size < reservation.num_tokens:
-                raise BlockRefused(f"there is no block {mark.index} in this prompt")
-            if mark.index not in running.missing:
-                self._mesh.counters.add("kv_blocks_double")
-                continue  # an earlier attempt brought it already, and its checksum was right
-            reservation.write(mark.index, payload)
-            running.missing.discard(mark.index)
-            running.task.received(len(payload))
-            self._mesh.counters.add("kv_blocks_received")
-            self._mesh.counters.add("kv_bytes_received", len(payload))
-            self._note(running, "block", attempt=header.attempt, peer_sending=header.prefill_peer, index=mark.index)
-        running.computed_ms = header.computed_ms
-
-    def _attempt_failed(self, running: _Running, peer: str, attempt: int, reason: str, is_peer_dead: bool = False) -> None:
+    def attempt_failed(self, running: RunningTask, peer: str, attempt: int, reason: str, is_peer_dead: bool = False) -> None:
+        """An attempt is over, unless it was already; another one is made elsewhere, or the prompt is computed here."""
         now_s = time.monotonic()
         self._carry_out(running, running.task.attempt_failed(peer, attempt, reason, now_s, is_peer_dead=is_peer_dead))
 
@@ -344,9 +303,9 @@ class PrefillRequester:
                 is_cut = change is Change.SUSPECTED and self._mesh.links.channel_to(peer) is None
                 is_dead = change is Change.DIED or (is_cut and task.is_offered_to(peer))  # as for a claim that ends so
                 self._carry_out(running, task.peer_gone(peer, now_s, is_dead=is_dead))
-            elif change is Change.UPDATED and member.info.is_draining:
+            elif change is Change.UPDATED and (member.info.is_draining or not member.info.can_play("prefill")):
                 self._carry_out(running, task.peer_draining(peer, now_s))
-            elif change in (Change.CALLABLE, Change.RECOVERED) and member.info.card == self._engine.card:
+            elif change in (Change.CALLABLE, Change.RECOVERED) and self._engine.kv_layout.accepts(member.info.layout):
                 task.peer_joined(peer, now_s)
 
     def _tick(self) -> None:

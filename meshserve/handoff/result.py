@@ -20,6 +20,8 @@ class HandoffResult:
     lost_peers: list[str]
     num_blocks: int
     num_bytes: int
+    num_tokens: int
+    """Of the prompt, whose KV came from elsewhere."""
     queue_ms: float
     """From the first ticket to the claim that succeeded."""
     prefill_ms: float

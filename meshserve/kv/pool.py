@@ -122,6 +122,11 @@ class BlockPool:
             self._stored[block_hash] = None
         return True
 
+    def evict_idle(self) -> None:
+        """Forget all blocks that nobody holds: their contents are lost."""
+        while self._idle:
+            self._free.append(self._evict())
+
     def record_changes(self, is_recording: bool) -> None:
         """Whether to keep what :meth:`take_changes` returns; nothing is kept at first, as nobody may ever ask."""
         self._is_recording = is_recording

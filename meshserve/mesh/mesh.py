@@ -24,6 +24,7 @@ from meshserve.mesh.transport.sockets import SocketFactory
 from meshserve.telemetry import Counters, Histograms, Journal, Levels
 from meshserve.wire.card import ModelCard
 from meshserve.wire.hello import PeerInfo
+from meshserve.wire.layout import KVLayout
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +56,12 @@ class Mesh:
     """
 
     def __init__(
-        self, config: MeshConfig, card: ModelCard | None = None, counters: Counters | None = None, journal: Journal | None = None
+        self,
+        config: MeshConfig,
+        card: ModelCard | None = None,
+        layout: KVLayout | None = None,
+        counters: Counters | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.config = config
         self.counters = counters or Counters()
@@ -65,7 +71,7 @@ class Mesh:
         self.incarnation = secrets.token_hex(8)
         self.journal.begin(self.incarnation)
         self.tasks = TaskOwner()
-        self._card = card
+        self._card, self._layout = card, layout
         self.key: MeshKey | None = None
         self.ports: BoundPorts | None = None
         self._able: dict[str, list[PeerInfo]] = {}
@@ -99,7 +105,8 @@ class Mesh:
         name = self.config.name or f"{socket.gethostname().split('.')[0]}-{self.incarnation[:4]}"
         advertised = self._addresses.advertised if self.config.roles else ()
         port = self.ports.first if self.ports else 0
-        return PeerInfo(self.incarnation, name, self.config.mesh, self.config.roles, advertised, port, __version__, self._card)
+        label = self.incarnation, name, self.config.mesh, self.config.roles
+        return PeerInfo(*label, advertised, port, __version__, self._card, self._layout)
 
     @property
     def own(self) -> PeerInfo:
@@ -111,6 +118,15 @@ class Mesh:
         self.links.announce(replace(self.own, http=http))
         self._changed()
         await self.links.join(self._addresses.mdns_interfaces)
+
+    def describe(self, layout: KVLayout) -> None:
+        """How this peer's engine keeps KV, where that is known only now: before `start`, or before others hear of it again."""
+        self._layout = layout
+
+    def announce_withdrawn(self, roles: tuple[str, ...]) -> None:
+        """Tell all peers which of its roles this peer cannot play now: an engine that failed takes the workers' roles away for a while."""
+        self.links.announce(replace(self.own, withdrawn=roles, layout=self._layout))
+        self._changed()
 
     def announce_draining(self) -> None:
         """Tell all peers that this one takes no new work."""
@@ -154,8 +170,8 @@ class Mesh:
         """Peers that can take work in this role now, this one first if it holds it, then oldest first. Not to be changed."""
         able = self._able.get(role)
         if able is None:
-            own = [self.own] if role in self.own.roles and not self.own.is_draining else []
-            others = [member.info for member in self.links.membership.listed() if role in member.info.roles and member.can_take_work]
+            own = [self.own] if self.own.can_play(role) and not self.own.is_draining else []
+            others = [member.info for member in self.links.membership.listed() if member.info.can_play(role) and member.can_take_work]
             able = self._able[role] = own + others
         return able
 

@@ -112,18 +112,15 @@ class Bulk:
         self._inlet: BulkInlet | None = None
         mesh.subscribe(self._on_change)
 
-    def receive(self, on_bulk: Callable[[Any, list[memoryview]], Any]) -> None:
-        """Read this peer's bulk port; what the callback returns, unless None, is the answer to the sender."""
+    def receive(self, on_bulk: Callable[[Any, list[memoryview], Callable[[Any], None]], None]) -> None:
+        """Read this peer's bulk port. The callback gets a header, payloads, and what sends an answer back to where they came from."""
         assert self._mesh.ports is not None
 
         def on_frames(sender: bytes, header: bytes, payloads: list[memoryview]) -> None:
             try:
-                answer = on_bulk(unpack_body(header), payloads)
+                on_bulk(unpack_body(header), payloads, lambda answer: inlet.answer(sender, pack_body(answer)))
             except ProtocolError:
                 self._mesh.counters.add("bulk_malformed")
-                return
-            if answer is not None:
-                inlet.answer(sender, pack_body(answer))
 
         inlet = self._inlet = BulkInlet(self._mesh.ports.bulk, on_frames)
 

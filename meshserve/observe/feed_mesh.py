@@ -183,7 +183,7 @@ class MeshFeed:
             "name": self._mesh.name_of(info.incarnation),
             "roles": list(info.roles),
             "model": info.card.model if info.card else None,
-            "block_bytes": info.card.kv_bytes_per_token * info.card.block_size if info.card else None,
+            "block_bytes": info.layout.block_bytes if info.layout else None,
             "address": endpoint(host, info.port),
             "version": info.version,
             "state": state,

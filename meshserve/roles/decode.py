@@ -141,11 +141,10 @@ class _Generation:
         prefill_ms += handoff.prefill_ms
         return WorkerAccount(queue_ms, prefill_ms, handoff.transfer_ms, decode_ms, total_ms, num_cached, handed_over)
 
-    def num_handed_over(self, kv_bytes_per_token: int) -> int:
+    @property
+    def num_handed_over(self) -> int:
         """Tokens whose KV came from elsewhere: the engine counts them as cached, the receipt does not."""
-        if self._handoff is None or self._handoff.state is not TaskState.DONE or not kv_bytes_per_token:
-            return 0
-        return self._handoff.num_bytes // kv_bytes_per_token
+        return self._handoff.num_tokens if self._handoff is not None and self._handoff.state is TaskState.DONE else 0
 
 
 class DecodeRole:
@@ -213,7 +212,7 @@ class DecodeRole:
         num_to_compute = len(request.tokens) - 1
         if num_to_compute < 1 or num_to_compute <= self._config.max_local_prefill_tokens:
             return []
-        num_uncached = num_to_compute - self._engine.num_cached_tokens(request.tokens)
+        num_uncached = num_to_compute - self._engine.num_cached_tokens(request)
         if num_uncached < 1 or num_uncached <= self._config.max_local_prefill_tokens:
             return []
         return self._requester.candidates(request)
@@ -245,7 +244,7 @@ class DecodeRole:
 
     def num_found(self, generation: _Generation, num_cached_tokens: int) -> int:
         """Of what the engine counts as cached, what was not handed over."""
-        return max(0, num_cached_tokens - generation.num_handed_over(self._engine.card.kv_bytes_per_token))
+        return max(0, num_cached_tokens - generation.num_handed_over)
 
     def admission(self, request: GenerateRequest) -> Admission | None:
         """How the engine took it up, if it says."""

@@ -20,6 +20,7 @@ from meshserve.routing.policies import POLICIES
 from meshserve.wire.booking import Booking
 from meshserve.wire.card import ModelCard
 from meshserve.wire.hello import PeerInfo
+from meshserve.wire.layout import KVLayout
 from meshserve.wire.load import WorkerReport
 
 _BOOKINGS_METHOD = "router.bookings"
@@ -33,10 +34,11 @@ class _Crew:
     found_in: list[PeerInfo]
     """What `peers_serving` said: another list as soon as any peer changes."""
     card: ModelCard
+    layout: KVLayout
     decode: list[str]
     """Incarnations."""
     prefill: list[str]
-    """Those of workers whose card is the same."""
+    """Those of workers that exchange KV blocks with them."""
 
 
 class RouterRole:
@@ -116,8 +118,8 @@ class RouterRole:
         crew = self._crew_for(asked.model, asked.excluded)
         if crew is None:
             raise NoWorker(f"no decode worker for the model {asked.model!r} can take work now")
-        card = crew.card
-        prompt = Prompt(len(asked.tokens), card.block_size, block_hashes(asked.tokens, card.block_size, card.model_hash))
+        block_size = crew.layout.block_size
+        prompt = Prompt(len(asked.tokens), block_size, block_hashes(asked.tokens, block_size, crew.card.model_hash))
         question = Question(asked.request_id, prompt, crew.decode, crew.prefill, asked.session)
         found = self.fleet.choose(policy, question, time.monotonic())
         if self._bookings.has_watchers and found.booking is not None:
@@ -142,12 +144,12 @@ class RouterRole:
     def _made_crew(self, decode: list[PeerInfo], prefill: list[PeerInfo]) -> "_Crew | None":
         if not decode:
             return None
-        card = decode[0].card
-        assert card is not None
-        able = [info for info in prefill if info.card == card] if card.can_hand_over else []
+        card, layout = decode[0].card, decode[0].layout
+        assert card is not None and layout is not None, "a hello has both or neither"
+        able = [info for info in prefill if layout.accepts(info.layout)]
         for info in (*decode, *able):
             self._follow(info.incarnation)
-        return _Crew(decode, card, [info.incarnation for info in decode], [info.incarnation for info in able])
+        return _Crew(decode, card, layout, [info.incarnation for info in decode], [info.incarnation for info in able])
 
     def close(self) -> None:
         """Follow nobody any more."""

@@ -1,4 +1,4 @@
-"""The card on which a worker says what it serves: model, tokenizer and KV layout. It travels in every hello."""
+"""The card on which a worker says what it serves: the model and its tokenizer. It travels in every hello."""
 
 import re
 from dataclasses import asdict, dataclass, fields
@@ -39,8 +39,30 @@ class ModelFile:
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """Sampling parameters of requests that name none, as a model's `generation_config.json` has them."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is all."""
+
+    @classmethod
+    def from_wire(cls, data: Any) -> "SamplingDefaults":
+        """Unknown fields are ignored, missing ones have their default; others that no sampler can use raise ProtocolError."""
+        given: dict[str, Any] = data if isinstance(data, dict) else {"top_k": None}
+        found = cls(given.get("temperature", 0.0), given.get("top_p", 1.0), given.get("top_k", 0))
+        if type(found.temperature) not in (int, float) or type(found.top_p) not in (int, float) or type(found.top_k) is not int:
+            raise ProtocolError("the model card's sampling defaults are malformed")
+        if not (0 <= found.temperature < 1e6 and 0 < found.top_p <= 1 and 0 <= found.top_k < 2**31):
+            raise ProtocolError("the model card's sampling defaults are out of range")
+        return found
+
+
+@dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What a worker's engine serves. Two workers may hand KV blocks to each other only if their cards are equal."""
+    """What a worker's engine serves. Which workers exchange KV blocks, their :class:`~meshserve.wire.layout.KVLayout` says."""
 
     model: str
     """The name that requests carry."""
@@ -52,27 +74,11 @@ class ModelCard:
     """Which tokenizer the processor must use: `bytes` is the dummy model's own, `huggingface` is made of `files`."""
     chat_template: str
     """Jinja, rendered by the processor, for a model whose files hold none. Empty: those do, or it has none."""
-    default_temperature: float
-    """For requests that name none, as a model's `generation_config.json` has it; 0 is greedy."""
-    layers: int
-    """KV layout: attention layers."""
-    dtype: str
-    """KV layout: element type."""
-    kv_bytes_per_token: int
-    """KV layout: bytes of all layers for one token."""
-    block_size: int
-    """KV layout: tokens per block."""
-    can_hand_over: bool
-    """Whether the engine gives out and takes in KV blocks at all."""
+    sampling_defaults: SamplingDefaults = SamplingDefaults()
     features: tuple[str, ...] = ()
     """What the engine can do beyond sampling with temperature, top_p, top_k and a seed: of :data:`FEATURES`."""
     files: tuple[ModelFile, ...] = ()
     """What makes the tokenizer and the chat template: of each name one at most."""
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of one full KV block."""
-        return self.block_size * self.kv_bytes_per_token
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`."""
@@ -85,19 +91,25 @@ class ModelCard:
             raise ProtocolError("a model card is a map")
         values = {}
         for field in fields(cls):
-            if field.name in ("features", "files"):
+            if field.name in _STRUCTURED:
                 continue
             value = data.get(field.name)
-            expected: Any = {str: str, int: int, float: (int, float), bool: bool}[field.type]  # type: ignore[index]  # all fields are plain types
-            if not isinstance(value, expected) or (field.type is int and (isinstance(value, bool) or not 0 <= value < 2**40)):
+            expected: Any = {str: str, int: int}[field.type]  # type: ignore[index]  # all other fields are plain types
+            if not isinstance(value, expected) or (field.type is int and (isinstance(value, bool) or not 1 <= value < 2**40)):
                 raise ProtocolError(f"the model card's {field.name} is missing or malformed")
             values[field.name] = value
-        if values["block_size"] < 1 or values["kv_bytes_per_token"] < 0 or values["context_length"] < 1:
-            raise ProtocolError("the model card's sizes are out of range")
         features = data.get("features", [])
         if not isinstance(features, (list, tuple)) or not all(isinstance(name, str) for name in features):
             raise ProtocolError("the model card's features are malformed")
-        return cls(**values, features=tuple(name for name in features if name in FEATURES), files=_files(data.get("files", [])))
+        return cls(
+            **values,
+            sampling_defaults=SamplingDefaults.from_wire(data.get("sampling_defaults", {})),
+            features=tuple(name for name in features if name in FEATURES),
+            files=_files(data.get("files", [])),
+        )
+
+
+_STRUCTURED = ("sampling_defaults", "features", "files")
 
 
 def _files(data: Any) -> tuple[ModelFile, ...]:

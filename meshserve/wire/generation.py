@@ -13,7 +13,7 @@ import sys
 from array import array
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from meshserve.errors import ProtocolError
 
@@ -129,6 +129,14 @@ _RARE_DEFAULTS = tuple(_SAMPLING_DEFAULTS[name] for name in _RARE)
 _rare_values = attrgetter(*_RARE)
 
 
+class BlockHashes(NamedTuple):
+    """Hashes of the full KV blocks of some tokens, and what they depend on besides."""
+
+    block_size: int
+    salt: str
+    hashes: list[int]
+
+
 @dataclass(slots=True)
 class GenerateRequest:
     """One sequence to be continued. `tokens` is the prompt, followed by what earlier workers generated already."""
@@ -144,6 +152,8 @@ class GenerateRequest:
     """Prefill workers, best first, as the router ranked them: incarnation, prompts queued there, blocks of this prompt there."""
     lost_peers: tuple[str, ...] = ()
     """Names of workers that died while they had this request."""
+    hashes: "BlockHashes | None" = field(default=None, repr=False, compare=False)
+    """Of the KV blocks of `tokens`, once somebody on this peer has computed them. Stays on this peer."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`."""

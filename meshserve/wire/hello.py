@@ -6,6 +6,7 @@ from typing import Any
 from meshserve.config import PROTOCOL_MAJOR, PROTOCOL_MINOR, ROLES
 from meshserve.errors import ProtocolError
 from meshserve.wire.card import ModelCard
+from meshserve.wire.layout import KVLayout
 
 MAX_ADDRESSES = 32
 MAX_HINTS = 512
@@ -71,10 +72,18 @@ class PeerInfo:
     """Of the software, for people."""
     card: ModelCard | None = None
     """What its engine serves, if it has one."""
+    layout: KVLayout | None = None
+    """How its engine keeps KV, if it has one."""
     http: str | None = None
     """URL of its HTTP side, if it has one."""
     is_draining: bool = False
     """It finishes what it has and takes no new work."""
+    withdrawn: tuple[str, ...] = ()
+    """Of its roles, those that it cannot play now: its engine failed and is started again."""
+
+    def can_play(self, role: str) -> bool:
+        """Whether it has this role, and nothing keeps it from it."""
+        return role in self.roles and role not in self.withdrawn
 
     @property
     def is_observer(self) -> bool:
@@ -101,8 +110,10 @@ class PeerInfo:
             "port": self.port,
             "version": self.version,
             "card": self.card.to_wire() if self.card else None,
+            "layout": self.layout.to_wire() if self.layout else None,
             "http": self.http,
             "draining": self.is_draining,
+            "withdrawn": list(self.withdrawn),
         }
 
     @classmethod
@@ -111,7 +122,9 @@ class PeerInfo:
         if not isinstance(data, dict):
             raise ProtocolError("a peer is a map")
         roles = tuple(role for role in _texts(data, "roles", 32) if role in ROLES)
-        card = data.get("card")
+        card, layout = data.get("card"), data.get("layout")
+        if (card is None) != (layout is None):
+            raise ProtocolError("hello: a model card and a KV layout go together")
         http = data.get("http")
         if http is not None and (not isinstance(http, str) or len(http) > 255):
             raise ProtocolError("hello: http is malformed")
@@ -124,8 +137,10 @@ class PeerInfo:
             _port(data),
             _text(data, "version", 64),
             ModelCard.from_wire(card) if card is not None else None,
+            KVLayout.from_wire(layout) if layout is not None else None,
             http,
             data.get("draining") is True,
+            _texts(data, "withdrawn", 32) if "withdrawn" in data else (),
         )
 
 

@@ -93,7 +93,7 @@ class PrefillRecord:
 async def running_engine(**options: object) -> AsyncIterator[DummyEngine]:
     values = {"kv_bytes_per_token": 24, "block_size": 4, "num_blocks": 256} | options
     engine = DummyEngine(EngineOptions(options={key: str(value) for key, value in values.items()}))
-    engine.start()
+    await engine.start()
     try:
         yield engine
     finally:
@@ -102,6 +102,11 @@ async def running_engine(**options: object) -> AsyncIterator[DummyEngine]:
 
 def a_request(tokens: "array[int]", request_id: str = "r", num_generated: int = 0, **sampling: Any) -> GenerateRequest:
     return GenerateRequest(request_id, "dummy", tokens, Sampling(**{"max_tokens": 20, "ignore_eos": True} | sampling), num_generated)
+
+
+def written(error: MeshserveError | None) -> None:
+    """What a block's writer is told."""
+    assert error is None
 
 
 async def generated(engine: DummyEngine, request: GenerateRequest) -> list[int]:

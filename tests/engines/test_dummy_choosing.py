@@ -17,7 +17,7 @@ from meshserve.engines.dummy.sampling import candidates, next_token
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
 from meshserve.errors import InvalidRequest
 from meshserve.wire.generation import Sampling, TokenLogprobs
-from tests.engines.dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of
+from tests.engines.dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of, written
 
 VOCAB_SIZE = ByteTokenizer.vocab_size
 CONTEXTS = st.integers(0, 2**64 - 1)
@@ -243,9 +243,9 @@ def test_a_prompt_is_rated_alike_computed_here_cached_handed_over_or_preempted()
             await cached.end()
             assert cached.stats is not None
             assert cached.stats.num_cached_tokens == 20
-            reservation = other.reserve(prompt)
+            reservation = other.reserve(a_request(prompt))
             for index, payload in (await prefilled(one, prompt[:-1])).blocks.items():
-                reservation.write(index, payload)
+                reservation.write(index, payload, written)
             other.generate(request, moved, reservation)
             first = GenerationRecord()
             small.generate(a_request(tokens_of(8, seed=1), "first", max_tokens=30), first)
@@ -276,9 +276,9 @@ def test_a_corrupted_block_gives_a_prompt_other_ratings() -> None:
             right, wrong = GenerationRecord(), GenerationRecord()
             one.generate(a_request(prompt, prompt_logprobs=3), right)
             await right.end()
-            reservation = other.reserve(prompt)
+            reservation = other.reserve(a_request(prompt))
             for index, payload in (await prefilled(one, prompt[:-1])).blocks.items():
-                reservation.write(index, bytes([payload[0] ^ (index == 1), *payload[1:]]))
+                reservation.write(index, bytes([payload[0] ^ (index == 1), *payload[1:]]), written)
             other.generate(a_request(prompt, prompt_logprobs=3), wrong, reservation)
             await wrong.end()
             assert right.prompt_logprobs is not None

@@ -13,7 +13,7 @@ from meshserve.engines.tokenizers import EOS_TOKEN
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.wire.generation import Sampling
 from tests.engines.documents_harness import check_valid, text_of
-from tests.engines.dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of
+from tests.engines.dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of, written
 
 PERSON = {
     "type": "object",
@@ -73,9 +73,9 @@ def test_other_prompts_seeds_choices_and_kv_give_other_documents() -> None:
                 drawn = [await generated(engine, a_document_request(tokens_of(9), temperature=1.0, **extra)) for extra in extras]
                 assert len(set(map(text_of, drawn))) == 5
             prompt = tokens_of(9)
-            reservation = other.reserve(prompt)
+            reservation = other.reserve(a_request(prompt))
             for index, payload in (await prefilled(engine, prompt[:-1])).blocks.items():
-                reservation.write(index, bytes([payload[0] ^ 1, *payload[1:]]))
+                reservation.write(index, bytes([payload[0] ^ 1, *payload[1:]]), written)
             sink = GenerationRecord()
             other.generate(a_document_request(prompt), sink, reservation)
             assert text_of(await sink.end()) != texts[0]

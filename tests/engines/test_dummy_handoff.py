@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshserve.errors import BlockRefused, InvalidRequest, PoolFull
-from tests.engines.dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of
+from tests.engines.dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of, written
 
 
 async def handed_over(
@@ -18,7 +18,7 @@ async def handed_over(
     async with running_engine(kv_bytes_per_token=kv_bytes) as prefill, running_engine(kv_bytes_per_token=kv_bytes) as decode:
         if num_known:
             await generated(decode, a_request(tokens[:num_known], max_tokens=1))
-        reservation = decode.reserve(tokens)
+        reservation = decode.reserve(a_request(tokens))
         missing = list(reservation.missing())
         if missing:
             blocks = (await prefilled(prefill, tokens[:-1], missing[0])).blocks
@@ -27,8 +27,8 @@ async def handed_over(
                 payload = bytearray(blocks[index])
                 if flip == position:
                     payload[len(payload) // 2] ^= 1
-                assert len(payload) == reservation.expected_bytes(index)
-                reservation.write(index, memoryview(payload))
+                assert len(payload) == reservation.tokens_in(index) * kv_bytes
+                reservation.write(index, memoryview(payload), written)
         sink = GenerationRecord()
         decode.generate(a_request(tokens), sink, reservation)
         reservation.release()
@@ -65,21 +65,21 @@ def test_a_prefill_gives_out_whole_blocks_and_the_partial_last_one() -> None:
 def test_a_reservation_refuses_what_it_did_not_ask_for() -> None:
     async def run() -> None:
         async with running_engine() as engine:
-            reservation = engine.reserve(tokens_of(9))
+            reservation = engine.reserve(a_request(tokens_of(9)))
             assert (reservation.num_tokens, reservation.num_cached_tokens, list(reservation.missing())) == (8, 0, [0, 1])
             with pytest.raises(BlockRefused, match="not missing"):
-                reservation.write(2, bytes(96))
+                reservation.write(2, bytes(96), written)
             with pytest.raises(BlockRefused, match="95 bytes instead of 96"):
-                reservation.write(0, bytes(95))
-            reservation.write(0, bytes(96))
+                reservation.write(0, bytes(95), written)
+            reservation.write(0, bytes(96), written)
             with pytest.raises(BlockRefused, match="not missing"):
-                reservation.write(0, bytes(96))
+                reservation.write(0, bytes(96), written)
             with pytest.raises(BlockRefused, match="1 blocks"):
                 engine.generate(a_request(tokens_of(9)), GenerationRecord(), reservation)
             reservation.release()
             reservation.release()
             with pytest.raises(BlockRefused, match="ended"):
-                reservation.write(1, bytes(96))
+                reservation.write(1, bytes(96), written)
             assert engine.load().used_blocks == 0
 
     asyncio.run(run())
@@ -89,13 +89,13 @@ def test_blocks_taken_from_a_reservation_are_cached_for_the_next_prompt() -> Non
     async def run() -> None:
         tokens = tokens_of(14)
         async with running_engine() as prefill, running_engine() as decode:
-            reservation = decode.reserve(tokens)
+            reservation = decode.reserve(a_request(tokens))
             for index, payload in (await prefilled(prefill, tokens[:-1])).blocks.items():
-                reservation.write(index, payload)
-            assert decode.num_cached_tokens(tokens) == 0
+                reservation.write(index, payload, written)
+            assert decode.num_cached_tokens(a_request(tokens)) == 0
             sink = GenerationRecord()
             decode.generate(a_request(tokens), sink, reservation)
-            assert decode.num_cached_tokens(tokens) == 12
+            assert decode.num_cached_tokens(a_request(tokens)) == 12
             await sink.end()
             assert sink.stats is not None
             assert (sink.stats.num_prompt_tokens, sink.stats.num_cached_tokens) == (14, 0)
@@ -107,13 +107,13 @@ def test_blocks_taken_from_a_reservation_are_cached_for_the_next_prompt() -> Non
 def test_a_reservation_that_finds_no_room_holds_nothing() -> None:
     async def run() -> None:
         async with running_engine(num_blocks=4) as engine:
-            first = engine.reserve(tokens_of(9))
+            first = engine.reserve(a_request(tokens_of(9)))
             with pytest.raises(PoolFull):
-                engine.reserve(tokens_of(9, seed=1))
+                engine.reserve(a_request(tokens_of(9, seed=1)))
             assert engine.load().used_blocks == 3
             first.release()
             with pytest.raises(InvalidRequest):
-                engine.reserve(tokens_of(0))
+                engine.reserve(a_request(tokens_of(0)))
 
     asyncio.run(run())
 
@@ -124,9 +124,9 @@ def test_two_reservations_that_fill_the_pool_both_come_to_their_end() -> None:
             sinks = []
             for seed in range(2):
                 tokens = tokens_of(9, seed)
-                reservation = decode.reserve(tokens)
+                reservation = decode.reserve(a_request(tokens))
                 for index, payload in (await prefilled(prefill, tokens[:-1])).blocks.items():
-                    reservation.write(index, payload)
+                    reservation.write(index, payload, written)
                 sinks.append(GenerationRecord())
                 decode.generate(a_request(tokens, f"r{seed}", max_tokens=12), sinks[-1], reservation)
             for seed, sink in enumerate(sinks):
@@ -138,14 +138,14 @@ def test_two_reservations_that_fill_the_pool_both_come_to_their_end() -> None:
 def test_nobody_is_reserved_room_that_an_earlier_prompt_waits_for() -> None:
     async def run() -> None:
         async with running_engine(num_blocks=6) as engine:
-            first = engine.reserve(tokens_of(16))
+            first = engine.reserve(a_request(tokens_of(16)))
             waiting = GenerationRecord()
             engine.generate(a_request(tokens_of(20, seed=1), "waiting", max_tokens=4), waiting)
             await asyncio.sleep(0)
             with pytest.raises(PoolFull):
-                engine.reserve(tokens_of(4, seed=2))
+                engine.reserve(a_request(tokens_of(4, seed=2)))
             first.release()
             assert len(await waiting.end()) == 4
-            engine.reserve(tokens_of(4, seed=2)).release()
+            engine.reserve(a_request(tokens_of(4, seed=2))).release()
 
     asyncio.run(run())

@@ -25,15 +25,15 @@ PROMPT = array("I", [random.Random(7).randrange(256) for _ in range(100)])
 Block = tuple[int, int, bytes]
 
 
-def new_engine() -> DummyEngine:
+async def new_engine() -> DummyEngine:
     engine = DummyEngine(EngineOptions(None, {"kv_bytes_per_token": "64"}))
-    engine.start()
+    await engine.start()
     return engine
 
 
 async def blocks_of(tokens: "array[int]") -> list[Block]:
     """The prompt's true KV."""
-    engine, record = new_engine(), PrefillRecord()
+    engine, record = await new_engine(), PrefillRecord()
     engine.prefill("p", tokens, 0, record)
     await record.end()
     await engine.close()
@@ -48,7 +48,7 @@ async def text_of(engine: DummyEngine, result: HandoffResult | None) -> list[int
 
 
 async def undisturbed() -> list[int]:
-    engine = new_engine()
+    engine = await new_engine()
     tokens = await text_of(engine, None)
     await engine.close()
     return tokens
@@ -141,7 +141,7 @@ class Decode:
 @asynccontextmanager
 async def pair() -> AsyncIterator[tuple[Decode, Scripted]]:
     """A decode worker and a scripted prefill worker that know each other, over loopback."""
-    engine = new_engine()
+    engine = await new_engine()
     async with peer("decode", engine) as decode_mesh:
         decode = Decode(decode_mesh, engine)
         async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
@@ -155,7 +155,8 @@ async def pair() -> AsyncIterator[tuple[Decode, Scripted]]:
 
 @asynccontextmanager
 async def peer(role: str, engine: DummyEngine, seeds: tuple[str, ...] = ()) -> AsyncIterator[Mesh]:
-    mesh = Mesh(MeshConfig(mesh="scripted", roles=(role,), interface="127.0.0.1", use_mdns=False, seeds=seeds), engine.card)
+    config = MeshConfig(mesh="scripted", roles=(role,), interface="127.0.0.1", use_mdns=False, seeds=seeds)
+    mesh = Mesh(config, engine.card, engine.kv_layout)
     await mesh.start()
     await mesh.join()
     try:
@@ -191,8 +192,8 @@ class CountingEngine(DummyEngine):
 @asynccontextmanager
 async def real_pair(engine: DummyEngine, config: HandoffConfig | None = None) -> AsyncIterator[tuple[Decode, Mesh, PrefillProvider]]:
     """The real requester and the real provider, which computes with this engine."""
-    engine.start()
-    own = new_engine()
+    await engine.start()
+    own = await new_engine()
     async with peer("decode", own) as decode_mesh:
         decode = Decode(decode_mesh, own)
         async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:

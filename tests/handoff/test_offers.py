@@ -99,7 +99,7 @@ def test_a_claim_that_brings_too_little_gets_the_task_from_there_on() -> None:
 
 def test_who_says_goodbye_with_an_offer_did_not_die_of_it() -> None:
     async def run() -> None:
-        engine = new_engine()
+        engine = await new_engine()
         async with peer("decode", engine) as decode_mesh:
             decode = Decode(decode_mesh, engine)
             async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:

@@ -139,7 +139,7 @@ def test_row_9_the_first_claim_wins_and_late_ones_are_gone() -> None:
 
 def test_a_routers_booking_ends_when_the_prefill_worker_reports_the_ticket() -> None:
     async def run() -> None:
-        engine = new_engine()
+        engine = await new_engine()
         async with peer("decode", engine) as decode_mesh:
             decode, router = Decode(decode_mesh, engine), RouterRole(decode_mesh, "kv")
             async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
@@ -178,8 +178,8 @@ def test_a_routers_booking_ends_when_the_prefill_worker_reports_the_ticket() -> 
 
 def test_row_9_the_same_ticket_ten_times_is_prefilled_once() -> None:
     async def run() -> None:
-        engine, counting = new_engine(), CountingEngine(EngineOptions(None, {"kv_bytes_per_token": "64"}))
-        counting.start()
+        engine, counting = await new_engine(), CountingEngine(EngineOptions(None, {"kv_bytes_per_token": "64"}))
+        await counting.start()
         async with peer("decode", engine) as decode_mesh:
             decode = Decode(decode_mesh, engine)
             async with peer("prefill", counting, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:

@@ -110,8 +110,9 @@ async def scene(
     features: tuple[str, ...] = FEATURES, roles: tuple[str, ...] = ("processor", "decode"), **card: Any
 ) -> AsyncIterator[Scene]:
     """One peer that is processor and, by hand, worker of a model with these features."""
-    made = replace(DummyEngine(EngineOptions(None, {})).card, features=features, **card)
-    mesh = Mesh(MeshConfig(mesh="scripted", roles=roles, interface="127.0.0.1", use_mdns=False), made)
+    engine = DummyEngine(EngineOptions(None, {}))
+    made = replace(engine.card, features=features, **card)
+    mesh = Mesh(MeshConfig(mesh="scripted", roles=roles, interface="127.0.0.1", use_mdns=False), made, engine.kv_layout)
     await mesh.start()
     try:
         yield Scene(mesh)

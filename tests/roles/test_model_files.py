@@ -30,6 +30,7 @@ from meshserve.roles.processor.model_files import ModelFiles
 from meshserve.roles.processor.models import Models
 from meshserve.wire.card import MAX_FILE_BYTES, ModelCard, ModelFile
 from meshserve.wire.completion import CompletionRequest
+from meshserve.wire.layout import KVLayout
 from tests.engines.trained import files_of, write_directory
 from tests.harness import run_async, until
 
@@ -48,7 +49,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @asynccontextmanager
 async def joined(role: str, card: ModelCard | None = None, seeds: tuple[Mesh, ...] = ()) -> AsyncIterator[Mesh]:
     addresses = tuple(f"127.0.0.1:{seed.own.port}" for seed in seeds)
-    mesh = Mesh(MeshConfig(mesh="files", roles=(role,), interface="127.0.0.1", use_mdns=False, seeds=addresses), card)
+    config = MeshConfig(mesh="files", roles=(role,), interface="127.0.0.1", use_mdns=False, seeds=addresses)
+    mesh = Mesh(config, card, KVLayout("files", 16, 64)) if card is not None else Mesh(config)
     await mesh.start()
     try:
         await mesh.join()

@@ -44,11 +44,12 @@ def test_a_malformed_question_is_answered_with_what_is_wrong_and_the_next_one_wi
     run_async(ask())
 
 
-async def answer_for(prompt: "array[int]", settings: CostSettings | None = None, **card: Any) -> dict[str, Any]:
+async def answer_for(prompt: "array[int]", settings: CostSettings | None = None, **layout: Any) -> dict[str, Any]:
     """Of a router on a peer that decodes and prefills by name only."""
-    made = replace(DummyEngine(EngineOptions(None, {})).card, **card)
+    engine = DummyEngine(EngineOptions(None, {}))
     roles = ("router", "decode", "prefill")
-    mesh = Mesh(MeshConfig(mesh="asked", roles=roles, interface="127.0.0.1", use_mdns=False), made)
+    config = MeshConfig(mesh="asked", roles=roles, interface="127.0.0.1", use_mdns=False)
+    mesh = Mesh(config, engine.card, replace(engine.kv_layout, **layout))
     await mesh.start()
     role = RouterRole(mesh, "kv", settings)
     try:
@@ -73,5 +74,5 @@ def test_a_prompt_that_its_decode_worker_computes_itself_is_not_waited_for_elsew
 def test_an_engine_that_hands_nothing_over_has_no_prefill_workers() -> None:
     prompt = array("I", [1] * 1000)
     assert run_async(answer_for(prompt))["prefill"]
-    answer = run_async(answer_for(prompt, can_hand_over=False))
+    answer = run_async(answer_for(prompt, refusal="this engine does not"))
     assert not answer["prefill"] and wait_ms(answer) == 0

@@ -71,7 +71,7 @@ def flood(call: IncomingCall) -> None:
 
 async def started(role: str, engine: DummyEngine | None, *seeds: str) -> Mesh:
     config = MeshConfig(mesh="watched", roles=(role,), interface="127.0.0.1", use_mdns=False, seeds=seeds, transport=TIGHT)
-    mesh = Mesh(config, engine.card if engine else None)
+    mesh = Mesh(config, engine.card, engine.kv_layout) if engine else Mesh(config)
     await mesh.start()
     return mesh
 
@@ -79,7 +79,7 @@ async def started(role: str, engine: DummyEngine | None, *seeds: str) -> Mesh:
 @asynccontextmanager
 async def followed() -> AsyncIterator[Followed]:
     engine = DummyEngine(EngineOptions(None, {"num_blocks": "24", "block_size": "8", "kv_bytes_per_token": "16"}))
-    engine.start()
+    await engine.start()
     worker = await started("decode", engine)
     reporter = WorkerReporter(worker, engine)
     router = await started("router", None, f"127.0.0.1:{worker.own.port}")

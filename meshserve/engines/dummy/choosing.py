@@ -6,11 +6,13 @@ their place: so they sum to 1 over the vocabulary, and say how likely a token wa
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import chain, islice
 from math import exp, log
 from operator import itemgetter
 from typing import Protocol
 
+from meshserve.engines.dummy.documents import WrittenDocument, read_schema
 from meshserve.engines.dummy.sampling import (
     OTHER_LOGIT,
     candidates,
@@ -21,6 +23,7 @@ from meshserve.engines.dummy.sampling import (
     may_end,
     next_token,
 )
+from meshserve.engines.dummy.speech import Speech
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
 from meshserve.errors import InvalidRequest
 from meshserve.wire.generation import Sampling, TokenLogprobs
@@ -188,3 +191,25 @@ def _others(context: int, known: set[int], can_end: bool, vocab_size: int) -> It
     for token in chain(range(start, vocab_size), range(start)):
         if token not in known and (can_end or token != EOS_TOKEN):
             yield token
+
+
+def check_constraint(sampling: Sampling) -> None:
+    """Raises InvalidRequest for a malformed schema, Unsupported for one that cannot be kept to."""
+    if sampling.json_schema:
+        read_schema(sampling.json_schema)
+
+
+def chooser_for(sampling: Sampling, output: Sequence[int], speech: Speech | None) -> Chooser | None:
+    """None for a plain request, whose tokens `next_token` gives. It chooses among the model's own tokens, whatever it speaks.
+
+    `output` is what an earlier worker generated. Raises InvalidRequest if it could not have come from this request.
+    """
+    is_bent = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty
+    if sampling.logprobs < 0 and not is_bent and not sampling.json_schema:
+        return None
+    document = WrittenDocument(read_schema(sampling.json_schema)) if sampling.json_schema else None
+    if speech is None:
+        return Chooser(sampling, output, document)
+    bias = tuple((speech.to_own(token), value) for token, value in sampling.logit_bias)
+    heard = map(speech.to_byte if document is not None else speech.to_own, output)
+    return Chooser(replace(sampling, logit_bias=bias), heard, document, speech.vocab_size)

@@ -15,7 +15,8 @@ from meshserve.engines.tokenizers.directory import describe_files, read_director
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
 from meshserve.engines.tokenizers.settings import TextSettings
 from meshserve.errors import TokenizerFailed, UsageError
-from meshserve.wire.card import FEATURES, ModelCard
+from meshserve.wire.card import FEATURES, ModelCard, SamplingDefaults
+from meshserve.wire.layout import KVLayout
 
 _OUTPUT_VERSION = 1
 """Raise it with any change that makes other KV bytes or other tokens: peers of two versions must not share KV."""
@@ -79,15 +80,14 @@ class DummyOptions:
             context_length=self.context_length,
             tokenizer="huggingface" if files else "bytes",
             chat_template="" if settings.chat_templates else CHAT_TEMPLATE,
-            default_temperature=settings.default_temperature or 0.0,
-            layers=1,
-            dtype="uint8",
-            kv_bytes_per_token=self.kv_bytes_per_token,
-            block_size=self.block_size,
-            can_hand_over=True,
+            sampling_defaults=SamplingDefaults(settings.default_temperature or 0.0),
             features=FEATURES if can_spell else tuple(name for name in FEATURES if name not in ("json_schema", "tools")),
             files=files,
         )
+
+    def layout(self, card: ModelCard) -> KVLayout:
+        """How the KV of the model on this card is kept."""
+        return KVLayout(f"dummy/{card.model_hash}", self.block_size, self.kv_bytes_per_token)
 
 
 def parse_options(options: EngineOptions) -> DummyOptions:

@@ -36,6 +36,8 @@ class BulkInlet:
 
     def answer(self, sender: bytes, data: bytes) -> None:
         """Back to the connection that a message came on. Lost if that is gone: then there is nobody who waits for it."""
+        if self._socket.closed:
+            return
         with contextlib.suppress(zmq.ZMQError):
             self._socket.send_multipart((sender, data), zmq.NOBLOCK)
         self._reader.drain_soon()

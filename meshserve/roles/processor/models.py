@@ -53,6 +53,10 @@ class Models:
         names = ", ".join(sorted({card.model for card in cards}))
         raise ModelNotFound(f"the model {model!r} is not served here; there are: {names}", param="model")
 
+    def block_size(self, model: str) -> int:
+        """Tokens in a KV block of its workers; 0 if there is none."""
+        return next((info.layout.block_size for info in self._mesh.peers_serving("decode", model) if info.layout is not None), 0)
+
     # --- text
 
     def text(self, card: ModelCard) -> ModelText:

@@ -75,6 +75,10 @@ class ProcessorRole:
         """No request is under way."""
         return not self._running
 
+    def block_size(self, model: str) -> int:
+        """Tokens in a KV block of this model's workers; 0 if none is left."""
+        return self.models.block_size(model)
+
     def draw_seed(self) -> int:
         """For a prompt whose request names none."""
         return self._rng.getrandbits(62)

@@ -108,7 +108,7 @@ def sampling_of(request: CompletionRequest, card: ModelCard, num_prompt_tokens: 
     found = Sampling(
         room if request.max_tokens is None else max(1, request.max_tokens),
         request.min_tokens,
-        request.temperature if request.temperature is not None else card.default_temperature,
+        request.temperature if request.temperature is not None else card.sampling_defaults.temperature,
         request.top_p,
         request.top_k,
         request.seed if request.seed is not None else drawn_seed,

@@ -37,6 +37,9 @@ class Role(Dispatcher, Protocol):
     receipts: Receipts | None
     """Of requests that are over; None if nobody is to keep any."""
 
+    def block_size(self, model: str) -> int:
+        """Tokens in a KV block of this model's workers; 0 if none is left."""
+
     def draw_seed(self) -> int:
         """For a prompt whose request names none."""
 
@@ -59,7 +62,6 @@ class Request:
         "_prompts",
         "_role",
         "_spelling",
-        "block_size",
         "is_over",
         "policy",
         "request_id",
@@ -78,7 +80,7 @@ class Request:
         phases: Phases,
     ) -> None:
         self._role, self._call, self._asked, self._spelling = role, call, asked, spelling
-        self.request_id, self.policy, self.session, self.block_size = asked.request_id, asked.policy, asked.session, card.block_size
+        self.request_id, self.policy, self.session = asked.request_id, asked.policy, asked.session
         self._card, self._prompts, self._phases = card, prompts, phases
         self._is_plain = asked.is_plain
         self._is_call = asked.tool_choice != "none" and wants_call(asked)
@@ -91,6 +93,11 @@ class Request:
         process_ms = phases.end()
         for sequence in self.sequences:
             sequence.receipt.phases_ms.process = process_ms
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a KV block of the model's workers."""
+        return self._role.block_size(self._card.model)
 
     def _sequences(self, place: int) -> list[Sequence]:
         tokens, asked = self._prompts[place], self._asked

@@ -59,7 +59,10 @@ class Owner(Protocol):
 
     policy: str | None
     session: str
-    block_size: int
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a KV block of the model's workers."""
 
     def remaining_s(self) -> float:
         """Until the request's deadline."""

@@ -4,16 +4,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshserve.engines.dummy.scheduler import Scheduler, Sequence, Stage, Step
-from meshserve.engines.dummy.timing import PROFILES, Timing
+from meshserve.engines.core.scheduler import Outcome, Scheduler, Sequence, Stage, Step, StepLimits
 from meshserve.errors import PoolFull
 from meshserve.kv.pool import BlockPool
 
 
-def a_scheduler(
-    num_blocks: int = 64, max_batch: int = 8, max_batch_tokens: int = 100, timing: Timing = PROFILES["instant"]
-) -> Scheduler[Sequence]:
-    return Scheduler(BlockPool(num_blocks), timing, block_size=4, max_batch=max_batch, max_batch_tokens=max_batch_tokens)
+def a_scheduler(num_blocks: int = 64, max_batch: int = 8, max_batch_tokens: int = 100) -> Scheduler[Sequence]:
+    return Scheduler(BlockPool(num_blocks), 4, StepLimits(max_batch, max_batch_tokens))
+
+
+def updated(scheduler: Scheduler[Sequence], step: Step[Sequence], now: float) -> Outcome[Sequence]:
+    return scheduler.update(step, [0] * (len(step.decodes) + len(step.prefills)), now)
 
 
 def hashes(num_tokens: int, prefix: int = 0) -> list[int]:
@@ -27,7 +28,7 @@ def added(scheduler: Scheduler[Sequence], num_tokens: int, max_new_tokens: int, 
 
 
 def planned(scheduler: Scheduler[Sequence]) -> Step[Sequence]:
-    step = scheduler.plan(0.0)
+    step = scheduler.schedule(0.0)
     assert step is not None
     return step
 
@@ -37,8 +38,8 @@ def shape(step: Step[Sequence]) -> tuple[int, list[int]]:
 
 
 def run_to_end(scheduler: Scheduler[Sequence], produced: dict[int, int]) -> None:
-    while (step := scheduler.plan(0.0)) is not None:
-        for sequence in scheduler.complete(step, 0.0).producing:
+    while (step := scheduler.schedule(0.0)) is not None:
+        for sequence in updated(scheduler, step, 0.0).producing:
             produced[sequence.arrival] = produced.get(sequence.arrival, 0) + 1
 
 
@@ -47,19 +48,19 @@ def test_the_step_that_ends_a_prompt_produces_its_first_token() -> None:
     sequence = added(scheduler, 10, 2)
     step = planned(scheduler)
     assert (shape(step), step.admitted) == ((0, [10]), [sequence])
-    assert scheduler.complete(step, 1.5).producing == [sequence]
+    assert updated(scheduler, step, 1.5).producing == [sequence]
     assert (sequence.num_generated, sequence.first_token_at, sequence.stage) == (1, 1.5, Stage.RUNNING)
     step = planned(scheduler)
     assert shape(step) == (1, [])
-    assert scheduler.complete(step, 2.0).producing == [sequence]
+    assert updated(scheduler, step, 2.0).producing == [sequence]
     assert sequence.stage is Stage.ENDED
-    assert scheduler.plan(2.0) is None
+    assert scheduler.schedule(2.0) is None
 
 
 def test_a_step_takes_decodes_first_and_then_prompts_in_order_of_arrival() -> None:
     scheduler = a_scheduler(max_batch_tokens=20)
     scheduler_first = added(scheduler, 5, 9, 1)
-    scheduler.complete(planned(scheduler), 0.0)
+    updated(scheduler, planned(scheduler), 0.0)
     added(scheduler, 30, 9, 2)
     added(scheduler, 6, 9, 3)
     shapes = []
@@ -67,7 +68,7 @@ def test_a_step_takes_decodes_first_and_then_prompts_in_order_of_arrival() -> No
         step = planned(scheduler)
         assert step.decodes[0] is scheduler_first
         shapes.append(shape(step))
-        scheduler.complete(step, 0.0)
+        updated(scheduler, step, 0.0)
     assert shapes == [(1, [19]), (1, [11, 6]), (3, [])]
 
 
@@ -85,11 +86,11 @@ def test_a_cached_prompt_computes_what_is_left_and_a_generation_at_least_its_las
 ) -> None:
     scheduler = a_scheduler()
     added(scheduler, 12, 1)
-    scheduler.complete(planned(scheduler), 0.0)
+    updated(scheduler, planned(scheduler), 0.0)
     again = added(scheduler, num_tokens, max_new_tokens)
     step = planned(scheduler)
     assert shape(step) == (0, [num_computed])
-    outcome = scheduler.complete(step, 0.0)
+    outcome = updated(scheduler, step, 0.0)
     assert (outcome.prefilled, outcome.producing) == (([], [again]) if max_new_tokens else ([again], []))
     assert scheduler.pool.num_used == scheduler.num_running == scheduler.waiting_prefill_tokens == 0
 
@@ -104,7 +105,7 @@ def test_prompt_blocks_stay_cached_and_output_blocks_do_not() -> None:
 def test_what_was_computed_in_one_step_is_found_by_the_next_prompt_while_it_is_still_in_use() -> None:
     scheduler = a_scheduler()
     first = added(scheduler, 9, 5)
-    scheduler.complete(planned(scheduler), 0.0)
+    updated(scheduler, planned(scheduler), 0.0)
     second = added(scheduler, 10, 5)
     assert shape(planned(scheduler)) == (1, [2])
     assert second.blocks[:2] == first.blocks[:2]
@@ -115,12 +116,12 @@ def test_the_latest_arrival_gives_way_when_the_pool_is_exhausted_and_comes_back(
     scheduler = a_scheduler(num_blocks=5)
     first, second = added(scheduler, 8, 8, 1), added(scheduler, 8, 8, 2)
     produced: dict[int, int] = {}
-    scheduler.complete(planned(scheduler), 0.0)
+    updated(scheduler, planned(scheduler), 0.0)
     step = planned(scheduler)  # both need a third block, and one is left
     assert (step.decodes, second.stage, second.num_pending) == ([first], Stage.WAITING, 9)
     assert [len(sequence.blocks) for sequence in (first, second)] == [3, 0]
     produced = {1: 1, 2: 1}
-    for sequence in scheduler.complete(step, 0.0).producing:
+    for sequence in updated(scheduler, step, 0.0).producing:
         produced[sequence.arrival] += 1
     run_to_end(scheduler, produced)
     assert produced == {1: 8, 2: 8}
@@ -139,7 +140,7 @@ def test_a_head_that_finds_no_room_does_not_hold_up_those_that_bring_their_block
     handed_over = Sequence(9, hashes(9, 1), 2)
     blocks = scheduler.pool.allocate(3)
     added(scheduler, 9, 2, 2)
-    assert scheduler.plan(0.0) is None
+    assert scheduler.schedule(0.0) is None
     scheduler.add(handed_over, 0.0, blocks)
     step = planned(scheduler)
     assert step.prefills == [(handed_over, 1)]
@@ -152,7 +153,7 @@ def test_a_sequence_that_ends_within_a_step_is_passed_over() -> None:
     step = planned(scheduler)
     scheduler.end(one)
     scheduler.end(one)
-    assert scheduler.complete(step, 0.0).producing == [other]
+    assert updated(scheduler, step, 0.0).producing == [other]
     assert scheduler.pool.hashes() == hashes(8, 2)
 
 
@@ -170,44 +171,64 @@ def test_every_sequence_gets_its_tokens_and_leaves_no_block_behind(
     sequences = [added(scheduler, *job) for job in jobs]
     produced: dict[int, int] = {}
     for _ in range(2000):
-        step = scheduler.plan(0.0)
+        step = scheduler.schedule(0.0)
         if step is None:
             break
         assert len(step.decodes) + sum(num_tokens for _, num_tokens in step.prefills) <= max_batch_tokens
         assert scheduler.num_running <= max_batch
-        for sequence in scheduler.complete(step, 0.0).producing:
+        for sequence in updated(scheduler, step, 0.0).producing:
             produced[sequence.arrival] = produced.get(sequence.arrival, 0) + 1
     assert {sequence.stage for sequence in sequences} == {Stage.ENDED}
     assert produced == {sequence.arrival: sequence.max_new_tokens for sequence in sequences if sequence.max_new_tokens}
     assert scheduler.pool.num_used == scheduler.num_waiting == scheduler.waiting_prefill_tokens == 0
 
 
-@pytest.mark.parametrize(
-    ("num_prompt_tokens", "num_decodes", "occupancy", "milliseconds"),
-    [
-        (0, 0, 0.5, 0.0),
-        (1000, 0, 0.0, 16.50142 + 15.18344 + 0.4209989),
-        (0, 3, 0.5, 5.74 + 27.005 - 6.435),
-        (0, 1, 2.0, 5.74 + 54.01 - 25.74),
-        (1, 1, 0.0, 16.50142 + 0.01518344 + 5.74),
-    ],
-)
-def test_the_reference_profile_is_the_one_of_the_traces(
-    num_prompt_tokens: int, num_decodes: int, occupancy: float, milliseconds: float
-) -> None:
-    assert PROFILES["reference"].step_s(num_prompt_tokens, num_decodes, occupancy) * 1000 == pytest.approx(milliseconds, rel=1e-5)
-
-
-def test_a_step_lasts_as_long_as_its_tokens_and_the_blocks_in_use_say() -> None:
-    scheduler = a_scheduler(num_blocks=8, timing=Timing(prefill_ms_per_token=1.0, decode_base_ms=10.0, decode_ms_by_occupancy=100.0))
+def test_a_step_counts_its_prompt_tokens_and_the_blocks_in_use() -> None:
+    scheduler = a_scheduler(num_blocks=8)
     added(scheduler, 10, 3, 1)
     step = planned(scheduler)
-    assert step.duration_s == pytest.approx(0.010)
-    scheduler.complete(step, 0.0)
+    assert (step.num_prompt_tokens, step.used_blocks) == (10, 3)
+    updated(scheduler, step, 0.0)
     added(scheduler, 4, 3, 2)
-    assert planned(scheduler).duration_s == pytest.approx(0.004 + 0.010 + 0.1 * 4 / 8)
+    step = planned(scheduler)
+    assert (step.num_prompt_tokens, step.used_blocks) == (4, 4)
 
 
-def test_options_put_milliseconds_on_top_of_a_profile_or_a_rate_in_its_place() -> None:
-    assert PROFILES["instant"].with_options(2.5, 1000).step_s(10, 1, 0.3) == pytest.approx(0.0125)
-    assert PROFILES["reference"].with_options(0, 0) == PROFILES["reference"]
+def chunks_of(num_tokens: int, max_new_tokens: int, num_decodes: int = 0) -> list[int]:
+    limits = StepLimits(max_running=8, max_step_tokens=24, max_prompt_tokens=16, max_mixed_tokens=6, chunk_tokens=8)
+    scheduler: Scheduler[Sequence] = Scheduler(BlockPool(64), 4, limits)
+    for prefix in range(1, num_decodes + 1):
+        added(scheduler, 1, 50, prefix)
+        updated(scheduler, planned(scheduler), 0.0)
+    sequence, chunks = added(scheduler, num_tokens, max_new_tokens), []
+    while sequence.stage is not Stage.ENDED:
+        step = planned(scheduler)
+        chunks += [taken for found, taken in step.prefills if found is sequence]
+        updated(scheduler, step, 0.0)
+    return chunks
+
+
+def test_a_prompt_is_cut_at_multiples_of_the_chunk_and_its_last_token_is_a_step_of_its_own() -> None:
+    assert chunks_of(45, 1) == [16, 16, 12, 1]
+    assert chunks_of(1, 1) == [1]
+    assert chunks_of(17, 1) == [16, 1]
+
+
+def test_a_prompt_that_another_worker_continues_is_cut_at_the_same_places() -> None:
+    assert chunks_of(44, 0) == [16, 16, 12]
+
+
+def test_beside_running_sequences_a_prompt_takes_few_tokens_of_each_step() -> None:
+    assert chunks_of(15, 1, num_decodes=1) == [6, 6, 2, 1]
+
+
+def test_what_a_sequence_is_called_with_comes_back_with_it() -> None:
+    scheduler = a_scheduler()
+    added(scheduler, 4, 3, 1)
+    updated(scheduler, planned(scheduler), 0.0)
+    added(scheduler, 4, 3, 2)
+    ended = added(scheduler, 4, 3, 3)
+    step = planned(scheduler)
+    scheduler.end(ended)
+    outcome = scheduler.update(step, [11, 12, 13], 0.0)
+    assert outcome.tokens == [11, 12]

@@ -1,6 +1,6 @@
 """Continuous batching with chunked prefill over a paged pool: which sequence computes how many tokens in the next step.
 
-Pure: no clock, no event loop, no bytes. The dummy engine runs it in real time, a simulator in virtual time. The rules are those of
+Pure: no clock, no event loop, no bytes. Engines run the scheduler in real time, a simulator in virtual time. The rules are those of
 vLLM's scheduler (Kwon et al., SOSP 2023) with Sarathi's chunked prefill (Agrawal et al., 2023).
 """
 
@@ -12,7 +12,6 @@ from enum import Enum
 from operator import attrgetter
 from typing import Generic, TypeVar
 
-from meshserve.engines.dummy.timing import Timing
 from meshserve.errors import PoolFull
 from meshserve.kv.pool import BlockPool
 
@@ -27,7 +26,7 @@ class Stage(Enum):
 
 
 class Sequence:
-    """One job as the scheduler sees it: lengths, hashes and blocks, no tokens.
+    """One sequence as the scheduler sees it: lengths, hashes and blocks, no tokens.
 
     `num_tokens` is the prompt's length and `hashes` are those of its full blocks. With `max_new_tokens` 0 it is a prefill:
     all its tokens are computed and none is produced.
@@ -80,7 +79,12 @@ class Step(Generic[S]):
     prefills: list[tuple[S, int]]
     admitted: list[S]
     """Those of `prefills` that were waiting until now, some of them perhaps for the second time after a preemption."""
-    duration_s: float = 0.0
+    num_prompt_tokens: int = 0
+    """Of all prefills together."""
+    used_blocks: int = 0
+    """Of the pool, held by running sequences and reservations."""
+    is_first: bool = False
+    """The engine was idle before."""
 
 
 @dataclass(slots=True)
@@ -88,8 +92,27 @@ class Outcome(Generic[S]):
     """What a step led to. Each sequence in `producing` has one more token; those whose stage is ENDED have all of `max_new_tokens`."""
 
     producing: list[S]
+    tokens: list[int]
+    """One for each of `producing`, as the model runner sampled it."""
     prefilled: list[S]
     """Prefills that ended with this step."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What one step may hold."""
+
+    max_running: int
+    """Sequences in the batch."""
+    max_step_tokens: int
+    """Tokens of all sequences in one step: more computes prompts sooner, and makes running sequences wait longer for them."""
+    max_prompt_tokens: int = 0
+    """Prompt tokens of all sequences in one step; 0: `max_step_tokens` alone counts. Lower gives out KV blocks sooner."""
+    max_mixed_tokens: int = 0
+    """The same for a step that also decodes. Lower keeps the pace of running sequences."""
+    chunk_tokens: int = 1
+    """A prompt is cut at multiples of this. Above 1, the prompt's last token is a step of its own, so that outputs do not depend on
+    where the rest was computed."""
 
 
 _by_arrival = attrgetter("arrival")
@@ -97,19 +120,17 @@ _RUNNING = Stage.RUNNING  # to look at an enum's member costs more than to compa
 
 
 class Scheduler(Generic[S]):
-    """Owns the queue and the running batch. `plan` and `complete` alternate; `add` and `end` may come at any time.
+    """Owns the queue and the running batch. `schedule` and `update` alternate; `add` and `end` may come at any time.
 
-    Running decodes come first in a step, then prompts in order of arrival, up to `max_batch` sequences and `max_batch_tokens`
-    tokens. All blocks of a prompt are allocated when it is admitted, so that half-computed prompts never starve each other.
+    Running decodes come first in a step, then prompts in order of arrival, within the limits. All blocks of a prompt are allocated when
+    it is admitted, so that half-computed prompts never starve each other.
     """
 
-    def __init__(self, pool: BlockPool, timing: Timing, *, block_size: int, max_batch: int, max_batch_tokens: int) -> None:
+    def __init__(self, pool: BlockPool, block_size: int, limits: StepLimits) -> None:
         self.pool = pool
-        self.timing = timing
         self.block_size = block_size
-        self.max_batch = min(max_batch, max_batch_tokens)  # else some decodes would never get a place in a step
-        self.max_batch_tokens = max_batch_tokens
-        self._is_instant = timing == Timing()
+        self.max_running = min(limits.max_running, limits.max_step_tokens)  # else some decodes would never be part of a step
+        self._limits = limits
         self.waiting_prefill_tokens = 0
         self.is_waiting_for_room = False
         """The next one to be admitted did not fit at the last plan: what comes later must not take the blocks that it waits for."""
@@ -168,48 +189,54 @@ class Scheduler(Generic[S]):
         self._set_pending(sequence, 0)
         sequence.stage = Stage.ENDED
 
-    def plan(self, now: float) -> Step[S] | None:
+    def schedule(self, now: float) -> Step[S] | None:
         """The next step, its blocks allocated; None if there is nothing to do, or no room for any of what waits."""
         is_short = bool(self._full) and self._grow_decodes()
         if not self.waiting_prefill_tokens:  # most steps: all that is here decodes
             self.is_waiting_for_room = False
-            if not self._running:
-                return None
-            step = Step(self._running[:], [], [])
-            return step if self._is_instant else self._timed(step, 0)
+            return Step(self._running[:], [], [], 0, self.pool.num_used) if self._running else None
         decodes = [sequence for sequence in self._running if not sequence.num_pending]
         step = Step(decodes, [], [])
-        most_new = self.max_batch_tokens - len(decodes)
-        budget = self._plan_running(step, most_new)
+        budget = most_new = self._prompt_budget(len(decodes))
+        budget = self._schedule_running(step, most_new)
         if not is_short or not self._running:  # else what was preempted would only take back the blocks it gave up
-            budget = self._plan_waiting(step, budget, now)
+            budget = self._schedule_waiting(step, budget, now)
         if not decodes and not step.prefills:
             return None
-        return step if self._is_instant else self._timed(step, most_new - budget)
-
-    def _timed(self, step: Step[S], num_new: int) -> Step[S]:
-        step.duration_s = self.timing.step_s(num_new, len(step.decodes), self.pool.num_used / self.pool.num_blocks)
+        step.num_prompt_tokens, step.used_blocks = most_new - budget, self.pool.num_used
         return step
 
-    def complete(self, step: Step[S], now: float) -> Outcome[S]:
-        """Take note that a step's tokens were computed. Sequences that ended in the meantime are passed over."""
+    def _prompt_budget(self, num_decodes: int) -> int:
+        limits = self._limits
+        most_new = limits.max_step_tokens - num_decodes
+        most_prompt = limits.max_mixed_tokens if num_decodes else limits.max_prompt_tokens
+        return min(most_new, most_prompt) if most_prompt else most_new
+
+    def update(self, step: Step[S], tokens: Seq[int], now: float) -> Outcome[S]:
+        """Take note of what a step led to. Sequences that ended in the meantime are passed over.
+
+        `tokens` has one for each of the step's decodes and then one for each of its prefills; those of prefills that are not at the
+        end of their prompt have no meaning.
+        """
         producing: list[S] = []
-        outcome = Outcome(producing, [])
-        for sequence in step.decodes:
+        produced: list[int] = []
+        for sequence, token in zip(step.decodes, tokens, strict=False):
             if sequence.stage is _RUNNING:
                 sequence.num_computed = num_computed = sequence.num_computed + 1
                 sequence.num_generated = num_generated = sequence.num_generated + 1
                 producing.append(sequence)
+                produced.append(token)
                 if num_generated == sequence.max_new_tokens:
                     self.end(sequence)
                 elif num_computed == sequence.capacity:
                     self._full.append(sequence)
-        for sequence, num_tokens in step.prefills:
+        outcome = Outcome(producing, produced, [])
+        for index, (sequence, num_tokens) in enumerate(step.prefills, len(step.decodes)):
             if sequence.stage is _RUNNING:
-                self._complete_prefill(sequence, num_tokens, outcome, now)
+                self._update_prefill(sequence, num_tokens, tokens[index], outcome, now)
         return outcome
 
-    def _complete_prefill(self, sequence: S, num_tokens: int, outcome: Outcome[S], now: float) -> None:
+    def _update_prefill(self, sequence: S, num_tokens: int, token: int, outcome: Outcome[S], now: float) -> None:
         sequence.num_computed += num_tokens
         self._set_pending(sequence, sequence.num_pending - num_tokens)
         self._register(sequence)
@@ -223,31 +250,39 @@ class Scheduler(Generic[S]):
             sequence.first_token_at = now
         sequence.num_generated += 1
         outcome.producing.append(sequence)
+        outcome.tokens.append(token)
         if sequence.num_generated == sequence.max_new_tokens:
             self.end(sequence)
         elif sequence.num_computed == sequence.capacity:
             self._full.append(sequence)
 
-    def _plan_running(self, step: Step[S], budget: int) -> int:
+    def _schedule_running(self, step: Step[S], budget: int) -> int:
         for sequence in self._running:
             if sequence.num_pending and budget:
-                num_tokens = min(sequence.num_pending, budget)
-                step.prefills.append((sequence, num_tokens))
-                budget -= num_tokens
+                budget -= self._take_chunk(step, sequence, budget)
         return budget
 
-    def _plan_waiting(self, step: Step[S], budget: int, now: float) -> int:
+    def _schedule_waiting(self, step: Step[S], budget: int, now: float) -> int:
         self.is_waiting_for_room = False
-        while budget and len(self._running) < self.max_batch:
+        while budget and len(self._running) < self.max_running:
             sequence = self._admit(now)
             if sequence is None:
                 self.is_waiting_for_room = bool(self._waiting)
                 break
-            num_tokens = min(sequence.num_pending, budget)
             step.admitted.append(sequence)
-            step.prefills.append((sequence, num_tokens))
-            budget -= num_tokens
+            budget -= self._take_chunk(step, sequence, budget)
         return budget
+
+    def _take_chunk(self, step: Step[S], sequence: S, budget: int) -> int:
+        """The next part of a prompt becomes part of the step; returns its length, which may be 0 where all is cached."""
+        num_pending, chunk = sequence.num_pending, self._limits.chunk_tokens
+        if chunk > 1 and num_pending > 1 and sequence.max_new_tokens:
+            num_pending -= 1  # the last token is a step of its own
+        num_tokens = min(num_pending, budget)
+        if chunk <= num_tokens < num_pending:  # a cut within the prompt is made where any other worker would make it
+            num_tokens -= (sequence.num_computed + num_tokens) % chunk
+        step.prefills.append((sequence, num_tokens))
+        return num_tokens
 
     def _admit(self, now: float) -> S | None:
         """Move the next waiting sequence that has a place in the pool into the batch."""

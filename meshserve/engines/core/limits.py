@@ -1,10 +1,5 @@
-"""What a request may ask of the dummy engine's last layer, and who chooses its tokens."""
+"""What a request may ask of any engine: sampling parameters and lengths within their bounds. What one model cannot do, its runner says."""
 
-from dataclasses import replace
-
-from meshserve.engines.dummy.choosing import Chooser
-from meshserve.engines.dummy.documents import WrittenDocument, read_schema
-from meshserve.engines.dummy.speech import Speech
 from meshserve.errors import InvalidRequest
 from meshserve.wire.generation import GenerateRequest, Sampling
 
@@ -15,8 +10,21 @@ _MOST_PROMPT_LOGPROBS = 32_768
 """Of all tokens of a prompt together, alternatives included: they travel as one message, and to read that takes 10 ms."""
 
 
-def check_sampling(sampling: Sampling, vocab_size: int) -> None:
-    """Raises InvalidRequest that names the field of the API that is out of range, Unsupported for a schema that cannot be kept to."""
+def check_request(request: GenerateRequest, vocab_size: int) -> None:
+    """Raises InvalidRequest that names the field of the API that is out of range."""
+    sampling = request.sampling
+    if not request.tokens:
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    if sampling.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens must be at least 1, not {sampling.max_tokens}", param="max_tokens")
+    if not 0 <= request.num_generated < min(sampling.max_tokens, len(request.tokens)):
+        raise InvalidRequest(f"num_generated is {request.num_generated} with max_tokens {sampling.max_tokens}", param="num_generated")
+    _check_sampling(sampling, vocab_size)
+    if sampling.prompt_logprobs >= 0:
+        _check_prompt_logprobs(request, vocab_size)
+
+
+def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
     if not sampling.temperature >= 0:
         raise InvalidRequest(f"temperature must not be negative, as {sampling.temperature} is", param="temperature")
     if not 0 < sampling.top_p <= 1:
@@ -33,12 +41,9 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
             raise InvalidRequest(f"logit_bias names the token {token}; there are 0 to {vocab_size - 1}", param="logit_bias")
         if not -_MOST_BIAS <= bias <= _MOST_BIAS:
             raise InvalidRequest(f"logit_bias must be from -100 to 100, not {bias} as for the token {token}", param="logit_bias")
-    if sampling.json_schema:
-        read_schema(sampling.json_schema)
 
 
-def check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:
-    """Raises InvalidRequest if a prompt that is to be rated cannot be."""
+def _check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:
     num_alternatives, tokens = request.sampling.prompt_logprobs, request.tokens
     if num_alternatives > _MOST_LOGPROBS:
         raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {num_alternatives}", param="logprobs")
@@ -51,18 +56,3 @@ def check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:
         )
     if max(tokens) >= vocab_size:
         raise InvalidRequest(f"the prompt has the token {max(tokens)}; there are 0 to {vocab_size - 1}", param="prompt")
-
-
-def chooser_for(request: GenerateRequest, speech: Speech | None) -> Chooser | None:
-    """None for a plain request, whose tokens `next_token` gives. It chooses among the model's own tokens, whatever it speaks."""
-    sampling = request.sampling
-    is_bent = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty
-    if sampling.logprobs < 0 and not is_bent and not sampling.json_schema:
-        return None
-    output = request.tokens[len(request.tokens) - request.num_generated :]
-    document = WrittenDocument(read_schema(sampling.json_schema)) if sampling.json_schema else None
-    if speech is None:
-        return Chooser(sampling, output, document)
-    bias = tuple((speech.to_own(token), value) for token, value in sampling.logit_bias)
-    heard = map(speech.to_byte if document is not None else speech.to_own, output)
-    return Chooser(replace(sampling, logit_bias=bias), heard, document, speech.vocab_size)

@@ -1,0 +1,78 @@
+"""What an engine's model must do, and nothing else: compute steps, give out and take in KV blocks."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from meshserve.engines.core.request import EngineRequest, Generation, Prefill
+from meshserve.engines.core.reservation import BlockReservation
+from meshserve.engines.core.scheduler import Step, StepLimits
+from meshserve.errors import MeshserveError
+from meshserve.kv.pool import BlockPool
+from meshserve.wire.card import ModelCard
+from meshserve.wire.generation import GenerateRequest, TokenLogprobs
+from meshserve.wire.layout import KVLayout
+
+WriteDone = Callable[[MeshserveError | None], None]
+"""Called once, on the event loop, when a written block is in the KV cache (None) or was refused."""
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step computed. Plain data; made on any thread, read on the event loop."""
+
+    tokens: list[int]
+    """One for each of the step's decodes and then one for each of its prefills, :data:`~meshserve.engines.core.request.END` where the
+    model ended. Those of prefills that are not at the end of their prompt, and of prompts that produce nothing, have no meaning."""
+    logprobs: dict[EngineRequest, TokenLogprobs] = field(default_factory=dict)
+    """Of those that asked for log probabilities."""
+    blocks: list[tuple[Prefill, int, int, bytes]] = field(default_factory=list)
+    """KV blocks that are complete with this step: prompt, index, number of tokens, payload; ascending for each prompt."""
+    failed: list[tuple[EngineRequest, Exception]] = field(default_factory=list)
+    """Those of the step whose next token could not be chosen."""
+    duration_s: float = 0.0
+    """From the step's beginning to its end, by the engine's clock."""
+
+
+class ModelRunner(Protocol):
+    """A model on this host. Methods are called on the event loop's thread and return at once; a runner that computes has a thread.
+
+    Built by the engine's factory, which raises UsageError or StartupFailed. A block of the pool, by its number, is the runner's to map
+    to memory. `request.state` and `reservation.state` are the runner's own.
+    """
+
+    card: ModelCard
+    kv_layout: KVLayout
+    """Complete once :meth:`start` has returned."""
+    files: Mapping[str, bytes]
+    """Contents of the files that the card names, by their SHA-256. Never changed."""
+    vocab_size: int
+    limits: StepLimits
+    pool: BlockPool
+    """Made by the runner, which knows its memory; the scheduler allocates from it."""
+
+    async def start(self, on_result: Callable[[StepResult], None], on_failure: Callable[[MeshserveError], None]) -> None:
+        """Get ready to compute. `on_result` is called once a submitted step, on the event loop, perhaps within :meth:`submit`; instead
+        `on_failure`, once, when the engine as a whole can compute no more. Raises StartupFailed."""
+
+    async def close(self) -> None:
+        """Stop all work at once and give back every resource. Harmless when nothing was started, and when called twice."""
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raises InvalidRequest or Unsupported for what this model cannot do; the general limits were checked before."""
+
+    def prepare(self, generation: Generation, output: Sequence[int]) -> None:
+        """Set its `sampler`, if it needs one. `output` is what an earlier worker generated. Raises InvalidRequest if that cannot be."""
+
+    def submit(self, step: Step[EngineRequest]) -> None:
+        """Compute a step; the next one is submitted after its result."""
+
+    def share_prefix(self, reservation: BlockReservation) -> None:
+        """A reservation was made: its first blocks are cached ones, the others will be written. Raises PoolFull without room for it."""
+
+    def write_block(self, reservation: BlockReservation, index: int, payload: bytes, on_done: WriteDone) -> None:
+        """Take in block `index` of a reservation. Raises BlockRefused, before anything is changed, for a payload that is not what this
+        layout, index and number of tokens demand; what the library says of it comes with `on_done`, perhaps within this call."""
+
+    def overdue_s(self) -> float:
+        """How long the next sign of progress is overdue by the runner's own expectation; 0 without work."""

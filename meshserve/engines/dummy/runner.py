@@ -1,0 +1,243 @@
+"""The dummy model: KV bytes and tokens computed on the event loop, in slices so short that nobody else on the loop waits for them."""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from meshserve.engines.core.request import END, EngineRequest, Generation, Prefill
+from meshserve.engines.core.reservation import BlockReservation
+from meshserve.engines.core.runner import StepResult, WriteDone
+from meshserve.engines.core.scheduler import Stage, Step, StepLimits
+from meshserve.engines.dummy.choosing import check_constraint, chooser_for, prompt_logprobs
+from meshserve.engines.dummy.contents import Cursor, KVContents
+from meshserve.engines.dummy.options import DummyOptions
+from meshserve.engines.dummy.sampling import next_token
+from meshserve.engines.dummy.timing import Timing
+from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
+from meshserve.errors import BlockRefused, MeshserveError
+from meshserve.kv.pool import BlockPool
+from meshserve.wire.generation import GenerateRequest, TokenLogprobs
+
+_SLICE_TOKENS = 64
+_SLICE_BYTES = 1 << 18
+"""A slice is the smaller of both."""
+_TURN_SLICES = 8
+_TURN_S = 0.0005
+"""After so many slices or so long the turn ends: 64 tokens take 50 us in memory that was used before, and 500 us have been measured
+where the system had to find the pages first."""
+
+
+class _Slice(NamedTuple):
+    request: EngineRequest
+    end: int
+    due: float
+
+
+class DummyRunner:
+    """Plays the timing of a profile. A step's prompt tokens are computed evenly over its duration, and all its output appears at its end.
+
+    A step is due at its predecessor's due time plus its own duration, so that late wake-ups do not add up; a step that is later than its
+    own duration starts afresh. `clock` gives monotonic seconds.
+    """
+
+    def __init__(self, options: DummyOptions, model: str, clock: Callable[[], float]) -> None:
+        self._speech = options.speech()
+        self.vocab_size = self._speech.spoken_size if self._speech else ByteTokenizer.vocab_size
+        self.card = options.card(model, can_spell=self._speech is None or self._speech.can_spell)
+        self.kv_layout = options.layout(self.card)
+        self.files: Mapping[str, bytes] = options.files_by_hash()
+        self.limits = StepLimits(options.max_batch, options.max_batch_tokens)
+        self.pool = BlockPool(options.num_blocks)
+        self._contents = KVContents(options.block_size, options.kv_bytes_per_token, self.card.model_hash)
+        self._timing, self._clock = options.timing(), clock
+        self._is_instant = self._timing == Timing()
+        self._slice_tokens = max(1, min(_SLICE_TOKENS, _SLICE_BYTES // options.kv_bytes_per_token))
+        self._on_result: Callable[[StepResult], None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._handle: asyncio.Handle | None = None
+        self._step: Step[EngineRequest] | None = None
+        self._result = StepResult([])
+        self._slices: list[_Slice] = []  # last one first
+        self._began = self._due = self._last_due = 0.0
+        self._expected_at: float | None = None
+
+    async def start(self, on_result: Callable[[StepResult], None], on_failure: Callable[[MeshserveError], None]) -> None:
+        """Nothing to load, and nothing that fails."""
+        self._on_result, self._loop = on_result, asyncio.get_running_loop()
+
+    async def close(self) -> None:
+        """Cancel what is scheduled."""
+        if self._handle is not None:
+            self._handle.cancel()
+        self._loop = self._handle = self._step = self._expected_at = None
+        self._slices = []
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raises InvalidRequest or Unsupported for a constraint that the output cannot keep to."""
+        check_constraint(request.sampling)
+
+    def prepare(self, generation: Generation, output: Sequence[int]) -> None:
+        """A plain request has no sampler of its own."""
+        generation.sampler = chooser_for(generation.sampling, output, self._speech)
+
+    def overdue_s(self) -> float:
+        """How long ago the next turn should have come."""
+        return max(0.0, self._clock() - self._expected_at) if self._expected_at is not None else 0.0
+
+    # --- steps
+
+    def submit(self, step: Step[EngineRequest]) -> None:
+        """Begin to compute it; an instant one without prompts is computed within the call."""
+        now = self._clock()
+        self._began = self._due = now
+        if not self._is_instant:
+            self._set_due(step, now)
+        for request in step.admitted:
+            request.state = Cursor(self._contents, request.blocks, request.num_computed)
+        for request in step.decodes:
+            request.state.append(request.tokens[-1])
+        self._step, self._result = step, StepResult([])
+        if step.prefills:
+            self._slices = self._cut(step)
+        self._advance(now)
+
+    def _set_due(self, step: Step[EngineRequest], now: float) -> None:
+        duration_s = self._timing.step_s(step.num_prompt_tokens, len(step.decodes), step.used_blocks / self.pool.num_blocks)
+        if not step.is_first and now <= self._last_due + duration_s:
+            self._began = self._last_due
+        self._due = self._last_due = self._began + duration_s
+
+    def _cut(self, step: Step[EngineRequest]) -> list[_Slice]:
+        slices: list[_Slice] = []
+        num_new, num_done = sum([num_tokens for _, num_tokens in step.prefills]), 0
+        for request, num_tokens in step.prefills:
+            start, end = self._first_to_visit(request), request.num_computed + num_tokens
+            while start < end:
+                stop = min(start + self._slice_tokens, end)
+                num_done += max(0, stop - max(start, request.num_computed))
+                slices.append(_Slice(request, stop, self._began + (self._due - self._began) * (num_done / num_new if num_new else 1.0)))
+                start = stop
+        slices.reverse()
+        return slices
+
+    def _first_to_visit(self, request: EngineRequest) -> int:
+        """The first token that the step has to do with: cached ones too, if they are still to be given out, or rated."""
+        if isinstance(request, Prefill):
+            return min(request.num_computed, request.next_block * self._contents.block_size)
+        rated = request.prompt_logprobs if isinstance(request, Generation) else None
+        return request.num_computed if rated is None else min(request.num_computed, len(rated))
+
+    def _turn(self) -> None:
+        self._handle = self._expected_at = None
+        if self._step is not None:
+            self._advance(self._clock())
+
+    def _advance(self, now: float) -> None:
+        delay_s = self._compute_slices(now) if self._slices else 0.0
+        if not self._slices:
+            delay_s = max(0.0, self._due - now)
+            if not delay_s:
+                self._finish(now)
+                return
+        assert self._loop is not None, "steps come after the start"
+        self._expected_at = now + delay_s
+        self._handle = self._loop.call_later(delay_s, self._turn) if delay_s > 0 else self._loop.call_soon(self._turn)
+
+    def _compute_slices(self, now: float) -> float:
+        """Compute what is due and fits into one turn. Seconds until the next one that is left over is due."""
+        slices, ends_at = self._slices, now + _TURN_S
+        for _ in range(min(_TURN_SLICES, len(slices))):
+            request, end, due = slices[-1]
+            if due > now:
+                return due - now
+            slices.pop()
+            if request.stage is Stage.RUNNING:  # else cancelled meanwhile: its blocks may be somebody else's by now
+                self._visit(request, end)
+            if slices and self._clock() > ends_at:
+                break
+        return 0.0
+
+    def _visit(self, request: EngineRequest, end: int) -> None:
+        """Compute what is not computed yet of the tokens before `end`, read what is to be given out, rate what is to be rated."""
+        cursor = request.state
+        if end > cursor.num_tokens:
+            cursor.extend(request.tokens[cursor.num_tokens : end])
+        if isinstance(request, Prefill):
+            self._read_blocks(request, end)
+        rated = request.prompt_logprobs if isinstance(request, Generation) else None
+        if rated is not None:
+            start, stop = len(rated), min(end, request.num_tokens)
+            if start < stop:
+                for index, context in enumerate(self._contents.contexts(request.blocks, start, stop), start):
+                    rated.append(self._rate(request, context, index) if index else None)
+
+    def _rate(self, request: EngineRequest, context: int, index: int) -> TokenLogprobs:
+        assert isinstance(request, Generation)
+        token, num_alternatives, speech = request.tokens[index], request.sampling.prompt_logprobs, self._speech
+        if speech is None:
+            return prompt_logprobs(context, index, token, num_alternatives)
+        return speech.spoken(prompt_logprobs(context, index, speech.to_own(token), num_alternatives, speech.vocab_size))
+
+    def _finish(self, now: float) -> None:
+        step, result = self._step, self._result
+        assert step is not None and self._on_result is not None
+        self._step, result.duration_s = None, now - self._began
+        self._sample(step.decodes, result)
+        for request, num_tokens in step.prefills:
+            if request.max_new_tokens and num_tokens == request.num_pending:
+                self._sample([request], result)
+            else:
+                result.tokens.append(END)
+        self._on_result(result)
+
+    def _sample(self, requests: Sequence[EngineRequest], result: StepResult) -> None:
+        """The next token of each. One that was cancelled meanwhile gets one as well, which nobody looks at."""
+        tokens, speech = result.tokens, self._speech
+        for request in requests:
+            try:
+                if request.sampler is None:  # type: ignore[attr-defined]  # only generations are sampled; this is the hot path
+                    token = next_token(request.state.context, request.sampling, request.first_position + request.num_generated)  # type: ignore[attr-defined]
+                else:
+                    token = self._choose(request, result)
+            except Exception as exc:
+                result.failed.append((request, exc))
+                token = EOS_TOKEN
+            if token == EOS_TOKEN:
+                token = END
+            elif speech is not None:
+                token = speech.from_own(token)
+            tokens.append(token)
+
+    def _choose(self, request: EngineRequest, result: StepResult) -> int:
+        assert isinstance(request, Generation)
+        token: int
+        token, logprobs = request.sampler.choose(request.state.context, request.position)
+        if logprobs is not None:
+            result.logprobs[request] = self._speech.spoken(logprobs) if self._speech is not None else logprobs
+        return token
+
+    # --- blocks
+
+    def _read_blocks(self, prefill: Prefill, num_computed: int) -> None:
+        for index, num_tokens in prefill.completed_blocks(num_computed, self._contents.block_size):
+            self._result.blocks.append((prefill, index, num_tokens, self._contents.read(prefill.blocks[index], num_tokens)))
+
+    def share_prefix(self, reservation: BlockReservation) -> None:
+        """Blocks are shared by their numbers: nothing to do but to note where digests go on."""
+        reservation.state = reservation.num_cached_tokens // self._contents.block_size
+
+    def write_block(self, reservation: BlockReservation, index: int, payload: bytes, on_done: WriteDone) -> None:
+        """Taken in within the call. Raises BlockRefused for a wrong length."""
+        expected_bytes = reservation.tokens_in(index) * self._contents.kv_bytes_per_token
+        if len(payload) != expected_bytes:
+            raise BlockRefused(f"block {index} has {len(payload)} bytes instead of {expected_bytes}")
+        self._contents.write(reservation.blocks[index], payload)
+        self._digest_what_is_complete(reservation, index, payload)
+        on_done(None)
+
+    def _digest_what_is_complete(self, reservation: BlockReservation, written: int, rows: bytes) -> None:
+        """A digest needs that of the block before: what came ahead of its turn waits. A partial last block is digested by its reader."""
+        num_full, missing = reservation.num_tokens // self._contents.block_size, {*reservation.missing()}
+        while reservation.state < num_full and reservation.state not in missing:
+            self._contents.digest(reservation.blocks, reservation.state, rows if reservation.state == written else None)
+            reservation.state += 1

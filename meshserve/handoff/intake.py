@@ -1,0 +1,132 @@
+"""Blocks on their way into the engine: checked, written, and acknowledged once the engine has them."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Protocol
+
+from meshserve.engines.protocol import Engine, Reservation
+from meshserve.errors import BlockRefused, MeshserveError
+from meshserve.handoff.blocks import BlockMark, BulkHeader
+from meshserve.handoff.result import HandoffResult
+from meshserve.handoff.task import PrefillTask
+from meshserve.mesh.calls import IncomingCall
+from meshserve.mesh.mesh import Mesh
+from meshserve.wire.generation import GenerateRequest
+
+
+@dataclass(slots=True)
+class RunningTask:
+    """A prompt that is prefilled elsewhere, and what has come of it."""
+
+    task: PrefillTask
+    request: GenerateRequest
+    on_done: Callable[[HandoffResult], None]
+    on_lost: Callable[[str], None]
+    reservation: Reservation | None = None
+    missing: set[int] = field(default_factory=set)
+    """Blocks that did not come yet."""
+    num_tokens: int = 0
+    """Of the blocks that came and that the engine has."""
+    claim: IncomingCall | None = None
+    offered_block: int | None = None
+    """The first that is missing here, of a prompt that may be offered."""
+    has_delivered: bool = False
+    """The claim brought blocks."""
+    computed_ms: float = 0.0
+    names: dict[str, str] = field(default_factory=dict)
+    """Of the peers that claimed, as a dead one's is soon forgotten."""
+
+
+@dataclass(slots=True)
+class _Message:
+    """Blocks that came together, on their way into the engine."""
+
+    header: BulkHeader
+    acknowledgement: Any
+    answer: Callable[[Any], None]
+    num_waiting: int
+    is_late: bool = False
+    """All that was to be done at once is done: what the engine says from now on comes by itself."""
+
+    def block_taken(self) -> None:
+        """The engine has one of them; with the last one the sender may send more."""
+        self.num_waiting -= 1
+        if not self.num_waiting:
+            self.answer(self.acknowledgement)
+
+
+class Attempts(Protocol):
+    """What decides on a prompt's attempts: the requester."""
+
+    def is_running(self, running: RunningTask) -> bool:
+        """Whether somebody still waits for this prompt."""
+
+    def complete_if_all_came(self, running: RunningTask) -> None:
+        """The engine has one block more: perhaps that was the last one."""
+
+    def attempt_failed(self, running: RunningTask, peer: str, attempt: int, reason: str) -> None:
+        """An attempt is over, unless it was already."""
+
+
+class BlockIntake:
+    """Takes blocks of running attempts into the engine."""
+
+    def __init__(self, mesh: Mesh, engine: Engine, attempts: Attempts) -> None:
+        self._mesh, self._engine, self._attempts = mesh, engine, attempts
+
+    def take(
+        self, running: RunningTask, header: BulkHeader, payloads: Sequence[bytes | memoryview], answer: Callable[[Any], None]
+    ) -> None:
+        """Blocks of the running attempt: all of them, or the attempt has failed. They are acknowledged once the engine has them."""
+        message = _Message(header, [header.request_id, header.attempt, sum(map(len, payloads))], answer, len(payloads))
+        try:
+            header.check(payloads)
+            for mark, payload in zip(header.marks, payloads, strict=True):
+                self._take_block(running, message, mark, payload)
+        except BlockRefused as error:
+            self._refuse(running, header, error, len(payloads))
+            return
+        message.is_late = True
+        running.task.renew(header.prefill_peer, header.attempt, time.monotonic())
+        running.computed_ms = header.computed_ms
+        self._attempts.complete_if_all_came(running)
+
+    def _take_block(self, running: RunningTask, message: "_Message", mark: BlockMark, payload: bytes | memoryview) -> None:
+        reservation = running.reservation
+        assert reservation is not None
+        if not 0 <= mark.index * self._engine.kv_layout.block_size < reservation.num_tokens:
+            raise BlockRefused(f"there is no block {mark.index} in this prompt")
+        if mark.index not in running.missing:
+            self._mesh.counters.add("kv_blocks_double")
+            message.block_taken()
+            return  # an earlier attempt brought it already, and its checksum was right
+        reservation.write(mark.index, payload, partial(self._written, running, message, mark.index, len(payload)))
+        running.missing.discard(mark.index)
+
+    def _written(self, running: RunningTask, message: "_Message", index: int, size_bytes: int, error: MeshserveError | None) -> None:
+        """The engine has a block, or cannot take it; perhaps some time after the block came, when the attempt may be over."""
+        if not self._attempts.is_running(running) or running.reservation is None:
+            return
+        if error is not None:
+            running.missing.add(index)
+            self._refuse(running, message.header, error, 1)
+            return
+        header = message.header
+        running.task.received(size_bytes)
+        running.num_tokens += running.reservation.tokens_in(index)
+        self._mesh.counters.add("kv_blocks_received")
+        self._mesh.counters.add("kv_bytes_received", size_bytes)
+        if self._mesh.journal.follows(running.task.request_id):
+            details = {"attempt": header.attempt, "peer_sending": header.prefill_peer, "index": index}
+            self._mesh.journal.note("block", running.task.request_id, **details)
+        message.block_taken()
+        if message.is_late:  # nobody else asks
+            self._attempts.complete_if_all_came(running)
+
+    def _refuse(self, running: RunningTask, header: BulkHeader, error: MeshserveError, num_blocks: int) -> None:
+        self._mesh.counters.add("kv_blocks_refused", num_blocks)
+        if isinstance(error, BlockRefused) and error.is_checksum:
+            self._mesh.counters.add("kv_checksum_failures")
+        self._attempts.attempt_failed(running, header.prefill_peer, header.attempt, f"block refused: {error.message}")
