@@ -34,11 +34,9 @@ DENSE = TinyModel("llama")
 MODELS = {
     "dense": DENSE,
     "moe": TinyModel("qwen3moe", {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64}),
-    "sliding-window": TinyModel("gemma3", {"attention.sliding_window": 32}, num_layers=6),
+    "sliding-window": TinyModel("gemma3", {"attention.sliding_window": 80}, num_layers=6),
     "hybrid": TinyModel("lfm2", {"shortconv.l_cache": 3, "attention.head_count_kv": [0, 2]}),
-    "recurrent": TinyModel(
-        "mamba", {"ssm.conv_kernel": 4, "ssm.inner_size": 2 * EMBEDDING, "ssm.state_size": 16, "ssm.time_step_rank": 8}
-    ),
+    "recurrent": TinyModel("mamba", {"ssm.conv_kernel": 4, "ssm.inner_size": 2 * EMBEDDING, "ssm.state_size": 16, "ssm.time_step_rank": 8}),
     "embedding": TinyModel("llama", {"attention.causal": False}),
 }
 
@@ -55,7 +53,7 @@ def make_model(path: Path, model: TinyModel = DENSE, *, seed: int = 1) -> Path:
 
 def _is_needed(name: str) -> bool:
     """Not the tensors that llama.cpp also takes: biases and scales, and layers that few models of the architecture have."""
-    return "ssm_" in name and "scale" not in name or name.endswith(".weight") and not name.startswith(("rope_freqs", "dense_2"))
+    return ("ssm_" in name and "scale" not in name) or (name.endswith(".weight") and not name.startswith(("rope_freqs", "dense_2")))
 
 
 def _weights(name: str, shape: tuple[int, ...], random: np.random.Generator) -> np.ndarray[Any, Any]:
@@ -114,9 +112,9 @@ def _write_vocabulary(writer: gguf.GGUFWriter) -> None:
 
 def _tensors_of(bare: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that llama.cpp makes for this metadata."""
-    handle, found = load_library().functions, {}
+    handle = load_library().functions
+    found: dict[str, tuple[int, ...]] = {}
 
-    @ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)
     def on_tensor(tensor: int, _: object) -> None:
         sizes = (ctypes.c_int64 * 4).from_address(tensor + 16)  # `ne`, which follows the type and a pointer
         shape = list(reversed(sizes))
@@ -125,12 +123,13 @@ def _tensors_of(bare: Path) -> dict[str, tuple[int, ...]]:
         found[name_of(tensor).decode()] = tuple(shape)
 
     class InitParams(ctypes.Structure):
-        _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]  # noqa: RUF012  # ctypes reads the list once
+        _fields_ = [("no_alloc", ctypes.c_bool), ("ctx", ctypes.c_void_p)]  # ctypes reads the list once
 
     name_of = ctypes.CFUNCTYPE(ctypes.c_char_p, ctypes.c_void_p)(ctypes.cast(handle.ggml_get_name, ctypes.c_void_p).value or 0)
+    callback = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p)(on_tensor)
     handle.gguf_init_from_file.restype = handle.llama_model_init_from_user.restype = ctypes.c_void_p
     metadata = ctypes.c_void_p(handle.gguf_init_from_file(str(bare).encode(), InitParams(True, None)))
-    model = handle.llama_model_init_from_user(metadata, on_tensor, None, handle.llama_model_default_params())
+    model = handle.llama_model_init_from_user(metadata, callback, None, handle.llama_model_default_params())
     assert model, load_library().take_error()
     handle.llama_model_free(model)
     handle.gguf_free(metadata)

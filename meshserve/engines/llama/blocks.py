@@ -13,6 +13,7 @@ The sequence ids are those of the exporting context; they are 0 in our blocks, a
 equal KV has equal bytes.
 """
 
+import contextlib
 import hashlib
 import struct
 from collections.abc import Iterator
@@ -23,7 +24,6 @@ from meshserve.errors import BlockRefused
 
 _CELL = struct.Struct("<iII")
 _HEAD, _CACHE_HEAD, _LAYERS_HEAD, _ROWS_HEAD = struct.Struct("<II"), struct.Struct("<II"), struct.Struct("<IIII"), struct.Struct("<iQ")
-_MAX_CACHES, _MAX_LAYERS, _MAX_ROW_BYTES = 4, 4096, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class CacheFormat:
 
     def size_bytes(self, num_tokens: int) -> int:
         """Length of this cache's part of a block."""
-        rows = sum(_ROWS_HEAD.size + row_bytes * num_tokens for _, row_bytes in self.rows)
-        return _CACHE_HEAD.size + _CELL.size * num_tokens + _LAYERS_HEAD.size + rows
+        rows = sum(len(head) + row_bytes * num_tokens for head, row_bytes in self.rows)
+        return _CACHE_HEAD.size + _CELL.size * num_tokens + len(self.layers_head) + rows
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,11 @@ class BlockFormat:
     @classmethod
     def learn(cls, exported: bytes, num_tokens: int) -> "BlockFormat":
         """Read the format from a block of this context. Raises BlockRefused if it is not of the form above."""
-        for has_v in (True, False):  # models with latent attention keep no V
-            reader = _Reader(exported)
-            try:
-                magic, _ = reader.take(_HEAD)
-                caches = tuple(_learn_cache(reader, num_tokens, has_v) for _ in range(_MAX_CACHES) if reader.left)
-            except _Unreadable:
-                continue
-            if not reader.left:
-                return cls(magic, caches)
+        for parts_per_layer in (2, 1):  # models with latent attention keep no V
+            with contextlib.suppress(struct.error):
+                learned = cls(_HEAD.unpack_from(exported)[0], tuple(_learn_caches(exported, num_tokens, parts_per_layer)))
+                if learned.size_bytes(num_tokens) == len(exported):
+                    return learned
         raise BlockRefused("llama.cpp writes blocks of this model in a form that is not known here")
 
     def size_bytes(self, num_tokens: int) -> int:
@@ -128,45 +124,20 @@ def layout_fingerprint(
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
-class _Unreadable(Exception):
-    """A block is not of the form that is tried."""
-
-
-class _Reader:
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-        self._offset = 0
-
-    @property
-    def left(self) -> int:
-        return len(self._data) - self._offset
-
-    def take(self, form: struct.Struct) -> tuple[int, ...]:
-        self.skip(form.size)
-        return form.unpack_from(self._data, self._offset - form.size)
-
-    def skip(self, size: int) -> None:
-        if size > self.left:
-            raise _Unreadable
-        self._offset += size
-
-
-def _learn_cache(reader: _Reader, num_tokens: int, has_v: bool) -> CacheFormat:
-    if reader.take(_CACHE_HEAD) != (1, num_tokens):
-        raise _Unreadable
-    for _ in range(num_tokens):
-        if reader.take(_CELL)[1] != 1:
-            raise _Unreadable
-    is_v_transposed, num_layers, *rotations = reader.take(_LAYERS_HEAD)
-    if is_v_transposed or not 0 < num_layers <= _MAX_LAYERS:
-        raise _Unreadable
-    rows = tuple(_learn_rows(reader, num_tokens) for _ in range(num_layers * (2 if has_v else 1)))
-    return CacheFormat(_LAYERS_HEAD.pack(is_v_transposed, num_layers, *rotations), rows)
-
-
-def _learn_rows(reader: _Reader, num_tokens: int) -> tuple[bytes, int]:
-    element_type, row_bytes = reader.take(_ROWS_HEAD)
-    if not 0 < row_bytes <= _MAX_ROW_BYTES:
-        raise _Unreadable
-    reader.skip(row_bytes * num_tokens)
-    return _ROWS_HEAD.pack(element_type, row_bytes), row_bytes
+def _learn_caches(exported: bytes, num_tokens: int, parts_per_layer: int) -> Iterator[CacheFormat]:
+    offset = _HEAD.size
+    while offset < len(exported):
+        if _CACHE_HEAD.unpack_from(exported, offset) != (1, num_tokens):
+            raise struct.error
+        offset += _CACHE_HEAD.size + _CELL.size * num_tokens
+        layers_head = exported[offset : offset + _LAYERS_HEAD.size]
+        is_v_transposed, num_layers, *_ = _LAYERS_HEAD.unpack(layers_head)
+        if is_v_transposed:
+            raise struct.error
+        offset += len(layers_head)
+        rows = []
+        for _ in range(num_layers * parts_per_layer):
+            row_bytes = _ROWS_HEAD.unpack_from(exported, offset)[1]
+            rows.append((exported[offset : offset + _ROWS_HEAD.size], row_bytes))
+            offset += _ROWS_HEAD.size + row_bytes * num_tokens
+        yield CacheFormat(layers_head, tuple(rows))

@@ -13,8 +13,10 @@ import importlib.util
 import logging
 import os
 import platform
+import re
+from collections.abc import Mapping
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,68 +30,61 @@ _ENVIRONMENT = {
     "GGML_NO_BACKTRACE": "1",  # else a failed assertion of llama.cpp starts a debugger on this process
     "OMP_WAIT_POLICY": "passive",  # else idle compute threads spin, and take the cores of the event loop
 }
-# llama.cpp calls what is routine information and news of little use warnings; each of its errors becomes an error of ours as well
-_LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.WARNING}
-_LOG_ERROR, _LOG_CONTINUES = 4, 5
+# Below its own words: it warns of the usual, and each of its errors becomes an error of ours, in one line that says what to do.
+_LOG_LEVELS = {3: logging.INFO, 4: logging.INFO}
+_LOG_ERROR = 4
 _logger = logging.getLogger(__name__)
 
 LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 AbortCallback = ctypes.CFUNCTYPE(c_bool, c_void_p)
 
 
+def _each(kind: Any, names: str) -> list[tuple[str, Any]]:
+    return [(name, kind) for name in names.split()]
+
+
 class ModelParams(ctypes.Structure):
     """`struct llama_model_params` of the pinned build."""
 
-    _fields_ = [  # noqa: RUF012  # ctypes reads the list once
-        *((name, c_void_p) for name in ("devices", "tensor_buft_overrides")),
-        *((name, c_int32) for name in ("n_gpu_layers", "split_mode", "load_mode", "lazy_mode", "main_gpu")),
-        *((name, c_void_p) for name in ("tensor_split", "progress_callback", "progress_callback_user_data", "kv_overrides")),
-        *((name, c_bool) for name in ("vocab_only", "check_tensors", "use_extra_bufts", "no_host", "no_alloc", "load_mtp")),
-    ]
+    _fields_ = (
+        *_each(c_void_p, "devices tensor_buft_overrides"),
+        *_each(c_int32, "n_gpu_layers split_mode load_mode lazy_mode main_gpu"),
+        *_each(c_void_p, "tensor_split progress_callback progress_callback_user_data kv_overrides"),
+        *_each(c_bool, "vocab_only check_tensors use_extra_bufts no_host no_alloc load_mtp"),
+    )
 
 
 class ContextParams(ctypes.Structure):
     """`struct llama_context_params` of the pinned build."""
 
-    _fields_ = [  # noqa: RUF012
-        *((name, c_uint32) for name in ("n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_rs_seq", "n_outputs_max", "n_outputs_max_per_seq")),
-        *((name, c_int32) for name in ("n_threads", "n_threads_batch", "ctx_type", "rope_scaling_type", "pooling_type")),
-        *((name, c_int32) for name in ("attention_type", "flash_attn_type")),
-        *((name, c_float) for name in ("rope_freq_base", "rope_freq_scale", "yarn_ext_factor", "yarn_attn_factor")),
-        *((name, c_float) for name in ("yarn_beta_fast", "yarn_beta_slow")),
-        ("yarn_orig_ctx", c_uint32),
-        ("defrag_thold", c_float),
-        *((name, c_void_p) for name in ("cb_eval", "cb_eval_user_data")),
-        *((name, c_int32) for name in ("type_k", "type_v")),
-        ("moe_cache_size", c_size_t),
-        *((name, c_void_p) for name in ("abort_callback", "abort_callback_data")),
-        *((name, c_bool) for name in ("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified")),
-        ("samplers", c_void_p),
-        ("n_samplers", c_size_t),
-        ("ctx_other", c_void_p),
-    ]
+    _fields_ = (
+        *_each(c_uint32, "n_ctx n_batch n_ubatch n_seq_max n_rs_seq n_outputs_max n_outputs_max_per_seq"),
+        *_each(c_int32, "n_threads n_threads_batch ctx_type rope_scaling_type pooling_type attention_type flash_attn_type"),
+        *_each(c_float, "rope_freq_base rope_freq_scale yarn_ext_factor yarn_attn_factor yarn_beta_fast yarn_beta_slow"),
+        *(("yarn_orig_ctx", c_uint32), ("defrag_thold", c_float)),
+        *_each(c_void_p, "cb_eval cb_eval_user_data"),
+        *(("type_k", c_int32), ("type_v", c_int32), ("moe_cache_size", c_size_t)),
+        *_each(c_void_p, "abort_callback abort_callback_data"),
+        *_each(c_bool, "embeddings offload_kqv no_perf op_offload swa_full kv_unified"),
+        *(("samplers", c_void_p), ("n_samplers", c_size_t), ("ctx_other", c_void_p)),
+    )
 
 
 class Batch(ctypes.Structure):
     """`struct llama_batch`: the tokens of one step."""
 
-    _fields_ = [  # noqa: RUF012
-        ("n_tokens", c_int32),
-        ("token", POINTER(c_int32)),
-        ("embd", POINTER(c_float)),
-        ("pos", POINTER(c_int32)),
-        ("n_seq_id", POINTER(c_int32)),
-        ("seq_id", POINTER(POINTER(c_int32))),
-        ("logits", POINTER(c_int8)),
-    ]
+    _fields_ = (
+        *(("n_tokens", c_int32), ("token", POINTER(c_int32)), ("embd", POINTER(c_float)), ("pos", POINTER(c_int32))),
+        *(("n_seq_id", POINTER(c_int32)), ("seq_id", POINTER(POINTER(c_int32))), ("logits", POINTER(c_int8))),
+    )
 
 
-# What llama.cpp documents for its defaults. A field read at a wrong offset shows another value.
-MODEL_DEFAULTS: dict[str, object] = {
-    "n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "main_gpu": 0, "tensor_split": None, "kv_overrides": None,
+# What llama.cpp documents for its defaults; None is a null pointer. A field read at a wrong offset shows another value.
+MODEL_DEFAULTS: Mapping[str, object] = {
+    "devices": None, "n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "main_gpu": 0, "kv_overrides": None,
     "vocab_only": False, "check_tensors": False, "use_extra_bufts": True, "no_host": False, "no_alloc": False, "load_mtp": False,
 }  # fmt: skip
-CONTEXT_DEFAULTS: dict[str, object] = {
+CONTEXT_DEFAULTS: Mapping[str, object] = {
     "n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_rs_seq": 0, "n_outputs_max": 0, "n_outputs_max_per_seq": 1,
     "n_threads": 4, "n_threads_batch": 4, "ctx_type": 0, "rope_scaling_type": -1, "pooling_type": -1, "attention_type": -1,
     "flash_attn_type": -1, "rope_freq_base": 0.0, "rope_freq_scale": 0.0, "yarn_ext_factor": -1.0, "yarn_attn_factor": -1.0,
@@ -97,52 +92,40 @@ CONTEXT_DEFAULTS: dict[str, object] = {
     "moe_cache_size": 0, "abort_callback": None, "embeddings": False, "offload_kqv": True, "no_perf": True, "op_offload": True,
     "swa_full": True, "kv_unified": False, "samplers": None, "n_samplers": 0, "ctx_other": None,
 }  # fmt: skip
+_NEEDED = ("flash_attn_type", "swa_full", "kv_unified")  # that llama-cpp-python may be too old to have
 
 _BYTES = POINTER(c_uint8)
-_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    "llama_backend_init": (None, []),
-    "llama_log_set": (None, [LogCallback, c_void_p]),
-    "llama_print_system_info": (c_char_p, []),
-    "llama_model_default_params": (ModelParams, []),
-    "llama_context_default_params": (ContextParams, []),
-    "llama_model_load_from_file": (c_void_p, [c_char_p, ModelParams]),
-    "llama_model_free": (None, [c_void_p]),
-    "llama_model_get_vocab": (c_void_p, [c_void_p]),
-    "llama_model_desc": (c_int32, [c_void_p, c_char_p, c_size_t]),
-    "llama_model_meta_val_str": (c_int32, [c_void_p, c_char_p, c_char_p, c_size_t]),
-    "llama_model_n_ctx_train": (c_int32, [c_void_p]),
-    "llama_model_n_layer": (c_int32, [c_void_p]),
-    "llama_model_n_params": (c_uint64, [c_void_p]),
-    "llama_model_n_swa": (c_int32, [c_void_p]),
-    "llama_model_size": (c_uint64, [c_void_p]),
-    "llama_model_is_recurrent": (c_bool, [c_void_p]),
-    "llama_model_is_hybrid": (c_bool, [c_void_p]),
-    "llama_model_has_encoder": (c_bool, [c_void_p]),
-    "llama_model_has_decoder": (c_bool, [c_void_p]),
-    "llama_vocab_n_tokens": (c_int32, [c_void_p]),
-    "llama_vocab_bos": (c_int32, [c_void_p]),
-    "llama_vocab_eos": (c_int32, [c_void_p]),
-    "llama_vocab_get_add_bos": (c_bool, [c_void_p]),
-    "llama_vocab_is_eog": (c_bool, [c_void_p, c_int32]),
-    "llama_tokenize": (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]),
-    "llama_token_to_piece": (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool]),
-    "llama_init_from_model": (c_void_p, [c_void_p, ContextParams]),
-    "llama_free": (None, [c_void_p]),
-    "llama_n_ctx": (c_uint32, [c_void_p]),
-    "llama_n_ctx_seq": (c_uint32, [c_void_p]),
-    "llama_n_batch": (c_uint32, [c_void_p]),
-    "llama_n_seq_max": (c_uint32, [c_void_p]),
-    "llama_set_abort_callback": (None, [c_void_p, AbortCallback, c_void_p]),
-    "llama_get_memory": (c_void_p, [c_void_p]),
-    "llama_memory_clear": (None, [c_void_p, c_bool]),
-    "llama_memory_seq_cp": (None, [c_void_p, c_int32, c_int32, c_int32, c_int32]),
-    "llama_memory_seq_rm": (c_bool, [c_void_p, c_int32, c_int32, c_int32]),
-    "llama_decode": (c_int32, [c_void_p, Batch]),
-    "llama_get_logits_ith": (POINTER(c_float), [c_void_p, c_int32]),
-    "llama_state_seq_get_size": (c_size_t, [c_void_p, c_int32]),
-    "llama_state_seq_get_data": (c_size_t, [c_void_p, _BYTES, c_size_t, c_int32]),
-    "llama_state_seq_set_data": (c_size_t, [c_void_p, _BYTES, c_size_t, c_int32]),
-}
+# result, arguments, the functions that have them
+_SIGNATURES: tuple[tuple[Any, list[Any], str], ...] = (
+    (None, [], "llama_backend_init"),
+    (None, [LogCallback, c_void_p], "llama_log_set"),
+    (c_char_p, [], "llama_print_system_info"),
+    (ModelParams, [], "llama_model_default_params"),
+    (ContextParams, [], "llama_context_default_params"),
+    (c_void_p, [c_char_p, ModelParams], "llama_model_load_from_file"),
+    (c_void_p, [c_void_p, ContextParams], "llama_init_from_model"),
+    (None, [c_void_p], "llama_model_free llama_free"),
+    (c_void_p, [c_void_p], "llama_model_get_vocab llama_get_memory"),
+    (c_bool, [c_void_p], "llama_model_is_recurrent llama_model_is_hybrid llama_model_has_encoder llama_model_has_decoder"),
+    (c_int32, [c_void_p], "llama_model_n_ctx_train llama_model_n_layer llama_model_n_swa"),
+    (c_uint64, [c_void_p], "llama_model_size"),
+    (c_int32, [c_void_p], "llama_vocab_n_tokens llama_vocab_bos llama_vocab_eos"),
+    (c_bool, [c_void_p], "llama_vocab_get_add_bos"),
+    (c_bool, [c_void_p, c_int32], "llama_vocab_is_eog"),
+    (c_int32, [c_void_p, c_char_p, c_size_t], "llama_model_desc"),
+    (c_int32, [c_void_p, c_char_p, c_char_p, c_size_t], "llama_model_meta_val_str"),
+    (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool], "llama_tokenize"),
+    (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool], "llama_token_to_piece"),
+    (c_uint32, [c_void_p], "llama_n_ctx llama_n_ctx_seq llama_n_batch llama_n_seq_max"),
+    (None, [c_void_p, AbortCallback, c_void_p], "llama_set_abort_callback"),
+    (None, [c_void_p, c_bool], "llama_memory_clear"),
+    (None, [c_void_p, c_int32, c_int32, c_int32, c_int32], "llama_memory_seq_cp"),
+    (c_bool, [c_void_p, c_int32, c_int32, c_int32], "llama_memory_seq_rm"),
+    (c_int32, [c_void_p, Batch], "llama_decode"),
+    (POINTER(c_float), [c_void_p, c_int32], "llama_get_logits_ith"),
+    (c_size_t, [c_void_p, c_int32], "llama_state_seq_get_size"),
+    (c_size_t, [c_void_p, _BYTES, c_size_t, c_int32], "llama_state_seq_get_data llama_state_seq_set_data"),
+)
 
 
 @dataclass(slots=True)
@@ -152,38 +135,31 @@ class Library:
     functions: Any
     batch_type: type[Any]
     distribution: str
-    """The Python distribution that brought the library, with its version: `xllamacpp 2026.10.11549`."""
-    path: Path
+    """What brought the library, and its version: `xllamacpp 2026.10.11549`."""
     build: str
     """Equal for two peers exactly if their libraries are the same file of the same distribution."""
-    processor_class: str
-    """Backends and instruction sets that the library uses here. Between classes, blocks are accepted and logits differ a little."""
-    first_error: str = ""
-    """The first error line that llama.cpp logged since :meth:`take_error`: the only place where it says why it refused something."""
-    _line: str = ""
-    _level: int = logging.DEBUG
-    _callbacks: list[Any] = field(default_factory=list)
+    processor_class: str = ""
+    """Backends and instruction sets in use. Peers of two classes accept each other's blocks, and their logits differ a little."""
+    _first_error: str = ""
+    _on_log: Any = None
 
     def take_error(self) -> str:
-        """Why llama.cpp refused something since the last call; for the message of an error of ours."""
-        line, self.first_error = self.first_error, ""
-        return line.strip().rstrip(".") or "llama.cpp gives no reason"
+        """The first error that llama.cpp logged since the last call, for an error of ours: nothing else says why it refused something."""
+        line, self._first_error = self._first_error, ""
+        return line.rstrip(".") or "llama.cpp gives no reason"
 
     def route_log(self) -> None:
-        """Send llama.cpp's log lines to Python's logging. They come from any thread that calls llama.cpp."""
-        callback = LogCallback(self._on_log)
-        self._callbacks.append(callback)  # as long as the library: it is called until the process ends
-        self.functions.llama_log_set(callback, None)
+        """Send llama.cpp's log to Python's logging. Its lines come from any thread that calls llama.cpp."""
 
-    def _on_log(self, level: int, text: bytes, _: object) -> None:
-        if level != _LOG_CONTINUES:
-            self._line, self._level = "", level
-        self._line += text.decode("utf-8", "replace")
-        if self._line.endswith("\n"):
-            line, self._line = self._line.strip(), ""
-            if self._level == _LOG_ERROR and line:
-                self.first_error = self.first_error or line
-            _logger.log(_LOG_LEVELS.get(self._level, logging.DEBUG), "%s", line)
+        def on_log(level: int, text: bytes, _: object) -> None:
+            line = text.decode("utf-8", "replace").strip()
+            if level == _LOG_ERROR and not self._first_error:
+                self._first_error = line
+            if line:
+                _logger.log(_LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
+
+        self._on_log = LogCallback(on_log)  # kept, since llama.cpp calls it until the process ends
+        self.functions.llama_log_set(self._on_log, None)
 
 
 @functools.cache
@@ -194,33 +170,33 @@ def load_library() -> Library:
     library = _load_xllamacpp() or _load_llama_cpp_python()
     if library is None:
         raise StartupFailed(f"llama.cpp is not installed: {_INSTALL}")
-    _check_defaults("llama_model_default_params", library, MODEL_DEFAULTS)
-    _check_defaults("llama_context_default_params", library, CONTEXT_DEFAULTS)
+    check_defaults(library, library.functions.llama_model_default_params(), MODEL_DEFAULTS)
+    check_defaults(library, library.functions.llama_context_default_params(), CONTEXT_DEFAULTS)
     library.route_log()
     library.functions.llama_backend_init()
-    library.processor_class = _processor_class(library.functions.llama_print_system_info().decode())
+    words = re.split(r"[ =|:]+", library.functions.llama_print_system_info().decode())
+    library.processor_class = " ".join([platform.machine(), *(word for word in words if word not in ("", "0", "1"))])
     return library
 
 
 def _load_xllamacpp() -> Library | None:
-    """The shared object is loaded as it is: the package around it imports a server, which nobody needs here."""
+    """Loads the shared object alone: the Python module in it starts a server's parts that nobody needs here."""
     found = importlib.util.find_spec("xllamacpp")
     if found is None or not found.submodule_search_locations:
         return None
     version = importlib.metadata.version("xllamacpp")
     if version != XLLAMACPP_VERSION:
         raise StartupFailed(f"xllamacpp {version} is installed, and this meshserve works with {XLLAMACPP_VERSION} only: {_INSTALL}")
-    path = next(Path(found.submodule_search_locations[0]).glob("xllamacpp*.so"), None)
-    if path is None:
-        raise StartupFailed(f"xllamacpp {version} has no library for this system in {found.submodule_search_locations[0]}: {_INSTALL}")
+    folder = Path(found.submodule_search_locations[0])
     try:
+        path = next(folder.glob("xllamacpp*.so"))
         handle = ctypes.CDLL(str(path))
-        for name, (result, arguments) in _FUNCTIONS.items():
-            function = getattr(handle, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        raise StartupFailed(f"{path} cannot be loaded ({error}): {_INSTALL}") from error
-    return _describe(handle, Batch, "xllamacpp", path)
+        for result, arguments, names in _SIGNATURES:
+            for name in names.split():
+                getattr(handle, name).restype, getattr(handle, name).argtypes = result, arguments
+    except (StopIteration, OSError, AttributeError) as error:
+        raise StartupFailed(f"the library in {folder} cannot be loaded ({error or 'there is none'}): {_INSTALL}") from error
+    return Library(handle, Batch, f"xllamacpp {version}", f"xllamacpp-{version}-{_digest(path)}")
 
 
 def _load_llama_cpp_python() -> Library | None:
@@ -228,34 +204,24 @@ def _load_llama_cpp_python() -> Library | None:
         return None
     try:
         module = importlib.import_module("llama_cpp.llama_cpp")
-        missing = [name for name in _FUNCTIONS if not hasattr(module, name)]
-        path = Path(module._lib._name)
+        for name in " ".join(names for *_, names in _SIGNATURES).split():
+            getattr(module, name)
+        version, digest = importlib.metadata.version("llama-cpp-python"), _digest(Path(module._lib._name))
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
-        raise StartupFailed(f"llama-cpp-python cannot be loaded ({error}): install it again, or {_INSTALL}") from error
-    if missing:
-        raise StartupFailed(f"llama-cpp-python is too old, it lacks {missing[0]}: upgrade it, or {_INSTALL}")
-    return _describe(module, module.llama_batch, "llama-cpp-python", path)
+        raise StartupFailed(f"llama-cpp-python cannot be used ({error}): upgrade it, or {_INSTALL}") from error
+    return Library(module, module.llama_batch, f"llama-cpp-python {version}", f"llama-cpp-python-{version}-{digest}")
 
 
-def _describe(functions: Any, batch_type: type[Any], name: str, path: Path) -> Library:
-    version = importlib.metadata.version(name)
-    digest = xxhash.xxh3_128_hexdigest(path.read_bytes())
-    return Library(functions, batch_type, f"{name} {version}", path, f"{name}-{version}-{digest[:16]}", "")
+def _digest(path: Path) -> str:
+    return xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
-def _check_defaults(name: str, library: Library, expected: dict[str, object]) -> None:
-    """Declarations of another build than the library's mean anything from a crash to other settings without a word."""
-    params = getattr(library.functions, name)()
-    declared = {found[0] for found in params._fields_}
-    is_ours = isinstance(params, (ModelParams, ContextParams))
+def check_defaults(library: Library, params: Any, expected: Mapping[str, object]) -> None:
+    """Compare what the library returned, read by the declarations, with what it must be. Raises StartupFailed for another build's.
+
+    With wrong declarations anything can happen, from a crash to other settings without a word.
+    """
     for key, value in expected.items():
-        if key in declared and bool(found := getattr(params, key)) | bool(value) and found != value:
-            raise StartupFailed(f"{library.distribution} has other defaults than declared ({key} is {found}, not {value}): {_INSTALL}")
-        if key not in declared and (is_ours or key in ("flash_attn_type", "swa_full", "kv_unified")):
-            raise StartupFailed(f"{library.distribution} has no parameter {key}: {_INSTALL}")
-
-
-def _processor_class(system_info: str) -> str:
-    """`x86_64 CPU AVX2 FMA ...`, of `CPU : AVX2 = 1 | FMA = 1 | ... |`."""
-    words = system_info.replace("=", " ").replace("|", " ").replace(":", " ").split()
-    return " ".join([platform.machine(), *(word for word in words if word not in ("0", "1", "OPENMP"))])
+        found = getattr(params, key, value)
+        if found != value or (key in _NEEDED and not hasattr(params, key)):
+            raise StartupFailed(f"{library.distribution} is not the build that was declared ({key} is not {value}): {_INSTALL}")

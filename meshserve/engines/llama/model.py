@@ -62,7 +62,6 @@ class LlamaModel:
         self.sliding_window: int = call.llama_model_n_swa(model)
         """Tokens that its sliding-window layers see; 0 without such layers."""
         self.size_bytes: int = call.llama_model_size(model)
-        self.num_parameters: int = call.llama_model_n_params(model)
         self.is_recurrent: bool = call.llama_model_is_recurrent(model)
         self.is_hybrid: bool = call.llama_model_is_hybrid(model)
         self.has_encoder: bool = call.llama_model_has_encoder(model)
