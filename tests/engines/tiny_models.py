@@ -107,6 +107,7 @@ def _write_vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_token_types(kinds)
     for add, token in ((writer.add_unk_token_id, 0), (writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2)):
         add(token)
+    writer.add_add_space_prefix(False)
     writer.add_chat_template(CHAT_TEMPLATE)
 
 

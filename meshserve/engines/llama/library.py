@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import re
-from collections.abc import Mapping
 from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,35 +38,44 @@ LogCallback = ctypes.CFUNCTYPE(None, ctypes.c_int, c_char_p, c_void_p)
 AbortCallback = ctypes.CFUNCTYPE(c_bool, c_void_p)
 
 
-def _each(kind: Any, names: str) -> list[tuple[str, Any]]:
-    return [(name, kind) for name in names.split()]
+# The structs of the pinned build: kinds, and fields with llama.cpp's documented default where it is not 0, false or null. A field that is
+# read at a wrong offset shows another value.
+_MODEL_PARAMS = """
+p devices tensor_buft_overrides | i n_gpu_layers=-1 split_mode=1 load_mode=-1 lazy_mode=1 main_gpu
+p tensor_split progress_callback progress_callback_user_data kv_overrides
+b vocab_only check_tensors use_extra_bufts=1 no_host no_alloc load_mtp"""
+_CONTEXT_PARAMS = """
+u n_ctx=512 n_batch=2048 n_ubatch=512 n_seq_max=1 n_rs_seq n_outputs_max n_outputs_max_per_seq=1
+i n_threads=4 n_threads_batch=4 ctx_type rope_scaling_type=-1 pooling_type=-1 attention_type=-1 flash_attn_type=-1
+f rope_freq_base rope_freq_scale yarn_ext_factor=-1 yarn_attn_factor=-1 yarn_beta_fast=-1 yarn_beta_slow=-1
+u yarn_orig_ctx | f defrag_thold=-1 | p cb_eval cb_eval_user_data | i type_k=1 type_v=1 | z moe_cache_size
+p abort_callback abort_callback_data | b embeddings offload_kqv=1 no_perf=1 op_offload=1 swa_full=1 kv_unified
+p samplers | z n_samplers | p ctx_other"""
+_KINDS = {"p": c_void_p, "i": c_int32, "u": c_uint32, "f": c_float, "b": c_bool, "z": c_size_t}
+# What is set here, and must be as declared with the declarations of llama-cpp-python, too, whose version may be any.
+_USED = (
+    *("vocab_only", "n_ctx", "n_batch", "n_ubatch", "n_seq_max", "n_threads", "n_threads_batch"),
+    *("flash_attn_type", "type_k", "type_v", "swa_full", "kv_unified"),
+)
+
+
+def _fields_of(declared: str) -> list[tuple[str, Any, float]]:
+    """Name, type and default of each field."""
+    groups = [group.split() for group in declared.replace("|", "\n").strip().splitlines()]
+    pairs = [(_KINDS[kind], *field.partition("=")) for kind, *fields in groups for field in fields]
+    return [(name, kind, float(default or 0)) for kind, name, _, default in pairs]
 
 
 class ModelParams(ctypes.Structure):
-    """`struct llama_model_params` of the pinned build."""
+    """`struct llama_model_params`."""
 
-    _fields_ = (
-        *_each(c_void_p, "devices tensor_buft_overrides"),
-        *_each(c_int32, "n_gpu_layers split_mode load_mode lazy_mode main_gpu"),
-        *_each(c_void_p, "tensor_split progress_callback progress_callback_user_data kv_overrides"),
-        *_each(c_bool, "vocab_only check_tensors use_extra_bufts no_host no_alloc load_mtp"),
-    )
+    _fields_ = tuple((name, kind) for name, kind, _ in _fields_of(_MODEL_PARAMS))
 
 
 class ContextParams(ctypes.Structure):
-    """`struct llama_context_params` of the pinned build."""
+    """`struct llama_context_params`."""
 
-    _fields_ = (
-        *_each(c_uint32, "n_ctx n_batch n_ubatch n_seq_max n_rs_seq n_outputs_max n_outputs_max_per_seq"),
-        *_each(c_int32, "n_threads n_threads_batch ctx_type rope_scaling_type pooling_type attention_type flash_attn_type"),
-        *_each(c_float, "rope_freq_base rope_freq_scale yarn_ext_factor yarn_attn_factor yarn_beta_fast yarn_beta_slow"),
-        *(("yarn_orig_ctx", c_uint32), ("defrag_thold", c_float)),
-        *_each(c_void_p, "cb_eval cb_eval_user_data"),
-        *(("type_k", c_int32), ("type_v", c_int32), ("moe_cache_size", c_size_t)),
-        *_each(c_void_p, "abort_callback abort_callback_data"),
-        *_each(c_bool, "embeddings offload_kqv no_perf op_offload swa_full kv_unified"),
-        *(("samplers", c_void_p), ("n_samplers", c_size_t), ("ctx_other", c_void_p)),
-    )
+    _fields_ = tuple((name, kind) for name, kind, _ in _fields_of(_CONTEXT_PARAMS))
 
 
 class Batch(ctypes.Structure):
@@ -78,21 +86,6 @@ class Batch(ctypes.Structure):
         *(("n_seq_id", POINTER(c_int32)), ("seq_id", POINTER(POINTER(c_int32))), ("logits", POINTER(c_int8))),
     )
 
-
-# What llama.cpp documents for its defaults; None is a null pointer. A field read at a wrong offset shows another value.
-MODEL_DEFAULTS: Mapping[str, object] = {
-    "devices": None, "n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "main_gpu": 0, "kv_overrides": None,
-    "vocab_only": False, "check_tensors": False, "use_extra_bufts": True, "no_host": False, "no_alloc": False, "load_mtp": False,
-}  # fmt: skip
-CONTEXT_DEFAULTS: Mapping[str, object] = {
-    "n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "n_rs_seq": 0, "n_outputs_max": 0, "n_outputs_max_per_seq": 1,
-    "n_threads": 4, "n_threads_batch": 4, "ctx_type": 0, "rope_scaling_type": -1, "pooling_type": -1, "attention_type": -1,
-    "flash_attn_type": -1, "rope_freq_base": 0.0, "rope_freq_scale": 0.0, "yarn_ext_factor": -1.0, "yarn_attn_factor": -1.0,
-    "yarn_beta_fast": -1.0, "yarn_beta_slow": -1.0, "yarn_orig_ctx": 0, "defrag_thold": -1.0, "cb_eval": None, "type_k": 1, "type_v": 1,
-    "moe_cache_size": 0, "abort_callback": None, "embeddings": False, "offload_kqv": True, "no_perf": True, "op_offload": True,
-    "swa_full": True, "kv_unified": False, "samplers": None, "n_samplers": 0, "ctx_other": None,
-}  # fmt: skip
-_NEEDED = ("flash_attn_type", "swa_full", "kv_unified")  # that llama-cpp-python may be too old to have
 
 _BYTES = POINTER(c_uint8)
 # result, arguments, the functions that have them
@@ -170,8 +163,7 @@ def load_library() -> Library:
     library = _load_xllamacpp() or _load_llama_cpp_python()
     if library is None:
         raise StartupFailed(f"llama.cpp is not installed: {_INSTALL}")
-    check_defaults(library, library.functions.llama_model_default_params(), MODEL_DEFAULTS)
-    check_defaults(library, library.functions.llama_context_default_params(), CONTEXT_DEFAULTS)
+    check_defaults(library, library.functions.llama_model_default_params(), library.functions.llama_context_default_params())
     library.route_log()
     library.functions.llama_backend_init()
     words = re.split(r"[ =|:]+", library.functions.llama_print_system_info().decode())
@@ -216,12 +208,12 @@ def _digest(path: Path) -> str:
     return xxhash.xxh3_64_hexdigest(path.read_bytes())
 
 
-def check_defaults(library: Library, params: Any, expected: Mapping[str, object]) -> None:
-    """Compare what the library returned, read by the declarations, with what it must be. Raises StartupFailed for another build's.
-
-    With wrong declarations anything can happen, from a crash to other settings without a word.
+def check_defaults(library: Library, model_params: Any, context_params: Any) -> None:
+    """Compare defaults that the library returned with the documented ones. Raises StartupFailed if the declarations are another build's:
+    anything can happen then, from a crash to other settings without a word.
     """
-    for key, value in expected.items():
-        found = getattr(params, key, value)
-        if found != value or (key in _NEEDED and not hasattr(params, key)):
-            raise StartupFailed(f"{library.distribution} is not the build that was declared ({key} is not {value}): {_INSTALL}")
+    for params, declared in ((model_params, _MODEL_PARAMS), (context_params, _CONTEXT_PARAMS)):
+        is_ours = isinstance(params, (ModelParams, ContextParams))
+        for name, _, default in _fields_of(declared):
+            if (is_ours or name in _USED) and (getattr(params, name, float("nan")) or 0) != default:
+                raise StartupFailed(f"{library.distribution} is not the build that was declared ({name} is not {default:g}): {_INSTALL}")
