@@ -1,0 +1,45 @@
+"""A trial of the handoff at load: blocks out of one sequence and into another must give the same logits, bit for bit."""
+
+from meshserve.engines.llama.context import LlamaContext
+from meshserve.engines.llama.model import LlamaModel
+from meshserve.errors import BlockRefused, EngineFailed, PoolFull
+
+_BLOCK_TOKENS, _NUM_BLOCKS = 4, 3
+_TEXT = "The quick brown fox jumps over the lazy dog, 1234567890 times; and then it rests.\n"
+
+
+def probe(context: LlamaContext, model: LlamaModel, block_size: int = 64) -> str:
+    """Returns "" if blocks of this model can be handed over, else the reason why not. Learns the form of blocks; leaves the pool empty.
+
+    The pool must be empty, and have room for 26 tokens and two sequences besides the scratch sequence. The trial's blocks are shorter
+    than `block_size`, to cost little.
+    """
+    if model.is_recurrent or model.is_hybrid:
+        return f"{model.architecture} has recurrent layers, whose state cannot be cut into blocks"
+    if 0 < model.sliding_window < block_size:  # llama.cpp writes only the cells that the token after the block sees
+        return f"its sliding window of {model.sliding_window} tokens is shorter than a block of {block_size}"
+    try:
+        return _probe(context, model)
+    except (BlockRefused, EngineFailed, PoolFull, ValueError) as error:
+        return str(error)
+    finally:
+        context.clear()
+
+
+def _probe(context: LlamaContext, model: LlamaModel) -> str:
+    length = _BLOCK_TOKENS * _NUM_BLOCKS
+    text = model.tokenize(_TEXT, False)
+    tokens = [text[index % len(text)] for index in range(length + 1)]
+    for first in range(0, length, _BLOCK_TOKENS):
+        end = first + _BLOCK_TOKENS
+        if not context.decode(tokens[first:end], range(first, end), [0] * _BLOCK_TOKENS, [False] * _BLOCK_TOKENS):
+            return "the pool is too small to try it"
+        if not first:
+            context.learn_blocks(0, 0, _BLOCK_TOKENS)
+        context.import_block(1, first, _BLOCK_TOKENS, context.export_block(0, first, _BLOCK_TOKENS))
+    found = []
+    for sequence in (0, 1):
+        if not context.decode([tokens[length]], [length], [sequence], [True]):
+            return "the pool is too small to try it"
+        found.append(bytes(context.logits(0)))
+    return "" if found[0] == found[1] else "logits after a handoff are not those before it"
