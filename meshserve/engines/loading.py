@@ -8,7 +8,7 @@ from meshserve.engines.protocol import Engine, EngineOptions
 from meshserve.errors import StartupFailed, UsageError
 
 _GROUP = "meshserve.engines"
-_OWN = {"dummy": "meshserve.engines.dummy:DummyEngine"}
+_OWN = {"dummy": "meshserve.engines.dummy:DummyEngine", "llama": "meshserve.engines.llama:LlamaEngine"}
 """The engines of this package, also when it runs from a source tree that was never installed."""
 
 

@@ -6,7 +6,7 @@ the hash of their prefix, least recently used ones evicted first. The pool knows
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from meshserve.errors import PoolFull
 
@@ -22,6 +22,8 @@ class BlockPool:
         self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first; a plain dict pops its head in linear time
         self._block_of: dict[int, int] = {}
         self._hash_of: dict[int, int] = {}
+        self.on_freed: Callable[[Sequence[int]], None] | None = None
+        """Called with blocks whose contents are lost: nobody holds them, and no hash finds them any more."""
         self._is_recording = False
         self._stored: dict[int, None] = {}
         self._evicted: dict[int, None] = {}
@@ -101,6 +103,7 @@ class BlockPool:
         The last block is released first: a prefix is worth more than what follows it, so its end is evicted before its start.
         """
         holders, idle, hash_of = self._holders, self._idle, self._hash_of
+        num_free = len(self._free)
         for block in reversed(blocks):
             if holders[block] > 1:
                 holders[block] -= 1
@@ -110,6 +113,19 @@ class BlockPool:
                 idle[block] = None
             else:
                 self._free.append(block)
+        if self.on_freed is not None and len(self._free) > num_free:
+            self.on_freed(self._free[num_free:])
+
+    def evict(self, blocks: Iterable[int]) -> bool:
+        """Forget these blocks, if nobody holds any of them; False, and nothing has changed, if somebody does."""
+        evicted = list(blocks)
+        if not all(block in self._idle for block in evicted):
+            return False
+        for block in evicted:
+            self._forget(block)
+            del self._idle[block]
+            self._free.append(block)
+        return True
 
     def register(self, block: int, block_hash: int) -> bool:
         """Make a full, held block known under its hash. The first one wins: False if another block, or this one, has a name already."""
@@ -142,8 +158,13 @@ class BlockPool:
 
     def _evict(self) -> int:
         block, _ = self._idle.popitem(last=False)
+        self._forget(block)
+        return block
+
+    def _forget(self, block: int) -> None:
         block_hash = self._hash_of.pop(block)
         del self._block_of[block_hash]
         if self._is_recording and self._stored.pop(block_hash, 0) == 0:
             self._evicted[block_hash] = None
-        return block
+        if self.on_freed is not None:
+            self.on_freed([block])

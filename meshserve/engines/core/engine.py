@@ -108,7 +108,7 @@ class CoreEngine:
         if not reservation.is_complete:
             raise BlockRefused(f"{reservation.num_unwritten} blocks of the reservation were never written")
         generation.num_cached = reservation.num_cached_tokens
-        generation.state = reservation.state
+        self.runner.take_over(reservation, generation)
         self._add(generation, reservation.blocks)
         reservation.is_open = False
         self._reservations.pop(reservation, None)

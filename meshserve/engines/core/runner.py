@@ -64,6 +64,9 @@ class ModelRunner(Protocol):
     def prepare(self, generation: Generation, output: Sequence[int]) -> None:
         """Set its `sampler`, if it needs one. `output` is what an earlier worker generated. Raises InvalidRequest if that cannot be."""
 
+    def take_over(self, reservation: BlockReservation, generation: Generation) -> None:
+        """The generation goes on with what the reservation holds: its `state` too."""
+
     def submit(self, step: Step[EngineRequest]) -> None:
         """Compute a step; the next one is submitted after its result."""
 

@@ -98,9 +98,9 @@ class Outcome(Generic[S]):
     """Prefills that ended with this step."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepLimits:
-    """What one step may hold."""
+    """What one step may hold. The model runner may change it between steps."""
 
     max_running: int
     """Sequences in the batch."""

@@ -226,6 +226,9 @@ class DummyRunner:
         """Blocks are shared by their numbers: nothing to do but to note where digests go on."""
         reservation.state = reservation.num_cached_tokens // self._contents.block_size
 
+    def take_over(self, reservation: BlockReservation, generation: Generation) -> None:
+        """Blocks go over by their numbers."""
+
     def write_block(self, reservation: BlockReservation, index: int, payload: bytes, on_done: WriteDone) -> None:
         """Taken in within the call. Raises BlockRefused for a wrong length."""
         expected_bytes = reservation.tokens_in(index) * self._contents.kv_bytes_per_token

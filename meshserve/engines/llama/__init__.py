@@ -1,1 +1,5 @@
 """The llama engine: models in GGUF files, computed by llama.cpp in this process."""
+
+from meshserve.engines.llama.engine import LlamaEngine
+
+__all__ = ["LlamaEngine"]

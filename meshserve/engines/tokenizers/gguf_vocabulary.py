@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from meshserve.engines.llama.pretokenizers import ALIASES, BOS_BY_DEFAULT, IGNORES_MERGES, SPLITS
+from meshserve.engines.tokenizers.gguf_pretokenizers import ALIASES, BOS_BY_DEFAULT, IGNORES_MERGES, SPLITS
 from meshserve.engines.tokenizers.pieces import BYTE_ALPHABET, piece_reader
 from meshserve.errors import TokenizerFailed
 

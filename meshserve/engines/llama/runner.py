@@ -1,0 +1,260 @@
+"""A model of llama.cpp behind the frame that all engines share: steps, samples and blocks go to a thread that owns the context."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+from meshserve.engines.core.request import END, EngineRequest, Generation, Prefill
+from meshserve.engines.core.reservation import BlockReservation
+from meshserve.engines.core.runner import StepResult, WriteDone
+from meshserve.engines.core.sampling import Sampler
+from meshserve.engines.core.scheduler import Step
+from meshserve.engines.llama.blocks import layout_fingerprint
+from meshserve.engines.llama.context import LlamaContext
+from meshserve.engines.llama.model import LlamaModel
+from meshserve.engines.llama.options import LlamaOptions
+from meshserve.engines.llama.probe import probe
+from meshserve.engines.llama.slots import Slot, Slots
+from meshserve.engines.llama.worker import EngineThread, Rows, Sample, StepOutput, StepWork, WriteWork
+from meshserve.errors import BlockRefused, EngineFailed, MeshserveError, PoolFull, Unsupported
+from meshserve.kv.pool import BlockPool
+from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.layout import KVLayout
+
+_log = logging.getLogger(__name__)
+
+_CLOSE_TIMEOUT_S = 5.0
+_HANGS_AFTER_S = 1.5
+"""A step that is overdue by as much, twice, while this process runs, hangs."""
+_MIXED_STEP_S = 0.1
+_FEWEST_MIXED_TOKENS = 16
+"""Beside running sequences a step computes as many prompt tokens as this time allows, at least as many as this number."""
+_RATE_WEIGHT = 0.05
+_PATIENCE = 4.0
+"""A step is overdue once it takes so many times as long as its tokens took so far."""
+_LEAST_PATIENCE_S = 1.0
+
+Failure = tuple[EngineRequest, Exception]
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """What must be known of a step when its result comes."""
+
+    step: Step[EngineRequest]
+    failed: list[Failure]
+    is_sampled: list[bool] = field(default_factory=list)
+    """Of each prefill: whether its prompt ends with this step, and a token follows."""
+    exported: list[tuple[Prefill, int, int]] = field(default_factory=list)
+
+
+class LlamaRunner:
+    """Continuous batching over one unified KV pool; blocks are `block_size` tokens."""
+
+    def __init__(self, options: LlamaOptions) -> None:
+        self._options = options
+        self.card, self.files, self.vocab_size = options.card, options.files, options.vocab_size
+        self.limits = options.limits
+        self.pool = BlockPool(options.num_blocks)
+        fingerprint = f"llama/{options.card.model_hash}"
+        self.kv_layout = KVLayout(fingerprint, options.block_size, options.kv_bytes_per_token, "the model is not loaded yet")
+        self._thread: EngineThread | None = None
+        self._slots = Slots(options.num_slots, self.pool, options.block_size)
+        self._end_tokens: list[int] = []
+        self._on_result: Callable[[StepResult], None] = lambda result: None
+        self._on_failure: Callable[[MeshserveError], None] = lambda error: None
+        self._in_flight: _InFlight | None = None
+        self._watch: asyncio.TimerHandle | None = None
+        self._began_s = self._expected_s = 0.0
+        self._s_per_token = 0.0
+
+    async def start(self, on_result: Callable[[StepResult], None], on_failure: Callable[[MeshserveError], None]) -> None:
+        """Load the model in its thread, and try whether its KV can be handed over. Raises StartupFailed."""
+        await self.close()
+        self._on_result, self._on_failure = on_result, on_failure
+        self._slots = Slots(self._options.num_slots, self.pool, self._options.block_size)
+        self._thread = EngineThread(self._load, self._fail)
+        await self._thread.start()
+
+    def _load(self) -> LlamaContext:
+        """In the engine's thread."""
+        options = self._options
+        model = LlamaModel(options.path)
+        began_s = time.monotonic()
+        context = LlamaContext(
+            model,
+            num_cells=options.num_blocks * options.block_size,
+            num_sequences=options.num_slots + 1,
+            max_batch=self.limits.max_step_tokens,
+            max_outputs=self.limits.max_running,
+            num_threads=options.num_threads,
+            kv_type=options.kv_type,
+        )
+        refusal = probe(context, model, options.block_size)
+        self._end_tokens = [token for token in range(model.vocabulary_size) if model.is_end_of_generation(token)]
+        self._s_per_token = max(self._s_per_token, (time.monotonic() - began_s) / 16)
+        fingerprint = self.kv_layout.fingerprint
+        if context.block_format is not None:
+            fingerprint = layout_fingerprint(
+                context.block_format,
+                model_hash=options.card.model_hash,
+                build=model.library.build,
+                type_k=options.kv_type,
+                type_v=options.kv_type,
+                flash_attention=True,
+                block_size=options.block_size,
+            )
+        self.kv_layout = replace(self.kv_layout, fingerprint=fingerprint, refusal=refusal, numerics=model.library.processor_class)
+        return context
+
+    async def close(self) -> None:
+        """End the thread, and free the context and the model."""
+        thread, self._thread, self._in_flight = self._thread, None, None
+        if self._watch is not None:
+            self._watch.cancel()
+        if thread is not None:
+            await thread.close(_CLOSE_TIMEOUT_S)
+
+    def check(self, request: GenerateRequest) -> None:
+        """Raises Unsupported for what is not done with a real model."""
+        if request.sampling.prompt_logprobs >= 0:
+            raise Unsupported("log probabilities of the prompt are not supported by this engine", param="logprobs")
+
+    def prepare(self, generation: Generation, output: Sequence[int]) -> None:
+        """Set its sampler. Raises InvalidRequest if the output could not have come from this request."""
+        generation.sampler = Sampler(generation.sampling, output, self._end_tokens, None)
+
+    def take_over(self, reservation: BlockReservation, generation: Generation) -> None:
+        """The generation goes on in the reservation's slot."""
+        generation.state = reservation.state
+        generation.state.owner = generation
+
+    def overdue_s(self) -> float:
+        """How much longer the step takes than its tokens took so far."""
+        return max(0.0, time.monotonic() - self._began_s - self._expected_s) if self._in_flight is not None else 0.0
+
+    def _fail(self, error: MeshserveError) -> None:
+        self._in_flight = None
+        self._on_failure(error)
+
+    # --- steps
+
+    def submit(self, step: Step[EngineRequest]) -> None:
+        """Send it to the engine's thread."""
+        assert self._thread is not None, "steps come after the start"
+        flight = self._in_flight = _InFlight(step, [failure for request in step.admitted if (failure := self._open(request)) is not None])
+        work = StepWork([], Rows())
+        for request in step.decodes:
+            self._add(work, request, 1, True)
+        for request, num_tokens in step.prefills:
+            is_sampled = request.state is not None and request.max_new_tokens > 0 and num_tokens == request.num_pending
+            flight.is_sampled.append(is_sampled)
+            if request.state is not None:
+                self._add(work, request, num_tokens, is_sampled)
+                flight.exported += self._export(work, request, request.num_computed + num_tokens)
+        work.operations = self._slots.take_operations()
+        self._began_s = time.monotonic()
+        self._expected_s = _LEAST_PATIENCE_S + _PATIENCE * self._s_per_token * len(work.rows.tokens)
+        self._watch = asyncio.get_running_loop().call_later(self._expected_s + _HANGS_AFTER_S, self._look_at, flight, False)
+        self._thread.submit(work, lambda output: self._finished(flight, output))
+
+    def _look_at(self, flight: _InFlight, was_late: bool) -> None:
+        """A step is late. That may be this process's fault, which may have been stopped: it gets as much time again."""
+        if self._in_flight is not flight:
+            return
+        if was_late:
+            _log.error("a step hangs in llama.cpp")
+            self._fail(EngineFailed("the model's library hangs"))
+        else:
+            self._watch = asyncio.get_running_loop().call_later(_HANGS_AFTER_S, self._look_at, flight, True)
+
+    def _open(self, request: EngineRequest) -> tuple[EngineRequest, Exception] | None:
+        """A slot for a sequence that is admitted; one whose KV came from elsewhere has it already."""
+        slot = request.state
+        if isinstance(slot, Slot) and slot.owner is request and list(slot.blocks.values()) == request.blocks:
+            return None
+        try:
+            request.state = self._slots.open(request, request.num_computed // self._options.block_size)
+        except PoolFull as error:
+            request.state = None
+            return request, error
+        return None
+
+    def _add(self, work: StepWork, request: EngineRequest, num_tokens: int, is_sampled: bool) -> None:
+        slot: Slot = request.state
+        self._slots.extend(slot, request.blocks)
+        if num_tokens:
+            first = request.num_computed
+            work.rows.add(request.tokens[first : first + num_tokens], first, slot.number, is_sampled)
+        if is_sampled:
+            assert isinstance(request, Generation), "only generations are sampled"
+            work.samplers.append((len(work.rows.tokens) - 1, request.sampler, request.position))
+
+    def _export(self, work: StepWork, request: EngineRequest, num_computed: int) -> Iterator[tuple[Prefill, int, int]]:
+        if isinstance(request, Prefill) and request.state is not None:
+            size = self._options.block_size
+            for index, num_tokens in request.completed_blocks(num_computed, size):
+                work.exports.append((request.state.number, index * size, num_tokens))
+                yield request, index, num_tokens
+
+    def _finished(self, flight: _InFlight, output: StepOutput) -> None:
+        if self._in_flight is not flight:  # given up meanwhile
+            return
+        self._in_flight = None
+        if self._watch is not None:
+            self._watch.cancel()
+        step = flight.step
+        self._learn_rate(step, output.duration_s)
+        blocks = [(*block, payload) for block, payload in zip(flight.exported, output.payloads, strict=True)]
+        result = StepResult([], blocks=blocks, failed=flight.failed, duration_s=output.duration_s)
+        sampled = iter(output.sampled)
+        for request in step.decodes:
+            _take_sample(result, request, next(sampled))
+        for (request, _), is_sampled in zip(step.prefills, flight.is_sampled, strict=True):
+            if is_sampled:
+                _take_sample(result, request, next(sampled))
+            else:
+                result.tokens.append(END)
+        self._on_result(result)
+
+    def _learn_rate(self, step: Step[EngineRequest], duration_s: float) -> None:
+        num_tokens = step.num_prompt_tokens + len(step.decodes)
+        if not num_tokens:
+            return
+        found = duration_s / num_tokens
+        self._s_per_token = max(found, self._s_per_token + (found - self._s_per_token) * _RATE_WEIGHT)
+        if step.num_prompt_tokens >= _FEWEST_MIXED_TOKENS and not step.decodes:
+            most = self.limits.max_prompt_tokens
+            self.limits.max_mixed_tokens = max(_FEWEST_MIXED_TOKENS, min(most, int(_MIXED_STEP_S / found)))
+
+    # --- blocks
+
+    def share_prefix(self, reservation: BlockReservation) -> None:
+        """A slot for what comes from elsewhere. Raises PoolFull if running sequences need those that are left."""
+        if self._slots.num_available <= self.limits.max_running:
+            raise PoolFull("all sequences of the KV cache are in use")
+        reservation.state = self._slots.open(reservation, reservation.num_cached_tokens // self._options.block_size)
+
+    def write_block(self, reservation: BlockReservation, index: int, payload: bytes, on_done: WriteDone) -> None:
+        """Check a block now, and have the engine's thread import it. Raises BlockRefused before llama.cpp sees anything of it."""
+        context = self._thread.context if self._thread is not None else None
+        if context is None or context.block_format is None:
+            raise BlockRefused("this engine takes no blocks")
+        first, num_tokens = index * self._options.block_size, reservation.tokens_in(index)
+        context.block_format.check(payload, first, num_tokens)
+        work = WriteWork(self._slots.take_operations(), reservation.state.number, first, num_tokens, payload)
+        assert self._thread is not None
+        self._thread.submit(work, on_done)
+
+
+def _take_sample(result: StepResult, request: EngineRequest, sample: Sample | Exception) -> None:
+    if isinstance(sample, Exception):
+        result.failed.append((request, sample))
+        result.tokens.append(END)
+        return
+    token, logprobs = sample
+    result.tokens.append(token)
+    if logprobs is not None:
+        result.logprobs[request] = logprobs

@@ -1,0 +1,146 @@
+"""Which sequence of the llama.cpp context holds which KV blocks. Pure: it decides, and returns what the engine's thread is to do.
+
+A slot is a sequence id of the context. A running sequence, or a reservation, has a slot of its own, and shares the cells of cached blocks
+with the slots that hold them: nothing is copied. When the sequence ends, its slot stays as a *cached chain* for as long as the pool keeps
+blocks of it. The pool evicts blocks from a chain's tail, since a hole in the middle would go unnoticed; when slots run out before
+cells, the least recently used chain goes whole.
+"""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+from meshserve.errors import PoolFull
+from meshserve.kv.pool import BlockPool
+
+_ALL_POSITIONS = 1 << 30
+
+
+class Share(NamedTuple):
+    """Make the source's cells of these positions the target's as well."""
+
+    source: int
+    target: int
+    first_position: int
+    end_position: int
+
+
+class Remove(NamedTuple):
+    """Take these positions from a sequence; a cell that no sequence has is free."""
+
+    sequence: int
+    first_position: int
+    end_position: int
+
+
+Operation = Share | Remove
+
+
+class Owner(Protocol):
+    """A sequence or a reservation: it has blocks as long as it lives."""
+
+    blocks: list[int]
+    state: Any
+    """Its slot."""
+
+
+class Slot:
+    """One sequence id, and the blocks that it holds, by their place in the sequence."""
+
+    __slots__ = ("blocks", "number", "owner", "used")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.blocks: dict[int, int] = {}
+        self.owner: Owner | None = None
+        self.used = 0
+
+    @property
+    def is_chain(self) -> bool:
+        """Nobody runs in it: it only keeps blocks for later prompts."""
+        return self.owner is None or not self.owner.blocks or self.owner.state is not self
+
+
+class Slots:
+    """All sequence ids but the scratch one."""
+
+    def __init__(self, num_slots: int, pool: BlockPool, block_size: int) -> None:
+        self._pool, self._block_size = pool, block_size
+        self._free = [Slot(number) for number in reversed(range(num_slots))]
+        self._used: dict[Slot, None] = {}
+        self._holders: dict[int, dict[Slot, int]] = {}
+        """Of each block, the slots that hold it, and its place there."""
+        self._operations: list[Operation] = []
+        self._num_opened = 0
+        pool.on_freed = self.freed
+
+    def take_operations(self) -> list[Operation]:
+        """What is to be done, in order, before whatever the engine's thread does next."""
+        found, self._operations = self._operations, []
+        return found
+
+    @property
+    def num_available(self) -> int:
+        """Slots that are free, or chains."""
+        return len(self._free) + sum(slot.is_chain for slot in self._used)
+
+    def open(self, owner: Owner, num_prefix_blocks: int) -> Slot:
+        """A slot for a sequence whose first blocks are cached ones. Raises PoolFull if all slots are in use."""
+        slot = self._free.pop() if self._free else self._evict_chain({*owner.blocks[:num_prefix_blocks]})
+        slot.owner = owner
+        self._used[slot] = None
+        for index, block in enumerate(owner.blocks[:num_prefix_blocks]):
+            source = next(iter(self._holders[block]))
+            self._share(source, slot, index)
+            self._touch(source)
+        self.extend(slot, owner.blocks)
+        self._touch(slot)
+        return slot
+
+    def extend(self, slot: Slot, blocks: list[int]) -> None:
+        """The sequence has got more blocks."""
+        for index in range(len(slot.blocks), len(blocks)):
+            self._hold(slot, index, blocks[index])
+
+    def freed(self, blocks: Iterable[int]) -> None:
+        """The pool gives these blocks to others from now on: their cells are freed."""
+        for block in blocks:
+            for slot, index in self._holders.pop(block, {}).items():
+                del slot.blocks[index]
+                self._remove(slot, index)
+
+    def _touch(self, slot: Slot) -> None:
+        self._num_opened += 1
+        slot.used = self._num_opened
+
+    def _hold(self, slot: Slot, index: int, block: int) -> None:
+        slot.blocks[index] = block
+        self._holders.setdefault(block, {})[slot] = index
+
+    def _share(self, source: Slot, target: Slot, index: int) -> None:
+        first = index * self._block_size
+        self._hold(target, index, source.blocks[index])
+        last = self._operations[-1] if self._operations else None
+        if isinstance(last, Share) and last[:2] == (source.number, target.number) and last.end_position == first:
+            self._operations[-1] = last._replace(end_position=first + self._block_size)
+        else:
+            self._operations.append(Share(source.number, target.number, first, first + self._block_size))
+
+    def _remove(self, slot: Slot, index: int) -> None:
+        if slot.blocks:
+            self._operations.append(Remove(slot.number, index * self._block_size, (index + 1) * self._block_size))
+            return
+        self._operations.append(Remove(slot.number, 0, _ALL_POSITIONS))
+        slot.owner = None
+        self._used.pop(slot, None)
+        self._free.append(slot)
+
+    def _evict_chain(self, needed: set[int]) -> Slot:
+        """The least recently used chain whose blocks nobody holds, or others hold as well, loses all of them."""
+        for slot in sorted((slot for slot in self._used if slot.is_chain), key=lambda slot: slot.used):
+            alone = [block for block in slot.blocks.values() if len(self._holders[block]) == 1]
+            if needed.isdisjoint(alone) and self._pool.evict(alone):
+                for index, block in list(slot.blocks.items()):
+                    del self._holders[block][slot], slot.blocks[index]
+                    self._remove(slot, index)
+                return self._free.pop()
+        raise PoolFull("all sequences of the KV cache are in use")
