@@ -15,7 +15,7 @@ from meshserve.engines.tokenizers.directory import describe_files, read_director
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
 from meshserve.engines.tokenizers.settings import TextSettings
 from meshserve.errors import TokenizerFailed, UsageError
-from meshserve.wire.card import FEATURES, ModelCard
+from meshserve.wire.card import ModelCard
 
 _OUTPUT_VERSION = 1
 """Raise it with any change that makes other KV bytes or other tokens: peers of two versions must not share KV."""
@@ -85,7 +85,7 @@ class DummyOptions:
             kv_bytes_per_token=self.kv_bytes_per_token,
             block_size=self.block_size,
             can_hand_over=True,
-            features=FEATURES if can_spell else tuple(name for name in FEATURES if name not in ("json_schema", "tools")),
+            features=("logprobs", "penalties", "logit_bias", *(("json_schema", "tools") if can_spell else ())),
             files=files,
         )
 
