@@ -14,7 +14,6 @@ from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.processor.processor import ProcessorRole
 from meshserve.wire.account import WorkerAccount
-from meshserve.wire.card import FEATURES
 from meshserve.wire.completion import CompletionRequest, Ending, Item, read_item
 from meshserve.wire.generation import GenerateRequest
 from tests.harness import until
@@ -107,10 +106,11 @@ class Scene:
 
 @asynccontextmanager
 async def scene(
-    features: tuple[str, ...] = FEATURES, roles: tuple[str, ...] = ("processor", "decode"), **card: Any
+    features: tuple[str, ...] | None = None, roles: tuple[str, ...] = ("processor", "decode"), **card: Any
 ) -> AsyncIterator[Scene]:
-    """One peer that is processor and, by hand, worker of a model with these features."""
-    made = replace(DummyEngine(EngineOptions(None, {})).card, features=features, **card)
+    """One peer that is processor and, by hand, worker of a model with these features; None: the dummy's."""
+    own = DummyEngine(EngineOptions(None, {})).card
+    made = replace(own, features=own.features if features is None else features, **card)
     mesh = Mesh(MeshConfig(mesh="scripted", roles=roles, interface="127.0.0.1", use_mdns=False), made)
     await mesh.start()
     try:
