@@ -5,7 +5,7 @@ from dataclasses import replace
 from meshserve.engines.dummy.choosing import Chooser
 from meshserve.engines.dummy.documents import WrittenDocument, read_schema
 from meshserve.engines.dummy.speech import Speech
-from meshserve.errors import InvalidRequest
+from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.wire.generation import GenerateRequest, Sampling
 
 _MOST_LOGPROBS = 20
@@ -21,6 +21,10 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
         raise InvalidRequest(f"temperature must not be negative, as {sampling.temperature} is", param="temperature")
     if not 0 < sampling.top_p <= 1:
         raise InvalidRequest(f"top_p must be above 0 and at most 1, not {sampling.top_p}", param="top_p")
+    if not 0 <= sampling.min_p <= 1:
+        raise InvalidRequest(f"min_p must be from 0 to 1, not {sampling.min_p}", param="min_p")
+    if not sampling.repetition_penalty > 0:
+        raise InvalidRequest(f"repetition_penalty must be above 0, not {sampling.repetition_penalty}", param="repetition_penalty")
     if not 0 <= sampling.choice < 2**32:
         raise InvalidRequest(f"there is no choice {sampling.choice}", param="n")
     for name, value in (("presence_penalty", sampling.presence_penalty), ("frequency_penalty", sampling.frequency_penalty)):
@@ -33,6 +37,8 @@ def check_sampling(sampling: Sampling, vocab_size: int) -> None:
             raise InvalidRequest(f"logit_bias names the token {token}; there are 0 to {vocab_size - 1}", param="logit_bias")
         if not -_MOST_BIAS <= bias <= _MOST_BIAS:
             raise InvalidRequest(f"logit_bias must be from -100 to 100, not {bias} as for the token {token}", param="logit_bias")
+    if sampling.regex or sampling.choices:
+        raise Unsupported("this model cannot keep to an expression or to choices", param="regex" if sampling.regex else "choices")
     if sampling.json_schema:
         read_schema(sampling.json_schema)
 
@@ -56,13 +62,14 @@ def check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:
 def chooser_for(request: GenerateRequest, speech: Speech | None) -> Chooser | None:
     """None for a plain request, whose tokens `next_token` gives. It chooses among the model's own tokens, whatever it speaks."""
     sampling = request.sampling
-    is_bent = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty
+    is_bent = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
     if sampling.logprobs < 0 and not is_bent and not sampling.json_schema:
         return None
-    output = request.tokens[len(request.tokens) - request.num_generated :]
+    num_prompt = len(request.tokens) - request.num_generated
+    prompt, output = request.tokens[:num_prompt], request.tokens[num_prompt:]
     document = WrittenDocument(read_schema(sampling.json_schema)) if sampling.json_schema else None
     if speech is None:
-        return Chooser(sampling, output, document)
+        return Chooser(sampling, output, document, prompt=prompt)
     bias = tuple((speech.to_own(token), value) for token, value in sampling.logit_bias)
     heard = map(speech.to_byte if document is not None else speech.to_own, output)
-    return Chooser(replace(sampling, logit_bias=bias), heard, document, speech.vocab_size)
+    return Chooser(replace(sampling, logit_bias=bias), heard, document, speech.vocab_size, prompt=map(speech.to_own, prompt))
