@@ -44,22 +44,21 @@ def check_features(request: CompletionRequest, card: ModelCard) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """What a chat template is given, and what is done if it has no place for tools."""
+    """What a chat template is given."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     variables: dict[str, Any]
+    """For :meth:`~meshserve.roles.processor.templating.ChatTemplate.render`."""
 
 
 def chat_of(request: CompletionRequest, card: ModelCard) -> Chat:
-    """A chat, as models' templates expect it. A model that writes calls is not shown tools that it must not call."""
-    is_text = writes_calls(card)
-    tools = tools_of(request)
+    """A chat, as models' templates expect it."""
     messages = [_for_template(message) for message in request.messages or ()]
     variables: dict[str, Any] = {"add_generation_prompt": request.add_generation_prompt}
-    if is_text:
+    if writes_calls(card):
         variables["tells_tools"] = True
-    return Chat(messages, None if is_text and request.tool_choice == "none" else tools or None, variables)
+    return Chat(messages, tools_of(request) or None, variables)
 
 
 def not_empty(request: CompletionRequest, prompts: list["array[int]"]) -> list["array[int]"]:
