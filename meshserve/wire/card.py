@@ -6,8 +6,9 @@ from typing import Any
 
 from meshserve.errors import ProtocolError
 
-FEATURES = ("logprobs", "penalties", "logit_bias", "json_schema", "tools")
-"""`json_schema`: output that is valid under a schema; `tools`: it may call them. Requests for what a model cannot do are refused."""
+FEATURES = ("logprobs", "penalties", "logit_bias", "json_schema", "regex", "tools", "tool_text")
+"""`json_schema`, `regex`: output that is valid under a schema, or matches an expression; `tools`: it calls one where it is made to by a
+schema; `tool_text`: it writes calls and reasoning as text. Requests for what a model cannot do are refused."""
 
 FILE_NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 """What a card may name: files of a Hugging Face model directory. A name from the network is only ever compared with these."""

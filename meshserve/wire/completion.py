@@ -11,10 +11,11 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from meshserve.errors import ProtocolError
-from meshserve.wire.generation import MAX_LOGIT_BIASES, pack_tokens, unpack_tokens
+from meshserve.wire.generation import MAX_LOGIT_BIASES, pack_tokens, read_choices, unpack_tokens
 
 KINDS = ("completion", "chat")
-TOOL_CHOICES = ("none", "auto", "required", "function")
+TOOL_CHOICES = ("none", "auto", "strict", "required", "function")
+PARTS = ("text", "reasoning")
 MAX_CHOICES = 128
 """Answers to one request, of all its prompts together: each is a sequence on a worker."""
 MAX_LOGPROBS = 20
@@ -55,14 +56,22 @@ class CompletionRequest:
     """As in :class:`~meshserve.wire.generation.Sampling`."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_p: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()
     json_schema: str = ""
     """The text must be valid under this JSON Schema (its text)."""
+    regex: str = ""
+    """The whole text must match this regular expression."""
+    choices: tuple[str, ...] = ()
+    """The text must be one of these. Of schema, expression and choices there is one at most."""
     tools: str = ""
     """A JSON list of functions, each in OpenAI's form: `{"type": "function", "function": {"name", "description", "parameters"}}`."""
     tool_choice: str = "none"
-    """Of :data:`TOOL_CHOICES`; `function` is the one that `tool_name` names."""
+    """Of :data:`TOOL_CHOICES`; `function` is the one that `tool_name` names; `strict` is `auto`, but calls must be valid."""
     tool_name: str = ""
+    parallel_tool_calls: bool = True
+    """An answer may have several calls."""
     add_generation_prompt: bool = True
     """The prompt of a chat ends where the assistant's turn begins."""
     wants_start: bool = False
@@ -120,6 +129,7 @@ class CompletionRequest:
         values["prompt"] = _unpack_prompts(values.get("prompt"))
         values["stop"] = _unpack_stops(values.get("stop", []))
         values["logit_bias"] = _unpack_bias(values.get("logit_bias", []))
+        values["choices"] = read_choices(values.get("choices", []))
         request = cls(**values)
         request._check()
         return request
@@ -139,7 +149,10 @@ class CompletionRequest:
 _DEFAULTS: dict[str, Any] = {
     found.name: found.default for found in fields(CompletionRequest) if found.name not in ("request_id", "kind", "model", "prompt")
 }
-_FEATURES = ("logprobs", "tool_choice", "presence_penalty", "frequency_penalty", "logit_bias", "json_schema")
+_FEATURES = (
+    *("logprobs", "tool_choice", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias"),
+    *("json_schema", "regex", "choices"),
+)
 _features_of = attrgetter(*_FEATURES)
 _NO_FEATURES = tuple(_DEFAULTS[name] for name in _FEATURES)
 _NUMBER = (int, float)
@@ -162,11 +175,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "logprobs": (int,),
     "presence_penalty": _NUMBER,
     "frequency_penalty": _NUMBER,
+    "repetition_penalty": _NUMBER,
+    "min_p": _NUMBER,
     "logit_bias": (list, tuple),
     "json_schema": (str,),
+    "regex": (str,),
+    "choices": (list, tuple),
     "tools": (str,),
     "tool_choice": (str,),
     "tool_name": (str,),
+    "parallel_tool_calls": (bool,),
     "add_generation_prompt": (bool,),
     "wants_start": (bool,),
     "client_id": (str,),
@@ -227,7 +245,7 @@ WireLogprob = tuple[bytes, float | None, list[Any]]
 
 
 class TextItem(NamedTuple):
-    """More text of one choice: its content, or the arguments of the call that it makes."""
+    """More text of one choice: of its content or its reasoning, or the arguments of the call that it makes."""
 
     choice: int
     text: str
@@ -238,10 +256,17 @@ class TextItem(NamedTuple):
 
 
 class CallItem(NamedTuple):
-    """From here on, the text of this choice is the arguments of a call of this function."""
+    """From here on, the text of this choice is the arguments of a call of this function; the same name again is another call."""
 
     choice: int
     name: str
+
+
+class PartItem(NamedTuple):
+    """From here on, the text of this choice is of this kind, of :data:`PARTS`. At first it is `text`."""
+
+    choice: int
+    kind: str
 
 
 class EndItem(NamedTuple):
@@ -258,7 +283,7 @@ class StartItem(NamedTuple):
     num_prompt_tokens: int
 
 
-Item = TextItem | CallItem | EndItem | StartItem
+Item = TextItem | CallItem | PartItem | EndItem | StartItem
 
 
 def item_to_wire(item: Item) -> Any:
@@ -267,6 +292,8 @@ def item_to_wire(item: Item) -> Any:
         return list(item) if item.logprobs is not None else [item.choice, item.text]
     if isinstance(item, CallItem):
         return {"choice": item.choice, "call": item.name}
+    if isinstance(item, PartItem):
+        return {"choice": item.choice, "part": item.kind}
     if isinstance(item, EndItem):
         return {"choice": item.choice, "reason": item.reason, "stop": item.stop}
     return {"prompt_tokens": item.num_prompt_tokens}
@@ -283,6 +310,8 @@ def read_item(data: Any) -> Item:
     if isinstance(data, dict) and type(data.get("choice")) is int:
         if isinstance(data.get("call"), str):
             return CallItem(data["choice"], data["call"])
+        if data.get("part") in PARTS:
+            return PartItem(data["choice"], data["part"])
         if isinstance(data.get("reason"), str) and isinstance(data.get("stop"), (str, type(None))):
             return EndItem(data["choice"], data["reason"], data["stop"])
     raise ProtocolError("an item of a completion that cannot be read")

@@ -21,6 +21,8 @@ Tokens = array  # of typecode "I": 4 bytes a token, and one object that the garb
 
 MAX_TOKENS_ON_WIRE = 4_194_304
 MAX_LOGIT_BIASES = 4096
+MAX_CHOICE_TEXTS = 1024
+"""Texts of which an output may have to be one."""
 
 TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 """A token's log probability, and the likeliest tokens at its place with theirs, likeliest first. Natural logarithms."""
@@ -66,6 +68,10 @@ class Sampling:
     """Taken from the logits of tokens that are in the output so far."""
     frequency_penalty: float = 0.0
     """Taken from a token's logit for each time that it is in the output so far."""
+    repetition_penalty: float = 1.0
+    """Divides the logits above 0 of tokens that are in the prompt or the output, and multiplies those below; 1 is none."""
+    min_p: float = 0.0
+    """Tokens less likely than this share of the likeliest one's probability, at the temperature, are not chosen; 0 is none."""
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Token ids and what is added to their logits."""
     logprobs: int = -1
@@ -74,6 +80,10 @@ class Sampling:
     """The same for the prompt's tokens, all at once and before the first token; the prompt's first one has none."""
     json_schema: str = ""
     """The output's text must be a JSON document that is valid under this JSON Schema (its text); empty: it is free."""
+    regex: str = ""
+    """The whole output's text must match this regular expression."""
+    choices: tuple[str, ...] = ()
+    """The output's text must be one of these. Of schema, expression and choices there is one at most."""
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`; defaults are left out."""
@@ -105,6 +115,8 @@ class Sampling:
                 continue
             if name == "logit_bias":
                 value = _logit_bias(value)
+            elif name == "choices":
+                value = read_choices(value)
             if type(value) is not type(default) and not (type(default) is float and type(value) is int):
                 raise ProtocolError(f"sampling parameter {name} is malformed")
             values[name] = value
@@ -115,6 +127,13 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, (list, tuple)) or len(value) > MAX_LOGIT_BIASES or not all(map(_is_bias, value)):
         raise ProtocolError("the logit bias is pairs of a token and a number")
     return tuple((token, float(bias)) for token, bias in value)
+
+
+def read_choices(value: Any) -> tuple[str, ...]:
+    """Texts of which one is to be chosen, none of them empty. Raises ProtocolError for anything else."""
+    if not isinstance(value, (list, tuple)) or len(value) > MAX_CHOICE_TEXTS or not all(isinstance(text, str) and text for text in value):
+        raise ProtocolError("choices are texts, none of them empty")
+    return tuple(value)
 
 
 def _is_bias(pair: Any) -> bool:

@@ -4,6 +4,7 @@ import re
 
 RULES = (
     r"the prompt is empty",
+    r"input has no message",
     r"min_tokens must be (at most|between)",
     r"context is \d+ tokens",
     r"above this model's last",
@@ -16,6 +17,7 @@ RULES = (
     r"tool_result blocks come before all others",
     r"the last one must be the user's",
     r"best_of must be",
+    r"only one of .* can be kept to",
     r"n times the number of prompts",
     r"the (schema|string format)|schema's|cannot be (kept to|merged)",
 )

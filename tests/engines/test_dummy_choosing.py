@@ -26,13 +26,18 @@ OUTPUTS = st.lists(st.sampled_from([0, 65, 257, 258, 300, 301, VOCAB_SIZE - 1]),
 BIASES = st.dictionaries(st.integers(0, VOCAB_SIZE - 1), st.floats(-100, 100), max_size=8)
 
 
-def logits_by_the_book(context: int, sampling: Sampling, position: int, output: list[int]) -> dict[int, float]:
+def logits_by_the_book(
+    context: int, sampling: Sampling, position: int, output: list[int], prompt: tuple[int, ...] = ()
+) -> dict[int, float]:
     """Every token that may come, with the logit that the documentation gives it."""
     can_end = not sampling.ignore_eos and position >= sampling.min_tokens
     tokens, wins_eos = candidates(context, position, can_end)
     logits = dict.fromkeys(range(VOCAB_SIZE), -50.0)
     for rank, token in enumerate(tokens):
         logits[token] = -0.4 * (rank - wins_eos) - 6.0 * wins_eos if token != EOS_TOKEN else 0.0
+    for token in {*prompt, *output}:  # the best candidate counts as 10 here
+        lead = logits[token] + 10.0
+        logits[token] = (lead / sampling.repetition_penalty if lead > 0 else lead * sampling.repetition_penalty) - 10.0
     for token, bias in sampling.logit_bias:
         logits[token] += bias
     for token, count in Counter(output).items():
@@ -61,7 +66,16 @@ def check_logprobs(found: TokenLogprobs | None, token: int, logits: dict[int, fl
 
 @settings(max_examples=300, deadline=None)
 @given(
-    CONTEXTS, st.integers(0, 60), OUTPUTS, BIASES, PENALTIES, PENALTIES, st.integers(0, 20), st.sampled_from([0.0, 0.7, 5.0]), st.booleans()
+    CONTEXTS,
+    st.integers(0, 60),
+    OUTPUTS,
+    BIASES,
+    PENALTIES,
+    PENALTIES,
+    st.sampled_from([1.0, 1.0, 1.3, 10.0, 0.1]),
+    st.integers(0, 20),
+    st.sampled_from([0.0, 0.7, 5.0]),
+    st.booleans(),
 )
 def test_tokens_and_log_probabilities_are_those_of_the_whole_vocabulary(
     context: int,
@@ -70,6 +84,7 @@ def test_tokens_and_log_probabilities_are_those_of_the_whole_vocabulary(
     bias: dict[int, float],
     presence: float,
     frequency: float,
+    repetition: float,
     num: int,
     temperature: float,
     goes_on: bool,
@@ -78,13 +93,15 @@ def test_tokens_and_log_probabilities_are_those_of_the_whole_vocabulary(
         temperature=temperature,
         presence_penalty=presence,
         frequency_penalty=frequency,
+        repetition_penalty=repetition,
         logit_bias=tuple(bias.items()),
         logprobs=num,
         ignore_eos=goes_on,
         seed=position,
     )
-    logits = logits_by_the_book(context, sampling, position, output)
-    token, logprobs = Chooser(sampling, output, None).choose(context, position)
+    prompt = (66, 257, 290)
+    logits = logits_by_the_book(context, sampling, position, output, prompt)
+    token, logprobs = Chooser(sampling, output, None, prompt=prompt).choose(context, position)
     check_logprobs(logprobs, token, logits, num)
     best = max(logits.values())
     assert logits[token] >= best - (1e-9 if temperature == 0 else 30.0 + 1e-9)
@@ -101,6 +118,17 @@ def test_to_ask_for_log_probabilities_changes_no_token(
         assert len(set(chosen)) == 1
         if not extras:
             assert chosen[0] == next_token(context, Sampling(**plain), position)
+
+
+@given(CONTEXTS, st.integers(0, 60), st.sampled_from([0.3, 0.7, 5.0]), st.floats(0, 1), st.integers(0, 99), BIASES)
+def test_nothing_is_drawn_that_is_less_likely_than_min_p_of_the_best(
+    context: int, position: int, temperature: float, min_p: float, seed: int, bias: dict[int, float]
+) -> None:
+    for biases in ((), tuple(bias.items())):
+        sampling = Sampling(temperature=temperature, min_p=min_p, seed=seed, logit_bias=biases)
+        logits = logits_by_the_book(context, sampling, position, [])
+        token = Chooser(sampling, [], None).choose(context, position)[0] if biases else next_token(context, sampling, position)
+        assert exp((logits[token] - max(logits.values())) / temperature) >= min_p - 1e-9
 
 
 def test_probabilities_over_the_whole_vocabulary_sum_to_one() -> None:
@@ -177,6 +205,7 @@ BENT: dict[str, dict[str, Any]] = {
     "penalties": {"presence_penalty": 1.0, "frequency_penalty": 0.7},
     "rewards": {"presence_penalty": -2.0, "frequency_penalty": -2.0, "temperature": 0.9},
     "bias": {"logit_bias": ((46, 48.0), (300, 3.0)), "temperature": 1.0},
+    "repetition": {"repetition_penalty": 1.8, "min_p": 0.1, "temperature": 1.5},
     "logprobs": {"logprobs": 7, "temperature": 0.5},
     "all": {"logprobs": 7, "temperature": 1.0, "presence_penalty": 0.5, "logit_bias": ((70, 46.0),), "choice": 2},
 }
@@ -205,12 +234,17 @@ def test_another_worker_and_one_that_was_preempted_go_on_with_the_same_tokens(sa
     asyncio.run(run())
 
 
-def test_a_frequency_penalty_makes_a_text_repeat_itself_less() -> None:
+@pytest.mark.parametrize(
+    ("name", "much", "little"), [("frequency_penalty", 1.0, -2.0), ("presence_penalty", 2.0, -2.0), ("repetition_penalty", 2.0, 0.2)]
+)
+def test_penalties_make_a_text_repeat_itself_less(name: str, much: float, little: float) -> None:
+    penalties: list[dict[str, Any]] = [{name: much}, {name: little}]
+
     async def run() -> None:
         async with running_engine() as engine:
             plain = await generated(engine, a_request(tokens_of(9), max_tokens=200))
-            varied = await generated(engine, a_request(tokens_of(9), max_tokens=200, frequency_penalty=1.0))
-            dull = await generated(engine, a_request(tokens_of(9), max_tokens=200, frequency_penalty=-2.0))
+            varied = await generated(engine, a_request(tokens_of(9), max_tokens=200, **penalties[0]))
+            dull = await generated(engine, a_request(tokens_of(9), max_tokens=200, **penalties[1]))
             assert len(set(dull)) < len(set(plain)) < len(set(varied))
 
     asyncio.run(run())
@@ -318,6 +352,11 @@ def test_a_long_prompt_is_rated_in_many_short_turns() -> None:
         ({"logit_bias": ((5, 100.5),)}, "logit_bias", "from -100 to 100, not 100.5 as for the token 5"),
         ({"logit_bias": ((5, float("nan")),)}, "logit_bias", "not nan"),
         ({"choice": -1}, "n", "no choice -1"),
+        ({"min_p": 1.5}, "min_p", "from 0 to 1, not 1.5"),
+        ({"min_p": float("nan")}, "min_p", "not nan"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty", "above 0, not 0.0"),
+        ({"regex": "a+"}, "regex", "cannot keep to"),
+        ({"choices": ("a",)}, "choices", "cannot keep to"),
     ],
 )
 def test_what_is_out_of_range_is_refused_by_the_name_of_its_field(sampling: dict[str, Any], param: str, words: str) -> None:

@@ -1,20 +1,20 @@
 """A processor between a client and a worker that are both played by hand, on one peer: the real calls, without the engine."""
 
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Any
 
-from meshserve.config import MeshConfig
+from meshserve.config import MeshConfig, ServeConfig
 from meshserve.engines.dummy.engine import DummyEngine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import MeshserveError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.mesh import Mesh
+from meshserve.roles.frontend.server import FrontendRole
 from meshserve.roles.processor.processor import ProcessorRole
 from meshserve.wire.account import WorkerAccount
-from meshserve.wire.card import FEATURES
 from meshserve.wire.completion import CompletionRequest, Ending, Item, read_item
 from meshserve.wire.generation import GenerateRequest
 from tests.harness import until
@@ -64,6 +64,8 @@ class Worker:
         self.cancelled: list[str] = []
         self.opening = ""
         """Said at once by whoever is asked."""
+        self.script: tuple[str, ...] = ()
+        """The whole answer of whoever is asked, a step each; nothing: the test says it."""
         self.error: MeshserveError | None = None
         """What everybody fails with at once."""
 
@@ -71,6 +73,8 @@ class Worker:
         self.calls.append(call)
         call.on_cancel = lambda: self.cancelled.append(call.body.request_id)
         self.say(len(self.calls) - 1, self.opening, None)
+        if self.script:
+            self.recite(len(self.calls) - 1, self.script)
         if self.error is not None:
             call.fail(self.error)
 
@@ -86,6 +90,15 @@ class Worker:
             call.send([position + place, token])
         if reason is not None:
             call.end({"reason": reason, "account": WorkerAccount(num_cached_tokens=2)})
+
+    def recite(self, index: int, steps: Sequence[str], reason: str = "stop") -> None:
+        """Each text as the tokens of one step, one a byte, then the end."""
+        position = 0
+        for step in steps:
+            tokens = step.encode()
+            self.calls[index].send([position, *tokens])
+            position += len(tokens)
+        self.calls[index].end({"reason": reason, "account": WorkerAccount(num_cached_tokens=2)})
 
 
 class Scene:
@@ -107,17 +120,30 @@ class Scene:
 
 @asynccontextmanager
 async def scene(
-    features: tuple[str, ...] = FEATURES, roles: tuple[str, ...] = ("processor", "decode"), **card: Any
+    features: tuple[str, ...] | None = None, roles: tuple[str, ...] = ("processor", "decode"), **card: Any
 ) -> AsyncIterator[Scene]:
-    """One peer that is processor and, by hand, worker of a model with these features."""
+    """One peer that is processor and, by hand, worker of a model with these features; None: the dummy's."""
     engine = DummyEngine(EngineOptions(None, {}))
-    made = replace(engine.card, features=features, **card)
+    made = replace(engine.card, features=engine.card.features if features is None else features, **card)
     mesh = Mesh(MeshConfig(mesh="scripted", roles=roles, interface="127.0.0.1", use_mdns=False), made, engine.kv_layout)
     await mesh.start()
     try:
         yield Scene(mesh)
     finally:
         await mesh.close()
+
+
+@asynccontextmanager
+async def served(**options: Any) -> AsyncIterator[tuple[Scene, str]]:
+    """A frontend in front of a scene, and its address."""
+    async with scene(**options) as found:
+        frontend = FrontendRole(found.mesh, replace(ServeConfig(), http_port=0))
+        try:
+            yield found, await frontend.start()
+            await until(lambda: frontend.is_idle and found.processor.is_idle, DEADLINE_S, "nothing is under way")
+        finally:
+            await frontend.close()
+            await found.processor.close()
 
 
 def tokens(text: str) -> "array[int]":

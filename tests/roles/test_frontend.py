@@ -2,18 +2,15 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 import httpx
 import pytest
 
-from meshserve.config import ServeConfig
 from meshserve.errors import EngineFailed
 from meshserve.roles.frontend.completions import Completions
-from meshserve.roles.frontend.server import FrontendRole
 from tests.harness import run_async, until
-from tests.roles.scripted import DEADLINE_S, Scene, scene
+from tests.roles.scripted import DEADLINE_S, Scene, served
 
 ROUTES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "hi"},
@@ -24,23 +21,16 @@ ROUTES: dict[str, dict[str, Any]] = {
 
 
 @asynccontextmanager
-async def served() -> AsyncIterator[tuple[Scene, httpx.AsyncClient]]:
+async def reached() -> AsyncIterator[tuple[Scene, httpx.AsyncClient]]:
     """A frontend in front of a scene, and a client that keeps no connection."""
-    async with scene() as found:
-        frontend = FrontendRole(found.mesh, replace(ServeConfig(), http_port=0))
-        url = await frontend.start()
-        try:
-            async with httpx.AsyncClient(base_url=url, timeout=10.0, headers={"connection": "close"}) as client:
-                yield found, client
-            await until(lambda: frontend.is_idle and found.processor.is_idle, DEADLINE_S, "nothing is under way")
-        finally:
-            await frontend.close()
+    async with served() as (found, url), httpx.AsyncClient(base_url=url, timeout=10.0, headers={"connection": "close"}) as client:
+        yield found, client
 
 
 @asynccontextmanager
 async def streaming(path: str, fields: dict[str, Any]) -> AsyncIterator[tuple[Scene, AsyncIterator[str]]]:
     """A stream that has begun, piece by piece."""
-    async with served() as (found, client):
+    async with reached() as (found, client):
         found.worker.opening = "half a sen"
         async with client.stream("POST", path, json={"model": "dummy", "stream": True, **fields}) as reply:
             yield found, reply.aiter_text()
@@ -67,7 +57,7 @@ def test_a_worker_that_fails_mid_stream_ends_it_in_an_error_event(path: str) -> 
 @pytest.mark.parametrize("path", ROUTES)
 def test_a_worker_that_fails_before_its_first_token_is_an_http_error(path: str, is_stream: bool) -> None:
     async def check() -> None:
-        async with served() as (found, client):
+        async with reached() as (found, client):
             found.worker.error = EngineFailed("it broke")
             reply = await client.post(path, json={"model": "dummy", "stream": is_stream, **ROUTES[path]})
             assert reply.status_code == 500 and reply.headers["x-request-id"]
@@ -93,7 +83,7 @@ def test_one_of_several_answers_that_fails_ends_the_stream_and_the_others() -> N
 @pytest.mark.parametrize("path", ROUTES)
 def test_a_client_that_leaves_a_stream_cancels_it_at_the_worker(path: str) -> None:
     async def check() -> None:
-        async with served() as (found, client):
+        async with reached() as (found, client):
             found.worker.opening = "some"
             async with client.stream("POST", path, json={"model": "dummy", "stream": True, **ROUTES[path]}):
                 assert not found.worker.cancelled
@@ -104,7 +94,7 @@ def test_a_client_that_leaves_a_stream_cancels_it_at_the_worker(path: str) -> No
 
 def test_what_a_processor_must_not_say_is_a_bad_gateway_or_a_broken_stream() -> None:
     async def check() -> None:
-        async with served() as (found, client):
+        async with reached() as (found, client):
             found.mesh.serve("complete", lambda call: call.end("nonsense"))
             reply = await client.post("/v1/completions", json={"model": "dummy", "prompt": "hi"})
             assert reply.status_code == 502 and reply.json()["error"]["code"] == "protocol_error"
@@ -116,7 +106,7 @@ def test_what_a_processor_must_not_say_is_a_bad_gateway_or_a_broken_stream() -> 
 
 def test_a_mistake_of_ours_is_told_in_the_apis_shape(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     async def check() -> None:
-        async with served() as (_, client):
+        async with reached() as (_, client):
             monkeypatch.delattr(Completions, "processor")
             reply = await client.post("/v1/messages", json={"model": "dummy", **ROUTES["/v1/messages"]})
             assert reply.status_code == 500 and reply.json()["error"]["code"] == "internal_error"

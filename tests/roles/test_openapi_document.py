@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshserve.errors import InvalidRequest, codes_of
-from meshserve.roles.frontend import anthropic_parsing, messages, parsing, responses_parsing, tokenizing, tooling
+from meshserve.roles.frontend import anthropic_parsing, constraints, messages, parsing, responses_parsing, tokenizing, tooling
 from meshserve.roles.frontend.fields import read_object
 from meshserve.roles.frontend.openapi.document import document
 from meshserve.roles.frontend.openapi.examples import EXAMPLES
@@ -28,7 +28,7 @@ ROUTES = Path(parsing.__file__).parent
 
 # --- the same fields
 
-ROOMS = (parsing, messages, tooling, responses_parsing, anthropic_parsing)
+ROOMS = (parsing, constraints, messages, tooling, responses_parsing, anthropic_parsing)
 READERS: dict[str, list[Callable[..., Any]]] = {
     "CompletionRequest": [parsing.parse_completion],
     "ChatRequest": [parsing.parse_chat],
@@ -152,6 +152,8 @@ LIKELY: list[Any] = [
     *({"type": "json_schema", "json_schema": SCHEMA}, {"type": "json_schema", **SCHEMA}, {"type": "json_schema"}),
     *({"format": {"type": "text"}}, {"format": {}}, {"verbosity": "low"}, {"effort": "none"}, {"effort": "high"}, {"user_id": "me"}),
     *(["message.output_text.logprobs"], ["reasoning.encrypted_content"], ["file_search_call.results"]),
+    *({"json": {"type": "object"}}, {"json": "{}"}, {"json": "x"}, {"regex": "a+"}, {"choice": ["a"]}, {"choice": []}, {"grammar": "x"}),
+    *({"json": {}, "regex": "a"}, {"json_object": True}, 0.5, "{}", [{"type": "reasoning", "summary": []}]),
     *([{"type": "function_call", "call_id": "c", "name": "f"}, {"type": "function_call_output", "call_id": "c", "output": "a"}],),
     *([{"role": "developer", "content": [{"type": "input_text", "text": "a"}]}], [{"type": "item_reference", "id": "x"}], *WORDS),
 ]

@@ -8,7 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.errors import ProtocolError
-from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, StartItem, TextItem, Tokenized, item_to_wire, read_item
+from meshserve.wire.completion import (
+    CallItem,
+    CompletionRequest,
+    Ending,
+    EndItem,
+    PartItem,
+    StartItem,
+    TextItem,
+    Tokenized,
+    item_to_wire,
+    read_item,
+)
 from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.generation import Sampling
 
@@ -31,10 +42,15 @@ FULL: dict[str, Any] = {
     "presence_penalty": 0.5,
     "frequency_penalty": -0.5,
     "logit_bias": ((7, -100.0),),
+    "repetition_penalty": 1.5,
+    "min_p": 0.25,
     "json_schema": "{}",
+    "regex": "a+",
+    "choices": ("yes", "no"),
     "tools": "[]",
     "tool_choice": "function",
     "tool_name": "f",
+    "parallel_tool_calls": False,
     "add_generation_prompt": False,
     "wants_start": True,
     "client_id": "c",
@@ -80,6 +96,8 @@ def test_every_field_crosses_the_wire_and_defaults_take_no_room() -> None:
         {"logit_bias": [[1]]},
         {"logit_bias": [["1", 2.0]]},
         {"tool_choice": "perhaps"},
+        {"choices": [""]},
+        {"choices": ["x"] * 1025},
         {"tools": ""},
         {"echo": 1},
         {"kind": "chat", "messages": []},
@@ -105,7 +123,8 @@ def test_whatever_a_peer_says_is_read_or_refused(data: Any) -> None:
             continue
 
 
-ITEMS = [TextItem(1, "t"), TextItem(0, "t", [[b"t", -1.0, []]], [0]), CallItem(2, "f"), EndItem(0, "stop", "x"), StartItem(5)]
+ITEMS: list[Any] = [TextItem(1, "t"), TextItem(0, "t", [[b"t", -1.0, []]], [0]), CallItem(2, "f"), PartItem(1, "reasoning")]
+ITEMS += [EndItem(0, "stop", "x"), StartItem(5)]
 
 
 @pytest.mark.parametrize("item", ITEMS)
@@ -135,6 +154,10 @@ def test_endings_and_tokens_cross_the_wire() -> None:
             "presence_penalty": st.sampled_from((0.0, 0.5)),
             "logprobs": st.integers(-1, 3),
             "json_schema": st.sampled_from(("", "{}")),
+            "min_p": st.sampled_from((0.0, 0.5)),
+            "repetition_penalty": st.sampled_from((1.0, 1.5)),
+            "regex": st.sampled_from(("", "a+")),
+            "choices": st.sampled_from(((), ("a", "b"))),
         },
     )
 )

@@ -29,6 +29,10 @@ def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
         raise InvalidRequest(f"temperature must not be negative, as {sampling.temperature} is", param="temperature")
     if not 0 < sampling.top_p <= 1:
         raise InvalidRequest(f"top_p must be above 0 and at most 1, not {sampling.top_p}", param="top_p")
+    if not 0 <= sampling.min_p <= 1:
+        raise InvalidRequest(f"min_p must be from 0 to 1, not {sampling.min_p}", param="min_p")
+    if not sampling.repetition_penalty > 0:
+        raise InvalidRequest(f"repetition_penalty must be above 0, not {sampling.repetition_penalty}", param="repetition_penalty")
     if not 0 <= sampling.choice < 2**32:
         raise InvalidRequest(f"there is no choice {sampling.choice}", param="n")
     for name, value in (("presence_penalty", sampling.presence_penalty), ("frequency_penalty", sampling.frequency_penalty)):

@@ -30,13 +30,22 @@ class Sampler:
     Raises InvalidRequest if that output could not have come from this request.
     """
 
-    def __init__(self, sampling: Sampling, output: Sequence[int], end_tokens: Iterable[int], constraint: Constraint | None) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        end_tokens: Iterable[int],
+        constraint: Constraint | None,
+    ) -> None:
         self._sampling, self._constraint = sampling, constraint
         self._end_tokens = np.array(sorted(end_tokens), dtype=np.int64)
         self._bias = np.array([token for token, _ in sampling.logit_bias], dtype=np.int64)
         self._bias_values = np.array([value for _, value in sampling.logit_bias], dtype=np.float32)
         self._counts: dict[int, int] = {}
-        self._has_penalties = bool(sampling.presence_penalty or sampling.frequency_penalty)
+        self._has_penalties = bool(sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1)
+        self._repeated = np.unique(np.array(prompt, dtype=np.int64)) if sampling.repetition_penalty != 1 else None
+        """The prompt's tokens: the repetition penalty counts them as well."""
         self._is_plain = not self._has_penalties and not sampling.logit_bias and constraint is None
         for token in output:
             self._take(token)
@@ -67,11 +76,14 @@ class Sampler:
         values, sampling = logits.copy(), self._sampling
         if len(self._bias):
             values[self._bias] += self._bias_values
+        tokens = np.fromiter(self._counts, dtype=np.int64, count=len(self._counts))
+        if self._repeated is not None:
+            repeated, factor = np.union1d(tokens, self._repeated), np.float32(sampling.repetition_penalty)
+            found = values[repeated]
+            values[repeated] = np.where(found > 0, found / factor, found * factor)
         if self._counts:
-            tokens = np.fromiter(self._counts, dtype=np.int64, count=len(self._counts))
             counts = np.fromiter(self._counts.values(), dtype=np.float32, count=len(self._counts))
-            found = values[tokens]
-            values[tokens] = found - counts * np.float32(sampling.frequency_penalty) - np.float32(sampling.presence_penalty)
+            values[tokens] -= counts * np.float32(sampling.frequency_penalty) + np.float32(sampling.presence_penalty)
         if self._constraint is not None:
             mask = np.frombuffer(self._constraint.allowed_mask(), dtype=np.uint8)
             values[np.unpackbits(mask, count=len(values), bitorder="little") == 0] = _NEVER
@@ -94,6 +106,8 @@ class Sampler:
 def _kept_by_rank(scaled: Any, sampling: Sampling) -> Any:
     """Which of these logits (after temperature, less the best) min-p, top-k and top-p leave, in the order of the token ids."""
     is_kept = np.ones(len(scaled), dtype=bool)
+    if sampling.min_p > 0:
+        is_kept &= scaled >= np.log(sampling.min_p)
     if 0 < sampling.top_k < len(scaled):
         is_kept &= scaled >= np.partition(scaled, -sampling.top_k)[-sampling.top_k]
     if sampling.top_p < 1:

@@ -1,8 +1,9 @@
 """Choices that ask for more than plain sampling: penalties, bias, log probabilities, documents.
 
-Bias and penalties are added to the model's logits (module `sampling`); temperature, top-k and top-p then choose among what they made
-of them. Log probabilities are those of these same logits, before temperature, top-k and top-p, over all tokens that may come at
-their place: so they sum to 1 over the vocabulary, and say how likely a token was to the model, not to the sampler.
+The repetition penalty scales the model's logits (module `sampling`), bias and the other penalties are added; temperature, min-p, top-k
+and top-p then choose among what they made of them. Log probabilities are those of these same logits, before temperature, min-p, top-k
+and top-p, over all tokens that may come at their place: so they sum to 1 over the vocabulary, and say how likely a token was to the
+model, not to the sampler.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,6 +13,7 @@ from math import exp, log
 from operator import itemgetter
 from typing import Protocol
 
+from meshserve.engines.core.request import Generation
 from meshserve.engines.dummy.documents import WrittenDocument, read_schema
 from meshserve.engines.dummy.sampling import (
     OTHER_LOGIT,
@@ -33,6 +35,9 @@ _OTHERS_COUNT_BELOW = -8.0
 _LIFTED_ABOVE = 10.0
 """With a best logit of at least the one, tokens that are no candidates and that bias and penalties lift by at most the other are never
 drawn, and all of them together are less than 1e-11 of the probability: they are left out unless they have to be listed."""
+
+_REPETITION_LEAD = 10.0
+"""To a repetition penalty, which asks whether logits are above 0, the best candidate's is this much: it changes greedy choices too."""
 
 _Entry = tuple[float, int]
 """A logit and its token."""
@@ -56,15 +61,40 @@ class Chooser:
     Raises InvalidRequest if that output could not have come from this request.
     """
 
-    __slots__ = ("_added", "_document", "_frequency", "_lifted", "_presence", "_sampling", "_seen", "_vocab_size")
+    __slots__ = (
+        "_added",
+        "_document",
+        "_frequency",
+        "_lifted",
+        "_presence",
+        "_repeated",
+        "_repetition",
+        "_sampling",
+        "_seen",
+        "_vocab_size",
+    )
 
-    def __init__(self, sampling: Sampling, output: Iterable[int], document: Document | None, vocab_size: int = OWN_VOCAB_SIZE) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        output: Iterable[int],
+        document: Document | None,
+        vocab_size: int = OWN_VOCAB_SIZE,
+        *,
+        prompt: Iterable[int] = (),
+    ) -> None:
         self._sampling, self._vocab_size = sampling, vocab_size
         self._document = document
         self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
         self._seen: set[int] = set()
+        self._repetition = sampling.repetition_penalty
+        self._repeated: set[int] = set()
+        """Tokens of the prompt and the output, if repeating them changes their logits."""
         self._added = dict(sampling.logit_bias)
         self._lifted = {token: None for token, value in self._added.items() if value > _LIFTED_ABOVE}
+        if self._repetition != 1:
+            for token in set(prompt):
+                self._repeat(token)
         for token in output:
             if document is not None and token not in (document.candidates() or (_BLANK,)):
                 raise InvalidRequest("the output so far does not follow the request's schema", param="num_generated")
@@ -80,15 +110,33 @@ class Chooser:
     def _take(self, token: int) -> None:
         if self._document is not None:
             self._document.take(token)
+        if self._repetition != 1:
+            self._repeat(token)
         if not self._presence and not self._frequency:
             return
         change = self._frequency if token in self._seen else self._frequency + self._presence
         self._seen.add(token)
-        value = self._added[token] = self._added.get(token, 0.0) - change
-        if value > _LIFTED_ABOVE:
+        self._added[token] = self._added.get(token, 0.0) - change
+        self._lift(token)
+
+    def _repeat(self, token: int) -> None:
+        self._repeated.add(token)
+        self._added.setdefault(token, 0.0)
+        self._lift(token)
+
+    def _lift(self, token: int) -> None:
+        """Note whether the token matters where it is no candidate."""
+        if self._bent(token, OTHER_LOGIT) > OTHER_LOGIT + _LIFTED_ABOVE:
             self._lifted[token] = None
         elif self._lifted:
             self._lifted.pop(token, None)
+
+    def _bent(self, token: int, logit: float) -> float:
+        """A token's logit with repetition, bias and penalties."""
+        if token in self._repeated:
+            lead = logit + _REPETITION_LEAD
+            logit = (lead / self._repetition if lead > 0 else lead * self._repetition) - _REPETITION_LEAD
+        return logit + self._added.get(token, 0.0)
 
     def _candidates(self, context: int, position: int) -> tuple[list[int], bool]:
         """The tokens that the model would choose among, best first, and whether the end of sequence leads."""
@@ -137,16 +185,16 @@ class Chooser:
     def _entries(self, context: int, position: int) -> list[_Entry]:
         """All tokens whose logits matter, with them; those of equal logits in the order in which they are preferred."""
         tokens, wins_eos = self._candidates(context, position)
-        added = self._added
+        bent = self._bent
         ranked = gaps(len(tokens) - wins_eos, wins_eos)
-        entries = [(added.get(token, 0.0) - gap, token) for token, gap in zip(tokens, ranked, strict=True)]
+        entries = [(bent(token, -gap), token) for token, gap in zip(tokens, ranked, strict=True)]
         if self._document is not None:
             return entries
         can_end = may_end(self._sampling, position)
         if self._lifted:
             known = {*tokens}
             lifted = [token for token in self._lifted if token not in known and (can_end or token != EOS_TOKEN)]
-            entries += [(OTHER_LOGIT + added[token], token) for token in lifted]
+            entries += [(bent(token, OTHER_LOGIT), token) for token in lifted]
         return self._with_others(entries, context, can_end)
 
     def _with_others(self, entries: list[_Entry], context: int, can_end: bool) -> list[_Entry]:
@@ -161,7 +209,7 @@ class Chooser:
         added, known = self._added, {token for _, token in entries}
         bent = [token for token in added if token not in known and (can_end or token != EOS_TOKEN)]
         others = islice(_others(context, known.union(bent), can_end, self._vocab_size), num_wanted)
-        return entries + [(OTHER_LOGIT + added.get(token, 0.0), token) for token in (*bent, *others)]
+        return entries + [(self._bent(token, OTHER_LOGIT), token) for token in (*bent, *others)]
 
 
 def prompt_logprobs(context: int, index: int, token: int, num_alternatives: int, vocab_size: int = OWN_VOCAB_SIZE) -> TokenLogprobs:
@@ -199,17 +247,19 @@ def check_constraint(sampling: Sampling) -> None:
         read_schema(sampling.json_schema)
 
 
-def chooser_for(sampling: Sampling, output: Sequence[int], speech: Speech | None) -> Chooser | None:
+def chooser_for(generation: Generation, output: Sequence[int], speech: Speech | None) -> Chooser | None:
     """None for a plain request, whose tokens `next_token` gives. It chooses among the model's own tokens, whatever it speaks.
 
     `output` is what an earlier worker generated. Raises InvalidRequest if it could not have come from this request.
     """
-    is_bent = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty
+    sampling = generation.sampling
+    is_bent = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
     if sampling.logprobs < 0 and not is_bent and not sampling.json_schema:
         return None
+    prompt = generation.tokens[: generation.num_tokens - len(output)]
     document = WrittenDocument(read_schema(sampling.json_schema)) if sampling.json_schema else None
     if speech is None:
-        return Chooser(sampling, output, document)
+        return Chooser(sampling, output, document, prompt=prompt)
     bias = tuple((speech.to_own(token), value) for token, value in sampling.logit_bias)
     heard = map(speech.to_byte if document is not None else speech.to_own, output)
-    return Chooser(replace(sampling, logit_bias=bias), heard, document, speech.vocab_size)
+    return Chooser(replace(sampling, logit_bias=bias), heard, document, speech.vocab_size, prompt=map(speech.to_own, prompt))

@@ -78,7 +78,7 @@ class DummyRunner:
 
     def prepare(self, generation: Generation, output: Sequence[int]) -> None:
         """A plain request has no sampler of its own."""
-        generation.sampler = chooser_for(generation.sampling, output, self._speech)
+        generation.sampler = chooser_for(generation, output, self._speech)
 
     def overdue_s(self) -> float:
         """How long ago the next turn should have come."""

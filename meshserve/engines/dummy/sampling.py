@@ -76,7 +76,7 @@ def _is_end(context: int, position: int) -> bool:
 
 def draw_rank(sampling: Sampling, position: int, size: int, wins_eos: bool) -> int:
     """Which of so many candidates is drawn, best first, the end of sequence among them or not."""
-    cumulative = _cumulative(size, wins_eos, sampling.temperature, sampling.top_k, sampling.top_p)
+    cumulative = _cumulative(size, wins_eos, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     return _draw(sampling, position, cumulative)
 
 
@@ -84,7 +84,7 @@ def draw_logit(sampling: Sampling, position: int, logits: list[float]) -> int:
     """Which of these logits, best first, is drawn: the same law for any logits."""
     best, temperature = logits[0], sampling.temperature
     weights = [exp((logit - best) / temperature) for logit in logits if best - logit <= _NEVER_DRAWN_BELOW]
-    return _draw(sampling, position, _nucleus(weights, sampling.top_k, sampling.top_p))
+    return _draw(sampling, position, _nucleus(weights, sampling.top_k, sampling.top_p, sampling.min_p))
 
 
 def _draw(sampling: Sampling, position: int, cumulative: tuple[float, ...]) -> int:
@@ -107,12 +107,15 @@ def log_total(size: int, wins_eos: bool) -> float:
 
 
 @lru_cache(maxsize=256)
-def _cumulative(size: int, wins_eos: bool, temperature: float, top_k: int, top_p: float) -> tuple[float, ...]:
-    """Running sums of the weights that are left after top-k and top-p, best candidate first. Logits depend on the rank alone."""
-    return _nucleus([exp(-gap / temperature) for gap in gaps(size, wins_eos)], top_k, top_p)
+def _cumulative(size: int, wins_eos: bool, temperature: float, top_k: int, top_p: float, min_p: float) -> tuple[float, ...]:
+    """Running sums of the weights that are left after min-p, top-k and top-p, best candidate first. Logits depend on the rank alone."""
+    return _nucleus([exp(-gap / temperature) for gap in gaps(size, wins_eos)], top_k, top_p, min_p)
 
 
-def _nucleus(weights: list[float], top_k: int, top_p: float) -> tuple[float, ...]:
+def _nucleus(weights: list[float], top_k: int, top_p: float, min_p: float) -> tuple[float, ...]:
+    """Of weights in descending order, the first of which is 1."""
+    if min_p > 0:
+        weights = [weight for weight in weights if weight >= min_p]
     if top_k > 0:
         weights = weights[:top_k]
     total = sum(weights)

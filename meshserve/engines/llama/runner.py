@@ -124,7 +124,8 @@ class LlamaRunner:
 
     def prepare(self, generation: Generation, output: Sequence[int]) -> None:
         """Set its sampler. Raises InvalidRequest if the output could not have come from this request."""
-        generation.sampler = Sampler(generation.sampling, output, self._end_tokens, None)
+        prompt = generation.tokens[: generation.num_tokens - len(output)]
+        generation.sampler = Sampler(generation.sampling, prompt, output, self._end_tokens, None)
 
     def take_over(self, reservation: BlockReservation, generation: Generation) -> None:
         """The generation goes on in the reservation's slot."""

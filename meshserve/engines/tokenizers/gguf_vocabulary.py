@@ -83,7 +83,8 @@ class _Vocabulary:
         listed = [text or f"[EMPTY_{token}]" for token, text in enumerate(metadata.get("tokenizer.ggml.tokens", ()))]
         kinds = list(metadata.get("tokenizer.ggml.token_type", ()))[: len(listed)]
         named = str(metadata.get("tokenizer.ggml.pre", "") or "default")
-        found = cls(metadata, str(metadata.get("tokenizer.ggml.model", "")), ALIASES.get(named, named), listed, kinds or [_NORMAL] * len(listed))
+        model = str(metadata.get("tokenizer.ggml.model", ""))
+        found = cls(metadata, model, ALIASES.get(named, named), listed, kinds or [_NORMAL] * len(listed))
         found.ids = {text: token for token, text in enumerate(listed)}
         if not listed or len(found.ids) != len(listed) or len(found.kinds) != len(listed):
             raise TokenizerFailed("the model's vocabulary is missing or damaged; download the model again")
@@ -189,7 +190,8 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
         ranks.setdefault((merge[:1] + first, second), len(ranks))
     _check_merges(vocabulary, ranks)
     model = {"type": "BPE", "vocab": vocabulary.ids, "merges": list(ranks), "ignore_merges": vocabulary.split in IGNORES_MERGES}
-    return {"normalizer": None, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*patterns, level]}, "decoder": decoder, "model": model}
+    split = {"type": "Sequence", "pretokenizers": [*patterns, level]}
+    return {"normalizer": None, "pre_tokenizer": split, "decoder": decoder, "model": model}
 
 
 def _check_merges(vocabulary: _Vocabulary, ranks: Mapping[tuple[str, str], int]) -> None:

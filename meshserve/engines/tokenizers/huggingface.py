@@ -20,6 +20,10 @@ MAX_VOCAB_SIZE = 2_097_152
 """Eight times the largest vocabulary of today; a made-up token id must not be given a table as long as it is large."""
 _COMMON_EOS = ("<|endoftext|>", "</s>", "<|im_end|>", "<|eot_id|>", "<eos>", "<|end_of_text|>", "[SEP]")
 """Where the files do not say how a sequence ends."""
+CALL_MARKS = frozenset(
+    ("<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]", "<|python_tag|>"),
+)
+"""Special tokens that are text all the same: who reads a model's calls of tools and its reasoning must see where they begin."""
 
 
 class HuggingFaceTokenizer:
@@ -80,7 +84,7 @@ class HuggingFaceTokenizer:
         read = piece_reader(_state(self._tokenizer.decoder))
         pieces = [b""] * size
         for piece, token in vocabulary.items():
-            if token not in added or not added[token].special:
+            if token not in added or not added[token].special or piece in CALL_MARKS:
                 pieces[token] = read(piece)
         eos_tokens = self._find_eos(size)
         for token in eos_tokens:

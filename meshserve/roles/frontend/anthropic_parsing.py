@@ -19,7 +19,15 @@ from meshserve.roles.frontend.fields import (
     strings,
 )
 from meshserve.roles.frontend.messages import MAX_CALLS, Message, check_calls, text_of_parts
-from meshserve.roles.frontend.parsing import MAX_SESSION_CHARACTERS, SEEDS, ResponseOptions, read_extension, read_top_p
+from meshserve.roles.frontend.parsing import (
+    MAX_SESSION_CHARACTERS,
+    SEEDS,
+    ResponseOptions,
+    read_extension,
+    read_min_p,
+    read_repetition_penalty,
+    read_top_p,
+)
 from meshserve.roles.frontend.tooling import MAX_TOOLS, Tools, function_tool, with_choice
 from meshserve.wire.completion import MAX_COUNT, MAX_MESSAGES, MAX_STOPS, CompletionRequest
 
@@ -36,6 +44,8 @@ NOT_DONE: dict[str, tuple[Any, ...]] = {
 }
 PARAMS = {"stop": "stop_sequences", "prompt": "messages", "tool_name": "tool_choice"}
 """How this API calls what a processor may find fault with."""
+THOUGHTS = ("thinking", "redacted_thinking")
+"""Blocks of earlier answers that no model is shown again."""
 MAX_TEMPERATURE = 1.0
 _MAX_ARGUMENTS = 1_048_576
 
@@ -59,6 +69,8 @@ def parse_message(body: bytes, request_id: str, client_id: str) -> tuple[Complet
         temperature=optional_number(fields, "temperature", 0.0, MAX_TEMPERATURE),
         top_p=read_top_p(fields),
         top_k=integer(fields, "top_k", 0, MAX_COUNT, 0),
+        min_p=read_min_p(fields),
+        repetition_penalty=read_repetition_penalty(fields),
         seed=optional_integer(fields, "seed", *SEEDS),
         ignore_eos=boolean(fields, "ignore_eos"),
         stop=strings(fields, "stop_sequences", MAX_STOPS),
@@ -86,6 +98,7 @@ def _asked(fields: Fields) -> dict[str, Any]:
         "tools": tools.text("tools"),
         "tool_choice": tools.choice,
         "tool_name": tools.name,
+        "parallel_tool_calls": tools.is_parallel,
     }
 
 
@@ -95,12 +108,12 @@ def _tools(fields: Fields) -> Tools:
     choice = optional_object(fields, "tool_choice")
     if choice is None:
         return with_choice(definitions, None, "")
-    boolean(choice, "disable_parallel_tool_use", "tool_choice.disable_parallel_tool_use")
+    is_single = boolean(choice, "disable_parallel_tool_use", "tool_choice.disable_parallel_tool_use")
     kind = string(choice, "type", "tool_choice.type")
     if kind not in ("auto", "any", "tool", "none"):
         raise InvalidRequest(f"tool_choice.type must be auto, any, tool or none, not {kind[:64]!r}", param="tool_choice.type")
     name = string(choice, "name", "tool_choice.name") if kind == "tool" else ""
-    return with_choice(definitions, {"any": "required", "tool": "function"}.get(kind, kind), name)
+    return with_choice(definitions, {"any": "required", "tool": "function"}.get(kind, kind), name, not is_single)
 
 
 def _tool(value: Any, param: str) -> Fields:
@@ -165,7 +178,7 @@ def _add_assistant(messages: list[Message], blocks: list[Fields], param: str) ->
     calls = [(index, block) for index, block in enumerate(blocks) if block.get("type") == "tool_use"]
     if len(calls) > MAX_CALLS:
         raise InvalidRequest(f"{param}: at most {MAX_CALLS} tool_use blocks", param=param)
-    texts = [block for block in blocks if block.get("type") != "tool_use"]
+    texts = [block for block in blocks if block.get("type") not in ("tool_use", *THOUGHTS)]
     message: Message = {"role": "assistant", "content": text_of_parts(texts, param)}
     if calls:
         message["tool_calls"] = [_use(block, f"{param}[{index}]") for index, block in calls]

@@ -5,8 +5,8 @@ from typing import Any
 
 from meshserve.errors import InvalidRequest, MeshserveError
 from meshserve.roles.frontend.shapes import dump
-from meshserve.roles.frontend.writers import Collected, EventWriter, Reply, WholeWriter
-from meshserve.wire.completion import CallItem, Ending, EndItem, StartItem, TextItem
+from meshserve.roles.frontend.writers import Collected, EventWriter, Part, Reply, WholeWriter
+from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, StartItem, TextItem
 
 Json = dict[str, Any]
 
@@ -21,6 +21,8 @@ ERROR_TYPES = {
     504: "timeout_error",
 }
 _STOP_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
+_DELTAS = {"text": ("text_delta", "text"), "reasoning": ("thinking_delta", "thinking"), "call": ("input_json_delta", "partial_json")}
+"""By kind of block: a delta's type, and what its text is called."""
 PING = 'event: ping\ndata: {"type":"ping"}\n\n'
 
 
@@ -54,8 +56,13 @@ def _message(reply: Reply, content: list[Json], stop: Json, usage: Json) -> Json
     return {**named, "content": content, **stop, "usage": usage}
 
 
-def _use(reply: Reply, name: str, arguments: Json) -> Json:
-    return {"type": "tool_use", "id": reply.call_id(0, "toolu_"), "name": name, "input": arguments}
+def _use(reply: Reply, number: int, name: str, arguments: Json) -> Json:
+    return {"type": "tool_use", "id": reply.call_id(0, "toolu_", number), "name": name, "input": arguments}
+
+
+def _thinking(text: str) -> Json:
+    """Reasoning. Nobody signs it: it is not read again where a client sends it back."""
+    return {"type": "thinking", "thinking": text, "signature": ""}
 
 
 class WholeMessage(WholeWriter):
@@ -69,9 +76,12 @@ class WholeMessage(WholeWriter):
         return dump(message).encode()
 
     def _content(self, choice: Collected) -> list[Json]:
-        if choice.name is not None:
-            return [_use(self._reply, choice.name, _arguments(choice.text))]
-        return [{"type": "text", "text": choice.text}]
+        return [self._block(number, part) for number, part in enumerate(choice.shown)]
+
+    def _block(self, number: int, part: Part) -> Json:
+        if part.kind == "call":
+            return _use(self._reply, number, part.name, _arguments(part.text))
+        return _thinking(part.text) if part.kind == "reasoning" else {"type": "text", "text": part.text}
 
 
 def _arguments(text: str) -> Json:
@@ -84,12 +94,16 @@ def _arguments(text: str) -> Json:
 
 
 class MessageEvents(EventWriter):
-    """A streamed message: one content block, text or a use of a tool."""
+    """A streamed message: content blocks, each of text, thinking or a use of a tool, one after the other."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
         self._num_prompt_tokens = 0
-        self._has_begun = self._is_open = self._is_call = False
+        self._has_begun = self._is_open = False
+        self._kind = "text"
+        """Of the block that is open, or that the next text opens."""
+        self._index = 0
+        """Of that block."""
         self._end = EndItem(0, "", None)
 
     def _event(self, kind: str, fields: Json) -> str:
@@ -100,11 +114,18 @@ class MessageEvents(EventWriter):
         return ""
 
     def _open(self, block: Json) -> str:
-        """The message's beginning and its block's. How much of the prompt was cached is known, and told, at the end."""
-        if self._is_open:
-            return ""
+        """The message's beginning and a block's. How much of the prompt was cached is known, and told, at the end."""
         self._is_open = True
-        return self._begin() + self._event("content_block_start", {"index": 0, "content_block": block})
+        return self._begin() + self._event("content_block_start", {"index": self._index, "content_block": block})
+
+    def _turn_to(self, kind: str) -> str:
+        """The end of the block that is open."""
+        self._kind = kind
+        if not self._is_open:
+            return ""
+        self._is_open = False
+        self._index += 1
+        return self._event("content_block_stop", {"index": self._index - 1})
 
     def _begin(self) -> str:
         if self._has_begun:
@@ -117,13 +138,18 @@ class MessageEvents(EventWriter):
     def _text(self, item: TextItem) -> str:
         if not item.text:
             return self._begin()
-        opening = "" if self._is_call else self._open({"type": "text", "text": ""})
-        kind, name = ("input_json_delta", "partial_json") if self._is_call else ("text_delta", "text")
-        return opening + self._event("content_block_delta", {"index": 0, "delta": {"type": kind, name: item.text}})
+        kind, name = _DELTAS[self._kind]
+        opening = ""
+        if not self._is_open:
+            opening = self._open(_thinking("") if self._kind == "reasoning" else {"type": "text", "text": ""})
+        return opening + self._event("content_block_delta", {"index": self._index, "delta": {"type": kind, name: item.text}})
 
     def _call(self, item: CallItem) -> str:
-        self._is_call = True
-        return self._open(_use(self._reply, item.name, {}))
+        closing = self._turn_to("call")
+        return closing + self._open(_use(self._reply, self._index, item.name, {}))
+
+    def _part(self, item: PartItem) -> str:
+        return self._turn_to(item.kind)
 
     def _finish(self, item: EndItem) -> str:
         self._end = item
@@ -134,7 +160,8 @@ class MessageEvents(EventWriter):
         delta: Json = {"delta": stop, "usage": usage_of(ending)}
         if ending.receipt is not None:
             delta["meshserve"] = ending.receipt
-        closing = self._open({"type": "text", "text": ""}) + self._event("content_block_stop", {"index": 0})
+        is_empty = not self._is_open and not self._index
+        closing = (self._open({"type": "text", "text": ""}) if is_empty else "") + self._turn_to("text")
         return (closing + self._event("message_delta", delta) + self._event("message_stop", {})).encode()
 
     def fail(self, error: MeshserveError) -> bytes:

@@ -7,8 +7,8 @@ from typing import Any
 from meshserve.errors import MeshserveError
 from meshserve.roles.frontend.logprobs import chat_logprobs, completion_logprobs
 from meshserve.roles.frontend.shapes import FINGERPRINT, dump, error_body, error_event, usage_of, usage_text
-from meshserve.roles.frontend.writers import Collected, EventWriter, Reply, WholeWriter
-from meshserve.wire.completion import CallItem, Ending, EndItem, TextItem
+from meshserve.roles.frontend.writers import Collected, EventWriter, Part, Reply, WholeWriter
+from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, TextItem
 
 DONE = "data: [DONE]\n\n"
 
@@ -103,7 +103,9 @@ class ChatChunkWriter(ChunkWriter):
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
         self._begun: set[int] = set()
-        self._calling: set[int] = set()
+        self._parts: dict[int, str] = {}
+        """Kinds of what the choices' texts are now, where that is not `text`."""
+        self._num_calls: dict[int, int] = {}
         self._is_plain = False  # the role comes first
 
     def _begin(self, choice: int, calls: bool = False) -> str:
@@ -115,22 +117,38 @@ class ChatChunkWriter(ChunkWriter):
         return self._chunk(choice, {"delta": delta, "logprobs": None, "finish_reason": None})
 
     def _text(self, item: TextItem) -> str:
-        if item.choice not in self._calling:
+        kind = self._parts.get(item.choice, "text")
+        if kind == "text":
             return super()._text(item)
-        delta = {"tool_calls": [{"index": 0, "function": {"arguments": item.text}}]}
+        if not item.text and not item.logprobs:
+            return ""
         logprobs = None if item.logprobs is None else chat_logprobs(item.logprobs)
-        return self._chunk(item.choice, {"delta": delta, "logprobs": logprobs, "finish_reason": None})
+        return self._chunk(item.choice, {"delta": self._delta(item, kind), "logprobs": logprobs, "finish_reason": None})
+
+    def _delta(self, item: TextItem, kind: str) -> dict[str, Any]:
+        if kind == "reasoning":
+            return {"reasoning_content": item.text}
+        return {"tool_calls": [{"index": self._num_calls[item.choice] - 1, "function": {"arguments": item.text}}]}
 
     def _with_logprobs(self, item: TextItem) -> dict[str, Any]:
         logprobs = chat_logprobs(item.logprobs or [])
         return {"delta": {"content": item.text}, "logprobs": logprobs, "finish_reason": None}
 
     def _call(self, item: CallItem) -> str:
-        opening = self._begin(item.choice, calls=True)
-        self._calling.add(item.choice)
-        call = {"index": 0, "id": self._reply.call_id(item.choice, "call_"), "type": "function"}
+        opening = self._begin(item.choice, calls=True) + self._turn_to(item.choice, "call")
+        number = self._num_calls.get(item.choice, 0)
+        self._num_calls[item.choice] = number + 1
+        call = {"index": number, "id": self._reply.call_id(item.choice, "call_", number), "type": "function"}
         delta = {"tool_calls": [{**call, "function": {"name": item.name, "arguments": ""}}]}
         return opening + self._chunk(item.choice, {"delta": delta, "logprobs": None, "finish_reason": None})
+
+    def _part(self, item: PartItem) -> str:
+        return self._begin(item.choice) + self._turn_to(item.choice, item.kind)
+
+    def _turn_to(self, choice: int, kind: str) -> str:
+        self._parts[choice] = kind
+        self._is_plain = self._num_choices == 1 and kind == "text"
+        return ""
 
     def _finish(self, item: EndItem) -> str:
         return self._begin(item.choice) + super()._finish(item)
@@ -174,12 +192,21 @@ class WholeChat(WholeCompletion):
 
     def _choice(self, index: int, choice: Collected) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
-        if choice.name is not None:
-            function = {"name": choice.name, "arguments": choice.text}
-            message["content"] = choice.preface or None
-            message["tool_calls"] = [{"id": self._reply.call_id(index, "call_"), "type": "function", "function": function}]
+        if len(choice.parts) > 1:
+            message |= self._more(index, choice)
         logprobs = chat_logprobs(choice.logprobs) if self._reply.request.logprobs >= 0 else None
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": choice.reason}
+
+    def _more(self, index: int, choice: Collected) -> dict[str, Any]:
+        """What a message has besides its content."""
+        more: dict[str, Any] = {"reasoning_content": choice.reasoning} if choice.reasoning else {}
+        if calls := choice.calls:
+            more |= {"content": choice.text or None, "tool_calls": [self._tool_call(index, *call) for call in enumerate(calls)]}
+        return more
+
+    def _tool_call(self, index: int, number: int, call: Part) -> dict[str, Any]:
+        function = {"name": call.name, "arguments": call.text}
+        return {"id": self._reply.call_id(index, "call_", number), "type": "function", "function": function}
 
 
 class LineWriter(EventWriter):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshserve.errors import InvalidRequest, Unsupported
+from meshserve.roles.frontend.constraints import CONSTRAINTS, read_constraint
 from meshserve.roles.frontend.fields import (
     Fields,
     boolean,
@@ -26,7 +27,7 @@ from meshserve.roles.frontend.fields import (
     strings,
 )
 from meshserve.roles.frontend.messages import read_messages
-from meshserve.roles.frontend.tooling import read_response_format, read_tools
+from meshserve.roles.frontend.tooling import read_tools
 from meshserve.routing.policies import POLICIES
 from meshserve.wire.completion import MAX_CHOICES, MAX_COUNT, MAX_LOGPROBS, MAX_STOPS, CompletionRequest
 from meshserve.wire.generation import MAX_LOGIT_BIASES
@@ -34,8 +35,6 @@ from meshserve.wire.generation import MAX_LOGIT_BIASES
 LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 """For statistics and caches of the one who serves: they change no answer."""
 _EXTENSIONS: dict[str, tuple[Any, ...]] = {
-    "min_p": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
     "use_beam_search": (False,),
     "stop_token_ids": ([],),
@@ -45,11 +44,7 @@ _EXTENSIONS: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (),
     "truncate_prompt_tokens": (),
     "logits_processors": ([],),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
     "guided_grammar": (),
-    "structured_outputs": (),
     "regex": (),
     "ebnf": (),
     "return_token_ids": (False,),
@@ -90,6 +85,7 @@ MAX_SESSION_CHARACTERS = 256
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0
 """And the least, negative."""
+MAX_REPETITION_PENALTY = 10.0
 MAX_BIAS = 100.0
 SEEDS = (-(2**63), 2**63 - 1)
 TOKEN_ID = re.compile("[0-9]{1,10}")
@@ -142,6 +138,7 @@ def parse_chat(body: bytes, request_id: str, client_id: str) -> tuple[Completion
         "tools": tools.text("tools"),
         "tool_choice": tools.choice,
         "tool_name": tools.name,
+        "parallel_tool_calls": tools.is_parallel,
     }
     return sampled(fields, request_id, client_id, kind="chat", **given), read_options(fields)
 
@@ -169,6 +166,8 @@ def sampled(fields: Fields, request_id: str, client_id: str, **given: Any) -> Co
             given[attribute] = read(fields)
         elif name in LABELS:
             optional_string(fields, name)
+    if not CONSTRAINTS.isdisjoint(fields):
+        given |= read_constraint(fields)
     if "min_tokens" in given:
         _check_least(given["min_tokens"], given["max_tokens"])
     if "meshserve" in fields:
@@ -207,6 +206,19 @@ def read_top_p(fields: Fields) -> float:
     value = number(fields, "top_p", 0.0, 1.0, 1.0)
     if not value:
         raise InvalidRequest("top_p must be above 0 and at most 1", param="top_p")
+    return value
+
+
+def read_min_p(fields: Fields) -> float:
+    """From 0 to 1."""
+    return number(fields, "min_p", 0.0, 1.0, 0.0)
+
+
+def read_repetition_penalty(fields: Fields) -> float:
+    """Above 0; 1 is none."""
+    value = number(fields, "repetition_penalty", 0.0, MAX_REPETITION_PENALTY, 1.0)
+    if not value:
+        raise InvalidRequest(f"repetition_penalty must be above 0 and at most {MAX_REPETITION_PENALTY:g}", param="repetition_penalty")
     return value
 
 
@@ -282,7 +294,8 @@ COMMON: dict[str, tuple[str, Callable[[Fields], Any]]] = {
     "presence_penalty": ("presence_penalty", lambda fields: number(fields, "presence_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0)),
     "frequency_penalty": ("frequency_penalty", lambda fields: number(fields, "frequency_penalty", -MAX_PENALTY, MAX_PENALTY, 0.0)),
     "logit_bias": ("logit_bias", _logit_bias),
-    "response_format": ("json_schema", read_response_format),
+    "min_p": ("min_p", read_min_p),
+    "repetition_penalty": ("repetition_penalty", read_repetition_penalty),
 }
 """By field: where its value goes, and what reads it. A request has few of them, and those that it has not cost it nothing."""
 

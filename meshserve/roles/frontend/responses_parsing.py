@@ -20,7 +20,16 @@ from meshserve.roles.frontend.fields import (
     string,
 )
 from meshserve.roles.frontend.messages import MAX_CALLS, Message, check_calls, text_of_parts
-from meshserve.roles.frontend.parsing import MAX_TEMPERATURE, SEEDS, ResponseOptions, read_extension, read_session, read_top_p
+from meshserve.roles.frontend.parsing import (
+    MAX_TEMPERATURE,
+    SEEDS,
+    ResponseOptions,
+    read_extension,
+    read_min_p,
+    read_repetition_penalty,
+    read_session,
+    read_top_p,
+)
 from meshserve.roles.frontend.tooling import MAX_TOOLS, Tools, format_without_schema, function_tool, named_schema, with_choice
 from meshserve.wire.completion import MAX_COUNT, MAX_LOGPROBS, MAX_MESSAGES, CompletionRequest
 
@@ -43,7 +52,7 @@ LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retenti
 LOGPROBS = "message.output_text.logprobs"
 MAX_INCLUDED = 16
 INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
-"""There is no reasoning here, so there is nothing to encrypt."""
+"""Reasoning is given out as it is: nothing is encrypted."""
 ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 PARTS = ("input_text", "output_text", "text")
 PARAMS = {
@@ -73,6 +82,8 @@ def parse_response(body: bytes, request_id: str, client_id: str) -> tuple[Comple
         min_tokens=integer(fields, "min_tokens", 0, MAX_COUNT, 0),
         temperature=optional_number(fields, "temperature", 0.0, MAX_TEMPERATURE),
         top_p=read_top_p(fields),
+        min_p=read_min_p(fields),
+        repetition_penalty=read_repetition_penalty(fields),
         seed=optional_integer(fields, "seed", *SEEDS),
         ignore_eos=boolean(fields, "ignore_eos"),
         logprobs=_logprobs(fields),
@@ -80,6 +91,7 @@ def parse_response(body: bytes, request_id: str, client_id: str) -> tuple[Comple
         tools=tools.text("tools"),
         tool_choice=tools.choice,
         tool_name=tools.name,
+        parallel_tool_calls=tools.is_parallel,
         client_id=client_id,
         wants_receipt=wants_receipt,
         policy=policy,
@@ -139,14 +151,14 @@ def _text(fields: Fields) -> tuple[str, Fields]:
 def _tools(fields: Fields) -> Tools:
     given = optional_list(fields, "tools", max_length=MAX_TOOLS) or []
     definitions = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(given))
-    choice = fields.get("tool_choice")
+    choice, is_parallel = fields.get("tool_choice"), boolean(fields, "parallel_tool_calls", default=True)
     if choice is None or choice in ("none", "auto", "required"):
-        return with_choice(definitions, choice, "")
+        return with_choice(definitions, choice, "", is_parallel)
     if not isinstance(choice, dict):
         raise InvalidRequest("tool_choice must be 'none', 'auto', 'required' or an object that names a function", param="tool_choice")
     if choice.get("type") != "function":
         raise Unsupported(f"tool_choice of type {str(choice.get('type'))[:64]!r} is not supported", param="tool_choice")
-    return with_choice(definitions, "function", string(choice, "name", "tool_choice.name"))
+    return with_choice(definitions, "function", string(choice, "name", "tool_choice.name"), is_parallel)
 
 
 def _tool(value: Any, param: str) -> Fields:
@@ -170,6 +182,8 @@ def _messages(fields: Fields) -> list[Message]:
         raise InvalidRequest(f"input {word}", param="input")
     for index, item in enumerate(given):
         _add_item(messages, item, f"input[{index}]")
+    if not messages:
+        raise InvalidRequest("input has no message", param="input")
     check_calls(messages, "input")
     return messages
 
@@ -190,7 +204,7 @@ def _add_item(messages: list[Message], item: Any, param: str) -> None:
     elif kind == "function_call_output":
         answered = string(item, "call_id", f"{param}.call_id")
         messages.append({"role": "tool", "tool_call_id": answered, "content": text_of_parts(item.get("output"), f"{param}.output", PARTS)})
-    else:
+    elif kind != "reasoning":  # of an earlier answer: no model is shown it again
         raise Unsupported(f"{param}: items of type {str(kind)[:64]!r} are not supported", param=param)
 
 

@@ -5,10 +5,14 @@ from typing import Any
 from meshserve.errors import MeshserveError
 from meshserve.roles.frontend.logprobs import token_entries
 from meshserve.roles.frontend.shapes import dump
-from meshserve.roles.frontend.writers import Collected, EventWriter, Reply, WholeWriter
-from meshserve.wire.completion import CallItem, Ending, EndItem, TextItem
+from meshserve.roles.frontend.writers import EventWriter, Part, Reply, WholeWriter
+from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, TextItem
 
 Json = dict[str, Any]
+
+_PREFIXES = {"text": "msg_", "reasoning": "rs_", "call": "fc_"}
+_EVENTS = {"text": "response.output_text", "reasoning": "response.reasoning_text", "call": "response.function_call_arguments"}
+"""By kind of item: of its id, and of the events of its text."""
 
 
 def response_object(reply: Reply, status: str, output: list[Json], ending: Ending | None = None) -> Json:
@@ -56,13 +60,20 @@ def _text_part(text: str, logprobs: list[Json]) -> Json:
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
-def _message(reply: Reply, status: str, content: list[Json]) -> Json:
-    return {"id": reply.call_id(0, "msg_"), "type": "message", "status": status, "role": "assistant", "content": content}
+def _thought_part(text: str) -> Json:
+    return {"type": "reasoning_text", "text": text}
 
 
-def _function_call(reply: Reply, status: str, name: str, arguments: str) -> Json:
-    named = {"id": reply.call_id(0, "fc_"), "type": "function_call", "status": status, "call_id": reply.call_id(0, "call_")}
-    return {**named, "name": name, "arguments": arguments}
+def output_item(reply: Reply, number: int, status: str, part: Part, logprobs: list[Json], *, is_begun: bool = False) -> Json:
+    """One item of the output: a message, reasoning or a call; one that has just begun has no content."""
+    if part.kind == "call":
+        named = {"id": reply.call_id(0, "fc_", number), "type": "function_call", "status": status}
+        return {**named, "call_id": reply.call_id(0, "call_", number), "name": part.name, "arguments": part.text}
+    if part.kind == "reasoning":
+        content = [] if is_begun else [_thought_part(part.text)]
+        return {"id": reply.call_id(0, "rs_", number), "type": "reasoning", "status": status, "summary": [], "content": content}
+    content = [] if is_begun else [_text_part(part.text, logprobs)]
+    return {"id": reply.call_id(0, "msg_", number), "type": "message", "status": status, "role": "assistant", "content": content}
 
 
 class WholeResponse(WholeWriter):
@@ -71,25 +82,24 @@ class WholeResponse(WholeWriter):
     def _body(self, ending: Ending) -> bytes:
         choice = self._choices[0]
         status = _status_of(choice.reason)
-        return dump(response_object(self._reply, status, self._output(choice, status), ending)).encode()
-
-    def _output(self, choice: Collected, status: str) -> list[Json]:
-        if choice.name is not None:
-            return [_function_call(self._reply, status, choice.name, choice.text)]
-        return [_message(self._reply, status, [_text_part(choice.text, token_entries(choice.logprobs))])]
+        *before, last = choice.shown
+        output = [output_item(self._reply, number, "completed", part, token_entries(part.logprobs)) for number, part in enumerate(before)]
+        output.append(output_item(self._reply, len(before), status, last, token_entries(last.logprobs)))
+        return dump(response_object(self._reply, status, output, ending)).encode()
 
 
 class ResponseEvents(EventWriter):
-    """A streamed response: one output item, a message or a call."""
+    """A streamed response: output items one after the other, each a message, reasoning or a call."""
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
         self._sequence = 0
-        self._name: str | None = None
-        """Of the function that is called."""
-        self._texts: list[str] = []
+        self._current = Part("text")
+        """The item that is open, or that the next text opens."""
         self._logprobs: list[Json] = []
         self._is_open = False
+        self._output: list[Json] = []
+        """Items that are complete."""
         self._reason = ""
 
     def _event(self, kind: str, fields: Json) -> str:
@@ -105,39 +115,50 @@ class ResponseEvents(EventWriter):
 
     @property
     def _place(self) -> Json:
-        prefix = "msg_" if self._name is None else "fc_"
-        place: Json = {"item_id": self._reply.call_id(0, prefix), "output_index": 0}
-        return place if self._name is not None else {**place, "content_index": 0}
+        kind, number = self._current.kind, len(self._output)
+        place: Json = {"item_id": self._reply.call_id(0, _PREFIXES[kind], number), "output_index": number}
+        return place if kind == "call" else {**place, "content_index": 0}
+
+    def _item(self, status: str, *, is_begun: bool = False) -> Json:
+        return output_item(self._reply, len(self._output), status, self._current, self._logprobs, is_begun=is_begun)
+
+    @property
+    def _content(self) -> Json:
+        text = self._current.text
+        return _text_part(text, self._logprobs) if self._current.kind == "text" else _thought_part(text)
 
     def _open(self) -> str:
         """The item's beginning, once it is known what it will be."""
         if self._is_open:
             return ""
         self._is_open = True
-        if self._name is not None:
-            item = _function_call(self._reply, "in_progress", self._name, "")
-            return self._created() + self._event("response.output_item.added", {"output_index": 0, "item": item})
-        item = _message(self._reply, "in_progress", [])
-        return (
-            self._created()
-            + self._event("response.output_item.added", {"output_index": 0, "item": item})
-            + self._event("response.content_part.added", {**self._place, "part": _text_part("", [])})
-        )
+        added = {"output_index": len(self._output), "item": self._item("in_progress", is_begun=True)}
+        opening = self._created() + self._event("response.output_item.added", added)
+        if self._current.kind == "call":
+            return opening
+        return opening + self._event("response.content_part.added", {**self._place, "part": self._content})
 
     def _text(self, item: TextItem) -> str:
         if not item.text and not item.logprobs:
             return self._created()
         opening = self._open()
-        self._texts.append(item.text)
-        if self._name is not None:
-            return opening + self._event("response.function_call_arguments.delta", {**self._place, "delta": item.text})
-        logprobs = token_entries(item.logprobs or [])
-        self._logprobs += logprobs
-        return opening + self._event("response.output_text.delta", {**self._place, "delta": item.text, "logprobs": logprobs})
+        self._current.texts.append(item.text)
+        delta = {**self._place, "delta": item.text}
+        if self._current.kind == "text":
+            delta["logprobs"] = token_entries(item.logprobs or [])
+            self._logprobs += delta["logprobs"]
+        return opening + self._event(f"{_EVENTS[self._current.kind]}.delta", delta)
 
     def _call(self, item: CallItem) -> str:
-        self._name = item.name
-        return self._open()
+        return self._turn_to(Part("call", item.name)) + self._open()
+
+    def _part(self, item: PartItem) -> str:
+        return self._turn_to(Part(item.kind))
+
+    def _turn_to(self, part: Part) -> str:
+        closing = self._close("completed") if self._is_open else ""
+        self._current, self._logprobs = part, []
+        return closing
 
     def _finish(self, item: EndItem) -> str:
         self._reason = item.reason
@@ -145,34 +166,31 @@ class ResponseEvents(EventWriter):
 
     def end(self, ending: Ending) -> bytes:
         status = _status_of(self._reason or ending.reason)
-        text = "".join(self._texts)
-        closing = self._open() + (self._close_text(text, status) if self._name is None else self._close_call(text, status))
-        output = [self._item(text, status)]
-        return (closing + self._event(f"response.{status}", {"response": response_object(self._reply, status, output, ending)})).encode()
+        closing = ""
+        if self._is_open or not self._output:
+            closing = self._open() + self._close(status)
+        told = {"response": response_object(self._reply, status, self._output, ending)}
+        return (closing + self._event(f"response.{status}", told)).encode()
 
-    def _item(self, text: str, status: str) -> Json:
-        if self._name is not None:
-            return _function_call(self._reply, status, self._name, text)
-        return _message(self._reply, status, [_text_part(text, self._logprobs)])
-
-    def _close_text(self, text: str, status: str) -> str:
-        return (
-            self._event("response.output_text.done", {**self._place, "text": text, "logprobs": self._logprobs})
-            + self._event("response.content_part.done", {**self._place, "part": _text_part(text, self._logprobs)})
-            + self._event("response.output_item.done", {"output_index": 0, "item": self._item(text, status)})
-        )
-
-    def _close_call(self, text: str, status: str) -> str:
-        done = {**self._place, "name": self._name, "arguments": text}
-        return self._event("response.function_call_arguments.done", done) + self._event(
-            "response.output_item.done", {"output_index": 0, "item": self._item(text, status)}
-        )
+    def _close(self, status: str) -> str:
+        """The end of the item that is open."""
+        kind, place, item = self._current.kind, self._place, self._item(status)
+        said: Json = {"arguments": self._current.text, "name": self._current.name} if kind == "call" else {"text": self._current.text}
+        if kind == "text":
+            said["logprobs"] = self._logprobs
+        closing = self._event(f"{_EVENTS[kind]}.done", {**place, **said})
+        if kind != "call":
+            closing += self._event("response.content_part.done", {**place, "part": self._content})
+        closing += self._event("response.output_item.done", {"output_index": len(self._output), "item": item})
+        self._output.append(item)
+        self._is_open = False
+        return closing
 
     def fail(self, error: MeshserveError) -> bytes:
         """The error, and the response as failed."""
         opening = self._created()
         told = self._event("error", {"code": error.code, "message": error.message, "param": None})
-        text = "".join(self._texts)
-        failed = response_object(self._reply, "failed", [self._item(text, "incomplete")] if self._is_open else [])
+        output = [*self._output, self._item("incomplete")] if self._is_open else self._output
+        failed = response_object(self._reply, "failed", output)
         failed["error"] = {"code": "server_error", "message": f"{error.code}: {error.message}"}
         return (opening + told + self._event("response.failed", {"response": failed})).encode()

@@ -23,6 +23,8 @@ class Tools:
     """Each in OpenAI's form: `{"type": "function", "function": {...}}`."""
     choice: str = "none"
     name: str = ""
+    is_parallel: bool = True
+    """An answer may have several calls."""
 
     def text(self, param: str) -> str:
         """The definitions as JSON; empty if there are none."""
@@ -33,12 +35,16 @@ def read_tools(fields: Fields) -> Tools:
     """OpenAI's `tools` and `tool_choice` of a chat. Raises InvalidRequest that names the field."""
     given = optional_list(fields, "tools", max_length=MAX_TOOLS) or []
     definitions = tuple(_chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(given))
-    boolean(fields, "parallel_tool_calls")  # a permission: an answer has one call at most
-    return with_choice(definitions, *_chat_choice(fields.get("tool_choice")))
+    is_parallel = boolean(fields, "parallel_tool_calls", default=True)
+    return with_choice(definitions, *_chat_choice(fields.get("tool_choice")), is_parallel)
 
 
-def with_choice(definitions: tuple[dict[str, Any], ...], choice: str | None, name: str) -> Tools:
-    """The tools, once their names and the choice among them are found to be sound; no choice is `auto`."""
+def with_choice(definitions: tuple[dict[str, Any], ...], choice: str | None, name: str, is_parallel: bool = True) -> Tools:
+    """The tools, once their names and the choice among them are found to be sound; no choice is `auto`.
+
+    Where one of them is strict, `auto` becomes `strict`: models are not shown that word.
+    """
+    is_strict = True in [tool["function"].pop("strict", False) for tool in definitions]
     names = [tool["function"]["name"] for tool in definitions]
     if len(set(names)) != len(names):
         raise InvalidRequest("two tools have the same name", param="tools")
@@ -48,7 +54,9 @@ def with_choice(definitions: tuple[dict[str, Any], ...], choice: str | None, nam
         return Tools()
     if choice == "function" and name not in names:
         raise InvalidRequest(f"tool_choice names {name[:64]!r}, which is not among the tools", param="tool_choice")
-    return Tools(definitions, choice or "auto", name)
+    if choice in (None, "auto"):
+        choice = "strict" if is_strict else "auto"
+    return Tools(definitions, choice or "auto", name, is_parallel)
 
 
 def _chat_tool(value: Any, param: str) -> dict[str, Any]:
@@ -70,12 +78,12 @@ def function_tool(function: Fields, param: str, parameters: str = "parameters") 
         raise InvalidRequest(f"{param}.name must be up to 128 letters, digits, dashes and underscores", param=f"{param}.name")
     description = optional_string(function, "description", f"{param}.description")
     schema = optional_object(function, parameters, f"{param}.{parameters}") or {"type": "object", "properties": {}}
-    boolean(function, "strict", f"{param}.strict")  # arguments are always valid under their schema
+    is_strict = boolean(function, "strict", f"{param}.strict")
     if schema.get("type", "object") != "object":
         raise InvalidRequest(f"{param}.{parameters} must be a schema of type 'object'", param=f"{param}.{parameters}")
     json_text(schema, f"{param}.{parameters}", MAX_SCHEMA_CHARACTERS)
     told = {"name": name, **({"description": description} if description is not None else {}), "parameters": schema}
-    return {"type": "function", "function": told}
+    return {"type": "function", "function": {**told, "strict": True} if is_strict else told}
 
 
 def _chat_choice(value: Any) -> tuple[str | None, str]:

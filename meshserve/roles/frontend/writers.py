@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from meshserve.errors import MeshserveError, ProtocolError
 from meshserve.roles.frontend.parsing import ResponseOptions
-from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, Item, StartItem, TextItem, read_item
+from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, Item, PartItem, StartItem, TextItem, read_item
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
 
@@ -20,9 +20,10 @@ class Reply:
     request: CompletionRequest
     options: ResponseOptions
 
-    def call_id(self, choice: int, prefix: str) -> str:
-        """Names the call that this choice makes: no other call in the mesh has the same."""
-        return f"{prefix}{self.request.request_id}{choice:02x}".replace("-", "")
+    def call_id(self, choice: int, prefix: str, number: int = 0) -> str:
+        """Names a call, or another part, of this choice: no other in the mesh has the same."""
+        later = f"n{number}" if number else ""
+        return f"{prefix}{self.request.request_id}{choice:02x}{later}".replace("-", "")
 
 
 class Writer(Protocol):
@@ -62,6 +63,8 @@ class EventWriter:
             return self._text(found)
         if isinstance(found, CallItem):
             return self._call(found)
+        if isinstance(found, PartItem):
+            return self._part(found)
         if isinstance(found, EndItem):
             return self._finish(found)
         return self._start(found)
@@ -80,28 +83,72 @@ class EventWriter:
     def _call(self, item: CallItem) -> str:
         raise AssertionError("each API words its own")
 
+    def _part(self, item: PartItem) -> str:
+        raise AssertionError("each API words its own")
+
     def _finish(self, item: EndItem) -> str:
         raise AssertionError("each API words its own")
+
+
+@dataclass(slots=True)
+class Part:
+    """A piece of one choice: of its `text`, its `reasoning`, or a `call`, whose text is the arguments."""
+
+    kind: str
+    name: str = ""
+    """Of the function that is called."""
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[Any] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(self.texts)
+
+
+def _first_part() -> list[Part]:
+    return [Part("text")]
 
 
 @dataclass(slots=True)
 class Collected:
     """One choice of an answer that is given in one piece."""
 
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[Any] = field(default_factory=list)
+    parts: list[Part] = field(default_factory=_first_part)
+    """In the order in which they came; text before anything else, which may be empty."""
     offsets: list[int] = field(default_factory=list)
-    name: str | None = None
-    """Of the function that it calls: then the text is the call's arguments."""
-    preface: str = ""
-    """Text before the call."""
     reason: str = ""
     stop: str | None = None
 
     @property
     def text(self) -> str:
+        """All that is neither reasoning nor part of a call."""
+        return self._joined("text")
+
+    @property
+    def reasoning(self) -> str:
         """All of it."""
-        return "".join(self.texts)
+        return self._joined("reasoning")
+
+    @property
+    def logprobs(self) -> list[Any]:
+        """Of all tokens."""
+        return [entry for part in self.parts for entry in part.logprobs]
+
+    @property
+    def calls(self) -> list[Part]:
+        """Those that it makes."""
+        return [part for part in self.parts if part.kind == "call"]
+
+    @property
+    def shown(self) -> list[Part]:
+        """Parts with something in them; if there is none, a text that is empty."""
+        return [part for part in self.parts if part.kind == "call" or part.text] or self.parts[:1]
+
+    def _joined(self, kind: str) -> str:
+        if len(self.parts) == 1:
+            return self.parts[0].text if self.parts[0].kind == kind else ""
+        return "".join([part.text for part in self.parts if part.kind == kind])
 
 
 class WholeWriter:
@@ -115,12 +162,14 @@ class WholeWriter:
         self._choices = [Collected() for _ in range(reply.request.num_choices)]
 
     def feed(self, items: Sequence[Any]) -> bytes:
-        plain = self._choices[0].texts
+        first = self._choices[0]
+        plain = first.parts[-1].texts
         for item in items:
             if type(item) is str:
                 plain.append(item)
             else:
                 self._take(read_item(item))
+                plain = first.parts[-1].texts
         return b""
 
     def _take(self, item: Item) -> None:
@@ -130,12 +179,13 @@ class WholeWriter:
             raise ProtocolError("an item of a choice that nobody asked for")
         choice = self._choices[item.choice]
         if isinstance(item, TextItem):
-            choice.texts.append(item.text)
-            choice.logprobs += item.logprobs or ()
+            choice.parts[-1].texts.append(item.text)
+            choice.parts[-1].logprobs += item.logprobs or ()
             choice.offsets += item.offsets or ()
         elif isinstance(item, CallItem):
-            choice.preface, choice.name = choice.text, item.name
-            choice.texts.clear()
+            choice.parts.append(Part("call", item.name))
+        elif isinstance(item, PartItem):
+            choice.parts.append(Part(item.kind))
         else:
             choice.reason, choice.stop = item.reason, item.stop
 

@@ -5,6 +5,7 @@ import re
 from typing import Any
 
 from meshserve.errors import ProtocolError
+from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest
 from meshserve.wire.nesting import is_shallow
 
@@ -16,11 +17,22 @@ _NO_SCHEMAS = frozenset(("const", "enum", "default", "examples"))
 """Keywords of JSON Schema that hold values: what looks like a reference in there is none."""
 
 
-def wants_call(request: CompletionRequest) -> bool:
-    """Whether the answer is to be a call. Under `auto` it is one unless the last message is a tool's result: that asks for words."""
-    if request.tool_choice == "auto":
-        return not request.messages or request.messages[-1]["role"] != "tool"
-    return request.tool_choice in ("required", "function")
+def wants_call(request: CompletionRequest, card: ModelCard) -> bool:
+    """Whether the answer is made to be a call, by a schema.
+
+    Where the client leaves it open, a model that writes calls as text decides for itself, unless they must be valid (`strict`); for any
+    other the answer is a call unless the last message is a tool's result: that asks for words.
+    """
+    if request.tool_choice in ("required", "function"):
+        return True
+    if request.tool_choice == "none" or (request.tool_choice == "auto" and writes_calls(card)):
+        return False
+    return not request.messages or request.messages[-1]["role"] != "tool"
+
+
+def writes_calls(card: ModelCard) -> bool:
+    """Whether this model writes calls of tools and reasoning as text that has to be parsed."""
+    return "tool_text" in card.features
 
 
 def tools_of(request: CompletionRequest) -> list[Json]:
@@ -71,17 +83,50 @@ def _moved(schema: Any, place: str) -> Any:
     }
 
 
+class Brackets:
+    """Looks for the bracket that closes the first one, in the text of a JSON value that comes in pieces."""
+
+    __slots__ = ("_depth", "_escaped", "_in_string", "is_over")
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = self._escaped = False
+        self.is_over = False
+        """It was found."""
+
+    def feed(self, text: str) -> int:
+        """How much of this text belongs to the value: up to that bracket, which included."""
+        place = 0
+        while place < len(text) and not self.is_over:
+            if self._escaped:
+                self._escaped, place = False, place + 1
+            elif (found := _MARKS.search(text, place)) is not None:
+                place = found.end()
+                self._mark(found[0])
+            else:
+                place = len(text)
+        return place
+
+    def _mark(self, mark: str) -> None:
+        if mark == "\\":
+            self._escaped = self._in_string
+        elif mark == '"':
+            self._in_string = not self._in_string
+        elif not self._in_string:
+            self._depth += 1 if mark in "{[" else -1
+            self.is_over = self._depth <= 0
+
+
 class CallParser:
     """Reads a call as its text comes: the name once it is complete, then the arguments' text piece by piece, and nothing else."""
 
-    __slots__ = ("_depth", "_escaped", "_held", "_in_string", "_is_over", "name")
+    __slots__ = ("_brackets", "_held", "name")
 
     def __init__(self) -> None:
         self.name: str | None = None
         """None until it is complete."""
         self._held = ""
-        self._depth = 0
-        self._in_string = self._escaped = self._is_over = False
+        self._brackets = Brackets()
 
     def feed(self, text: str) -> str:
         """More of the arguments, as far as this text goes."""
@@ -92,29 +137,7 @@ class CallParser:
                 return ""
             self.name = json.loads(head[1])
             text, self._held = self._held[head.end() :], ""
-        return self._arguments(text)
-
-    def _arguments(self, text: str) -> str:
-        """Up to the bracket that closes them."""
-        place = 0
-        while place < len(text) and not self._is_over:
-            if self._escaped:
-                self._escaped, place = False, place + 1
-            elif (found := _MARKS.search(text, place)) is not None:
-                place = found.end()
-                self._mark(found[0])
-            else:
-                place = len(text)
-        return text[:place]
-
-    def _mark(self, mark: str) -> None:
-        if mark == "\\":
-            self._escaped = self._in_string
-        elif mark == '"':
-            self._in_string = not self._in_string
-        elif not self._in_string:
-            self._depth += 1 if mark in "{[" else -1
-            self._is_over = self._depth <= 0
+        return text[: self._brackets.feed(text)]
 
     def finish(self) -> tuple[str, bool]:
         """What was held back, and whether it is the arguments of a call that had another form; else it is no call but text."""

@@ -97,12 +97,10 @@ class Choice:
                 self._trail.settle(len(rest))
             given, is_stopped = self._stops.feed(rest, self.num_tokens >= self._min_tokens)
             self._give(given if is_stopped else given + self._stops.finish(), is_stopped)
-        if self._parser is not None:
-            self._finish_call(self._parser)
+        is_called = self._close()
         if self._stops.found is not None:
             return EndItem(self._index, "stop", self._stops.found)
-        is_called = reason == "stop" and self._parser is not None and self._parser.name is not None
-        return EndItem(self._index, "tool_calls" if is_called else reason, None)
+        return EndItem(self._index, "tool_calls" if is_called and reason == "stop" else reason, None)
 
     # --- items
 
@@ -118,11 +116,16 @@ class Choice:
                 self._send(item_to_wire(CallItem(self._index, self._parser.name)))
         self._give_text(text, *(self._trail.take(is_cut) if self._trail is not None else ([], [])))
 
-    def _finish_call(self, parser: CallParser) -> None:
+    def _close(self) -> bool:
+        """What was held back of a call; whether there is one."""
+        parser = self._parser
+        if parser is None:
+            return False
         text, is_call = parser.finish()
         if is_call and parser.name is not None:
             self._send(item_to_wire(CallItem(self._index, parser.name)))
         self._give_text(text, *(self._trail.take(is_cut=True) if self._trail is not None else ([], [])))
+        return parser.name is not None
 
     def _give_text(self, text: str, entries: list[Any], starts: list[int]) -> None:
         if entries:

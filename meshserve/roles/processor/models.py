@@ -92,6 +92,11 @@ class Models:
         for text in texts:
             await text.close()
 
+    def template(self, card: ModelCard) -> str:
+        """The model's chat template, once a prompt was made with it; empty if it has none, or that was not found out."""
+        text = self._texts.get((card.tokenizer, card.chat_template, card.files))
+        return text.template if text is not None else card.chat_template
+
     # --- requests
 
     def encode_nowait(self, request: CompletionRequest, card: ModelCard) -> "tuple[list[array[int]], Spelling] | None":
@@ -103,8 +108,8 @@ class Models:
             return None
         own = self._own
         if request.kind == "chat":
-            chat = chat_of(request)
-            prompts = [own.chat_nowait(chat.messages, chat.tools, add_generation_prompt=chat.add_generation_prompt)]
+            chat = chat_of(request, card)
+            prompts = [own.chat_nowait(chat.messages, chat.tools, **chat.variables)]
         else:
             prompts = [own.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
         return not_empty(request, prompts), own.own_spelling
@@ -117,8 +122,8 @@ class Models:
         text = self.text(card)
         spelling = await text.spelling()
         if request.kind == "chat":
-            chat = chat_of(request)
-            prompts = [await text.encode_chat(chat.messages, chat.tools, add_generation_prompt=chat.add_generation_prompt)]
+            chat = chat_of(request, card)
+            prompts = [await text.encode_chat(chat.messages, chat.tools, **chat.variables)]
         else:
             prompts = [await text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
         return not_empty(request, prompts), spelling

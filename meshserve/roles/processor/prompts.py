@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshserve.errors import ContextLengthExceeded, InvalidRequest, Unsupported
-from meshserve.roles.processor.calling import call_schema, tools_of, wants_call
+from meshserve.roles.processor.calling import call_schema, tools_of, wants_call, writes_calls
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest
 from meshserve.wire.generation import Sampling
@@ -23,15 +23,19 @@ MAX_UNASKED_TOKENS = 4096
 
 def check_features(request: CompletionRequest, card: ModelCard) -> None:
     """Raises Unsupported, which names the field, for what this model's engine cannot do."""
-    is_call = request.tool_choice != "none"
+    has_tools, is_forced = request.tool_choice != "none", wants_call(request, card)
+    is_parsed = has_tools and writes_calls(card)
     asked = (
         ("logprobs", "logprobs", request.logprobs >= 0),
         ("presence_penalty", "penalties", request.presence_penalty != 0),
         ("frequency_penalty", "penalties", request.frequency_penalty != 0),
         ("logit_bias", "logit_bias", bool(request.logit_bias)),
-        ("tools", "tools", is_call),
-        ("tools", "json_schema", is_call),
+        ("repetition_penalty", "penalties", request.repetition_penalty != 1),
+        ("tools", "tools", has_tools and not is_parsed),
+        ("tools", "json_schema", has_tools and not is_parsed),
+        ("tool_choice", "json_schema", is_forced and is_parsed),
         ("response_format", "json_schema", bool(request.json_schema)),
+        ("structured_outputs", "regex", bool(request.regex or request.choices)),
     )
     for name, feature, is_asked in asked:
         if is_asked and feature not in card.features:
@@ -44,12 +48,17 @@ class Chat:
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
-    add_generation_prompt: bool
+    variables: dict[str, Any]
+    """For :meth:`~meshserve.roles.processor.templating.ChatTemplate.render`."""
 
 
-def chat_of(request: CompletionRequest) -> Chat:
+def chat_of(request: CompletionRequest, card: ModelCard) -> Chat:
     """A chat, as models' templates expect it."""
-    return Chat([_for_template(message) for message in request.messages or ()], tools_of(request) or None, request.add_generation_prompt)
+    messages = [_for_template(message) for message in request.messages or ()]
+    variables: dict[str, Any] = {"add_generation_prompt": request.add_generation_prompt}
+    if writes_calls(card):
+        variables["tells_tools"] = True
+    return Chat(messages, tools_of(request) or None, variables)
 
 
 def not_empty(request: CompletionRequest, prompts: list["array[int]"]) -> list["array[int]"]:
@@ -116,16 +125,18 @@ def sampling_of(request: CompletionRequest, card: ModelCard, num_prompt_tokens: 
     )
     if request.needs_features:
         found.presence_penalty, found.frequency_penalty = request.presence_penalty, request.frequency_penalty
-        found.logit_bias, found.logprobs, found.json_schema = request.logit_bias, request.logprobs, schema_of(request)
+        found.repetition_penalty, found.min_p = request.repetition_penalty, request.min_p
+        found.logit_bias, found.logprobs = request.logit_bias, request.logprobs
+        found.json_schema, found.regex, found.choices = constraint_of(request, card)
         found.prompt_logprobs = request.logprobs if request.echo else -1
     return found
 
 
-def schema_of(request: CompletionRequest) -> str:
-    """What the output must be valid under: a call if it is to be one, else what the client asked for."""
-    if request.tool_choice != "none" and wants_call(request):
-        return call_schema(tools_of(request), request.tool_name if request.tool_choice == "function" else "")
-    return request.json_schema
+def constraint_of(request: CompletionRequest, card: ModelCard) -> tuple[str, str, tuple[str, ...]]:
+    """Schema, expression and choices that the output must keep to: a call if it is made to be one, else what the client asked for."""
+    if wants_call(request, card):
+        return call_schema(tools_of(request), request.tool_name if request.tool_choice == "function" else ""), "", ()
+    return request.json_schema, request.regex, request.choices
 
 
 def check_bias(request: CompletionRequest, vocab_size: int) -> None:

@@ -13,9 +13,12 @@ from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, Meshse
 from meshserve.mesh.calls import IncomingCall
 from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.receipts import OK, Receipt, after_first_token, merged
-from meshserve.roles.processor.calling import wants_call
+from meshserve.roles.processor.answers import THINK, AnswerParser
+from meshserve.roles.processor.call_formats import CallFormat
+from meshserve.roles.processor.calling import tools_of, wants_call, writes_calls
 from meshserve.roles.processor.choices import Choice, EchoOnly
 from meshserve.roles.processor.detokenizing import Spelling
+from meshserve.roles.processor.parsed_choice import ParsedChoice
 from meshserve.roles.processor.plain_choice import PlainChoice
 from meshserve.roles.processor.prompts import sampling_of
 from meshserve.roles.processor.sequences import Dispatcher, Output, Sequence
@@ -25,6 +28,15 @@ from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartI
 from meshserve.wire.generation import Sampling
 
 _log = logging.getLogger(__name__)
+_TAIL_TOKENS = 16
+"""Of a prompt: in them stands the tag with which a template begins the reasoning, white space after it included."""
+_CONSTRAINTS = {
+    "json_schema": "response_format",
+    "response_format": "response_format",
+    "regex": "structured_outputs",
+    "choices": "structured_outputs",
+}
+"""How a client knows what an engine finds fault with."""
 
 
 class Role(Dispatcher, Protocol):
@@ -55,7 +67,9 @@ class Request:
         "_call",
         "_card",
         "_first_end",
+        "_formats",
         "_is_call",
+        "_is_parsed",
         "_is_plain",
         "_num_open",
         "_phases",
@@ -78,12 +92,14 @@ class Request:
         prompts: "list[array[int]]",
         spelling: Spelling,
         phases: Phases,
+        formats: tuple[CallFormat, ...],
     ) -> None:
-        self._role, self._call, self._asked, self._spelling = role, call, asked, spelling
+        self._role, self._call, self._asked, self._spelling, self._formats = role, call, asked, spelling, formats
         self.request_id, self.policy, self.session = asked.request_id, asked.policy, asked.session
         self._card, self._prompts, self._phases = card, prompts, phases
         self._is_plain = asked.is_plain
-        self._is_call = asked.tool_choice != "none" and wants_call(asked)
+        self._is_call = wants_call(asked, card)
+        self._is_parsed = asked.kind == "chat" and writes_calls(card) and not self._is_call
         self._num_open = asked.n * len(prompts)
         self._first_end = EndItem(0, "", None)
         self.is_over = False
@@ -114,10 +130,12 @@ class Request:
         receipt = Receipt(name, asked.client_id, asked.model, processor=self._role.name, traceparent=asked.traceparent)
         receipt.num_prompt_tokens = len(tokens)
         phases = Phases() if index else self._phases
-        return Sequence(self._role, self, receipt, tokens, sampling, self._choice(index), phases)
+        return Sequence(self._role, self, receipt, tokens, sampling, self._choice(index, tokens), phases)
 
-    def _choice(self, index: int) -> Output:
+    def _choice(self, index: int, tokens: "array[int]") -> Output:
         asked, call, spelling = self._asked, self._call, self._spelling
+        if self._is_parsed:
+            return self._parsed_choice(index, tokens)
         if asked.max_tokens != 0 and asked.logprobs < 0 and not asked.stop and not self._is_call:
             return PlainChoice(call.send, call.send_all, spelling, index, self._is_plain)
         return (Choice if asked.max_tokens != 0 else EchoOnly)(
@@ -129,6 +147,22 @@ class Request:
             min_tokens=asked.min_tokens,
             wants_logprobs=asked.logprobs >= 0,
             is_call=self._is_call,
+        )
+
+    def _parsed_choice(self, index: int, tokens: "array[int]") -> ParsedChoice:
+        asked, spelling = self._asked, self._spelling
+        names = [tool["function"]["name"] for tool in tools_of(asked)] if asked.tool_choice != "none" else []
+        last = b"".join(map(spelling.token_bytes, tokens[-_TAIL_TOKENS:])).rstrip()
+        return ParsedChoice(
+            self._call.send,
+            spelling.token_bytes,
+            index,
+            AnswerParser(names, self._formats, is_thinking=last.endswith(THINK.encode())),
+            is_single=not asked.parallel_tool_calls,
+            is_bare=self._is_plain,
+            stops=asked.stop,
+            min_tokens=asked.min_tokens,
+            wants_logprobs=asked.logprobs >= 0,
         )
 
     # --- life
@@ -221,8 +255,8 @@ class Request:
         """One failed, so all do."""
         if self.is_over:
             return
-        if isinstance(error, InvalidRequest) and error.param in ("json_schema", "response_format"):
-            error = type(error)(error.message, param="tools" if self._is_call else "response_format")  # as the client knows its schema
+        if isinstance(error, InvalidRequest) and error.param in _CONSTRAINTS:
+            error = type(error)(error.message, param="tools" if self._is_call else _CONSTRAINTS[error.param])
         self.fail(error, sequence)
 
     def fail(self, error: MeshserveError, sequence: Sequence | None = None) -> None:

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from meshserve.errors import InvalidRequest
+from meshserve.roles.processor.tool_prompts import told_in_words
 
 MAX_PROMPT_CHARACTERS = 16_000_000
 
@@ -34,18 +35,26 @@ class ChatTemplate:
     """A template, compiled. Raises InvalidRequest if it is not Jinja."""
 
     def __init__(self, source: str) -> None:
-        from jinja2 import TemplateError  # a slow import that completions need not wait for
+        from jinja2 import TemplateError, meta  # a slow import that completions need not wait for
 
         self._failures = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError)
         try:
             self._template = _environment().from_string(source)
+            self.knows_tools = bool({"tools"} & meta.find_undeclared_variables(_environment().parse(source)))
         except self._failures as error:
             raise InvalidRequest(f"the model's chat template cannot be read: {error}", param="messages") from error
         self.wants_parts = self._loses_text()
         """It takes a message's content as a list of parts only."""
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any) -> str:
-        """The prompt. Raises InvalidRequest where the template refuses, fails, or writes more than MAX_PROMPT_CHARACTERS."""
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, *, tells_tools: bool = False, **variables: Any
+    ) -> str:
+        """The prompt. With `tells_tools`, tools and calls are told in words to a model whose template does not know them.
+
+        Raises InvalidRequest where the template refuses, fails, or writes more than MAX_PROMPT_CHARACTERS.
+        """
+        if tells_tools and not self.knows_tools:
+            messages = told_in_words(messages, tools)
         prepared = [_prepare(message, self.wants_parts) for message in messages]
         given = {"add_generation_prompt": True, "documents": None, **variables}
         try:

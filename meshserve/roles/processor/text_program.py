@@ -45,6 +45,7 @@ class TextProgram:
             "load": self.load,
             "encode": self.encode,
             "chat": self.chat,
+            "template": self.template,
             "decode": self.decode,
         }
 
@@ -80,6 +81,10 @@ class TextProgram:
                 template = self._templates[source] = ChatTemplate(source)
             text = template.render(messages, tools, **{**self._settings.special_tokens, **variables})
         return self.encode(text, False)
+
+    def template(self) -> bytes:
+        """The answer is the source of the one for chats with tools."""
+        return (self._settings.template(True) or self._default_template).encode("utf-8", "replace")
 
     def decode(self, tokens: bytes) -> bytes:
         """The answer is UTF-8."""

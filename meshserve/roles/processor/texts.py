@@ -92,6 +92,8 @@ class ProcessText:
         self._spelling: Spelling | None = None
         self._processes: dict[bool, TextProcess] = {}
         """For texts that are not long, and for those that are."""
+        self.template = ""
+        """For chats with tools; known once it is loaded."""
 
     @property
     def is_idle(self) -> bool:
@@ -121,7 +123,7 @@ class ProcessText:
             failed_for_s = _UNUSABLE_FOR_S
             request = await asyncio.to_thread(load_request, self._card.tokenizer, files, self._card.chat_template)
             self._processes = {is_long: TextProcess(self._tasks, request) for is_long in (False, True)}
-            await self._processes[False].ask("encode", "", False)
+            self.template = (await self._processes[False].ask("template")).decode("utf-8", "replace")
             table = self._processes[False].table
             self._spelling = Spelling(TokenTable.from_bytes(table) if table else ByteTokenizer())
         except MeshserveError as error:

@@ -72,7 +72,13 @@ def _completions() -> dict[str, Schema]:
     )
     content = whole({"content": array(ref("TokenLogprob")), "refusal": NULL})
     message = record(
-        {"role": kind("assistant"), "content": _TEXT_OR_NULL, "refusal": NULL, "tool_calls": array(ref("ToolCall"), 1)},
+        {
+            "role": kind("assistant"),
+            "content": _TEXT_OR_NULL,
+            "refusal": NULL,
+            "reasoning_content": TEXT,
+            "tool_calls": array(ref("ToolCall"), 1),
+        },
         ["role", "content", "refusal"],
     )
     return {
@@ -90,6 +96,8 @@ def _response() -> Schema:
     status = {"type": "string", "enum": ["completed", "incomplete"]}
     message = {"id": TEXT, "type": kind("message"), "status": status, "role": kind("assistant"), "content": array(text, 1)}
     call = {"id": TEXT, "type": kind("function_call"), "status": status, "call_id": TEXT, "name": TEXT, "arguments": TEXT}
+    thought = whole({"type": kind("reasoning_text"), "text": TEXT})
+    reasoning = {"id": TEXT, "type": kind("reasoning"), "status": status, "summary": array(_OBJECT), "content": array(thought, 1)}
     usage = {
         "input_tokens": COUNT,
         "input_tokens_details": whole({"cached_tokens": COUNT}),
@@ -108,7 +116,7 @@ def _response() -> Schema:
                     "error": NULL,
                     "incomplete_details": or_null(whole({"reason": kind("max_output_tokens")})),
                     "model": TEXT,
-                    "output": array(either(whole(message), whole(call)), 1, 1),
+                    "output": array(either(whole(message), whole(call), whole(reasoning)), 1),
                     "previous_response_id": NULL,
                     "store": {"const": False},
                     "text": whole({"format": _OBJECT, "verbosity": kind("medium")}),
@@ -125,6 +133,7 @@ def _response() -> Schema:
 def _message() -> Schema:
     text = whole({"type": kind("text"), "text": TEXT})
     use = whole({"type": kind("tool_use"), "id": TEXT, "name": TEXT, "input": _OBJECT})
+    thinking = whole({"type": kind("thinking"), "thinking": TEXT, "signature": TEXT})
     usage = whole({"input_tokens": COUNT, "cache_creation_input_tokens": COUNT, "cache_read_input_tokens": COUNT, "output_tokens": COUNT})
     return _with_receipt(
         whole(
@@ -133,7 +142,7 @@ def _message() -> Schema:
                 "type": kind("message"),
                 "role": kind("assistant"),
                 "model": TEXT,
-                "content": array(either(text, use), 1, 1),
+                "content": array(either(text, use, thinking), 1),
                 "stop_reason": {"type": "string", "enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
                 "stop_sequence": _TEXT_OR_NULL,
                 "usage": usage,

@@ -1,7 +1,7 @@
 """Schemas of the bodies that `responses_parsing.py` and `anthropic_parsing.py` read. Pure."""
 
 from meshserve.roles.frontend import anthropic_parsing, responses_parsing
-from meshserve.roles.frontend.openapi.requests import MODEL, STREAM_OPTIONS_RULE, TOP_P
+from meshserve.roles.frontend.openapi.requests import MIN_P, MODEL, REPETITION_PENALTY, STREAM_OPTIONS_RULE, TOP_P
 from meshserve.roles.frontend.openapi.schemas import (
     NULL,
     Schema,
@@ -44,6 +44,8 @@ def _response() -> Schema:
             "min_tokens": optional_integer(0, MAX_COUNT, 0),
             "temperature": optional_number(0, MAX_TEMPERATURE),
             "top_p": TOP_P,
+            "min_p": MIN_P,
+            "repetition_penalty": REPETITION_PENALTY,
             "seed": optional_integer(*SEEDS),
             "ignore_eos": optional_boolean(),
             "include": {
@@ -77,6 +79,7 @@ def _response_items() -> Schema:
         record(message, ["role", "content"]),
         told(record(call, ["type", "call_id", "name"]), "Answered by an output right after it, and the calls that follow each other."),
         record(output, ["type", "call_id", "output"]),
+        told(record({"type": kind("reasoning")}, ["type"]), "Of an earlier answer; no model is shown it again."),
     )
 
 
@@ -89,6 +92,8 @@ def _message() -> Schema:
         "temperature": optional_number(0, anthropic_parsing.MAX_TEMPERATURE),
         "top_p": TOP_P,
         "top_k": optional_integer(0, MAX_COUNT, 0),
+        "min_p": MIN_P,
+        "repetition_penalty": REPETITION_PENALTY,
         "seed": optional_integer(*SEEDS),
         "ignore_eos": optional_boolean(),
         "stop_sequences": strings(MAX_STOPS),
@@ -126,7 +131,8 @@ def _anthropic_message() -> Schema:
         {"type": kind("tool_use"), "id": string(), "name": string(), "input": {"type": ["object", "null"]}}, ["type", "id", "name"]
     )
     user = {"role": kind("user"), "content": either({"type": "string"}, array(either(text, result)))}
-    assistant = {"role": kind("assistant"), "content": either({"type": "string"}, array(either(text, use)))}
+    thought = told(record({"type": one_of(*anthropic_parsing.THOUGHTS)}, ["type"]), "Of an earlier answer; no model is shown it again.")
+    assistant = {"role": kind("assistant"), "content": either({"type": "string"}, array(either(text, use, thought)))}
     return either(
         told(record(user, ["role", "content"]), "`tool_result` blocks come first, one for each `tool_use` of the message before."),
         record(assistant, ["role", "content"]),

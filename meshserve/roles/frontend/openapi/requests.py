@@ -1,5 +1,6 @@
 """Schemas of the bodies that `parsing.py` and `tokenizing.py` read: OpenAI's older APIs, and the simple forms. Pure."""
 
+from meshserve.roles.frontend.constraints import MAX_REGEX_CHARACTERS, OPTIONS_NOT_DONE
 from meshserve.roles.frontend.openapi.schemas import (
     NULL,
     TEXT,
@@ -27,6 +28,7 @@ from meshserve.roles.frontend.parsing import (
     LABELS,
     MAX_BIAS,
     MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,
     NOT_IN_CHATS,
     NOT_IN_COMPLETIONS,
@@ -37,10 +39,21 @@ from meshserve.roles.frontend.parsing import (
 )
 from meshserve.routing.policies import POLICIES
 from meshserve.wire.completion import MAX_CHOICES, MAX_COUNT, MAX_LOGPROBS, MAX_STOPS
-from meshserve.wire.generation import MAX_LOGIT_BIASES
+from meshserve.wire.generation import MAX_CHOICE_TEXTS, MAX_LOGIT_BIASES
 
 STREAM_OPTIONS_RULE = needs("stream_options", NULL, "stream")
 TOP_P: Schema = {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1, "default": 1}
+MIN_P: Schema = {
+    **optional_number(0, 1, 0),
+    "description": "Tokens less likely than this share of the likeliest one's probability are not chosen.",
+}
+REPETITION_PENALTY: Schema = {
+    "type": ["number", "null"],
+    "exclusiveMinimum": 0,
+    "maximum": MAX_REPETITION_PENALTY,
+    "default": 1,
+    "description": "Divides the logits above 0 of tokens that were there before, and multiplies those below.",
+}
 MODEL = ref("Model")
 
 _STREAM: dict[str, Schema] = {
@@ -78,9 +91,28 @@ def sampling() -> dict[str, Schema]:
         "presence_penalty": penalty,
         "frequency_penalty": penalty,
         "logit_bias": told(bias, "By token id, what is added to its logit."),
+        "min_p": MIN_P,
+        "repetition_penalty": REPETITION_PENALTY,
         "response_format": ref("ResponseFormat"),
+        **constraints(),
         "meshserve": ref("Extension"),
         **labels(LABELS),
+    }
+
+
+def constraints() -> dict[str, Schema]:
+    """vLLM's ways to say what a text must keep to."""
+    words = "The text is valid under this schema, given as an object or as text."
+    schema = told({"type": ["object", "string", "null"]}, words)
+    regex = told({"type": ["string", "null"], "minLength": 1, "maxLength": MAX_REGEX_CHARACTERS}, "The whole text matches it.")
+    choices = {"type": ["array", "null"], "items": string(), "minItems": 1, "maxItems": MAX_CHOICE_TEXTS}
+    choice = told(choices, "The text is one of these.")
+    options = {"json": schema, "json_object": optional_boolean(), "regex": regex, "choice": choice, **neutral(OPTIONS_NOT_DONE)}
+    return {
+        "structured_outputs": told(or_null(record(options)), "One of these, and no `response_format`."),
+        "guided_json": schema,
+        "guided_regex": regex,
+        "guided_choice": choice,
     }
 
 
@@ -120,7 +152,7 @@ def _chat() -> Schema:
             "top_logprobs": told(optional_integer(0, MAX_LOGPROBS), "Goes with `logprobs` only."),
             "tools": ref("Tools"),
             "tool_choice": ref("ToolChoice"),
-            "parallel_tool_calls": told(optional_boolean(True), "A permission: an answer has one call at most."),
+            "parallel_tool_calls": told(optional_boolean(True), "False: the answer ends after its first call."),
             "metadata": {"type": ["object", "null"]},
             **sampling(),
             **_STREAM,

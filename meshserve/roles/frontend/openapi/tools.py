@@ -43,7 +43,9 @@ def function(parameters: str = "parameters", required: bool = False) -> tuple[di
         "name": {"type": "string", "pattern": f"^{FUNCTION_NAME.pattern}$"},
         "description": optional_string(),
         parameters: schema,
-        "strict": told(optional_boolean(), "Arguments are always valid under their schema."),
+        "strict": told(
+            optional_boolean(), "Arguments must be valid under their schema: a call is made, and a tool's result is answered freely."
+        ),
     }
     return properties, ["name", parameters] if required else ["name"]
 

@@ -1,0 +1,144 @@
+"""An answer as a model writes it, read as text, reasoning and calls of tools while it comes. Pure.
+
+What looks like a call and is none is text: JSON that is malformed, a function that nobody offered, a tag that is never closed. So a call
+is held back until it is complete; text and reasoning go through as they come. What is read does not depend on how the text was split.
+White space right after a tag belongs to the tag.
+"""
+
+from collections.abc import Collection
+from typing import NamedTuple
+
+from meshserve.roles.processor.call_formats import ALL_FORMATS, CallFormat, CallReader
+
+THINK, THINK_END = "<think>", "</think>"
+MAX_FAILED_CALLS = 64
+"""Markers in one answer that no call followed; with more of them, the rest is text. Each may have the rest of the answer read again."""
+
+
+class Event(NamedTuple):
+    """A piece of an answer: of its `text` or `reasoning`; a `call` (the function's name), its `arguments`, and its `end`."""
+
+    kind: str
+    text: str
+
+
+class AnswerParser:
+    """Reads one answer. `<think>` counts where the answer begins, or if the prompt ended with it (`is_thinking`)."""
+
+    __slots__ = ("_formats", "_held", "_is_thought", "_mode", "_names", "_num_failed", "_reader", "_skips_space", "num_calls")
+
+    def __init__(self, names: Collection[str] = (), formats: tuple[CallFormat, ...] = ALL_FORMATS, *, is_thinking: bool = False) -> None:
+        self._names = frozenset(names)
+        self._formats = formats if names else ()
+        self._mode = self._think if is_thinking else self._begin
+        self._is_thought = self._skips_space = is_thinking
+        self._held = ""
+        self._reader: CallReader | None = None
+        self._num_failed = self.num_calls = 0
+
+    def feed(self, text: str) -> list[Event]:
+        """More of the answer, and what it comes to."""
+        self._held += text
+        return self._read(is_end=False)
+
+    def finish(self) -> list[Event]:
+        """The answer is over: what was held back."""
+        return self._read(is_end=True)
+
+    def _read(self, is_end: bool) -> list[Event]:
+        events: list[Event] = []
+        while self._held:
+            if self._skips_space:
+                self._held = self._held.lstrip()
+                self._skips_space = not self._held
+            elif not self._mode(events, is_end):
+                break
+        return events
+
+    # --- modes: each reads from what is held, and says whether there is more to do without more text
+
+    def _begin(self, events: list[Event], is_end: bool) -> bool:
+        """Nothing was read yet, or reasoning only."""
+        text = self._held.lstrip()
+        if not self._is_thought and text.startswith(THINK):
+            self._held, self._mode = text[len(THINK) :], self._think
+            self._is_thought = self._skips_space = True
+        elif not self._is_thought and not is_end and THINK.startswith(text):
+            return False
+        else:
+            bare = next((found for found in self._formats if not found.opener), None)
+            self._open(bare)
+        return True
+
+    def _think(self, events: list[Event], is_end: bool) -> bool:
+        thought, tag, rest = self._held.partition(THINK_END)
+        if not tag:
+            self._give(events, "reasoning", is_end, (THINK_END,))
+            return False
+        if thought:
+            events.append(Event("reasoning", thought))
+        self._held, self._mode, self._skips_space = rest, self._begin, True
+        return True
+
+    def _text(self, events: list[Event], is_end: bool) -> bool:
+        marked = [found for found in self._formats if found.opener]
+        places = [(place, found) for found in marked if (place := self._held.find(found.opener)) >= 0]
+        if not places:
+            self._give(events, "text", is_end, [found.opener for found in marked])
+            return False
+        place, first = min(places, key=lambda pair: pair[0])
+        if place:
+            events.append(Event("text", self._held[:place]))
+        self._held = self._held[place:]
+        self._open(first)
+        return True
+
+    def _call(self, events: list[Event], is_end: bool) -> bool:
+        reader = self._reader
+        assert reader is not None
+        found = reader.read(self._held, is_end)
+        if found is None:
+            return False
+        calls, end = found
+        self._open(None)
+        if not calls:
+            self._fail(events, len(reader.opener))
+            return True
+        for call in calls:
+            events += (Event("call", call.name), Event("arguments", call.arguments), Event("end", ""))
+        self.num_calls += len(calls)
+        self._held, self._skips_space = self._held[end:], True
+        return True
+
+    # --- steps
+
+    def _open(self, form: CallFormat | None) -> None:
+        """Calls of this form begin; None: text does."""
+        self._reader = None if form is None else CallReader(form, self._names)
+        self._mode = self._text if form is None else self._call
+
+    def _fail(self, events: list[Event], num_characters: int) -> None:
+        """It was no call: its marker is text, and there may be calls in what follows."""
+        if num_characters:
+            events.append(Event("text", self._held[:num_characters]))
+            self._held = self._held[num_characters:]
+            self._num_failed += 1
+            if self._num_failed == MAX_FAILED_CALLS:
+                self._formats = ()
+
+    def _give(self, events: list[Event], kind: str, is_end: bool, tags: Collection[str]) -> None:
+        """All that is held, but for what one of these tags may begin with."""
+        given = self._held[: len(self._held) - (0 if is_end else _num_begun(self._held, tags))]
+        if given:
+            events.append(Event(kind, given))
+            self._held = self._held[len(given) :]
+
+
+def _num_begun(text: str, tags: Collection[str]) -> int:
+    """The longest end of the text that is the beginning of a tag."""
+    longest = max(map(len, tags), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        tail = text[-length:]
+        if any(tag.startswith(tail) for tag in tags):
+            return length
+    return 0

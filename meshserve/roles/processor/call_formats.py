@@ -1,0 +1,181 @@
+"""The forms in which models write calls of tools, and how a call is read from text that grows. Pure.
+
+Each decision is a function of the text up to one character, and holds whatever follows: so it does not depend on how the text was split.
+"""
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from meshserve.roles.processor.calling import Brackets
+from meshserve.wire.nesting import is_shallow
+
+MAX_CALL_CHARACTERS = 262_144
+"""Of one call. What is longer is text: a call is held back until it is complete."""
+
+_KEYS = frozenset(("name", "arguments", "parameters", "type", "function", "id"))
+"""With which a call without a marker may begin: any other JSON is let through at its first name."""
+_FIRST_KEY = re.compile(r'\[?\s*\{\s*"(\w*)"')
+_FIRST_KEY_BEGUN = re.compile(r'\[?\s*(?:\{\s*(?:"\w*)?)?')
+_NEXT_CALL = re.compile(r"\s*;?\s*(?=[\[{])")
+_REST = re.compile(r"\s*;?\s*(?:```\s*)?")
+_REST_BEGUN = re.compile(r"\s*;?\s*(?:`{1,3}\s*)?")
+
+
+class Call(NamedTuple):
+    """A call of a function that exists; the arguments are a JSON object."""
+
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class CallFormat:
+    """One form of calls."""
+
+    opener: str
+    """The marker that they begin with; empty: the answer is nothing but calls."""
+    head: re.Pattern[str]
+    """From the marker up to the JSON; a group is the function's name, where it stands before the JSON."""
+    head_begun: re.Pattern[str]
+    """Matches every beginning of what `head` matches."""
+    closer: str = ""
+    """What must follow the JSON."""
+    is_last: bool = False
+    """Nothing but more calls follows, up to the end of the answer."""
+
+
+HERMES = CallFormat("<tool_call>", re.compile(r"<tool_call>\s*(?=\{)()"), re.compile(r"<tool_call>\s*"), closer="</tool_call>")
+"""Hermes and Qwen: `<tool_call>{"name": NAME, "arguments": {...}}</tool_call>`."""
+MISTRAL = CallFormat(
+    "[TOOL_CALLS]",
+    re.compile(r"\[TOOL_CALLS\]\s*(?:(?=\[)|([\w.-]{1,128})(?:\[CALL_ID\]\w{1,32})?(?:\[ARGS\])?\s*(?=\{))"),
+    re.compile(r"\[TOOL_CALLS\]\s*(?:[\w.-]{1,128}[\w\[\]]{0,64}\s*)?"),
+)
+"""`[TOOL_CALLS][{"name": NAME, "arguments": {...}}, ...]`, or for each call `[TOOL_CALLS]NAME[ARGS]{...}`."""
+LLAMA = CallFormat("<|python_tag|>", re.compile(r"<\|python_tag\|>\s*(?=[\[{])()"), re.compile(r"<\|python_tag\|>\s*"), is_last=True)
+"""Llama 3: `<|python_tag|>{"name": NAME, "parameters": {...}}`, further ones after a semicolon."""
+BARE = CallFormat(
+    "",
+    re.compile(r"\s*(?:```(?:json|tool_call)?\s*)?(?=[\[{])()"),
+    re.compile(r"\s*(?:`{1,2}|```\w{0,9}\s*)?"),
+    is_last=True,
+)
+"""The whole answer is such an object, several, or a list of them, with or without a fence around it."""
+ALL_FORMATS = (HERMES, MISTRAL, LLAMA, BARE)
+
+
+def formats_of(template: str) -> tuple[CallFormat, ...]:
+    """The forms that a model with this chat template writes: those whose markers are in it, and bare JSON; all of them if none is."""
+    marked = tuple(found for found in ALL_FORMATS if found.opener and found.opener in template)
+    return (*marked, BARE) if marked else ALL_FORMATS
+
+
+class CallReader:
+    """Reads calls of one format from a text that begins with its marker."""
+
+    __slots__ = ("_at", "_brackets", "_calls", "_format", "_is_closed", "_json_at", "_name", "_names", "opener")
+
+    def __init__(self, form: CallFormat, names: Collection[str]) -> None:
+        self._format, self._names, self.opener = form, names, form.opener
+        self._calls: list[Call] = []
+        self._brackets: Brackets | None = None
+        self._json_at = self._at = 0
+        """Where the JSON began, and how far the text was read."""
+        self._name = ""
+        self._is_closed = False
+        """The text was read up to the end of the JSON."""
+
+    def read(self, text: str, is_end: bool) -> tuple[list[Call], int] | None:
+        """The calls, and where the text goes on after them; no calls if it is none; None if that depends on text to come."""
+        while True:
+            found = self._tail(text, is_end) if self._is_closed else self._body(text, is_end)
+            if found is None or not found[0]:
+                return None if found is None and not is_end else ([], 0)
+            if found[1]:
+                return found
+
+    def _body(self, text: str, is_end: bool) -> tuple[list[Call], int] | None:
+        """Reads up to the end of the JSON: then the calls in it, and 0."""
+        if self._brackets is None:
+            head = self._format.head.match(text)
+            if head is None:
+                return None if self._format.head_begun.fullmatch(text) else ([], 0)
+            self._name, self._json_at, self._at = head[1] or "", head.end(), head.end()
+            self._brackets = Brackets()
+        if not self._format.opener and not self._may_be_call(text):
+            return [], 0
+        self._at += self._brackets.feed(text[self._at :])
+        if self._at - self._json_at > MAX_CALL_CHARACTERS:
+            return [], 0
+        if not self._brackets.is_over:
+            return None
+        self._is_closed = True
+        found = calls_in(text[self._json_at : self._at], self._names, self._name, is_marked=bool(self._format.opener))
+        self._calls += found
+        return found, 0
+
+    def _may_be_call(self, text: str) -> bool:
+        key = _FIRST_KEY.match(text, self._json_at)
+        return key[1] in _KEYS if key is not None else _FIRST_KEY_BEGUN.fullmatch(text, self._json_at) is not None
+
+    def _tail(self, text: str, is_end: bool) -> tuple[list[Call], int] | None:
+        """Reads what follows the JSON: then all calls and where they end, or 0 where another one begins."""
+        if self._format.is_last:
+            return self._last(text, is_end)
+        closer, rest = self._format.closer, text[self._at :].lstrip()
+        if not closer:
+            return self._calls, self._at
+        if rest.startswith(closer):
+            return self._calls, len(text) - len(rest) + len(closer)
+        return None if closer.startswith(rest) else ([], 0)
+
+    def _last(self, text: str, is_end: bool) -> tuple[list[Call], int] | None:
+        if is_end and _REST.fullmatch(text, self._at):
+            return self._calls, len(text)
+        following = _NEXT_CALL.match(text, self._at)
+        if following is None:
+            return None if _REST_BEGUN.fullmatch(text, self._at) else ([], 0)
+        self._json_at = self._at = following.end()
+        self._brackets, self._is_closed = Brackets(), False
+        return self._calls, 0
+
+
+def calls_in(text: str, names: Collection[str], name: str = "", *, is_marked: bool = True) -> list[Call]:
+    """The calls that this JSON is, of the function of this name or of those that it names; none if one of them is no call.
+
+    Without a marker, a call must have arguments.
+    """
+    try:
+        value = json.loads(text)
+        entries = [{"name": name, "arguments": value}] if name else value if isinstance(value, list) else [value]
+        calls = [_call(entry, names, is_marked) for entry in entries] if is_shallow(value) else []
+    except (ValueError, TypeError, RecursionError):
+        return []
+    return calls
+
+
+def _call(entry: Any, names: Collection[str], is_marked: bool) -> Call:
+    """Raises ValueError or TypeError if it is none."""
+    if isinstance(entry, dict) and isinstance(entry.get("function"), dict):
+        entry = entry["function"]
+    if not isinstance(entry, dict) or entry.get("name") not in names:
+        raise ValueError("no call of a function that exists")
+    arguments = entry.get("arguments", entry.get("parameters"))
+    if arguments is None and is_marked:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise ValueError("arguments are an object")
+    return Call(entry["name"], _dumped(arguments))
+
+
+def _dumped(arguments: dict[str, Any]) -> str:
+    """Raises ValueError for numbers that JSON cannot write."""
+    told = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    try:
+        told.encode()
+    except UnicodeEncodeError:  # half a character, which only an escape can write
+        return json.dumps(arguments, allow_nan=False)
+    return told
