@@ -113,6 +113,7 @@ def test_other_misuse_is_refused_too(
         lambda: context.import_block(5, 0, 1, b""),
         lambda: contexts(num_sequences=257),
         lambda: contexts(max_outputs=65),
+        lambda: contexts(num_cells=1 << 28),
     ):
         with pytest.raises(ValueError):
             misuse()
@@ -204,9 +205,8 @@ def test_every_byte_that_is_not_kv_data_is_checked(kind: str, contexts: Callable
     compute(context, 0, 0, 20)
     form, block = context.block_format, context.export_block(0, 8, 4)
     assert form is not None and form == BlockFormat.learn(block, 4)
-    data_bytes = sum(row_bytes * 4 for cache in form.caches for _, row_bytes in cache.rows)
     refused = [offset for offset in range(len(block)) if not fits(form, flipped(block, offset), 8, 4)]
-    assert len(refused) == len(block) - data_bytes
+    assert len(refused) == len(block) - 4 * form.bytes_per_token
     for offset in refused:
         with pytest.raises(BlockRefused, match=r"not one of 4 tokens from position 8: byte \d+"):
             context.import_block(1, 8, 4, flipped(block, offset))

@@ -16,7 +16,7 @@ pytest.importorskip("gguf")  # which the tiny models are made with
 from meshserve.engines.llama.library import ContextParams, ModelParams, check_defaults, load_library
 from meshserve.engines.llama.model import LlamaModel
 from meshserve.errors import StartupFailed
-from tests.engines.tiny_models import CHAT_TEMPLATE, VOCABULARY
+from tests.engines.tiny_models import CHAT_TEMPLATE, DENSE, VOCABULARY, write_file
 
 
 @pytest.fixture(autouse=True)
@@ -78,6 +78,16 @@ def test_pieces_of_a_texts_tokens_are_the_text(tiny_files: dict[str, Path], text
         assert model.tokenize("<|im_end|>", True)[-1] == 4 != model.tokenize("<|im_end|>", False)[-1]
         with pytest.raises(ValueError, match="not one of"):
             model.piece(VOCABULARY)
+
+
+def test_a_file_without_tensors_gives_the_same_tokens(tiny_models: dict[str, LlamaModel], tmp_path: Path) -> None:
+    write_file(tmp_path / "bare.gguf", DENSE, {})
+    with closing(LlamaModel(tmp_path / "bare.gguf", vocab_only=True)) as model:
+        for text in ("the <s> word", "", "\0 ü \ud800 <|im_end|>\n\n"):
+            assert model.tokenize(text, True, add_special=True) == tiny_models["dense"].tokenize(text, True, add_special=True)
+        assert (model.vocabulary_size, model.chat_template, model.eos_token) == (VOCABULARY, CHAT_TEMPLATE, 2)
+    with pytest.raises(StartupFailed, match=r"bare\.gguf cannot be loaded"):
+        LlamaModel(tmp_path / "bare.gguf")
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,9 @@ MODELS = {
 def make_model(path: Path, model: TinyModel = DENSE, *, seed: int = 1) -> Path:
     """Write the model's file, the same for the same seed."""
     bare = path.with_suffix(".bare")
-    _write(bare, model, {})
+    write_file(bare, model, {})
     random = np.random.default_rng(seed)
-    _write(path, model, {name: _weights(name, shape, random) for name, shape in sorted(_tensors_of(bare).items()) if _is_needed(name)})
+    write_file(path, model, {name: _weights(name, shape, random) for name, shape in sorted(_tensors_of(bare).items()) if _is_needed(name)})
     bare.unlink()
     return path
 
@@ -63,7 +63,8 @@ def _weights(name: str, shape: tuple[int, ...], random: np.random.Generator) -> 
     return 1 + values * 0.1 if "norm" in name else values * 0.08 if len(shape) > 1 else values * 0.02
 
 
-def _write(path: Path, model: TinyModel, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+def write_file(path: Path, model: TinyModel, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+    """Write metadata, vocabulary and these tensors; without tensors, a file for the vocabulary only."""
     writer = gguf.GGUFWriter(path, model.architecture)
     writer.add_name(f"tiny {model.architecture}")
     shared = {

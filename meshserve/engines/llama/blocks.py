@@ -60,6 +60,11 @@ class BlockFormat:
         """Length of a block of so many tokens."""
         return _HEAD.size + sum(cache.size_bytes(num_tokens) for cache in self.caches)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """KV data of a token, as it is in memory and on the wire."""
+        return sum(row_bytes for cache in self.caches for _, row_bytes in cache.rows)
+
     def describe(self) -> bytes:
         """All that blocks of equal formats share, for a fingerprint."""
         parts = (part for cache in self.caches for part in (cache.layers_head, *(head for head, _ in cache.rows)))

@@ -16,7 +16,7 @@ from meshserve.engines.llama.model import LlamaModel
 from meshserve.errors import BlockRefused, EngineFailed, PoolFull, StartupFailed
 
 KV_TYPES = {"f16": 1, "q8_0": 8}
-MAX_SEQUENCES = 256
+MAX_SEQUENCES, MAX_CELLS = 256, 1 << 27
 _FLASH_ATTENTION_ON = 1
 _POOL_FULL, _ABORTED = 1, 2
 
@@ -41,8 +41,10 @@ class LlamaContext:
     ) -> None:
         if model.vocab_only or model.handle is None:
             raise ValueError("the model was loaded without its weights, or is closed")
-        if not 2 <= num_sequences <= MAX_SEQUENCES or not 1 <= max_outputs <= max_batch or num_cells < 1 or num_threads < 1:
-            raise ValueError(f"a context has 2 to {MAX_SEQUENCES} sequences, no more outputs than batch, and at least 1 of the rest")
+        if not 2 <= num_sequences <= MAX_SEQUENCES or not 1 <= max_outputs <= max_batch or num_threads < 1:
+            raise ValueError(f"a context has 2 to {MAX_SEQUENCES} sequences, no more outputs than batch, and at least 1 thread")
+        if not 1 <= num_cells <= MAX_CELLS:  # llama.cpp computes sizes without looking whether they fit into their types
+            raise ValueError(f"a context has 1 to {MAX_CELLS} cells")
         self.model, self.kv_type = model, kv_type
         self.max_batch, self.max_outputs, self.scratch = max_batch, max_outputs, num_sequences - 1
         self.block_format: BlockFormat | None = None

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import logging
+import mmap
 import os
 import platform
 import re
@@ -205,7 +206,8 @@ def _load_llama_cpp_python() -> Library | None:
 
 
 def _digest(path: Path) -> str:
-    return xxhash.xxh3_64_hexdigest(path.read_bytes())
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:  # 100 MB that are loaded anyway
+        return xxhash.xxh3_64_hexdigest(content)
 
 
 def check_defaults(library: Library, model_params: Any, context_params: Any) -> None:
