@@ -52,6 +52,7 @@ class Peer:
         self._engine: Engine | None = None
         if {"decode", "prefill"} & set(self._roles):
             self._engine = load_engine(config.engine, EngineOptions(config.model, dict(config.engine_options)))
+            self._engine.card = self._engine.card.served_as(config.served_model_names)
         self._journal = _open_journal(config.record)
         self.mesh = Mesh(mesh_config, self._engine.card if self._engine else None, journal=self._journal)
         self._closers = contextlib.AsyncExitStack()

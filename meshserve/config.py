@@ -171,6 +171,8 @@ class ServeConfig:
     policy: str = "kv"
     engine: str = "dummy"
     model: str | None = None
+    served_model_names: tuple[str, ...] = ()
+    """What clients call the model, the first one in answers of this mesh; empty: what the engine calls it."""
     engine_options: tuple[tuple[str, str], ...] = ()
     request_timeout_s: float = 600.0
     """For a whole request. Lower ends long generations, higher holds what a stuck one uses."""

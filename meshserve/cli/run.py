@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import click
 
 from meshserve.cli.front_options import api_keys, front_config, front_options
+from meshserve.cli.model_options import model_options, model_settings
 from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles
 from meshserve.cli.running import declare, execute, leave
 from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
@@ -29,9 +30,7 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
 )
 @option("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="Where the frontend listens; port 0 takes a free one.")
 @front_options
-@option("--engine", default="dummy", metavar="NAME", help="An installed engine, or module:Class.")
-@option("--model", default=None, metavar="NAME", help="The model that the engine serves.  [default: the engine's]", show_default=False)
-@option("--engine-opt", "engine_options", multiple=True, metavar="KEY=VALUE", help="An option of the engine; repeatable.")
+@model_options
 @option("--policy", type=click.Choice(_POLICIES), default="kv", help="How the router chooses.")
 @option(
     "--max-local-prefill-tokens",
@@ -73,21 +72,12 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
     host, _, port = settings["http"].rpartition(":")
     if not host or not port.isdigit() or int(port) > 65_535:
         raise UsageError(f"--http {settings['http']!r} is not HOST:PORT")
-    options = []
-    for text in settings["engine_options"]:
-        key, equals, value = text.partition("=")
-        if not equals or not key:
-            raise UsageError(f"--engine-opt {text!r} is not KEY=VALUE")
-        options.append((key, value))
     handoff = HandoffConfig(max_local_prefill_tokens=settings["max_local_prefill_tokens"], max_prefill_queue=settings["max_prefill_queue"])
     return ServeConfig(
         http_host=host.strip("[]"),
         http_port=int(port),
         api_keys=api_keys(settings),
         policy=settings["policy"],
-        engine=settings["engine"],
-        model=settings["model"],
-        engine_options=tuple(options),
         request_timeout_s=settings["request_timeout"],
         drain_timeout_s=settings["drain_timeout"],
         max_decode_queue=settings["max_decode_queue"],
@@ -97,6 +87,7 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
         otlp_url=_otlp_url(settings),
         handoff=handoff,
         front=front_config(settings),
+        **model_settings(settings),
     )
 
 

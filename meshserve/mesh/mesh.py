@@ -176,10 +176,10 @@ class Mesh:
         return able
 
     def peers_serving(self, role: str, model: str) -> list[PeerInfo]:
-        """Those of them whose card names this model. Not to be changed."""
+        """Those of them whose card has this among the model's names. Not to be changed."""
         serving = self._serving.get((role, model))
         if serving is None:
-            serving = [info for info in self.peers_with(role) if info.card is not None and info.card.model == model]
+            serving = [info for info in self.peers_with(role) if info.card is not None and model in info.card.names]
             if len(self._serving) >= _MAX_ANSWERS:  # clients may ask for anything
                 self._serving.clear()
             self._serving[role, model] = serving

@@ -1,7 +1,7 @@
 """The card on which a worker says what it serves: the model and its tokenizer. It travels in every hello."""
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from meshserve.errors import ProtocolError
@@ -11,6 +11,8 @@ FEATURES = ("logprobs", "penalties", "logit_bias", "json_schema", "tools")
 
 FILE_NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 """What a card may name: files of a Hugging Face model directory. A name from the network is only ever compared with these."""
+MAX_ALIASES = 16
+"""More names of one model are refused: each is an entry of `/v1/models`."""
 MAX_FILE_BYTES = 64 * 1024 * 1024
 """The longest file; the largest `tokenizer.json` of today has 33 MB. Higher lets one hostile card cost that much memory and disk."""
 
@@ -79,6 +81,17 @@ class ModelCard:
     """What the engine can do beyond sampling with temperature, top_p, top_k and a seed: of :data:`FEATURES`."""
     files: tuple[ModelFile, ...] = ()
     """What makes the tokenizer and the chat template: of each name one at most."""
+    aliases: tuple[str, ...] = field(default=(), compare=False)
+    """More names that requests may carry. They say nothing of the model: cards that differ in them alone are equal."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names that requests may carry, `model` first."""
+        return (self.model, *self.aliases)
+
+    def served_as(self, names: "tuple[str, ...]") -> "ModelCard":
+        """The same model under other names; under its own if there are none."""
+        return replace(self, model=names[0], aliases=names[1:]) if names else self
 
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`."""
@@ -90,26 +103,35 @@ class ModelCard:
         if not isinstance(data, dict):
             raise ProtocolError("a model card is a map")
         values = {}
-        for field in fields(cls):
-            if field.name in _STRUCTURED:
+        for known in fields(cls):
+            if known.name in _STRUCTURED:
                 continue
-            value = data.get(field.name)
-            expected: Any = {str: str, int: int}[field.type]  # type: ignore[index]  # all other fields are plain types
-            if not isinstance(value, expected) or (field.type is int and (isinstance(value, bool) or not 1 <= value < 2**40)):
-                raise ProtocolError(f"the model card's {field.name} is missing or malformed")
-            values[field.name] = value
-        features = data.get("features", [])
-        if not isinstance(features, (list, tuple)) or not all(isinstance(name, str) for name in features):
-            raise ProtocolError("the model card's features are malformed")
+            value = data.get(known.name)
+            expected: Any = {str: str, int: int}[known.type]  # type: ignore[index]  # all other fields are plain types
+            if not isinstance(value, expected) or (known.type is int and (isinstance(value, bool) or not 1 <= value < 2**40)):
+                raise ProtocolError(f"the model card's {known.name} is missing or malformed")
+            values[known.name] = value
+        aliases = _texts(data, "aliases")
+        if len(aliases) > MAX_ALIASES:
+            raise ProtocolError("the model card has too many aliases")
         return cls(
             **values,
             sampling_defaults=SamplingDefaults.from_wire(data.get("sampling_defaults", {})),
-            features=tuple(name for name in features if name in FEATURES),
+            features=tuple(name for name in _texts(data, "features") if name in FEATURES),
             files=_files(data.get("files", [])),
+            aliases=aliases,
         )
 
 
-_STRUCTURED = ("sampling_defaults", "features", "files")
+_STRUCTURED = ("sampling_defaults", "features", "files", "aliases")
+
+
+def _texts(data: dict[str, Any], name: str) -> tuple[str, ...]:
+    """A field that older peers leave out."""
+    texts = data.get(name, [])
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise ProtocolError(f"the model card's {name} are malformed")
+    return tuple(texts)
 
 
 def _files(data: Any) -> tuple[ModelFile, ...]:

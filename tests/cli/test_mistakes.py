@@ -32,6 +32,8 @@ def assert_one_line(done: Completed, exit_code: int, words: str) -> None:
         (("--role", "decode", "--engine-opt", "colour=red"), "no option 'colour'"),
         (("--role", "decode", "--engine-opt", "block_size=-1"), "block_size"),
         (("--role", "decode", "--engine-opt", "block_size"), "not KEY=VALUE"),
+        (("--role", "decode", "--served-model-name", "one,,two"), "is not NAME[,NAME]"),
+        (("--role", "decode", "--served-model-name", ",".join(map(str, range(18)))), "a model has up to 17"),
         (("--role", "frontend", "--http", "here"), "not HOST:PORT"),
         (("--role", "decode", *ALONE, "--peer", "host:99999"), "not HOST or HOST:PORT"),
         (("--role", "decode", "--mesh", "two words"), "without spaces"),

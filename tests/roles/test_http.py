@@ -100,6 +100,21 @@ def test_a_prompt_over_the_context_length_is_refused(client: httpx.Client) -> No
     assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_a_model_answers_to_each_name_it_is_served_under_and_to_no_other() -> None:
+    with Process(meshserve_command(*ALL_ROLES, "--mesh", "http-names", "--served-model-name", "org/chat, small")) as peer:
+        url = peer.ready()["http"]
+        with httpx.Client(base_url=url, timeout=10.0) as client:
+            assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == ["org/chat", "small"]
+            for name in ("org/chat", "small"):
+                assert client.get(f"/v1/models/{name}").json()["id"] == name
+                answer = client.post("/v1/completions", json={"model": name, "prompt": "hi", "max_tokens": 1})
+                assert answer.status_code == 200 and answer.json()["model"] == name
+            refused = client.post("/v1/completions", json={"model": "dummy", "prompt": "hi"})
+            assert refused.status_code == 404 and "there are: org/chat, small" in refused.json()["error"]["message"]
+        peer.terminate()
+        assert peer.wait() == 0
+
+
 def test_an_api_key_guards_all_routes_but_health_and_ready() -> None:
     with Process(meshserve_command(*ALL_ROLES, "--mesh", "http-keys", "--api-key", "secret")) as peer:
         url = peer.ready()["http"]

@@ -67,6 +67,9 @@ class Places:
         self._mesh, self._limits = mesh, limits
         self._loop = asyncio.get_running_loop()
         self._models: dict[str, _Model] = {}
+        self._first_names: dict[str, str] = {}
+        """Of each name that was asked for: a model's requests share its places, whatever they call it. Never changed, so that a request
+        leaves where it came in."""
         self._loads: dict[str, WorkerLoad] = {}
         self._watchers: dict[str, Watcher] = {}
         self._waiting: dict[Ticket, Callable[[MeshserveError | None], None]] = {}
@@ -84,12 +87,14 @@ class Places:
 
     def ask(self, model: str, ticket: Ticket, on_decided: Callable[[MeshserveError | None], None]) -> bool:
         """A place for this request: true if it has it now; else `on_decided` is called once, later. Raises Overloaded or RateLimited."""
-        if not self._mesh.peers_serving("decode", model):
+        serving = self._mesh.peers_serving("decode", model)
+        if not serving or serving[0].card is None:
             return True  # the processor knows best how to say that nobody serves this
-        found = self._models.get(model)
+        name = self._first_names.setdefault(model, serving[0].card.model)
+        found = self._models.get(name)
         if found is None:
-            found = self._models[model] = _Model(self._limits)
-            self._recount(model)
+            found = self._models[name] = _Model(self._limits)
+            self._recount(name)
         decisions = found.admission.arrive(ticket, ticket.arrived_s)
         if not ticket.is_waiting:
             found.peak(ticket.arrived_s)
@@ -101,7 +106,7 @@ class Places:
 
     def leave(self, model: str, ticket: Ticket, is_done: bool) -> None:
         """The request ended (well, if `is_done`), or nobody waits for it any more. Harmless after it was refused."""
-        found = self._models.get(model)
+        found = self._models.get(self._first_names.get(model, model))
         if found is not None:
             self._waiting.pop(ticket, None)
             self._decide(found.admission.leave(ticket, self._mesh.now_s(), is_done))
@@ -163,8 +168,10 @@ class Places:
             self._mesh.counters.add("reports_malformed")
             return
         info = self._mesh.info_of(incarnation)
-        if info is not None and info.card is not None and info.card.model in self._models:
-            self._recount(info.card.model)
+        if info is not None and info.card is not None:
+            for name in info.card.names:
+                if name in self._models:
+                    self._recount(name)
 
     def _recount(self, model: str) -> None:
         found, now_s = self._models[model], self._mesh.now_s()

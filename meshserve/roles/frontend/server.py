@@ -142,12 +142,11 @@ class FrontendRole:
         return JSONResponse(shapes.models_body([info.card for info in self._mesh.peers_with("decode") if info.card], self._started_s))
 
     async def _model(self, request: Request) -> Response:
-        cards = [info.card for info in self._mesh.peers_with("decode") if info.card]
-        for card in cards:
-            if card.model == request.path_params["model"]:
-                return JSONResponse(shapes.model_entry(card, self._started_s))
-        names = ", ".join(sorted({card.model for card in cards})) or "none yet"
-        raise ModelNotFound(f"the model {request.path_params['model']!r} is not served here; there are: {names}", param="model")
+        cards = {name: info.card for info in self._mesh.peers_with("decode") if info.card for name in info.card.names}
+        name = request.path_params["model"]
+        if name in cards:
+            return JSONResponse(shapes.model_entry(name, cards[name], self._started_s))
+        raise ModelNotFound(f"the model {name!r} is not served here; there are: {', '.join(sorted(cards)) or 'none yet'}", param="model")
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "alive", "name": self._mesh.own.name})

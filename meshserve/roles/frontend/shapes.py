@@ -50,11 +50,11 @@ def error_event(error: MeshserveError) -> bytes:
 
 
 def models_body(cards: Sequence[ModelCard], created_s: int) -> dict[str, Any]:
-    """`GET /v1/models`: one entry a model, however many workers serve it."""
-    unique = {card.model: card for card in cards}
-    return {"object": "list", "data": [model_entry(card, created_s) for card in unique.values()]}
+    """`GET /v1/models`: one entry for each name of a model, however many workers serve it."""
+    unique = {name: card for card in cards for name in card.names}
+    return {"object": "list", "data": [model_entry(name, card, created_s) for name, card in unique.items()]}
 
 
-def model_entry(card: ModelCard, created_s: int) -> dict[str, Any]:
-    """One model."""
-    return {"id": card.model, "object": "model", "created": created_s, "owned_by": "meshserve", "max_model_len": card.context_length}
+def model_entry(name: str, card: ModelCard, created_s: int) -> dict[str, Any]:
+    """One model under one of its names."""
+    return {"id": name, "object": "model", "created": created_s, "owned_by": "meshserve", "max_model_len": card.context_length}

@@ -50,7 +50,7 @@ class Models:
         cards = [info.card for info in self._mesh.peers_with("decode") if info.card is not None]
         if not cards:
             raise NoWorker("no decode worker is in the mesh yet")
-        names = ", ".join(sorted({card.model for card in cards}))
+        names = ", ".join(sorted({name for card in cards for name in card.names}))
         raise ModelNotFound(f"the model {model!r} is not served here; there are: {names}", param="model")
 
     def block_size(self, model: str) -> int:
