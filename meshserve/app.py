@@ -51,7 +51,8 @@ class Peer:
         self._roles = mesh_config.roles
         self._engine: Engine | None = None
         if {"decode", "prefill"} & set(self._roles):
-            self._engine = load_engine(config.engine, EngineOptions(config.model, dict(config.engine_options)))
+            options = EngineOptions(config.model, dict(config.engine_options), config.kv_cache_tokens, config.kv_type)
+            self._engine = load_engine(config.engine, options)
             self._engine.card = self._engine.card.served_as(config.served_model_names)
         self._journal = _open_journal(config.record)
         self.mesh = Mesh(mesh_config, self._engine.card if self._engine else None, journal=self._journal)

@@ -11,6 +11,9 @@ FIRST_PORT = 7800
 PORTS_PER_PEER = 4
 """Calls, bulk, tickets and one in reserve, so that one firewall rule covers a host."""
 
+KV_TYPES = ("q8_0", "f16")
+"""Elements of a real model's KV cache."""
+
 ROLES = ("frontend", "processor", "router", "decode", "prefill")
 
 
@@ -174,6 +177,10 @@ class ServeConfig:
     served_model_names: tuple[str, ...] = ()
     """What clients call the model, the first one in answers of this mesh; empty: what the engine calls it."""
     engine_options: tuple[tuple[str, str], ...] = ()
+    kv_cache_tokens: int | None = None
+    """Tokens in the engine's KV cache; None: the engine fits it to this machine. Higher takes memory, lower lets fewer sequences run."""
+    kv_type: str | None = None
+    """Of :data:`KV_TYPES`; None: the engine's default."""
     request_timeout_s: float = 600.0
     """For a whole request. Lower ends long generations, higher holds what a stuck one uses."""
     drain_timeout_s: float = 30.0

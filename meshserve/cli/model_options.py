@@ -1,19 +1,38 @@
 """Options of `run` about what a worker serves: engine, model, names."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import click
 
 from meshserve.cli.options import Command, option
-from meshserve.config import ServeConfig
+from meshserve.cli.running import declare
+from meshserve.config import KV_TYPES, ServeConfig
+from meshserve.engines.models.specs import is_real_model
 from meshserve.errors import UsageError
 from meshserve.wire.card import MAX_ALIASES
+
+if TYPE_CHECKING:
+    from meshserve.engines.models.resolving import ModelSource
+
+LLAMA = "llama"
+"""The engine of real models."""
+
+MODEL_HELP = "A .gguf file, hf:ORG/REPO[:FILE or quantization], or smollm2; with another engine than llama what that engine takes."
 
 _SERVE = ServeConfig()
 _MAX_NAME_LETTERS = 255
 
 _MODEL_OPTIONS: list[Callable[[Any], Any]] = [
-    option("--engine", default=_SERVE.engine, metavar="NAME", help="An installed engine, or module:Class."),
-    option("--model", default=None, metavar="NAME", help="The model that the engine serves.  [default: the engine's]", show_default=False),
+    option(
+        "--engine",
+        default=None,
+        metavar="NAME",
+        help=f"An installed engine, or module:Class.  [default: {LLAMA} for a real model, else {_SERVE.engine}]",
+        show_default=False,
+    ),
+    option("--model", default=None, metavar="SPEC", help=f"{MODEL_HELP}  [default: the engine's]", show_default=False),
     option(
         "--served-model-name",
         default=None,
@@ -21,6 +40,14 @@ _MODEL_OPTIONS: list[Callable[[Any], Any]] = [
         help="What clients call the model; it answers to each of these names alone.  [default: the model's own]",
         show_default=False,
     ),
+    option(
+        "--kv-cache-tokens",
+        type=click.IntRange(1),
+        default=None,
+        help="Tokens of all sequences together that the KV cache holds.  [default: as fits into memory]",
+        show_default=False,
+    ),
+    option("--kv-type", type=click.Choice(KV_TYPES), default=None, help="Elements of the KV cache.  [default: q8_0]", show_default=False),
     option("--engine-opt", "engine_options", multiple=True, metavar="KEY=VALUE", help="An option of the engine; repeatable."),
 ]
 
@@ -41,11 +68,40 @@ def model_settings(settings: dict[str, Any]) -> dict[str, Any]:
             raise UsageError(f"--engine-opt {text!r} is not KEY=VALUE")
         options.append((key, value))
     return {
-        "engine": settings["engine"],
+        "engine": settings["engine"] or engine_for(settings["model"]),
         "model": settings["model"],
         "served_model_names": _names(settings["served_model_name"]),
         "engine_options": tuple(options),
+        "kv_cache_tokens": settings["kv_cache_tokens"],
+        "kv_type": settings["kv_type"],
     }
+
+
+def engine_for(spec: str | None) -> str:
+    """The engine of a model where none was named."""
+    return LLAMA if spec is not None and is_real_model(spec) else _SERVE.engine
+
+
+def with_model(config: ServeConfig, roles: tuple[str, ...]) -> ServeConfig:
+    """The same with the path of the model's file, which is fetched first if it has to be, where these roles need one.
+
+    Blocks: call it before the event loop runs. Raises UsageError or StartupFailed.
+    """
+    if config.engine != LLAMA or not {"decode", "prefill"} & set(roles):
+        return config
+    if config.model is None:
+        raise UsageError(f"--engine {LLAMA} needs --model SPEC: {MODEL_HELP}")
+    source = fetch_model(config.model)
+    return replace(config, model=str(source.path), served_model_names=config.served_model_names or (source.name,))
+
+
+def fetch_model(spec: str) -> "ModelSource":
+    """The file of a real model; what takes time is said on stderr. Blocks. Raises UsageError or StartupFailed."""
+    from meshserve.engines.loading import find_engine
+    from meshserve.engines.models.resolving import resolve  # what fetches models: most peers need none of it
+
+    find_engine(LLAMA)  # before a model is fetched that nothing here can serve
+    return resolve(spec, lambda line: declare("model", line))
 
 
 def _names(text: str | None) -> tuple[str, ...]:

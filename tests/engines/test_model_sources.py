@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from meshserve.engines.models import ModelSource, is_real_model, resolve
-from meshserve.engines.models.packaged import SHORT_NAMES
+from meshserve.engines.models.resolving import ModelSource, resolve
+from meshserve.engines.models.specs import SHORT_NAMES, is_real_model
 from meshserve.errors import MeshserveError, StartupFailed, UsageError
 from tests.engines.models_harness import Hub, Outcome, hub_on_loopback, outcome_of, packaged, resolved, start, tiny_package
 

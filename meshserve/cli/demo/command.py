@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from meshserve.cli.model_options import LLAMA, MODEL_HELP, engine_for, fetch_model
 from meshserve.cli.options import mesh_options, option
 from meshserve.cli.running import execute
 from meshserve.errors import StartupFailed
@@ -31,15 +32,26 @@ _HTTP = "127.0.0.1:8000"
 @option("--decode", type=click.IntRange(1, 16), default=2, help="Decode workers.")
 @option("--prefill", type=click.IntRange(0, 16), default=1, help="Prefill workers; 0 is the aggregated deployment.")
 @option("--http", default=None, metavar="HOST:PORT", help=f"Where to listen.  [default: {_HTTP}, or a free port]", show_default=False)
+@option("--model", default=None, metavar="SPEC", help=f"{MODEL_HELP}  [default: the dummy engine's]", show_default=False)
 @click.option("--once", is_flag=True, help="End after the prompts.")
 @click.option("--lan", is_flag=True, help="Open the mesh and its HTTP side to this network.")
 @mesh_options
 def demo(**settings: Any) -> None:
     """Show a whole disaggregated mesh on this machine: who serves each prompt, why, and where its time goes."""
-    execute(settings, lambda: _demo(settings))
+    execute(settings, lambda: _demo(settings, *_model(settings["model"])))
 
 
-async def _demo(settings: dict[str, Any]) -> int:
+def _model(spec: str | None) -> tuple[str, list[str]]:
+    """The model's name for clients, and what its workers are started with. A file is fetched here, once for all of them."""
+    if spec is None:
+        return "dummy", []
+    if engine_for(spec) != LLAMA:
+        return spec, ["--model", spec]
+    source = fetch_model(spec)
+    return source.name, ["--engine", LLAMA, "--model", str(source.path), "--served-model-name", source.name]
+
+
+async def _demo(settings: dict[str, Any], model: str, worker_options: list[str]) -> int:
     from meshserve.cli.demo.children import Children
     from meshserve.cli.demo.view import View
 
@@ -58,7 +70,7 @@ async def _demo(settings: dict[str, Any]) -> int:
             loop.add_signal_handler(number, on_signal)
     children, view = Children(_common_options(settings)), View()
     try:
-        return await _until(interrupted, _course(settings, children, view))
+        return await _until(interrupted, _course(settings, children, view, model, worker_options))
     finally:
         try:
             view.close()
@@ -106,7 +118,7 @@ def _http_address(settings: dict[str, Any]) -> str:
         return f"{host}:0"
 
 
-async def _course(settings: dict[str, Any], children: "Children", view: "View") -> int:
+async def _course(settings: dict[str, Any], children: "Children", view: "View", model: str, worker_options: list[str]) -> int:
     began_s = time.monotonic()
     front = await children.start("front", "frontend,processor,router", "--http", _http_address(settings))
     await _wait_for(children, view, lambda: front.ready_s is not None)
@@ -114,14 +126,14 @@ async def _course(settings: dict[str, Any], children: "Children", view: "View") 
     workers = [f"decode-{number + 1}" for number in range(settings["decode"])] + [
         f"prefill-{number + 1}" for number in range(settings["prefill"])
     ]
-    await asyncio.gather(*(children.start(name, name.partition("-")[0], "--peer", seed) for name in workers))
+    await asyncio.gather(*(children.start(name, name.partition("-")[0], "--peer", seed, *worker_options) for name in workers))
     wanted = f"{settings['decode']} decode, {settings['prefill']} prefill ready"
     await _wait_for(children, view, lambda: children.workers_line.startswith(wanted) and all(child.ready_s for child in children.all))
     url = front.fields["http"].replace("0.0.0.0", "127.0.0.1")
     await _all_linked(url, len(children.all))
     view.started(children.all, time.monotonic() - began_s)
-    num_answered = await _ask_all(url, view)
-    view.finished(url, "dummy", num_answered, not settings["once"], _watching(settings, seed), _joining(settings))
+    num_answered = await _ask_all(url, view, model)
+    view.finished(url, model, num_answered, not settings["once"], _watching(settings, seed), _joining(settings))
     while not settings["once"]:
         children.check()
         await asyncio.sleep(0.2)
@@ -161,7 +173,7 @@ def _joining(settings: dict[str, Any]) -> str:
     return "meshserve demo --lan    # the same, open to this network"
 
 
-async def _ask_all(url: str, view: "View") -> int:
+async def _ask_all(url: str, view: "View", model: str) -> int:
     from meshserve.cli.demo.asking import ask, questions
 
     num_answered = 0
@@ -170,7 +182,7 @@ async def _ask_all(url: str, view: "View") -> int:
         prompt = question.body.get("prompt") or question.body["messages"][0]["content"]
         view.asking(num_answered + 1, question.title, prompt)
         await asyncio.sleep(pause_s)
-        async for part in ask(url, question, "dummy"):
+        async for part in ask(url, question, model):
             if isinstance(part, str):
                 view.text(part)
             else:

@@ -1,7 +1,7 @@
 """What `--engine-opt` may say to the dummy engine."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,19 @@ def parse_options(options: EngineOptions) -> DummyOptions:
         values[key] = _parse_tokenizer(text) if key == "tokenizer" else _parse(key, text)
     if values.get("tokenizer", "bytes") != "bytes":
         values["files"] = _read_files(values["tokenizer"])
-    return DummyOptions(**values)
+    if options.kv_type is not None:
+        raise UsageError("the dummy engine has no --kv-type: its KV cache is bytes of its own; leave it out")
+    parsed = DummyOptions(**values)
+    return parsed if options.kv_cache_tokens is None else _sized(parsed, options.kv_cache_tokens, "num_blocks" in values)
+
+
+def _sized(parsed: DummyOptions, num_tokens: int, is_sized: bool) -> DummyOptions:
+    """With a pool of so many tokens in whole blocks."""
+    if is_sized:
+        raise UsageError("--kv-cache-tokens and the dummy engine's option num_blocks say the same: leave one of them out")
+    if num_tokens < parsed.block_size:
+        raise UsageError(f"--kv-cache-tokens {num_tokens} is less than the dummy engine's one block of {parsed.block_size} tokens")
+    return replace(parsed, num_blocks=num_tokens // parsed.block_size)
 
 
 def _parse_tokenizer(text: str) -> str:

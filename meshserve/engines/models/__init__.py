@@ -1,8 +1,1 @@
-"""What `--model SPEC` names: a .gguf file on this machine, fetched first where it has to be.
-
-A path is looked at, a short name is taken out of a package (`packaged`), `hf:ORG/REPO[:...]` comes through huggingface_hub (`hub`).
-"""
-
-from meshserve.engines.models.resolving import ModelSource, is_real_model, resolve
-
-__all__ = ["ModelSource", "is_real_model", "resolve"]
+"""From `--model SPEC` to a .gguf file on this machine: `specs` says what it may be, `resolving` where the file is or comes from."""

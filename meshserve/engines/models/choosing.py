@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from meshserve.engines.models.specs import SUFFIX
 from meshserve.errors import UsageError
 
 PART = r"-(\d{5})-of-(\d{5})$"
@@ -12,7 +13,6 @@ PART = r"-(\d{5})-of-(\d{5})$"
 DEFAULT_ORDER = ("Q4_K_M", "Q4_0", "Q4_1", "Q8_0", "Q5_K_M", "Q4_K_S", "Q6_K", "IQ4_XS", "IQ4_NL", "MXFP4", "Q3_K_M", "F16", "BF16")
 """What is taken where nothing is asked for: four bits are the usual bargain of size and quality, Q4_K_M the usual form of them."""
 
-_SUFFIX = ".gguf"
 _NOT_MODELS = ("mmproj", "imatrix", "mtp-", "ggml-vocab")
 """How files begin that are parts of a model, or of its making, and no model."""
 _MAX_NAMED = 8
@@ -33,7 +33,7 @@ def choose(repository: str, names: Sequence[str], wanted: str) -> Choice:
 
     Raises UsageError, with what there is, if none or several fit, or if a part of one is missing.
     """
-    models = _grouped(name for name in names if name.lower().endswith(_SUFFIX))
+    models = _grouped(name for name in names if name.lower().endswith(SUFFIX))
     if not models:
         raise UsageError(f"hf:{repository} holds no .gguf file; its name may end in -GGUF where a repository of such files exists")
     if not wanted:
@@ -45,7 +45,7 @@ def choose(repository: str, names: Sequence[str], wanted: str) -> Choice:
 
 def quantization_of(name: str) -> str:
     """As files are commonly named; empty if this one is not."""
-    found = re.findall(r"(?<![a-z0-9])(?:i?q\d\w*|tq\d\w*|mxfp4\w*|b?f16|f32)(?![a-z0-9])", name.lower().removesuffix(_SUFFIX))
+    found = re.findall(r"(?<![a-z0-9])(?:i?q\d\w*|tq\d\w*|mxfp4\w*|b?f16|f32)(?![a-z0-9])", name.lower().removesuffix(SUFFIX))
     return found[-1].upper() if found else ""
 
 
@@ -53,7 +53,7 @@ def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
     """Files by the name of their model: all parts of one together."""
     models: dict[str, list[str]] = {}
     for name in sorted(names):
-        models.setdefault(re.sub(PART, "", name[: -len(_SUFFIX)]) + _SUFFIX, []).append(name)
+        models.setdefault(re.sub(PART, "", name[: -len(SUFFIX)]) + SUFFIX, []).append(name)
     return models
 
 
@@ -86,11 +86,11 @@ def _wanted(repository: str, models: dict[str, list[str]], wanted: str) -> str:
 
 def _fits(model: str, quantization: str) -> bool:
     """`Q4_K` is not `Q4_K_M`, `Q4_XS` not `IQ4_XS`."""
-    return re.search(rf"(?<![a-z0-9]){re.escape(quantization.lower())}(?![a-z0-9_])", model.lower().removesuffix(_SUFFIX)) is not None
+    return re.search(rf"(?<![a-z0-9]){re.escape(quantization.lower())}(?![a-z0-9_])", model.lower().removesuffix(SUFFIX)) is not None
 
 
 def _complete(repository: str, files: list[str]) -> tuple[str, ...]:
-    numbered = re.search(PART, files[0][: -len(_SUFFIX)])
+    numbered = re.search(PART, files[0][: -len(SUFFIX)])
     if numbered is not None and len(files) != int(numbered[2]):
         raise UsageError(f"hf:{repository}: of the {int(numbered[2])} parts of {files[0]} only {len(files)} are there; take another file")
     return tuple(files)

