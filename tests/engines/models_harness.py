@@ -11,7 +11,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -99,6 +99,8 @@ class Hub:
     is_gated: bool = False
     break_after_bytes: int | None = None
     """The next download of a file breaks off here."""
+    stall_after_bytes: int | None = None
+    """The next download of a file stops here until its client is gone."""
     flips_a_bit: bool = False
     status: int = 200
     """Anything else is all that it answers."""
@@ -170,9 +172,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if is_head:
             return
-        length, self.hub.break_after_bytes = (self.hub.break_after_bytes, None) if "ETag" in headers else (None, self.hub.break_after_bytes)
-        self.wfile.write(body[:length])
-        self.close_connection = length is not None
+        if "ETag" not in headers:
+            self.wfile.write(body)
+            return
+        breaks, self.hub.break_after_bytes = self.hub.break_after_bytes, None
+        stalls, self.hub.stall_after_bytes = self.hub.stall_after_bytes, None
+        self.wfile.write(body[: breaks or stalls])
+        if stalls is not None:
+            with suppress(ConnectionError):
+                self.rfile.read(1)
+        self.close_connection = (breaks or stalls) is not None
 
 
 @contextmanager

@@ -11,8 +11,11 @@ from meshserve.engines.models.resolving import ModelSource, resolve
 from meshserve.engines.models.specs import SHORT_NAMES, is_real_model
 from meshserve.errors import MeshserveError, StartupFailed, UsageError
 from tests.engines.models_harness import Hub, Outcome, hub_on_loopback, outcome_of, packaged, resolved, start, tiny_package
+from tests.harness import wait_until
 
 MODEL = b"GGUF" + bytes(range(256)) * 1000
+WRITTEN_BYTES = 10 * 2**20
+"""The hub's library writes so much at a time."""
 
 
 def refused(spec: str) -> MeshserveError:
@@ -215,9 +218,30 @@ def test_a_quantization_or_a_file_that_was_asked_for_is_fetched(hub: Hub, tmp_pa
 
 def test_a_download_that_breaks_off_is_resumed(hub: Hub, tmp_path: Path) -> None:
     large = hub.files["repo-Q4_K_M.gguf"] = MODEL * 48
-    hub.break_after_bytes = 12_000_000  # the library writes ten MiB at a time, and goes on from there
+    hub.break_after_bytes = 12_000_000
     assert Path(ask(hub, tmp_path).path).read_bytes() == large
-    assert hub.asked[-1] == f"GET /org/repo/resolve/main/repo-Q4_K_M.gguf bytes={10 * 2**20}-"
+    assert f"GET /org/repo/resolve/main/repo-Q4_K_M.gguf bytes={WRITTEN_BYTES}-" in hub.asked
+
+
+def test_a_download_whose_process_was_killed_goes_on_in_the_next(hub: Hub, tmp_path: Path) -> None:
+    large = hub.files["repo-Q4_K_M.gguf"] = MODEL * 48
+    hub.stall_after_bytes = 12_000_000
+    first = start({"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}, {"spec": "hf:org/repo"})
+    try:
+        wait_until(
+            lambda: any(part.stat().st_size == WRITTEN_BYTES for part in tmp_path.rglob("*.part")), 20.0, "the first ten MiB are on disk"
+        )
+    finally:
+        first.kill()
+        first.communicate()
+    assert Path(ask(hub, tmp_path).path).read_bytes() == large
+    assert hub.asked[-2].endswith(f"repo-Q4_K_M.gguf bytes={WRITTEN_BYTES}-") and not list(tmp_path.rglob("*.part"))
+
+
+def test_two_processes_fetch_a_file_of_a_hub_once(hub: Hub, tmp_path: Path) -> None:
+    environment = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+    done = [outcome_of(process) for process in [start(environment, {"spec": "hf:org/repo:Q8_0"}) for _ in range(2)]]
+    assert done[0].path == done[1].path and sum(line.startswith("GET /org") for line in hub.asked) == 1
 
 
 def test_contents_with_another_hash_are_refused_and_not_kept(hub: Hub, tmp_path: Path) -> None:

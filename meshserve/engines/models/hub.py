@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from meshserve.engines.models.choosing import Choice, choose, quantization_of
-from meshserve.engines.models.directories import Say, sha256_of
+from meshserve.engines.models.directories import Say, held, sha256_of
 from meshserve.errors import MeshserveError, StartupFailed, UsageError
 
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
@@ -64,6 +64,7 @@ class _Hub:
             raise StartupFailed("hf: needs huggingface_hub: pip install 'meshserve[llama]'") from error
         self._library.logging.set_verbosity_error()  # its warnings are of several lines
         self._cache = Path(self._library.constants.HF_HUB_CACHE)
+        self._folder = self._cache / f"models--{repository.replace('/', '--')}"
 
     def files(self) -> dict[str, _HubFile]:
         """What the repository holds, by name."""
@@ -71,24 +72,56 @@ class _Hub:
         return {found.rfilename: _HubFile(found.size or 0, found.lfs.sha256 if found.lfs else None) for found in listed.siblings or ()}
 
     def fetch(self, name: str, file: _HubFile, say: Say) -> Path:
-        """The file in the cache, which is asked first. What was fetched just now is compared with its hash: the library compares none."""
+        """The file in the cache, which is asked first."""
         kept = self._library.try_to_load_from_cache(self._repository, name)
         if not isinstance(kept, str):
-            self._need_space(file.size_bytes)
             say(f"fetching {name} of hf:{self._repository} ({file.size_bytes / 1e6:,.0f} MB, kept in {self._cache})")
+            self._worded(lambda: self._fetch_contents(name, file, say))
         path = Path(self._worded(lambda: self._library.hf_hub_download(self._repository, name)))
-        if str(path) != kept and file.sha256 is not None and sha256_of(path) != file.sha256:
-            path.resolve().unlink(missing_ok=True)
-            path.unlink(missing_ok=True)
-            raise StartupFailed(f"{name} of hf:{self._repository} came with another hash than the hub names: start again to fetch it anew")
+        if str(path) != kept and file.sha256 is not None and path.resolve().name != file.sha256 and sha256_of(path) != file.sha256:
+            for wrong in {path, path.resolve()}:
+                wrong.unlink(missing_ok=True)
+            raise self._other_hash(name)
         return path
+
+    def _fetch_contents(self, name: str, file: _HubFile, say: Say) -> None:
+        """Put the file's contents into the library's cache, where its own download then finds them, named by their hash.
+
+        The library's own download begins again after the process that it ran in has ended, and compares no hash over plain HTTP.
+        """
+        self._need_space(file.size_bytes)
+        if file.sha256 is None or file.size_bytes > self._library.constants.MAX_HTTP_DOWNLOAD_SIZE:
+            return  # left to the library
+        contents = self._folder / "blobs" / file.sha256
+        part = contents.with_name(f"{contents.name}.part")
+        locks = self._cache / ".locks" / self._folder.name
+        for folder in (contents.parent, locks):
+            folder.mkdir(parents=True, exist_ok=True)
+        with held(locks, say):
+            if contents.exists():
+                return
+            self._append(name, part, file.size_bytes)
+            if sha256_of(part) != file.sha256:
+                part.unlink()
+                raise self._other_hash(name)
+            part.replace(contents)
+
+    def _append(self, name: str, part: Path, size_bytes: int) -> None:
+        """Fetch what the file still lacks."""
+        http_get = importlib.import_module("huggingface_hub.file_download").http_get
+        headers = self._library.utils.build_hf_headers()
+        with part.open("ab") as opened:
+            url = self._library.hf_hub_url(self._repository, name)
+            http_get(url, opened, resume_size=opened.tell(), headers=headers, expected_size=size_bytes, displayed_filename=name)
+
+    def _other_hash(self, name: str) -> StartupFailed:
+        return StartupFailed(f"{name} of hf:{self._repository} came with another hash than the hub names: start again to fetch it anew")
 
     def kept(self, wanted: str, why: MeshserveError, say: Say) -> Path:
         """What fits in the cache, for a hub that cannot be asked (`why`)."""
-        folder = self._cache / f"models--{self._repository.replace('/', '--')}"
         names: Sequence[Path] = []
         try:
-            snapshot = folder / "snapshots" / (folder / "refs" / "main").read_text().strip()
+            snapshot = self._folder / "snapshots" / (self._folder / "refs" / "main").read_text().strip()
             names = [path for path in snapshot.rglob("*") if path.is_file()]  # a link to a file that is not there yet is none
             chosen = choose(self._repository, [path.relative_to(snapshot).as_posix() for path in names], wanted)
         except (OSError, UsageError) as error:
@@ -108,6 +141,8 @@ class _Hub:
     def _worded(self, ask: Callable[[], Any]) -> Any:
         try:
             return ask()
+        except MeshserveError:
+            raise
         except Exception as error:
             # where the hub does not answer as it should, the library raises that its cache lacks the file, because of this
             cause = error.__cause__ if type(error).__name__ == "LocalEntryNotFoundError" and error.__cause__ is not None else error
