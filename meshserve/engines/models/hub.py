@@ -69,7 +69,7 @@ class _Hub:
     def files(self) -> dict[str, _HubFile]:
         """What the repository holds, by name."""
         listed = self._worded(lambda: self._library.HfApi().model_info(self._repository, files_metadata=True, timeout=_LIST_TIMEOUT_S))
-        return {found.rfilename: _HubFile(found.size or 0, found.lfs.sha256 if found.lfs else None) for found in listed.siblings or ()}
+        return {found.rfilename: _HubFile(found.size or 0, _sha256_in(found.lfs)) for found in listed.siblings or ()}
 
     def fetch(self, name: str, file: _HubFile, say: Say) -> Path:
         """The file in the cache, which is asked first."""
@@ -89,11 +89,11 @@ class _Hub:
 
         The library's own download begins again after the process that it ran in has ended, and compares no hash over plain HTTP.
         """
-        self._need_space(file.size_bytes)
+        part = self._folder / "blobs" / f"{file.sha256}.part"
+        self._need_space(file.size_bytes - (part.stat().st_size if part.exists() else 0))
         if file.sha256 is None or file.size_bytes > self._library.constants.MAX_HTTP_DOWNLOAD_SIZE:
             return  # left to the library
-        contents = self._folder / "blobs" / file.sha256
-        part = contents.with_name(f"{contents.name}.part")
+        contents = part.with_suffix("")
         locks = self._cache / ".locks" / self._folder.name
         for folder in (contents.parent, locks):
             folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +111,9 @@ class _Hub:
         http_get = importlib.import_module("huggingface_hub.file_download").http_get
         headers = self._library.utils.build_hf_headers()
         with part.open("ab") as opened:
+            if opened.tell() > size_bytes:  # no start of this file
+                opened.truncate(0)
+                opened.seek(0)
             url = self._library.hf_hub_url(self._repository, name)
             http_get(url, opened, resume_size=opened.tell(), headers=headers, expected_size=size_bytes, displayed_filename=name)
 
@@ -173,6 +176,12 @@ _WORDS = {
 }
 """By the names of the library's errors, those that are special cases of another first. By name, because the last is of the HTTP client
 under the library, which has been another one before."""
+
+
+def _sha256_in(lfs: Any) -> str | None:
+    """It becomes a file's name here, so nothing else will do."""
+    text = lfs.sha256 if lfs else ""
+    return text if re.fullmatch("[0-9a-f]{64}", text) else None
 
 
 def _kinds(error: BaseException) -> set[str]:
