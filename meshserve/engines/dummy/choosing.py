@@ -1,16 +1,16 @@
-"""Choices that ask for more than plain sampling: penalties, bias, log probabilities, documents.
+"""Choices that ask for more than plain sampling: penalties, bias, log probabilities, constraints.
 
 Bias and penalties are added to the model's logits (module `sampling`); temperature, top-k and top-p then choose among what they made
 of them. Log probabilities are those of these same logits, before temperature, top-k and top-p, over all tokens that may come at
 their place: so they sum to 1 over the vocabulary, and say how likely a token was to the model, not to the sampler.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from math import exp, log
 from operator import itemgetter
-from typing import Protocol
 
+from meshserve.engines.dummy.constrained import ConstrainedOutput
 from meshserve.engines.dummy.sampling import (
     OTHER_LOGIT,
     candidates,
@@ -22,7 +22,6 @@ from meshserve.engines.dummy.sampling import (
     next_token,
 )
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
-from meshserve.errors import InvalidRequest
 from meshserve.wire.generation import Sampling, TokenLogprobs
 
 OWN_VOCAB_SIZE = ByteTokenizer.vocab_size
@@ -34,17 +33,6 @@ drawn, and all of them together are less than 1e-11 of the probability: they are
 _Entry = tuple[float, int]
 """A logit and its token."""
 _logit = itemgetter(0)
-_BLANK = ord(" ")
-
-
-class Document(Protocol):
-    """An output that must follow a grammar: what may come next is a function of the tokens so far."""
-
-    def candidates(self) -> Sequence[int]:
-        """Tokens that may come next, none twice; empty once the document is complete."""
-
-    def take(self, token: int) -> None:
-        """One of them was chosen; whatever is, once it is complete."""
 
 
 class Chooser:
@@ -53,18 +41,18 @@ class Chooser:
     Raises InvalidRequest if that output could not have come from this request.
     """
 
-    __slots__ = ("_added", "_document", "_frequency", "_lifted", "_presence", "_sampling", "_seen", "_vocab_size")
+    __slots__ = ("_added", "_constrained", "_frequency", "_lifted", "_presence", "_sampling", "_seen", "_vocab_size")
 
-    def __init__(self, sampling: Sampling, output: Iterable[int], document: Document | None, vocab_size: int = OWN_VOCAB_SIZE) -> None:
+    def __init__(
+        self, sampling: Sampling, output: Iterable[int], constrained: ConstrainedOutput | None, vocab_size: int = OWN_VOCAB_SIZE
+    ) -> None:
         self._sampling, self._vocab_size = sampling, vocab_size
-        self._document = document
+        self._constrained = constrained
         self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
         self._seen: set[int] = set()
         self._added = dict(sampling.logit_bias)
         self._lifted = {token: None for token, value in self._added.items() if value > _LIFTED_ABOVE}
         for token in output:
-            if document is not None and token not in (document.candidates() or (_BLANK,)):
-                raise InvalidRequest("the output so far does not follow the request's schema", param="num_generated")
             self._take(token)
 
     def choose(self, context: int, position: int) -> tuple[int, TokenLogprobs | None]:
@@ -75,8 +63,8 @@ class Chooser:
         return found
 
     def _take(self, token: int) -> None:
-        if self._document is not None:
-            self._document.take(token)
+        if self._constrained is not None:
+            self._constrained.take(token)
         if not self._presence and not self._frequency:
             return
         change = self._frequency if token in self._seen else self._frequency + self._presence
@@ -90,19 +78,15 @@ class Chooser:
     def _candidates(self, context: int, position: int) -> tuple[list[int], bool]:
         """The tokens that the model would choose among, best first, and whether the end of sequence leads."""
         can_end = may_end(self._sampling, position)
-        if self._document is None:
+        if self._constrained is None:
             return candidates(context, position, can_end)
-        offered = self._document.candidates()
-        if not offered:  # after its end a document may go on with blanks: they change nothing
-            return [EOS_TOKEN if can_end else _BLANK], False
-        best = context % len(offered)
-        return [*offered[best:], *offered[:best]], False
+        return self._constrained.candidates(context, can_end), False
 
     # --- logits as they are
 
     def _choose_plain(self, context: int, position: int) -> tuple[int, TokenLogprobs | None]:
         sampling = self._sampling
-        if self._document is None and sampling.logprobs < 0:
+        if self._constrained is None and sampling.logprobs < 0:
             return next_token(context, sampling, position), None
         tokens, wins_eos = self._candidates(context, position)
         rank = draw_rank(sampling, position, len(tokens) - wins_eos, wins_eos) if sampling.temperature > 0 else 0
@@ -110,7 +94,7 @@ class Chooser:
             return tokens[rank], None
         total = log_total(len(tokens) - wins_eos, wins_eos)
         listed = _listed(tokens, wins_eos, total, sampling.logprobs)
-        if self._document is None and len(listed) < sampling.logprobs:
+        if self._constrained is None and len(listed) < sampling.logprobs:
             others = _others(context, {*tokens}, may_end(sampling, position), self._vocab_size)
             listed += [(token, OTHER_LOGIT - total) for token in islice(others, sampling.logprobs - len(listed))]
         return tokens[rank], (-gaps(len(tokens) - wins_eos, wins_eos)[rank] - total, tuple(listed))
@@ -137,7 +121,7 @@ class Chooser:
         added = self._added
         ranked = gaps(len(tokens) - wins_eos, wins_eos)
         entries = [(added.get(token, 0.0) - gap, token) for token, gap in zip(tokens, ranked, strict=True)]
-        if self._document is not None:
+        if self._constrained is not None:
             return entries
         can_end = may_end(self._sampling, position)
         if self._lifted:

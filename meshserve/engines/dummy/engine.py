@@ -64,7 +64,7 @@ class DummyEngine:
             raise InvalidRequest(f"max_tokens must be at least 1, not {sampling.max_tokens}", param="max_tokens")
         if not 0 <= request.num_generated < min(sampling.max_tokens, len(request.tokens)):
             raise InvalidRequest(f"num_generated is {request.num_generated} with max_tokens {sampling.max_tokens}", param="num_generated")
-        check_sampling(sampling, self._vocab_size)
+        check_sampling(sampling, self._vocab_size, self._speech)
         if sampling.prompt_logprobs >= 0:
             check_prompt_logprobs(request, self._vocab_size)
         self._check_length(len(request.tokens) - request.num_generated, sampling.max_tokens)

@@ -1,0 +1,1 @@
+"""What every engine needs: scheduling, sampling, limits, constraints; a model runner adds the model."""
