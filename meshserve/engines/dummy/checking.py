@@ -93,7 +93,7 @@ def _constraint_of(sampling: Sampling, speech: Speech | None) -> Constraint | No
 def _compiler(speech: Speech | None) -> ConstraintCompiler:
     """Of the model's own tokens, with the bytes that they are spoken with."""
     pieces = _PIECES if speech is None else speech.pieces
-    return ConstraintCompiler(lambda: pieces, (EOS_TOKEN,), _OWN.encode)
+    return ConstraintCompiler(lambda: pieces, (EOS_TOKEN,), str.encode)
 
 
 @lru_cache(maxsize=32)
