@@ -1,4 +1,4 @@
-"""Choices that ask for more than plain sampling: penalties, bias, log probabilities, documents.
+"""Choices that ask for more than plain sampling: penalties, bias, log probabilities, constraints.
 
 The repetition penalty scales the model's logits (module `sampling`), bias and the other penalties are added; temperature, min-p, top-k
 and top-p then choose among what they made of them. Log probabilities are those of these same logits, before temperature, min-p, top-k
@@ -6,15 +6,18 @@ and top-p, over all tokens that may come at their place: so they sum to 1 over t
 model, not to the sampler.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import chain, islice
 from math import exp, log
 from operator import itemgetter
-from typing import Protocol
 
+from meshserve.engines.core.constraint import Constraint, ConstraintCompiler
 from meshserve.engines.core.request import Generation
-from meshserve.engines.dummy.documents import WrittenDocument, read_schema
+from meshserve.engines.core.schemas import property_names
+from meshserve.engines.dummy.constrained import ConstrainedOutput
 from meshserve.engines.dummy.sampling import (
     OTHER_LOGIT,
     candidates,
@@ -27,10 +30,11 @@ from meshserve.engines.dummy.sampling import (
 )
 from meshserve.engines.dummy.speech import Speech
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
-from meshserve.errors import InvalidRequest
 from meshserve.wire.generation import Sampling, TokenLogprobs
 
-OWN_VOCAB_SIZE = ByteTokenizer.vocab_size
+_OWN = ByteTokenizer()
+_PIECES = [_OWN.token_bytes(token) for token in range(_OWN.vocab_size)]
+OWN_VOCAB_SIZE = _OWN.vocab_size
 _OTHERS_COUNT_BELOW = -8.0
 _LIFTED_ABOVE = 10.0
 """With a best logit of at least the one, tokens that are no candidates and that bias and penalties lift by at most the other are never
@@ -42,17 +46,6 @@ _REPETITION_LEAD = 10.0
 _Entry = tuple[float, int]
 """A logit and its token."""
 _logit = itemgetter(0)
-_BLANK = ord(" ")
-
-
-class Document(Protocol):
-    """An output that must follow a grammar: what may come next is a function of the tokens so far."""
-
-    def candidates(self) -> Sequence[int]:
-        """Tokens that may come next, none twice; empty once the document is complete."""
-
-    def take(self, token: int) -> None:
-        """One of them was chosen; whatever is, once it is complete."""
 
 
 class Chooser:
@@ -63,7 +56,7 @@ class Chooser:
 
     __slots__ = (
         "_added",
-        "_document",
+        "_constrained",
         "_frequency",
         "_lifted",
         "_presence",
@@ -78,13 +71,13 @@ class Chooser:
         self,
         sampling: Sampling,
         output: Iterable[int],
-        document: Document | None,
+        constrained: ConstrainedOutput | None,
         vocab_size: int = OWN_VOCAB_SIZE,
         *,
         prompt: Iterable[int] = (),
     ) -> None:
         self._sampling, self._vocab_size = sampling, vocab_size
-        self._document = document
+        self._constrained = constrained
         self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
         self._seen: set[int] = set()
         self._repetition = sampling.repetition_penalty
@@ -96,8 +89,6 @@ class Chooser:
             for token in set(prompt):
                 self._repeat(token)
         for token in output:
-            if document is not None and token not in (document.candidates() or (_BLANK,)):
-                raise InvalidRequest("the output so far does not follow the request's schema", param="num_generated")
             self._take(token)
 
     def choose(self, context: int, position: int) -> tuple[int, TokenLogprobs | None]:
@@ -108,8 +99,8 @@ class Chooser:
         return found
 
     def _take(self, token: int) -> None:
-        if self._document is not None:
-            self._document.take(token)
+        if self._constrained is not None:
+            self._constrained.take(token)
         if self._repetition != 1:
             self._repeat(token)
         if not self._presence and not self._frequency:
@@ -141,19 +132,15 @@ class Chooser:
     def _candidates(self, context: int, position: int) -> tuple[list[int], bool]:
         """The tokens that the model would choose among, best first, and whether the end of sequence leads."""
         can_end = may_end(self._sampling, position)
-        if self._document is None:
+        if self._constrained is None:
             return candidates(context, position, can_end)
-        offered = self._document.candidates()
-        if not offered:  # after its end a document may go on with blanks: they change nothing
-            return [EOS_TOKEN if can_end else _BLANK], False
-        best = context % len(offered)
-        return [*offered[best:], *offered[:best]], False
+        return self._constrained.candidates(context, can_end), False
 
     # --- logits as they are
 
     def _choose_plain(self, context: int, position: int) -> tuple[int, TokenLogprobs | None]:
         sampling = self._sampling
-        if self._document is None and sampling.logprobs < 0:
+        if self._constrained is None and sampling.logprobs < 0:
             return next_token(context, sampling, position), None
         tokens, wins_eos = self._candidates(context, position)
         rank = draw_rank(sampling, position, len(tokens) - wins_eos, wins_eos) if sampling.temperature > 0 else 0
@@ -161,7 +148,7 @@ class Chooser:
             return tokens[rank], None
         total = log_total(len(tokens) - wins_eos, wins_eos)
         listed = _listed(tokens, wins_eos, total, sampling.logprobs)
-        if self._document is None and len(listed) < sampling.logprobs:
+        if self._constrained is None and len(listed) < sampling.logprobs:
             others = _others(context, {*tokens}, may_end(sampling, position), self._vocab_size)
             listed += [(token, OTHER_LOGIT - total) for token in islice(others, sampling.logprobs - len(listed))]
         return tokens[rank], (-gaps(len(tokens) - wins_eos, wins_eos)[rank] - total, tuple(listed))
@@ -188,7 +175,7 @@ class Chooser:
         bent = self._bent
         ranked = gaps(len(tokens) - wins_eos, wins_eos)
         entries = [(bent(token, -gap), token) for token, gap in zip(tokens, ranked, strict=True)]
-        if self._document is not None:
+        if self._constrained is not None:
             return entries
         can_end = may_end(self._sampling, position)
         if self._lifted:
@@ -241,10 +228,9 @@ def _others(context: int, known: set[int], can_end: bool, vocab_size: int) -> It
             yield token
 
 
-def check_constraint(sampling: Sampling) -> None:
-    """Raises InvalidRequest for a malformed schema, Unsupported for one that cannot be kept to."""
-    if sampling.json_schema:
-        read_schema(sampling.json_schema)
+def check_constraint(sampling: Sampling, speech: Speech | None) -> None:
+    """Raises InvalidRequest for a malformed constraint, Unsupported for one that cannot be kept to."""
+    _constraint_of(sampling, speech)
 
 
 def chooser_for(generation: Generation, output: Sequence[int], speech: Speech | None) -> Chooser | None:
@@ -254,12 +240,37 @@ def chooser_for(generation: Generation, output: Sequence[int], speech: Speech | 
     """
     sampling = generation.sampling
     is_bent = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
-    if sampling.logprobs < 0 and not is_bent and not sampling.json_schema:
+    constraint = _constraint_of(sampling, speech)
+    if sampling.logprobs < 0 and not is_bent and constraint is None:
         return None
     prompt = generation.tokens[: generation.num_tokens - len(output)]
-    document = WrittenDocument(read_schema(sampling.json_schema)) if sampling.json_schema else None
+    constrained = _constrained(sampling, constraint, speech) if constraint is not None else None
     if speech is None:
-        return Chooser(sampling, output, document, prompt=prompt)
+        return Chooser(sampling, output, constrained, prompt=prompt)
     bias = tuple((speech.to_own(token), value) for token, value in sampling.logit_bias)
-    heard = map(speech.to_byte if document is not None else speech.to_own, output)
-    return Chooser(replace(sampling, logit_bias=bias), heard, document, speech.vocab_size, prompt=map(speech.to_own, prompt))
+    heard = map(speech.to_byte if constrained is not None else speech.to_own, output)
+    return Chooser(replace(sampling, logit_bias=bias), heard, constrained, speech.vocab_size, prompt=map(speech.to_own, prompt))
+
+
+def _constrained(sampling: Sampling, constraint: Constraint, speech: Speech | None) -> ConstrainedOutput:
+    pieces = _PIECES if speech is None else speech.pieces
+    return ConstrainedOutput(constraint, pieces, _keys_of(sampling.json_schema) if sampling.json_schema else None)
+
+
+def _constraint_of(sampling: Sampling, speech: Speech | None) -> Constraint | None:
+    if not sampling.json_schema and not sampling.regex and not sampling.choices:
+        return None
+    return _compiler(speech).compile(json_schema=sampling.json_schema, regex=sampling.regex, choices=sampling.choices)
+
+
+@lru_cache(maxsize=8)
+def _compiler(speech: Speech | None) -> ConstraintCompiler:
+    """Of the model's own tokens, with the bytes that they are spoken with."""
+    pieces = _PIECES if speech is None else speech.pieces
+    return ConstraintCompiler(lambda: pieces, (EOS_TOKEN,), str.encode)
+
+
+@lru_cache(maxsize=32)
+def _keys_of(schema: str) -> frozenset[bytes]:
+    """The names of properties, as they stand in a document."""
+    return frozenset(json.dumps(name, ensure_ascii=False)[1:-1].encode("utf-8", "replace") for name in property_names(json.loads(schema)))

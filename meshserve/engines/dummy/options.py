@@ -18,7 +18,7 @@ from meshserve.errors import TokenizerFailed, UsageError
 from meshserve.wire.card import ModelCard, SamplingDefaults
 from meshserve.wire.layout import KVLayout
 
-_OUTPUT_VERSION = 1
+_OUTPUT_VERSION = 2
 """Raise it with any change that makes other KV bytes or other tokens: peers of two versions must not share KV."""
 
 
@@ -81,7 +81,7 @@ class DummyOptions:
             tokenizer="huggingface" if files else "bytes",
             chat_template="" if settings.chat_templates else CHAT_TEMPLATE,
             sampling_defaults=SamplingDefaults(settings.default_temperature or 0.0),
-            features=("logprobs", "penalties", "logit_bias", *(("json_schema", "tools") if can_spell else ())),
+            features=("logprobs", "penalties", "logit_bias", *(("json_schema", "regex", "tools") if can_spell else ())),
             files=files,
         )
 

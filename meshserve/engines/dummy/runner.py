@@ -74,7 +74,7 @@ class DummyRunner:
 
     def check(self, request: GenerateRequest) -> None:
         """Raises InvalidRequest or Unsupported for a constraint that the output cannot keep to."""
-        check_constraint(request.sampling)
+        check_constraint(request.sampling, self._speech)
 
     def prepare(self, generation: Generation, output: Sequence[int]) -> None:
         """A plain request has no sampler of its own."""

@@ -105,7 +105,7 @@ _SIGNATURES: tuple[tuple[Any, list[Any], str], ...] = (
     (c_uint64, [c_void_p], "llama_model_size"),
     (c_int32, [c_void_p], "llama_vocab_n_tokens llama_vocab_bos llama_vocab_eos"),
     (c_bool, [c_void_p], "llama_vocab_get_add_bos"),
-    (c_bool, [c_void_p, c_int32], "llama_vocab_is_eog"),
+    (c_bool, [c_void_p, c_int32], "llama_vocab_is_eog llama_vocab_is_control"),
     (c_int32, [c_void_p, c_char_p, c_size_t], "llama_model_desc"),
     (c_int32, [c_void_p, c_char_p, c_char_p, c_size_t], "llama_model_meta_val_str"),
     (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool], "llama_tokenize"),

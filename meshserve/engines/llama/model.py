@@ -113,6 +113,11 @@ class LlamaModel:
             length = self._functions.llama_token_to_piece(self._vocabulary, token, buffer, len(buffer), 0, True)
         return buffer.raw[:length]
 
+    def text_pieces(self) -> list[bytes]:
+        """Text of every token, for a grammar: empty for those that stand for no text, such as control tokens."""
+        is_control = self._functions.llama_vocab_is_control
+        return [b"" if is_control(self._vocabulary, token) else self.piece(token) for token in range(self.vocabulary_size)]
+
     def close(self) -> None:
         """Free the model, after all of its contexts. Harmless when called twice."""
         handle, self.handle = self.handle, None

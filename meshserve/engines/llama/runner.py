@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from meshserve.engines.core.constraint import Constraint, ConstraintCompiler
 from meshserve.engines.core.request import END, EngineRequest, Generation, Prefill
 from meshserve.engines.core.reservation import BlockReservation
 from meshserve.engines.core.runner import StepResult, WriteDone
@@ -20,7 +21,7 @@ from meshserve.engines.llama.slots import Slot, Slots
 from meshserve.engines.llama.worker import EngineThread, Rows, Sample, StepOutput, StepWork, WriteWork
 from meshserve.errors import BlockRefused, EngineFailed, MeshserveError, PoolFull, Unsupported
 from meshserve.kv.pool import BlockPool
-from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.generation import GenerateRequest, Sampling
 from meshserve.wire.layout import KVLayout
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ class LlamaRunner:
         self._thread: EngineThread | None = None
         self._slots = Slots(options.num_slots, self.pool, options.block_size)
         self._end_tokens: list[int] = []
+        self._compiler: ConstraintCompiler | None = None
         self._on_result: Callable[[StepResult], None] = lambda result: None
         self._on_failure: Callable[[MeshserveError], None] = lambda error: None
         self._in_flight: _InFlight | None = None
@@ -94,6 +96,7 @@ class LlamaRunner:
         )
         refusal = probe(context, model, options.block_size)
         self._end_tokens = [token for token in range(model.vocabulary_size) if model.is_end_of_generation(token)]
+        self._compiler = ConstraintCompiler(model.text_pieces, self._end_tokens, lambda text: model.tokenize(text, False))
         self._s_per_token = max(self._s_per_token, (time.monotonic() - began_s) / 16)
         fingerprint = self.kv_layout.fingerprint
         if context.block_format is not None:
@@ -118,14 +121,21 @@ class LlamaRunner:
             await thread.close(_CLOSE_TIMEOUT_S)
 
     def check(self, request: GenerateRequest) -> None:
-        """Raises Unsupported for what is not done with a real model."""
+        """Raises Unsupported for what is not done with a real model, InvalidRequest for a malformed constraint."""
         if request.sampling.prompt_logprobs >= 0:
             raise Unsupported("log probabilities of the prompt are not supported by this engine", param="logprobs")
+        self._constraint_of(request.sampling)
+
+    def _constraint_of(self, sampling: Sampling) -> Constraint | None:
+        if not sampling.json_schema and not sampling.regex and not sampling.choices:
+            return None
+        assert self._compiler is not None, "requests come after the start"
+        return self._compiler.compile(json_schema=sampling.json_schema, regex=sampling.regex, choices=sampling.choices)
 
     def prepare(self, generation: Generation, output: Sequence[int]) -> None:
         """Set its sampler. Raises InvalidRequest if the output could not have come from this request."""
         prompt = generation.tokens[: generation.num_tokens - len(output)]
-        generation.sampler = Sampler(generation.sampling, prompt, output, self._end_tokens, None)
+        generation.sampler = Sampler(generation.sampling, prompt, output, self._end_tokens, self._constraint_of(generation.sampling))
 
     def take_over(self, reservation: BlockReservation, generation: Generation) -> None:
         """The generation goes on in the reservation's slot."""
