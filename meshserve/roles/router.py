@@ -132,10 +132,7 @@ class RouterRole:
         crew = self._crews.get(model)
         if crew is not None and crew.found_in is decode and not excluded:
             return crew
-        card = decode[0].card if decode else None
-        prefill = self._mesh.peers_serving(
-            "prefill", card.model if card is not None else model
-        )  # its first name: it may have been an alias
+        prefill = self._mesh.peers_with("prefill")  # whatever they call the model: equal layouts are of one model
         if excluded:
             able = ([info for info in infos if info.incarnation not in excluded] for infos in (decode, prefill))
             return self._made_crew(*able)
