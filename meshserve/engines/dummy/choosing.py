@@ -1,4 +1,4 @@
-"""Choices that ask for more than plain sampling: penalties, bias, log probabilities, documents.
+"""Choices that ask for more than plain sampling: penalties, bias, log probabilities, constraints.
 
 Bias and penalties are added to the model's logits (module `sampling`); temperature, top-k and top-p then choose among what they made
 of them. Log probabilities are those of these same logits, before temperature, top-k and top-p, over all tokens that may come at
@@ -10,9 +10,8 @@ from dataclasses import replace
 from itertools import chain, islice
 from math import exp, log
 from operator import itemgetter
-from typing import Protocol
 
-from meshserve.engines.dummy.documents import WrittenDocument, read_schema
+from meshserve.engines.dummy.constrained import ConstrainedOutput, constrained_output
 from meshserve.engines.dummy.sampling import (
     OTHER_LOGIT,
     candidates,
@@ -25,7 +24,6 @@ from meshserve.engines.dummy.sampling import (
 )
 from meshserve.engines.dummy.speech import Speech
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
-from meshserve.errors import InvalidRequest
 from meshserve.wire.generation import Sampling, TokenLogprobs
 
 OWN_VOCAB_SIZE = ByteTokenizer.vocab_size
@@ -37,17 +35,6 @@ drawn, and all of them together are less than 1e-11 of the probability: they are
 _Entry = tuple[float, int]
 """A logit and its token."""
 _logit = itemgetter(0)
-_BLANK = ord(" ")
-
-
-class Document(Protocol):
-    """An output that must follow a grammar: what may come next is a function of the tokens so far."""
-
-    def candidates(self) -> Sequence[int]:
-        """Tokens that may come next, none twice; empty once the document is complete."""
-
-    def take(self, token: int) -> None:
-        """One of them was chosen; whatever is, once it is complete."""
 
 
 class Chooser:
@@ -56,18 +43,18 @@ class Chooser:
     Raises InvalidRequest if that output could not have come from this request.
     """
 
-    __slots__ = ("_added", "_document", "_frequency", "_lifted", "_presence", "_sampling", "_seen", "_vocab_size")
+    __slots__ = ("_added", "_constrained", "_frequency", "_lifted", "_presence", "_sampling", "_seen", "_vocab_size")
 
-    def __init__(self, sampling: Sampling, output: Iterable[int], document: Document | None, vocab_size: int = OWN_VOCAB_SIZE) -> None:
+    def __init__(
+        self, sampling: Sampling, output: Iterable[int], constrained: ConstrainedOutput | None, vocab_size: int = OWN_VOCAB_SIZE
+    ) -> None:
         self._sampling, self._vocab_size = sampling, vocab_size
-        self._document = document
+        self._constrained = constrained
         self._presence, self._frequency = sampling.presence_penalty, sampling.frequency_penalty
         self._seen: set[int] = set()
         self._added = dict(sampling.logit_bias)
         self._lifted = {token: None for token, value in self._added.items() if value > _LIFTED_ABOVE}
         for token in output:
-            if document is not None and token not in (document.candidates() or (_BLANK,)):
-                raise InvalidRequest("the output so far does not follow the request's schema", param="num_generated")
             self._take(token)
 
     def choose(self, context: int, position: int) -> tuple[int, TokenLogprobs | None]:
@@ -78,8 +65,8 @@ class Chooser:
         return found
 
     def _take(self, token: int) -> None:
-        if self._document is not None:
-            self._document.take(token)
+        if self._constrained is not None:
+            self._constrained.take(token)
         if not self._presence and not self._frequency:
             return
         change = self._frequency if token in self._seen else self._frequency + self._presence
@@ -93,19 +80,15 @@ class Chooser:
     def _candidates(self, context: int, position: int) -> tuple[list[int], bool]:
         """The tokens that the model would choose among, best first, and whether the end of sequence leads."""
         can_end = may_end(self._sampling, position)
-        if self._document is None:
+        if self._constrained is None:
             return candidates(context, position, can_end)
-        offered = self._document.candidates()
-        if not offered:  # after its end a document may go on with blanks: they change nothing
-            return [EOS_TOKEN if can_end else _BLANK], False
-        best = context % len(offered)
-        return [*offered[best:], *offered[:best]], False
+        return self._constrained.candidates(context, can_end), False
 
     # --- logits as they are
 
     def _choose_plain(self, context: int, position: int) -> tuple[int, TokenLogprobs | None]:
         sampling = self._sampling
-        if self._document is None and sampling.logprobs < 0:
+        if self._constrained is None and sampling.logprobs < 0:
             return next_token(context, sampling, position), None
         tokens, wins_eos = self._candidates(context, position)
         rank = draw_rank(sampling, position, len(tokens) - wins_eos, wins_eos) if sampling.temperature > 0 else 0
@@ -113,7 +96,7 @@ class Chooser:
             return tokens[rank], None
         total = log_total(len(tokens) - wins_eos, wins_eos)
         listed = _listed(tokens, wins_eos, total, sampling.logprobs)
-        if self._document is None and len(listed) < sampling.logprobs:
+        if self._constrained is None and len(listed) < sampling.logprobs:
             others = _others(context, {*tokens}, may_end(sampling, position), self._vocab_size)
             listed += [(token, OTHER_LOGIT - total) for token in islice(others, sampling.logprobs - len(listed))]
         return tokens[rank], (-gaps(len(tokens) - wins_eos, wins_eos)[rank] - total, tuple(listed))
@@ -140,7 +123,7 @@ class Chooser:
         added = self._added
         ranked = gaps(len(tokens) - wins_eos, wins_eos)
         entries = [(added.get(token, 0.0) - gap, token) for token, gap in zip(tokens, ranked, strict=True)]
-        if self._document is not None:
+        if self._constrained is not None:
             return entries
         can_end = may_end(self._sampling, position)
         if self._lifted:
@@ -193,23 +176,17 @@ def _others(context: int, known: set[int], can_end: bool, vocab_size: int) -> It
             yield token
 
 
-def check_constraint(sampling: Sampling) -> None:
-    """Raises InvalidRequest for a malformed schema, Unsupported for one that cannot be kept to."""
-    if sampling.json_schema:
-        read_schema(sampling.json_schema)
-
-
 def chooser_for(sampling: Sampling, output: Sequence[int], speech: Speech | None) -> Chooser | None:
     """None for a plain request, whose tokens `next_token` gives. It chooses among the model's own tokens, whatever it speaks.
 
     `output` is what an earlier worker generated. Raises InvalidRequest if it could not have come from this request.
     """
+    constrained = constrained_output(sampling, speech)
     is_bent = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty
-    if sampling.logprobs < 0 and not is_bent and not sampling.json_schema:
+    if sampling.logprobs < 0 and not is_bent and constrained is None:
         return None
-    document = WrittenDocument(read_schema(sampling.json_schema)) if sampling.json_schema else None
     if speech is None:
-        return Chooser(sampling, output, document)
+        return Chooser(sampling, output, constrained)
     bias = tuple((speech.to_own(token), value) for token, value in sampling.logit_bias)
-    heard = map(speech.to_byte if document is not None else speech.to_own, output)
-    return Chooser(replace(sampling, logit_bias=bias), heard, document, speech.vocab_size)
+    heard = map(speech.to_byte if constrained is not None else speech.to_own, output)
+    return Chooser(replace(sampling, logit_bias=bias), heard, constrained, speech.vocab_size)

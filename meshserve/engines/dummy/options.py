@@ -18,7 +18,7 @@ from meshserve.errors import TokenizerFailed, UsageError
 from meshserve.wire.card import FEATURES, ModelCard, SamplingDefaults
 from meshserve.wire.layout import KVLayout
 
-_OUTPUT_VERSION = 1
+_OUTPUT_VERSION = 2
 """Raise it with any change that makes other KV bytes or other tokens: peers of two versions must not share KV."""
 
 

@@ -38,6 +38,8 @@ class Speech:
             self._to_own[token] = own
         self._to_own[vocabulary.eos_token] = EOS_TOKEN
         self._bytes = {meanings[value]: value for value in range(256) if value in meanings}
+        self.pieces = [vocabulary.token_bytes(token) for token in known]
+        """The bytes with which each of the model's own tokens is spoken."""
         self.spoken_size = vocabulary.vocab_size
         """Of the vocabulary that is spoken."""
 
