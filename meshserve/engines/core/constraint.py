@@ -8,6 +8,7 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import compress, count
 from typing import Any
 
 from meshserve.engines.core.schemas import PARAM, checked_schema
@@ -25,8 +26,7 @@ _LIMITS: dict[str, Any] = {
     "max_lexer_states": 10_000,  # of up to 2 kB each
     "verbose_errors": False,
 }
-_SET_BITS = re.compile(rb"[^\0]")
-_BITS = [[bit for bit in range(8) if byte >> bit & 1] for byte in range(256)]
+_FLAGS = bytes(value == ord("1") for value in range(256))
 
 
 class Constraint:
@@ -35,10 +35,10 @@ class Constraint:
     The mask is a function of the tokens taken so far. Its methods raise EngineFailed where the grammar grows beyond its limits.
     """
 
-    __slots__ = ("_eos_tokens", "_mask", "_matcher")
+    __slots__ = ("_eos_tokens", "_mask", "_matcher", "_vocab_size")
 
-    def __init__(self, matcher: Any, eos_tokens: frozenset[int]) -> None:
-        self._matcher, self._eos_tokens = matcher, eos_tokens
+    def __init__(self, matcher: Any, eos_tokens: frozenset[int], vocab_size: int) -> None:
+        self._matcher, self._eos_tokens, self._vocab_size = matcher, eos_tokens, vocab_size
         self._mask: bytes | None = None
 
     def allowed_mask(self) -> bytes:
@@ -53,17 +53,18 @@ class Constraint:
 
     def allowed_tokens(self) -> list[int]:
         """The tokens whose bits are set, ascending."""
-        mask = self.allowed_mask()
-        return [8 * found.start() + bit for found in _SET_BITS.finditer(mask) for bit in _BITS[mask[found.start()]]]
+        digits = f"{int.from_bytes(self.allowed_mask(), 'little'):b}"  # the highest bit first
+        return list(compress(count(), digits[::-1].encode().translate(_FLAGS)))
 
     def is_allowed(self, token: int) -> bool:
         """Whether this token may come next."""
-        mask = self.allowed_mask()
-        return 0 <= token < 8 * len(mask) and bool(mask[token >> 3] >> (token & 7) & 1)
+        return 0 <= token < self._vocab_size and bool(self.allowed_mask()[token >> 3] >> (token & 7) & 1)
 
     def num_allowed(self, tokens: Sequence[int]) -> int:
-        """How many of these tokens can come next one after the other; none of them is taken, and where one text is forced any way of
-        writing it counts."""
+        """How many of these tokens of the vocabulary can come next, one after the other; none is taken.
+
+        Where only one text can follow, any way of writing it counts.
+        """
         found: int = self._matcher.validate_tokens(list(tokens))
         return found
 
@@ -81,7 +82,8 @@ class Constraint:
 
     def take(self, token: int) -> None:
         """This token was chosen, and is no end of sequence. Raises InvalidRequest for one that the grammar does not allow here."""
-        if token in self._eos_tokens or self.must_end or self._matcher.try_consume_tokens([token]) != 1:
+        is_text = 0 <= token < self._vocab_size and token not in self._eos_tokens  # the library fails for good at an unknown token
+        if not is_text or self.must_end or self._matcher.try_consume_tokens([token]) != 1:
             self._check()
             raise InvalidRequest("the output so far does not follow the request's grammar", param="num_generated")
         self._mask = None
@@ -119,7 +121,7 @@ class ConstraintCompiler:
             if len(self._compiled) > _MOST_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        return Constraint(matcher.deep_copy(), self._ends)
+        return Constraint(matcher.deep_copy(), self._ends, self._tokenizer.vocab_size)
 
     def _matcher(self, kind: str, value: Any) -> Any:
         import llguidance  # loaded where there is a constraint: 8 MB, 80 ms

@@ -27,7 +27,7 @@ _OWN = ByteTokenizer()
 _PIECES = [_OWN.token_bytes(token) for token in range(_OWN.vocab_size)]
 _WORDS = tuple(chain(WORD_RANGES["adjective"], WORD_RANGES["noun"]))
 _NOUNS = frozenset(_OWN.token_bytes(token)[1:] for token in WORD_RANGES["noun"])
-_MOST_WORDS, _MOST_CHARACTERS, _MOST_DIGITS, _MOST_ALIKE = 3, 6, 3, 3
+_MOST_WORDS, _MOST_CHARACTERS, _MOST_DIGITS, _MOST_ALIKE = 2, 6, 3, 3
 _FLAT = 3
 """As deep, or where as many kinds of simple values may come, no array or object is begun."""
 _MOST_KEYS = 32
@@ -84,7 +84,7 @@ class ConstrainedOutput:
             outline = self._outline
             found = self._in_text(allowed, context) if outline.in_text else self._in_structure(allowed, context)
             return found or _turned(sorted(allowed), context)
-        if not allowed:
+        if not any(self._pieces[token] or token == EOS_TOKEN for token in allowed):  # a byte that is no token where another is spoken
             raise EngineFailed("nothing that the model can write follows the request's grammar")
         return [*allowed]
 
@@ -106,15 +106,15 @@ class ConstrainedOutput:
         if ends and outline.is_long:
             return ends
         words = [token for token in _WORDS if token in allowed]
-        return self._words(allowed, words, ends, context) if words else self._characters(allowed, end, context)
+        return self._words(allowed, words, ends, context) if words and BLANK in allowed else self._characters(allowed, end, context)
 
     def _words(self, allowed: set[int], words: list[int], ends: list[int], context: int) -> list[int]:
-        """The first word letter by letter, as those of the vocabulary begin with a blank, then up to two more."""
+        """The first word letter by letter, as those of the vocabulary begin with a blank, then some of those."""
         text = self._outline.text
         found = _next_bytes(_NOUNS, text) & allowed if len(text) < 16 and text not in _NOUNS else ()
         if found:
             return _turned(sorted(found), context)
-        if ends and text.count(b" ") >= _MOST_WORDS - 1:
+        if ends and self._outline.num_words >= _MOST_WORDS:
             return ends
         return _turned([*ends, *words], context)
 

@@ -10,7 +10,7 @@ _LONG_TOKENS, _DEEP = 150, 4
 class Outline:
     """Follows a document token by token. A plain text is one string that nothing opens or closes."""
 
-    __slots__ = ("_is_escaped", "_open", "_used", "in_text", "is_document", "is_key", "last", "num_tokens", "run", "text")
+    __slots__ = ("_is_escaped", "_open", "_used", "in_text", "is_document", "is_key", "last", "num_tokens", "num_words", "run", "text")
 
     def __init__(self, is_document: bool) -> None:
         self.is_document = is_document
@@ -20,6 +20,8 @@ class Outline:
         self.in_text, self.is_key = not is_document, False
         self.text = b""
         """Of the string so far."""
+        self.num_words = 0
+        """Tokens of several bytes in the string so far."""
         self.last = 0
         """The last byte outside of strings that is no blank."""
         self.run = 0
@@ -50,6 +52,7 @@ class Outline:
         """The bytes of the next token."""
         self.num_tokens += 1
         self.run += 1
+        self.num_words += len(piece) > 1
         for byte in piece:
             if not self.in_text:
                 self._structure(byte)
@@ -69,7 +72,7 @@ class Outline:
             return
         if byte == QUOTE:
             self.is_key = self.is_object and self.last in (_OBJECT, _COMMA)
-            self.in_text, self.text, self.run = True, b"", 0
+            self.in_text, self.text, self.num_words, self.run = True, b"", 0, 0
         elif byte in OPENERS:
             self._open.append(byte)
             self._used.append(set())
