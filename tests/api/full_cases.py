@@ -44,7 +44,8 @@ def a_schema_is_kept_to_in_a_stream(clients: Clients) -> Any:
 
 @case
 def a_schema_that_no_document_can_be_written_under_is_refused(clients: Clients) -> Any:
-    schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "x+"}}, "required": ["a"], "additionalProperties": False}
+    properties = {"a": {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}}
+    schema = {"type": "object", "properties": properties, "required": ["a"], "additionalProperties": False}
     wanted = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
     found = refusal(lambda: chat(clients, response_format=wanted))
     assert (found["status"], found["param"]) == (400, "response_format")
