@@ -414,6 +414,9 @@ def a_receipt_sums_up_all_answers(clients: Clients) -> Any:
 
 @case
 def generate_streams_lines(clients: Clients) -> Any:
-    lines = [json.loads(line) for line in clients.http.post("/generate", json={"prompt": "hello", "request_id": "mine"}).text.splitlines()]
+    lines = [
+        json.loads(line)
+        for line in clients.http.post("/generate", json={"prompt": "hello", "request_id": "mine", "max_tokens": 2000}).text.splitlines()
+    ]
     assert lines[-1]["finish_reason"] == "stop" and {line["request_id"] for line in lines} == {"mine"}
     return "".join(line.get("text", "") for line in lines)

@@ -14,8 +14,7 @@ from meshserve.engines.tokenizers import EOS_TOKEN, load_tokenizer
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.wire.generation import Sampling
 from tests.engines.constraint_harness import CASES, COMPILER, PERSON, TOKENIZER, a_document_request, check_valid, constraint_of, text_of
-from tests.engines.dummy_harness import GenerationRecord, generated, prefilled, running_engine, tokens_of
-from tests.engines.dummy_harness import written as taken
+from tests.engines.dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of, written
 from tests.engines.trained import files_of, write_directory
 
 PIECES = [TOKENIZER.token_bytes(token) for token in range(TOKENIZER.vocab_size)]
@@ -26,7 +25,7 @@ def an_output(keys: frozenset[bytes] | None = frozenset(), **constraint: Any) ->
     return ConstrainedOutput(COMPILER.compile(**constraint), PIECES, keys)
 
 
-def written(output: ConstrainedOutput, seed: int, sampling: Sampling | None = None) -> list[int]:
+def document_of(output: ConstrainedOutput, seed: int, sampling: Sampling | None = None) -> list[int]:
     """What a chooser makes of it, with digests that follow from the seed."""
     chooser, context, tokens = Chooser(sampling or Sampling(), [], output), seed, list[int]()
     while len(tokens) < SOME_LIMIT:
@@ -60,7 +59,7 @@ def test_documents_are_valid_end_soon_and_differ(schema: Any) -> None:
 @pytest.mark.parametrize("name", ["date", "time", "date-time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"])
 def test_strings_of_a_format_end_soon(name: str) -> None:
     schema = {"type": "string", "format": name}
-    texts = {text_of(written(an_output(json_schema=json.dumps(schema)), seed)) for seed in range(12)}
+    texts = {text_of(document_of(an_output(json_schema=json.dumps(schema)), seed)) for seed in range(12)}
     assert len(texts) > 3
     assert max(map(len, texts)) <= 50
     for text in texts:
@@ -70,7 +69,7 @@ def test_strings_of_a_format_end_soon(name: str) -> None:
 
 def test_plain_outputs_under_a_constraint_end_soon_too() -> None:
     for constraint in ({"regex": "[a-z]+(-[a-z]+)*"}, {"regex": ".*"}, {"choices": ("no", "not now", "yes")}, {"regex": r"\d{3}x?"}):
-        texts = [text_of(written(an_output(None, **constraint), seed)) for seed in range(12)]
+        texts = [text_of(document_of(an_output(None, **constraint), seed)) for seed in range(12)]
         assert len(set(texts)) > 2
         assert max(map(len, texts)) < 60
         for text in texts:
@@ -80,14 +79,14 @@ def test_plain_outputs_under_a_constraint_end_soon_too() -> None:
 def test_objects_have_the_properties_that_their_schema_names_even_if_others_may_come() -> None:
     schema = {"type": "object", "properties": {"alpha": {"type": "string"}, "beta": {"type": "integer"}, "gamma": {}}, "required": ["beta"]}
     outputs = [an_output(frozenset((b"alpha", b"beta", b"gamma")), json_schema=json.dumps(schema)) for _ in range(30)]
-    found = [json.loads(text_of(written(output, seed))) for seed, output in enumerate(outputs)]
+    found = [json.loads(text_of(document_of(output, seed))) for seed, output in enumerate(outputs)]
     assert all({"beta"} <= document.keys() <= {"alpha", "beta", "gamma"} for document in found)
     assert {"alpha", "gamma"} <= {key for document in found for key in document}
 
 
 def test_what_refers_to_itself_comes_to_an_end() -> None:
     tree = json.dumps({"type": "array", "items": {"$ref": "#"}})
-    assert max(len(written(an_output(json_schema=tree), seed, Sampling(temperature=2.0, seed=seed))) for seed in range(40)) < SOME_LIMIT
+    assert max(len(document_of(an_output(json_schema=tree), seed, Sampling(temperature=2.0, seed=seed))) for seed in range(40)) < SOME_LIMIT
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-fallback"])
@@ -149,9 +148,9 @@ def test_other_prompts_seeds_choices_and_kv_give_other_documents() -> None:
                 drawn = [await generated(engine, a_document_request(tokens_of(9), temperature=1.0, **extra)) for extra in extras]
                 assert len(set(map(text_of, drawn))) == 5
             prompt = tokens_of(9)
-            reservation = other.reserve(a_document_request(prompt))
+            reservation = other.reserve(a_request(prompt))
             for index, payload in (await prefilled(engine, prompt[:-1])).blocks.items():
-                reservation.write(index, bytes([payload[0] ^ 1, *payload[1:]]), taken)
+                reservation.write(index, bytes([payload[0] ^ 1, *payload[1:]]), written)
             sink = GenerationRecord()
             other.generate(a_document_request(prompt), sink, reservation)
             assert text_of(await sink.end()) != texts[0]

@@ -6,18 +6,14 @@ and top-p, over all tokens that may come at their place: so they sum to 1 over t
 model, not to the sampler.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from itertools import chain, islice
 from math import exp, log
 from operator import itemgetter
 
-from meshserve.engines.core.constraint import Constraint, ConstraintCompiler
 from meshserve.engines.core.request import Generation
-from meshserve.engines.core.schemas import property_names
-from meshserve.engines.dummy.constrained import ConstrainedOutput
+from meshserve.engines.dummy.constrained import ConstrainedOutput, constrained_output
 from meshserve.engines.dummy.sampling import (
     OTHER_LOGIT,
     candidates,
@@ -32,9 +28,7 @@ from meshserve.engines.dummy.speech import Speech
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
 from meshserve.wire.generation import Sampling, TokenLogprobs
 
-_OWN = ByteTokenizer()
-_PIECES = [_OWN.token_bytes(token) for token in range(_OWN.vocab_size)]
-OWN_VOCAB_SIZE = _OWN.vocab_size
+OWN_VOCAB_SIZE = ByteTokenizer.vocab_size
 _OTHERS_COUNT_BELOW = -8.0
 _LIFTED_ABOVE = 10.0
 """With a best logit of at least the one, tokens that are no candidates and that bias and penalties lift by at most the other are never
@@ -228,11 +222,6 @@ def _others(context: int, known: set[int], can_end: bool, vocab_size: int) -> It
             yield token
 
 
-def check_constraint(sampling: Sampling, speech: Speech | None) -> None:
-    """Raises InvalidRequest for a malformed constraint, Unsupported for one that cannot be kept to."""
-    _constraint_of(sampling, speech)
-
-
 def chooser_for(generation: Generation, output: Sequence[int], speech: Speech | None) -> Chooser | None:
     """None for a plain request, whose tokens `next_token` gives. It chooses among the model's own tokens, whatever it speaks.
 
@@ -240,37 +229,12 @@ def chooser_for(generation: Generation, output: Sequence[int], speech: Speech | 
     """
     sampling = generation.sampling
     is_bent = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
-    constraint = _constraint_of(sampling, speech)
-    if sampling.logprobs < 0 and not is_bent and constraint is None:
+    constrained = constrained_output(sampling, speech)
+    if sampling.logprobs < 0 and not is_bent and constrained is None:
         return None
     prompt = generation.tokens[: generation.num_tokens - len(output)]
-    constrained = _constrained(sampling, constraint, speech) if constraint is not None else None
     if speech is None:
         return Chooser(sampling, output, constrained, prompt=prompt)
     bias = tuple((speech.to_own(token), value) for token, value in sampling.logit_bias)
     heard = map(speech.to_byte if constrained is not None else speech.to_own, output)
     return Chooser(replace(sampling, logit_bias=bias), heard, constrained, speech.vocab_size, prompt=map(speech.to_own, prompt))
-
-
-def _constrained(sampling: Sampling, constraint: Constraint, speech: Speech | None) -> ConstrainedOutput:
-    pieces = _PIECES if speech is None else speech.pieces
-    return ConstrainedOutput(constraint, pieces, _keys_of(sampling.json_schema) if sampling.json_schema else None)
-
-
-def _constraint_of(sampling: Sampling, speech: Speech | None) -> Constraint | None:
-    if not sampling.json_schema and not sampling.regex and not sampling.choices:
-        return None
-    return _compiler(speech).compile(json_schema=sampling.json_schema, regex=sampling.regex, choices=sampling.choices)
-
-
-@lru_cache(maxsize=8)
-def _compiler(speech: Speech | None) -> ConstraintCompiler:
-    """Of the model's own tokens, with the bytes that they are spoken with."""
-    pieces = _PIECES if speech is None else speech.pieces
-    return ConstraintCompiler(lambda: pieces, (EOS_TOKEN,), str.encode)
-
-
-@lru_cache(maxsize=32)
-def _keys_of(schema: str) -> frozenset[bytes]:
-    """The names of properties, as they stand in a document."""
-    return frozenset(json.dumps(name, ensure_ascii=False)[1:-1].encode("utf-8", "replace") for name in property_names(json.loads(schema)))

@@ -8,7 +8,8 @@ from meshserve.engines.core.request import END, EngineRequest, Generation, Prefi
 from meshserve.engines.core.reservation import BlockReservation
 from meshserve.engines.core.runner import StepResult, WriteDone
 from meshserve.engines.core.scheduler import Stage, Step, StepLimits
-from meshserve.engines.dummy.choosing import check_constraint, chooser_for, prompt_logprobs
+from meshserve.engines.dummy.choosing import chooser_for, prompt_logprobs
+from meshserve.engines.dummy.constrained import constrained_output
 from meshserve.engines.dummy.contents import Cursor, KVContents
 from meshserve.engines.dummy.options import DummyOptions
 from meshserve.engines.dummy.sampling import next_token
@@ -74,7 +75,7 @@ class DummyRunner:
 
     def check(self, request: GenerateRequest) -> None:
         """Raises InvalidRequest or Unsupported for a constraint that the output cannot keep to."""
-        check_constraint(request.sampling, self._speech)
+        constrained_output(request.sampling, self._speech)
 
     def prepare(self, generation: Generation, output: Sequence[int]) -> None:
         """A plain request has no sampler of its own."""
