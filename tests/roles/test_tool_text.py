@@ -184,6 +184,25 @@ def test_with_auto_the_model_decides_and_with_none_nothing_is_read() -> None:
     run(check, "Fine.")
 
 
+def test_reasoning_is_told_apart_where_nobody_offers_tools() -> None:
+    async def check(made: Clients) -> None:
+        message = (await made.chat(tools=openai.omit)).choices[0].message
+        assert (message.reasoning_content, message.content) == ("Well, well.", "Fine.")
+        streamed = await gathered(await made.chat(tools=openai.omit, stream=True))
+        assert (streamed["reasoning"], streamed["content"], streamed["reason"]) == ("Well, well.", "Fine.", "stop")
+        async with made.anthropic.messages.stream(model="dummy", messages=USER, max_tokens=500) as stream:
+            blocks = (await stream.get_final_message()).content
+        assert [block.to_dict() for block in blocks] == [
+            {"type": "thinking", "thinking": "Well, well.", "signature": ""},
+            {"type": "text", "text": "Fine."},
+        ]
+        events = [event async for event in await made.response(tools=openai.omit, stream=True)]
+        assert [item.type for item in events[-1].response.output] == ["reasoning", "message"]
+        assert events[-1].response.output_text == "Fine."
+
+    run(check, "<thi", "nk>Well,", " well.</think>\n", "\nFine.")
+
+
 @pytest.mark.parametrize(
     "fields",
     [
