@@ -102,6 +102,11 @@ class CompletionRequest:
         return is_one_prompt and self.n == 1 and self.logprobs < 0 and self.tool_choice == "none"
 
     @property
+    def is_constrained(self) -> bool:
+        """The text must keep to a schema, an expression or choices, from its first character on."""
+        return bool(self.json_schema or self.regex or self.choices)
+
+    @property
     def needs_features(self) -> bool:
         """It asks for more than text: for what not every engine can do."""
         return _features_of(self) != _NO_FEATURES

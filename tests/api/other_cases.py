@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from tests.api.cases import CASES, CLOCK, GO_ON, USER, WEATHER, case, chat, completion
+from tests.api.cases import CASES, CLOCK, GO_ON, SCHEMA, USER, WEATHER, case, chat, completion
 from tests.api.clients import Clients, plain, refusal
 
 FUNCTION: Any = {"type": "function", "strict": False, **WEATHER["function"]}
@@ -19,6 +19,45 @@ def respond(clients: Clients, **fields: Any) -> Any:
 def message(clients: Clients, **fields: Any) -> Any:
     """A message of six tokens."""
     return clients.anthropic.messages.create(**{"model": "dummy", "messages": USER, "max_tokens": 6, "extra_body": GO_ON, **fields})
+
+
+# --- what other servers take besides
+
+
+@case
+def a_min_p_of_one_is_greedy_in_every_api(clients: Clients) -> Any:
+    greedy = chat(clients, temperature=0).choices[0].message.content
+    drawn: Any = {"temperature": 1.0, "extra_body": {"seed": 9, "min_p": 1, **GO_ON}}
+    assert chat(clients, **drawn).choices[0].message.content == respond(clients, **drawn).output_text == greedy
+    assert message(clients, **drawn).content[0].text == greedy
+    return greedy
+
+
+@case
+def a_repetition_penalty_changes_what_is_said_again(clients: Clients) -> Any:
+    texts = []
+    for penalty in (1, 2, 0.2):
+        asked: Any = {"extra_body": {"repetition_penalty": penalty, **GO_ON}}
+        texts.append(message(clients, max_tokens=60, **asked).content[0].text)
+        assert chat(clients, max_tokens=60, **asked).choices[0].message.content == texts[-1]
+        assert respond(clients, max_output_tokens=60, **asked).output_text == texts[-1]
+    assert len(set(texts)) == 3
+    return texts
+
+
+@case
+def structured_outputs_are_asked_for_as_of_vllm(clients: Clients) -> Any:
+    replies = []
+    for asked in ({"guided_json": SCHEMA}, {"guided_json": json.dumps(SCHEMA)}, {"structured_outputs": {"json": SCHEMA}}):
+        replies.append(chat(clients, max_tokens=300, extra_body=asked).choices[0].message.content)
+    assert type(json.loads(replies[0])["answer"]) is int and len(set(replies)) == 1
+    refused = [
+        refusal(lambda asked=asked: completion(clients, extra_body=asked))  # type: ignore[misc]
+        for asked in ({"guided_regex": "a+"}, {"guided_choice": ["a"]}, {"guided_regex": "a", "guided_choice": ["a"]})
+    ]
+    assert [told["param"] for told in refused] == ["structured_outputs", "structured_outputs", "guided_choice"]
+    assert {told["status"] for told in refused} == {400}
+    return [replies, refused]
 
 
 # --- the Responses API

@@ -243,3 +243,11 @@ def test_who_needs_no_such_tokenizer_loads_neither_its_library_nor_jinja() -> No
     code = "import sys, meshserve.app, meshserve.engines.dummy; print(sorted({'tokenizers', 'jinja2'} & sys.modules.keys()))"
     found = run_command([sys.executable, "-c", code], 20.0)
     assert (found.exit_code, found.stdout.strip()) == (0, "[]"), found
+
+
+def test_special_tokens_are_no_text_but_those_that_mark_calls_and_reasoning_are() -> None:
+    made = tokenizers.Tokenizer.from_str(files_of("metaspace")["tokenizer.json"].decode())
+    made.add_special_tokens(["[TOOL_CALLS]", "<think>", "<|other|>"])
+    found = HuggingFaceTokenizer({**files_of("metaspace"), "tokenizer.json": made.to_str().encode()})
+    shown = [found.token_bytes(made.token_to_id(piece) or 0) for piece in ("[TOOL_CALLS]", "<think>", "<|other|>")]
+    assert shown == [b"[TOOL_CALLS]", b"<think>", b""]

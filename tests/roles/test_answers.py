@@ -8,8 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshserve.engines.tokenizers import ByteTokenizer
 from meshserve.roles.processor.answers import MAX_FAILED_CALLS, AnswerParser, Event
 from meshserve.roles.processor.call_formats import ALL_FORMATS, BARE, HERMES, LLAMA, MAX_CALL_CHARACTERS, MISTRAL, formats_of
+from meshserve.roles.processor.parsed_choice import ParsedChoice
+from meshserve.wire.completion import CallItem, EndItem, PartItem, TextItem, read_item
 
 NAMES = ("look", "get_time")
 Part = tuple[str, ...]
@@ -247,3 +250,36 @@ def test_calls_come_out_as_they_were_meant(
     assert [(part[1], json.loads(part[2])) for part in parts if part[0] == "call"] == calls
     assert "".join(part[1] for part in parts if part[0] == "reasoning") == thought.lstrip()
     assert "".join(part[1] for part in parts if part[0] == "text") == before
+
+
+@given(TEXTS, st.booleans(), st.booleans(), st.data())
+def test_a_choice_gives_out_what_was_read_with_the_log_probabilities_of_every_token(
+    text: str, is_single: bool, wants_logprobs: bool, data: st.DataObject
+) -> None:
+    said: list[Any] = []
+    parser = AnswerParser(NAMES)
+    choice = ParsedChoice(said.append, ByteTokenizer().token_bytes, 0, parser, is_single=is_single, wants_logprobs=wants_logprobs)
+    for piece in cut(data, text):
+        tokens = list(piece.encode())
+        if choice.feed(tokens, [(-0.5, ()) for _ in tokens] if wants_logprobs else None):
+            break
+    end = choice.finish("stop")
+    events, entries = [], []
+    kind = "text"
+    for item in map(read_item, said):
+        if isinstance(item, TextItem):
+            events += [Event(kind, item.text)] if item.text else []
+            entries += item.logprobs or []
+        elif isinstance(item, CallItem):
+            events.append(Event("call", item.name))
+            kind = "arguments"
+        elif isinstance(item, PartItem):
+            kind = item.kind
+    expected = read([text])
+    first = next((place for place, part in enumerate(expected) if part[0] == "call"), None)
+    if is_single and first is not None:
+        assert joined(events) == expected[: first + 1]
+    else:
+        assert joined(events) == expected
+        assert not wants_logprobs or b"".join(entry[0] for entry in entries) == text.encode()
+    assert end == EndItem(0, "stop" if first is None else "tool_calls", None)

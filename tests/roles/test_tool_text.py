@@ -25,7 +25,8 @@ NOW = '<tool_call>{"name": "get_time", "arguments": {}}</tool_call>'
 ANSWER = f"<think>\nI look it up.\n</think>\n\nOne moment. {ROME}\n{NOW}"
 CALLS = [("get_weather", {"city": "Rome"}), ("get_time", {})]
 TEMPLATE = (
-    "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{{ '\\n' }}{% endfor %}"
     "{# [TOOL_CALLS] #}assistant:<think>{{ '\\n' }}"
 )
 
@@ -183,6 +184,25 @@ def test_with_auto_the_model_decides_and_with_none_nothing_is_read() -> None:
     run(check, "Fine.")
 
 
+def test_reasoning_is_told_apart_where_nobody_offers_tools() -> None:
+    async def check(made: Clients) -> None:
+        message = (await made.chat(tools=openai.omit)).choices[0].message
+        assert (message.reasoning_content, message.content) == ("Well, well.", "Fine.")
+        streamed = await gathered(await made.chat(tools=openai.omit, stream=True))
+        assert (streamed["reasoning"], streamed["content"], streamed["reason"]) == ("Well, well.", "Fine.", "stop")
+        async with made.anthropic.messages.stream(model="dummy", messages=USER, max_tokens=500) as stream:
+            blocks = (await stream.get_final_message()).content
+        assert [block.to_dict() for block in blocks] == [
+            {"type": "thinking", "thinking": "Well, well.", "signature": ""},
+            {"type": "text", "text": "Fine."},
+        ]
+        events = [event async for event in await made.response(tools=openai.omit, stream=True)]
+        assert [item.type for item in events[-1].response.output] == ["reasoning", "message"]
+        assert events[-1].response.output_text == "Fine."
+
+    run(check, "<thi", "nk>Well,", " well.</think>\n", "\nFine.")
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -240,6 +260,17 @@ def test_an_answer_may_be_held_to_one_call() -> None:
     run(check, *ANSWER)
 
 
+def test_a_text_that_must_keep_to_a_schema_has_no_reasoning_and_no_calls() -> None:
+    text = '{"name": "get_time", "arguments": {}}'
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "object"}}}
+
+    async def check(made: Clients) -> None:
+        choice = (await made.chat(response_format=schema)).choices[0]
+        assert choice.message.content == text and not choice.message.tool_calls and made.schema == '{"type":"object"}'
+
+    run(check, *text, chat_template=TEMPLATE)
+
+
 def test_several_answers_are_read_each_for_itself_and_stop_strings_count() -> None:
     async def check(made: Clients) -> None:
         reply = await made.chat(n=2)
@@ -269,6 +300,9 @@ def test_a_template_shows_its_tools_begins_the_reasoning_and_says_how_calls_are_
         choice = (await made.chat()).choices[0]
         assert made.prompt.startswith("[get_weather][get_time]user:") and made.prompt.endswith("<think>\n")
         assert choice.message.reasoning_content == "Well." and calls_of(choice.message) == CALLS[:1]
+        said: Any = {"role": "assistant", "content": "So.", "reasoning_content": "Hm."}
+        await made.chat(messages=[*USER, said, *USER])
+        assert "assistant: So.(Hm.)\n" in made.prompt
         made.says(f"Well.</think>{ROME}")
         assert (await made.chat()).choices[0].message.content == ROME, "another model's form"
 

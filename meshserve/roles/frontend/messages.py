@@ -1,7 +1,7 @@
 """A chat's messages, in the one form that all APIs are translated into, and the rules that hold for all of them. Pure.
 
 A message is a role (`system`, `user`, `assistant`, `tool`) and its content as text; an assistant's may have `tool_calls`, each with `id`,
-`name` and `arguments` (JSON text); a tool's has the `tool_call_id` that it answers.
+`name` and `arguments` (JSON text), and `reasoning_content`, which templates may show again; a tool's has the `tool_call_id` of its call.
 """
 
 from typing import Any
@@ -83,6 +83,8 @@ def _read_assistant(value: Fields, message: Message, param: str) -> None:
     if content is None and (calls or refusal is not None):
         content = refusal or ""
     message["content"] = text_of_parts(content, f"{param}.content", TEXT_PARTS["assistant"])
+    if (thought := optional_string(value, "reasoning_content", f"{param}.reasoning_content")) is not None:
+        message["reasoning_content"] = thought
     if calls:
         message["tool_calls"] = [_call(call, f"{param}.tool_calls[{index}]") for index, call in enumerate(calls)]
 

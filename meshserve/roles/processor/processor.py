@@ -17,6 +17,7 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.call_formats import formats_of
+from meshserve.roles.processor.calling import writes_calls
 from meshserve.roles.processor.detokenizing import Spelling
 from meshserve.roles.processor.models import Models
 from meshserve.roles.processor.placing import Placer
@@ -121,7 +122,8 @@ class ProcessorRole:
         if asked.logit_bias:
             check_bias(asked, spelling.vocab_size)
         check_prompts(asked, prompts, card, spelling.vocab_size)
-        request = Request(self, call, asked, card, prompts, spelling, phases, formats_of(self.models.template(card)))
+        formats = formats_of(self.models.template(card)) if writes_calls(card) else ()
+        request = Request(self, call, asked, card, prompts, spelling, phases, formats)
         self._running[request.request_id] = request
         call.on_cancel = request.cancel
         request.start()

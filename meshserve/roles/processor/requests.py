@@ -99,7 +99,7 @@ class Request:
         self._card, self._prompts, self._phases = card, prompts, phases
         self._is_plain = asked.is_plain
         self._is_call = wants_call(asked, card)
-        self._is_parsed = asked.kind == "chat" and writes_calls(card) and not self._is_call
+        self._is_parsed = asked.kind == "chat" and writes_calls(card) and not self._is_call and not asked.is_constrained
         self._num_open = asked.n * len(prompts)
         self._first_end = EndItem(0, "", None)
         self.is_over = False

@@ -39,8 +39,10 @@ class ChatTemplate:
 
         self._failures = (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError, ArithmeticError, RecursionError)
         try:
-            self._template = _environment().from_string(source)
-            self.knows_tools = bool({"tools"} & meta.find_undeclared_variables(_environment().parse(source)))
+            parsed = _environment().parse(source)
+            self.knows_tools = "tools" in meta.find_undeclared_variables(parsed)
+            """It is written for tools."""
+            self._template = _environment().from_string(parsed)
         except self._failures as error:
             raise InvalidRequest(f"the model's chat template cannot be read: {error}", param="messages") from error
         self.wants_parts = self._loses_text()

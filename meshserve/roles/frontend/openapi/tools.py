@@ -79,6 +79,7 @@ def _assistant() -> Schema:
         {
             "content": either(*content["anyOf"], NULL),
             "refusal": optional_string(),
+            "reasoning_content": told(optional_string(), "Of an earlier answer: the model's template decides whether it is shown again."),
             "tool_calls": {"type": ["array", "null"], "items": ref("ToolCall"), "maxItems": MAX_CALLS},
             "name": optional_string(MAX_NAME_CHARACTERS),
             "function_call": NULL,
