@@ -56,12 +56,12 @@ def sentence_piece(texts: Sequence[str], size: int, special: Mapping[str, int], 
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(split=True)
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=size, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator([text.replace("\0", "") for text in texts], trainer)
     learned = [piece for piece, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
     runs = ["▁" * length for length in range(2, 17)]
-    pieces = [piece for piece in learned if len(piece) > 1 and piece not in runs] + runs
-    singles = [piece for piece in learned if len(piece) == 1]
     fixed = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL, **{f"<0x{value:02X}>": BYTE for value in range(256)}, **special}
+    pieces = [piece for piece in learned if len(piece) > 1 and piece not in runs and piece not in fixed] + runs
+    singles = [piece for piece in learned if len(piece) == 1]
     tokens = [*fixed, *pieces, *singles]
     scores = [0.0] * len(fixed) + [-float(rank) for rank in range(len(pieces) + len(singles))]
     return {
@@ -140,7 +140,7 @@ class LlamaVocabulary:
 
     def piece(self, token: int) -> bytes:
         """Bytes of a token after other text; none for special ones."""
-        buffer = ctypes.create_string_buffer(1024)
+        buffer = ctypes.create_string_buffer(1 << 16)
         count = self._library.llama_token_to_piece(self._vocabulary, token, buffer, len(buffer), 0, False)
         assert count >= 0
         return buffer.raw[:count]
@@ -156,24 +156,39 @@ class LlamaVocabulary:
 _SCRIPTS = (
     "Zażółć gęślą jaźń, I'LL can't WE'VE o'clock 'Tis rock'n'roll ſ's Kelvin's İstanbul'da",
     "Съешь же ещё этих мягких французских булок, да выпей чаю. ЁЖ’s",
-    "中文分词没有空格，数字123和英文abc混排。日本語のテスト、カタカナ・ひらがな", "한국어 띄어쓰기 테스트 ㄱㄴㄷ",
-    "हिन्दी में संयुक्त अक्षर क्ष त्र ज्ञ १२३", "ภาษาไทยไม่มีช่องว่าง ๑๒๓", "العربية مع التشكيل مَرْحَبًا ١٢٣", "עברית עם נִיקּוּד",
-    "ქართული ᲛᲗᲐᲕᲠᲣᲚᲘ Ελληνικά τονισμένα ᾳ Հայերեն", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ＦＵＬＬｗｉｄｔｈ ⅣⅫ ½ ² ①②㊿ 𐒠𐒡 𞤀𞤁", "Tiếng Việt có nhiều dấu", "བོད་ཡིག ខ្មែរ မြန်မာ አማርኛ ᏣᎳᎩ",
+    "中文分词没有空格，数字123和英文abc混排。日本語のテスト、カタカナ・ひらがな",
+    "한국어 띄어쓰기 테스트 ㄱㄴㄷ",
+    "हिन्दी में संयुक्त अक्षर क्ष त्र ज्ञ १२३",
+    "ภาษาไทยไม่มีช่องว่าง ๑๒๓",
+    "العربية مع التشكيل مَرْحَبًا ١٢٣",
+    "עברית עם נִיקּוּד",
+    "ქართული ᲛᲗᲐᲕᲠᲣᲚᲘ Ελληνικά τονισμένα ᾳ Հայերեն",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 ＦＵＬＬｗｉｄｔｈ ⅣⅫ ½ ² ①②㊿ 𐒠𐒡 𞤀𞤁",
+    "Tiếng Việt có nhiều dấu",
+    "བོད་ཡིག ខ្មែរ မြန်မာ አማርኛ ᏣᎳᎩ",
 )
 _SIGNS = (
     "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇵🇱🇯🇵 ☃️ e\u0301 a\u0300\u0323\u0331 \u0301start Z̷̛͔a̴l̵g̶o̷",
-    "zero\u200bwidth\u200cjoin\u200der \ufeffbom soft\u00adhyphen \u2028line\u2029para \u0085nel \u00a0nbsp\u3000ideographic\u1680ogham\u180emvs",
+    "zero\u200bwidth\u200cjoin\u200der \ufeffbom soft\u00adhyphen",
+    "\u2028line\u2029para \u0085nel \u00a0nbsp\u3000ideographic\u1680ogham\u180emvs",
     "controls \x00\x01\x07\x08\x1b[0m\x7f\x1c\x1d\x1e\x1f end \ufffd \ue000 \U000f0000 \ufffe \U0010ffff \u0378 \u2fff",
     "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~ ~~ ~a ^^ $1 +1 =a `b` |c| «» „” … — – ‘’ €£¥₿ ±×÷≤∞ ¬§¶",
     "1 12 123 1234 12345 123456 1,234.56 0x1F 1e-9 ١٢٣٤ 1½2 ⅷ３４５６ 2024-01-31T23:59:59Z 3.14159265358979",
 )
-_SPACING = (" ", "  ", "   ", "\n", "\n\n", "\n\n\n", " \n", "\n ", "\t", "\t\t", "\r\n", "\r\n\r\n", "\r", " \t \n \r\n  ", "    ", "\u00a0 ", " \u3000", "\v\f")
+_SPACING = (" ", "  ", "   ", "\n", "\n\n", "\n\n\n", " \n", "\n ", "\t", "\t\t", "\r\n", "\r\n\r\n", "\r")
+_SPACING = (*_SPACING, " \t \n \r\n  ", "    ", "\u00a0 ", " \u3000", "\v\f")
 _CODE = (
-    "def f(x: int) -> str:\n    return f\"{x!r}\"  # it's\n\n\nclass A:\n\tpass\n", "for (int i=0;i<10;++i){\r\n\tprintf(\"%d\\n\", a[i]);\r\n}\r\n",
-    "SELECT * FROM t WHERE a<>'b' AND c>=1;--x", "<div class=\"a b\">&nbsp;</div>\n<!-- -->", "https://example.org/a/b?c=d&e=%20#f user@host.tld C:\\a\\b",
-    "{\"a\": [1, 2.50, -3e+4, null, true], \"b\": {\"c\": \"d\\n\\u00e9\"}}", "aB cDEf GHIjk XMLHttpRequest's HTML5's ÉCOLEécole ǅ ŉ ﬁ ß ẞ", "a//b///c /// /\n/ //\n!\n\n!!\r\n?\r",
+    'def f(x: int) -> str:\n    return f"{x!r}"  # it\'s\n\n\nclass A:\n\tpass\n',
+    'for (int i=0;i<10;++i){\r\n\tprintf("%d\\n", a[i]);\r\n}\r\n',
+    "SELECT * FROM t WHERE a<>'b' AND c>=1;--x",
+    '<div class="a b">&nbsp;</div>\n<!-- -->',
+    "https://example.org/a/b?c=d&e=%20#f user@host.tld C:\\a\\b",
+    '{"a": [1, 2.50, -3e+4, null, true], "b": {"c": "d\\n\\u00e9"}}',
+    "aB cDEf GHIjk XMLHttpRequest's HTML5's ÉCOLEécole ǅ ŉ ﬁ ß ẞ",
+    "a//b///c /// /\n/ //\n!\n\n!!\r\n?\r",
 )
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "<|user|>", "<0x41>", "▁", "<think>", "<|im_", "|im_end|>", "Ġ", "[PAD]")
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<s>", "</s>", "<unk>", "<|user|>", "<0x41>", "▁", "<think>", "[PAD]")
+_PARTS = ("<|im_", "|im_end|>", "Ġ")
 
 
 def corpus(seed: int = 1, num_mixed: int = 300) -> Iterator[str]:
@@ -185,8 +200,9 @@ def corpus(seed: int = 1, num_mixed: int = 300) -> Iterator[str]:
         yield from (space + "a", "a" + space, f"a{space}b{space}1{space}!{space}é{space}中{space}", space * 7 + "x")
     for token in SPECIAL:
         yield from (f"a{token}b", f" {token} ", f"{token}{token}\n{token}x", token[:-1], token[1:])
-    yield from ("a\ud800b\udfff", "\udc80", "a" * 700, " " * 700, "\n" * 300, "1" * 301, "é" * 300, "中" * 300, "👩‍👩‍👧‍👦" * 40, "ab " * 300, "! " * 200)
-    atoms = [*SPECIAL, *_SPACING, *(word for text in whole for word in text.split(" "))]
+    yield from ("a\ud800b\udfff", "\udc80")
+    yield from (part * count for part in ("a", " ", "\n", "1", "é", "中", "👩‍👩‍👧‍👦", "ab ", "! ") for count in (40, 301, 700))
+    atoms = [*SPECIAL, *_PARTS, *_SPACING, *(word for text in whole for word in text.split(" "))]
     for _ in range(num_mixed):
         yield "".join(draw.choice(atoms) + draw.choice(("", "", " ")) for _ in range(draw.randint(2, 12)))
 

@@ -23,14 +23,18 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 """Struct format of each value type that is a number or a truth value."""
 _MAX_STRING_BYTES, _MAX_DIMENSIONS, _MAX_ALIGNMENT = 1 << 26, 8, 1 << 16
 _READ_BYTES = 1 << 22
-_TENSOR_TYPES = {
-    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40),
-    10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292),
-    16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136),
-    24: (1, 1), 25: (1, 2), 26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2),
-    34: (256, 54), 35: (256, 66), 39: (32, 17), 40: (64, 36), 41: (128, 18),
+_BYTES_OF_BLOCKS: dict[int, dict[int, int]] = {
+    1: {0: 4, 1: 2, 24: 1, 25: 2, 26: 4, 27: 8, 28: 8, 30: 2},
+    32: {2: 18, 3: 20, 6: 22, 7: 24, 8: 34, 9: 40, 20: 18, 39: 17},
+    64: {40: 36},
+    128: {41: 18},
+    256: dict(
+        zip((*range(10, 20), 21, 22, 23, 29, 34, 35), (84, 110, 144, 176, 210, 292, 66, 74, 98, 50, 110, 82, 136, 56, 54, 66), strict=True)
+    ),
 }
-"""Elements and bytes of a block of each tensor type. A type that is not here counts as one byte: only its offset is checked."""
+"""By the elements of a block: the bytes of one, by tensor type."""
+_TENSOR_TYPES = {kind: (block, size) for block, kinds in _BYTES_OF_BLOCKS.items() for kind, size in kinds.items()}
+"""Elements and bytes of a block. A type that is not here counts as one byte: only its offset is checked."""
 
 
 class Strings(Sequence[str]):

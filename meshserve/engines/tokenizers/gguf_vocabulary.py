@@ -6,7 +6,8 @@ exact is refused, with the reason.
 
 import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,23 +16,30 @@ from meshserve.engines.tokenizers.pieces import BYTE_ALPHABET, piece_reader
 from meshserve.errors import TokenizerFailed
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_ENDS = frozenset(
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_ENDS = _names(
     "<|eot_id|> <|im_end|> <|end|> <|return|> <|call|> <|flush|> <|calls|> <end_of_turn> <|endoftext|> </s> <|eom_id|> <EOT> _<EOT> [EOT]"
-    " [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~[".split()
+    " [EOS] <|end_of_text|> <end_of_utterance> <eos> <turn|> <|tool_response> <｜end▁of▁sentence｜> [e~["
 )
 """Tokens that end a generation wherever a vocabulary has them (llama.cpp, llama-vocab.cpp)."""
 _FILL_IN: Mapping[str, frozenset[str]] = {
-    "pad": frozenset("<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]".split()),
-    "rep": frozenset("<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>".split()),
-    "sep": frozenset(["<|file_sep|>"]),
+    "pad": _names("<|fim_pad|> <fim-pad> <fim_pad> <PAD> [PAD]"),
+    "rep": _names("<|fim_repo|> <|repo_name|> <fim-repo> <REPO> <reponame>"),
+    "sep": _names("<|file_sep|>"),
 }
 """The same, for the first of each row, unless the file names another: tokens around code that is filled in."""
-_CONTROLS = _ENDS | frozenset(
+_CONTROLS = _ENDS.union(*_FILL_IN.values()) | _names(
     "<|fim_prefix|> <fim-prefix> <fim_prefix> <｜fim▁begin｜> <PRE> ▁<PRE> <|code_prefix|> <|prefix|>"
     " <|fim_suffix|> <fim-suffix> <fim_suffix> <｜fim▁hole｜> <SUF> ▁<SUF> <|code_suffix|> <|suffix|>"
-    " <|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>".split()
+    " <|fim_middle|> <fim-middle> <fim_middle> <｜fim▁end｜> <MID> ▁<MID> <|code_middle|> <|middle|>"
 )
-_SHOWN = frozenset("<|channel|> <|message|> <|start|> <|constrain|>".split())
+_SHOWN = _names("<|channel|> <|message|> <|start|> <|constrain|>")
+"""Tokens that the library shows as text, and takes as written."""
 _NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding", "sep_token": "seperator"}
 """Special tokens by the name of their key, spelled as the format does."""
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p", "min_p": "min_p", "penalty_repeat": "repetition_penalty"}
@@ -80,7 +88,8 @@ class _Vocabulary:
 
     @classmethod
     def read(cls, metadata: Mapping[str, Any]) -> "_Vocabulary":
-        listed = [text or f"[EMPTY_{token}]" for token, text in enumerate(metadata.get("tokenizer.ggml.tokens", ()))]
+        texts = (text.partition("\0")[0] for text in metadata.get("tokenizer.ggml.tokens", ()))  # the library reads them as C strings
+        listed = [text or f"[EMPTY_{token}]" for token, text in enumerate(texts)]
         kinds = list(metadata.get("tokenizer.ggml.token_type", ()))[: len(listed)]
         named = str(metadata.get("tokenizer.ggml.pre", "") or "default")
         model = str(metadata.get("tokenizer.ggml.model", ""))
@@ -95,7 +104,7 @@ class _Vocabulary:
 
     def _correct(self) -> None:
         """Kinds of tokens that the library knows better than the file."""
-        for text in (_CONTROLS | frozenset().union(*_FILL_IN.values())) & self.ids.keys():
+        for text in _CONTROLS & self.ids.keys():
             self.kinds[self.ids[text]] = _CONTROL
         for text in _SHOWN & self.ids.keys():
             self.kinds[self.ids[text]] = _USER_DEFINED
@@ -190,8 +199,8 @@ def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
         ranks.setdefault((merge[:1] + first, second), len(ranks))
     _check_merges(vocabulary, ranks)
     model = {"type": "BPE", "vocab": vocabulary.ids, "merges": list(ranks), "ignore_merges": vocabulary.split in IGNORES_MERGES}
-    split = {"type": "Sequence", "pretokenizers": [*patterns, level]}
-    return {"normalizer": None, "pre_tokenizer": split, "decoder": decoder, "model": model}
+    words = {"type": "Sequence", "pretokenizers": [*patterns, level]}
+    return {"normalizer": None, "pre_tokenizer": words, "decoder": decoder, "model": model}
 
 
 def _check_merges(vocabulary: _Vocabulary, ranks: Mapping[tuple[str, str], int]) -> None:
@@ -209,10 +218,9 @@ def _sentence_piece(vocabulary: _Vocabulary) -> dict[str, Any]:
     scores = vocabulary.metadata.get("tokenizer.ggml.scores", array("f"))
     if len(scores) < len(vocabulary.tokens) or any(f"<0x{value:02X}>" not in vocabulary.ids for value in range(256)):
         raise TokenizerFailed("the vocabulary has no scores, or no tokens for single bytes")
-    made = sorted(_pairs(vocabulary), key=lambda found: (-scores[found[0]], found[0]))
-    results = list(dict.fromkeys(token for token, _, _ in made))
-    if len({scores[token] for token in results}) != len(results):
-        raise TokenizerFailed("several tokens have one score, so that their order in the text decides, which a tokenizer.json cannot say")
+    made = _pairs(vocabulary)
+    made.sort(key=lambda found: -scores[found[0]])  # of one score: in the order of the ids
+    _check_ties(made, scores)
     has_prefix = bool(vocabulary.metadata.get("tokenizer.ggml.add_space_prefix", True))
     escape = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     normalizer = {"type": "Sequence", "normalizers": [*([{"type": "Prepend", "prepend": "▁"}] if has_prefix else []), escape]}
@@ -224,11 +232,24 @@ def _sentence_piece(vocabulary: _Vocabulary) -> dict[str, Any]:
     return {"normalizer": normalizer, "pre_tokenizer": None, "decoder": decoder, "model": model}
 
 
-def _pairs(vocabulary: _Vocabulary) -> Iterator[tuple[int, str, str]]:
+def _check_ties(made: list[tuple[int, str, str]], scores: Sequence[float]) -> None:
+    """Of two pairs of one score that share a token, the library joins the one that stands first; `tokenizers` always the same one."""
+    num_tokens = Counter(scores[token] for token in {token for token, _, _ in made})
+    tied = [(scores[token], *found) for found in made if num_tokens[scores[token := found[0]]] > 1]
+    left_of: dict[tuple[float, str], set[int]] = {}
+    for score, token, first, _ in tied:
+        left_of.setdefault((score, first), set()).add(token)
+    for score, token, _, second in tied:
+        if left_of.get((score, second), {token}) != {token}:
+            raise TokenizerFailed("tokens of one score overlap, so that their place in the text decides, which a tokenizer.json cannot say")
+
+
+def _pairs(vocabulary: _Vocabulary) -> list[tuple[int, str, str]]:
     """Each token that two others make, with these two."""
-    ids, kinds = vocabulary.ids, vocabulary.kinds
+    ids, kinds, found = vocabulary.ids, vocabulary.kinds, []
     for token, text in enumerate(vocabulary.tokens):
         if kinds[token] in (_NORMAL, _UNUSED, _BYTE) or "▁" in text:
             for at in range(1, len(text)):
-                if text[:at] in ids and text[at:] in ids:
-                    yield token, text[:at], text[at:]
+                if (first := text[:at]) in ids and (second := text[at:]) in ids:
+                    found.append((token, first, second))
+    return found
