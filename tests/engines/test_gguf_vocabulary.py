@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshserve.engines.tokenizers import Tokenizer, load_tokenizer
 from meshserve.engines.tokenizers.gguf import read_gguf, zero_tensor_file
 from meshserve.engines.tokenizers.gguf_pretokenizers import ALIASES, SPLITS
 from meshserve.engines.tokenizers.gguf_vocabulary import tokenizer_files
-from meshserve.engines.tokenizers import Tokenizer, load_tokenizer
 from meshserve.engines.tokenizers.settings import TextSettings
 from meshserve.errors import TokenizerFailed
 from tests.engines.gguf_harness import (
