@@ -27,7 +27,7 @@ def message(clients: Clients, **fields: Any) -> Any:
 @case
 def a_min_p_of_one_is_greedy_in_every_api(clients: Clients) -> Any:
     greedy = chat(clients, temperature=0).choices[0].message.content
-    drawn: Any = {"temperature": 1.0, "extra_body": {"seed": 9, "min_p": 1, **GO_ON}}
+    drawn: Any = {"extra_body": {"temperature": 1.0, "seed": 9, "min_p": 1, **GO_ON}}
     assert chat(clients, **drawn).choices[0].message.content == respond(clients, **drawn).output_text == greedy
     assert message(clients, **drawn).content[0].text == greedy
     return greedy

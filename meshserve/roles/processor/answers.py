@@ -25,11 +25,12 @@ class Event(NamedTuple):
 class AnswerParser:
     """Reads one answer. `<think>` counts where the answer begins, or if the prompt ended with it (`is_thinking`)."""
 
-    __slots__ = ("_formats", "_held", "_is_thought", "_mode", "_names", "_num_failed", "_reader", "_skips_space", "num_calls")
+    __slots__ = ("_bare", "_held", "_is_thought", "_marked", "_mode", "_names", "_num_failed", "_reader", "_skips_space", "num_calls")
 
     def __init__(self, names: Collection[str] = (), formats: tuple[CallFormat, ...] = ALL_FORMATS, *, is_thinking: bool = False) -> None:
         self._names = frozenset(names)
-        self._formats = formats if names else ()
+        self._marked = {found.opener: found for found in formats if found.opener and names}
+        self._bare = next((found for found in formats if not found.opener and names), None)
         self._mode = self._think if is_thinking else self._begin
         self._is_thought = self._skips_space = is_thinking
         self._held = ""
@@ -66,8 +67,7 @@ class AnswerParser:
         elif not self._is_thought and not is_end and THINK.startswith(text):
             return False
         else:
-            bare = next((found for found in self._formats if not found.opener), None)
-            self._open(bare)
+            self._open(self._bare)
         return True
 
     def _think(self, events: list[Event], is_end: bool) -> bool:
@@ -81,16 +81,16 @@ class AnswerParser:
         return True
 
     def _text(self, events: list[Event], is_end: bool) -> bool:
-        marked = [found for found in self._formats if found.opener]
-        places = [(place, found) for found in marked if (place := self._held.find(found.opener)) >= 0]
+        held = self._held
+        places = [(place, opener) for opener in self._marked if (place := held.find(opener)) >= 0]
         if not places:
-            self._give(events, "text", is_end, [found.opener for found in marked])
+            self._give(events, "text", is_end, self._marked)
             return False
-        place, first = min(places, key=lambda pair: pair[0])
+        place, opener = min(places)
         if place:
-            events.append(Event("text", self._held[:place]))
-        self._held = self._held[place:]
-        self._open(first)
+            events.append(Event("text", held[:place]))
+        self._held = held[place:]
+        self._open(self._marked[opener])
         return True
 
     def _call(self, events: list[Event], is_end: bool) -> bool:
@@ -124,7 +124,7 @@ class AnswerParser:
             self._held = self._held[num_characters:]
             self._num_failed += 1
             if self._num_failed == MAX_FAILED_CALLS:
-                self._formats = ()
+                self._marked.clear()
 
     def _give(self, events: list[Event], kind: str, is_end: bool, tags: Collection[str]) -> None:
         """All that is held, but for what one of these tags may begin with."""
@@ -136,9 +136,11 @@ class AnswerParser:
 
 def _num_begun(text: str, tags: Collection[str]) -> int:
     """The longest end of the text that is the beginning of a tag."""
-    longest = max(map(len, tags), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        tail = text[-length:]
-        if any(tag.startswith(tail) for tag in tags):
-            return length
-    return 0
+    longest = 0
+    for tag in tags:
+        start = text.find(tag[0], max(0, len(text) - len(tag) + 1))
+        while start >= 0 and not tag.startswith(text[start:]):
+            start = text.find(tag[0], start + 1)
+        if start >= 0:
+            longest = max(longest, len(text) - start)
+    return longest
