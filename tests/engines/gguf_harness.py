@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from meshserve.engines.tokenizers.pieces import BYTE_ALPHABET
 
 LETTERS = {value: letter for letter, value in BYTE_ALPHABET.items()}
@@ -16,8 +18,7 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 def write_vocabulary(path: Path, metadata: Mapping[str, Any], architecture: str = "llama") -> Path:
     """A GGUF file of metadata only."""
-    import gguf
-
+    gguf = pytest.importorskip("gguf")
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
         _add(writer, key, value)
@@ -96,6 +97,7 @@ _be_silent = _LogCallback(lambda level, text, data: None)
 
 @lru_cache
 def _library() -> ctypes.CDLL:
+    pytest.importorskip("xllamacpp")
     spec = find_spec("xllamacpp")
     assert spec is not None and spec.origin is not None
     library = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("*.so"))))

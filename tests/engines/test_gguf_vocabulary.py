@@ -31,9 +31,6 @@ from tests.engines.gguf_harness import (
     write_vocabulary,
 )
 
-pytest.importorskip("gguf")
-pytest.importorskip("xllamacpp")
-
 SPECIAL = {"<|im_start|>": CONTROL, "<|im_end|>": CONTROL, "<unk>": UNKNOWN, "<|user|>": USER_DEFINED, "<think>": USER_DEFINED}
 SOURCES = [path.read_text() for path in sorted((Path(__file__).parents[2] / "meshserve").rglob("*.py"))]
 VARIANTS: dict[str, dict[str, Any]] = {

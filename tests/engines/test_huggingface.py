@@ -243,3 +243,29 @@ def test_who_needs_no_such_tokenizer_loads_neither_its_library_nor_jinja() -> No
     code = "import sys, meshserve.app, meshserve.engines.dummy; print(sorted({'tokenizers', 'jinja2'} & sys.modules.keys()))"
     found = run_command([sys.executable, "-c", code], 20.0)
     assert (found.exit_code, found.stdout.strip()) == (0, "[]"), found
+
+
+def test_a_kind_is_found_by_name_and_an_unknown_one_says_what_is_missing() -> None:
+    assert isinstance(load_tokenizer("bytes"), ByteTokenizer)
+    assert isinstance(load_tokenizer("huggingface", files_of("byte-level")), HuggingFaceTokenizer)
+    with pytest.raises(TokenizerFailed, match="'mine' is unknown here; install the package of the model's engine"):
+        load_tokenizer("mine")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("tests.engines.no_such_module:Tokenizer", "needs the package 'tests.engines.no_such_module'"),
+        ("tests.engines.trained:no_such_name", "cannot be loaded"),
+        ("meshserve.engines.tokenizers.own:byte_tokenizer", ""),
+    ],
+)
+def test_another_package_may_bring_a_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, words: str) -> None:
+    write_directory(tmp_path / "other-1.dist-info", {"METADATA": b"Name: other\nVersion: 1\n"})
+    (tmp_path / "other-1.dist-info" / "entry_points.txt").write_text(f"[meshserve.tokenizers]\nother = {value}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    if not words:
+        assert isinstance(load_tokenizer("other"), ByteTokenizer)
+        return
+    with pytest.raises(TokenizerFailed, match=words):
+        load_tokenizer("other")
