@@ -210,6 +210,10 @@ def corpus(seed: int = 1, num_mixed: int = 300) -> Iterator[str]:
     atoms = [*SPECIAL, *_PARTS, *_SPACES, *(word for text in whole for word in text.split(" "))]
     for _ in range(num_mixed):
         yield "".join(draw.choice(atoms) + draw.choice(("", "", " ")) for _ in range(draw.randint(2, 12)))
+    points = [point for point in range(1, 0x32400) if not 0xD800 <= point < 0xE000]
+    for _ in range(num_mixed):
+        share = draw.random()  # of ASCII, control characters included
+        yield "".join(chr(draw.randint(1, 127) if draw.random() < share else draw.choice(points)) for _ in range(draw.randint(1, 60)))
 
 
 def all_characters(contexts: Sequence[str] = ("a{}a", "1{}1", " {}a", "!{}!", "a{0}{0} ", "{}\n", "'{}s")) -> Iterator[str]:
