@@ -4,7 +4,6 @@ Each server has one thread for the model and a core of its own. Their command li
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,8 @@ def main(as_json: bool, model: str, pairs: int, minutes: float, rows: tuple[str,
     found: dict[str, Any] = {}
     for name in rows or ROWS:
         found[name] = ROWS[name](Path(source.path), Size(pairs, minutes))
-        click.echo(f"{name}: {json.dumps({key: value for key, value in found[name].items() if key not in ('commands', 'command')})}", err=as_json)
-        sys.stdout.flush()
+        figures = {key: value for key, value in found[name].items() if not key.startswith("command")}
+        click.echo(f"{name}: {json.dumps(figures)}", err=as_json)
     if as_json:
         click.echo(json.dumps(found, indent=1))
 
