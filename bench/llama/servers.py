@@ -23,7 +23,9 @@ class Theirs(_RealSystem):
 
     name = "llama.cpp"
 
-    def __init__(self, path: Path, core: int, *, num_slots: int, num_cells: int, kv_type: str = "q8_0", num_batch: int | None = None) -> None:
+    def __init__(
+        self, path: Path, core: int, *, num_slots: int, num_cells: int, kv_type: str = "q8_0", num_batch: int | None = None
+    ) -> None:
         super().__init__(0.0)
         self.model = "llama"
         settings = [f"model={path}", f"slots={num_slots}", f"cells={num_cells}", f"kv={kv_type}", f"port={self.http}"]
@@ -48,10 +50,8 @@ class Ours(_RealSystem):
         engine = ["--model", str(path), "--kv-cache-tokens", str(num_cells), "--kv-type", kv_type, "--engine-opt", "threads=1"]
         common = ["--interface", "127.0.0.1", "--no-mdns", "--mesh", f"bench-llama-{os.getpid()}-{first}"]
         run = [sys.executable, "-m", "meshserve", "run"]
-        self.commands = [
-            ["taskset", "-c", str(decode_core), *run, "--role", "frontend,processor,router,decode", "--port", str(first), *common]
-            + ["--http", f"127.0.0.1:{self.http}", *engine]
-        ]
+        front = ["--role", "frontend,processor,router,decode", "--port", str(first), "--http", f"127.0.0.1:{self.http}"]
+        self.commands = [["taskset", "-c", str(decode_core), *run, *front, *common, *engine]]
         if prefill_core is not None:
             own = ["--role", "prefill", "--port", str(second), "--peer", f"127.0.0.1:{first}"]
             self.commands.append(["taskset", "-c", str(prefill_core), *run, *own, *common, *engine])
