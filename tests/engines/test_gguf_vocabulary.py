@@ -158,6 +158,7 @@ def test_a_conversion_takes_less_than_two_seconds_of_processor_time(smollm2: Pai
     assert time.process_time() - begun_s < 2.0
 
 
+@pytest.mark.full
 def test_every_name_of_a_split_is_one_that_the_library_knows(tmp_path: Path) -> None:
     texts = ("1234 Ab'S  x\n\n !?\r\n", "'s 12345~", "  <|user|>")
     small = {
