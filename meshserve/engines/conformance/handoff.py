@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from meshserve.engines.conformance.outputs import lengths
 from meshserve.engines.conformance.recorders import demand
-from meshserve.engines.conformance.subject import SEEDED, Subject, Trial
+from meshserve.engines.conformance.subject import SEEDED, Promise, Subject, Trial
 from meshserve.engines.protocol import Reservation
 from meshserve.errors import BlockRefused, MeshserveError, PoolFull, Unsupported
 
@@ -37,7 +37,7 @@ async def an_engine_without_handoff_says_so(subject: Subject) -> None:
 
 
 async def a_prefill_gives_out_each_block_once(subject: Subject) -> None:
-    """From the first block asked for, ascending, the partial last one included; again the same bytes, if exact, from the cache or not."""
+    """From the first block asked for, ascending, the partial last one included; again the same bytes, if it promises PATHS."""
     async with subject.trial() as trial:
         trial.demand_handoff()
         size = trial.block_size
@@ -48,12 +48,12 @@ async def a_prefill_gives_out_each_block_once(subject: Subject) -> None:
                 found = await again.end()
                 demand(again.num_cached_tokens % size == 0, "prefix hits are whole blocks")
                 same = {index: block for index, block in blocks.items() if index >= first}
-                demand(found == same if subject.is_exact else found.keys() == same.keys(), f"the blocks from {first} on are the same again")
+                demand(found == same if subject.promise >= Promise.PATHS else found.keys() == same.keys(), f"the blocks from {first} on are the same again")
 
 
 async def handed_over_kv_gives_the_tokens_of_local_kv(subject: Subject) -> None:
-    """If exact: prefill, reserve, write and generate give what the engine itself would have computed, in whatever order blocks come."""
-    subject.demand_exact()
+    """If promised (PATHS): prefill, reserve, write and generate give what the engine itself would have computed, in whatever order blocks come."""
+    subject.demand_promise(Promise.PATHS)
     async with subject.trial() as source, subject.trial() as target:
         target.demand_handoff()
         for number, length in enumerate(lengths(target.block_size)):
@@ -83,7 +83,7 @@ async def blocks_of_a_cached_prefix_are_not_asked_for(subject: Subject) -> None:
             request = target.request(prompt)
             output = target.generate(request, await target.hand_over(source, request))
             tokens = await output.end()
-            if subject.is_exact:
+            if subject.promise >= Promise.PATHS:
                 demand(tokens == await source.output(prompt), "half of a prompt here and half from elsewhere is the whole")
 
 
@@ -107,7 +107,7 @@ async def unfit_payloads_are_refused(subject: Subject) -> None:
         for index, (_, payload) in blocks.items():
             demand(await target.write(reservation, index, payload) is None, "a fit payload is taken after unfit ones")
         tokens = await target.generate(request, reservation).end()
-        demand(not subject.is_exact or tokens == await source.output(prompt), "refused payloads change nothing")
+        demand(subject.promise < Promise.PATHS or tokens == await source.output(prompt), "refused payloads change nothing")
 
 
 def _demand_refused(reservation: Reservation, index: int, payload: bytes) -> None:
@@ -128,7 +128,7 @@ async def a_block_of_another_place_hurts_nobody(subject: Subject) -> None:
         except BlockRefused:
             demand(list(reservation.missing()) == [0, 1], "a refused block is missing as before")
         reservation.release()
-        demand(not subject.is_exact or await target.output(subject.prompt(size + 3, 1)) == other, "others do not notice")
+        demand(subject.promise < Promise.PATHS or await target.output(subject.prompt(size + 3, 1)) == other, "others do not notice")
 
 
 async def a_block_is_taken_once(subject: Subject) -> None:

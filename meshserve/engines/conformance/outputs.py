@@ -1,7 +1,7 @@
 """Rules about the tokens that come out."""
 
 from meshserve.engines.conformance.recorders import demand
-from meshserve.engines.conformance.subject import GREEDY, SEEDED, Subject, Trial
+from meshserve.engines.conformance.subject import GREEDY, SEEDED, Promise, Subject, Trial
 from meshserve.errors import Unsupported
 
 _EACH_WAY = (GREEDY, SEEDED)
@@ -26,13 +26,13 @@ async def a_request_ends_once_with_all_its_tokens(subject: Subject) -> None:
 
 
 async def equal_requests_get_equal_tokens(subject: Subject) -> None:
-    """The same request gives the same tokens in another engine of the same model, greedy and seeded; if exact, again in the same one."""
+    """The same request gives the same tokens in another engine of the same model, greedy and seeded; and again in the same one, if it promises PATHS."""
     found = []
     for _ in range(2):
         async with subject.trial() as trial:
             prompts = [subject.prompt(length, length) for length in lengths(trial.block_size)]
             found.append([await trial.output(prompt, **sampling) for prompt in prompts for sampling in _EACH_WAY])
-            if subject.is_exact:
+            if subject.promise >= Promise.PATHS:
                 found.append([await trial.output(prompt, **sampling) for prompt in prompts for sampling in _EACH_WAY])
     demand(all(tokens == found[0] for tokens in found), "equal requests get equal tokens")
 
@@ -44,13 +44,13 @@ async def sampling_is_a_function_of_the_seed(subject: Subject) -> None:
         hot = {"temperature": 1.5, "max_tokens": 24}
         drawn = [await trial.output(prompt, **hot, **draw) for draw in ({"seed": 1}, {"seed": 2}, {"seed": 1, "choice": 1})]
         demand(drawn[0] != drawn[1] and drawn[0] != drawn[2], "another seed, or another choice, gives other tokens")
-        if subject.is_exact:
+        if subject.promise >= Promise.PATHS:
             demand(await trial.output(prompt, seed=1) == await trial.output(prompt, seed=2), "a greedy request has no use for its seed")
 
 
 async def company_changes_nothing(subject: Subject) -> None:
-    """If exact: a request gets the same tokens alone and beside others, whatever they do."""
-    subject.demand_exact()
+    """If promised (COMPANY): a request gets the same tokens alone and beside others, whatever they do."""
+    subject.demand_promise(Promise.COMPANY)
     async with subject.trial() as alone, subject.trial() as together:
         prompts = [subject.prompt(length, number) for number, length in enumerate(lengths(alone.block_size))]
         expected = [await alone.output(prompt, **SEEDED) for prompt in prompts]
@@ -59,8 +59,8 @@ async def company_changes_nothing(subject: Subject) -> None:
 
 
 async def a_cached_prefix_changes_nothing(subject: Subject) -> None:
-    """If exact: a prompt of which the engine holds a prefix gets the tokens that it gets elsewhere, and at least one is computed."""
-    subject.demand_exact()
+    """If promised (PATHS): a prompt of which the engine holds a prefix gets the tokens that it gets elsewhere, and at least one is computed."""
+    subject.demand_promise(Promise.PATHS)
     async with subject.trial() as fresh, subject.trial() as warm:
         size = fresh.block_size
         await warm.output(subject.prompt(3 * size + 1))
@@ -72,8 +72,8 @@ async def a_cached_prefix_changes_nothing(subject: Subject) -> None:
 
 
 async def another_worker_continues(subject: Subject) -> None:
-    """If exact: with `num_generated` tokens of the output at the end of its prompt, a request gets the rest that it would have got."""
-    subject.demand_exact()
+    """If promised (COMPANY): with `num_generated` tokens of the output at the end of its prompt, a request gets the rest that it would have got."""
+    subject.demand_promise(Promise.COMPANY)
     async with subject.trial() as one, subject.trial() as other:
         for sampling in _EACH_WAY:
             prompt = subject.prompt(one.block_size + 3)
@@ -124,7 +124,7 @@ async def more_requests_than_places_are_served_in_turn(subject: Subject) -> None
 
 async def _demand_outputs(subject: Subject, trial: Trial, found: list[list[int]]) -> None:
     demand(all(len(tokens) == 5 for tokens in found), "all get their tokens")
-    if subject.is_exact:
+    if subject.promise >= Promise.COMPANY:
         for number in (0, len(found) - 1):
             demand(await trial.output(subject.prompt(3 + number, number), max_tokens=5) == found[number], "waiting changes nothing")
 

@@ -6,6 +6,7 @@ from array import array
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 from meshserve.engines.conformance.recorders import Blocks, Output, Recorder, demand
@@ -16,6 +17,19 @@ from meshserve.wire.generation import GenerateRequest, Sampling
 _LEAST_BLOCKS, _LEAST_TOKENS = 8, 64
 GREEDY: dict[str, Any] = {}
 SEEDED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 5}
+
+
+class Promise(IntEnum):
+    """How far an engine promises equal tokens for equal requests; each promise includes those before it."""
+
+    ALONE = 0
+    """In two engines of one model that did the same so far."""
+    PATHS = 1
+    """Also whether KV is computed, found in the cache, or handed over."""
+    COMPANY = 2
+    """Also whatever runs beside it, and in however many steps its tokens are computed."""
+    ALWAYS = 3
+    """Also in a full pool, after evictions and preemptions."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +45,8 @@ class Subject:
     """What prompts are made of: ordinary tokens of the model."""
     end_token: int | None = None
     """A token with which the model ends its output; None leaves out what can only be tried with one."""
-    is_exact: bool = True
-    """The engine promises equal tokens for a request whatever runs beside it, is cached, or was computed elsewhere."""
+    promise: Promise = Promise.ALWAYS
+    """What the engine promises is tried; equality beyond it is not."""
     deadline_s: float = 60.0
     """For each thing that is waited for."""
 
@@ -52,10 +66,10 @@ class Subject:
         """A prompt, the same for the same number; prompts of two numbers differ within their first block."""
         return array("I", random.Random(number).choices(self.tokens, k=num_tokens))
 
-    def demand_exact(self) -> None:
-        """Raises Unsupported, with which a check is skipped, if the engine does not promise equal tokens."""
-        if not self.is_exact:
-            raise Unsupported("the engine does not promise equal tokens on every path")
+    def demand_promise(self, promise: Promise) -> None:
+        """Raises Unsupported, with which a check is skipped, if the engine does not promise as much."""
+        if self.promise < promise:
+            raise Unsupported(f"the engine promises equal tokens up to {self.promise.name}, not {promise.name}")
 
 
 class Trial:
