@@ -160,7 +160,7 @@ class LlamaRunner:
     def submit(self, step: Step[EngineRequest]) -> None:
         """Send it to the engine's thread."""
         assert self._thread is not None, "steps come after the start"
-        flight = self._in_flight = _InFlight(step, [failure for request in step.admitted if (failure := self._open(request)) is not None])
+        flight = self._in_flight = _InFlight(step, self._open_all(step.admitted))
         work = StepWork([], Rows())
         for request in step.decodes:
             self._add(work, request, 1, True)
@@ -174,6 +174,16 @@ class LlamaRunner:
         self._began_s = time.monotonic()
         self._expected_s = _LEAST_PATIENCE_S + _PATIENCE * self._s_per_token * len(work.rows.tokens)
         self._thread.submit(work, lambda output: self._finished(flight, output))
+
+    def _open_all(self, requests: Sequence[EngineRequest]) -> list[Failure]:
+        """A sequence may need the slot that holds what another one goes on from: it is opened after that one."""
+        failed: list[Failure] = []
+        while requests:
+            failed = [failure for request in requests if (failure := self._open(request)) is not None]
+            if len(failed) == len(requests):
+                return failed
+            requests = [request for request, _ in failed]
+        return failed
 
     def _open(self, request: EngineRequest) -> tuple[EngineRequest, Exception] | None:
         """A slot for a sequence that is admitted; one whose KV came from elsewhere has it already."""
