@@ -82,11 +82,11 @@ def test_all_requests_of_an_engine_that_fails_end_and_it_starts_again(fault: str
         known = set(engine.watch_blocks(lambda stored, evicted: known.update(stored) or known.difference_update(evicted)))  # type: ignore[func-returns-value]
         reservation = engine.reserve(a_request(tokens_of(9, seed=2), "late"))
         reservation.write(0, bytes(96), written.append)
-        records = [GenerationRecord(), GenerationRecord(), PrefillRecord()]
-        engine.generate(a_request(tokens_of(9), "one"), records[0])  # type: ignore[arg-type]
-        engine.generate(a_request(tokens_of(200, seed=1), "two"), records[1])  # type: ignore[arg-type]
-        engine.prefill("three", tokens_of(20, seed=3), 0, records[2])  # type: ignore[arg-type]
-        errors = await ended(*records)
+        one, two, three = GenerationRecord(), GenerationRecord(), PrefillRecord()
+        engine.generate(a_request(tokens_of(9), "one"), one)
+        engine.generate(a_request(tokens_of(200, seed=1), "two"), two)
+        engine.prefill("three", tokens_of(20, seed=3), 0, three)
+        errors = await ended(one, two, three)
         assert all(isinstance(error, EngineFailed) and words in error.message for error in errors)
         assert told == [errors[0]] == written
         load = engine.load()

@@ -1,7 +1,6 @@
 """Which sequence of a llama.cpp context holds which blocks, without llama.cpp: the operations are played on sets of cells."""
 
 import random
-from typing import Any
 
 import pytest
 

@@ -48,11 +48,15 @@ async def a_prefill_gives_out_each_block_once(subject: Subject) -> None:
                 found = await again.end()
                 demand(again.num_cached_tokens % size == 0, "prefix hits are whole blocks")
                 same = {index: block for index, block in blocks.items() if index >= first}
-                demand(found == same if subject.promise >= Promise.PATHS else found.keys() == same.keys(), f"the blocks from {first} on are the same again")
+                demand(
+                    found == same if subject.promise >= Promise.PATHS else found.keys() == same.keys(),
+                    f"the blocks from {first} on are the same again",
+                )
 
 
 async def handed_over_kv_gives_the_tokens_of_local_kv(subject: Subject) -> None:
-    """If promised (PATHS): prefill, reserve, write and generate give what the engine itself would have computed, in whatever order blocks come."""
+    """If promised (PATHS): prefill, reserve, write and generate give what the engine itself would have computed, in whatever order blocks
+    come."""
     subject.demand_promise(Promise.PATHS)
     async with subject.trial() as source, subject.trial() as target:
         target.demand_handoff()
@@ -88,7 +92,8 @@ async def blocks_of_a_cached_prefix_are_not_asked_for(subject: Subject) -> None:
 
 
 async def unfit_payloads_are_refused(subject: Subject) -> None:
-    """A payload that is truncated, has a byte too many or is empty raises BlockRefused; the block is missing as before, and nothing is hurt."""
+    """A payload that is truncated, has a byte too many or is empty raises BlockRefused; the block is missing as before, and nothing is
+    hurt."""
     async with subject.trial() as source, subject.trial() as target:
         target.demand_handoff()
         prompt = subject.prompt(2 * target.block_size + 3)
@@ -204,7 +209,9 @@ async def nobody_is_reserved_room_that_others_wait_for(subject: Subject) -> None
             held.append(trial.engine.reserve(trial.request(subject.prompt(length, number))))
         used = trial.engine.load().used_blocks
         error = refusal_of(lambda: trial.engine.reserve(trial.request(subject.prompt(4 * size, 99))))
-        demand(isinstance(error, PoolFull) and trial.engine.load().used_blocks == used, f"no room is a PoolFull that holds nothing: {error!r}")
+        demand(
+            isinstance(error, PoolFull) and trial.engine.load().used_blocks == used, f"no room is a PoolFull that holds nothing: {error!r}"
+        )
         waiting = trial.generate(trial.request(subject.prompt(4 * size - 1, 98), max_tokens=2))
         await trial.until(lambda: _is_refused(trial, subject.prompt(size // 2 + 1, 97)), "nobody is reserved what others wait for")
         for reservation in held:
@@ -221,7 +228,7 @@ def _is_refused(trial: Trial, prompt: "array[int]") -> bool:
     return False
 
 
-CHECKS = (
+HANDOFF_CHECKS = (
     an_engine_without_handoff_says_so,
     a_prefill_gives_out_each_block_once,
     handed_over_kv_gives_the_tokens_of_local_kv,

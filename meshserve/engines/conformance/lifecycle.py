@@ -4,6 +4,7 @@ import hashlib
 from array import array
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from meshserve.engines.conformance.handoff import refusal_of
 from meshserve.engines.conformance.recorders import Output, Recorder, demand
@@ -154,7 +155,10 @@ async def a_pool_full_of_cached_blocks_serves(subject: Subject) -> None:
         found = [await trial.output(prompt, max_tokens=3) for prompt in prompts]
         load = trial.engine.load()
         demand(load.used_blocks == 0 and load.cached_blocks <= load.num_blocks, "cached blocks are within the pool, and held by nobody")
-        demand(subject.promise < Promise.ALWAYS or await trial.output(prompts[0], max_tokens=3) == found[0], "what was evicted is computed again")
+        demand(
+            subject.promise < Promise.ALWAYS or await trial.output(prompts[0], max_tokens=3) == found[0],
+            "what was evicted is computed again",
+        )
         most = min(trial.engine.card.context_length, trial.num_blocks * trial.block_size)
         demand(len(await trial.output(subject.prompt(most - 3, 99), max_tokens=3)) == 3, "a prompt as long as the pool is served")
 
@@ -211,7 +215,7 @@ async def a_closed_engine_is_silent_and_starts_again(subject: Subject) -> None:
 async def what_is_unsupported_is_refused_in_the_call(subject: Subject) -> None:
     """Log probabilities of the prompt, and constraints, are given or refused as Unsupported by `check` and `generate` alike."""
     async with subject.trial() as trial:
-        asked: tuple[dict[str, object], ...] = (
+        asked: tuple[dict[str, Any], ...] = (
             {"prompt_logprobs": 0}, {"json_schema": '{"type": "integer"}'}, {"regex": "[ab]+"}, {"choices": ("yes", "no")}
         )  # fmt: skip
         for sampling in asked:
@@ -224,7 +228,7 @@ async def what_is_unsupported_is_refused_in_the_call(subject: Subject) -> None:
                 _demand_raises(Unsupported, partial(trial.generate, request), f"{sampling}, which `check` refuses,")
 
 
-CHECKS = (
+LIFECYCLE_CHECKS = (
     an_engine_describes_its_model,
     what_cannot_be_served_is_refused_at_once,
     prefills_and_reservations_are_refused_at_once,

@@ -1,5 +1,7 @@
 """Rules about the tokens that come out."""
 
+from typing import Any
+
 from meshserve.engines.conformance.recorders import demand
 from meshserve.engines.conformance.subject import GREEDY, SEEDED, Promise, Subject, Trial
 from meshserve.errors import Unsupported
@@ -26,7 +28,8 @@ async def a_request_ends_once_with_all_its_tokens(subject: Subject) -> None:
 
 
 async def equal_requests_get_equal_tokens(subject: Subject) -> None:
-    """The same request gives the same tokens in another engine of the same model, greedy and seeded; and again in the same one, if it promises PATHS."""
+    """The same request gives the same tokens in another engine of the same model, greedy and seeded; and again in the same one, if it
+    promises PATHS."""
     found = []
     for _ in range(2):
         async with subject.trial() as trial:
@@ -41,7 +44,7 @@ async def sampling_is_a_function_of_the_seed(subject: Subject) -> None:
     """Above temperature 0 another seed, or another choice of one seed, gives other tokens; at 0 it changes nothing."""
     async with subject.trial() as trial:
         prompt = subject.prompt(trial.block_size)
-        hot = {"temperature": 1.5, "max_tokens": 24}
+        hot: dict[str, Any] = {"temperature": 1.5, "max_tokens": 24}
         drawn = [await trial.output(prompt, **hot, **draw) for draw in ({"seed": 1}, {"seed": 2}, {"seed": 1, "choice": 1})]
         demand(drawn[0] != drawn[1] and drawn[0] != drawn[2], "another seed, or another choice, gives other tokens")
         if subject.promise >= Promise.PATHS:
@@ -59,7 +62,8 @@ async def company_changes_nothing(subject: Subject) -> None:
 
 
 async def a_cached_prefix_changes_nothing(subject: Subject) -> None:
-    """If promised (PATHS): a prompt of which the engine holds a prefix gets the tokens that it gets elsewhere, and at least one is computed."""
+    """If promised (PATHS): a prompt of which the engine holds a prefix gets the tokens that it gets elsewhere, and at least one is
+    computed."""
     subject.demand_promise(Promise.PATHS)
     async with subject.trial() as fresh, subject.trial() as warm:
         size = fresh.block_size
@@ -72,7 +76,8 @@ async def a_cached_prefix_changes_nothing(subject: Subject) -> None:
 
 
 async def another_worker_continues(subject: Subject) -> None:
-    """If promised (COMPANY): with `num_generated` tokens of the output at the end of its prompt, a request gets the rest that it would have got."""
+    """If promised (COMPANY): with `num_generated` tokens of the output at the end of its prompt, a request gets the rest that it would
+    have got."""
     subject.demand_promise(Promise.COMPANY)
     async with subject.trial() as one, subject.trial() as other:
         for sampling in _EACH_WAY:
@@ -129,7 +134,7 @@ async def _demand_outputs(subject: Subject, trial: Trial, found: list[list[int]]
             demand(await trial.output(subject.prompt(3 + number, number), max_tokens=5) == found[number], "waiting changes nothing")
 
 
-CHECKS = (
+OUTPUT_CHECKS = (
     a_request_ends_once_with_all_its_tokens,
     equal_requests_get_equal_tokens,
     sampling_is_a_function_of_the_seed,

@@ -1,7 +1,6 @@
 """Sinks that remember what an engine told them, and what it told them that the protocol forbids."""
 
 import asyncio
-from abc import ABC
 from collections.abc import Callable
 
 from meshserve.engines.protocol import GenerationStats
@@ -15,7 +14,7 @@ def demand(is_kept: object, rule: str) -> None:
         raise AssertionError(rule)
 
 
-class Recorder(ABC):
+class Recorder:
     """What both kinds of sinks share. A broken rule is kept until :meth:`check`: what a sink raises is the engine's to handle."""
 
     def __init__(self, request_id: str, deadline_s: float, on_call: Callable[[], None] | None) -> None:
@@ -89,7 +88,9 @@ class Output(Recorder):
 
     def on_prompt_logprobs(self, logprobs: list[TokenLogprobs | None]) -> None:
         """Only where they were asked for, before all else."""
-        self._note(self._request.sampling.prompt_logprobs >= 0 and not self.tokens, "log probabilities of the prompt come first, if asked for")
+        self._note(
+            self._request.sampling.prompt_logprobs >= 0 and not self.tokens, "log probabilities of the prompt come first, if asked for"
+        )
 
     def on_tokens(self, tokens: list[int], logprobs: list[TokenLogprobs] | None = None) -> None:
         """Some tokens, never none, and never more than were asked for."""
@@ -108,7 +109,11 @@ class Output(Recorder):
         self.reason, self.stats = reason, stats
         is_kept = len(self.tokens) == self._most_tokens if reason == "length" else reason == "stop"
         times = (stats.queue_ms, stats.prefill_ms, stats.decode_ms)
-        if stats.num_prompt_tokens != len(self._request.tokens) or not 0 <= stats.num_cached_tokens < stats.num_prompt_tokens or min(times) < 0:
+        if (
+            stats.num_prompt_tokens != len(self._request.tokens)
+            or not 0 <= stats.num_cached_tokens < stats.num_prompt_tokens
+            or min(times) < 0
+        ):
             self._broken.append(f"the figures of a request are those of its prompt, and no time is negative: {stats}")
         self._note(is_kept, f"a request ends with stop, or with length after all tokens: {reason} after {len(self.tokens)}", is_end=True)
 

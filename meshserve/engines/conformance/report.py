@@ -4,14 +4,16 @@ import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
-from meshserve.engines.conformance import handoff, lifecycle, outputs
+from meshserve.engines.conformance.handoff import HANDOFF_CHECKS
+from meshserve.engines.conformance.lifecycle import LIFECYCLE_CHECKS
+from meshserve.engines.conformance.outputs import OUTPUT_CHECKS
 from meshserve.engines.conformance.subject import Subject
 from meshserve.errors import Unsupported
 
 Check = Callable[[Subject], Awaitable[None]]
 """A rule. Raises AssertionError if an engine breaks it, Unsupported if the engine says that it cannot do what the rule is about."""
 
-CHECKS: dict[str, Check] = {check.__name__: check for check in (*outputs.CHECKS, *handoff.CHECKS, *lifecycle.CHECKS)}
+CHECKS: dict[str, Check] = {check.__name__: check for check in (*OUTPUT_CHECKS, *HANDOFF_CHECKS, *LIFECYCLE_CHECKS)}
 """All rules by name, for parametrised tests."""
 
 

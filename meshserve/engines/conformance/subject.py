@@ -92,7 +92,9 @@ class Trial:
         request_id = request_id or f"request-{self._num_requests}"
         return GenerateRequest(request_id, self.engine.card.model, tokens, Sampling(**values), num_generated)
 
-    def generate(self, request: GenerateRequest, reservation: Reservation | None = None, on_call: Callable[[], None] | None = None) -> Output:
+    def generate(
+        self, request: GenerateRequest, reservation: Reservation | None = None, on_call: Callable[[], None] | None = None
+    ) -> Output:
         """Queue it. `on_call` is called within each call of the sink."""
         output = Output(request, self.subject.deadline_s, on_call)
         self._recorders.append(output)
@@ -107,7 +109,9 @@ class Trial:
         """The tokens of a request that is queued now, once it has ended."""
         return await self.generate(self.request(tokens, num_generated, **sampling)).end()
 
-    def prefill(self, tokens: "array[int]", first_block: int = 0, request_id: str = "", on_call: Callable[[], None] | None = None) -> Blocks:
+    def prefill(
+        self, tokens: "array[int]", first_block: int = 0, request_id: str = "", on_call: Callable[[], None] | None = None
+    ) -> Blocks:
         """Queue a prefill."""
         self._num_requests += 1
         blocks = Blocks(len(tokens), first_block, self.block_size, self.subject.deadline_s, on_call)

@@ -265,9 +265,9 @@ class CoreEngine:
         reservations = list(self._reservations)
         requests = self._end_all()
         self._report_blocks()
-        for failed in (*reservations, *requests):
+        for fail in (*(reservation.fail for reservation in reservations), *(request.fail for request in requests)):
             with contextlib.suppress(Exception):  # whatever one of them makes of it, the others and the owner are told
-                failed.fail(error)
+                fail(error)
         self.on_failure(error)
 
     def _end_all(self) -> list[EngineRequest]:

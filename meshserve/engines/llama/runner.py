@@ -221,11 +221,11 @@ class LlamaRunner:
         step = flight.step
         self._learn_rate(step, output.duration_s)
         result = StepResult([], failed=flight.failed, duration_s=output.duration_s)
-        for (request, index, num_tokens), payload in zip(flight.exported, output.payloads, strict=True):
+        for (prefill, index, num_tokens), payload in zip(flight.exported, output.payloads, strict=True):
             if isinstance(payload, Exception):
-                result.failed.append((request, payload))
+                result.failed.append((prefill, payload))
             else:
-                result.blocks.append((request, index, num_tokens, payload))
+                result.blocks.append((prefill, index, num_tokens, payload))
         sampled = iter(output.sampled)
         for request in step.decodes:
             _take_sample(result, request, next(sampled))
