@@ -1,6 +1,7 @@
 """The dummy model: KV bytes and tokens computed on the event loop, in slices so short that nobody else on the loop waits for them."""
 
 import asyncio
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ class DummyRunner:
         self.card = options.card(model, can_spell=self._speech is None or self._speech.can_spell)
         self.kv_layout = options.layout(self.card)
         self.files: Mapping[str, bytes] = options.files_by_hash()
+        self.shares_prefixes = True
         self.limits = StepLimits(options.max_batch, options.max_batch_tokens)
         self.pool = BlockPool(options.num_blocks)
         self._contents = KVContents(options.block_size, options.kv_bytes_per_token, self.card.model_hash)
@@ -76,6 +78,9 @@ class DummyRunner:
     def check(self, request: GenerateRequest) -> None:
         """Raises InvalidRequest or Unsupported for a constraint that the output cannot keep to."""
         constrained_output(request.sampling, self._speech)
+
+    def check_tokens(self, tokens: "array[int]") -> None:
+        """Any number is a token."""
 
     def prepare(self, generation: Generation, output: Sequence[int]) -> None:
         """A plain request has no sampler of its own."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from meshserve.engines.core.scheduler import StepLimits
+from meshserve.engines.llama.context import MAX_CELLS
 from meshserve.engines.llama.host import available_bytes, num_engine_threads
 from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers.directory import describe_files
@@ -87,11 +88,19 @@ def _kv_bytes_per_token(gguf: GgufFile, kv_type: str) -> int:
 
 
 def _num_blocks(asked_tokens: int | None, context_length: int, bytes_per_token: int) -> int:
+    available = available_bytes()
     if asked_tokens is not None:
         if asked_tokens < 2 * BLOCK_TOKENS:
             raise UsageError(f"--kv-cache-tokens is at least {2 * BLOCK_TOKENS} for a real model, not {asked_tokens}")
+        if asked_tokens > MAX_CELLS:
+            raise UsageError(f"--kv-cache-tokens is at most {MAX_CELLS}, not {asked_tokens}")
+        if asked_tokens * bytes_per_token > available:  # the system would promise it, and end this process later
+            raise StartupFailed(
+                f"a KV cache of {asked_tokens} tokens takes {asked_tokens * bytes_per_token / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
+                "memory are available: lower --kv-cache-tokens, or end other programs"
+            )
         return asked_tokens // BLOCK_TOKENS
-    fitting = available_bytes() // _MEMORY_SHARE // bytes_per_token
+    fitting = available // _MEMORY_SHARE // bytes_per_token
     if fitting < 4 * BLOCK_TOKENS:
         raise StartupFailed(f"there is room for a KV cache of {fitting} tokens only: end other programs, or use a smaller model")
     return min(_MOST_CONTEXTS * context_length, fitting) // BLOCK_TOKENS
