@@ -80,11 +80,23 @@ def _head(receipt: Mapping[str, Any]) -> list[Text]:
     prompt = f"{tokens.get('prompt')} prompt tokens ({tokens.get('cached')} cached)"
     policy = f", by {receipt['policy']}" if receipt["policy"] else ""
     lines.append(_line("served", plain(f"{receipt['model']}, {prompt}, {tokens.get('completion')} completed{policy}")))
+    if receipt.get("handoff"):
+        lines.append(_line("handoff", plain(_decision(receipt["handoff"]))))
     lines += [
         _line(f"answer {choice.get('index')}", plain(f"{_path(choice)}, {choice.get('completion')} tokens"))
         for choice in receipt.get("choices") or []
     ]
     return lines + ([_line("trace", plain(receipt["traceparent"]))] if receipt.get("traceparent") else [])
+
+
+def _decision(handoff: Mapping[str, Any]) -> str:
+    local, remote = (_expected(handoff.get(name)) for name in ("local_ms", "remote_ms"))
+    where = "to a prefill worker" if handoff.get("decided") == "handoff" else "none, computed here"
+    return f"{where}: first token expected in {local} here, {remote} there ({handoff.get('reason')}: {handoff.get('why')})"
+
+
+def _expected(found_ms: Any) -> str:
+    return f"{found_ms:.1f} ms" if isinstance(found_ms, (int, float)) else "unmeasured time"
 
 
 def _line(name: str, text: str) -> Text:
