@@ -89,6 +89,8 @@ class Fleet:
             return
         for request_id in report.admitted:
             self._bookings.reported(incarnation, request_id, now_s)
+        for request_id in report.kept:
+            self._bookings.kept(incarnation, request_id)
         if worker.load.num_blocks != report.load.num_blocks:
             self._num_blocks += report.load.num_blocks - worker.load.num_blocks
             self._regret.capacity = max(2, self._num_blocks)
