@@ -1,13 +1,13 @@
 """Where a prompt is prefilled: a decode worker's own figures and the router's, put before :func:`meshserve.routing.handoff.decide`."""
 
 from meshserve.config import HandoffConfig
-from meshserve.engines.protocol import Engine
+from meshserve.engines.protocol import Engine, EngineLoad
 from meshserve.handoff.requester import PrefillRequester
-from meshserve.routing.handoff import NO_PEER, QUEUE_FULL, UNMEASURED_LOCAL_TOKENS, decide
+from meshserve.routing.handoff import ALIKE_MS, NO_PEER, QUEUE_FULL, UNMEASURED_LOCAL_TOKENS, decide
 from meshserve.wire.account import HandoffDecision
 from meshserve.wire.generation import GenerateRequest
 
-_FLOOR = HandoffDecision(False, "floor")
+_FLOOR, _SHORT = HandoffDecision(False, "floor"), HandoffDecision(False, "short")
 
 
 class HandoffChoice:
@@ -27,9 +27,15 @@ class HandoffChoice:
             return None, []
         if floor is not None and num_to_compute <= floor:
             return _FLOOR, []
+        there_ms, is_short = self._requester.expected_ms(request), floor is None and num_to_compute <= UNMEASURED_LOCAL_TOKENS
+        if is_short and not there_ms:
+            return _SHORT, []
+        load = self._engine.load()
+        if is_short and self._is_done_soon(num_to_compute, load):
+            return _SHORT, []
         num_uncached = num_to_compute - self._engine.num_cached_tokens(request)
-        local_ms, remote_ms, is_busy = self._expected_ms(request, num_uncached)
-        is_handoff, reason = decide(num_uncached, floor, local_ms, remote_ms, is_busy)
+        local_ms, remote_ms = self._expected_ms(num_uncached, load, there_ms)
+        is_handoff, reason = decide(num_uncached, floor, local_ms, remote_ms, load.num_running > 0)
         candidates: list[str] = []
         if is_handoff:
             candidates = self._requester.candidates(request)
@@ -40,15 +46,22 @@ class HandoffChoice:
             self._engine.rates.kept_here()
         return HandoffDecision(is_handoff, reason, local_ms, remote_ms), candidates
 
-    def _expected_ms(self, request: GenerateRequest, num_tokens: int) -> tuple[float | None, float | None, bool]:
-        """Until the first token, here and at the best prefill worker that is not this one; and whether sequences run here.
+    def _is_done_soon(self, num_tokens: int, load: EngineLoad) -> bool:
+        """Whether so many tokens, all uncached, are computed here before a handoff could gain anything that counts.
+
+        Then nothing more is looked up: on engines this fast, the rest of the decision costs more than it may.
+        """
+        local_s = self._engine.rates.prefill_s(load.waiting_prefill_tokens + num_tokens, load.num_running)
+        return local_s is not None and local_s * 1000 < ALIKE_MS
+
+    def _expected_ms(self, num_tokens: int, load: EngineLoad, there_ms: float) -> tuple[float | None, float | None]:
+        """Until the first token here, and with a handoff where the KV is computed `there_ms` from now.
 
         With sequences running, a step of theirs comes after a handoff: the prompt's last token is computed in it.
         """
-        load, rates = self._engine.load(), self._engine.rates
-        num_running = load.num_running
-        step_s = rates.decode_s() if num_running else 0.0
+        rates, num_running = self._engine.rates, load.num_running
         local_s = rates.prefill_s(load.waiting_prefill_tokens + num_tokens, num_running)
-        there_ms = self._requester.expected_ms(request)
-        remote_ms = there_ms + (rates.handoff_s(num_tokens) + step_s) * 1000 if there_ms else None
-        return None if local_s is None else local_s * 1000, remote_ms, num_running > 0
+        remote_ms = None
+        if there_ms:
+            remote_ms = there_ms + (rates.handoff_s(num_tokens) + (rates.decode_s() if num_running else 0.0)) * 1000
+        return None if local_s is None else local_s * 1000, remote_ms

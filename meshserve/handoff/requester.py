@@ -67,9 +67,11 @@ class PrefillRequester:
 
     def expected_ms(self, request: GenerateRequest) -> float:
         """Until the best prefill peer that the router named has computed this prompt's KV; 0 if nobody knows."""
-        own = self._mesh.incarnation
-        ranked = zip(request.prefill_peers, request.prefill_ms, strict=False)
-        return next((expected_ms for (peer, _, _), expected_ms in ranked if peer != own), 0.0)
+        peers, own = request.prefill_peers, self._mesh.incarnation
+        for rank, expected_ms in enumerate(request.prefill_ms):
+            if peers[rank][0] != own:
+                return expected_ms
+        return 0.0
 
     def _num_queued(self, peer: str, request: GenerateRequest) -> int:
         """Prompts ahead of this one, as far as is known here: what the router heard of that peer, and what this one has out itself."""

@@ -64,7 +64,7 @@ class Receipt:
     num_bytes: int = 0
     attempts: Sequence[dict[str, Any]] = ()
     decision: HandoffDecision | None = None
-    """Of the decode worker; None where no prefill worker was there to hand over to."""
+    """Of the decode worker; None for a short prompt where there was no prefill worker to hand over to."""
     phases_ms: PhaseTimes = field(default_factory=PhaseTimes)
     choices: Sequence[dict[str, Any]] = ()
     """Who served each answer, where there are several: `index`, `decode`, `prefill`, `completion` (tokens)."""

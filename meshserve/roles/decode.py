@@ -204,7 +204,7 @@ class DecodeRole:
             self._requester.start(request, candidates, call.deadline_s, generation.prefilled, call.send)
         else:
             self.run(generation, None)
-        self._reporter.admitted(request.request_id, decision is not None and not decision.is_handoff)
+        self._reporter.admitted(request.request_id, is_kept=bool(request.prefill_peers) and not candidates)
 
     def _check_queue(self) -> None:
         """Raises Overloaded when more wait than may, wherever they wait: for their prompt's KV, or for a place in the batch."""

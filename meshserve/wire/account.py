@@ -76,7 +76,7 @@ class WorkerAccount(NamedTuple):
     handed_over: HandedOver | None = None
     """None for a prompt that was computed where it is decoded, and where it was said before."""
     decision: HandoffDecision | None = None
-    """None where nobody could have prefilled it elsewhere. Workers of an earlier minor version do not say it."""
+    """None for a short prompt that nobody could have prefilled elsewhere. Workers of an earlier minor version do not say it."""
 
     @classmethod
     def from_wire(cls, data: Any) -> "WorkerAccount":

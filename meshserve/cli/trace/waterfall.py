@@ -91,12 +91,11 @@ def _head(receipt: Mapping[str, Any]) -> list[Text]:
 
 def _decision(handoff: Mapping[str, Any]) -> str:
     local, remote = (_expected(handoff.get(name)) for name in ("local_ms", "remote_ms"))
-    where = "to a prefill worker" if handoff.get("decided") == "handoff" else "none, computed here"
-    return f"{where}: first token expected in {local} here, {remote} there ({handoff.get('reason')}: {handoff.get('why')})"
+    return f"{handoff.get('decided')}, {handoff.get('reason')}: {local} here, {remote} with a handoff expected; {handoff.get('why')}"
 
 
 def _expected(found_ms: Any) -> str:
-    return f"{found_ms:.1f} ms" if isinstance(found_ms, (int, float)) else "unmeasured time"
+    return f"{found_ms:.1f} ms" if isinstance(found_ms, (int, float)) else "unknown"
 
 
 def _line(name: str, text: str) -> Text:

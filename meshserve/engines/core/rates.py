@@ -36,6 +36,8 @@ class _Line:
     def __init__(self, keep: float = _KEEP) -> None:
         self._keep = keep
         self.weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._fits: list[tuple[float, float] | None] = [None, None]
+        """What :meth:`fit` found, until there is another point: each prompt asks for it."""
 
     def add(self, x: float, y: float) -> None:
         keep = self._keep
@@ -44,6 +46,7 @@ class _Line:
         self._y = self._y * keep + y
         self._xx = self._xx * keep + x * x
         self._xy = self._xy * keep + x * y
+        self._fits = [None, None]
 
     @property
     def mean_x(self) -> float:
@@ -52,6 +55,12 @@ class _Line:
 
     def fit(self, is_flat_otherwise: bool) -> tuple[float, float]:
         """Base and slope, neither negative. Where all x are alike: all of it base, or all of it slope."""
+        found = self._fits[is_flat_otherwise]
+        if found is None:
+            found = self._fits[is_flat_otherwise] = self._fit(is_flat_otherwise)
+        return found
+
+    def _fit(self, is_flat_otherwise: bool) -> tuple[float, float]:
         if not self.weight:
             return 0.0, 0.0
         mean_x, mean_y = self._x / self.weight, self._y / self.weight
@@ -130,7 +139,7 @@ class StepRates:
         if line.weight < _ENOUGH_STEPS:
             return self._unlike_s(num_tokens, num_decodes)
         base_s, s_per_token = line.fit(False)
-        return base_s * self._num_steps(num_tokens, num_decodes) + s_per_token * num_tokens
+        return (base_s * self._num_steps(num_tokens, num_decodes) if base_s else 0.0) + s_per_token * num_tokens
 
     def _unlike_s(self, num_tokens: int, num_decodes: int) -> float | None:
         """From steps that had what this one has not: with sequences to decode where there are none now, or the other way round."""
