@@ -50,8 +50,12 @@ def waterfall(receipt: Mapping[str, Any], width: int | None, height: int | None 
     Where `height` does not hold all, the best candidates stay, at least one of each role.
     """
     lines = [*_head(receipt), Text(), *_phases(receipt, width)]
+    if receipt.get("handoff"):
+        lines.append(_line("handoff", plain(_decision(receipt["handoff"]))))  # instead of an empty line: 24 lines are few
+    elif receipt["attempts"]:
+        lines.append(Text())
     if receipt["attempts"]:
-        lines += [Text(), *table(_ATTEMPTS, [_attempt(attempt) for attempt in receipt["attempts"]], width)]
+        lines += table(_ATTEMPTS, [_attempt(attempt) for attempt in receipt["attempts"]], width)
     groups = [(role, found) for role, name in _CANDIDATES if (found := receipt.get(name) or [])]
     for index, (role, found) in enumerate(groups):
         lines += [Text(), *_candidates(role, found, width, None if height is None else (height - len(lines)) // (len(groups) - index) - 2)]
@@ -80,8 +84,6 @@ def _head(receipt: Mapping[str, Any]) -> list[Text]:
     prompt = f"{tokens.get('prompt')} prompt tokens ({tokens.get('cached')} cached)"
     policy = f", by {receipt['policy']}" if receipt["policy"] else ""
     lines.append(_line("served", plain(f"{receipt['model']}, {prompt}, {tokens.get('completion')} completed{policy}")))
-    if receipt.get("handoff"):
-        lines.append(_line("handoff", plain(_decision(receipt["handoff"]))))
     lines += [
         _line(f"answer {choice.get('index')}", plain(f"{_path(choice)}, {choice.get('completion')} tokens"))
         for choice in receipt.get("choices") or []
