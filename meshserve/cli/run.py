@@ -36,7 +36,7 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
     "--max-local-prefill-tokens",
     type=click.IntRange(0),
     default=_HANDOFF.max_local_prefill_tokens,
-    help="Longer uncached prompts are handed over.",
+    help="No hand-over of prompts with at most so many uncached tokens. By default expected times decide, and 256 until they are known.",
 )
 @option("--max-prefill-queue", type=click.IntRange(0), default=_HANDOFF.max_prefill_queue, help="No hand-over to a queue as long as this.")
 @option(

@@ -31,7 +31,7 @@ class CoreEngine:
         self.runner = runner
         self.card: ModelCard = runner.card
         self.files: Mapping[str, bytes] = runner.files
-        self.rates = StepRates()
+        self.rates = StepRates(runner.limits)
         self.on_failure: Callable[[MeshserveError], None] = lambda error: None
         """Called once the engine as a whole can compute no more, after its requests have ended; :meth:`start` may try again."""
         self._clock, self._pool = clock, runner.pool
