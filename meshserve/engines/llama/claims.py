@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 _LOCK_TRIES, _LOCK_PAUSE_S = 50, 0.01
+_MOST_LETTERS = 1 << 20
 _serials = itertools.count()
 _log = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def _locked(path: Path) -> Iterator[IO[str]]:
 def _living(file: IO[str]) -> dict[str, Share]:
     """The claims of processes that are there; a file that was not written to its end holds none."""
     with contextlib.suppress(ValueError, TypeError, AttributeError):
-        claims = {key: Share(int(pending), int(threads)) for key, (pending, threads) in json.load(file).items()}
+        claims = {key: Share(int(pending), int(threads)) for key, (pending, threads) in json.loads(file.read(_MOST_LETTERS)).items()}
         return {key: share for key, share in claims.items() if _birth(int(key.split("/")[0])) == key.split("/")[1]}
     return {}
 
