@@ -217,10 +217,11 @@ class CoreEngine:
         outcome = self._scheduler.update(step, result.tokens, now)
         if result.blocks or outcome.prefilled:
             self._give_out_blocks(result, outcome, now)
+        logprobs = result.logprobs
         for request, token in zip(outcome.producing, outcome.tokens, strict=True):
             if request.is_live:  # else cancelled meanwhile, perhaps by the sink that was called before
                 try:
-                    reason = request.give_out(token, result.logprobs.get(request) if result.logprobs else None)
+                    reason = request.give_out(token, logprobs.get(request) if logprobs else None)
                     if reason and request.is_live:
                         self._finish(request, reason, now)
                 except Exception as exc:

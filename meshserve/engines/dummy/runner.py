@@ -193,7 +193,7 @@ class DummyRunner:
 
     def _sample(self, requests: Sequence[EngineRequest], result: StepResult) -> None:
         """The next token of each. One that was cancelled meanwhile gets one as well, which nobody looks at."""
-        tokens, speech = result.tokens, self._speech
+        keep, speech = result.tokens.append, self._speech
         for request in requests:
             try:
                 if request.sampler is None:  # type: ignore[attr-defined]  # only generations are sampled; this is the hot path
@@ -204,10 +204,9 @@ class DummyRunner:
                 result.failed.append((request, exc))
                 token = EOS_TOKEN
             if token == EOS_TOKEN:
-                token = END
-            elif speech is not None:
-                token = speech.from_own(token)
-            tokens.append(token)
+                keep(END)
+            else:
+                keep(token if speech is None else speech.from_own(token))
 
     def _choose(self, request: EngineRequest, result: StepResult) -> int:
         assert isinstance(request, Generation)
