@@ -21,9 +21,12 @@ class LlamaEngine(CoreEngine):
         return describe(self._options, self.card.model, self.kv_layout.refusal)
 
     async def start(self) -> None:
-        """As :class:`CoreEngine`; the memory is allocated then."""
+        """As :class:`CoreEngine`. What was claimed is claimed again, as after a failure or :meth:`close` nothing is held."""
+        options = self._options
+        pending = Share(options.num_blocks * options.block_size * options.kv_bytes_per_token, options.num_threads)
+        self._claim.update(pending)
         await super().start()
-        self._claim.update(Share(0, self._options.num_threads))
+        self._claim.update(pending._replace(pending_bytes=0))
 
     async def close(self) -> None:
         """As :class:`CoreEngine`; what was claimed is left to others."""
