@@ -29,8 +29,7 @@ class Question:
     path: str
     body: dict[str, Any]
     shown: str
-    """The prompt as people read it."""
-    num_letters: int
+    """The prompt as people read it, its middle left out if it is long."""
 
 
 def dummy_questions(max_tokens: int = 10) -> list[Question]:
@@ -43,10 +42,10 @@ def dummy_questions(max_tokens: int = 10) -> list[Question]:
         ("another long one", rivers),
     )
     limit = {"max_tokens": max_tokens}
-    completions = [Question(title, "/v1/completions", {"prompt": text, **limit}, _cut(text), len(text)) for title, text in texts]
+    completions = [Question(title, "/v1/completions", {"prompt": text, **limit}, _cut(text)) for title, text in texts]
     text = "Tell me something about the sea."
     chat = {"messages": [{"role": "user", "content": text}], **limit}
-    return [*completions, Question("a chat", "/v1/chat/completions", chat, text, len(text))]
+    return [*completions, Question("a chat", "/v1/chat/completions", chat, text)]
 
 
 def real_questions() -> list[Question]:
@@ -72,7 +71,7 @@ def _chat(title: str, text: str, *, story: str = "", system: str = _BRIEFLY, mor
     messages = [{"role": "system", "content": system}, {"role": "user", "content": content}]
     shown = f"(a story of {len(story.split())} words) {text}" if story else text
     body = {"messages": messages, "max_tokens": 80, "temperature": 0, **(more or {})}
-    return Question(title, "/v1/chat/completions", body, shown, len(content))
+    return Question(title, "/v1/chat/completions", body, shown)
 
 
 def _document(topic: str) -> str:
@@ -80,4 +79,4 @@ def _document(topic: str) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _SHOWN_LETTERS else f"{text[: _SHOWN_LETTERS - 3]}..."
+    return text if len(text) <= _SHOWN_LETTERS else f"{text[: _SHOWN_LETTERS - 3]}...  ({len(text)} characters)"

@@ -85,7 +85,7 @@ class View:
     def asking(self, number: int, question: Question) -> None:
         """A prompt is about to be sent."""
         self.console.print(f"[bold]{number}. {question.title}[/]")
-        self.console.print(Text.assemble("   prompt  ", (question.shown, "italic"), (f"  ({question.num_letters} characters)", "dim")))
+        self.console.print(Text.assemble("   prompt  ", (question.shown, "italic")))
         self.console.print("   answer  ", end="")
         self._paragraph = Paragraph(self.console.width, _INDENT)
 
@@ -103,7 +103,7 @@ class View:
         self.console.print()
         receipt, self._all = answered.receipt, [*self._all, answered]
         peers, kv, tokens = receipt["peers"], receipt["kv"], receipt["tokens"]
-        path = Text.assemble("   path    http -> ", (peers["frontend"] or "?", "bold"), " -> ", (peers["decode"] or "?", "bold"))
+        path = Text.assemble("   path    ", (peers["frontend"] or "?", "bold"), " -> ", (peers["decode"] or "?", "bold"))
         if peers["prefill"]:
             path.append_text(Text.assemble(" <- ", (peers["prefill"], "bold"), f"  {kv['blocks']} KV blocks, {kv['bytes'] / 1e6:.2f} MB"))
         else:
