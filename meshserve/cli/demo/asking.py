@@ -45,7 +45,7 @@ async def ask(url: str, question: Question, model: str, timeout_s: float) -> Asy
             writer.write(head.encode() + b"connection: close\r\n\r\n" + body)
             status = await reader.readline()
             if b" 200 " not in status:
-                raise StartupFailed(f"a prompt was not answered: {status.decode(errors='replace').strip()}")
+                raise StartupFailed(f"a prompt was not answered: {_reason(status, await reader.read())}")
             async for event in _events(reader):
                 now_s = time.monotonic()
                 first_s = first_s or now_s
@@ -77,6 +77,13 @@ async def list_peers(url: str) -> list[dict[str, Any]]:
             writer.close()
     found: list[dict[str, Any]] = json.loads(body)
     return found
+
+
+def _reason(status: bytes, rest: bytes) -> str:
+    """What the error says, else its status."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(rest.partition(b"\r\n\r\n")[2])["error"]["message"])
+    return status.decode(errors="replace").strip()
 
 
 async def _events(reader: asyncio.StreamReader) -> AsyncIterator[str | dict[str, Any]]:
