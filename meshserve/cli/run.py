@@ -117,6 +117,8 @@ async def serve(mesh: MeshConfig, config: ServeConfig) -> int:
         loop.add_signal_handler(number, on_signal)
     peer = Peer(mesh, config, lambda line: click.echo(line))
     await peer.start()
+    if peer.engine_description:
+        declare("engine", peer.engine_description)
     if mesh.key_file is None:
         where = "this machine" if mesh.interface is not None and is_loopback(mesh.interface) else "this network"
         declare("open_mesh", f"OPEN MESH: no --key-file, so everyone on {where} can join {mesh.mesh!r}")

@@ -47,6 +47,11 @@ class CoreEngine:
         """How KV is kept; complete once the engine has started."""
         return self.runner.kv_layout
 
+    @property
+    def description(self) -> str:
+        """Nothing: an engine that takes much of its host says so here."""
+        return ""
+
     async def start(self) -> None:
         """Get ready to compute. Raises StartupFailed; after a failure, or :meth:`close`, it may be called again."""
         await self.runner.start(self._stepper.finished, self._fail_all)

@@ -86,7 +86,8 @@ class LlamaRunner:
         is_cut_anywhere = not 0 < model.sliding_window < options.card.context_length
         self.shares_prefixes = is_cut_anywhere and not model.is_recurrent and not model.is_hybrid
         self._end_tokens = [token for token in range(model.vocabulary_size) if model.is_end_of_generation(token)]
-        self._compiler = ConstraintCompiler(model.text_pieces, self._end_tokens, lambda text: model.tokenize(text, False))
+        pieces = model.text_pieces()  # 0.3 s in which, at the first constraint, the event loop would stand still
+        self._compiler = ConstraintCompiler(lambda: pieces, self._end_tokens, lambda text: model.tokenize(text, False))
         self._s_per_token = max(self._s_per_token, (time.monotonic() - began_s) / 16)
         fingerprint = self.kv_layout.fingerprint
         if context.block_format is not None:
