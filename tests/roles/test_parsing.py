@@ -27,6 +27,9 @@ TOOL: dict[str, Any] = {
 }
 STRICT = {"type": "function", "function": {**TOOL["function"], "strict": True}}
 FLAT_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}, "strict": True}
+ASKS_NOTHING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Said all the same, so that a model's own values do not count."""
+SAMPLED = tuple(ASKS_NOTHING)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 
 
@@ -60,6 +63,10 @@ Ask = Callable[..., CompletionRequest]
     ("ask", "fields", "expected"),
     [
         (completion, {}, {"prompt": "p", "max_tokens": 16, "n": 1, "logprobs": -1, "temperature": None, "stop": ()}),
+        *((ask, {}, dict.fromkeys(SAMPLED)) for ask in (completion, chat, response, message)),
+        *((ask, dict.fromkeys(SAMPLED), dict.fromkeys(SAMPLED)) for ask in (completion, chat, response, message)),
+        *((ask, ASKS_NOTHING, ASKS_NOTHING) for ask in (completion, chat, message)),
+        (response, ASKS_NOTHING, {**ASKS_NOTHING, "top_k": None}),
         (completion, {"prompt": ["p"]}, {"prompt": "p", "is_plain": True}),
         (completion, {"prompt": [1, 2]}, {"prompt": array("I", [1, 2])}),
         (completion, {"prompt": [1.0, 2], "max_tokens": 5.0}, {"prompt": array("I", [1, 2]), "max_tokens": 5}),
