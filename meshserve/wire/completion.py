@@ -67,9 +67,10 @@ class CompletionRequest:
     choices: tuple[str, ...] = ()
     """The text must be one of these. Of schema, expression and choices there is one at most."""
     tools: str = ""
-    """A JSON list of functions, each in OpenAI's form: `{"type": "function", "function": {"name", "description", "parameters"}}`."""
+    """A JSON list of functions, each in OpenAI's form: `{"type": "function", "function": {"name", "description", "parameters"}}`;
+    `"strict": true` there says that its calls must be valid."""
     tool_choice: str = "none"
-    """Of :data:`TOOL_CHOICES`; `function` is the one that `tool_name` names; `strict` is `auto`, but calls must be valid."""
+    """Of :data:`TOOL_CHOICES`; `function` is the one that `tool_name` names; `strict` is `auto` where a tool is strict."""
     tool_name: str = ""
     parallel_tool_calls: bool = True
     """An answer may have several calls."""

@@ -28,7 +28,7 @@ class TextSettings:
     """Whether a text starts with the beginning of sequence; None: as `tokenizer.json` has it."""
     eos_ids: tuple[int, ...] = ()
     """What `generation_config.json` lets a sequence end with."""
-    sampling_defaults: SamplingDefaults = SamplingDefaults()
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     """Of `generation_config.json`. Greedy if it says nothing, or that the model does not sample."""
 
     @classmethod
@@ -92,7 +92,7 @@ def _ids(value: Any) -> tuple[int, ...]:
 
 
 def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
-    """What it says, as far as a sampler can use it. How to draw counts only where the model samples; penalties count for greedy ones too."""
+    """What it says, as far as a sampler can use it. A model that does not sample keeps its penalty only."""
     found = SamplingDefaults()
     is_greedy = generation.get("do_sample") is False
     for name in ("repetition_penalty",) if is_greedy else _SAMPLING:
