@@ -50,15 +50,26 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     """0 is all."""
+    min_p: float = 0.0
+    """0 is none."""
+    repetition_penalty: float = 1.0
+    """1 is none."""
+
+    @property
+    def is_in_range(self) -> bool:
+        """A sampler can use all of them."""
+        is_cut = 0 < self.top_p <= 1 and 0 <= self.top_k < 2**31 and 0 <= self.min_p <= 1
+        return is_cut and 0 <= self.temperature < 1e6 and 0 < self.repetition_penalty < 1e6
 
     @classmethod
     def from_wire(cls, data: Any) -> "SamplingDefaults":
         """Unknown fields are ignored, missing ones have their default; others that no sampler can use raise ProtocolError."""
         given: dict[str, Any] = data if isinstance(data, dict) else {"top_k": None}
-        found = cls(given.get("temperature", 0.0), given.get("top_p", 1.0), given.get("top_k", 0))
-        if type(found.temperature) not in (int, float) or type(found.top_p) not in (int, float) or type(found.top_k) is not int:
+        values = {known.name: given[known.name] for known in fields(cls) if known.name in given}
+        if not all(type(value) is int or (type(value) is float and name != "top_k") for name, value in values.items()):
             raise ProtocolError("the model card's sampling defaults are malformed")
-        if not (0 <= found.temperature < 1e6 and 0 < found.top_p <= 1 and 0 <= found.top_k < 2**31):
+        found = cls(**values)
+        if not found.is_in_range:
             raise ProtocolError("the model card's sampling defaults are out of range")
         return found
 

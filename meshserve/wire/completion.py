@@ -43,8 +43,9 @@ class CompletionRequest:
     min_tokens: int = 0
     """Neither an end-of-sequence token nor a stop string ends a choice before so many tokens."""
     temperature: float | None = None
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: float | None = None
+    top_k: int | None = None
+    """0 is all."""
     seed: int | None = None
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
@@ -56,8 +57,8 @@ class CompletionRequest:
     """As in :class:`~meshserve.wire.generation.Sampling`."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    min_p: float = 0.0
+    repetition_penalty: float | None = None
+    min_p: float | None = None
     logit_bias: tuple[tuple[int, float], ...] = ()
     json_schema: str = ""
     """The text must be valid under this JSON Schema (its text)."""
@@ -66,9 +67,10 @@ class CompletionRequest:
     choices: tuple[str, ...] = ()
     """The text must be one of these. Of schema, expression and choices there is one at most."""
     tools: str = ""
-    """A JSON list of functions, each in OpenAI's form: `{"type": "function", "function": {"name", "description", "parameters"}}`."""
+    """A JSON list of functions, each in OpenAI's form: `{"type": "function", "function": {"name", "description", "parameters"}}`;
+    `"strict": true` there says that its calls must be valid."""
     tool_choice: str = "none"
-    """Of :data:`TOOL_CHOICES`; `function` is the one that `tool_name` names; `strict` is `auto`, but calls must be valid."""
+    """Of :data:`TOOL_CHOICES`; `function` is the one that `tool_name` names; `strict` is `auto` where a tool is strict."""
     tool_name: str = ""
     parallel_tool_calls: bool = True
     """An answer may have several calls."""
@@ -145,7 +147,7 @@ class CompletionRequest:
             raise ProtocolError("completion request: its prompt or messages are missing or malformed")
         if self.n < 1 or not 1 <= self.num_choices <= MAX_CHOICES or not -1 <= self.logprobs <= MAX_LOGPROBS:
             raise ProtocolError("completion request: n or logprobs are out of range")
-        if not 0 <= (self.max_tokens or 0) <= MAX_COUNT or not 0 <= self.min_tokens <= MAX_COUNT or not 0 <= self.top_k <= MAX_COUNT:
+        if not 0 <= (self.max_tokens or 0) <= MAX_COUNT or not 0 <= self.min_tokens <= MAX_COUNT or not 0 <= (self.top_k or 0) <= MAX_COUNT:
             raise ProtocolError("completion request: max_tokens, min_tokens or top_k are out of range")
         if self.tool_choice not in TOOL_CHOICES or (self.tool_choice != "none" and not self.tools):
             raise ProtocolError("completion request: tool_choice is malformed")
@@ -170,8 +172,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "max_tokens": (int, type(None)),
     "min_tokens": (int,),
     "temperature": (*_NUMBER, type(None)),
-    "top_p": _NUMBER,
-    "top_k": (int,),
+    "top_p": (*_NUMBER, type(None)),
+    "top_k": (int, type(None)),
     "seed": (int, type(None)),
     "ignore_eos": (bool,),
     "stop": (list, tuple),
@@ -180,8 +182,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "logprobs": (int,),
     "presence_penalty": _NUMBER,
     "frequency_penalty": _NUMBER,
-    "repetition_penalty": _NUMBER,
-    "min_p": _NUMBER,
+    "repetition_penalty": (*_NUMBER, type(None)),
+    "min_p": (*_NUMBER, type(None)),
     "logit_bias": (list, tuple),
     "json_schema": (str,),
     "regex": (str,),

@@ -48,17 +48,17 @@ class Clients:
 
 
 @contextmanager
-def clients_of(url: str) -> Iterator[Clients]:
+def clients_of(url: str, timeout_s: float = TIMEOUT_S) -> Iterator[Clients]:
     """Clients that give up at once rather than try again, and keep no connection for the next request."""
     with ExitStack() as stack:
         one: Any = openai.DefaultHttpxClient(headers=_CLOSE)
         other: Any = anthropic.DefaultHttpxClient(headers=_CLOSE)
-        settings: Any = {"api_key": KEYS[0], "timeout": TIMEOUT_S, "max_retries": 0}
+        settings: Any = {"api_key": KEYS[0], "timeout": timeout_s, "max_retries": 0}
         yield Clients(
             url,
             stack.enter_context(openai.OpenAI(base_url=f"{url}/v1", http_client=one, **settings)),
             stack.enter_context(anthropic.Anthropic(base_url=url, http_client=other, **settings)),
-            stack.enter_context(httpx.Client(base_url=url, timeout=TIMEOUT_S, headers={**_CLOSE, **_KEY})),
+            stack.enter_context(httpx.Client(base_url=url, timeout=timeout_s, headers={**_CLOSE, **_KEY})),
         )
 
 

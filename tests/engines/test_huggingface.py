@@ -5,6 +5,7 @@ import sys
 from array import array
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -21,6 +22,7 @@ from meshserve.engines.tokenizers.settings import TextSettings
 from meshserve.engines.tokenizers.table import TokenTable
 from meshserve.errors import TokenizerFailed, UsageError
 from meshserve.roles.processor.detokenizing import Detokenizer
+from meshserve.wire.card import SamplingDefaults
 from tests.engines.trained import KINDS, files_of, with_config, write_directory
 from tests.harness import run_command
 
@@ -198,10 +200,29 @@ def test_settings_come_from_all_the_files() -> None:
     settings = TextSettings.of_files(files)
     assert (settings.template(False), settings.template(True)) == ("D", "T")
     assert settings.special_tokens == {"bos_token": "<b>", "eos_token": "<e>"} and settings.add_bos_token is None
-    assert settings.eos_ids == (7, 8) and settings.default_temperature == 0.6
+    assert settings.eos_ids == (7, 8) and settings.sampling_defaults == SamplingDefaults(temperature=0.6)
     assert TextSettings.of_files({**files, "chat_template.jinja": b"J"}).template(False) == "J"
-    assert TextSettings.of_files({"generation_config.json": b'{"do_sample": false, "temperature": 0.6}'}).default_temperature == 0.0
     assert TextSettings.of_files({}).template(True) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ({}, SamplingDefaults()),
+        ({"temperature": 1, "top_k": 40}, SamplingDefaults(1.0, top_k=40)),
+        (
+            {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "min_p": 0.05, "repetition_penalty": 1.1},
+            SamplingDefaults(0.7, 0.8, 20, 0.05, 1.1),
+        ),
+        ({"do_sample": False, "temperature": 0.6, "top_k": 5, "min_p": 0.5}, SamplingDefaults()),
+        ({"do_sample": False, "repetition_penalty": 1.2}, SamplingDefaults(repetition_penalty=1.2)),
+        ({"temperature": -1, "top_p": 0, "top_k": -1, "min_p": 2, "repetition_penalty": 0}, SamplingDefaults()),
+        ({"temperature": "hot", "top_p": None, "top_k": True, "min_p": [0.1], "repetition_penalty": {}}, SamplingDefaults()),
+        ({"temperature": 101, "top_p": 1e999, "top_k": 40.0, "min_p": 1e999}, SamplingDefaults(top_k=40)),
+    ],
+)
+def test_sampling_defaults_are_what_a_sampler_can_use_of_the_generation_config(said: dict[str, Any], read: SamplingDefaults) -> None:
+    assert TextSettings.of_files({"generation_config.json": json.dumps(said).encode()}).sampling_defaults == read
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -27,6 +27,9 @@ TOOL: dict[str, Any] = {
 }
 STRICT = {"type": "function", "function": {**TOOL["function"], "strict": True}}
 FLAT_TOOL = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}, "strict": True}
+ASKS_NOTHING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+"""Said all the same, so that a model's own values do not count."""
+SAMPLED = tuple(ASKS_NOTHING)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string"}}}
 
 
@@ -60,6 +63,10 @@ Ask = Callable[..., CompletionRequest]
     ("ask", "fields", "expected"),
     [
         (completion, {}, {"prompt": "p", "max_tokens": 16, "n": 1, "logprobs": -1, "temperature": None, "stop": ()}),
+        *((ask, {}, dict.fromkeys(SAMPLED)) for ask in (completion, chat, response, message)),
+        *((ask, dict.fromkeys(SAMPLED), dict.fromkeys(SAMPLED)) for ask in (completion, chat, response, message)),
+        *((ask, ASKS_NOTHING, ASKS_NOTHING) for ask in (completion, chat, message)),
+        (response, ASKS_NOTHING, {**ASKS_NOTHING, "top_k": None}),
         (completion, {"prompt": ["p"]}, {"prompt": "p", "is_plain": True}),
         (completion, {"prompt": [1, 2]}, {"prompt": array("I", [1, 2])}),
         (completion, {"prompt": [1.0, 2], "max_tokens": 5.0}, {"prompt": array("I", [1, 2]), "max_tokens": 5}),
@@ -93,7 +100,7 @@ Ask = Callable[..., CompletionRequest]
         (chat, {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True, "schema": SCHEMA}}},
          {"json_schema": json.dumps(SCHEMA, separators=(",", ":"))}),
         (completion, {"min_p": 0.25, "repetition_penalty": 1.5}, {"min_p": 0.25, "repetition_penalty": 1.5, "needs_features": True}),
-        (chat, {"min_p": None, "repetition_penalty": 1, "guided_json": None}, {"min_p": 0.0, "needs_features": False}),
+        (chat, {"min_p": None, "repetition_penalty": 1, "guided_json": None}, {"min_p": None, "repetition_penalty": 1.0}),
         (response, {"min_p": 0.5, "repetition_penalty": 2}, {"min_p": 0.5, "repetition_penalty": 2.0}),
         (message, {"min_p": 1, "repetition_penalty": 0.5}, {"min_p": 1.0, "repetition_penalty": 0.5}),
         (completion, {"guided_json": SCHEMA}, {"json_schema": json.dumps(SCHEMA, separators=(",", ":"))}),
@@ -105,7 +112,7 @@ Ask = Callable[..., CompletionRequest]
         (chat, {"structured_outputs": {"regex": "[ab]"}}, {"regex": "[ab]"}),
         (chat, {"structured_outputs": {"choice": ["a"]}}, {"choices": ("a",), "needs_features": True}),
         (chat, {"tools": [STRICT], "parallel_tool_calls": False}, {"tool_choice": "strict", "parallel_tool_calls": False,
-                                                                   "tools": json.dumps([TOOL], separators=(",", ":"))}),
+                                                                   "tools": json.dumps([STRICT], separators=(",", ":"))}),
         (chat, {"tools": [STRICT], "tool_choice": "none"}, {"tool_choice": "none"}),
         (message, {"tools": [{"name": "f", "input_schema": SCHEMA}], "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
          {"tool_choice": "auto", "parallel_tool_calls": False}),

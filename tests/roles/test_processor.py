@@ -1,11 +1,13 @@
 """The processor against a worker played by hand: several answers, prompts repeated, calls of tools, and what goes wrong."""
 
 import json
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
 from meshserve.errors import EngineFailed, InvalidRequest, MeshserveError
+from meshserve.wire.card import SamplingDefaults
 from meshserve.wire.completion import CallItem, EndItem, StartItem, TextItem
 from tests.harness import run_async, until
 from tests.roles.scripted import DEADLINE_S, Client, scene, tokens
@@ -64,6 +66,32 @@ def test_each_prompt_has_a_seed_of_its_own_where_the_client_named_none() -> None
             found.ask(prompt=("same", "same"), temperature=1.0)
             one, other = await found.worker.asked(2)
             assert one.sampling.seed != other.sampling.seed
+
+    run_async(check())
+
+
+OWN = SamplingDefaults(0.7, 0.9, 40, 0.05, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sampled"),
+    [
+        ({}, OWN),
+        ({"temperature": 0.0}, replace(OWN, temperature=0.0)),
+        ({"top_p": 1.0}, replace(OWN, top_p=1.0)),
+        ({"top_k": 0}, replace(OWN, top_k=0)),
+        ({"min_p": 0.0}, replace(OWN, min_p=0.0)),
+        ({"repetition_penalty": 1.0}, replace(OWN, repetition_penalty=1.0)),
+        ({"logprobs": 0, "top_k": 3}, replace(OWN, top_k=3)),
+        (asdict(SamplingDefaults()), SamplingDefaults()),
+    ],
+)
+def test_a_model_has_its_own_sampling_wherever_a_request_names_none(asked: dict[str, Any], sampled: SamplingDefaults) -> None:
+    async def check() -> None:
+        async with scene(sampling_defaults=OWN) as found:
+            found.ask(**asked)
+            (request,) = await found.worker.asked(1)
+            assert {name: getattr(request.sampling, name) for name in asdict(sampled)} == asdict(sampled)
 
     run_async(check())
 

@@ -208,7 +208,6 @@ def test_reasoning_is_told_apart_where_nobody_offers_tools() -> None:
     [
         {"tool_choice": "required"},
         {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
-        {"tools": [{**WEATHER, "function": {**WEATHER["function"], "strict": True}}]},
     ],
 )
 def test_what_must_be_a_call_is_made_one_by_a_schema(fields: dict[str, Any]) -> None:
@@ -220,6 +219,40 @@ def test_what_must_be_a_call_is_made_one_by_a_schema(fields: dict[str, Any]) -> 
         assert streamed["calls"] == {0: ("get_weather", '{"city": "Rome"}')}
 
     run(check, '{"name": "get_weather", ', '"arguments": {"city": ', '"Rome"}}')
+
+
+STRICT: Any = {**WEATHER, "function": {**WEATHER["function"], "strict": True}}
+
+
+@pytest.mark.parametrize(
+    ("written", "calls"),
+    [
+        (ROME, CALLS[:1]),
+        (ROME.replace("city", "town"), []),
+        (ROME.replace('"Rome"', "7"), []),
+        (ROME + NOW.replace("{}", '{"hour": 12}'), [*CALLS[:1], ("get_time", {"hour": 12})]),
+        ("It is sunny.", []),
+    ],
+)
+def test_a_strict_tool_may_be_called_and_only_a_valid_call_counts(written: str, calls: list[Any]) -> None:
+    async def check(made: Clients) -> None:
+        choice = (await made.chat(tools=[STRICT, CLOCK])).choices[0]
+        assert calls_of(choice.message) == calls and choice.finish_reason == ("tool_calls" if calls else "stop")
+        assert calls or choice.message.content == written
+        assert not made.schema and "strict" not in made.prompt
+
+    run(check, written)
+
+
+def test_a_strict_tool_whose_schema_cannot_be_kept_to_is_refused_at_once() -> None:
+    async def check(made: Clients) -> None:
+        parameters = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
+        with pytest.raises(openai.BadRequestError, match="uniqueItems") as caught:
+            await made.chat(tools=[tool])
+        assert caught.value.param == "tools" and caught.value.code == "unsupported"
+
+    run(check, "no")
 
 
 def test_a_model_that_no_schema_binds_cannot_be_made_to_call_but_may() -> None:

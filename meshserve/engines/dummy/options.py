@@ -15,7 +15,7 @@ from meshserve.engines.tokenizers.directory import describe_files, read_director
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
 from meshserve.engines.tokenizers.settings import TextSettings
 from meshserve.errors import TokenizerFailed, UsageError
-from meshserve.wire.card import ModelCard, SamplingDefaults
+from meshserve.wire.card import ModelCard
 from meshserve.wire.layout import KVLayout
 
 _OUTPUT_VERSION = 2
@@ -80,7 +80,7 @@ class DummyOptions:
             context_length=self.context_length,
             tokenizer="huggingface" if files else "bytes",
             chat_template="" if settings.chat_templates else CHAT_TEMPLATE,
-            sampling_defaults=SamplingDefaults(settings.default_temperature or 0.0),
+            sampling_defaults=settings.sampling_defaults,
             features=("logprobs", "penalties", "logit_bias", *(("json_schema", "regex", "tools") if can_spell else ())),
             files=files,
         )

@@ -14,7 +14,7 @@ from meshserve.engines.tokenizers.gguf import GgufFile, model_hash, read_gguf
 from meshserve.engines.tokenizers.gguf_vocabulary import tokenizer_files
 from meshserve.engines.tokenizers.settings import TextSettings
 from meshserve.errors import StartupFailed, TokenizerFailed, UsageError
-from meshserve.wire.card import ModelCard, SamplingDefaults
+from meshserve.wire.card import ModelCard
 
 BLOCK_TOKENS = 64
 _MOST_CONTEXTS, _MEMORY_SHARE = 8, 4
@@ -154,7 +154,7 @@ def _card(path: Path, gguf: GgufFile, files: Mapping[str, bytes], context_length
         context_length=context_length,
         tokenizer="huggingface",
         chat_template="",
-        sampling_defaults=SamplingDefaults(settings.default_temperature or 0.0),
+        sampling_defaults=settings.sampling_defaults,
         features=FEATURES,
         files=describe_files(files),
     )

@@ -1,14 +1,19 @@
 """What the small files beside a `tokenizer.json` say: chat templates, special tokens, the end of a sequence. Pure."""
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meshserve.errors import TokenizerFailed
+from meshserve.wire.card import SamplingDefaults
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Names under which templates know them."""
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_MAX_TEMPERATURE = 100.0
+"""A higher one is a mistake in the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +28,8 @@ class TextSettings:
     """Whether a text starts with the beginning of sequence; None: as `tokenizer.json` has it."""
     eos_ids: tuple[int, ...] = ()
     """What `generation_config.json` lets a sequence end with."""
-    default_temperature: float | None = None
-    """Of `generation_config.json`; None if it says nothing, 0 if it does not sample."""
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """Of `generation_config.json`. Greedy if it says nothing, or that the model does not sample."""
 
     @classmethod
     def of_files(cls, files: Mapping[str, bytes]) -> "TextSettings":
@@ -37,7 +42,7 @@ class TextSettings:
             {name: token for name in SPECIAL_TOKENS if (token := _token(tokenizer.get(name)))},
             add_bos_token if isinstance(add_bos_token, bool) else None,
             _ids(generation.get("eos_token_id")),
-            _temperature(generation),
+            _sampling_defaults(generation),
         )
 
     def template(self, has_tools: bool) -> str | None:
@@ -86,8 +91,15 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(found for found in (value if isinstance(value, list) else [value]) if type(found) is int and found >= 0)
 
 
-def _temperature(generation: dict[str, Any]) -> float | None:
-    if generation.get("do_sample") is False:
-        return 0.0
-    value = generation.get("temperature")
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 100 else None
+def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
+    """What it says, as far as a sampler can use it. A model that does not sample keeps its penalty only."""
+    found = SamplingDefaults()
+    is_greedy = generation.get("do_sample") is False
+    for name in ("repetition_penalty",) if is_greedy else _SAMPLING:
+        value = generation.get(name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
+            continue
+        values: dict[str, Any] = {name: int(value) if name == "top_k" else float(value)}
+        changed = replace(found, **values)
+        found = changed if changed.is_in_range and changed.temperature <= _MAX_TEMPERATURE else found
+    return found

@@ -68,7 +68,7 @@ def parse_message(body: bytes, request_id: str, client_id: str) -> tuple[Complet
         min_tokens=integer(fields, "min_tokens", 0, max_tokens, 0),
         temperature=optional_number(fields, "temperature", 0.0, MAX_TEMPERATURE),
         top_p=read_top_p(fields),
-        top_k=integer(fields, "top_k", 0, MAX_COUNT, 0),
+        top_k=optional_integer(fields, "top_k", 0, MAX_COUNT),
         min_p=read_min_p(fields),
         repetition_penalty=read_repetition_penalty(fields),
         seed=optional_integer(fields, "seed", *SEEDS),

@@ -201,23 +201,29 @@ def read_session(fields: Fields) -> str:
     return (optional_string(fields, "prompt_cache_key") or optional_string(fields, "user") or "")[:MAX_SESSION_CHARACTERS]
 
 
-def read_top_p(fields: Fields) -> float:
-    """Above 0 and at most 1."""
-    value = number(fields, "top_p", 0.0, 1.0, 1.0)
-    if not value:
+def read_top_p(fields: Fields) -> float | None:
+    """Above 0 and at most 1. As for the others, null leaves it to the model."""
+    value = optional_number(fields, "top_p", 0.0, 1.0)
+    if value == 0:
         raise InvalidRequest("top_p must be above 0 and at most 1", param="top_p")
     return value
 
 
-def read_min_p(fields: Fields) -> float:
-    """From 0 to 1."""
-    return number(fields, "min_p", 0.0, 1.0, 0.0)
+def read_top_k(fields: Fields) -> int | None:
+    """0 and -1 are all."""
+    value = optional_integer(fields, "top_k", -1, MAX_COUNT)
+    return None if value is None else max(0, value)
 
 
-def read_repetition_penalty(fields: Fields) -> float:
+def read_min_p(fields: Fields) -> float | None:
+    """From 0, which is none, to 1."""
+    return optional_number(fields, "min_p", 0.0, 1.0)
+
+
+def read_repetition_penalty(fields: Fields) -> float | None:
     """Above 0; 1 is none."""
-    value = number(fields, "repetition_penalty", 0.0, MAX_REPETITION_PENALTY, 1.0)
-    if not value:
+    value = optional_number(fields, "repetition_penalty", 0.0, MAX_REPETITION_PENALTY)
+    if value == 0:
         raise InvalidRequest(f"repetition_penalty must be above 0 and at most {MAX_REPETITION_PENALTY:g}", param="repetition_penalty")
     return value
 
@@ -287,7 +293,7 @@ COMMON: dict[str, tuple[str, Callable[[Fields], Any]]] = {
     "min_tokens": ("min_tokens", lambda fields: integer(fields, "min_tokens", 0, MAX_COUNT, 0)),
     "temperature": ("temperature", lambda fields: optional_number(fields, "temperature", 0.0, MAX_TEMPERATURE)),
     "top_p": ("top_p", read_top_p),
-    "top_k": ("top_k", lambda fields: max(0, integer(fields, "top_k", -1, MAX_COUNT, 0))),
+    "top_k": ("top_k", read_top_k),
     "seed": ("seed", lambda fields: optional_integer(fields, "seed", *SEEDS)),
     "ignore_eos": ("ignore_eos", lambda fields: boolean(fields, "ignore_eos")),
     "stop": ("stop", lambda fields: strings(fields, "stop", MAX_STOPS)),

@@ -42,9 +42,9 @@ def read_tools(fields: Fields) -> Tools:
 def with_choice(definitions: tuple[dict[str, Any], ...], choice: str | None, name: str, is_parallel: bool = True) -> Tools:
     """The tools, once their names and the choice among them are found to be sound; no choice is `auto`.
 
-    Where one of them is strict, `auto` becomes `strict`: models are not shown that word.
+    Where one of them is strict, `auto` becomes `strict`.
     """
-    is_strict = True in [tool["function"].pop("strict", False) for tool in definitions]
+    is_strict = True in [tool["function"].get("strict", False) for tool in definitions]
     names = [tool["function"]["name"] for tool in definitions]
     if len(set(names)) != len(names):
         raise InvalidRequest("two tools have the same name", param="tools")

@@ -8,7 +8,7 @@ White space right after a tag belongs to the tag.
 from collections.abc import Collection
 from typing import NamedTuple
 
-from meshserve.roles.processor.call_formats import ALL_FORMATS, CallFormat, CallReader
+from meshserve.roles.processor.call_formats import ALL_FORMATS, Accepts, CallFormat, CallReader
 
 THINK, THINK_END = "<think>", "</think>"
 MAX_FAILED_CALLS = 64
@@ -23,12 +23,34 @@ class Event(NamedTuple):
 
 
 class AnswerParser:
-    """Reads one answer. `<think>` counts where the answer begins, or if the prompt ended with it (`is_thinking`)."""
+    """Reads one answer. `<think>` counts where the answer begins, or if the prompt ended with it (`is_thinking`).
 
-    __slots__ = ("_bare", "_held", "_is_thought", "_marked", "_mode", "_names", "_num_failed", "_reader", "_skips_space", "num_calls")
+    With `accepts` a call must be accepted; one that is not is text.
+    """
 
-    def __init__(self, names: Collection[str] = (), formats: tuple[CallFormat, ...] = ALL_FORMATS, *, is_thinking: bool = False) -> None:
-        self._names = frozenset(names)
+    __slots__ = (
+        "_accepts",
+        "_bare",
+        "_held",
+        "_is_thought",
+        "_marked",
+        "_mode",
+        "_names",
+        "_num_failed",
+        "_reader",
+        "_skips_space",
+        "num_calls",
+    )
+
+    def __init__(
+        self,
+        names: Collection[str] = (),
+        formats: tuple[CallFormat, ...] = ALL_FORMATS,
+        *,
+        is_thinking: bool = False,
+        accepts: Accepts | None = None,
+    ) -> None:
+        self._names, self._accepts = frozenset(names), accepts
         self._marked = {found.opener: found for found in formats if found.opener and names}
         self._bare = next((found for found in formats if not found.opener and names), None)
         self._mode = self._think if is_thinking else self._begin
@@ -114,7 +136,7 @@ class AnswerParser:
 
     def _open(self, form: CallFormat | None) -> None:
         """Calls of this form begin; None: text does."""
-        self._reader = None if form is None else CallReader(form, self._names)
+        self._reader = None if form is None else CallReader(form, self._names, self._accepts)
         self._mode = self._text if form is None else self._call
 
     def _fail(self, events: list[Event], num_characters: int) -> None:

@@ -5,7 +5,7 @@ Each decision is a function of the text up to one character, and holds whatever 
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,6 +22,10 @@ _FIRST_KEY_BEGUN = re.compile(r'\[?\s*(?:\{\s*(?:"\w*)?)?')
 _NEXT_CALL = re.compile(r"\s*;?\s*(?=[\[{])")
 _REST = re.compile(r"\s*;?\s*(?:```\s*)?")
 _REST_BEGUN = re.compile(r"\s*;?\s*(?:`{1,3}\s*)?")
+
+
+Accepts = Callable[[str, dict[str, Any]], bool]
+"""Whether a call of this function with these arguments counts."""
 
 
 class Call(NamedTuple):
@@ -76,10 +80,10 @@ def formats_of(template: str) -> tuple[CallFormat, ...]:
 class CallReader:
     """Reads calls of one format from a text that begins with its marker."""
 
-    __slots__ = ("_at", "_brackets", "_calls", "_format", "_is_closed", "_json_at", "_name", "_names", "opener")
+    __slots__ = ("_accepts", "_at", "_brackets", "_calls", "_format", "_is_closed", "_json_at", "_name", "_names", "opener")
 
-    def __init__(self, form: CallFormat, names: Collection[str]) -> None:
-        self._format, self._names, self.opener = form, names, form.opener
+    def __init__(self, form: CallFormat, names: Collection[str], accepts: Accepts | None = None) -> None:
+        self._format, self._names, self._accepts, self.opener = form, names, accepts, form.opener
         self._calls: list[Call] = []
         self._brackets: Brackets | None = None
         self._json_at = self._at = 0
@@ -113,7 +117,8 @@ class CallReader:
         if not self._brackets.is_over:
             return None
         self._is_closed = True
-        found = calls_in(text[self._json_at : self._at], self._names, self._name, is_marked=bool(self._format.opener))
+        is_marked = bool(self._format.opener)
+        found = calls_in(text[self._json_at : self._at], self._names, self._name, is_marked=is_marked, accepts=self._accepts)
         self._calls += found
         return found, 0
 
@@ -143,21 +148,21 @@ class CallReader:
         return self._calls, 0
 
 
-def calls_in(text: str, names: Collection[str], name: str = "", *, is_marked: bool = True) -> list[Call]:
+def calls_in(text: str, names: Collection[str], name: str = "", *, is_marked: bool = True, accepts: Accepts | None = None) -> list[Call]:
     """The calls that this JSON is, of the function of this name or of those that it names; none if one of them is no call.
 
-    Without a marker, a call must have arguments.
+    Without a marker, a call must have arguments. A call that is not accepted is none.
     """
     try:
         value = json.loads(text)
         entries = [{"name": name, "arguments": value}] if name else value if isinstance(value, list) else [value]
-        calls = [_call(entry, names, is_marked) for entry in entries] if is_shallow(value) else []
+        calls = [_call(entry, names, is_marked, accepts) for entry in entries] if is_shallow(value) else []
     except (ValueError, TypeError, RecursionError):
         return []
     return calls
 
 
-def _call(entry: Any, names: Collection[str], is_marked: bool) -> Call:
+def _call(entry: Any, names: Collection[str], is_marked: bool, accepts: Accepts | None) -> Call:
     """Raises ValueError or TypeError if it is none."""
     if isinstance(entry, dict) and isinstance(entry.get("function"), dict):
         entry = entry["function"]
@@ -168,6 +173,8 @@ def _call(entry: Any, names: Collection[str], is_marked: bool) -> Call:
         arguments = {}
     if not isinstance(arguments, dict):
         raise ValueError("arguments are an object")
+    if accepts is not None and not accepts(entry["name"], arguments):
+        raise ValueError("arguments are not valid")
     return Call(entry["name"], _dumped(arguments))
 
 

@@ -20,12 +20,12 @@ _NO_SCHEMAS = frozenset(("const", "enum", "default", "examples"))
 def wants_call(request: CompletionRequest, card: ModelCard) -> bool:
     """Whether the answer is made to be a call, by a schema.
 
-    Where the client leaves it open, a model that writes calls as text decides for itself, unless they must be valid (`strict`); for any
-    other the answer is a call unless the last message is a tool's result: that asks for words.
+    Where the client leaves it open (`auto`, `strict`), a model that writes calls as text decides for itself; for any other the answer is
+    a call unless the last message is a tool's result: that asks for words.
     """
     if request.tool_choice in ("required", "function"):
         return True
-    if request.tool_choice == "none" or (request.tool_choice == "auto" and writes_calls(card)):
+    if request.tool_choice == "none" or writes_calls(card):
         return False
     return not request.messages or request.messages[-1]["role"] != "tool"
 
@@ -37,6 +37,18 @@ def writes_calls(card: ModelCard) -> bool:
 
 def tools_of(request: CompletionRequest) -> list[Json]:
     """The tools, for the chat template and the schema. Raises ProtocolError: frontends pass on only what they could read."""
+    tools = _read_tools(request)
+    for tool in tools:
+        tool["function"].pop("strict", None)  # models are not shown that word
+    return tools
+
+
+def strict_tools_of(request: CompletionRequest) -> list[Json]:
+    """Those whose calls must be valid. Raises as :func:`tools_of`."""
+    return [tool for tool in _read_tools(request) if tool["function"].get("strict") is True]
+
+
+def _read_tools(request: CompletionRequest) -> list[Json]:
     if not request.tools:
         return []
     try:

@@ -24,6 +24,7 @@ from meshserve.roles.processor.placing import Placer
 from meshserve.roles.processor.prompts import check_bias, check_features, check_prompts
 from meshserve.roles.processor.requests import Request
 from meshserve.roles.processor.sequences import Sequence
+from meshserve.roles.processor.strict_calls import StrictCalls
 from meshserve.telemetry import Phases
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, Tokenized
@@ -64,6 +65,7 @@ class ProcessorRole:
         self.models = Models(mesh)
         self._running: dict[str, Request | Preparing] = {}
         self.placer = Placer(mesh)
+        self._strict_calls = StrictCalls()
         self._rng = random.Random()
         mesh.levels.derive("requests", lambda: len(self._running))
         mesh.serve("complete", self._on_complete)
@@ -123,7 +125,7 @@ class ProcessorRole:
             check_bias(asked, spelling.vocab_size)
         check_prompts(asked, prompts, card, spelling.vocab_size)
         formats = formats_of(self.models.template(card)) if writes_calls(card) else ()
-        request = Request(self, call, asked, card, prompts, spelling, phases, formats)
+        request = Request(self, call, asked, card, prompts, spelling, phases, formats, self._strict_calls.judge(asked, card))
         self._running[request.request_id] = request
         call.on_cancel = request.cancel
         request.start()

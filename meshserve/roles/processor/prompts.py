@@ -30,7 +30,7 @@ def check_features(request: CompletionRequest, card: ModelCard) -> None:
         ("presence_penalty", "penalties", request.presence_penalty != 0),
         ("frequency_penalty", "penalties", request.frequency_penalty != 0),
         ("logit_bias", "logit_bias", bool(request.logit_bias)),
-        ("repetition_penalty", "penalties", request.repetition_penalty != 1),
+        ("repetition_penalty", "penalties", request.repetition_penalty not in (None, 1)),
         ("tools", "tools", has_tools and not is_parsed),
         ("tools", "json_schema", has_tools and not is_parsed),
         ("tool_choice", "json_schema", is_forced and is_parsed),
@@ -114,18 +114,21 @@ def check_prompts(request: CompletionRequest, prompts: list["array[int]"], card:
 def sampling_of(request: CompletionRequest, card: ModelCard, num_prompt_tokens: int, drawn_seed: int) -> Sampling:
     """What the client left open is filled in by the model's card, the room that is left, and a seed that was drawn for it."""
     room = min(MAX_UNASKED_TOKENS, card.context_length - num_prompt_tokens)
+    defaults = card.sampling_defaults
     found = Sampling(
         room if request.max_tokens is None else max(1, request.max_tokens),
         request.min_tokens,
-        request.temperature if request.temperature is not None else card.sampling_defaults.temperature,
-        request.top_p,
-        request.top_k,
+        request.temperature if request.temperature is not None else defaults.temperature,
+        request.top_p if request.top_p is not None else defaults.top_p,
+        request.top_k if request.top_k is not None else defaults.top_k,
         request.seed if request.seed is not None else drawn_seed,
         request.ignore_eos,
     )
+    found.min_p = request.min_p if request.min_p is not None else defaults.min_p
+    penalty = request.repetition_penalty
+    found.repetition_penalty = penalty if penalty is not None else defaults.repetition_penalty
     if request.needs_features:
         found.presence_penalty, found.frequency_penalty = request.presence_penalty, request.frequency_penalty
-        found.repetition_penalty, found.min_p = request.repetition_penalty, request.min_p
         found.logit_bias, found.logprobs = request.logit_bias, request.logprobs
         found.json_schema, found.regex, found.choices = constraint_of(request, card)
         found.prompt_logprobs = request.logprobs if request.echo else -1

@@ -14,7 +14,7 @@ from meshserve.mesh.calls import IncomingCall
 from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.receipts import OK, Receipt, after_first_token, merged
 from meshserve.roles.processor.answers import THINK, AnswerParser
-from meshserve.roles.processor.call_formats import CallFormat
+from meshserve.roles.processor.call_formats import Accepts, CallFormat
 from meshserve.roles.processor.calling import tools_of, wants_call, writes_calls
 from meshserve.roles.processor.choices import Choice, EchoOnly
 from meshserve.roles.processor.detokenizing import Spelling
@@ -63,6 +63,7 @@ class Request:
     """Owns its sequences, which are numbered prompt by prompt."""
 
     __slots__ = (
+        "_accepts",
         "_asked",
         "_call",
         "_card",
@@ -93,8 +94,10 @@ class Request:
         spelling: Spelling,
         phases: Phases,
         formats: tuple[CallFormat, ...],
+        accepts: Accepts | None = None,
     ) -> None:
-        self._role, self._call, self._asked, self._spelling, self._formats = role, call, asked, spelling, formats
+        self._role, self._call, self._asked, self._spelling = role, call, asked, spelling
+        self._formats, self._accepts = formats, accepts
         self.request_id, self.policy, self.session = asked.request_id, asked.policy, asked.session
         self._card, self._prompts, self._phases = card, prompts, phases
         self._is_plain = asked.is_plain
@@ -157,7 +160,7 @@ class Request:
             self._call.send,
             spelling.token_bytes,
             index,
-            AnswerParser(names, self._formats, is_thinking=last.endswith(THINK.encode())),
+            AnswerParser(names, self._formats, is_thinking=last.endswith(THINK.encode()), accepts=self._accepts),
             is_single=not asked.parallel_tool_calls,
             is_bare=self._is_plain,
             stops=asked.stop,

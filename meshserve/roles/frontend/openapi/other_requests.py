@@ -91,7 +91,7 @@ def _message() -> Schema:
         "min_tokens": told(optional_integer(0, MAX_COUNT, 0), "At most `max_tokens`."),
         "temperature": optional_number(0, anthropic_parsing.MAX_TEMPERATURE),
         "top_p": TOP_P,
-        "top_k": optional_integer(0, MAX_COUNT, 0),
+        "top_k": optional_integer(0, MAX_COUNT),
         "min_p": MIN_P,
         "repetition_penalty": REPETITION_PENALTY,
         "seed": optional_integer(*SEEDS),

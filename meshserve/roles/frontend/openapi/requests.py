@@ -42,17 +42,17 @@ from meshserve.wire.completion import MAX_CHOICES, MAX_COUNT, MAX_LOGPROBS, MAX_
 from meshserve.wire.generation import MAX_CHOICE_TEXTS, MAX_LOGIT_BIASES
 
 STREAM_OPTIONS_RULE = needs("stream_options", NULL, "stream")
-TOP_P: Schema = {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1, "default": 1}
+_UNASKED = "By default the model's own, if it has one."
+TOP_P: Schema = {"type": ["number", "null"], "exclusiveMinimum": 0, "maximum": 1, "description": _UNASKED}
 MIN_P: Schema = {
-    **optional_number(0, 1, 0),
-    "description": "Tokens less likely than this share of the likeliest one's probability are not chosen.",
+    **optional_number(0, 1),
+    "description": f"Tokens less likely than this share of the likeliest one's probability are not chosen. {_UNASKED}",
 }
 REPETITION_PENALTY: Schema = {
     "type": ["number", "null"],
     "exclusiveMinimum": 0,
     "maximum": MAX_REPETITION_PENALTY,
-    "default": 1,
-    "description": "Divides the logits above 0 of tokens that were there before, and multiplies those below.",
+    "description": f"Divides the logits above 0 of tokens that were there before, and multiplies those below. {_UNASKED}",
 }
 MODEL = ref("Model")
 
@@ -84,7 +84,7 @@ def sampling() -> dict[str, Schema]:
         "min_tokens": told(optional_integer(0, MAX_COUNT, 0), "At most as many as are allowed to be made."),
         "temperature": told(optional_number(0, MAX_TEMPERATURE), "0 takes the likeliest token. Default: the model's."),
         "top_p": TOP_P,
-        "top_k": told(optional_integer(-1, MAX_COUNT, 0), "0 and -1: all."),
+        "top_k": told(optional_integer(-1, MAX_COUNT), f"0 and -1: all. {_UNASKED}"),
         "seed": optional_integer(*SEEDS),
         "ignore_eos": told(optional_boolean(), "Go on until `max_tokens`."),
         "stop": strings(MAX_STOPS),

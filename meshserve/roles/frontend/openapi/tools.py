@@ -44,7 +44,7 @@ def function(parameters: str = "parameters", required: bool = False) -> tuple[di
         "description": optional_string(),
         parameters: schema,
         "strict": told(
-            optional_boolean(), "Arguments must be valid under their schema: a call is made, and a tool's result is answered freely."
+            optional_boolean(), "Arguments are valid under their schema: what the model writes counts as a call only if they are."
         ),
     }
     return properties, ["name", parameters] if required else ["name"]

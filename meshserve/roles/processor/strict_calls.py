@@ -1,0 +1,103 @@
+"""Calls of strict tools that a model wrote as text: they count only if a schema could have forced them. Pure.
+
+The grammar library judges them, as it judges calls that are forced: what a strict tool may ask of its arguments is the same in both
+cases, and a hostile schema is bounded in the same way.
+"""
+
+import json
+from typing import Any
+
+from meshserve.engines.core.constraint import ConstraintCompiler
+from meshserve.errors import InvalidRequest
+from meshserve.roles.processor.call_formats import Accepts
+from meshserve.roles.processor.calling import Json, call_schema, strict_tools_of, writes_calls
+from meshserve.wire.card import ModelCard
+from meshserve.wire.completion import CompletionRequest
+
+_BYTES = [bytes([value]) for value in range(256)]
+_END = len(_BYTES)
+_MOST_FOLLOWED = 64
+"""References of a schema that lead to other references, and levels of arguments that are put in order."""
+
+
+class StrictCalls:
+    """Judges calls; keeps what it compiled for the next request. Belongs to one thread."""
+
+    def __init__(self) -> None:
+        self._compiler = ConstraintCompiler(lambda: [*_BYTES, b""], [_END], lambda text: text.encode())
+
+    def judge(self, request: CompletionRequest, card: ModelCard) -> Accepts | None:
+        """What judges the calls of this request's answers; None if all of them count.
+
+        Takes up to 0.1 s for the first request with these tools. Raises InvalidRequest for a schema that is malformed, Unsupported for
+        one that cannot be kept to.
+        """
+        if request.tool_choice != "strict" or not writes_calls(card):
+            return None
+        tools = strict_tools_of(request)
+        if not tools:
+            return None
+        schema = call_schema(tools)
+        try:
+            self._compiler.compile(json_schema=schema)
+        except InvalidRequest as error:
+            raise type(error)(error.message, param="tools") from error
+        parameters = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
+        return lambda name, arguments: name not in parameters or self._is_valid(schema, name, arguments, parameters[name])
+
+    def _is_valid(self, schema: str, name: str, arguments: Json, parameters: Json) -> bool:
+        call = {"name": name, "arguments": in_order(arguments, parameters)}
+        text = json.dumps(call, ensure_ascii=False).encode("utf-8", "replace")
+        return self._compiler.compile(json_schema=schema).num_allowed(list(text)) == len(text)
+
+
+def in_order(arguments: Any, parameters: Json) -> Any:
+    """The same value, as the grammar of this schema writes it: properties in the schema's order, whole numbers without a fraction."""
+    return _in_order(arguments, [parameters], parameters, 0)
+
+
+def _in_order(value: Any, schemas: list[Any], root: Json, level: int) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, (dict, list)) or level > _MOST_FOLLOWED:
+        return value
+    schemas = _alternatives(schemas, root)
+    if isinstance(value, list):
+        return [_in_order(part, [_item(schema, at) for schema in schemas], root, level + 1) for at, part in enumerate(value)]
+    known: dict[str, list[Any]] = {}
+    for schema in schemas:
+        properties = schema.get("properties")
+        for name, part in properties.items() if isinstance(properties, dict) else ():
+            known.setdefault(name, []).append(part)
+    rest = [schema.get("additionalProperties") for schema in schemas]
+    names = [*(name for name in known if name in value), *(name for name in value if name not in known)]
+    return {name: _in_order(value[name], known.get(name, rest), root, level + 1) for name in names}
+
+
+def _item(schema: Json, at: int) -> Any:
+    """What the element at this place must be."""
+    first = schema.get("prefixItems")
+    return first[at] if isinstance(first, list) and at < len(first) else schema.get("items")
+
+
+def _alternatives(schemas: list[Any], root: Json) -> list[Json]:
+    """These schemas and all that they are made of."""
+    found: list[Json] = []
+    pending = list(schemas)
+    while pending and len(found) < _MOST_FOLLOWED:
+        schema = pending.pop(0)
+        if isinstance(schema, dict) and schema not in found:
+            found.append(schema)
+            for key in ("allOf", "anyOf", "oneOf"):
+                pending += schema[key] if isinstance(schema.get(key), list) else []
+            pending.append(_referred(root, schema.get("$ref")))
+    return found
+
+
+def _referred(root: Json, reference: Any) -> Any:
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    place: Any = root
+    for part in reference[1:].split("/")[1:]:
+        place = place.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(place, dict) else None
+    return place
