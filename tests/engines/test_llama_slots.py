@@ -1,6 +1,7 @@
 """Which sequence of a llama.cpp context holds which blocks, without llama.cpp: the operations are played on sets of cells."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,8 @@ class Owner:
     """A sequence, of hashed blocks and one more."""
 
     def __init__(self, pool: BlockPool, hashes: list[int]) -> None:
-        self.hashes, self.state = hashes, None  # type: list[int], Any
+        self.hashes = hashes
+        self.state: Any = None
         prefix = pool.lookup(hashes)
         self.num_prefix = len(prefix)
         self.blocks = pool.acquire(prefix, len(hashes) + 1 - len(prefix))
