@@ -19,7 +19,7 @@ BLOCK_TOKENS = 64
 _MOST_CONTEXTS, _MEMORY_SHARE = 8, 4
 """The KV cache takes the lesser of so many full contexts, and of this part of the memory that is available."""
 _BYTES_PER_VALUE = {"q8_0": 34 / 32, "f16": 2.0}
-_BOUNDS = {"threads": (1, 512), "max_running": (1, 128), "slots": (2, 255), "context_length": (BLOCK_TOKENS, 1 << 24)}
+_BOUNDS = {"threads": (1, 512), "max_running": (1, 128), "slots": (2, 254), "context_length": (BLOCK_TOKENS, 1 << 24)}
 """Options and their bounds. `slots`: sequences that run, wait with their KV, or are kept as cached chains."""
 FEATURES = ("logprobs", "penalties", "logit_bias", "json_schema", "regex", "tool_text")
 
