@@ -104,7 +104,8 @@ def _write_vocabulary(writer: gguf.GGUFWriter) -> None:
     kinds += [gguf.TokenType.NORMAL] * (VOCABULARY - len(kinds))
     writer.add_tokenizer_model("llama")
     writer.add_token_list(pieces)
-    writer.add_token_scores([float(len(piece)) for piece in pieces])
+    # no two scores are equal: of overlapping pieces, a tokenizer.json could not say which of two equal ones comes first
+    writer.add_token_scores([len(piece) - index / 1024 for index, piece in enumerate(pieces)])
     writer.add_token_types(kinds)
     for add, token in ((writer.add_unk_token_id, 0), (writer.add_bos_token_id, 1), (writer.add_eos_token_id, 2)):
         add(token)
