@@ -137,8 +137,8 @@ class Host:
 
         A veth pair verifies no checksums, so TCP takes what a real network's TCP would take once in some ten million broken packets.
         """
-        # only what is long: data that a sender handed over in one piece, and no headers of messages, which go in pieces of their own
-        which = f"tcp dport {port} meta length > 12000 limit rate 1/day burst 1 packets"
+        # only what is long: libzmq sends the header of a message, and what follows it, in pieces of 8 KiB
+        which = f"tcp dport {port} meta length > 9000 limit rate 1/day burst 1 packets"
         self._filter(self.netns, INTERFACE, [f"{which} @th,1600,8 set @th,1600,8 ^ 0x04"], self._undo)
 
     def limit_rate(self, bytes_per_s: int) -> None:
