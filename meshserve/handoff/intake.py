@@ -79,11 +79,11 @@ class BlockIntake:
     def __init__(self, mesh: Mesh, engine: Engine, attempts: Attempts) -> None:
         self._mesh, self._engine, self._attempts = mesh, engine, attempts
 
-    def take(
-        self, running: RunningTask, header: BulkHeader, payloads: Sequence[bytes | memoryview], answer: Callable[[Any], None]
-    ) -> None:
+    def take(self, running: RunningTask, header: BulkHeader, payloads: Sequence[bytes | memoryview], answer: Callable[[Any], None]) -> None:
         """Blocks of the running attempt: all of them, or the attempt has failed. They are acknowledged once the engine has them."""
-        message = _Message(header, [header.request_id, header.attempt, sum(map(len, payloads))], answer, len(payloads))
+        size_bytes = sum(map(len, payloads))
+        message = _Message(header, [header.request_id, header.attempt, size_bytes], answer, len(payloads))
+        running.task.received(len(payloads), size_bytes)  # now: the attempt may be over when the engine has them
         try:
             self._check_tokens(running, header)
             header.check(payloads)
@@ -129,7 +129,6 @@ class BlockIntake:
             self._refuse(running, message.header, error, 1)
             return
         header = message.header
-        running.task.received(size_bytes)
         running.num_tokens += running.reservation.tokens_in(index)
         self._mesh.counters.add("kv_blocks_received")
         self._mesh.counters.add("kv_bytes_received", size_bytes)

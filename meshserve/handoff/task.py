@@ -87,7 +87,7 @@ class Attempt:
     ended_s: float = 0.0
     num_blocks: int = 0
     num_bytes: int = 0
-    """Of KV that came in."""
+    """Of KV that came, whatever became of it: what crossed the network."""
 
     @property
     def took_s(self) -> float:
@@ -209,9 +209,9 @@ class PrefillTask:
         if self.is_current(peer, attempt):
             self._renewed_s = max(self._renewed_s, seen_s)
 
-    def received(self, num_bytes: int) -> None:
-        """A block of the running attempt is in."""
-        self.attempts[-1].num_blocks += 1
+    def received(self, num_blocks: int, num_bytes: int) -> None:
+        """Blocks of the running attempt came, right or wrong."""
+        self.attempts[-1].num_blocks += num_blocks
         self.attempts[-1].num_bytes += num_bytes
 
     def stalled(self, stall_s: float) -> None:

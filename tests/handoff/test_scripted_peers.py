@@ -53,6 +53,7 @@ def test_row_7_a_damaged_block_is_refused_and_the_prompt_computed_again(damage: 
             result = await decode.result()
             assert result.state is TaskState.LOCAL and result.attempts[0]["outcome"].startswith("block refused")
             assert decode.count("kv_blocks_refused") == 1
+            assert result.num_blocks == which + 1, "what was refused has crossed the network too"
             assert await text_of(decode.engine, None) == await undisturbed()
             assert decode.engine.load().used_blocks == 0
 

@@ -107,7 +107,7 @@ class Host:
     def block_ports(self, first: int, last: int, only_from: "Host | None" = None) -> None:
         """Let no TCP connection to these ports of this host come about (or none of one host's), as a firewall that drops silently."""
         sender = f"ether saddr {only_from._mac} " if only_from else ""
-        self._drop(self.netns, INTERFACE, [f"{sender}tcp dport {first}-{last} tcp flags & (syn | ack) == syn drop"], self._undo)
+        self._filter(self.netns, INTERFACE, [f"{sender}tcp dport {first}-{last} tcp flags & (syn | ack) == syn drop"], self._undo)
 
     def add_interface(self, name: str, address: str) -> None:
         """Another interface, in a network of its own that no other host is in; `address` has its prefix, as in 10.99.0.1/24."""
@@ -131,6 +131,15 @@ class Host:
         share = round(percent * 100)
         # nft takes no comparison that is always true
         self._drop_both_ways([f"numgen random mod 10000 < {share} drop" if share < 10000 else "drop"])
+
+    def flip_one_bit(self, port: int) -> None:
+        """Change one bit, once, deep inside a run of data that comes in for this TCP port, as a switch with bad memory does.
+
+        A veth pair verifies no checksums, so TCP takes what a real network's TCP would take once in some ten million broken packets.
+        """
+        # only what is long: libzmq sends the header of a message, and what follows it, in pieces of 8 KiB
+        which = f"tcp dport {port} meta length > 9000 limit rate 1/day burst 1 packets"
+        self._filter(self.netns, INTERFACE, [f"{which} @th,1600,8 set @th,1600,8 ^ 0x04"], self._undo)
 
     def limit_rate(self, bytes_per_s: int) -> None:
         """Let at most `bytes_per_s` through in each direction, behind a queue of 50 ms."""
@@ -208,13 +217,13 @@ class Host:
     def _drop_from(self, sender: "Host", undo: list[Callable[[], object]]) -> None:
         # who has which address must stay known, or the other direction would end with this one
         rules = ["ether type ip drop", "ether type ip6 meta l4proto != ipv6-icmp drop"]
-        self._drop(self.netns, INTERFACE, [f"ether saddr {sender._mac} {rule}" for rule in rules], undo)
+        self._filter(self.netns, INTERFACE, [f"ether saddr {sender._mac} {rule}" for rule in rules], undo)
 
     def _drop_both_ways(self, rules: Sequence[str]) -> None:
-        self._drop(self.netns, INTERFACE, rules, self._undo)
-        self._drop(self._lan.netns, self._port, rules, self._undo)
+        self._filter(self.netns, INTERFACE, rules, self._undo)
+        self._filter(self._lan.netns, self._port, rules, self._undo)
 
-    def _drop(self, netns: str, device: str, rules: Sequence[str], undo: list[Callable[[], object]]) -> None:
+    def _filter(self, netns: str, device: str, rules: Sequence[str], undo: list[Callable[[], object]]) -> None:
         table = f"netdev fault_{self._port}_{next(self._fault_numbers)}"
         hook = f"type filter hook ingress device {device} priority 0"
         lines = [f"table {table} {{", "chain faults {", hook, *rules, "}", "}", ""]

@@ -9,6 +9,7 @@ import ctypes
 from array import array
 from collections.abc import Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int8, c_int32, c_uint8
+from typing import Any
 
 from meshserve.engines.llama.blocks import BlockFormat
 from meshserve.engines.llama.library import AbortCallback
@@ -16,13 +17,16 @@ from meshserve.engines.llama.model import LlamaModel
 from meshserve.errors import BlockRefused, EngineFailed, PoolFull, StartupFailed
 
 KV_TYPES = {"f16": 1, "q8_0": 8}
-MAX_SEQUENCES, MAX_CELLS = 256, 1 << 27
+MAX_SEQUENCES, MAX_CELLS = 255, 1 << 27
 _FLASH_ATTENTION_ON = 1
 _POOL_FULL, _ABORTED = 1, 2
 
 
 class LlamaContext:
     """A KV pool of `num_cells` tokens for `num_sequences` sequences, the last of which is scratch: blocks pass through it.
+
+    Cells that are removed are given to others only when the pool has no more that were never used. llama.cpp adds up attention in the
+    order of cells, and takes the first free one: a sequence that goes on in a cell before its own would get other logits (up to 0.5 off).
 
     A step has at most `max_batch` tokens and `max_outputs` logits. Flash attention is always on: without it logits depend on the pool,
     and bad numbers in one sequence spoil all others. Raises StartupFailed if the context cannot be made.
@@ -50,6 +54,9 @@ class LlamaContext:
         self.block_format: BlockFormat | None = None
         """Set once a block of this context was seen to be readable (:meth:`learn_blocks`)."""
         self._calls = model.library.functions
+        self._removed = num_sequences
+        """A sequence of llama.cpp that has the cells that are removed and not free yet; one position may be there many times."""
+        self._has_removed = False
         self._handle: int | None = self._make(num_cells, num_threads)
         self._memory: int = self._calls.llama_get_memory(self._handle)
         self.num_cells: int = self._calls.llama_n_ctx(self._handle)
@@ -60,14 +67,14 @@ class LlamaContext:
 
     def _make(self, num_cells: int, num_threads: int) -> int:
         params = self._calls.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = num_cells, self.scratch + 1
+        params.n_ctx, params.n_seq_max = num_cells, self._removed + 1
         params.n_batch = params.n_ubatch = self.max_batch  # one pass each, so that a step that finds no room changes nothing
         params.n_threads = params.n_threads_batch = num_threads
         params.flash_attn_type = _FLASH_ATTENTION_ON
         params.type_k = params.type_v = KV_TYPES[self.kv_type]
         params.kv_unified = params.swa_full = True
         if hasattr(params, "n_outputs_max"):  # else there is room for the logits of a whole batch: 100 MB for 512 tokens and 49,152 pieces
-            params.n_outputs_max = params.n_outputs_max_per_seq = max(self.max_outputs, self.scratch + 1)
+            params.n_outputs_max = params.n_outputs_max_per_seq = max(self.max_outputs, self._removed + 1)
         self.model.library.take_error()
         handle: int | None = self._calls.llama_init_from_model(self.model.handle, params)
         if not handle:
@@ -76,7 +83,7 @@ class LlamaContext:
                 f"{self.model.path}: no KV cache of {num_cells} tokens ({reason}): lower --kv-cache-tokens or change --kv-type"
             )
         found = [getattr(self._calls, name)(handle) for name in ("llama_n_ctx_seq", "llama_n_batch", "llama_n_seq_max")]
-        if found[0] < num_cells or found[1:] != [self.max_batch, self.scratch + 1]:
+        if found[0] < num_cells or found[1:] != [self.max_batch, self._removed + 1]:
             self._calls.llama_free(handle)
             raise StartupFailed(f"llama.cpp made another context than asked ({found}): set --kv-cache-tokens to {found[0]} or less")
         return handle
@@ -120,6 +127,8 @@ class LlamaContext:
         self._batch.n_tokens = len(outputs)
         self._outputs = b""
         code = self._calls.llama_decode(self._handle, self._batch)
+        if code == _POOL_FULL and self._free_removed():
+            code = self._calls.llama_decode(self._handle, self._batch)
         if code == 0:
             self._outputs = outputs
         elif code != _POOL_FULL:
@@ -156,10 +165,21 @@ class LlamaContext:
     def remove(self, sequence: int, first_position: int = 0, end_position: int = 1 << 30) -> bool:
         """Take these positions from a sequence; a cell that no sequence has is free. False: nothing was done, as a state has no parts."""
         self._check_range(first_position, end_position, sequence)
+        if self.block_format is not None:  # a copy of a recurrent state would be all of it
+            self._calls.llama_memory_seq_cp(self._memory, sequence, self._removed, first_position, end_position)
+            self._has_removed = True
         return bool(self._calls.llama_memory_seq_rm(self._memory, sequence, first_position, end_position))
+
+    def _free_removed(self) -> bool:
+        """Whether there were cells to free."""
+        had_removed, self._has_removed = self._has_removed, False
+        if had_removed:
+            self._calls.llama_memory_seq_rm(self._memory, self._removed, -1, -1)
+        return had_removed
 
     def clear(self) -> None:
         """Empty the pool."""
+        self._has_removed = False
         self._calls.llama_memory_clear(self._memory, False)
 
     def learn_blocks(self, sequence: int, first_position: int, num_tokens: int) -> None:
@@ -191,11 +211,17 @@ class LlamaContext:
         self._known_format().check(payload, first_position, num_tokens)
         data = ctypes.cast(c_char_p(bytes(payload)), POINTER(c_uint8))  # no copy of what is bytes already
         try:
-            if self._calls.llama_state_seq_set_data(self._handle, data, len(payload), self.scratch) != len(payload):
+            if not self._read_into_scratch(data, len(payload)):
                 raise PoolFull(f"no room for a block of {num_tokens} tokens: {self.model.library.take_error()}")
             self._calls.llama_memory_seq_cp(self._memory, self.scratch, sequence, first_position, first_position + num_tokens)
         finally:
             self._calls.llama_memory_seq_rm(self._memory, self.scratch, -1, -1)
+
+    def _read_into_scratch(self, data: Any, size_bytes: int) -> bool:
+        def read() -> bool:
+            return bool(self._calls.llama_state_seq_set_data(self._handle, data, size_bytes, self.scratch) == size_bytes)
+
+        return read() or (self._free_removed() and read())
 
     @contextlib.contextmanager
     def _shown(self, sequence: int, first_position: int, num_tokens: int) -> Iterator[int]:

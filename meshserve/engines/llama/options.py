@@ -23,7 +23,7 @@ _USUAL_CONTEXT = 4096
 """Of a model that does not say how long its context is."""
 _USUAL_KV_TYPE = "q8_0"
 _BYTES_PER_VALUE = {"q8_0": 34 / 32, "f16": 2.0}
-_BOUNDS = {"threads": (1, 512), "max_running": (1, 128), "slots": (2, 255), "context_length": (BLOCK_TOKENS, 1 << 24)}
+_BOUNDS = {"threads": (1, 512), "max_running": (1, 128), "slots": (2, 254), "context_length": (BLOCK_TOKENS, 1 << 24)}
 """Options and their bounds. `slots`: sequences that run, wait with their KV, or are kept as cached chains."""
 FEATURES = ("logprobs", "penalties", "logit_bias", "json_schema", "regex", "tool_text")
 
