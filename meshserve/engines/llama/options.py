@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from meshserve.engines.core.scheduler import StepLimits
+from meshserve.engines.llama.context import MAX_CELLS
 from meshserve.engines.llama.host import available_bytes, num_engine_threads
 from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers.directory import describe_files
@@ -88,13 +89,24 @@ def _kv_bytes_per_token(gguf: GgufFile, kv_type: str) -> int:
 
 def _num_blocks(asked_tokens: int | None, context_length: int, bytes_per_token: int) -> int:
     if asked_tokens is not None:
-        if asked_tokens < 2 * BLOCK_TOKENS:
-            raise UsageError(f"--kv-cache-tokens is at least {2 * BLOCK_TOKENS} for a real model, not {asked_tokens}")
+        _check_asked(asked_tokens, bytes_per_token)
         return asked_tokens // BLOCK_TOKENS
     fitting = available_bytes() // _MEMORY_SHARE // bytes_per_token
     if fitting < 4 * BLOCK_TOKENS:
         raise StartupFailed(f"there is room for a KV cache of {fitting} tokens only: end other programs, or use a smaller model")
     return min(_MOST_CONTEXTS * context_length, fitting) // BLOCK_TOKENS
+
+
+def _check_asked(num_tokens: int, bytes_per_token: int) -> None:
+    """The library takes memory that the system then fails to give: the system would end this process, or another one."""
+    if not 2 * BLOCK_TOKENS <= num_tokens <= MAX_CELLS:
+        raise UsageError(f"--kv-cache-tokens is from {2 * BLOCK_TOKENS} to {MAX_CELLS} for a real model, not {num_tokens}")
+    size_bytes, free_bytes = num_tokens * bytes_per_token, available_bytes()
+    if size_bytes > free_bytes:
+        raise StartupFailed(
+            f"--kv-cache-tokens {num_tokens} take {size_bytes / 1e9:.1f} GB of memory, and {free_bytes / 1e9:.1f} GB are available:"
+            f" lower it to {free_bytes // _MEMORY_SHARE // bytes_per_token} or less, or end other programs"
+        )
 
 
 def _tokenizer_files(gguf: GgufFile) -> dict[str, bytes]:
