@@ -11,6 +11,8 @@ import pytest
 pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 
+from meshserve.engines.llama.context import MAX_CELLS
+from meshserve.engines.llama.host import available_bytes
 from tests.api.clients import Clients
 from tests.api.llama_mesh import MODEL, llama_clients, serving
 from tests.engines.tiny_models import DENSE, MODELS, make_model, write_file
@@ -105,9 +107,9 @@ def test_an_option_out_of_range_is_named_with_its_range(files: Path, cases: list
 
 
 def test_a_kv_cache_that_memory_has_no_room_for_is_refused_before_it_is_taken(files: Path) -> None:
-    huge = files / "huge.gguf"  # 270 bytes a token become 8 MB
-    huge.write_bytes((files / "good.gguf").read_bytes())
-    done = run("--model", str(huge), "--kv-cache-tokens", "134217728")
+    if available_bytes() > MAX_CELLS * 200:
+        pytest.skip("this machine has room for the largest KV cache of a tiny model")
+    done = run("--model", str(files / "good.gguf"), "--kv-cache-tokens", str(MAX_CELLS))
     check(done, 1, "GB of memory, and", "lower it to", "or end other programs")
 
 
@@ -152,8 +154,7 @@ def test_a_prompt_longer_than_the_context_is_refused_in_openais_form(untemplated
 
 def test_a_peer_that_cannot_serve_its_model_leaves_the_mesh_unharmed(untemplated: Clients, files: Path) -> None:
     address = untemplated.http.get("/mesh/peers").json()[0]["address"].removeprefix("tcp://")
-    for name in ("half.gguf", "weightless.gguf"):
-        assert run("--model", str(files / name), "--peer", address).exit_code == 1
+    assert run("--model", str(files / "half.gguf"), "--peer", address).exit_code == 1
     with serving(files / "embedding.gguf", "--peer", address, mesh=MESH) as process:
         assert process.wait(DEADLINE_S) == 1
     assert len(untemplated.http.get("/mesh/peers").json()) == 1
