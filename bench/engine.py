@@ -60,6 +60,8 @@ class BenchReservation:
 class BenchEngine:
     """Prefill gives out all blocks at once; nothing is ever cached."""
 
+    description = ""
+
     def __init__(self, layout: KVLayout, on_prefill: Callable[[str], None] = lambda request_id: None) -> None:
         self.card, self.kv_layout, self.rates, self._on_prefill = CARD, layout, StepRates(), on_prefill
         self.files: Mapping[str, bytes] = {}

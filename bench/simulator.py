@@ -19,6 +19,7 @@ from meshserve.engines.dummy.timing import Timing
 from meshserve.errors import PoolFull
 from meshserve.routing.candidates import Prompt
 from meshserve.routing.fleet import Answer, Fleet, Question
+from meshserve.routing.handoff import decide
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +155,14 @@ class Simulation:
 
     def _is_remote(self, request: TraceRequest, answer: Answer) -> bool:
         """The decode worker's rule."""
-        config = HandoffConfig()
-        uncached = request.num_tokens - answer.decode[0].overlap_blocks * self.cluster.block_size
-        return bool(answer.prefill) and uncached > config.max_local_prefill_tokens and answer.prefill[0].load < config.max_prefill_queue
+        if not answer.prefill or answer.prefill[0].load >= HandoffConfig().max_prefill_queue:
+            return False
+        engine, uncached = self._engines[answer.decode[0].incarnation], request.num_tokens - 1
+        uncached -= answer.decode[0].overlap_blocks * self.cluster.block_size
+        local_ms, step_ms = engine.expected_ms(uncached)
+        ready_ms = answer.prefill[0].ready_ms
+        remote_ms = ready_ms + uncached * self.cluster.handoff_s_per_token * 1000 + step_ms if ready_ms else None
+        return decide(uncached, None, local_ms, remote_ms, step_ms > 0)[0]
 
     def _add(self, engine: Engine, job: _Job, now: float) -> None:
         engine.add(job, job.request_id, now)

@@ -31,8 +31,9 @@ class SimulatedEngine(Generic[S]):
         self.pool = BlockPool(num_blocks)
         self.pool.record_changes(True)
         self._timing = timing
-        self._scheduler: Scheduler[S] = Scheduler(self.pool, block_size, StepLimits(max_batch, max_batch_tokens))
-        self._rates = StepRates()
+        limits = StepLimits(max_batch, max_batch_tokens)
+        self._scheduler: Scheduler[S] = Scheduler(self.pool, block_size, limits)
+        self._rates = StepRates(limits)
         self._handoff_ns_per_token = round(handoff_s_per_token * 1e9)
         self._admitted: list[str] = []
         self._computed: deque[S] = deque()  # their KV came from elsewhere, and there was no room for it yet
@@ -69,6 +70,13 @@ class SimulatedEngine(Generic[S]):
             if sequence.num_generated == sequence.max_new_tokens:
                 self._rates.finished(sequence.num_generated)
         return outcome
+
+    def expected_ms(self, num_tokens: int) -> tuple[float | None, float]:
+        """Until so many prompt tokens are computed here, None until that was measured; and a decode step, if sequences run."""
+        scheduler, rates = self._scheduler, self._rates
+        num_running = scheduler.num_running
+        found_s = rates.prefill_s(scheduler.waiting_prefill_tokens + num_tokens, num_running)
+        return None if found_s is None else found_s * 1000, rates.decode_s() * 1000 if num_running else 0.0
 
     def report(self) -> WorkerReport:
         """What changed since the last one."""

@@ -86,6 +86,11 @@ class Peer:
         self._say(self.ready_line())
         self._say_workers()
 
+    @property
+    def engine_description(self) -> str:
+        """One line of what this peer's engine takes, once it has started; "" if there is nothing to say."""
+        return self._engine.description if self._engine is not None else ""
+
     def ready_line(self) -> str:
         """Of the contract: for scripts, and for people."""
         own = self.mesh.own

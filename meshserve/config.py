@@ -88,8 +88,9 @@ class MeshConfig:
 class HandoffConfig:
     """When prompts are prefilled elsewhere, and what is waited for."""
 
-    max_local_prefill_tokens: int = 256
-    """Uncached prompt tokens up to which a decode worker prefills itself. Lower hands over more, at a round trip each."""
+    max_local_prefill_tokens: int | None = None
+    """Prompts with at most so many uncached tokens are never handed over. Lower hands over more, at a round trip each. None: expected
+    times to the first token decide alone, and 256 tokens where they say nothing."""
     max_prefill_queue: int = 64
     """Prompts queued at the best prefill worker, own tickets included, from which on a decode worker prefills itself."""
     hedge_ms: float = 20.0

@@ -36,7 +36,7 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
     "--max-local-prefill-tokens",
     type=click.IntRange(0),
     default=_HANDOFF.max_local_prefill_tokens,
-    help="Longer uncached prompts are handed over.",
+    help="No hand-over of prompts with at most so many uncached tokens. By default expected times decide, and 256 until they are known.",
 )
 @option("--max-prefill-queue", type=click.IntRange(0), default=_HANDOFF.max_prefill_queue, help="No hand-over to a queue as long as this.")
 @option(
@@ -117,6 +117,8 @@ async def serve(mesh: MeshConfig, config: ServeConfig) -> int:
         loop.add_signal_handler(number, on_signal)
     peer = Peer(mesh, config, lambda line: click.echo(line))
     await peer.start()
+    if peer.engine_description:
+        declare("engine", peer.engine_description)
     if mesh.key_file is None:
         where = "this machine" if mesh.interface is not None and is_loopback(mesh.interface) else "this network"
         declare("open_mesh", f"OPEN MESH: no --key-file, so everyone on {where} can join {mesh.mesh!r}")

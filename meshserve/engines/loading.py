@@ -3,6 +3,7 @@
 import importlib
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 from meshserve.engines.protocol import Engine, EngineOptions
 from meshserve.errors import StartupFailed, UsageError
@@ -10,6 +11,8 @@ from meshserve.errors import StartupFailed, UsageError
 _GROUP = "meshserve.engines"
 _OWN = {"dummy": "meshserve.engines.dummy:DummyEngine", "llama": "meshserve.engines.llama:LlamaEngine"}
 """The engines of this package, also when it runs from a source tree that was never installed."""
+_LIBRARIES = {"llama": (("numpy",), ("xllamacpp", "llama_cpp"))}
+"""What an extra of this package, of the engine's name, installs: of each group one is needed."""
 
 
 def load_engine(name: str, options: EngineOptions) -> Engine:
@@ -30,6 +33,9 @@ def find_engine(name: str) -> Callable[[EngineOptions], Engine]:
     if target is None:
         available = ", ".join(sorted({*_OWN, *_installed()}))
         raise UsageError(f"there is no engine {name!r}; there are {available}, or name one as module:Class")
+    missing = [group[0] for group in _LIBRARIES.get(name, ()) if not any(map(find_spec, group))]
+    if missing:
+        raise StartupFailed(f"the engine {name!r} needs {' and '.join(missing)}: pip install 'meshserve[{name}]'")
     module_name, _, attribute = target.partition(":")
     try:
         factory = getattr(importlib.import_module(module_name), attribute)

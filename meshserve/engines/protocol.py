@@ -122,7 +122,7 @@ class Reservation(Protocol):
 
     def write(self, index: int, payload: bytes | memoryview, on_done: Callable[[MeshserveError | None], None]) -> None:
         """Take in block `index`, in any order, once. `on_done` is called once, perhaps within this call, unless it raises: with None
-        when the engine has the block, with the error if it could not take it.
+        when the engine has the block, with the error if it could not take it, or failed as a whole.
 
         Raises BlockRefused if the block is not missing, or its payload is not what this place demands; it is missing then as before.
         """
@@ -144,6 +144,10 @@ class Engine(Protocol):
     def kv_layout(self) -> KVLayout:
         """How it keeps KV; complete once the engine has started."""
 
+    @property
+    def description(self) -> str:
+        """What it takes of its host, in one line for people at start; "" if that is not worth one."""
+
     files: Mapping[str, bytes]
     """Contents of the files that the card names, by their SHA-256: what processors make the tokenizer of. Never changed."""
 
@@ -154,10 +158,12 @@ class Engine(Protocol):
     """Set by the engine's owner. Called when the engine as a whole can compute no more, after its requests have ended in errors."""
 
     async def start(self) -> None:
-        """Get ready to compute; called before anything else, and again after a failure. Raises StartupFailed."""
+        """Get ready to compute; called before anything else, and again after a failure or :meth:`close`: then with an empty cache.
+        Raises StartupFailed."""
 
     async def close(self) -> None:
-        """Stop all work at once and give back every resource. Sinks are called no more."""
+        """Stop all work at once and give back every resource: requests and reservations end. Sinks are called no more; what comes
+        later is refused as EngineFailed. Harmless when called twice."""
 
     def check(self, request: GenerateRequest) -> None:
         """Raises the InvalidRequest (or a subclass) with which `generate` would fail for what the request itself says."""
@@ -179,7 +185,10 @@ class Engine(Protocol):
         """
 
     def prefill(self, request_id: str, tokens: "array[int]", first_block: int, sink: PrefillSink) -> None:
-        """Compute the KV of all these tokens and give out the blocks from `first_block` on, a partial last one included."""
+        """Compute the KV of all these tokens and give out the blocks from `first_block` on, a partial last one included.
+
+        Raises as `generate` does; Unsupported without KV.
+        """
 
     def cancel(self, request_id: str) -> None:
         """End a generation or a prefill and release its blocks; unknown ids are ignored."""

@@ -41,6 +41,10 @@ class BulkHeader:
     marks: tuple[BlockMark, ...]
     computed_ms: float
     """What the worker's engine has taken so far, from the claim on, by its own clock."""
+    layout: str = ""
+    """Fingerprint of the KV layout that the blocks have."""
+    prefix_hash: int = 0
+    """Of all tokens up to the end of the last block here: blocks of other tokens, or of other places, have another."""
 
     def to_wire(self) -> list[Any]:
         """Plain data for :meth:`from_wire`."""
@@ -51,22 +55,24 @@ class BulkHeader:
             self.attempt,
             [[mark.index, mark.num_tokens, mark.digest] for mark in self.marks],
             self.computed_ms,
+            self.layout,
+            self.prefix_hash,
         ]
 
     @classmethod
     def from_wire(cls, data: Any) -> "BulkHeader":
         """Raises ProtocolError for anything else."""
-        if not isinstance(data, list) or [type(part) for part in data] != [str, str, str, int, list, float]:
+        if not isinstance(data, list) or [type(part) for part in data] != [str, str, str, int, list, float, str, int]:
             raise ProtocolError("malformed bulk header")
         if not 0.0 <= data[5] < math.inf:
             raise ProtocolError("a bulk header says how long computing took")
         for mark in data[4]:
             if not isinstance(mark, list) or [type(part) for part in mark] != [int, int, bytes]:
                 raise ProtocolError("malformed bulk header")
-        return cls(data[0], data[1], data[2], data[3], tuple(BlockMark(*mark) for mark in data[4]), data[5])
+        return cls(data[0], data[1], data[2], data[3], tuple(BlockMark(*mark) for mark in data[4]), *data[5:])
 
     def check(self, payloads: Sequence[bytes | memoryview]) -> None:
-        """Raises BlockRefused unless each payload is what its mark says."""
+        """Raises BlockRefused unless each payload is what its mark says. Whose tokens they are is for the caller to check."""
         if len(payloads) != len(self.marks):
             raise BlockRefused(f"{len(self.marks)} blocks announced, {len(payloads)} came")
         for mark, payload in zip(self.marks, payloads, strict=True):

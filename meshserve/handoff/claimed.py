@@ -51,6 +51,8 @@ class ClaimedPrompt:
     began_s: float = 0.0
     num_tokens: int = 0
     """Of the prompt, once it is known."""
+    prefix_hashes: list[int] = field(default_factory=list)
+    """Of its blocks, see :func:`~meshserve.kv.hashes.prefix_hashes`."""
     acknowledged_s: float = 0.0
     """When the decode worker last took in a block, or the first was computed."""
     is_granted: bool = False

@@ -11,6 +11,7 @@ from meshserve.errors import BlockRefused, MeshserveError
 from meshserve.handoff.blocks import BlockMark, BulkHeader
 from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import PrefillTask
+from meshserve.kv.hashes import prefix_hashes
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.wire.generation import GenerateRequest
@@ -27,6 +28,8 @@ class RunningTask:
     reservation: Reservation | None = None
     missing: set[int] = field(default_factory=set)
     """Blocks that did not come yet."""
+    prefix_hashes: list[int] = field(default_factory=list)
+    """Of the prompt's blocks but for its last token, once a block has come."""
     num_tokens: int = 0
     """Of the blocks that came and that the engine has."""
     claim: IncomingCall | None = None
@@ -82,6 +85,7 @@ class BlockIntake:
         """Blocks of the running attempt: all of them, or the attempt has failed. They are acknowledged once the engine has them."""
         message = _Message(header, [header.request_id, header.attempt, sum(map(len, payloads))], answer, len(payloads))
         try:
+            self._check_tokens(running, header)
             header.check(payloads)
             for mark, payload in zip(header.marks, payloads, strict=True):
                 self._take_block(running, message, mark, payload)
@@ -92,6 +96,17 @@ class BlockIntake:
         running.task.renew(header.prefill_peer, header.attempt, time.monotonic())
         running.computed_ms = header.computed_ms
         self._attempts.complete_if_all_came(running)
+
+    def _check_tokens(self, running: RunningTask, header: BulkHeader) -> None:
+        """Raises BlockRefused for blocks of another layout, or of other tokens than the prompt has up to the last of them."""
+        layout = self._engine.kv_layout
+        if header.layout != layout.fingerprint:
+            raise BlockRefused("the blocks have another KV layout")
+        if not running.prefix_hashes:
+            running.prefix_hashes = prefix_hashes(running.request.tokens[:-1], layout.block_size, self._engine.card.model_hash)
+        last = header.marks[-1].index if header.marks else -1
+        if 0 <= last < len(running.prefix_hashes) and running.prefix_hashes[last] != header.prefix_hash:
+            raise BlockRefused(f"block {last} is of other tokens than the prompt's")
 
     def _take_block(self, running: RunningTask, message: "_Message", mark: BlockMark, payload: bytes | memoryview) -> None:
         reservation = running.reservation

@@ -12,8 +12,9 @@ from meshserve.errors import MeshserveError, PeerLost, ProtocolError
 from meshserve.handoff.blocks import BlockMark, BulkHeader, Claim, checksum
 from meshserve.handoff.claimed import ClaimedPrompt, EngineSink
 from meshserve.handoff.queue import JobKey, JobState, PrefillQueue
-from meshserve.handoff.sending import BlockSender
+from meshserve.handoff.sending import BlockSender, Transfer
 from meshserve.handoff.tickets import Ticket
+from meshserve.kv.hashes import prefix_hashes
 from meshserve.mesh.calls import IgnoredAnswer, IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
@@ -132,7 +133,9 @@ class PrefillProvider:
         marks = tuple(BlockMark(index, num_tokens, checksum(payload)) for index, num_tokens, payload in job.kept)
         payloads = [payload for _, _, payload in job.kept]
         decode_peer, request_id = job.key
-        header = BulkHeader(decode_peer, self._mesh.incarnation, request_id, job.attempt, marks, job.computed_ms)
+        label = decode_peer, self._mesh.incarnation, request_id, job.attempt
+        layout, prefix_hash = self._engine.kv_layout.fingerprint, job.prefix_hashes[marks[-1].index] if marks else 0
+        header = BulkHeader(*label, marks, job.computed_ms, layout, prefix_hash)
         self._queue.delivered(job.key)
         job.kept, job.num_delivered_bytes = [], sum(map(len, payloads))
         self._note(job, "blocks_sent", indexes=[mark.index for mark in marks])
@@ -179,7 +182,7 @@ class PrefillProvider:
     def _send_kept(self, job: ClaimedPrompt) -> None:
         assert self._sender is not None
         kept, job.kept = job.kept, []
-        job.transfer, job.acknowledged_s = self._sender.open(*job.key, job.attempt), time.monotonic()
+        job.transfer, job.acknowledged_s = self._open_transfer(job), time.monotonic()
         for index, num_tokens, payload in kept:
             self._sender.add(job.transfer, index, num_tokens, payload, job.computed_ms)
 
@@ -192,20 +195,25 @@ class PrefillProvider:
 
     def _begin(self, job: ClaimedPrompt, tokens: "array[int]", attempt: int, first_block: int) -> None:
         assert self._sender is not None
-        job.num_tokens = len(tokens)
+        layout, job.num_tokens = self._engine.kv_layout, len(tokens)
+        job.prefix_hashes = prefix_hashes(tokens, layout.block_size, self._engine.card.model_hash)
         num_tokens = job.num_tokens - first_block * self._engine.kv_layout.block_size
         job.began_s = time.monotonic()
         if not self._queue.granted(job.key, attempt, num_tokens, job.began_s):
             return
         job.attempt = attempt
         if job.is_granted:
-            job.transfer = self._sender.open(*job.key, attempt)
+            job.transfer = self._open_transfer(job)
         job.engine_id = f"{job.ticket.decode_peer}/{job.ticket.request_id}@{attempt}"
         self._note(job, "prefill_begun", num_tokens=num_tokens)
         try:
             self._engine.prefill(job.engine_id, tokens, first_block, EngineSink(job))
         except MeshserveError:
             self.engine_failed(job)
+
+    def _open_transfer(self, job: ClaimedPrompt) -> Transfer:
+        assert self._sender is not None
+        return self._sender.open(*job.key, job.attempt, self._engine.kv_layout.fingerprint, job.prefix_hashes)
 
     def _task_from(self, item: Any) -> tuple["array[int]", int, int]:
         if not isinstance(item, dict) or type(item.get("attempt")) is not int or type(item.get("first_block")) is not int:

@@ -57,14 +57,21 @@ class PrefillRequester:
     def candidates(self, request: GenerateRequest) -> list[str]:
         """Prefill peers that could take this prompt, best first: as the router ranked them, then others. Empty: prefill locally."""
         own, layout = self._mesh.incarnation, self._engine.kv_layout
-        able = [
-            info.incarnation for info in self._mesh.peers_with("prefill") if layout.accepts(info.layout) and info.incarnation != own
-        ]
+        able = [info.incarnation for info in self._mesh.peers_with("prefill") if layout.accepts(info.layout) and info.incarnation != own]
         ranked = [peer for peer, _, _ in request.prefill_peers if peer in able]
-        best = ranked + [peer for peer in able if peer not in ranked]
-        if best and self._num_queued(best[0], request) >= self._config.max_prefill_queue:
-            return []
-        return best
+        return ranked + [peer for peer in able if peer not in ranked]
+
+    def is_queue_full(self, peer: str, request: GenerateRequest) -> bool:
+        """Whether so many prompts wait at a prefill peer that a decode worker prefills itself."""
+        return self._num_queued(peer, request) >= self._config.max_prefill_queue
+
+    def expected_ms(self, request: GenerateRequest) -> float:
+        """Until the best prefill peer that the router named has computed this prompt's KV; 0 if nobody knows."""
+        peers, own = request.prefill_peers, self._mesh.incarnation
+        for rank, expected_ms in enumerate(request.prefill_ms):
+            if peers[rank][0] != own:
+                return expected_ms
+        return 0.0
 
     def _num_queued(self, peer: str, request: GenerateRequest) -> int:
         """Prompts ahead of this one, as far as is known here: what the router heard of that peer, and what this one has out itself."""

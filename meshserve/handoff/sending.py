@@ -21,6 +21,8 @@ class Transfer:
     request_id: str
     attempt: int
     window: BlockWindow
+    layout: str
+    prefix_hashes: list[int]
     computed_ms: float = 0.0
     is_in_line: bool = False
     is_over: bool = False
@@ -38,9 +40,10 @@ class BlockSender:
         self._line: deque[Transfer] = deque()
         self._handle: asyncio.Handle | None = None
 
-    def open(self, decode_peer: str, request_id: str, attempt: int) -> Transfer:
-        """A transfer to which blocks can be added."""
-        return Transfer(decode_peer, request_id, attempt, BlockWindow(self._window_bytes, self._message_bytes, MAX_PAYLOADS))
+    def open(self, decode_peer: str, request_id: str, attempt: int, layout: str, prefix_hashes: list[int]) -> Transfer:
+        """A transfer to which blocks of this layout, and of a prompt with these hashes, can be added."""
+        window = BlockWindow(self._window_bytes, self._message_bytes, MAX_PAYLOADS)
+        return Transfer(decode_peer, request_id, attempt, window, layout, prefix_hashes)
 
     def add(self, transfer: Transfer, index: int, num_tokens: int, payload: bytes, computed_ms: float) -> None:
         """The next block is computed, `computed_ms` after the attempt began."""
@@ -82,9 +85,9 @@ class BlockSender:
         """One message of this attempt; returns its size in bytes."""
         taken = transfer.window.take()
         marks = tuple(mark for mark, _ in taken)
-        header = BulkHeader(
-            transfer.decode_peer, self._mesh.incarnation, transfer.request_id, transfer.attempt, marks, transfer.computed_ms
-        )
+        label = transfer.decode_peer, self._mesh.incarnation, transfer.request_id, transfer.attempt
+        prefix_hash = transfer.prefix_hashes[marks[-1].index]
+        header = BulkHeader(*label, marks, transfer.computed_ms, transfer.layout, prefix_hash)
         try:
             self._bulk.send(transfer.decode_peer, header.to_wire(), [payload for _, payload in taken])
         except PeerLost:

@@ -24,6 +24,15 @@ def block_hashes(tokens: "array[int]", block_size: int, salt: str) -> list[int]:
     return hashes
 
 
+def prefix_hashes(tokens: "array[int]", block_size: int, salt: str) -> list[int]:
+    """The same, and after them one for a partial last block: each stands for all tokens up to its block's end."""
+    hashes = block_hashes(tokens, block_size, salt)
+    rest = tokens[len(hashes) * block_size :]
+    if rest:
+        hashes.append(xxhash.xxh3_64_intdigest(rest.tobytes(), hashes[-1] if hashes else _first_parent(salt)))
+    return hashes
+
+
 @lru_cache(64)  # of models: the same for every request
 def _first_parent(salt: str) -> int:
     return xxhash.xxh3_64_intdigest(salt.encode())

@@ -100,6 +100,8 @@ def _is_receipt(answer: Any) -> bool:
     lists = [answer.get(name, []) for name in ("candidates", "prefill_candidates", "attempts", "choices")]
     if not all(isinstance(found, list) and all(isinstance(entry, dict) for entry in found) for found in lists):
         return False
+    if not isinstance(answer.get("handoff"), (dict, type(None))):
+        return False
     if not all(type(count) is int for count in (*answer["tokens"].values(), *answer["kv"].values())):
         return False
     phases = answer["phases_ms"]

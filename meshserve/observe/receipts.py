@@ -11,7 +11,8 @@ from typing import Any
 
 from meshserve.errors import MeshserveError
 from meshserve.routing.candidates import Candidate
-from meshserve.wire.account import milliseconds
+from meshserve.routing.handoff import for_receipt
+from meshserve.wire.account import HandoffDecision, milliseconds
 
 PHASES = ("http", "process", "route", "queue", "prefill", "kv_transfer", "decode", "network", "other")
 _BEFORE_FIRST_TOKEN = ("route", "queue", "prefill", "kv_transfer")
@@ -62,6 +63,8 @@ class Receipt:
     num_blocks: int = 0
     num_bytes: int = 0
     attempts: Sequence[dict[str, Any]] = ()
+    decision: HandoffDecision | None = None
+    """Of the decode worker; None for a short prompt where there was no prefill worker to hand over to."""
     phases_ms: PhaseTimes = field(default_factory=PhaseTimes)
     choices: Sequence[dict[str, Any]] = ()
     """Who served each answer, where there are several: `index`, `decode`, `prefill`, `completion` (tokens)."""
@@ -99,6 +102,7 @@ class Receipt:
             "tokens": {"prompt": self.num_prompt_tokens, "cached": self.num_cached_tokens, "completion": self.num_completion_tokens},
             "kv": {"blocks": self.num_blocks, "bytes": self.num_bytes},
             "attempts": list(self.attempts),
+            "handoff": None if self.decision is None else for_receipt(self.decision),
             "migrations": 0,
             "outcome": self.outcome,
             "error": self.error,

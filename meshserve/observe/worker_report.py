@@ -32,6 +32,7 @@ class WorkerReporter:
         self._evicted: dict[int, None] = {}
         self._held = dict.fromkeys(engine.watch_blocks(self._on_blocks))
         self._admitted: list[str] = []
+        self._kept: list[str] = []
         self.num_tickets: Callable[[], int] = lambda: 0
         """How many prompts wait for prefill here; set by whoever keeps the tickets."""
         self._source = WatchSource(mesh, REPORT_METHOD, self._snapshot)
@@ -53,10 +54,13 @@ class WorkerReporter:
             **self._engine.rates.figures(),
         )
 
-    def admitted(self, request_id: str) -> None:
-        """The engine, or the handoff, or the queue of tickets counts this request from now on."""
+    def admitted(self, request_id: str, is_kept: bool = False) -> None:
+        """The engine, or the handoff, or the queue of tickets counts this request from now on. `is_kept`: its prompt, which might have been
+        handed over, is computed here."""
         if self._source.has_watchers:
             self._admitted.append(request_id)
+            if is_kept:
+                self._kept.append(request_id)
         self.changed()
 
     def changed(self) -> None:
@@ -91,10 +95,11 @@ class WorkerReporter:
     def _publish(self) -> None:
         self._timer = None
         admitted, self._admitted = tuple(self._admitted), []
+        kept, self._kept = tuple(self._kept), []
         stored, self._stored = tuple(self._stored), {}
         evicted, self._evicted = tuple(self._evicted), {}
         load = self.load()
-        self._source.publish(WorkerReport(load, stored, evicted, admitted).to_wire())
+        self._source.publish(WorkerReport(load, stored, evicted, admitted, kept).to_wire())
         if load.num_running:
             self.changed()  # load goes on changing as long as anything runs
 

@@ -7,13 +7,14 @@ from typing import Any
 from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Admission, Engine, GenerationStats, Reservation
 from meshserve.errors import Draining, GaveUp, InvalidRequest, MeshserveError, Overloaded
+from meshserve.handoff.choice import HandoffChoice
 from meshserve.handoff.requester import PrefillRequester
 from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import TaskState
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.worker_report import WorkerReporter
-from meshserve.wire.account import HandedOver, WorkerAccount
+from meshserve.wire.account import HandedOver, HandoffDecision, WorkerAccount
 from meshserve.wire.generation import GenerateRequest, TokenLogprobs
 
 _WORD_GETS_OUT_S = 0.02
@@ -27,6 +28,7 @@ class _Generation:
         "_batch",
         "_began_s",
         "_call",
+        "_decision",
         "_first",
         "_handoff",
         "_has_told",
@@ -44,6 +46,7 @@ class _Generation:
         self._first = request.num_generated
         self._began_s = time.monotonic()
         self._handoff: HandoffResult | None = None
+        self._decision: HandoffDecision | None = None
         self._waited_ms = 0.0
         """Until the engine got it."""
         self._is_untold, self._has_told = role.is_observed, False
@@ -97,6 +100,10 @@ class _Generation:
         """Nobody waits for it any more."""
         self._role.cancel(self)
 
+    def decided(self, decision: HandoffDecision | None) -> None:
+        """Where its prompt is prefilled; None if there was nothing to decide."""
+        self._decision = decision
+
     def begins(self) -> None:
         """The engine gets it now."""
         self._waited_ms = (time.monotonic() - self._began_s) * 1000
@@ -133,13 +140,13 @@ class _Generation:
         """What this worker knows for the receipt. Until the engine got it, whatever was not the handoff's work was waiting."""
         handoff, total_ms = self._handoff, (time.monotonic() - self._began_s) * 1000
         if handoff is None:
-            return WorkerAccount(queue_ms + self._waited_ms, prefill_ms, 0.0, decode_ms, total_ms, num_cached)
+            return WorkerAccount(queue_ms + self._waited_ms, prefill_ms, 0.0, decode_ms, total_ms, num_cached, None, self._decision)
         queue_ms += max(0.0, self._waited_ms - handoff.prefill_ms - handoff.transfer_ms)
         handed_over = None
         if not self._has_told:
             handed_over = HandedOver(handoff.prefill_peer, handoff.attempts, handoff.num_blocks, handoff.num_bytes)
         prefill_ms += handoff.prefill_ms
-        return WorkerAccount(queue_ms, prefill_ms, handoff.transfer_ms, decode_ms, total_ms, num_cached, handed_over)
+        return WorkerAccount(queue_ms, prefill_ms, handoff.transfer_ms, decode_ms, total_ms, num_cached, handed_over, self._decision)
 
     @property
     def num_handed_over(self) -> int:
@@ -160,7 +167,8 @@ class DecodeRole:
         max_queue: int,
         is_observed: bool = True,
     ) -> None:
-        self._mesh, self._engine, self._requester, self._reporter, self._config = mesh, engine, requester, reporter, config
+        self._mesh, self._engine, self._requester, self._reporter = mesh, engine, requester, reporter
+        self._choice = HandoffChoice(engine, requester, config)
         self._max_queue, self.is_observed = max_queue, is_observed
         self._mean_gap_s = 0.0
         """Between the ends of two requests, while others wait: how fast a queue moves."""
@@ -190,12 +198,13 @@ class DecodeRole:
         if self._mesh.journal.is_on:
             self._mesh.journal.note("accepted", request.request_id)
         call.on_cancel = generation.cancel
-        candidates = self._candidates(request)
+        decision, candidates = self._choice.choose(request)
+        generation.decided(decision)
         if candidates:
             self._requester.start(request, candidates, call.deadline_s, generation.prefilled, call.send)
         else:
             self.run(generation, None)
-        self._reporter.admitted(request.request_id)
+        self._reporter.admitted(request.request_id, is_kept=bool(request.prefill_peers) and not candidates)
 
     def _check_queue(self) -> None:
         """Raises Overloaded when more wait than may, wherever they wait: for their prompt's KV, or for a place in the batch."""
@@ -206,16 +215,6 @@ class DecodeRole:
         if num_waiting >= self._max_queue:
             retry_after_s = num_waiting * self._mean_gap_s
             raise Overloaded(f"{self._mesh.own.name} has {num_waiting} requests waiting; try again", retry_after_s=max(1.0, retry_after_s))
-
-    def _candidates(self, request: GenerateRequest) -> list[str]:
-        """Prefill workers, if this prompt is worth handing over; its last token is always computed here."""
-        num_to_compute = len(request.tokens) - 1
-        if num_to_compute < 1 or num_to_compute <= self._config.max_local_prefill_tokens:
-            return []
-        num_uncached = num_to_compute - self._engine.num_cached_tokens(request)
-        if num_uncached < 1 or num_uncached <= self._config.max_local_prefill_tokens:
-            return []
-        return self._requester.candidates(request)
 
     def run(self, generation: _Generation, reservation: Reservation | None) -> None:
         """Hand the request to the engine, with its prompt's KV or without."""

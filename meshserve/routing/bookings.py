@@ -78,5 +78,10 @@ class Bookings:
                 break
             del self._reported[next(iter(self._reported))]
 
+    def kept(self, incarnation: str, request_id: str) -> None:
+        """This worker computes the prompt itself: what was booked on others for it is not going to be reported by them."""
+        for key in [key for key in self._bookings if key[1] == request_id and key[0] != incarnation]:
+            self.end(*key)
+
     def __len__(self) -> int:
         return len(self._bookings)

@@ -115,6 +115,11 @@ class Worker:
         self.load, self.reported_at_s, self.terms = load, now_s, None
         self.num_sequences = load.num_running + load.num_waiting + self.num_booked
 
+    def measured_prefill_ms(self, num_tokens: int) -> float | None:
+        """To compute so many prompt tokens, by what this very worker measured; None if it has not."""
+        load = self.load
+        return load.prefill_base_us / 1e3 + load.prefill_ns_per_token / 1e6 * num_tokens if load.prefill_ns_per_token else None
+
     def book(self, num_tokens: int, num_blocks: int) -> None:
         """Work that it has not reported yet is on its way there."""
         self.booked_tokens += num_tokens
@@ -145,9 +150,11 @@ class Candidate:
     wait_ms: float
     cost_ms: float
     reason: str
+    ready_ms: float = 0.0
+    """Of a prefill worker: until the prompt's KV is expected to be computed there; 0 where its rate is not measured."""
 
     def to_wire(self) -> list[Any]:
-        """Plain data for :meth:`from_wire`."""
+        """Plain data for :meth:`from_wire`, but for `ready_ms`: earlier minor versions refuse a candidate of more figures."""
         return [self.incarnation, self.peer, self.overlap_blocks, self.load, round(self.wait_ms, 3), round(self.cost_ms, 3), self.reason]
 
     @classmethod

@@ -9,8 +9,9 @@ wait       until the prompts queued and booked at the worker are computed, less 
 step       one decode step, if sequences run there: the first token shares its step with them.
 prefill    base + (prompt - overlap) * ms per token: the prompt's tokens that are not in the worker's cache. Cached tokens against
            queued work is the cost of Dynamo's KV router and of Mooncake; both count them in blocks, we in measured time, so that
-           workers of unequal speed compare. Where there are prefill workers and more than `max_local_prefill_tokens` is missing: until
-           the best of them is done, the handoff of what is missing, and the prompt's last token, which is always computed here.
+           workers of unequal speed compare. Where there are prefill workers and the worker is going to hand the prompt over, by its own
+           rule (:mod:`meshserve.routing.handoff`): until the best of them is done, the handoff of what is missing, and the prompt's last
+           token, which is always computed here.
 n          sequences there. While the new prompt is computed none of them gets a token (Agrawal et al., Sarathi-Serve, OSDI 2024):
            Preble (Srivatsa et al., 2024, section 3.2) adds the same delay to its load cost.
 L, b, B    expected output (the mean of what workers finished; nobody knows it beforehand), milliseconds that one more block held
@@ -36,6 +37,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from meshserve.routing.candidates import Prompt, Rates, Terms, Worker
+from meshserve.routing.handoff import decide
 from meshserve.routing.replication import Replication
 
 
@@ -52,9 +54,9 @@ class CostSettings:
     """Turnover counts between 1 over this and this: beyond it the estimate says more about chance than about the cache."""
     tie_ms: float = 2.0
     """Milliseconds that nobody notices. Higher follows sessions and load more, lower trusts estimates to the last digit."""
-    max_local_prefill_tokens: int = 256
+    max_local_prefill_tokens: int | None = None
     """Where there are prefill workers: uncached tokens up to which a decode worker computes a prompt itself, as in HandoffConfig. Workers
-    do not report theirs, so routers are given the same."""
+    do not report theirs, so routers are given the same. None: as expected times say."""
 
 
 @dataclass(slots=True)
@@ -113,7 +115,6 @@ def estimate_all(
     """The formula, for every worker. `remote_ms` is when the best prefill worker could have computed the prompt, if there is one."""
     num_tokens, size, now_ms = prompt.num_tokens, prompt.block_size, now_s * 1000
     num_blocks = int(num_tokens + outlook.mean_output_tokens) // size + 1
-    most_local = num_tokens if remote_ms is None else outlook.settings.max_local_prefill_tokens
     waits_ms, costs_ms = [], []
     for worker, overlap in zip(workers, overlaps, strict=True):
         ready_at_ms, wait_ms, fixed_ms, token_ms, handed_ms, held_ms, free_blocks, evicted_ms = worker.terms or terms_of(worker, outlook)
@@ -122,7 +123,7 @@ def estimate_all(
             wait_ms = ready_at_ms - now_ms
         uncached = num_tokens - overlap * size
         cost_ms = fixed_ms + held_ms * num_blocks
-        if uncached > most_local and remote_ms is not None:
+        if remote_ms is not None and assumes_handoff(worker, uncached, wait_ms, remote_ms, outlook):
             wait_ms = remote_ms
             cost_ms += remote_ms + handed_ms * uncached + token_ms
         else:
@@ -133,6 +134,17 @@ def estimate_all(
         waits_ms.append(wait_ms)
         costs_ms.append(cost_ms)
     return waits_ms, costs_ms
+
+
+def assumes_handoff(worker: Worker, uncached: int, wait_ms: float, remote_ms: float, outlook: Outlook) -> bool:
+    """Whether this decode worker is going to hand over a prompt of which so many tokens are not there: its own rule, by what routers know.
+
+    `wait_ms` is what it waits for there, `remote_ms` when the best prefill worker could have computed the prompt.
+    """
+    load, compute_ms = worker.load, worker.measured_prefill_ms(uncached)
+    local_ms = None if compute_ms is None else wait_ms + compute_ms
+    there_ms = remote_ms + load.handoff_ns_per_token / 1e6 * uncached
+    return decide(uncached - 1, outlook.settings.max_local_prefill_tokens, local_ms, there_ms, load.num_running > 0)[0]
 
 
 def estimate_prefill(prompt: Prompt, workers: Sequence[Worker], overlaps: Sequence[int], outlook: Outlook, now_s: float) -> Estimates:

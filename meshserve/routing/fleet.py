@@ -89,6 +89,8 @@ class Fleet:
             return
         for request_id in report.admitted:
             self._bookings.reported(incarnation, request_id, now_s)
+        for request_id in report.kept:
+            self._bookings.kept(incarnation, request_id)
         if worker.load.num_blocks != report.load.num_blocks:
             self._num_blocks += report.load.num_blocks - worker.load.num_blocks
             self._regret.capacity = max(2, self._num_blocks)
@@ -184,7 +186,7 @@ class Fleet:
         uncached = max(1, prompt.num_tokens - chosen.overlap_blocks * prompt.block_size)
         outlook.mean_uncached_tokens += (uncached - outlook.mean_uncached_tokens) * _FOLLOW
         num_blocks = -(-prompt.num_tokens // prompt.block_size)
-        if prefill and uncached > outlook.settings.max_local_prefill_tokens:
+        if prefill and chosen.wait_ms == prefill[0].cost_ms:  # it is assumed to hand over: it waits for no queue of its own
             other = next((found for found in prefill if found.incarnation != chosen.incarnation), None)  # nobody hands over to himself
             if other is not None:
                 remaining = max(1, prompt.num_tokens - other.overlap_blocks * prompt.block_size)

@@ -7,6 +7,7 @@ from typing import Any
 
 from meshserve.errors import ProtocolError
 from meshserve.routing.candidates import Candidate
+from meshserve.wire.account import milliseconds
 from meshserve.wire.generation import pack_tokens, unpack_tokens
 
 
@@ -60,7 +61,8 @@ class Placement:
     def to_wire(self) -> dict[str, Any]:
         """Plain data for :meth:`from_wire`."""
         decode, prefill = ([candidate.to_wire() for candidate in found] for found in (self.decode, self.prefill))
-        return {"router": self.router, "policy": self.policy, "decode": decode, "prefill": prefill}
+        ready_ms = [round(candidate.ready_ms, 3) for candidate in self.prefill]
+        return {"router": self.router, "policy": self.policy, "decode": decode, "prefill": prefill, "prefill_ready_ms": ready_ms}
 
     @classmethod
     def from_wire(cls, data: Any) -> "Placement":
@@ -68,7 +70,9 @@ class Placement:
         try:
             decode, prefill = ([Candidate.from_wire(item) for item in data[role]] for role in ("decode", "prefill"))
             found = cls(str(data["router"]), str(data["policy"]), decode, prefill)
-        except (KeyError, TypeError, IndexError) as error:
+            for candidate, ready_ms in zip(prefill, data.get("prefill_ready_ms") or (), strict=False):
+                candidate.ready_ms = milliseconds(ready_ms)
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
             raise ProtocolError("a router's answer cannot be read") from error
         if not decode:
             raise ProtocolError("a router's answer names no decode worker")

@@ -177,10 +177,12 @@ def rank_prefill(
     waits_ms, costs_ms = estimate_prefill(prompt, workers, overlaps, outlook or Outlook(), now_s)
     ranked = sorted(zip(costs_ms, workers, overlaps, waits_ms, strict=True), key=_prefill_order)
     reasons = chain(("could be done first",), repeat("could be done later"))
-    return [
-        Candidate(worker.incarnation, worker.name, overlap, worker.load.num_tickets, wait_ms, cost_ms, why)
-        for (cost_ms, worker, overlap, wait_ms), why in zip(ranked[:limit], reasons, strict=False)
-    ]
+    found = []
+    for (cost_ms, worker, overlap, wait_ms), why in zip(ranked[:limit], reasons, strict=False):
+        compute_ms = worker.measured_prefill_ms(max(1, prompt.num_tokens - overlap * prompt.block_size))
+        ready_ms = 0.0 if compute_ms is None else wait_ms + compute_ms
+        found.append(Candidate(worker.incarnation, worker.name, overlap, worker.load.num_tickets, wait_ms, cost_ms, why, ready_ms))
+    return found
 
 
 def _prefill_order(found: tuple[float, Worker, int, float]) -> tuple[float, int, int]:

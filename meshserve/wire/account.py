@@ -39,6 +39,30 @@ class HandedOver(NamedTuple):
         return cls(peer if isinstance(peer, str) else None, read, _count(num_blocks), _count(num_bytes))
 
 
+class HandoffDecision(NamedTuple):
+    """Where one prompt is prefilled, and by which figures."""
+
+    is_handoff: bool
+    reason: str
+    """One of the few words of :mod:`meshserve.routing.handoff`."""
+    local_ms: float | None = None
+    """Expected time to the first token if the decode worker computes the prompt; None: not measured."""
+    remote_ms: float | None = None
+    """The same if the best prefill worker does."""
+
+    @classmethod
+    def from_wire(cls, data: Any) -> "HandoffDecision | None":
+        """None for what cannot be read; see :meth:`WorkerAccount.from_wire`."""
+        if type(data) is cls:
+            return data
+        if not isinstance(data, (list, tuple)) or len(data) < len(cls._fields):
+            return None
+        is_handoff, reason, local_ms, remote_ms = data[: len(cls._fields)]
+        if type(is_handoff) is not bool or not isinstance(reason, str):
+            return None
+        return cls(is_handoff, reason, *(None if figure is None else milliseconds(figure) for figure in (local_ms, remote_ms)))
+
+
 class WorkerAccount(NamedTuple):
     """Times are of the worker's monotonic clock, and 0 as long as they are not known. On the wire it is a row of these."""
 
@@ -51,6 +75,8 @@ class WorkerAccount(NamedTuple):
     num_cached_tokens: int = 0
     handed_over: HandedOver | None = None
     """None for a prompt that was computed where it is decoded, and where it was said before."""
+    decision: HandoffDecision | None = None
+    """None for a short prompt that nobody could have prefilled elsewhere. Workers of an earlier minor version do not say it."""
 
     @classmethod
     def from_wire(cls, data: Any) -> "WorkerAccount":
@@ -60,6 +86,7 @@ class WorkerAccount(NamedTuple):
         if not isinstance(data, (list, tuple)) or len(data) < _NUM_FIELDS:
             return NOTHING_SAID
         queue, prefill, kv_transfer, decode, total, num_cached, handed_over = data[:_NUM_FIELDS]
+        decision = data[_NUM_FIELDS] if len(data) > _NUM_FIELDS else None
         return cls(
             milliseconds(queue),
             milliseconds(prefill),
@@ -68,6 +95,7 @@ class WorkerAccount(NamedTuple):
             milliseconds(total),
             _count(num_cached),
             HandedOver.from_wire(handed_over) if handed_over is not None else None,
+            HandoffDecision.from_wire(decision) if decision is not None else None,
         )
 
 
@@ -78,4 +106,5 @@ def handed_over_in(data: Any) -> HandedOver | None:
 
 
 NOTHING_SAID = WorkerAccount()
-_NUM_FIELDS = len(NOTHING_SAID)
+_NUM_FIELDS = WorkerAccount._fields.index("decision")
+"""That every version sends."""

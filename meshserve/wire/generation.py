@@ -21,6 +21,7 @@ Tokens = array  # of typecode "I": 4 bytes a token, and one object that the garb
 
 MAX_TOKENS_ON_WIRE = 4_194_304
 MAX_LOGIT_BIASES = 4096
+_MOST_EXPECTED_MS = 1e9
 MAX_CHOICE_TEXTS = 1024
 """Texts of which an output may have to be one."""
 
@@ -169,6 +170,9 @@ class GenerateRequest:
     """How many of `tokens` are output that another worker generated: sampling goes on at this position."""
     prefill_peers: tuple[tuple[str, int, int], ...] = ()
     """Prefill workers, best first, as the router ranked them: incarnation, prompts queued there, blocks of this prompt there."""
+    prefill_ms: tuple[float, ...] = ()
+    """For each of these, milliseconds until it is expected to have computed the prompt's KV; 0: its rate is not measured. A field of its
+    own, since decode workers of an earlier minor version refuse entries of another length. Empty: nobody knows."""
     lost_peers: tuple[str, ...] = ()
     """Names of workers that died while they had this request."""
     hashes: "BlockHashes | None" = field(default=None, repr=False, compare=False)
@@ -183,6 +187,7 @@ class GenerateRequest:
             "sampling": self.sampling.to_wire(),
             "num_generated": self.num_generated,
             "prefill_peers": list(map(list, self.prefill_peers)),
+            "prefill_ms": list(self.prefill_ms),
             "lost_peers": list(self.lost_peers),
         }
 
@@ -197,6 +202,9 @@ class GenerateRequest:
             raise ProtocolError("a generate request names its id, its model and its position")
         if not isinstance(peers, list) or len(peers) > 1024 or (peers and not all(map(_is_ranked_peer, peers))):
             raise ProtocolError("prefill peers are an incarnation, a queue length and a number of blocks each")
+        expected = get("prefill_ms") or []
+        if not isinstance(expected, list) or (expected and not all(map(_is_expected_ms, expected))):
+            raise ProtocolError("the expected times of prefill peers are milliseconds")
         lost = get("lost_peers") or []
         if not isinstance(lost, list) or (lost and not all(isinstance(name, str) for name in lost)):
             raise ProtocolError("lost peers are names")
@@ -210,9 +218,14 @@ class GenerateRequest:
             Sampling.from_wire(get("sampling")),
             num_generated,
             tuple([(peer, queued, overlap_blocks) for peer, queued, overlap_blocks in peers]),
+            tuple(expected) if len(expected) == len(peers) else (),
             tuple(lost),
         )
 
 
 def _is_ranked_peer(peer: Any) -> bool:
     return isinstance(peer, list) and [type(part) for part in peer] == [str, int, int]
+
+
+def _is_expected_ms(value: Any) -> bool:
+    return type(value) is float and 0.0 <= value < _MOST_EXPECTED_MS

@@ -68,19 +68,21 @@ class WorkerReport:
     evicted: tuple[int, ...] = ()
     admitted: tuple[str, ...] = ()
     """Requests that the worker counts in its load by now, so that nobody else need."""
+    kept: tuple[str, ...] = ()
+    """Of these, those whose prompts it computes itself though there are prefill workers: no prefill worker is going to report them."""
 
     def to_wire(self) -> list[Any]:
         """Plain data for :meth:`from_wire`."""
-        return [self.load.to_wire(), list(self.stored), list(self.evicted), list(self.admitted)]
+        return [self.load.to_wire(), list(self.stored), list(self.evicted), list(self.admitted), list(self.kept)]
 
     @classmethod
     def from_wire(cls, data: Any) -> "WorkerReport":
-        """Raises ProtocolError for anything else."""
-        if not isinstance(data, list) or len(data) < 4 or not all(isinstance(part, list) for part in data[:4]):
+        """Raises ProtocolError for anything else. Workers of an earlier minor version do not say what they kept."""
+        if not isinstance(data, list) or len(data) < 4 or not all(isinstance(part, list) for part in data[:5]):
             raise ProtocolError("malformed worker report")
-        load, stored, evicted, admitted = data[:4]
+        load, stored, evicted, admitted, kept = data[:5] if len(data) > 4 else (*data, [])
         if not {int}.issuperset(map(type, stored)) or not {int}.issuperset(map(type, evicted)):
             raise ProtocolError("block hashes are integers")
-        if not {str}.issuperset(map(type, admitted)):
+        if not {str}.issuperset(map(type, admitted)) or not {str}.issuperset(map(type, kept)):
             raise ProtocolError("request ids are strings")
-        return cls(WorkerLoad.from_wire(load), tuple(stored), tuple(evicted), tuple(admitted))
+        return cls(WorkerLoad.from_wire(load), tuple(stored), tuple(evicted), tuple(admitted), tuple(kept))

@@ -29,6 +29,8 @@ def test_demo_once_answers_every_prompt_over_every_path() -> None:
     started = re.search(r"serve after ([\d.]+) s", done.stdout)
     assert started and float(started[1]) <= 4.0
     assert "<- prefill-1" in done.stdout and "prefilled locally" in done.stdout and "tokens cached" in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if re.match(r"\d  decode-", line)]
+    assert [row[2] for row in rows] == ["itself", "prefill-1", "itself", "prefill-1", "itself"]
 
 
 def test_demo_without_prefill_workers_is_the_aggregated_deployment() -> None:
@@ -83,3 +85,25 @@ def test_a_demo_that_is_interrupted_or_whose_terminal_is_closed_takes_its_peers_
         os.kill(process.pid, number)
         assert process.wait() == 0
         assert "Traceback" not in process.stderr_text
+
+
+@pytest.fixture
+def real_model() -> str:
+    """A path to SmolLM2, where one is named; else what fetches it."""
+    pytest.importorskip("xllamacpp", reason="the library of real models is not here")
+    return os.environ.get("MESHSERVE_TEST_GGUF", "smollm2")
+
+
+@pytest.mark.full  # without a path it fetches 93 MB
+@pytest.mark.timeout(600)
+def test_demo_of_a_real_model_answers_sensibly_over_every_path(real_model: str) -> None:
+    done = run_command(meshserve_command("demo", "--once", "--http", "127.0.0.1:0", "--model", real_model), 500.0)
+    assert done.exit_code == 0, done
+    assert f"{PROMPTS} of {PROMPTS} prompts answered" in done.stdout and "3 workers load" in done.stdout
+    for words in ("The capital of France is Paris.", "a basket of apples", "called Gull Island", "light energy into chemical energy"):
+        assert words in done.stdout, done
+    assert re.search(r'\{"colors": ?\["\w+", ?"\w+", ?"\w+"\]\}', done.stdout)
+    rows = [line.split() for line in done.stdout.splitlines() if re.match(r"\d  decode-", line)]
+    assert [row[2] for row in rows] == ["itself", "prefill-1", "itself", "itself", "itself"]
+    assert int(rows[2][4]) >= 256, "the text was cached"
+    assert re.search(r"<- prefill-1  5 KV blocks, 3\.\d\d MB", done.stdout)

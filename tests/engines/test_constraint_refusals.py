@@ -163,4 +163,5 @@ def test_chains_of_references_that_would_overflow_the_stack_are_refused_before(k
 def test_what_only_says_something_of_the_schema_is_left_out_and_the_order_kept() -> None:
     schema = {"x-guidance": {}, "properties": {"b": {"uniqueItems": False}, "a": {"const": {"uniqueItems": False}}}}
     assert checked_schema(json.dumps(schema)) == '{"properties": {"b": {}, "a": {"const": {"uniqueItems": false}}}}'
+    assert checked_schema('{"items": {"minLength": 2.0}}') == '{"items": {"minLength": 2}}'
     assert checked_schema("true") == "{}"

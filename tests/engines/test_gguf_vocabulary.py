@@ -19,6 +19,7 @@ from meshserve.engines.tokenizers.settings import TextSettings
 from meshserve.errors import TokenizerFailed
 from tests.engines.gguf_harness import (
     CONTROL,
+    LETTERS,
     NORMAL,
     UNKNOWN,
     UNUSED,
@@ -30,9 +31,6 @@ from tests.engines.gguf_harness import (
     sentence_piece,
     write_vocabulary,
 )
-
-pytest.importorskip("gguf")
-pytest.importorskip("xllamacpp")
 
 SPECIAL = {"<|im_start|>": CONTROL, "<|im_end|>": CONTROL, "<unk>": UNKNOWN, "<|user|>": USER_DEFINED, "<think>": USER_DEFINED}
 SOURCES = [path.read_text() for path in sorted((Path(__file__).parents[2] / "meshserve").rglob("*.py"))]
@@ -71,6 +69,19 @@ def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return Pair(write_vocabulary(tmp_path_factory.mktemp("split") / "v.gguf", metadata | ids))
 
 
+@pytest.fixture(scope="module")
+def lacking(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """No tokens for two control characters and for the first byte of some letters."""
+    metadata = byte_level("smollm", SPECIAL, bos_token_id=1, eos_token_id=2)
+    lost = [LETTERS[value] for value in (0x04, 0x14, 0xC5)]
+    kept = [not any(letter in token for letter in lost) for token in metadata["tokenizer.ggml.tokens"]]
+    for key in ("tokens", "token_type"):
+        metadata[f"tokenizer.ggml.{key}"] = [each for each, is_kept in zip(metadata[f"tokenizer.ggml.{key}"], kept, strict=True) if is_kept]
+    merges = metadata["tokenizer.ggml.merges"]
+    metadata["tokenizer.ggml.merges"] = [merge for merge in merges if not any(letter in merge for letter in lost)]
+    return Pair(write_vocabulary(tmp_path_factory.mktemp("lacking") / "v.gguf", metadata))
+
+
 @pytest.fixture(scope="module", params=sorted(VARIANTS))
 def pieces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     texts = [*SOURCES[:60], *(text.encode("utf-8", "replace").decode() for text in corpus(num_mixed=50))]
@@ -104,6 +115,11 @@ def test_vocabularies_of_scores_join_pieces_as_the_library_does(pieces: Pair) ->
     for text in corpus():
         pieces.check_text(text)
     pieces.check_vocabulary()
+
+
+@given(text=st.text(alphabet="ab ,.'1\x04\x14éń\n", max_size=40))
+def test_bytes_without_a_token_are_left_out_and_keep_apart_what_is_around_them(lacking: Pair, text: str) -> None:
+    lacking.check_text(text)
 
 
 @given(text=st.text(max_size=60))
@@ -142,12 +158,18 @@ def test_a_conversion_takes_less_than_two_seconds_of_processor_time(smollm2: Pai
     assert time.process_time() - begun_s < 2.0
 
 
+@pytest.mark.full
 def test_every_name_of_a_split_is_one_that_the_library_knows(tmp_path: Path) -> None:
-    small = {**byte_level("gpt-2", SPECIAL), "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 0}
+    texts = ("1234 Ab'S  x\n\n !?\r\n", "'s 12345~", "  <|user|>")
+    small = {
+        **byte_level("gpt-2", SPECIAL, "".join(sorted(set("".join(texts))))),
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 0,
+    }
     for name in ALIASES:
         path = write_vocabulary(tmp_path / "v.gguf", {**small, "tokenizer.ggml.pre": name})
         pair = Pair(path)
-        for text in ("1234 Ab'S  x\n\n !?\r\n", "'s 12345~", "  <|user|>"):
+        for text in texts:
             assert (name, list(pair.ours.encode(text))) == (name, pair.theirs.encode(text, True))
         pair.theirs.close()
 
@@ -180,6 +202,8 @@ def test_what_cannot_be_exact_is_refused_with_the_reason() -> None:
     assert "missing or damaged" in refusal({}) and "missing or damaged" in refusal(metadata, tokens=[*tokens, tokens[0]])
     assert "makes no token" in refusal(metadata, merges=["a bc"])
     overlapping = {"tokens": [*tokens, "<a>b", ">bcdef"], "token_type": [*kinds, CONTROL, CONTROL]}
+    lacking = [token for token in tokens if "Ā" not in token]
+    assert "some single bytes" in refusal(metadata, pre="llama-bpe", tokens=lacking, token_type=[NORMAL] * len(lacking), merges=[])
     assert "overlap" in refusal(metadata, **overlapping)
     assert "stands for itself" in refusal(metadata, tokens=[*tokens, "é!é"], token_type=[*kinds, USER_DEFINED])
     assert "Phi-3" in refusal({**metadata, "general.name": "Phi-3 mini"})

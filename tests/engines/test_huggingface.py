@@ -272,3 +272,29 @@ def test_special_tokens_are_no_text_but_those_that_mark_calls_and_reasoning_are(
     found = HuggingFaceTokenizer({**files_of("metaspace"), "tokenizer.json": made.to_str().encode()})
     shown = [found.token_bytes(made.token_to_id(piece) or 0) for piece in ("[TOOL_CALLS]", "<think>", "<|other|>")]
     assert shown == [b"[TOOL_CALLS]", b"<think>", b""]
+
+
+def test_a_kind_is_found_by_name_and_an_unknown_one_says_what_is_missing() -> None:
+    assert isinstance(load_tokenizer("bytes"), ByteTokenizer)
+    assert isinstance(load_tokenizer("huggingface", files_of("byte-level")), HuggingFaceTokenizer)
+    with pytest.raises(TokenizerFailed, match="'mine' is unknown here; install the package of the model's engine"):
+        load_tokenizer("mine")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("tests.engines.no_such_module:Tokenizer", "needs the package 'tests.engines.no_such_module'"),
+        ("tests.engines.trained:no_such_name", "cannot be loaded"),
+        ("meshserve.engines.tokenizers.own:byte_tokenizer", ""),
+    ],
+)
+def test_another_package_may_bring_a_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str, words: str) -> None:
+    write_directory(tmp_path / "other-1.dist-info", {"METADATA": b"Name: other\nVersion: 1\n"})
+    (tmp_path / "other-1.dist-info" / "entry_points.txt").write_text(f"[meshserve.tokenizers]\nother = {value}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    if not words:
+        assert isinstance(load_tokenizer("other"), ByteTokenizer)
+        return
+    with pytest.raises(TokenizerFailed, match=words):
+        load_tokenizer("other")

@@ -14,6 +14,7 @@ from meshserve.handoff.blocks import BlockMark, BulkHeader, Claim, checksum
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.requester import PrefillRequester
 from meshserve.handoff.result import HandoffResult
+from meshserve.kv.hashes import prefix_hashes
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.wire.generation import GenerateRequest, Sampling
@@ -23,6 +24,9 @@ from tests.harness import until
 DEADLINE_S = 5.0
 PROMPT = array("I", [random.Random(7).randrange(256) for _ in range(100)])
 Block = tuple[int, int, bytes]
+_ENGINE = DummyEngine(EngineOptions(None, {"kv_bytes_per_token": "64"}))
+LAYOUT = _ENGINE.kv_layout
+HASHES = prefix_hashes(PROMPT[:-1], LAYOUT.block_size, _ENGINE.card.model_hash)
 
 
 async def new_engine() -> DummyEngine:
@@ -102,10 +106,20 @@ class Scripted:
         self.bulk.send(self.decode_peer, self.header(blocks, **says).to_wire(), [payload for _, _, payload in blocks])
 
     def header(
-        self, blocks: list[Block], attempt: int = 1, prefill_peer: str = "", decode_peer: str = "", digest: bytes = b""
+        self,
+        blocks: list[Block],
+        attempt: int = 1,
+        prefill_peer: str = "",
+        decode_peer: str = "",
+        digest: bytes = b"",
+        layout: str = LAYOUT.fingerprint,
+        prefix_hash: int | None = None,
     ) -> BulkHeader:
         marks = tuple(BlockMark(index, num_tokens, digest or checksum(payload)) for index, num_tokens, payload in blocks)
-        return BulkHeader(decode_peer or self.decode_peer, prefill_peer or self.mesh.incarnation, "r1", attempt, marks, 1.0)
+        label = decode_peer or self.decode_peer, prefill_peer or self.mesh.incarnation, "r1", attempt
+        if prefix_hash is None:
+            prefix_hash = HASHES[marks[-1].index] if marks and 0 <= marks[-1].index < len(HASHES) else 0
+        return BulkHeader(*label, marks, 1.0, layout, prefix_hash)
 
     def close(self) -> None:
         self.bulk.close()

@@ -22,6 +22,7 @@ from meshserve.routing.candidates import Prompt
 from meshserve.routing.fleet import Question
 from tests.handoff.scripted import (
     DEADLINE_S,
+    HASHES,
     PROMPT,
     Block,
     CountingEngine,
@@ -69,6 +70,22 @@ def test_row_7_a_block_of_the_wrong_length_or_place_with_a_right_checksum_is_ref
             result = await decode.result()
             assert result.state is TaskState.LOCAL and "block refused" in result.attempts[0]["outcome"]
             assert decode.count("kv_blocks_received") == 0
+
+    run_async(run())
+
+
+@pytest.mark.parametrize("says", [{"layout": "another"}, {"prefix_hash": 1}, {"prefix_hash": HASHES[0]}], ids=["layout", "tokens", "place"])
+def test_row_44_a_block_of_another_layout_or_of_other_tokens_is_refused_before_the_engine_sees_it(says: dict[str, Any]) -> None:
+    async def run() -> None:
+        blocks = await blocks_of(PROMPT[:-1])
+        async with pair() as (decode, scripted):
+            decode.start()
+            await scripted.claim()
+            scripted.send(blocks[:2], **says)
+            result = await decode.result()
+            assert result.state is TaskState.LOCAL and "block refused" in result.attempts[0]["outcome"]
+            assert decode.count("kv_blocks_received") == 0
+            assert await text_of(decode.engine, None) == await undisturbed()
 
     run_async(run())
 

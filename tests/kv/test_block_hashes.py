@@ -5,7 +5,7 @@ from array import array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshserve.kv.hashes import block_hashes
+from meshserve.kv.hashes import block_hashes, prefix_hashes
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=64).map(lambda found: array("I", found))
 
@@ -31,3 +31,12 @@ def test_equal_blocks_after_different_prefixes_have_different_hashes() -> None:
 def test_another_model_has_other_hashes_for_the_same_tokens() -> None:
     tokens = array("I", range(8))
     assert not set(block_hashes(tokens, 2, "one")) & set(block_hashes(tokens, 2, "other"))
+
+
+def test_a_partial_last_block_has_a_hash_of_all_tokens_too() -> None:
+    tokens = array("I", range(10))
+    assert prefix_hashes(tokens, 4, "m")[:2] == block_hashes(tokens, 4, "m")
+    assert len(prefix_hashes(tokens, 4, "m")) == 3 and len(prefix_hashes(tokens[:8], 4, "m")) == 2
+    others = tokens[:9], array("I", [9, *range(1, 10)])
+    assert prefix_hashes(tokens, 4, "m")[2] not in [prefix_hashes(other, 4, "m")[2] for other in others]
+    assert len({prefix_hashes(array("I", [1]), 4, salt)[0] for salt in "ab"}) == 2

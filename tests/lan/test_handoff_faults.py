@@ -132,7 +132,7 @@ def test_row_4_when_all_prefill_workers_die_decode_workers_prefill_themselves(la
 def test_row_5_a_decode_worker_killed_mid_transfer_is_routed_around(lan: Lan, path: Path) -> None:
     mesh = start_recorded(lan, path, 2, 1, "--bulk-limit", "0.5")
     names = {incarnation_of(mesh, process): process for process in mesh.decode}
-    (prompt,) = long_prompts(1)
+    (prompt,) = long_prompts(1, repeats=150)  # several messages of KV, which the limit sets seconds apart
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(mesh.complete, prompt)
         block = wait_for_event(path, lambda event: event.event == "block", "a block came")

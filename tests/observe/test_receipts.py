@@ -14,7 +14,7 @@ from meshserve.observe.spans import MAX_PHASE_SPANS, export_body, receipt_spans
 from meshserve.roles.processor.accounting import Account
 from meshserve.routing.candidates import Candidate
 from meshserve.telemetry import Histograms, Phases
-from meshserve.wire.account import HandedOver, WorkerAccount, milliseconds
+from meshserve.wire.account import HandedOver, HandoffDecision, WorkerAccount, milliseconds
 from meshserve.wire.trace_context import TraceContext, read_traceparent
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
@@ -197,11 +197,22 @@ def test_bars_begin_where_the_one_before_ended() -> None:
     assert starts == sorted(starts) and all(abs(start - end) <= 1 for start, end in zip(starts[1:], ends, strict=False))
 
 
+def test_where_the_prompt_was_prefilled_is_told_with_both_expected_times() -> None:
+    told = [
+        next(str(line) for line in waterfall(a_receipt(decision=decision), 100) if str(line).startswith("handoff"))
+        for decision in (HandoffDecision(True, "faster-there", 81.26, 12.0), HandoffDecision(False, "short"))
+    ]
+    assert "handoff, faster-there: 81.3 ms here, 12.0 ms with a handoff" in told[0]
+    assert "local, short: unknown here, unknown with a handoff" in told[1]
+    assert not any(str(line).startswith("handoff") for line in waterfall(a_receipt(), 100))
+
+
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_nothing_in_a_receipt_steers_the_terminal(name: str, reason: str) -> None:
     receipt = a_receipt()
     receipt |= {"client_id": name, "error": reason, "outcome": "ok", "peers": dict.fromkeys(receipt["peers"], name)}
     receipt["candidates"] = [{**receipt["candidates"][0], "peer": name, "reason": reason}]
+    receipt["handoff"] = {"decided": name, "reason": reason, "local_ms": name, "remote_ms": 1.0, "why": reason}
     assert all(line.plain.isprintable() for line in waterfall(receipt, 100))
 
 

@@ -61,6 +61,16 @@ def test_a_booking_that_no_report_ends_is_over_after_two_seconds() -> None:
     assert load == [1, 0]
 
 
+def test_a_prompt_that_its_decode_worker_keeps_is_not_waited_for_at_a_prefill_worker() -> None:
+    found = fleet()
+    booking = found.choose("kv", Question("r", PROMPT, ["w0", "w1"], ["w2"]), 0.0).booking
+    assert booking is not None and [share.incarnation for share in booking.shares][1:] == ["w2"]
+    found.report(booking.shares[0].incarnation, WorkerReport(LOAD, admitted=("r",)), 0.0)
+    assert found.num_booked_tokens() == booking.shares[1].num_tokens, "it is expected to be handed over"
+    found.report(booking.shares[0].incarnation, WorkerReport(LOAD, kept=("r",)), 0.0)
+    assert found.num_booked_tokens() == 0
+
+
 def test_a_router_that_only_hears_of_bookings_keeps_none_beyond_two_seconds() -> None:
     found, worker = Bookings(), Worker("w0", "W0")
     for number in range(1000):

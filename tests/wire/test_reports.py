@@ -9,7 +9,7 @@ from meshserve.wire.booking import Booking, Share
 from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.load import MAX_FIGURE, WorkerLoad, WorkerReport
 
-REPORT = WorkerReport(WorkerLoad(num_running=3, num_blocks=MAX_FIGURE - 1), (1, 2**64 - 1), (7,), ("r",))
+REPORT = WorkerReport(WorkerLoad(num_running=3, num_blocks=MAX_FIGURE - 1), (1, 2**64 - 1), (7,), ("r",), ("r",))
 BOOKING = Booking("r", (Share("w0", 1, 101), Share("p0", 1600, 101)), "alice")
 
 

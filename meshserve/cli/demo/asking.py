@@ -1,60 +1,68 @@
 """The demo's prompts, sent over HTTP as any client would."""
 
 import asyncio
+import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from meshserve.cli.demo.prompts import Question
 from meshserve.errors import StartupFailed
 
 _TIMEOUT_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """One prompt, and what it shows."""
+class Answered:
+    """How one prompt was answered, as its client saw it."""
 
-    title: str
-    path: str
-    body: dict[str, Any]
+    receipt: dict[str, Any]
+    ttft_s: float
+    """From sending the prompt to the first text."""
+    stream_s: float
+    """From there to the end."""
 
-
-def _document(topic: str) -> str:
-    return " ".join(f"Paragraph {number} of a long report on {topic}, with all that was seen and said." for number in range(1, 15))
-
-
-def questions(max_tokens: int = 10) -> list[Question]:
-    """A handful that take every path: short, long, the same again, another long one, a chat."""
-    harbours, rivers = _document("harbours"), _document("rivers")
-    texts = (
-        ("a short prompt stays with its decode worker", "What is a mesh?"),
-        ("a long one is prefilled elsewhere, its KV handed over", harbours),
-        ("the same again: its blocks are cached", harbours),
-        ("another long one", rivers),
-    )
-    completions = [Question(title, "/v1/completions", {"prompt": prompt, "max_tokens": max_tokens}) for title, prompt in texts]
-    chat = {"messages": [{"role": "user", "content": "Tell me something about the sea."}], "max_tokens": max_tokens}
-    return [*completions, Question("a chat", "/v1/chat/completions", chat)]
+    @property
+    def tokens_per_s(self) -> float:
+        """After the first one; 0 where there is none after it."""
+        num_tokens = self.receipt["tokens"]["completion"] - 1
+        return num_tokens / self.stream_s if num_tokens > 0 and self.stream_s > 0 else 0.0
 
 
-async def ask(url: str, question: Question, model: str) -> AsyncIterator[str | dict[str, Any]]:
-    """The answer's texts as they come, then its receipt. Raises StartupFailed for anything but an answer."""
+async def ask(url: str, question: Question, model: str, timeout_s: float) -> AsyncIterator[str | Answered]:
+    """The answer's texts as they come, then how it was answered. Raises StartupFailed for anything but an answer."""
+    began_s = time.monotonic()
+    first_s = None
     parts = urlsplit(url)
     body = json.dumps({"model": model, **question.body, "stream": True, "meshserve": {"receipt": True}}).encode()
     head = f"POST {question.path} HTTP/1.1\r\nhost: {parts.netloc}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    async with asyncio.timeout(_TIMEOUT_S):
+    async with _within(timeout_s):
         reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
         try:
             writer.write(head.encode() + b"connection: close\r\n\r\n" + body)
             status = await reader.readline()
             if b" 200 " not in status:
-                raise StartupFailed(f"a prompt was not answered: {status.decode(errors='replace').strip()}")
+                raise StartupFailed(f"a prompt was not answered: {_reason(status, await reader.read())}")
             async for event in _events(reader):
-                yield event
+                now_s = time.monotonic()
+                first_s = first_s or now_s
+                yield event if isinstance(event, str) else Answered(event, first_s - began_s, now_s - first_s)
         finally:
             writer.close()
+
+
+@contextlib.asynccontextmanager
+async def _within(timeout_s: float) -> AsyncIterator[None]:
+    try:
+        async with asyncio.timeout(timeout_s):
+            yield
+    except TimeoutError as error:
+        raise StartupFailed(
+            f"a prompt was not answered in {timeout_s:g} s: this machine is too slow, or too busy, for the model"
+        ) from error
 
 
 async def list_peers(url: str) -> list[dict[str, Any]]:
@@ -69,6 +77,13 @@ async def list_peers(url: str) -> list[dict[str, Any]]:
             writer.close()
     found: list[dict[str, Any]] = json.loads(body)
     return found
+
+
+def _reason(status: bytes, rest: bytes) -> str:
+    """What the error says, else its status."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        return str(json.loads(rest.partition(b"\r\n\r\n")[2])["error"]["message"])
+    return status.decode(errors="replace").strip()
 
 
 async def _events(reader: asyncio.StreamReader) -> AsyncIterator[str | dict[str, Any]]:

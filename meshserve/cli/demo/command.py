@@ -1,11 +1,14 @@
 """The demo's command and its course."""
 
 import asyncio
+import json
 import os
+import shlex
 import signal
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,7 +22,8 @@ if TYPE_CHECKING:
     from meshserve.cli.demo.children import Children
     from meshserve.cli.demo.view import View
 
-_START_TIMEOUT_S = 20.0
+_SLOWEST_LOAD_BYTES_PER_S = 20e6
+"""Of a model, by several workers at once: a slow disk."""
 _CHECK_S = 0.02
 _PAUSE_S = 0.6
 """Before each prompt, for the eyes of an audience."""
@@ -38,20 +42,49 @@ _HTTP = "127.0.0.1:8000"
 @mesh_options
 def demo(**settings: Any) -> None:
     """Show a whole disaggregated mesh on this machine: who serves each prompt, why, and where its time goes."""
-    execute(settings, lambda: _demo(settings, *_model(settings["model"])))
+    execute(settings, lambda: _demo(settings, _model(settings["model"], settings["decode"] + settings["prefill"])))
 
 
-def _model(spec: str | None) -> tuple[str, list[str]]:
-    """The model's name for clients, and what its workers are started with. A file is fetched here, once for all of them."""
+@dataclass(frozen=True, slots=True)
+class _Model:
+    """What the workers serve."""
+
+    name: str
+    """For clients."""
+    worker_options: tuple[str, ...] = ()
+    is_real: bool = False
+    start_timeout_s: float = 20.0
+    answer_timeout_s: float = 30.0
+    note: str = ""
+    """For people, while they wait."""
+
+
+def _model(spec: str | None, num_workers: int) -> _Model:
+    """A file is fetched here, once for all workers, and memory and threads are divided among them."""
     if spec is None:
-        return "dummy", []
+        return _Model("dummy")
     if engine_for(spec) != LLAMA:
-        return spec, ["--model", spec]
+        return _Model(spec, ("--model", spec))
+    from meshserve.engines.llama.options import fair_share
+
     source = fetch_model(spec)
-    return source.name, ["--engine", LLAMA, "--model", str(source.path), "--served-model-name", source.name]
+    tokens, threads = fair_share(source.path, num_workers)
+    size_bytes = source.path.stat().st_size
+    options = ("--model", str(source.path), "--served-model-name", source.name, "--kv-cache-tokens", str(tokens))
+    note = (
+        f"{num_workers} workers load {source.name} ({size_bytes / 1e6:,.0f} MB), each with room for {tokens:,} tokens and {threads} thread"
+    )
+    return _Model(
+        source.name,
+        ("--engine", LLAMA, *options, "--engine-opt", f"threads={threads}"),
+        is_real=True,
+        start_timeout_s=60.0 + size_bytes / _SLOWEST_LOAD_BYTES_PER_S,
+        answer_timeout_s=300.0,
+        note=note + ("s" if threads > 1 else ""),
+    )
 
 
-async def _demo(settings: dict[str, Any], model: str, worker_options: list[str]) -> int:
+async def _demo(settings: dict[str, Any], model: _Model) -> int:
     from meshserve.cli.demo.children import Children
     from meshserve.cli.demo.view import View
 
@@ -70,7 +103,7 @@ async def _demo(settings: dict[str, Any], model: str, worker_options: list[str])
             loop.add_signal_handler(number, on_signal)
     children, view = Children(_common_options(settings)), View()
     try:
-        return await _until(interrupted, _course(settings, children, view, model, worker_options))
+        return await _until(interrupted, _course(settings, children, view, model))
     finally:
         try:
             view.close()
@@ -118,22 +151,30 @@ def _http_address(settings: dict[str, Any]) -> str:
         return f"{host}:0"
 
 
-async def _course(settings: dict[str, Any], children: "Children", view: "View", model: str, worker_options: list[str]) -> int:
+async def _course(settings: dict[str, Any], children: "Children", view: "View", model: _Model) -> int:
     began_s = time.monotonic()
+    view.begins(model.note)
     front = await children.start("front", "frontend,processor,router", "--http", _http_address(settings))
-    await _wait_for(children, view, lambda: front.ready_s is not None)
+    await _wait_for(children, view, lambda: front.ready_s is not None, model.start_timeout_s)
     seed = front.fields["address"].removeprefix("tcp://")  # a port chosen for it beforehand could be taken by the time it starts
     workers = [f"decode-{number + 1}" for number in range(settings["decode"])] + [
         f"prefill-{number + 1}" for number in range(settings["prefill"])
     ]
-    await asyncio.gather(*(children.start(name, name.partition("-")[0], "--peer", seed, *worker_options) for name in workers))
+    await asyncio.gather(*(children.start(name, name.partition("-")[0], "--peer", seed, *model.worker_options) for name in workers))
     wanted = f"{settings['decode']} decode, {settings['prefill']} prefill ready"
-    await _wait_for(children, view, lambda: children.workers_line.startswith(wanted) and all(child.ready_s for child in children.all))
+    await _wait_for(
+        children,
+        view,
+        lambda: children.workers_line.startswith(wanted) and all(child.ready_s for child in children.all),
+        model.start_timeout_s,
+    )
     url = front.fields["http"].replace("0.0.0.0", "127.0.0.1")
     await _all_linked(url, len(children.all))
     view.started(children.all, time.monotonic() - began_s)
     num_answered = await _ask_all(url, view, model)
-    view.finished(url, model, num_answered, not settings["once"], _watching(settings, seed), _joining(settings))
+    view.finished(num_answered)
+    if not settings["once"]:
+        view.serving(url, _example(model), _watching(settings, seed), _joining(settings))
     while not settings["once"]:
         children.check()
         await asyncio.sleep(0.2)
@@ -151,15 +192,15 @@ async def _all_linked(url: str, count: int) -> None:
         await asyncio.sleep(_CHECK_S)
 
 
-async def _wait_for(children: "Children", view: "View", condition: Callable[[], bool]) -> None:
+async def _wait_for(children: "Children", view: "View", condition: Callable[[], bool], timeout_s: float) -> None:
     """Raises StartupFailed if a peer ends, or the condition does not come true in time."""
-    for _ in range(round(_START_TIMEOUT_S / _CHECK_S)):
+    for _ in range(round(timeout_s / _CHECK_S)):
         children.check()
         view.starting(children.all)
         if condition():
             return
         await asyncio.sleep(_CHECK_S)
-    raise StartupFailed(f"the demo's peers did not find each other in {_START_TIMEOUT_S:g} s; --log-level info says more")
+    raise StartupFailed(f"the demo's peers did not find each other in {timeout_s:.0f} s; --log-level info says more")
 
 
 def _watching(settings: dict[str, Any], seed: str) -> str:
@@ -168,21 +209,32 @@ def _watching(settings: dict[str, Any], seed: str) -> str:
 
 
 def _joining(settings: dict[str, Any]) -> str:
+    model = f" --model {shlex.quote(settings['model'])}" if settings["model"] else ""
     if settings["lan"]:
-        return f"meshserve run --role decode --mesh {settings['mesh']}    # on any machine of this network: one more worker"
-    return "meshserve demo --lan    # the same, open to this network"
+        return f"meshserve run --role decode --mesh {settings['mesh']}{model}    # on any machine of this network: one more worker"
+    return f"meshserve demo --lan{model}    # the same, open to this network"
 
 
-async def _ask_all(url: str, view: "View", model: str) -> int:
-    from meshserve.cli.demo.asking import ask, questions
+def _example(model: _Model) -> str:
+    """The rest of a curl command."""
+    if not model.is_real:
+        return f'/v1/completions -d \'{{"model": "{model.name}", "prompt": "Hello", "max_tokens": 32, "stream": true}}\''
+    messages = [{"role": "user", "content": "Why do we sleep?"}]
+    return (
+        f"/v1/chat/completions -d {shlex.quote(json.dumps({'model': model.name, 'messages': messages, 'max_tokens': 80, 'stream': True}))}"
+    )
+
+
+async def _ask_all(url: str, view: "View", model: _Model) -> int:
+    from meshserve.cli.demo.asking import ask
+    from meshserve.cli.demo.prompts import dummy_questions, real_questions
 
     num_answered = 0
     pause_s = _PAUSE_S if view.console.is_terminal else _SHORT_PAUSE_S
-    for question in questions():
-        prompt = question.body.get("prompt") or question.body["messages"][0]["content"]
-        view.asking(num_answered + 1, question.title, prompt)
+    for question in real_questions() if model.is_real else dummy_questions():
+        view.asking(num_answered + 1, question)
         await asyncio.sleep(pause_s)
-        async for part in ask(url, question, model):
+        async for part in ask(url, question, model.name, model.answer_timeout_s):
             if isinstance(part, str):
                 view.text(part)
             else:

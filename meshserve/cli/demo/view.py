@@ -7,7 +7,10 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from meshserve.cli.demo.asking import Answered
 from meshserve.cli.demo.children import Child
+from meshserve.cli.demo.paragraph import Paragraph
+from meshserve.cli.demo.prompts import Question
 from meshserve.cli.printing import Output
 
 _PHASES = {
@@ -22,6 +25,8 @@ _PHASES = {
     "other": "bright_black",
 }
 
+_INDENT = 11
+
 
 class View:
     """Prints to stdout."""
@@ -29,17 +34,25 @@ class View:
     def __init__(self) -> None:
         self.console = Output(highlight=False, soft_wrap=False)
         self._live: Live | None = None
+        self._all: list[Answered] = []
         if not self.console.is_terminal:
             self.console = Output(highlight=False, width=110)
+        self._paragraph = Paragraph(self.console.width, _INDENT)
 
     # --- peers becoming ready
+
+    def begins(self, note: str) -> None:
+        """Peers are about to be started; `note` says what takes long, if something does."""
+        if self.console.is_terminal:
+            self.console.print("\n[bold]meshserve[/]: a disaggregated mesh, every peer a process of its own, no broker\n")
+        if note:
+            self.console.print(f"{note}\n")
 
     def starting(self, children: list[Child]) -> None:
         """Called again and again until all are ready."""
         if not self.console.is_terminal:
             return
         if self._live is None:
-            self.console.print("\n[bold]meshserve[/]: a disaggregated mesh, every peer a process of its own, no broker\n")
             self._live = Live(console=self.console, refresh_per_second=20, transient=False)
             self._live.start()
         self._live.update(self._table(children))
@@ -69,22 +82,28 @@ class View:
 
     # --- prompts
 
-    def asking(self, number: int, title: str, prompt: str) -> None:
+    def asking(self, number: int, question: Question) -> None:
         """A prompt is about to be sent."""
-        shown = prompt if len(prompt) <= 48 else f"{prompt[:45]}..."
-        self.console.print(f"[bold]{number}. {title}[/]")
-        self.console.print(Text.assemble("   prompt  ", (shown, "italic"), (f"  ({len(prompt)} characters)", "dim")))
-        self.console.print("   answer ", end="")
+        self.console.print(f"[bold]{number}. {question.title}[/]")
+        self.console.print(Text.assemble("   prompt  ", (question.shown, "italic")))
+        self.console.print("   answer  ", end="")
+        self._paragraph = Paragraph(self.console.width, _INDENT)
 
     def text(self, text: str) -> None:
         """A piece of the answer, as it comes."""
-        self.console.print(Text(text, "bold green" if self.console.is_terminal else ""), end="")
+        self._print_answer(self._paragraph.add(text))
 
-    def answered(self, receipt: dict[str, Any]) -> None:
+    def _print_answer(self, text: str) -> None:
+        if text:
+            self.console.print(Text(text, "bold green" if self.console.is_terminal else ""), end="", soft_wrap=True)
+
+    def answered(self, answered: Answered) -> None:
         """The path that it took, and where its time went."""
+        self._print_answer(self._paragraph.end())
         self.console.print()
+        receipt, self._all = answered.receipt, [*self._all, answered]
         peers, kv, tokens = receipt["peers"], receipt["kv"], receipt["tokens"]
-        path = Text.assemble("   path    http -> ", (peers["frontend"] or "?", "bold"), " -> ", (peers["decode"] or "?", "bold"))
+        path = Text.assemble("   path    ", (peers["frontend"] or "?", "bold"), " -> ", (peers["decode"] or "?", "bold"))
         if peers["prefill"]:
             path.append_text(Text.assemble(" <- ", (peers["prefill"], "bold"), f"  {kv['blocks']} KV blocks, {kv['bytes'] / 1e6:.2f} MB"))
         else:
@@ -113,15 +132,21 @@ class View:
             line.append(f" {milliseconds:.2f}")
         return line
 
-    def finished(self, url: str, model: str, num_answered: int, is_serving: bool, watching: str, joining: str) -> None:
-        """What next; `watching` are the options that lead other commands into this mesh, `joining` is how to start more of it."""
-        self.console.print(f"{num_answered} of {num_answered} prompts answered.")
-        if not is_serving:
-            return
-        body = f'{{"model": "{model}", "prompt": "Hello", "max_tokens": 32, "stream": true}}'
+    def finished(self, num_answered: int) -> None:
+        """All of them in one table."""
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for column in ("", "DECODED BY", "PREFILLED BY", "PROMPT", "CACHED", "KV SENT", "TTFT", "TOKENS/S"):
+            table.add_column(column, no_wrap=True, justify="right" if column not in ("DECODED BY", "PREFILLED BY") else "left")
+        for number, answered in enumerate(self._all, 1):
+            table.add_row(str(number), *_cells(answered))
+        self.console.print(table)
+        self.console.print(f"\n{num_answered} of {num_answered} prompts answered.")
+
+    def serving(self, url: str, example: str, watching: str, joining: str) -> None:
+        """What next; `example` is a request, `watching` the options that lead other commands into this mesh, `joining` how to add to it."""
         sections = {
             "Watch it, in a browser or here:": (f"{url}/", f"meshserve top {watching}"),
-            "Ask it yourself:": (f"curl {url}/v1/completions -d '{body}'", f"meshserve trace --last {watching}", joining),
+            "Ask it yourself:": (f"curl {url}{example}", f"meshserve trace --last {watching}", joining),
         }
         for title, commands in sections.items():
             self.console.print(Text(f"\n{title}", "bold"))
@@ -134,3 +159,16 @@ class View:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def _cells(answered: Answered) -> tuple[str, ...]:
+    peers, tokens, sent_bytes = answered.receipt["peers"], answered.receipt["tokens"], answered.receipt["kv"]["bytes"]
+    return (
+        peers["decode"] or "?",
+        peers["prefill"] or "itself",
+        str(tokens["prompt"]),
+        str(tokens["cached"]),
+        f"{sent_bytes / 1e6:.2f} MB" if sent_bytes else "-",
+        f"{answered.ttft_s * 1000:,.0f} ms" if answered.ttft_s >= 0.01 else f"{answered.ttft_s * 1000:.1f} ms",
+        f"{answered.tokens_per_s:,.0f}" if answered.tokens_per_s else "-",
+    )

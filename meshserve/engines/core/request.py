@@ -72,6 +72,8 @@ class Generation(EngineRequest):
         if self.prompt_logprobs is not None:
             found, self.prompt_logprobs = self.prompt_logprobs, None
             self._sink.on_prompt_logprobs(found)
+            if not self.is_live:  # the sink cancelled it
+                return ""
         if token == END:
             return "stop"
         self.tokens.append(token)

@@ -38,7 +38,7 @@ class BlockReservation:
         self.blocks = pool.acquire(prefix, -(-len(request.tokens) // block_size) - len(prefix))
         self.num_cached_tokens = len(prefix) * block_size
         self._missing = dict.fromkeys(range(len(prefix), -(-self.num_tokens // block_size)))
-        self._num_unconfirmed = 0
+        self._unconfirmed: dict[int, Callable[[MeshserveError | None], None]] = {}
         self.is_open = True
         self.state: Any = None
         """The model runner's own; the generation that takes the reservation over gets it."""
@@ -50,7 +50,7 @@ class BlockReservation:
     @property
     def num_unwritten(self) -> int:
         """Blocks that the engine does not have yet."""
-        return len(self._missing) + self._num_unconfirmed
+        return len(self._missing) + len(self._unconfirmed)
 
     @property
     def is_complete(self) -> bool:
@@ -71,20 +71,26 @@ class BlockReservation:
         if index not in self._missing:
             raise BlockRefused(f"block {index} is not missing")
         del self._missing[index]
-        self._num_unconfirmed += 1
-
-        def written(error: MeshserveError | None) -> None:
-            self._num_unconfirmed -= 1
-            if error is not None:
-                self._missing[index] = None
-            on_done(error)
-
+        self._unconfirmed[index] = on_done
         try:
-            self._writer.write_block(self, index, bytes(payload), written)
+            self._writer.write_block(self, index, bytes(payload), lambda error: self._written(index, error))
         except BlockRefused:
             self._missing[index] = None
-            self._num_unconfirmed -= 1
+            del self._unconfirmed[index]
             raise
+
+    def _written(self, index: int, error: MeshserveError | None) -> None:
+        on_done = self._unconfirmed.pop(index, None)
+        if on_done is None:  # the engine failed meanwhile, and whoever wrote it knows
+            return
+        if error is not None:
+            self._missing[index] = None
+        on_done(error)
+
+    def fail(self, error: MeshserveError) -> None:
+        """The engine can compute no more: blocks that it was still to confirm are lost."""
+        for index in list(self._unconfirmed):
+            self._written(index, error)
 
     def release(self) -> None:
         """Give the blocks back. Harmless after `generate` took the reservation (`is_open` is False), and when called twice."""

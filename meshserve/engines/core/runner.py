@@ -1,5 +1,6 @@
 """What an engine's model must do, and nothing else: compute steps, give out and take in KV blocks."""
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -50,16 +51,23 @@ class ModelRunner(Protocol):
     limits: StepLimits
     pool: BlockPool
     """Made by the runner, which knows its memory; the scheduler allocates from it."""
+    shares_prefixes: bool
+    """Whether a sequence may go on from blocks that another one computed. False where KV cannot be cut at a block's end, as with a
+    recurrent state: then every sequence is computed, or handed over, from its first token. Complete once :meth:`start` has returned."""
 
     async def start(self, on_result: Callable[[StepResult], None], on_failure: Callable[[MeshserveError], None]) -> None:
-        """Get ready to compute. `on_result` is called once a submitted step, on the event loop, perhaps within :meth:`submit`; instead
-        `on_failure`, once, when the engine as a whole can compute no more. Raises StartupFailed."""
+        """Get ready to compute, with an empty cache; called again after a failure or :meth:`close`. `on_result` is called once a submitted
+        step, on the event loop, perhaps within :meth:`submit`; instead `on_failure`, once, when the engine as a whole can compute no
+        more. An error that :meth:`submit` raises counts as one. Raises StartupFailed."""
 
     async def close(self) -> None:
         """Stop all work at once and give back every resource. Harmless when nothing was started, and when called twice."""
 
     def check(self, request: GenerateRequest) -> None:
         """Raises InvalidRequest or Unsupported for what this model cannot do; the general limits were checked before."""
+
+    def check_tokens(self, tokens: "array[int]") -> None:
+        """Raises InvalidRequest for a prompt with a token that the model does not have; it is not empty."""
 
     def prepare(self, generation: Generation, output: Sequence[int]) -> None:
         """Set its `sampler`, if it needs one. `output` is what an earlier worker generated. Raises InvalidRequest if that cannot be."""
@@ -78,4 +86,5 @@ class ModelRunner(Protocol):
         layout, index and number of tokens demand; what the library says of it comes with `on_done`, perhaps within this call."""
 
     def overdue_s(self) -> float:
-        """How long the next sign of progress is overdue by the runner's own expectation; 0 without work."""
+        """How long the next sign of progress is overdue by the runner's own expectation; 0 without work. A step that is overdue by
+        :data:`~meshserve.engines.core.stepper.HANGS_AFTER_S` for as long again counts as a failure."""

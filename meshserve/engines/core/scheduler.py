@@ -219,17 +219,21 @@ class Scheduler(Generic[S]):
         end of their prompt have no meaning.
         """
         producing: list[S] = []
-        produced: list[int] = []
-        for sequence, token in zip(step.decodes, tokens, strict=False):
-            if sequence.stage is _RUNNING:
-                sequence.num_computed = num_computed = sequence.num_computed + 1
-                sequence.num_generated = num_generated = sequence.num_generated + 1
-                producing.append(sequence)
-                produced.append(token)
-                if num_generated == sequence.max_new_tokens:
-                    self.end(sequence)
-                elif num_computed == sequence.capacity:
-                    self._full.append(sequence)
+        ended: set[S] = set()
+        for sequence in step.decodes:
+            if sequence.stage is not _RUNNING:
+                ended.add(sequence)
+                continue
+            sequence.num_computed = num_computed = sequence.num_computed + 1
+            sequence.num_generated = num_generated = sequence.num_generated + 1
+            producing.append(sequence)
+            if num_generated == sequence.max_new_tokens:
+                self.end(sequence)
+            elif num_computed == sequence.capacity:
+                self._full.append(sequence)
+        produced = list(tokens[: len(step.decodes)])
+        if ended:
+            produced = [token for sequence, token in zip(step.decodes, produced, strict=True) if sequence not in ended]
         outcome = Outcome(producing, produced, [])
         for index, (sequence, num_tokens) in enumerate(step.prefills, len(step.decodes)):
             if sequence.stage is _RUNNING:

@@ -34,6 +34,7 @@ _MAPS = frozenset(("properties", "patternProperties", "dependentSchemas", *_DEFI
 """Keywords whose values are schemas by name."""
 _VALUES = frozenset(("const", "enum", "default", "examples", "example", "required", "type"))
 """Keywords whose values hold no schemas."""
+_COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _BRANCHES = frozenset(("anyOf", "oneOf", "$ref"))
 _FREE = frozenset(("title", "description", "default", "examples", "$schema", "$id", "$comment", *_DEFINITIONS))
 
@@ -131,6 +132,9 @@ class _Survey:
     def _note(self, schema: Json, nested: int) -> None:
         if schema.get("uniqueItems") is False:
             del schema["uniqueItems"]  # the default, at which the library stumbles
+        for key in _COUNTS:
+            if isinstance(schema.get(key), float) and schema[key].is_integer():
+                schema[key] = int(schema[key])  # 2.0, which is a whole number to JSON Schema and none to the library
         if nested and isinstance(schema.get("$id"), str):
             raise Unsupported("a $id within the schema cannot be followed", param=PARAM)
         reference, properties, merged = schema.get("$ref"), schema.get("properties"), schema.get("allOf")

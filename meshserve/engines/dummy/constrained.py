@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 
-from meshserve.engines.core.constraint import Constraint, ConstraintCompiler
+from meshserve.engines.core.constraint import Constraint, ConstraintCompiler, tokens_of
 from meshserve.engines.core.schemas import property_names
 from meshserve.engines.dummy.outline import BLANK, CLOSERS, LETTERS, OPENERS, QUOTE, Outline
 from meshserve.engines.dummy.speech import Speech
@@ -38,6 +38,13 @@ _MOST_KEYS = 32
 def _next_bytes(texts: frozenset[bytes], begun: bytes) -> frozenset[int]:
     """The bytes with which a text that begins so can go on to become one of these."""
     return frozenset(text[len(begun)] for text in texts if len(text) > len(begun) and text.startswith(begun))
+
+
+@lru_cache(maxsize=256)
+def _read_mask(mask: bytes, can_end: bool) -> tuple[frozenset[int], tuple[int, ...]]:
+    """The tokens of a mask, and those of them that are words: few masks come up again and again."""
+    allowed = frozenset(token for token in tokens_of(mask) if can_end or token != EOS_TOKEN)
+    return allowed, tuple(token for token in _WORDS if token in allowed)
 
 
 def _turned(tokens: Sequence[int], context: int) -> list[int]:
@@ -77,12 +84,10 @@ class ConstrainedOutput:
         """
         if self._constraint.must_end:
             return [EOS_TOKEN if can_end else BLANK]
-        allowed = set(self._constraint.allowed_tokens())
-        if not can_end:
-            allowed.discard(EOS_TOKEN)
+        allowed, words = _read_mask(self._constraint.allowed_mask(), can_end)
         if len(allowed) > 1:
             outline = self._outline
-            found = self._in_text(allowed, context) if outline.in_text else self._in_structure(allowed, context)
+            found = self._in_text(allowed, words, context) if outline.in_text else self._in_structure(allowed, context)
             return found or _turned(sorted(allowed), context)
         if not any(self._pieces[token] or token == EOS_TOKEN for token in allowed):  # a byte that is no token where another is spoken
             raise EngineFailed("nothing that the model can write follows the request's grammar")
@@ -93,7 +98,7 @@ class ConstrainedOutput:
 
     # --- text
 
-    def _in_text(self, allowed: set[int], context: int) -> list[int]:
+    def _in_text(self, allowed: frozenset[int], words: tuple[int, ...], context: int) -> list[int]:
         outline = self._outline
         end = QUOTE if outline.is_document else EOS_TOKEN
         ends = [end] if end in allowed else []
@@ -105,10 +110,9 @@ class ConstrainedOutput:
                 return _turned(sorted(found), context)
         if ends and outline.is_long:
             return ends
-        words = [token for token in _WORDS if token in allowed]
         return self._words(allowed, words, ends, context) if words and BLANK in allowed else self._characters(allowed, end, context)
 
-    def _words(self, allowed: set[int], words: list[int], ends: list[int], context: int) -> list[int]:
+    def _words(self, allowed: frozenset[int], words: tuple[int, ...], ends: list[int], context: int) -> list[int]:
         """The first word letter by letter, as those of the vocabulary begin with a blank, then some of those."""
         text = self._outline.text
         found = _next_bytes(_NOUNS, text) & allowed if len(text) < 16 and text not in _NOUNS else ()
@@ -118,7 +122,7 @@ class ConstrainedOutput:
             return ends
         return _turned([*ends, *words], context)
 
-    def _characters(self, allowed: set[int], end: int, context: int) -> list[int]:
+    def _characters(self, allowed: frozenset[int], end: int, context: int) -> list[int]:
         text = self._outline.text
         letters = _turned(sorted(LETTERS & allowed), context)
         others = [mark for mark in _MARKS if mark in allowed] or _turned(sorted(_PRINTABLE & allowed), context)
@@ -133,7 +137,7 @@ class ConstrainedOutput:
 
     # --- structure
 
-    def _in_structure(self, allowed: set[int], context: int) -> list[int]:
+    def _in_structure(self, allowed: frozenset[int], context: int) -> list[int]:
         outline = self._outline
         ends = [token for token in (*CLOSERS, EOS_TOKEN) if token in allowed]
         if outline.last in OPENERS and ends:
@@ -149,7 +153,7 @@ class ConstrainedOutput:
             return ends
         return [*ends, *more] if context >> 34 & 1 else [*more, *ends]
 
-    def _in_empty(self, allowed: set[int], ends: list[int], context: int) -> list[int]:
+    def _in_empty(self, allowed: frozenset[int], ends: list[int], context: int) -> list[int]:
         """At the beginning of an array or object that may stay empty: objects do where nothing is expected of them."""
         if self._outline.is_long or (self._outline.is_object and self._keys and not self._keys_after(b'"')):
             return ends
@@ -163,14 +167,14 @@ class ConstrainedOutput:
         unused = sorted(self._keys - self._outline.used_keys)[:_MOST_KEYS]
         return frozenset(key for key in unused if self._can_follow(*begun, *key, QUOTE))
 
-    def _number(self, allowed: set[int], context: int) -> list[int]:
+    def _number(self, allowed: frozenset[int], context: int) -> list[int]:
         """The digits that lead on to the end of a number that cannot end here."""
         if not self._outline.run or self._outline.last not in b"-.0123456789":
             return []
         digits = _turned(sorted(_DIGITS & allowed), context)
         return [digit for digit in digits if any(self._can_follow(digit, end) for end in (_COMMA, *CLOSERS, EOS_TOKEN))] or digits
 
-    def _begun(self, allowed: set[int], context: int) -> list[int]:
+    def _begun(self, allowed: frozenset[int], context: int) -> list[int]:
         """How a value may begin, or go on: with a string, a literal or a digit, and only now and then with what nests."""
         digits = _turned(sorted(_DIGITS & allowed), context)
         kinds = [*sorted(token for token in allowed if token == QUOTE or (token in LETTERS and token not in _DIGITS)), *digits[:1]]

@@ -5,6 +5,7 @@ OPENERS, CLOSERS = frozenset(b"{["), frozenset(b"}]")
 LETTERS = frozenset(b"0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
 _OF_NUMBERS = frozenset(b".-+")
 _LONG_TOKENS, _DEEP = 150, 4
+_MOST_KEPT = 256
 
 
 class Outline:
@@ -19,7 +20,7 @@ class Outline:
         self._is_escaped = False
         self.in_text, self.is_key = not is_document, False
         self.text = b""
-        """Of the string so far."""
+        """Of the string so far; of a long one its last part."""
         self.num_words = 0
         """Tokens of several bytes in the string so far."""
         self.last = 0
@@ -60,7 +61,7 @@ class Outline:
                 self._end_text()
             else:
                 self._is_escaped = byte == _BACKSLASH and not self._is_escaped
-                self.text += bytes((byte,))
+                self.text = self.text[-_MOST_KEPT:] + bytes((byte,))
 
     def _end_text(self) -> None:
         if self.is_key:

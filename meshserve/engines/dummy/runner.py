@@ -1,6 +1,7 @@
 """The dummy model: KV bytes and tokens computed on the event loop, in slices so short that nobody else on the loop waits for them."""
 
 import asyncio
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -47,6 +48,7 @@ class DummyRunner:
         self.card = options.card(model, can_spell=self._speech is None or self._speech.can_spell)
         self.kv_layout = options.layout(self.card)
         self.files: Mapping[str, bytes] = options.files_by_hash()
+        self.shares_prefixes = True
         self.limits = StepLimits(options.max_batch, options.max_batch_tokens)
         self.pool = BlockPool(options.num_blocks)
         self._contents = KVContents(options.block_size, options.kv_bytes_per_token, self.card.model_hash)
@@ -76,6 +78,9 @@ class DummyRunner:
     def check(self, request: GenerateRequest) -> None:
         """Raises InvalidRequest or Unsupported for a constraint that the output cannot keep to."""
         constrained_output(request.sampling, self._speech)
+
+    def check_tokens(self, tokens: "array[int]") -> None:
+        """Any number is a token."""
 
     def prepare(self, generation: Generation, output: Sequence[int]) -> None:
         """A plain request has no sampler of its own."""
@@ -193,7 +198,7 @@ class DummyRunner:
 
     def _sample(self, requests: Sequence[EngineRequest], result: StepResult) -> None:
         """The next token of each. One that was cancelled meanwhile gets one as well, which nobody looks at."""
-        tokens, speech = result.tokens, self._speech
+        keep, speech = result.tokens.append, self._speech
         for request in requests:
             try:
                 if request.sampler is None:  # type: ignore[attr-defined]  # only generations are sampled; this is the hot path
@@ -204,10 +209,9 @@ class DummyRunner:
                 result.failed.append((request, exc))
                 token = EOS_TOKEN
             if token == EOS_TOKEN:
-                token = END
-            elif speech is not None:
-                token = speech.from_own(token)
-            tokens.append(token)
+                keep(END)
+            else:
+                keep(token if speech is None else speech.from_own(token))
 
     def _choose(self, request: EngineRequest, result: StepResult) -> int:
         assert isinstance(request, Generation)

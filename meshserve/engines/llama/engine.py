@@ -1,7 +1,8 @@
 """The llama engine: what all engines have in common, over a model of llama.cpp."""
 
 from meshserve.engines.core.engine import CoreEngine
-from meshserve.engines.llama.options import parse_options
+from meshserve.engines.llama.claims import Claim, Share
+from meshserve.engines.llama.options import describe, parse_options
 from meshserve.engines.llama.runner import LlamaRunner
 from meshserve.engines.protocol import EngineOptions
 
@@ -10,4 +11,24 @@ class LlamaEngine(CoreEngine):
     """A GGUF file, computed by llama.cpp in this process. Raises UsageError for options, StartupFailed for a file that will not do."""
 
     def __init__(self, options: EngineOptions) -> None:
-        super().__init__(LlamaRunner(parse_options(options)))
+        self._claim = Claim()
+        self._options = parse_options(options, self._claim)
+        super().__init__(LlamaRunner(self._options))
+
+    @property
+    def description(self) -> str:
+        """What it takes of this host, and whether its KV can be handed over."""
+        return describe(self._options, self.card.model, self.kv_layout.refusal)
+
+    async def start(self) -> None:
+        """As :class:`CoreEngine`. What was claimed is claimed again, as after a failure or :meth:`close` nothing is held."""
+        options = self._options
+        pending = Share(options.num_blocks * options.block_size * options.kv_bytes_per_token, options.num_threads)
+        self._claim.update(pending)
+        await super().start()
+        self._claim.update(pending._replace(pending_bytes=0))
+
+    async def close(self) -> None:
+        """As :class:`CoreEngine`; what was claimed is left to others."""
+        await super().close()
+        self._claim.update(None)

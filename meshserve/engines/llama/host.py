@@ -7,14 +7,14 @@ _CGROUP = Path("/sys/fs/cgroup")
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 
 
-def num_engine_threads() -> int:
-    """Physical cores that this process may use, less one for everything else, at least 1.
+def num_engine_threads(claimed: int = 0) -> int:
+    """Physical cores that this process may use, less one for everything else and those whose threads others claimed, at least 1.
 
     A thread on a core that is busy otherwise, or two on one core, cost far more than they bring: every step waits for the slowest one.
     """
     usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = {_read(_TOPOLOGY / f"cpu{number}/topology/core_cpus_list") or str(number) for number in usable}
-    return max(1, len(cores) - 1)
+    return max(1, len(cores) - 1 - claimed)
 
 
 def available_bytes() -> int:

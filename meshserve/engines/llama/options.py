@@ -1,11 +1,11 @@
 """What the command line and the model's file say about a llama engine, before the model is loaded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from meshserve.engines.core.scheduler import StepLimits
+from meshserve.engines.llama.claims import Claim, Share
 from meshserve.engines.llama.context import MAX_CELLS
 from meshserve.engines.llama.host import available_bytes, num_engine_threads
 from meshserve.engines.protocol import EngineOptions
@@ -18,7 +18,10 @@ from meshserve.wire.card import ModelCard
 
 BLOCK_TOKENS = 64
 _MOST_CONTEXTS, _MEMORY_SHARE = 8, 4
-"""The KV cache takes the lesser of so many full contexts, and of this part of the memory that is available."""
+"""The KV cache takes the lesser of so many full contexts, and of this part of the memory that is available and not claimed by others."""
+_USUAL_CONTEXT = 4096
+"""Of a model that does not say how long its context is."""
+_USUAL_KV_TYPE = "q8_0"
 _BYTES_PER_VALUE = {"q8_0": 34 / 32, "f16": 2.0}
 _BOUNDS = {"threads": (1, 512), "max_running": (1, 128), "slots": (2, 255), "context_length": (BLOCK_TOKENS, 1 << 24)}
 """Options and their bounds. `slots`: sequences that run, wait with their KV, or are kept as cached chains."""
@@ -42,31 +45,59 @@ class LlamaOptions:
     block_size: int = BLOCK_TOKENS
 
 
-def parse_options(options: EngineOptions) -> LlamaOptions:
-    """Read the file's header. Raises UsageError for options that will not do, StartupFailed for a file that will not."""
+def parse_options(options: EngineOptions, claim: Claim | None = None) -> LlamaOptions:
+    """Read the file's header, and claim memory and threads.
+
+    Raises UsageError for options that will not do, StartupFailed for a file that will not; nothing is claimed then.
+    """
     if not options.model:
         raise UsageError("the engine llama needs --model: a .gguf file, hf:ORG/REPO[:FILE or quantization], or smollm2")
     given = {name: _number(name, text) for name, text in options.options.items()}
-    path, kv_type = Path(options.model), options.kv_type or "q8_0"
+    path, kv_type = Path(options.model), options.kv_type or _USUAL_KV_TYPE
     gguf = read_gguf(path)
     bytes_per_token = _kv_bytes_per_token(gguf, kv_type)
-    context_length = given.get("context_length") or gguf.context_length or 4096
-    num_blocks = _num_blocks(options.kv_cache_tokens, context_length, bytes_per_token)
     files = _tokenizer_files(gguf)
     num_slots, max_running = given.get("slots", 63), given.get("max_running", 16)
     if num_slots < 2 * max_running:
         raise UsageError(f"the engine llama's option slots is at least twice max_running, {2 * max_running}, not {num_slots}")
+    card = _card(path, gguf, files, given.get("context_length") or gguf.context_length or _USUAL_CONTEXT)
+
+    def decide(claimed: Share) -> Share:
+        num_blocks = _num_blocks(options.kv_cache_tokens, card.context_length, bytes_per_token, claimed.pending_bytes)
+        return Share(num_blocks * BLOCK_TOKENS * bytes_per_token, given.get("threads") or num_engine_threads(claimed.threads))
+
+    share = (claim or Claim()).make(decide)
+    num_blocks = share.pending_bytes // bytes_per_token // BLOCK_TOKENS
     return LlamaOptions(
         path,
-        _card(path, gguf, files, min(context_length, num_blocks * BLOCK_TOKENS)),
+        replace(card, context_length=min(card.context_length, num_blocks * BLOCK_TOKENS)),
         {described.sha256: files[described.name] for described in describe_files(files)},
         len(gguf.metadata["tokenizer.ggml.tokens"]),
         kv_type,
         bytes_per_token,
         num_blocks,
         num_slots,
-        given.get("threads") or num_engine_threads(),
+        share.threads,
         StepLimits(max_running, max_running + BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_TOKENS // 4, BLOCK_TOKENS),
+    )
+
+
+def fair_share(path: Path, num_engines: int) -> tuple[int, int]:
+    """Tokens of KV cache and threads for each of several engines that start together: what one alone would take, divided.
+
+    Raises StartupFailed for a file that will not do.
+    """
+    gguf, claim = read_gguf(path), Claim()
+    bytes_per_token = _kv_bytes_per_token(gguf, _USUAL_KV_TYPE)
+
+    def decide(claimed: Share) -> Share:
+        num_blocks = _num_blocks(None, gguf.context_length or _USUAL_CONTEXT, bytes_per_token, claimed.pending_bytes)
+        return Share(num_blocks * BLOCK_TOKENS * bytes_per_token, num_engine_threads(claimed.threads))
+
+    share = claim.make(decide)
+    claim.update(None)  # each of them claims its own part
+    return max(2, share.pending_bytes // bytes_per_token // num_engines // BLOCK_TOKENS) * BLOCK_TOKENS, max(
+        1, share.threads // num_engines
     )
 
 
@@ -87,26 +118,23 @@ def _kv_bytes_per_token(gguf: GgufFile, kv_type: str) -> int:
     return max(1, round(sum(gguf.kv_heads) * width * _BYTES_PER_VALUE[kv_type]))
 
 
-def _num_blocks(asked_tokens: int | None, context_length: int, bytes_per_token: int) -> int:
+def _num_blocks(asked_tokens: int | None, context_length: int, bytes_per_token: int, claimed_bytes: int) -> int:
+    available = available_bytes()
     if asked_tokens is not None:
-        _check_asked(asked_tokens, bytes_per_token)
+        if asked_tokens < 2 * BLOCK_TOKENS:
+            raise UsageError(f"--kv-cache-tokens is at least {2 * BLOCK_TOKENS} for a real model, not {asked_tokens}")
+        if asked_tokens > MAX_CELLS:
+            raise UsageError(f"--kv-cache-tokens is at most {MAX_CELLS}, not {asked_tokens}")
+        if asked_tokens * bytes_per_token > available:  # the system would promise it, and end this process later
+            raise StartupFailed(
+                f"a KV cache of {asked_tokens} tokens takes {asked_tokens * bytes_per_token / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
+                "memory are available: lower --kv-cache-tokens, or end other programs"
+            )
         return asked_tokens // BLOCK_TOKENS
-    fitting = available_bytes() // _MEMORY_SHARE // bytes_per_token
+    fitting = max(0, available - claimed_bytes) // _MEMORY_SHARE // bytes_per_token
     if fitting < 4 * BLOCK_TOKENS:
         raise StartupFailed(f"there is room for a KV cache of {fitting} tokens only: end other programs, or use a smaller model")
     return min(_MOST_CONTEXTS * context_length, fitting) // BLOCK_TOKENS
-
-
-def _check_asked(num_tokens: int, bytes_per_token: int) -> None:
-    """The library takes memory that the system then fails to give: the system would end this process, or another one."""
-    if not 2 * BLOCK_TOKENS <= num_tokens <= MAX_CELLS:
-        raise UsageError(f"--kv-cache-tokens is from {2 * BLOCK_TOKENS} to {MAX_CELLS} for a real model, not {num_tokens}")
-    size_bytes, free_bytes = num_tokens * bytes_per_token, available_bytes()
-    if size_bytes > free_bytes:
-        raise StartupFailed(
-            f"--kv-cache-tokens {num_tokens} take {size_bytes / 1e9:.1f} GB of memory, and {free_bytes / 1e9:.1f} GB are available:"
-            f" lower it to {free_bytes // _MEMORY_SHARE // bytes_per_token} or less, or end other programs"
-        )
 
 
 def _tokenizer_files(gguf: GgufFile) -> dict[str, bytes]:
@@ -132,13 +160,16 @@ def _card(path: Path, gguf: GgufFile, files: Mapping[str, bytes], context_length
     )
 
 
-def as_text(options: LlamaOptions) -> dict[str, Any]:
-    """For the line at start that says how much memory and how many threads the engine takes."""
+_ABOUT_TYPE = {
+    "q8_0": "q8_0: half of f16, and exact after a handoff; prompts beyond 2,000 tokens go on at a third of f16's speed",
+    "f16": "f16: twice q8_0, and faster with long prompts; the text can depend on how a prompt was cut and handed over",
+}
+
+
+def describe(options: LlamaOptions, name: str, refusal: str) -> str:
+    """What the engine takes of its host, in one line for people; `refusal` says why its KV cannot be handed over, if so."""
     tokens = options.num_blocks * options.block_size
-    return {
-        "model": options.card.model,
-        "kv_cache_tokens": tokens,
-        "kv_cache_mb": round(tokens * options.kv_bytes_per_token / 1e6),
-        "kv_type": options.kv_type,
-        "threads": options.num_threads,
-    }
+    size_mb = tokens * options.kv_bytes_per_token / 1e6
+    threads = f"{options.num_threads} thread{'s' if options.num_threads > 1 else ''}"
+    handoff = f"its KV cannot be handed over: {refusal}" if refusal else "its KV can be handed over"
+    return f"{name}: KV cache of {tokens:,} tokens, {size_mb:,.0f} MB ({_ABOUT_TYPE[options.kv_type]}), {threads}; {handoff}"

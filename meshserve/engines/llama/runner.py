@@ -1,8 +1,7 @@
 """A model of llama.cpp behind the frame that all engines share: steps, samples and blocks go to a thread that owns the context."""
 
-import asyncio
-import logging
 import time
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,16 +18,12 @@ from meshserve.engines.llama.options import LlamaOptions
 from meshserve.engines.llama.probe import probe
 from meshserve.engines.llama.slots import Slot, Slots
 from meshserve.engines.llama.worker import EngineThread, Rows, Sample, StepOutput, StepWork, WriteWork
-from meshserve.errors import BlockRefused, EngineFailed, MeshserveError, PoolFull, Unsupported
+from meshserve.errors import BlockRefused, InvalidRequest, MeshserveError, PoolFull, Unsupported
 from meshserve.kv.pool import BlockPool
 from meshserve.wire.generation import GenerateRequest, Sampling
 from meshserve.wire.layout import KVLayout
 
-_log = logging.getLogger(__name__)
-
 _CLOSE_TIMEOUT_S = 5.0
-_HANGS_AFTER_S = 1.5
-"""A step that is overdue by as much, twice, while this process runs, hangs."""
 _MIXED_STEP_S = 0.1
 _FEWEST_MIXED_TOKENS = 16
 """Beside running sequences a step computes as many prompt tokens as this time allows, at least as many as this number."""
@@ -59,6 +54,7 @@ class LlamaRunner:
         self.card, self.files, self.vocab_size = options.card, options.files, options.vocab_size
         self.limits = options.limits
         self.pool = BlockPool(options.num_blocks)
+        self.shares_prefixes = True
         fingerprint = f"llama/{options.card.model_hash}"
         self.kv_layout = KVLayout(fingerprint, options.block_size, options.kv_bytes_per_token, "the model is not loaded yet")
         self._thread: EngineThread | None = None
@@ -68,7 +64,6 @@ class LlamaRunner:
         self._on_result: Callable[[StepResult], None] = lambda result: None
         self._on_failure: Callable[[MeshserveError], None] = lambda error: None
         self._in_flight: _InFlight | None = None
-        self._watch: asyncio.TimerHandle | None = None
         self._began_s = self._expected_s = 0.0
         self._s_per_token = 0.0
 
@@ -77,7 +72,7 @@ class LlamaRunner:
         await self.close()
         self._on_result, self._on_failure = on_result, on_failure
         self._slots = Slots(self._options.num_slots, self.pool, self._options.block_size)
-        self._thread = EngineThread(self._load, self._fail)
+        self._thread = EngineThread(self._load, self._on_failure)
         await self._thread.start()
 
     def _load(self) -> LlamaContext:
@@ -85,18 +80,14 @@ class LlamaRunner:
         options = self._options
         model = LlamaModel(options.path)
         began_s = time.monotonic()
-        context = LlamaContext(
-            model,
-            num_cells=options.num_blocks * options.block_size,
-            num_sequences=options.num_slots + 1,
-            max_batch=self.limits.max_step_tokens,
-            max_outputs=self.limits.max_running,
-            num_threads=options.num_threads,
-            kv_type=options.kv_type,
-        )
+        context = self._make_context(model)
         refusal = probe(context, model, options.block_size)
+        # cells behind a window are reused while their sequence lives: a prefix of it may lack what its next token sees
+        is_cut_anywhere = not 0 < model.sliding_window < options.card.context_length
+        self.shares_prefixes = is_cut_anywhere and not model.is_recurrent and not model.is_hybrid
         self._end_tokens = [token for token in range(model.vocabulary_size) if model.is_end_of_generation(token)]
-        self._compiler = ConstraintCompiler(model.text_pieces, self._end_tokens, lambda text: model.tokenize(text, False))
+        pieces = model.text_pieces()  # 0.3 s in which, at the first constraint, the event loop would stand still
+        self._compiler = ConstraintCompiler(lambda: pieces, self._end_tokens, lambda text: model.tokenize(text, False))
         self._s_per_token = max(self._s_per_token, (time.monotonic() - began_s) / 16)
         fingerprint = self.kv_layout.fingerprint
         if context.block_format is not None:
@@ -112,11 +103,25 @@ class LlamaRunner:
         self.kv_layout = replace(self.kv_layout, fingerprint=fingerprint, refusal=refusal, numerics=model.library.processor_class)
         return context
 
+    def _make_context(self, model: LlamaModel) -> LlamaContext:
+        options = self._options
+        try:
+            return LlamaContext(
+                model,
+                num_cells=options.num_blocks * options.block_size,
+                num_sequences=options.num_slots + 1,
+                max_batch=self.limits.max_step_tokens,
+                max_outputs=self.limits.max_running,
+                num_threads=options.num_threads,
+                kv_type=options.kv_type,
+            )
+        except Exception:
+            model.close()
+            raise
+
     async def close(self) -> None:
         """End the thread, and free the context and the model."""
         thread, self._thread, self._in_flight = self._thread, None, None
-        if self._watch is not None:
-            self._watch.cancel()
         if thread is not None:
             await thread.close(_CLOSE_TIMEOUT_S)
 
@@ -125,6 +130,11 @@ class LlamaRunner:
         if request.sampling.prompt_logprobs >= 0:
             raise Unsupported("log probabilities of the prompt are not supported by this engine", param="logprobs")
         self._constraint_of(request.sampling)
+
+    def check_tokens(self, tokens: "array[int]") -> None:
+        """Raises InvalidRequest for a token beyond the vocabulary: llama.cpp would refuse the whole step."""
+        if (largest := max(tokens)) >= self.vocab_size:
+            raise InvalidRequest(f"the prompt has the token {largest}; there are 0 to {self.vocab_size - 1}", param="prompt")
 
     def _constraint_of(self, sampling: Sampling) -> Constraint | None:
         if not sampling.json_schema and not sampling.regex and not sampling.choices:
@@ -146,16 +156,12 @@ class LlamaRunner:
         """How much longer the step takes than its tokens took so far."""
         return max(0.0, time.monotonic() - self._began_s - self._expected_s) if self._in_flight is not None else 0.0
 
-    def _fail(self, error: MeshserveError) -> None:
-        self._in_flight = None
-        self._on_failure(error)
-
     # --- steps
 
     def submit(self, step: Step[EngineRequest]) -> None:
         """Send it to the engine's thread."""
         assert self._thread is not None, "steps come after the start"
-        flight = self._in_flight = _InFlight(step, [failure for request in step.admitted if (failure := self._open(request)) is not None])
+        flight = self._in_flight = _InFlight(step, self._open_all(step.admitted))
         work = StepWork([], Rows())
         for request in step.decodes:
             self._add(work, request, 1, True)
@@ -168,18 +174,17 @@ class LlamaRunner:
         work.operations = self._slots.take_operations()
         self._began_s = time.monotonic()
         self._expected_s = _LEAST_PATIENCE_S + _PATIENCE * self._s_per_token * len(work.rows.tokens)
-        self._watch = asyncio.get_running_loop().call_later(self._expected_s + _HANGS_AFTER_S, self._look_at, flight, False)
         self._thread.submit(work, lambda output: self._finished(flight, output))
 
-    def _look_at(self, flight: _InFlight, was_late: bool) -> None:
-        """A step is late. That may be this process's fault, which may have been stopped: it gets as much time again."""
-        if self._in_flight is not flight:
-            return
-        if was_late:
-            _log.error("a step hangs in llama.cpp")
-            self._fail(EngineFailed("the model's library hangs"))
-        else:
-            self._watch = asyncio.get_running_loop().call_later(_HANGS_AFTER_S, self._look_at, flight, True)
+    def _open_all(self, requests: Sequence[EngineRequest]) -> list[Failure]:
+        """A sequence may need the slot that holds what another one goes on from: it is opened after that one."""
+        failed: list[Failure] = []
+        while requests:
+            failed = [failure for request in requests if (failure := self._open(request)) is not None]
+            if len(failed) == len(requests):
+                return failed
+            requests = [request for request, _ in failed]
+        return failed
 
     def _open(self, request: EngineRequest) -> tuple[EngineRequest, Exception] | None:
         """A slot for a sequence that is admitted; one whose KV came from elsewhere has it already."""
@@ -214,12 +219,14 @@ class LlamaRunner:
         if self._in_flight is not flight:  # given up meanwhile
             return
         self._in_flight = None
-        if self._watch is not None:
-            self._watch.cancel()
         step = flight.step
         self._learn_rate(step, output.duration_s)
-        blocks = [(*block, payload) for block, payload in zip(flight.exported, output.payloads, strict=True)]
-        result = StepResult([], blocks=blocks, failed=flight.failed, duration_s=output.duration_s)
+        result = StepResult([], failed=flight.failed, duration_s=output.duration_s)
+        for (prefill, index, num_tokens), payload in zip(flight.exported, output.payloads, strict=True):
+            if isinstance(payload, Exception):
+                result.failed.append((prefill, payload))
+            else:
+                result.blocks.append((prefill, index, num_tokens, payload))
         sampled = iter(output.sampled)
         for request in step.decodes:
             _take_sample(result, request, next(sampled))

@@ -85,13 +85,18 @@ class Slots:
 
     def open(self, owner: Owner, num_prefix_blocks: int) -> Slot:
         """A slot for a sequence whose first blocks are cached ones. Raises PoolFull if all slots are in use."""
-        slot = self._free.pop() if self._free else self._evict_chain({*owner.blocks[:num_prefix_blocks]})
+        prefix = owner.blocks[:num_prefix_blocks]
+        if not self._free:
+            self._evict_chain({*prefix})
+        slot = self._free.pop() if self._free else self._adopt(prefix)
         slot.owner = owner
         self._used[slot] = None
-        for index, block in enumerate(owner.blocks[:num_prefix_blocks]):
-            source = next(iter(self._holders[block]))
-            self._share(source, slot, index)
-            self._touch(source)
+        for index, block in enumerate(prefix):
+            if index not in slot.blocks:
+                source = next(iter(self._holders[block]))
+                self._share(source, slot, index)
+                self._touch(source)
+        slot.blocks = dict(sorted(slot.blocks.items()))
         self.extend(slot, owner.blocks)
         self._touch(slot)
         return slot
@@ -134,13 +139,33 @@ class Slots:
         self._used.pop(slot, None)
         self._free.append(slot)
 
-    def _evict_chain(self, needed: set[int]) -> Slot:
-        """The least recently used chain whose blocks nobody holds, or others hold as well, loses all of them."""
-        for slot in sorted((slot for slot in self._used if slot.is_chain), key=lambda slot: slot.used):
-            alone = [block for block in slot.blocks.values() if len(self._holders[block]) == 1]
-            if needed.isdisjoint(alone) and self._pool.evict(alone):
-                for index, block in list(slot.blocks.items()):
-                    del self._holders[block][slot], slot.blocks[index]
-                    self._remove(slot, index)
-                return self._free.pop()
+    def _evict_chain(self, needed: set[int]) -> None:
+        """The least recently used chain whose blocks nobody holds, or others hold as well, loses all of them; none if there is no such."""
+        for slot in self._chains():
+            if needed.isdisjoint(self._alone(slot.blocks.values())) and self._drop(slot, slot.blocks.copy()):
+                return
+
+    def _adopt(self, prefix: list[int]) -> Slot:
+        """A chain that a sequence goes on from becomes the sequence's own slot, and loses what follows. Raises PoolFull if others hold
+        that."""
+        for slot in self._chains():
+            rest = {index: block for index, block in slot.blocks.items() if prefix[index : index + 1] != [block]}
+            if len(rest) < len(slot.blocks) and self._drop(slot, rest):
+                return slot
         raise PoolFull("all sequences of the KV cache are in use")
+
+    def _chains(self) -> list[Slot]:
+        return sorted((slot for slot in self._used if slot.is_chain), key=lambda slot: slot.used)
+
+    def _alone(self, blocks: Iterable[int]) -> list[int]:
+        return [block for block in blocks if len(self._holders[block]) == 1]
+
+    def _drop(self, slot: Slot, blocks: dict[int, int]) -> bool:
+        """Take these from a chain; those that only it has are evicted. False, and nothing has changed, if somebody holds one of them."""
+        if not self._pool.evict(self._alone(blocks.values())):
+            return False
+        for index, block in blocks.items():
+            if index in slot.blocks:  # else it went with the eviction
+                del self._holders[block][slot], slot.blocks[index]
+                self._remove(slot, index)
+        return True

@@ -1,6 +1,7 @@
 """The thread that owns llama.cpp's model and context, and nothing else: plain data in, plain data out."""
 
 import asyncio
+import atexit
 import logging
 import threading
 import time
@@ -16,6 +17,8 @@ from meshserve.errors import BlockRefused, EngineFailed, MeshserveError, Startup
 from meshserve.wire.generation import TokenLogprobs
 
 _log = logging.getLogger(__name__)
+
+_LEAVE_TIMEOUT_S = 5.0
 
 Sample = tuple[int, TokenLogprobs | None]
 """A token, or END, and its log probabilities."""
@@ -56,7 +59,7 @@ class StepOutput:
     """What came of it, in the same order."""
 
     sampled: list[Sample | Exception]
-    payloads: list[bytes]
+    payloads: list[bytes | Exception]
     duration_s: float
 
 
@@ -86,6 +89,7 @@ class EngineThread:
 
     async def start(self) -> None:
         """Load the model. Raises what `load` raises: StartupFailed."""
+        atexit.register(self._leave)
         self._thread.start()
         await self._started
 
@@ -104,11 +108,21 @@ class EngineThread:
                 await asyncio.wait_for(self._ended.wait(), timeout_s)
             except TimeoutError:
                 _log.error("the engine's thread hangs, and is left behind")
+                return
+        atexit.unregister(self._leave)
+
+    def _leave(self) -> None:
+        """The interpreter ends without a close: a thread that is in the library while its memory goes would crash the process."""
+        self._is_closing = True
+        if self.context is not None:
+            self.context.abort()
+        self._work.put(None)
+        self._thread.join(_LEAVE_TIMEOUT_S)
 
     def _run(self) -> None:
         try:
             context = self.context = self._load()
-        except Exception as exc:
+        except BaseException as exc:
             self._tell(self._fail_start, exc)
             self._tell(self._ended.set)
             return
@@ -117,7 +131,7 @@ class EngineThread:
             while (item := self._work.get()) is not None and not self._is_closing:
                 work, on_done = item
                 self._tell(on_done, _do_step(context, work) if isinstance(work, StepWork) else _write(context, work))
-        except Exception as exc:
+        except BaseException as exc:  # whatever ends the thread ends the engine
             if not self._is_closing:
                 _log.debug("the engine's thread ends", exc_info=True)
                 error = exc if isinstance(exc, MeshserveError) else EngineFailed(f"the engine's thread ended: {exc!r}")
@@ -138,7 +152,7 @@ class EngineThread:
         if not self._started.done():
             self._started.set_result(None)
 
-    def _fail_start(self, exc: Exception) -> None:
+    def _fail_start(self, exc: BaseException) -> None:
         error = exc if isinstance(exc, MeshserveError) else StartupFailed(f"the model cannot be loaded: {exc}")
         if not self._started.done():
             self._started.set_exception(error)
@@ -164,8 +178,15 @@ def _do_step(context: LlamaContext, work: StepWork) -> StepOutput:
             sampled.append(sampler.sample(context.logits(row), position))
         except Exception as exc:
             sampled.append(exc)
-    payloads = [context.export_block(*export) for export in work.exports]
+    payloads = [_export(context, *export) for export in work.exports]
     return StepOutput(sampled, payloads, time.monotonic() - began_s)
+
+
+def _export(context: LlamaContext, sequence: int, first_position: int, num_tokens: int) -> bytes | Exception:
+    try:
+        return context.export_block(sequence, first_position, num_tokens)
+    except BlockRefused as error:
+        return error
 
 
 def _write(context: LlamaContext, work: WriteWork) -> MeshserveError | None:

@@ -7,7 +7,7 @@ exact is refused, with the reason.
 import json
 from array import array
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -183,34 +183,41 @@ def _check_overlaps(texts: list[str]) -> None:
 def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
     if vocabulary.split not in SPLITS:
         raise TokenizerFailed(f"how this model splits text into words ({vocabulary.split!r}) is unknown to this version of meshserve")
-    patterns = [
-        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False} for pattern in SPLITS[vocabulary.split]
-    ]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
     read = piece_reader(decoder)
     for token, kind in enumerate(vocabulary.kinds):
         text = vocabulary.tokens[token]
         if kind == _USER_DEFINED and read(text) != text.encode():
             raise TokenizerFailed(f"the token {text!r} stands for itself, which a tokenizer.json cannot say of its characters")
-    ranks: dict[tuple[str, str], int] = {}
-    for merge in vocabulary.metadata.get("tokenizer.ggml.merges", ()):
-        first, _, second = merge[1:].partition(" ")
-        ranks.setdefault((merge[:1] + first, second), len(ranks))
-    _check_merges(vocabulary, ranks)
-    model = {"type": "BPE", "vocab": vocabulary.ids, "merges": list(ranks), "ignore_merges": vocabulary.split in IGNORES_MERGES}
-    words = {"type": "Sequence", "pretokenizers": [*patterns, level]}
+    ignores_merges = vocabulary.split in IGNORES_MERGES
+    model = {"type": "BPE", "vocab": vocabulary.ids, "merges": _merges(vocabulary), "ignore_merges": ignores_merges}
+    words = {"type": "Sequence", "pretokenizers": list(_word_steps(vocabulary, ignores_merges))}
     return {"normalizer": None, "pre_tokenizer": words, "decoder": decoder, "model": model}
 
 
-def _check_merges(vocabulary: _Vocabulary, ranks: Mapping[tuple[str, str], int]) -> None:
+def _word_steps(vocabulary: _Vocabulary, ignores_merges: bool) -> Iterator[dict[str, Any]]:
+    """How a text becomes words, written in letters that stand for bytes."""
+    for pattern in SPLITS[vocabulary.split]:
+        yield {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    yield {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    missing = "".join(rf"\x{{{ord(letter):X}}}" for letter in BYTE_ALPHABET if letter not in vocabulary.ids)
+    if missing and ignores_merges:
+        raise TokenizerFailed("the vocabulary has no tokens for some single bytes, and takes whole words")
+    if missing:  # a byte that is no token is left out, but what stands around it is not joined; `tokenizers` would join it
+        yield {"type": "Split", "pattern": {"Regex": f"[{missing}]"}, "behavior": "Removed", "invert": False}
+
+
+def _merges(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
+    """Pairs of tokens that are joined, the first before all others; of a pair that is named twice, the first place counts."""
+    found: dict[tuple[str, str], None] = {}
+    for merge in vocabulary.metadata.get("tokenizer.ggml.merges", ()):
+        first, _, second = merge[1:].partition(" ")
+        found[merge[:1] + first, second] = None
     ids = vocabulary.ids
-    for first, second in ranks:
-        if first not in ids or second not in ids or first + second not in ids:
-            raise TokenizerFailed(f"the merge of {first!r} and {second!r} makes no token; the model's vocabulary is damaged")
-    missing = [letter for letter in BYTE_ALPHABET if letter not in ids]
-    if len(missing) > 64:
-        raise TokenizerFailed("the vocabulary has no tokens for single bytes")
+    for left, right in found:
+        if left not in ids or right not in ids or left + right not in ids:
+            raise TokenizerFailed(f"the merge of {left!r} and {right!r} makes no token; the model's vocabulary is damaged")
+    return list(found)
 
 
 def _sentence_piece(vocabulary: _Vocabulary) -> dict[str, Any]:

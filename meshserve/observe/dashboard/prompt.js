@@ -1,20 +1,37 @@
-// The prompt box: a completion as any client would ask for it, its text as it comes, then its receipt.
+// The prompt box: a prompt as any client would send it, its text as it comes, then its receipt. To real models it is a chat: they answer
+// as they were taught to, and not as a text would go on.
 
 import { $, el, isStill } from "./dom.js";
 import { pathOf, summary, waterfall } from "./waterfall.js";
 
 const BURST = 20;
-const SHORT = "What is a mesh?";
+const SHORT = { dummy: "What is a mesh?", real: "What is photosynthesis?" };
+const NUM_TOKENS = { dummy: "32", real: "100" };
+
+function pick(...found) {
+  return found[Math.floor(Math.random() * found.length)];
+}
+
+function longChat() {
+  const [keeper, island, dog, captain] = [pick("Marta", "Ingrid", "Clara", "Nora"), pick("Gull", "Seal", "Fern", "Stone"), pick("Otto", "Bruno", "Max"), pick("Henrik", "Johan", "Peter")];
+  return `${keeper} keeps the lighthouse on ${island} Island. She lives there with a brown dog named ${dog}. The island is small, and nobody else lives there. Every Tuesday a boat brings bread, milk and letters. The captain of the boat is a quiet man called ${captain}. He drinks a cup of coffee in her kitchen, tells her the news of the town, and sails home before it gets dark.
+
+In the winter of the great storm the boat did not come for three weeks. The waves were higher than the house, and the wind broke two windows of the tower. ${keeper} had no bread left. She ate fish and potatoes, and she burned old chairs to keep warm. But every evening she climbed the ninety steps of the tower and lit the lamp. On the last night of the storm she saw a small red light far out on the water. It was a fishing boat with five men, and its engine had stopped. ${keeper} rang the bell of the lighthouse all night long, so that the men could hear where the rocks were. In the morning the sea was calm, and all five men came safely to the beach. They were cold and hungry, and she cooked soup for them.
+
+The men never forgot her. Each year, on the first day of spring, they sail to ${island} Island with a basket of apples and a new chair for her kitchen.
+
+What do the men bring each year? Answer in one sentence.`;
+}
 
 function longPrompt() {
-  const topic = ["harbours", "rivers", "bridges", "lighthouses", "railways", "orchards"][Math.floor(Math.random() * 6)];
+  const topic = pick("harbours", "rivers", "bridges", "lighthouses", "railways", "orchards");
   const lines = Array.from({ length: 14 }, (_, rank) => `Paragraph ${rank + 1} of report ${Math.floor(Math.random() * 900) + 100} on ${topic}, with all that was seen and said.`);
   return lines.join(" ");
 }
 
 export class Prompt {
   constructor(store) {
-    Object.assign(this, { store, running: null, last: longPrompt() });
+    Object.assign(this, { store, running: null, last: "" });
     $("ask").addEventListener("submit", (event) => {
       event.preventDefault();
       this.running ? this.running.abort() : this.send();
@@ -28,10 +45,23 @@ export class Prompt {
   }
 
   example(kind) {
-    const text = kind === "short" ? SHORT : kind === "long" ? longPrompt() : this.last;
+    const long = () => (this.isReal ? longChat() : longPrompt());
+    const text = kind === "short" ? SHORT[this.kind] : kind === "long" ? long() : (this.last ||= long());
     $("prompt").value = text;
     $("prompt").focus({ preventScroll: true });
     $("prompt").setSelectionRange(0, 0);
+  }
+
+  get model() {
+    return $("model").value || "dummy";
+  }
+
+  get isReal() {
+    return this.model !== "dummy";
+  }
+
+  get kind() {
+    return this.isReal ? "real" : "dummy";
   }
 
   listModels() {
@@ -42,10 +72,13 @@ export class Prompt {
     select.replaceChildren(...names.map((name) => el("option", { value: name }, name)));
     if (names.includes(chosen)) select.value = chosen;
     select.hidden = names.length < 2;
+    if (Object.values(NUM_TOKENS).includes($("max-tokens").value)) $("max-tokens").value = NUM_TOKENS[this.kind];
   }
 
-  body(prompt, more) {
-    return JSON.stringify({ model: $("model").value || "dummy", prompt, max_tokens: Math.max(1, Number($("max-tokens").value) || 32), ...more });
+  request(prompt, more, signal) {
+    const asked = this.isReal ? { messages: [{ role: "user", content: prompt }] } : { prompt };
+    const body = JSON.stringify({ model: this.model, ...asked, max_tokens: Math.max(1, Number($("max-tokens").value) || 32), ...more });
+    return fetch(this.isReal ? "/v1/chat/completions" : "/v1/completions", { method: "POST", headers: { "content-type": "application/json" }, body, signal });
   }
 
   async send() {
@@ -68,15 +101,14 @@ export class Prompt {
   }
 
   async stream(prompt, signal) {
-    const body = this.body(prompt, { stream: true, meshserve: { receipt: true } });
-    const response = await fetch("/v1/completions", { method: "POST", headers: { "content-type": "application/json" }, body, signal });
+    const response = await this.request(prompt, { stream: true, meshserve: { receipt: true } }, signal);
     if (!response.ok) throw new Error(await errorOf(response));
     let isFirst = true;
     for await (const chunk of chunksOf(response)) {
       if (chunk.error) throw new Error(chunk.error.message);
-      if (isFirst) this.store.claim(chunk.id.replace(/^cmpl-/, ""));
+      if (isFirst) this.store.claim(chunk.id.replace(/^(chat)?cmpl-/, ""));
       isFirst = false;
-      for (const choice of chunk.choices) $("answer").append(choice.text ?? "");
+      for (const choice of chunk.choices) $("answer").append(choice.text ?? choice.delta?.content ?? "");
       $("answer").scrollTop = $("answer").scrollHeight;
       if (chunk.meshserve) this.showReceipt(chunk.meshserve);
     }
@@ -99,9 +131,9 @@ export class Prompt {
   }
 
   async burst() {
-    const prompt = $("prompt").value.trim() || this.last;
+    const prompt = $("prompt").value.trim() || this.last || SHORT[this.kind];
     $("burst").disabled = true;
-    const ask = (rank) => fetch("/v1/completions", { method: "POST", headers: { "content-type": "application/json" }, body: this.body(`Copy ${rank}. ${prompt}`) }).then(async (response) => {
+    const ask = (rank) => this.request(`Copy ${rank}. ${prompt}`).then(async (response) => {
       if (!response.ok) throw new Error(await errorOf(response));
       return response.text();
     });

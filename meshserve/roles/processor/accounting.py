@@ -87,6 +87,7 @@ class Account:
         phases_ms.decode += said.decode_ms
         phases_ms.network += max(0.0, caller_ms - (said.total_ms or caller_ms))
         receipt.num_cached_tokens = said.num_cached_tokens
+        receipt.decision = said.decision
         self._take_handed_over(said.handed_over)
 
     def _take_handed_over(self, found: HandedOver | None) -> None:

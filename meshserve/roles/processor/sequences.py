@@ -96,6 +96,7 @@ class Sequence:
         "_overloaded",
         "_owner",
         "_placing",
+        "_prefill_ms",
         "_prefill_peers",
         "account",
         "choice",
@@ -127,6 +128,7 @@ class Sequence:
         self._excluded: list[str] = []
         self._placing: Placing | None = None
         self._prefill_peers: tuple[tuple[str, int, int], ...] = ()
+        self._prefill_ms: tuple[float, ...] = ()
         self._lost: list[str] = []
         """Names of workers that died with this sequence."""
         self._overloaded: Overloaded | None = None
@@ -167,6 +169,7 @@ class Sequence:
         receipt.candidates, receipt.prefill_candidates = placement.decode, placement.prefill or ()
         prefill = placement.prefill
         self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in prefill) if prefill else ()
+        self._prefill_ms = tuple([found.ready_ms for found in prefill]) if prefill else ()
         self.account.placed()
         self._dispatch(placement.decode[0])
 
@@ -183,7 +186,7 @@ class Sequence:
         if self._is_followed:
             self._note_routed(chosen)
         request = GenerateRequest(
-            self.request_id, self.receipt.model, self.tokens, self.sampling, 0, self._prefill_peers, tuple(self._lost)
+            self.request_id, self.receipt.model, self.tokens, self.sampling, 0, self._prefill_peers, self._prefill_ms, tuple(self._lost)
         )
         mesh = self._dispatcher.mesh
         body = request if chosen.incarnation == mesh.incarnation else request.to_wire()

@@ -166,6 +166,10 @@ def _receipt() -> Schema:
                 "tokens": whole({"prompt": COUNT, "cached": COUNT, "completion": COUNT}),
                 "kv": whole({"blocks": COUNT, "bytes": COUNT}),
                 "attempts": array(_OBJECT),
+                "handoff": told(
+                    {"type": ["object", "null"], "additionalProperties": True},
+                    "Where the decode worker had the prompt prefilled, with the expected milliseconds to the first token here and there.",
+                ),
                 "migrations": COUNT,
                 "total_ms": _NUMBER,
                 "phases_ms": told(whole(dict.fromkeys(PHASES, _NUMBER)), "They add up to `total_ms`."),

@@ -1,0 +1,170 @@
+"""What is measured: each row starts both systems, asks them in turn, and gives ratios with their intervals."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from bench.llama.client import Answer, closed_loop, complete, random_prompt
+from bench.llama.servers import Ours, Theirs
+from bench.pairing import ratio_of
+from bench.systems import running
+
+WINDOW_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How long a row is measured."""
+
+    pairs: int = 10
+    minutes: float = 5.0
+    batches: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    """`n_batch` settings of their server, of which the best one counts."""
+
+
+def batching(path: Path, size: Size, num_clients: int) -> dict[str, Any]:
+    """One server on core 0, the client on core 1: 64 tokens in, 64 out, closed loop."""
+    cells = 4096
+    theirs, ours = Theirs(path, 0, num_slots=num_clients, num_cells=cells), Ours(path, 0, None, num_cells=cells)
+    found: dict[str, list[Any]] = {"theirs": [], "ours": []}
+    with running([theirs, ours]):
+        for pair in range(size.pairs):
+            turns = [("theirs", theirs), ("ours", ours)]
+            for name, system in turns if pair % 2 else turns[::-1]:
+                found[name].append(asyncio.run(closed_loop(system.url, system.model, num_clients, 2, 64, 64, pair)))
+    figures = {
+        key: ratio_of([getattr(load, key) for load in found["ours"]], [getattr(load, key) for load in found["theirs"]]).to_dict()
+        for key in ("tokens_per_s", "itl_p50_ms", "ttft_mean_ms")
+    }
+    medians = {name: round(median(load.tokens_per_s for load in loads), 1) for name, loads in found.items()}
+    return {"clients": num_clients, "ratios": figures, "tokens_per_s": medians, "commands": [theirs.command, ours.command]}
+
+
+@dataclass(slots=True)
+class Interference:
+    """What long prompts did to running streams."""
+
+    longest_gap_ms: float
+    """Of any stream in each window of 5 s, median over the windows."""
+    share_over_100_ms: float
+    """Of the streams' time, spent in gaps above 100 ms."""
+    itl_p50_ms: float
+    ttft_mean_ms: float
+    """Of the long prompts."""
+
+
+async def interference(urls: list[str], model: str, duration_s: float, seed: int) -> Interference:
+    """Four streams of 64 tokens in and 1,024 out, again and again, and a 300-token prompt (16 out) every 5 s; servers take turns."""
+    rng, ends_s, turn = random.Random(seed), time.monotonic() + duration_s, 0
+    streams: list[Answer] = []
+    prompts: list[Answer] = []
+
+    def next_url() -> str:
+        nonlocal turn
+        turn += 1
+        return urls[turn % len(urls)]
+
+    async def stream() -> None:
+        while time.monotonic() < ends_s:
+            streams.append(await complete(next_url(), model, random_prompt(64, rng), 1024))
+
+    async def ask() -> None:
+        pending = []
+        while time.monotonic() < ends_s:
+            pending.append(asyncio.create_task(complete(next_url(), model, random_prompt(300, rng), 16)))
+            await asyncio.sleep(WINDOW_S)
+        prompts.extend(await asyncio.gather(*pending))
+
+    began_s = time.monotonic()
+    await asyncio.gather(*(stream() for _ in range(4)), ask())
+    return _interference_of(streams, prompts, began_s)
+
+
+def _interference_of(streams: list[Answer], prompts: list[Answer], began_s: float) -> Interference:
+    gaps = [(later, later - earlier) for answer in streams for earlier, later in zip(answer.piece_s, answer.piece_s[1:], strict=False)]
+    windows: dict[int, float] = {}
+    for at_s, gap_s in gaps:
+        window = int((at_s - began_s) / WINDOW_S)
+        windows[window] = max(windows.get(window, 0.0), gap_s)
+    total_s = sum(gap_s for _, gap_s in gaps)
+    over_s = sum(gap_s for _, gap_s in gaps if gap_s > 0.1)
+    return Interference(
+        median(windows.values()) * 1000,
+        over_s / total_s,
+        median(gap_s for _, gap_s in gaps) * 1000,
+        mean(answer.ttft_s for answer in prompts) * 1000,
+    )
+
+
+def separation(path: Path, size: Size) -> dict[str, Any]:
+    """Two machines of one core: prefill and decode apart, against two servers taken in turn, at several batch sizes."""
+    cells, duration_s = 8192, size.minutes * 60
+    ours = Ours(path, 0, 1, num_cells=cells)
+    with running([ours]):
+        own = asyncio.run(interference([ours.url], ours.model, duration_s, 1))
+    found: dict[str, Interference] = {}
+    commands = [ours.command]
+    for batch in (None, *size.batches):
+        pair = [Theirs(path, core, num_slots=4, num_cells=cells, num_batch=batch) for core in (0, 1)]
+        commands.append(pair[0].command)
+        with running(pair):
+            seconds = duration_s if batch is None else min(duration_s, 60.0)
+            found[str(batch or "default")] = asyncio.run(interference([server.url for server in pair], "llama", seconds, 1))
+    default = found["default"]
+    best = min(
+        (name for name, figures in found.items() if figures.ttft_mean_ms <= 1.3 * default.ttft_mean_ms),
+        key=lambda name: found[name].longest_gap_ms,
+    )
+    return {
+        "ours": _rounded(own),
+        "theirs": {name: _rounded(figures) for name, figures in found.items()},
+        "best": best,
+        "gap_ratio_best": round(own.longest_gap_ms / found[best].longest_gap_ms, 3),
+        "gap_ratio_default": round(own.longest_gap_ms / default.longest_gap_ms, 3),
+        "ttft_ratio_best": round(own.ttft_mean_ms / found[best].ttft_mean_ms, 3),
+        "itl_ratio_best": round(own.itl_p50_ms / found[best].itl_p50_ms, 3),
+        "commands": commands,
+    }
+
+
+def _rounded(found: Interference) -> dict[str, float]:
+    return {name: round(getattr(found, name), 4) for name in ("longest_gap_ms", "share_over_100_ms", "itl_p50_ms", "ttft_mean_ms")}
+
+
+def long_prompt(path: Path, size: Size) -> dict[str, Any]:
+    """One prompt of 2,000 tokens on one core: time to the first token, against theirs at its defaults (f16 KV)."""
+    theirs, ours = Theirs(path, 0, num_slots=1, num_cells=4096, kv_type="f16"), Ours(path, 0, None, num_cells=4096)
+    rng = random.Random(7)
+    times: dict[str, list[float]] = {"theirs": [], "ours": []}
+    with running([theirs, ours]):
+        for pair in range(max(2, size.pairs // 2)):
+            turns = [("theirs", theirs), ("ours", ours)]
+            for name, system in turns if pair % 2 else turns[::-1]:
+                times[name].append(asyncio.run(complete(system.url, system.model, random_prompt(2000, rng), 2)).ttft_s)
+    ratio = ratio_of(times["ours"], times["theirs"]).to_dict()
+    return {"ttft": ratio, "ttft_ms": {name: round(median(found) * 1000) for name, found in times.items()}, "command": theirs.command}
+
+
+def second_turn(path: Path, size: Size) -> dict[str, Any]:
+    """The second turn of a conversation of 1,500 tokens at the same worker: time to the first token against the first turn's."""
+    ours, rng = Ours(path, 0, None, num_cells=8192), random.Random(8)
+    first, second = [], []
+    with running([ours]):
+        for _ in range(max(2, size.pairs // 2)):
+            prompt = random_prompt(1500, rng)
+            first.append(asyncio.run(complete(ours.url, ours.model, prompt, 2)).ttft_s)
+            second.append(asyncio.run(complete(ours.url, ours.model, prompt + random_prompt(12, rng), 2)).ttft_s)
+    return {"ttft": ratio_of(second, first).to_dict(), "first_ms": round(median(first) * 1000), "second_ms": round(median(second) * 1000)}
+
+
+ROWS: dict[str, Callable[[Path, Size], dict[str, Any]]] = {
+    **{f"batch{count}": lambda path, size, count=count: batching(path, size, count) for count in (1, 4, 8)},  # type: ignore[misc]
+    "separation": separation,
+    "long_prompt": long_prompt,
+    "second_turn": second_turn,
+}
