@@ -33,12 +33,14 @@ def free_port() -> int:
 # --- paths
 
 
-@pytest.mark.parametrize("spec", ["smollm2", "hf:org/repo", "hf:org/repo:Q8_0", "model.gguf", "a/MODEL.GGUF"])
+@pytest.mark.parametrize(
+    "spec", ["smollm2", "hf:org/repo", "hf:org/repo:Q8_0", "model.gguf", "a/MODEL.GGUF", "./models", "/srv/m.bin", "~/m", ".."]
+)
 def test_a_real_model_is_known_by_its_spec(spec: str) -> None:
     assert is_real_model(spec)
 
 
-@pytest.mark.parametrize("spec", ["dummy", "smollm", "org/repo", "model.bin", ""])
+@pytest.mark.parametrize("spec", ["dummy", "smollm", "org/repo", "model.bin", "a/b.c", "...", ""])
 def test_other_names_are_left_to_the_engine(spec: str) -> None:
     assert not is_real_model(spec)
 

@@ -34,5 +34,6 @@ SHORT_NAMES = {
 
 
 def is_real_model(spec: str) -> bool:
-    """Whether the spec itself says that it is a model for the engine `llama`."""
-    return spec in SHORT_NAMES or spec.startswith(HUB_PREFIX) or spec.lower().endswith(SUFFIX)
+    """Whether the spec itself says that it is a model for the engine `llama`: a path does, whatever it leads to."""
+    is_path = spec.startswith(("/", "./", "../", "~")) or spec in (".", "..")
+    return spec in SHORT_NAMES or is_path or spec.startswith(HUB_PREFIX) or spec.lower().endswith(SUFFIX)
