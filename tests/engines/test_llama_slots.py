@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from meshserve.engines.llama.slots import Share, Slots
+from meshserve.engines.llama import slots as slots_module
+from meshserve.engines.llama.slots import Move, Remove, Share, Slots
 from meshserve.errors import PoolFull
 from meshserve.kv.pool import BlockPool
 
@@ -18,6 +19,7 @@ class Owner:
     def __init__(self, pool: BlockPool, hashes: list[int]) -> None:
         self.hashes = hashes
         self.state: Any = None
+        self.num_computed = 0
         prefix = pool.lookup(hashes)
         self.num_prefix = len(prefix)
         self.blocks = pool.acquire(prefix, len(hashes) + 1 - len(prefix))
@@ -32,31 +34,70 @@ class Owner:
 
 
 class Cells:
-    """Contents by sequence and position: what a context would have."""
+    """Cells in a row, as a context takes them: what each sequence has, where, and what is in it."""
 
     def __init__(self) -> None:
         self.found: dict[int, dict[int, int]] = {}
+        """Cell by sequence and position."""
+        self.content: dict[int, int] = {}
+        self.removed: set[int] = set()
+        self.head = 0
+
+    def take(self, content: int) -> int:
+        while self.head in self.content:
+            self.head += 1
+        self.content[self.head] = content
+        return self.head
+
+    def remove(self, sequence: int, positions: range) -> None:
+        for position in positions:
+            cell = self.found.get(sequence, {}).pop(position, None)
+            if cell is not None and not any(cell in cells.values() for cells in self.found.values()):
+                self.removed.add(cell)
 
     def play(self, slots: Slots) -> None:
         for operation in slots.take_operations():
-            positions = range(operation.first_position, min(operation.end_position, 1000))
             if isinstance(operation, Share):
                 source, target = self.found[operation.source], self.found.setdefault(operation.target, {})
-                target |= {position: source[position] for position in positions}
+                target |= {position: source[position] for position in range(operation.first_position, operation.end_position)}
+            elif isinstance(operation, Remove):
+                self.remove(operation.sequence, range(operation.first_position, min(operation.end_position, 1000)))
+            elif isinstance(operation, Move):
+                self.move(operation)
             else:
-                for position in positions:
-                    self.found.get(operation[0], {}).pop(position, None)
+                for cell in self.removed:
+                    del self.content[cell]
+                self.head, self.removed = 0, set()
+
+    def move(self, operation: Move) -> None:
+        positions = range(operation.first_position, operation.first_position + operation.num_tokens)
+        first = self.found[operation.sequences[0]]
+        assert all(self.found[sequence][position] == first[position] for sequence in operation.sequences for position in positions)
+        content = [self.content[first[position]] for position in positions]
+        for sequence in operation.sequences:
+            self.remove(sequence, positions)
+        for position, found in zip(positions, content, strict=True):
+            cell = self.take(found)
+            for sequence in operation.sequences:
+                self.found[sequence][position] = cell
 
     def compute(self, owner: Owner) -> None:
         cells = self.found.setdefault(owner.state.number, {})
         start = owner.num_prefix * SIZE
         assert sorted(cells) == list(range(start)), "what a sequence goes on from is there, and nothing else"
-        assert [cells[index * SIZE] for index in range(owner.num_prefix)] == owner.hashes[: owner.num_prefix]
+        assert [self.content[cells[index * SIZE]] for index in range(owner.num_prefix)] == owner.hashes[: owner.num_prefix]
         for position in range(start, len(owner.hashes) * SIZE + 1):
-            cells[position] = owner.hashes[position // SIZE] if position // SIZE < len(owner.hashes) else -1
+            cells[position] = self.take(owner.hashes[position // SIZE] if position // SIZE < len(owner.hashes) else -1)
+        owner.num_computed = len(cells)
+        self.check_order(owner)
+
+    def check_order(self, owner: Owner) -> None:
+        cells = self.found[owner.state.number]
+        assert [cells[position] for position in sorted(cells)] == sorted(cells.values()), "cells follow each other as positions do"
 
 
 def run(slots: Slots, pool: BlockPool, cells: Cells, owner: Owner) -> Owner:
+    slots.release_removed()
     owner.state = slots.open(owner, owner.num_prefix)
     cells.play(slots)
     cells.compute(owner)
@@ -104,3 +145,22 @@ def test_whatever_comes_and_goes_a_sequence_finds_its_prefix_and_a_slot(seed: in
             continue
         running.append(run(slots, pool, cells, owner))
     assert slots.num_available == 3 - len(running)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_cells_follow_each_other_as_positions_do_whatever_is_released_and_when(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots_module, "_FEWEST_RELEASED", 8)
+    monkeypatch.setattr(slots_module, "_MOST_REMOVED", 16)
+    rnd, pool, cells = random.Random(seed), BlockPool(40), Cells()
+    slots, running, num_releases = Slots(8, pool, SIZE), list[Owner](), 0
+    for _ in range(300):
+        if len(running) == 3 or (running and rnd.random() < 0.4):
+            running.pop(rnd.randrange(len(running))).end(pool)
+            continue
+        number, length = rnd.randrange(3), rnd.randrange(6)
+        running.append(run(slots, pool, cells, Owner(pool, [1000 * number * (index > 0) + index for index in range(length)])))
+        for owner in running:
+            cells.check_order(owner)
+        num_releases += cells.head < 100
+        assert len(cells.content) <= 40 * SIZE + 200
+    assert num_releases

@@ -127,7 +127,7 @@ class LlamaContext:
         self._batch.n_tokens = len(outputs)
         self._outputs = b""
         code = self._calls.llama_decode(self._handle, self._batch)
-        if code == _POOL_FULL and self._free_removed():
+        if code == _POOL_FULL and self.release_removed():
             code = self._calls.llama_decode(self._handle, self._batch)
         if code == 0:
             self._outputs = outputs
@@ -170,8 +170,8 @@ class LlamaContext:
             self._has_removed = True
         return bool(self._calls.llama_memory_seq_rm(self._memory, sequence, first_position, end_position))
 
-    def _free_removed(self) -> bool:
-        """Whether there were cells to free."""
+    def release_removed(self) -> bool:
+        """Free the removed cells: the next ones taken are the lowest of them. False: there were none."""
         had_removed, self._has_removed = self._has_removed, False
         if had_removed:
             self._calls.llama_memory_seq_rm(self._memory, self._removed, -1, -1)
@@ -221,7 +221,7 @@ class LlamaContext:
         def read() -> bool:
             return bool(self._calls.llama_state_seq_set_data(self._handle, data, size_bytes, self.scratch) == size_bytes)
 
-        return read() or (self._free_removed() and read())
+        return read() or (self.release_removed() and read())
 
     @contextlib.contextmanager
     def _shown(self, sequence: int, first_position: int, num_tokens: int) -> Iterator[int]:

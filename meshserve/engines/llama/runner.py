@@ -74,6 +74,7 @@ class LlamaRunner:
         self._slots = Slots(self._options.num_slots, self.pool, self._options.block_size)
         self._thread = EngineThread(self._load, self._on_failure)
         await self._thread.start()
+        self._slots.can_move = self.shares_prefixes and self.kv_layout.can_hand_over
 
     def _load(self) -> LlamaContext:
         """In the engine's thread."""
@@ -161,6 +162,7 @@ class LlamaRunner:
     def submit(self, step: Step[EngineRequest]) -> None:
         """Send it to the engine's thread."""
         assert self._thread is not None, "steps come after the start"
+        self._slots.release_removed()
         flight = self._in_flight = _InFlight(step, self._open_all(step.admitted))
         work = StepWork([], Rows())
         for request in step.decodes:

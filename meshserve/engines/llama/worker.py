@@ -12,7 +12,7 @@ from typing import Any
 
 from meshserve.engines.core.sampling import Sampler
 from meshserve.engines.llama.context import LlamaContext
-from meshserve.engines.llama.slots import Operation, Share
+from meshserve.engines.llama.slots import Move, Operation, Release, Share
 from meshserve.errors import BlockRefused, EngineFailed, MeshserveError, StartupFailed
 from meshserve.wire.generation import TokenLogprobs
 
@@ -162,8 +162,21 @@ def _operate(context: LlamaContext, operations: list[Operation]) -> None:
     for operation in operations:
         if isinstance(operation, Share):
             context.share(*operation)
+        elif isinstance(operation, Move):
+            _move(context, *operation)
+        elif isinstance(operation, Release):
+            context.release_removed()
         else:
             context.remove(*operation)
+
+
+def _move(context: LlamaContext, sequences: tuple[int, ...], first_position: int, num_tokens: int) -> None:
+    payload, end = context.export_block(sequences[0], first_position, num_tokens), first_position + num_tokens
+    for sequence in sequences:
+        context.remove(sequence, first_position, end)
+    context.import_block(sequences[0], first_position, num_tokens, payload)
+    for sequence in sequences[1:]:
+        context.share(sequences[0], sequence, first_position, end)
 
 
 def _do_step(context: LlamaContext, work: StepWork) -> StepOutput:
