@@ -1,0 +1,55 @@
+"""What other sequences did before, or do meanwhile, changes no logit: cells follow each other as positions do."""
+
+import asyncio
+import random
+from array import array
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("xllamacpp")
+
+from meshserve.engines.llama import LlamaEngine
+from meshserve.engines.llama import slots as slots_module
+from meshserve.engines.protocol import EngineOptions
+from meshserve.wire.generation import GenerateRequest, Sampling
+from tests.engines.dummy_harness import GenerationRecord
+
+Outcome = tuple[list[int], list[object]]
+
+
+async def outcome(engine: LlamaEngine, request_id: str, tokens: list[int], max_tokens: int) -> Outcome:
+    sink = GenerationRecord()
+    sampling = Sampling(max_tokens=max_tokens, ignore_eos=True, logprobs=1)
+    engine.generate(GenerateRequest(request_id, "m", array("I", tokens), sampling), sink)
+    await sink.end()
+    assert sink.error is None
+    return sink.tokens, list(sink.logprobs)
+
+
+def test_log_probabilities_are_the_same_bit_for_bit_after_many_others(tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots_module, "_FEWEST_RELEASED", 64)
+    monkeypatch.setattr(slots_module, "_MOST_REMOVED", 256)
+    rng = random.Random(3)
+    shared = [rng.randrange(10, 60) for _ in range(200)]
+    prompts = [shared[: rng.choice((0, 70, 200))] + [rng.randrange(10, 60) for _ in range(rng.randrange(1, 120))] for _ in range(24)]
+    lengths = [rng.randrange(2, 40) for _ in prompts]
+
+    async def run() -> None:
+        options = EngineOptions(str(tiny_files["dense"]), {"threads": "1", "max_running": "4", "slots": "20"}, 8192)
+        busy, quiet = LlamaEngine(options), LlamaEngine(options)
+        await busy.start()
+        try:
+            many = await asyncio.gather(*(outcome(busy, str(n), prompts[n], lengths[n]) for n in range(len(prompts))))
+            again = [await outcome(busy, f"again {n}", prompts[n], lengths[n]) for n in range(len(prompts))]
+        finally:
+            await busy.close()
+        for number, prompt in enumerate(prompts):
+            await quiet.start()
+            try:
+                alone = await outcome(quiet, str(number), prompt, lengths[number])
+            finally:
+                await quiet.close()
+            assert many[number] == alone and again[number] == alone, f"prompt {number}"
+
+    asyncio.run(run())
