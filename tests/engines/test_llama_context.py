@@ -65,7 +65,7 @@ def test_a_full_pool_takes_nothing_and_changes_nothing(contexts: Callable[..., L
     assert context.decode(TOKENS[:6], range(6), [1] * 6, [False] * 6)
 
 
-@pytest.mark.parametrize("kind", KINDS_WITH_BLOCKS)
+@pytest.mark.parametrize("kind", ["dense", "moe"])  # behind a sliding window cells are taken again in any case
 def test_removed_cells_before_those_of_a_sequence_do_not_change_its_logits(kind: str, contexts: Callable[..., LlamaContext]) -> None:
     undisturbed, disturbed = contexts(kind), contexts(kind)
     for context in (undisturbed, disturbed):
