@@ -73,7 +73,9 @@ def scene(request: pytest.FixtureRequest) -> Scene:
         return found
     num_prompts = int(os.environ.get(NUM_PROMPTS, 50))
     # a pool that no run fills: until then, bits are equal whatever ran beside a prompt
-    return set_scene(Load(real_model(), num_prompts, token_ids=(300, 48_000), kv_cache_tokens=49152, deadline_s=1200.0), "20")
+    return set_scene(
+        Load(real_model(), num_prompts, token_ids=(300, 48_000), num_at_once=3, kv_cache_tokens=49152, deadline_s=1200.0), "20"
+    )
 
 
 def set_scene(load: Load, slow_mb_per_s: str) -> Scene:
