@@ -1,6 +1,7 @@
 """Which sequence of a llama.cpp context holds which blocks, without llama.cpp: the operations are played on sets of cells."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,8 @@ class Owner:
     """A sequence, of hashed blocks and one more."""
 
     def __init__(self, pool: BlockPool, hashes: list[int]) -> None:
-        self.hashes, self.state = hashes, None  # type: list[int], Any
+        self.hashes = hashes
+        self.state: Any = None
         prefix = pool.lookup(hashes)
         self.num_prefix = len(prefix)
         self.blocks = pool.acquire(prefix, len(hashes) + 1 - len(prefix))
@@ -89,7 +91,8 @@ def test_sequences_of_one_step_that_go_on_from_one_chain_are_opened_in_some_orde
 @pytest.mark.parametrize("seed", range(30))
 def test_whatever_comes_and_goes_a_sequence_finds_its_prefix_and_a_slot(seed: int) -> None:
     rnd, pool, cells = random.Random(seed), BlockPool(14), Cells()
-    slots, running = Slots(3, pool, SIZE), []  # type: Slots, list[Owner]
+    slots = Slots(3, pool, SIZE)
+    running: list[Owner] = []
     for _ in range(300):
         if len(running) == 3 or (running and rnd.random() < 0.4):
             running.pop(rnd.randrange(len(running))).end(pool)
