@@ -42,10 +42,10 @@ def a_dummy() -> DummyEngine:
     return DummyEngine(EngineOptions(options={"kv_bytes_per_token": "24", "block_size": "4", "num_blocks": "16", "max_batch": "6"}))
 
 
-def a_llama(path: Path, promise: Promise, num_tokens: int = 1024) -> Subject:
+def a_llama(path: Path, promise: Promise) -> Subject:
     from meshserve.engines.llama import LlamaEngine
 
-    options = EngineOptions(model=str(path), kv_cache_tokens=num_tokens, options={"slots": "6", "max_running": "3", "threads": "1"})
+    options = EngineOptions(model=str(path), kv_cache_tokens=1024, options={"slots": "6", "max_running": "3", "threads": "1"})
     return Subject(lambda: LlamaEngine(options), end_token=2, promise=promise)
 
 
@@ -76,7 +76,7 @@ def test_the_llama_engine_keeps_the_rule(name: str, kind: str, tiny_files: dict[
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_real_model_keeps_the_rule(name: str) -> None:
     pytest.importorskip("xllamacpp")
-    assert run(a_llama(_real_model(), Promise.COMPANY, 640), name)
+    assert run(a_llama(_real_model(), Promise.COMPANY), name)
 
 
 def _real_model() -> Path:

@@ -29,7 +29,7 @@ class Promise(IntEnum):
     COMPANY = 2
     """Also whatever runs beside it, and in however many steps its tokens are computed."""
     ALWAYS = 3
-    """Also in a full pool, after evictions and preemptions."""
+    """Also in a full pool, after evictions and preemptions, and in whatever order blocks came."""
 
 
 @dataclass(frozen=True)
