@@ -76,7 +76,8 @@ def test_the_llama_engine_keeps_the_rule(name: str, kind: str, tiny_files: dict[
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_real_model_keeps_the_rule(name: str) -> None:
     pytest.importorskip("xllamacpp")
-    assert run(a_llama(_real_model(), Promise.COMPANY), name)
+    # a pool with holes puts cells out of order: sums differ then, and with some thirty layers that is seen
+    assert run(a_llama(_real_model(), Promise.PATHS), name) is (name not in ABOUT_COMPANY)
 
 
 def _real_model() -> Path:
