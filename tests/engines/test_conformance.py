@@ -42,11 +42,11 @@ def a_dummy() -> DummyEngine:
     return DummyEngine(EngineOptions(options={"kv_bytes_per_token": "24", "block_size": "4", "num_blocks": "16", "max_batch": "6"}))
 
 
-def a_llama(path: Path, promise: Promise, end_token: int = 2) -> Subject:
+def a_llama(path: Path, promise: Promise) -> Subject:
     from meshserve.engines.llama import LlamaEngine
 
     options = EngineOptions(model=str(path), kv_cache_tokens=1024, options={"slots": "6", "max_running": "3", "threads": "1"})
-    return Subject(lambda: LlamaEngine(options), end_token=end_token, promise=promise)
+    return Subject(lambda: LlamaEngine(options), end_token=2, promise=promise)
 
 
 def run(subject: Subject, name: str) -> bool:
@@ -72,10 +72,12 @@ def test_the_llama_engine_keeps_the_rule(name: str, kind: str, tiny_files: dict[
 
 
 @pytest.mark.full
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", CHECKS)
 def test_a_real_model_keeps_the_rule(name: str) -> None:
     pytest.importorskip("xllamacpp")
-    assert run(a_llama(_real_model(), Promise.COMPANY), name)
+    # a pool with holes puts cells out of order: sums differ then, and with some thirty layers that is seen
+    assert run(a_llama(_real_model(), Promise.PATHS), name) is (name not in ABOUT_COMPANY)
 
 
 def _real_model() -> Path:

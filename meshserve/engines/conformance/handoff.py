@@ -55,15 +55,17 @@ async def a_prefill_gives_out_each_block_once(subject: Subject) -> None:
 
 
 async def handed_over_kv_gives_the_tokens_of_local_kv(subject: Subject) -> None:
-    """If promised (PATHS): prefill, reserve, write and generate give what the engine itself would have computed, in whatever order blocks
-    come."""
+    """If promised (PATHS): prefill, reserve, write and generate give what the engine itself would have computed; if promised (ALWAYS), in
+    whatever order blocks come."""
     subject.demand_promise(Promise.PATHS)
-    async with subject.trial() as source, subject.trial() as target:
-        target.demand_handoff()
-        for number, length in enumerate(lengths(target.block_size)):
+    async with subject.trial() as trial:
+        trial.demand_handoff()
+    for number, length in enumerate(lengths(trial.block_size)):
+        async with subject.trial() as source, subject.trial() as target:  # new ones, so that nothing else is in their pools
             prompt = subject.prompt(length, number)
             request = target.request(prompt, **SEEDED)
-            reservation = await target.hand_over(source, request, is_backwards=number % 2 == 0)
+            is_backwards = number % 2 == 0 and subject.promise >= Promise.ALWAYS
+            reservation = await target.hand_over(source, request, is_backwards=is_backwards)
             demand(reservation.num_tokens == length - 1, "all of a prompt but its last token is handed over")
             output = target.generate(request, reservation)
             reservation.release()

@@ -29,13 +29,13 @@ async def a_request_ends_once_with_all_its_tokens(subject: Subject) -> None:
 
 async def equal_requests_get_equal_tokens(subject: Subject) -> None:
     """The same request gives the same tokens in another engine of the same model, greedy and seeded; and again in the same one, if it
-    promises PATHS."""
+    promises COMPANY."""
     found = []
     for _ in range(2):
         async with subject.trial() as trial:
             prompts = [subject.prompt(length, length) for length in lengths(trial.block_size)]
             found.append([await trial.output(prompt, **sampling) for prompt in prompts for sampling in _EACH_WAY])
-            if subject.promise >= Promise.PATHS:
+            if subject.promise >= Promise.COMPANY:
                 found.append([await trial.output(prompt, **sampling) for prompt in prompts for sampling in _EACH_WAY])
     demand(all(tokens == found[0] for tokens in found), "equal requests get equal tokens")
 

@@ -25,11 +25,11 @@ class Promise(IntEnum):
     ALONE = 0
     """In two engines of one model that did the same so far."""
     PATHS = 1
-    """Also whether KV is computed, found in the cache, or handed over."""
+    """Also whether KV is computed, found in the cache, or handed over, in pools that hold little else."""
     COMPANY = 2
     """Also whatever runs beside it, and in however many steps its tokens are computed."""
     ALWAYS = 3
-    """Also in a full pool, after evictions and preemptions."""
+    """Also in a full pool, after evictions and preemptions, and in whatever order blocks came."""
 
 
 @dataclass(frozen=True)
