@@ -29,7 +29,7 @@ class Size:
 
 def batching(path: Path, size: Size, num_clients: int) -> dict[str, Any]:
     """One server on core 0, the client on core 1: 64 tokens in, 64 out, closed loop."""
-    cells = 4096
+    cells = max(512, 256 * num_clients)  # twice what the clients' sequences take
     theirs, ours = Theirs(path, 0, num_slots=num_clients, num_cells=cells), Ours(path, 0, None, num_cells=cells)
     found: dict[str, list[Any]] = {"theirs": [], "ours": []}
     with running([theirs, ours]):

@@ -78,7 +78,7 @@ def parse_options(options: EngineOptions, claim: Claim | None = None) -> LlamaOp
         num_blocks,
         num_slots,
         share.threads,
-        StepLimits(max_running, max_running + BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_TOKENS // 4, BLOCK_TOKENS),
+        StepLimits(max_running, max_running + BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_TOKENS // 2, BLOCK_TOKENS),
     )
 
 

@@ -25,7 +25,7 @@ from meshserve.wire.layout import KVLayout
 
 _CLOSE_TIMEOUT_S = 5.0
 _MIXED_STEP_S = 0.1
-_FEWEST_MIXED_TOKENS = 16
+_FEWEST_MIXED_TOKENS = 32
 """Beside running sequences a step computes as many prompt tokens as this time allows, at least as many as this number."""
 _RATE_WEIGHT = 0.05
 _PATIENCE = 4.0

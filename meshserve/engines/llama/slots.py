@@ -46,9 +46,9 @@ class Release(NamedTuple):
 
 Operation = Share | Remove | Move | Release
 
-_FEWEST_RELEASED, _MOST_REMOVED = 512, 2048
-"""Removed cells are released when nothing runs and there are so many; when sequences run, from the larger number on, or a quarter of the
-pool if that is less. More makes every step dearer (0.3 ms a thousand for a model of 135M), fewer moves running sequences more often."""
+_FEWEST_RELEASED, _MOST_REMOVED = 256, 1024
+"""Removed cells are released when nothing runs and there are so many; when sequences run, from the larger number on, or an eighth of the
+pool if that is less. More makes every step dearer (5 % a thousand for a model of 135M), fewer moves running sequences more often."""
 
 
 class Owner(Protocol):
@@ -116,7 +116,7 @@ class Slots:
         computed = [getattr(slot.owner, "num_computed", None) for slot in running]
         if not self.can_move or None in computed:
             return  # a reservation has no such number, as its blocks come in any order: some may be on their way
-        most = min(_MOST_REMOVED, self._pool.num_blocks * self._block_size // 4) if running else _FEWEST_RELEASED
+        most = min(_MOST_REMOVED, self._pool.num_blocks * self._block_size // 8) if running else _FEWEST_RELEASED
         if self._num_removed < most:
             return
         self._operations.append(Release())
