@@ -75,6 +75,7 @@ class LlamaContext:
         params.kv_unified = params.swa_full = True
         if hasattr(params, "n_outputs_max"):  # else there is room for the logits of a whole batch: 100 MB for 512 tokens and 49,152 pieces
             params.n_outputs_max = params.n_outputs_max_per_seq = max(self.max_outputs, self._removed + 1)
+        self.model.library.route_log()
         self.model.library.take_error()
         handle: int | None = self._calls.llama_init_from_model(self.model.handle, params)
         if not handle:

@@ -143,17 +143,19 @@ class Library:
         return line.rstrip(".") or "llama.cpp gives no reason"
 
     def route_log(self) -> None:
-        """Send llama.cpp's log to Python's logging. Its lines come from any thread that calls llama.cpp."""
-
-        def on_log(level: int, text: bytes, _: object) -> None:
-            line = text.decode("utf-8", "replace").strip()
-            if level == _LOG_ERROR and not self._first_error:
-                self._first_error = line
-            if line:
-                _logger.log(_LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
-
-        self._on_log = LogCallback(on_log)  # kept, since llama.cpp calls it until the process ends
+        """Send llama.cpp's log to Python's logging. Its lines come from any thread that calls llama.cpp. Called again before a model is
+        loaded: another user of the library in this process may have taken the log.
+        """
+        if self._on_log is None:
+            self._on_log = LogCallback(self._log_line)  # kept, since llama.cpp calls it until the process ends
         self.functions.llama_log_set(self._on_log, None)
+
+    def _log_line(self, level: int, text: bytes, _: object) -> None:
+        line = text.decode("utf-8", "replace").strip()
+        if level == _LOG_ERROR and not self._first_error:
+            self._first_error = line
+        if line:
+            _logger.log(_LOG_LEVELS.get(level, logging.DEBUG), "%s", line)
 
 
 @functools.cache

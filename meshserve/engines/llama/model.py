@@ -44,6 +44,7 @@ class LlamaModel:
     def _load(self, num_gpu_layers: int) -> int:
         params = self._functions.llama_model_default_params()
         params.vocab_only, params.n_gpu_layers = self.vocab_only, num_gpu_layers
+        self.library.route_log()
         self.library.take_error()
         handle: int | None = self._functions.llama_model_load_from_file(os.fsencode(self.path), params)
         if not handle:
