@@ -192,13 +192,14 @@ class DecodeRole:
         if request.request_id in self._running:
             raise InvalidRequest("this request is running here already")
         self._check_queue()
-        self._engine.check(request)
+        decision, candidates = self._choice.choose(request)
+        if candidates:  # else the engine checks it when it gets it, which is now
+            self._engine.check(request)
         generation = _Generation(self, call, request)
         self._running[request.request_id] = generation
         if self._mesh.journal.is_on:
             self._mesh.journal.note("accepted", request.request_id)
         call.on_cancel = generation.cancel
-        decision, candidates = self._choice.choose(request)
         generation.decided(decision)
         if candidates:
             self._requester.start(request, candidates, call.deadline_s, generation.prefilled, call.send)
