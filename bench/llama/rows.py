@@ -10,6 +10,8 @@ from statistics import mean, median
 from typing import Any
 
 from bench.llama.client import Answer, closed_loop, complete, random_prompt
+from bench.llama.handoff import handoff_1gbit
+from bench.llama.memory import decode_memory
 from bench.llama.servers import Ours, Theirs
 from bench.pairing import ratio_of
 from bench.systems import running
@@ -170,4 +172,6 @@ ROWS: dict[str, Callable[[Path, Size], dict[str, Any]]] = {
     "separation": separation,
     "long_prompt": long_prompt,
     "second_turn": second_turn,
+    "handoff_1gbit": lambda path, size: handoff_1gbit(path, size.pairs),
+    "decode_memory": lambda path, size: decode_memory(path),
 }
