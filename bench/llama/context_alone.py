@@ -1,5 +1,6 @@
 """A process with llama.cpp and nothing of meshserve's engine: what the library, a model and a context take of memory, stage by stage."""
 
+import ctypes
 import logging
 import re
 from itertools import pairwise
@@ -45,19 +46,26 @@ def measure(pipe: Connection, path: Path, size: ContextSize) -> None:
     log = _BufferLog()
     logging.getLogger("meshserve").addHandler(log)
     logging.getLogger("meshserve").setLevel(logging.DEBUG)
-    seen = [resident_of().anonymous]
+    seen = [_anonymous_bytes()]
     load_library()
-    seen.append(resident_of().anonymous)
+    seen.append(_anonymous_bytes())
     model = LlamaModel(path)
-    seen.append(resident_of().anonymous)
+    seen.append(_anonymous_bytes())
     context = LlamaContext(model, num_threads=1, **size._asdict())
-    seen.append(resident_of().anonymous)
+    seen.append(_anonymous_bytes())
     _use(context, size)
-    seen.append(resident_of().anonymous)
+    seen.append(_anonymous_bytes())
     of_library, of_model, of_context, of_steps = (after - before for before, after in pairwise(seen))
     pipe.send(Stages(of_library, of_model, of_context, of_steps, log.buffers))
     context.close()
     model.close()
+
+
+def _anonymous_bytes() -> int:
+    """What is free goes back to the system before: else a stage would be given memory of an earlier one, and seem to need less."""
+    if (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+    return resident_of().anonymous
 
 
 def _use(context: LlamaContext, size: ContextSize) -> None:
