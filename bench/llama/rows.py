@@ -10,6 +10,8 @@ from statistics import mean, median
 from typing import Any
 
 from bench.llama.client import Answer, closed_loop, complete, random_prompt
+from bench.llama.handoff import handoff_1gbit
+from bench.llama.memory import decode_memory
 from bench.llama.servers import Ours, Theirs
 from bench.pairing import ratio_of
 from bench.systems import running
@@ -23,6 +25,8 @@ class Size:
 
     pairs: int = 10
     minutes: float = 5.0
+    prompt_every_s: float = 5.0
+    """Of the row `separation`: from one long prompt to the next."""
     batches: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     """`n_batch` settings of their server, of which the best one counts."""
 
@@ -58,8 +62,8 @@ class Interference:
     """Of the long prompts."""
 
 
-async def interference(urls: list[str], model: str, duration_s: float, seed: int) -> Interference:
-    """Four streams of 64 tokens in and 1,024 out, again and again, and a 300-token prompt (16 out) every 5 s; servers take turns."""
+async def interference(urls: list[str], model: str, duration_s: float, prompt_every_s: float, seed: int) -> Interference:
+    """Four streams of 64 tokens in and 1,024 out, again and again, and 300-token prompts (16 out) between; servers take turns."""
     rng, ends_s, turn = random.Random(seed), time.monotonic() + duration_s, 0
     streams: list[Answer] = []
     prompts: list[Answer] = []
@@ -77,7 +81,7 @@ async def interference(urls: list[str], model: str, duration_s: float, seed: int
         pending = []
         while time.monotonic() < ends_s:
             pending.append(asyncio.create_task(complete(next_url(), model, random_prompt(300, rng), 16)))
-            await asyncio.sleep(WINDOW_S)
+            await asyncio.sleep(prompt_every_s)
         prompts.extend(await asyncio.gather(*pending))
 
     began_s = time.monotonic()
@@ -103,10 +107,10 @@ def _interference_of(streams: list[Answer], prompts: list[Answer], began_s: floa
 
 def separation(path: Path, size: Size) -> dict[str, Any]:
     """Two machines of one core: prefill and decode apart, against two servers taken in turn, at several batch sizes."""
-    cells, duration_s = 8192, size.minutes * 60
+    cells, duration_s, every_s = 8192, size.minutes * 60, size.prompt_every_s
     ours = Ours(path, 0, 1, num_cells=cells)
     with running([ours]):
-        own = asyncio.run(interference([ours.url], ours.model, duration_s, 1))
+        own = asyncio.run(interference([ours.url], ours.model, duration_s, every_s, 1))
     found: dict[str, Interference] = {}
     commands = [ours.command]
     for batch in (None, *size.batches):
@@ -114,13 +118,14 @@ def separation(path: Path, size: Size) -> dict[str, Any]:
         commands.append(pair[0].command)
         with running(pair):
             seconds = duration_s if batch is None else min(duration_s, 60.0)
-            found[str(batch or "default")] = asyncio.run(interference([server.url for server in pair], "llama", seconds, 1))
+            found[str(batch or "default")] = asyncio.run(interference([server.url for server in pair], "llama", seconds, every_s, 1))
     default = found["default"]
     best = min(
         (name for name, figures in found.items() if figures.ttft_mean_ms <= 1.3 * default.ttft_mean_ms),
         key=lambda name: found[name].longest_gap_ms,
     )
     return {
+        "prompt_every_s": every_s,
         "ours": _rounded(own),
         "theirs": {name: _rounded(figures) for name, figures in found.items()},
         "best": best,
@@ -167,4 +172,6 @@ ROWS: dict[str, Callable[[Path, Size], dict[str, Any]]] = {
     "separation": separation,
     "long_prompt": long_prompt,
     "second_turn": second_turn,
+    "handoff_1gbit": lambda path, size: handoff_1gbit(path, size.pairs),
+    "decode_memory": lambda path, size: decode_memory(path),
 }
