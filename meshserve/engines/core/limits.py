@@ -1,6 +1,6 @@
 """What a request may ask of any engine: sampling parameters and lengths within their bounds. What one model cannot do, its runner says."""
 
-from meshserve.errors import InvalidRequest
+from meshserve.errors import ContextLengthExceeded, InvalidRequest
 from meshserve.wire.generation import GenerateRequest, Sampling
 
 _MOST_LOGPROBS = 20
@@ -22,6 +22,16 @@ def check_request(request: GenerateRequest, vocab_size: int) -> None:
     _check_sampling(sampling, vocab_size)
     if sampling.prompt_logprobs >= 0:
         _check_prompt_logprobs(request, vocab_size)
+
+
+def check_length(num_prompt: int, num_output: int, context_length: int) -> None:
+    """Raises ContextLengthExceeded if the tokens of a prompt and its output are more than the model can take."""
+    if num_prompt + num_output > context_length:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {context_length} tokens. However, you requested {num_prompt + num_output} tokens "
+            f"({num_prompt} in the prompt, {num_output} in the completion). Please reduce the length of either.",
+            param="prompt" if num_prompt >= context_length else "max_tokens",
+        )
 
 
 def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
