@@ -9,7 +9,6 @@ from collections import deque
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
-from itertools import compress
 from operator import attrgetter
 from typing import Generic, TypeVar
 
@@ -199,14 +198,17 @@ class Scheduler(Generic[S]):
         `tokens` has one for each of the step's decodes and then one for each of its prefills; those of prefills that are not at the
         end of their prompt have no meaning.
         """
-        is_running = [sequence.stage is _RUNNING for sequence in step.decodes]
-        outcome: Outcome[S] = Outcome([*compress(step.decodes, is_running)], [*compress(tokens, is_running)], [])
-        for sequence in outcome.producing:
+        decodes = step.decodes
+        producing, produced = [sequence for sequence in decodes if sequence.stage is _RUNNING], list(tokens[: len(decodes)])
+        if len(producing) < len(decodes):
+            produced = [token for sequence, token in zip(decodes, produced, strict=True) if sequence.stage is _RUNNING]
+        outcome = Outcome(producing, produced, [])
+        for sequence in producing:
             sequence.num_generated += 1
             sequence.num_computed = num_computed = sequence.num_computed + 1
             if num_computed == sequence.capacity:
                 self._reach_capacity(sequence)
-        for index, (sequence, num_tokens) in enumerate(step.prefills, len(step.decodes)):
+        for index, (sequence, num_tokens) in enumerate(step.prefills, len(decodes)):
             if sequence.stage is _RUNNING:
                 self._update_prefill(sequence, num_tokens, tokens[index], outcome, now)
         return outcome
