@@ -48,8 +48,9 @@ def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
     for name, value in (("presence_penalty", sampling.presence_penalty), ("frequency_penalty", sampling.frequency_penalty)):
         if not -_MOST_PENALTY <= value <= _MOST_PENALTY:
             raise InvalidRequest(f"{name} must be from -2 to 2, not {value}", param=name)
-    if not -1 <= sampling.logprobs <= _MOST_LOGPROBS:
-        raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {sampling.logprobs}", param="logprobs")
+    for wanted in (sampling.logprobs, sampling.prompt_logprobs):
+        if not -1 <= wanted <= _MOST_LOGPROBS:
+            raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {wanted}", param="logprobs")
     for token, bias in sampling.logit_bias:
         if not 0 <= token < vocab_size:
             raise InvalidRequest(f"logit_bias names the token {token}; there are 0 to {vocab_size - 1}", param="logit_bias")
@@ -59,8 +60,6 @@ def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
 
 def _check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:
     num_alternatives, tokens = request.sampling.prompt_logprobs, request.tokens
-    if num_alternatives > _MOST_LOGPROBS:
-        raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {num_alternatives}", param="logprobs")
     if len(tokens) * (1 + num_alternatives) > _MOST_PROMPT_LOGPROBS:
         most = _MOST_PROMPT_LOGPROBS // (1 + num_alternatives)
         raise InvalidRequest(

@@ -264,7 +264,10 @@ class Scheduler(Generic[S]):
             sequence.stage = _RUNNING
             if sequence.started_at is None:
                 sequence.started_at = now
-            insort(running, sequence, key=_by_arrival)  # not always the last: it may have been preempted, or brought its blocks
+            if running and running[-1].arrival > sequence.arrival:  # it was preempted, or another brought its blocks
+                insort(running, sequence, key=_by_arrival)
+            else:
+                running.append(sequence)
             step.admitted.append(sequence)
             budget -= self._take_chunk(step, sequence, budget)
         return budget

@@ -154,7 +154,7 @@ class Stepper:
             self._end_in_error(request, exc)
         outcome = self.scheduler.update(step, result.tokens, now)
         for prefill, *block in result.blocks:
-            if prefill.is_live:
+            if prefill.is_live:  # else cancelled meanwhile, or its sink raised
                 self._tell(prefill, prefill.sink.on_block, *block)
         for prefill in outcome.prefilled:
             if prefill.is_live:
