@@ -41,6 +41,8 @@ class WorkerReporter:
         self._kept: list[str] = []
         self.num_tickets: Callable[[], int] = lambda: 0
         """How many prompts wait for prefill here; set by whoever keeps the tickets."""
+        self.handoff_ns_per_token: Callable[[], int] = lambda: 0
+        """What a handoff took; set by whoever hands over."""
         self._source = WatchSource(mesh, REPORT_METHOD, self._snapshot)
         self._loads = WatchSource(mesh, LOAD_METHOD, lambda: [self.load().to_wire()])
         self._load_timer: asyncio.TimerHandle | None = None
@@ -56,6 +58,7 @@ class WorkerReporter:
             found.cached_blocks,
             found.num_blocks,
             self.num_tickets(),
+            handoff_ns_per_token=self.handoff_ns_per_token(),
             max_running=found.max_running,
             **self._engine.rates.figures(),
         )
