@@ -101,8 +101,8 @@ class Cursor:
     """
 
     __slots__ = (
-        "_block_size",
         "_block_end",
+        "_block_size",
         "_blocks",
         "_contents",
         "_hasher",

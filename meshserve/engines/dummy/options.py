@@ -7,8 +7,8 @@ from typing import Any
 
 import xxhash
 
-from meshserve.engines.dummy.speech import Speech
 from meshserve.engines.dummy.timing import PROFILES, Timing
+from meshserve.engines.dummy.vocabulary import OWN_VOCABULARY, VocabularyMap, map_vocabulary
 from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers import load_tokenizer
 from meshserve.engines.tokenizers.directory import describe_files, read_directory
@@ -45,7 +45,7 @@ class DummyOptions:
     prefill_tokens_per_s: float = 0.0
     """Constant prefill rate; 0 leaves it to the profile."""
     tokenizer: str = "bytes"
-    """`bytes`, the dummy model's own, or a directory with a model's `tokenizer.json`, whose words it then speaks."""
+    """`bytes`, the dummy model's own, or a directory with a model's `tokenizer.json`, whose tokens it then writes."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Not an option: what that directory holds, by name."""
 
@@ -57,20 +57,17 @@ class DummyOptions:
         """What the card names, for those who ask for it."""
         return {described.sha256: self.files[described.name] for described in describe_files(self.files)}
 
-    def speech(self) -> Speech | None:
-        """How the model speaks the vocabulary of its files; None: it speaks its own. Raises UsageError if they will not do."""
+    def vocabulary(self) -> VocabularyMap:
+        """What the model writes in: the vocabulary of its files, or its own. Raises UsageError if they will not do."""
         if not self.files:
-            return None
+            return OWN_VOCABULARY
         try:
-            return Speech(load_tokenizer("huggingface", self.files))
+            return map_vocabulary(load_tokenizer("huggingface", self.files))
         except TokenizerFailed as error:
             raise UsageError(f"the dummy engine's option tokenizer: {error.message}") from error
 
-    def card(self, model: str, *, can_spell: bool = True) -> ModelCard:
-        """The card of a dummy model of this name. Its hash covers whatever changes tokens or KV, and no timing.
-
-        A vocabulary without the letters one by one (`can_spell` False) is one in which no document can be written.
-        """
+    def card(self, model: str, vocabulary: VocabularyMap) -> ModelCard:
+        """The card of a dummy model of this name. Its hash covers whatever changes tokens or KV, and no timing."""
         settings, files = TextSettings.of_files(self.files), describe_files(self.files)
         tokenizer = "/".join(["bytes", *(file.sha256 for file in files)])
         identity = f"dummy/{_OUTPUT_VERSION}/{model}/{self.kv_bytes_per_token}/{self.block_size}/{tokenizer}/{self.context_length}"
@@ -81,7 +78,8 @@ class DummyOptions:
             tokenizer="huggingface" if files else "bytes",
             chat_template="" if settings.chat_templates else CHAT_TEMPLATE,
             sampling_defaults=settings.sampling_defaults,
-            features=("logprobs", "penalties", "logit_bias", *(("json_schema", "regex", "tools") if can_spell else ())),
+            # without the letters one by one no document can be written
+            features=("logprobs", "penalties", "logit_bias", *(("json_schema", "regex", "tools") if vocabulary.can_write_ascii else ())),
             files=files,
         )
 
