@@ -7,7 +7,7 @@ best one are never drawn, at any temperature: so bytes and words that do not fit
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import accumulate
 from math import exp, inf, log
 from struct import Struct
@@ -41,13 +41,16 @@ class Logits:
 
     def __init__(self, values: Sequence[float], most_below: float = inf) -> None:
         self.values, self._most_below = values, most_below
+        self._log_total: float | None = None
         self._cumulative: dict[tuple[float, int, float, float], list[float]] = {}
 
-    @cached_property
+    @property
     def log_total(self) -> float:
         """Logarithm of the sum over the vocabulary of exp(logit). All that is no candidate adds less than a double can hold."""
-        best = self.values[0]
-        return best + log(sum([exp(value - best) for value in self.values]))
+        if self._log_total is None:
+            best = self.values[0]
+            self._log_total = best + log(sum([exp(value - best) for value in self.values]))
+        return self._log_total
 
     def draw(self, sampling: Sampling, position: int) -> int:
         """Which candidate is output number `position`: of nothing but (seed, choice, position) and these logits."""
@@ -65,8 +68,8 @@ class Logits:
 
     def _weigh(self, temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
         """Running sums of the weights that are left after min-p, top-k and top-p, best candidate first."""
-        best = self.values[0]
-        weights = [exp((value - best) / temperature) for value in self.values if best - value <= self._most_below]
+        best, most_below = self.values[0], self._most_below
+        weights = [exp((value - best) / temperature) for value in self.values if best - value <= most_below]
         if min_p > 0:
             weights = [weight for weight in weights if weight >= min_p]
         if top_k > 0:
@@ -103,7 +106,7 @@ def next_token(context: int, sampling: Sampling, position: int) -> int:
     sequence is a candidate where sentences begin.
     """
     first, size, logits, ending = _SLOTS[position % _PERIOD]
-    if ending is not None and _is_end(context, position) and may_end(sampling, position):
+    if ending is not None and may_end(sampling, position) and _is_end(context, position):
         rank = ending.draw(sampling, position) - 1
         if rank < 0:
             return EOS_TOKEN

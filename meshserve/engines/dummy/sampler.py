@@ -6,7 +6,7 @@ and top-p, over all tokens that may come at their place: so they sum to 1 over t
 model, not to the sampler.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 from operator import itemgetter
@@ -69,19 +69,25 @@ class Sampler:
         """The next token, as :func:`~meshserve.engines.dummy.logits.next_token` would choose it, and its log probabilities if wanted."""
         tokens, logits = self._ranked(context, position)
         rank = logits.draw(self._sampling, position)
-        if tokens[rank] != EOS_TOKEN:
-            self._take(tokens[rank])
-        return tokens[rank], self._logprobs(tokens, logits, logits.values[rank]) if self._sampling.logprobs >= 0 else None
+        token = tokens[rank]
+        logprobs = None if self._sampling.logprobs < 0 else self._logprobs(context, position, tokens, logits, logits.values[rank])
+        if token != EOS_TOKEN:
+            self._take(token)
+        return token, logprobs
 
     def rate(self, context: int, position: int, token: int) -> TokenLogprobs:
         """The log probabilities of a token that stands at this place already."""
         tokens, logits = self._ranked(context, position)
-        return self._logprobs(tokens, logits, logits.values[tokens.index(token)] if token in tokens else OTHER_LOGIT)
+        own = logits.values[tokens.index(token)] if token in tokens else OTHER_LOGIT
+        return self._logprobs(context, position, tokens, logits, own)
 
-    def _logprobs(self, tokens: Sequence[int], logits: Logits, own: float) -> TokenLogprobs:
-        total, from_own = logits.log_total, self._vocabulary.from_own
-        listed = zip(tokens[: self._sampling.logprobs], logits.values, strict=False)
-        return own - total, tuple([(from_own[token], value - total) for token, value in listed])
+    def _logprobs(self, context: int, position: int, tokens: Sequence[int], logits: Logits, own: float) -> TokenLogprobs:
+        total, from_own, num_listed = logits.log_total, self._vocabulary.from_own, self._sampling.logprobs
+        listed = [(from_own[token], value - total) for token, value in zip(tokens[:num_listed], logits.values, strict=False)]
+        if len(listed) < num_listed and self._constrained is None:
+            rest = islice(self._rest(context, self._excluded(tokens, position)), num_listed - len(listed))
+            listed += [(from_own[token], OTHER_LOGIT - total) for token in rest]
+        return own - total, tuple(listed)
 
     # --- what bias and penalties change
 
@@ -120,24 +126,24 @@ class Sampler:
 
     def _ranked(self, context: int, position: int) -> tuple[Sequence[int], Logits]:
         """All tokens whose logits matter, best first; those of equal logits in the order in which they are preferred."""
-        can_end = may_end(self._sampling, position)
+        sampling, added, bent = self._sampling, self._added, self._bent
         if self._constrained is not None:
-            tokens = self._constrained.candidates(context, can_end)
+            tokens = self._constrained.candidates(context, may_end(sampling, position))
             logits = ranked(len(tokens))
         else:
-            tokens, logits = candidates(context, position, can_end)
-        is_short = self._constrained is None and len(tokens) < self._sampling.logprobs
-        if not self._added and not is_short:
+            tokens, logits = candidates(context, position, may_end(sampling, position))
+        if not added:
             return tokens, logits
-        added, bent = self._added, self._bent
         entries = [(bent(token, value) if token in added else value, token) for token, value in zip(tokens, logits.values, strict=True)]
         if self._constrained is None:
-            self._add_others(entries, context, {*tokens} if can_end else {*tokens, EOS_TOKEN})
+            self._add_others(entries, context, self._excluded(tokens, position))
+        if sampling.temperature <= 0 and sampling.logprobs < 0:
+            entries = [max(entries, key=_logit)]
         entries.sort(key=_logit, reverse=True)
         return [token for _, token in entries], Logits([value for value, _ in entries], NEVER_DRAWN_BELOW)
 
     def _add_others(self, entries: list[_Entry], context: int, known: set[int]) -> None:
-        """Those of the rest of the vocabulary that matter. `known` ones are entered, or must not come."""
+        """Those of the rest of the vocabulary that matter."""
         lifted = [token for token in self._lifted if token not in known]
         entries += [(self._bent(token, OTHER_LOGIT), token) for token in lifted]
         num_wanted = self._num_others(entries)
@@ -145,10 +151,18 @@ class Sampler:
             known.update(lifted)
             changed = [token for token in self._added if token not in known]
             known.update(changed)
-            vocab_size = self._vocabulary.own_size
-            start = context % vocab_size  # from a place that the digest names
-            rest = (token for token in chain(range(start, vocab_size), range(start)) if token not in known)
-            entries += [(self._bent(token, OTHER_LOGIT), token) for token in (*changed, *islice(rest, num_wanted))]
+            others = (*changed, *islice(self._rest(context, known), num_wanted))
+            entries += [(self._bent(token, OTHER_LOGIT), token) for token in others]
+
+    def _excluded(self, tokens: Sequence[int], position: int) -> set[int]:
+        """What is no other token: the candidates, and the end of sequence where it must not come."""
+        return {*tokens} if may_end(self._sampling, position) else {*tokens, EOS_TOKEN}
+
+    def _rest(self, context: int, known: set[int]) -> Iterator[int]:
+        """The rest of the vocabulary, from a place that the digest names."""
+        vocab_size = self._vocabulary.own_size
+        start = context % vocab_size
+        return (token for token in chain(range(start, vocab_size), range(start)) if token not in known)
 
     def _num_others(self, entries: list[_Entry]) -> int:
         """How many tokens matter that have the logit of the rest."""

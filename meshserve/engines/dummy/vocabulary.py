@@ -23,7 +23,7 @@ class VocabularyMap:
         """Whether any ASCII text can be put together from single bytes."""
         known = [meanings.get(own, vocabulary.eos_token) for own in range(_OWN.vocab_size)]
         used = {*known}
-        self.from_own = array("I", known + [token for token in range(vocabulary.vocab_size) if token not in used])
+        self.from_own = known + [token for token in range(vocabulary.vocab_size) if token not in used]
         """The vocabulary's token for each of the model's own. A byte that is no token there is the end of sequence."""
         self.vocab_size = vocabulary.vocab_size
         self.own_size = len(self.from_own)
