@@ -44,9 +44,9 @@ class DummyRunner:
     """
 
     def __init__(self, options: DummyOptions, model: str, clock: Callable[[], float]) -> None:
-        self._vocabulary = options.vocabulary()
+        self._vocabulary = options.vocabulary
         self.vocab_size = self._vocabulary.vocab_size
-        self.card = options.card(model, self._vocabulary)
+        self.card = options.card(model)
         self.kv_layout = options.layout(self.card)
         self.files: Mapping[str, bytes] = options.files_by_hash()
         self.shares_prefixes = True
@@ -168,7 +168,8 @@ class DummyRunner:
         if end > cursor.num_tokens:
             cursor.extend(request.tokens[cursor.num_tokens : end])
         if isinstance(request, Prefill):
-            self._read_blocks(request, end)
+            for index, num_tokens in request.completed_blocks(end, self._contents.block_size):
+                self._result.blocks.append((request, index, num_tokens, self._contents.read(request.blocks[index], num_tokens)))
         elif isinstance(request, Generation) and request.prompt_logprobs is not None:
             self._rate(request, request.prompt_logprobs, min(end, request.num_tokens))
 
@@ -212,10 +213,6 @@ class DummyRunner:
             keep(END if token == EOS_TOKEN else from_own[token])
 
     # --- blocks
-
-    def _read_blocks(self, prefill: Prefill, num_computed: int) -> None:
-        for index, num_tokens in prefill.completed_blocks(num_computed, self._contents.block_size):
-            self._result.blocks.append((prefill, index, num_tokens, self._contents.read(prefill.blocks[index], num_tokens)))
 
     def share_prefix(self, reservation: BlockReservation) -> None:
         """Blocks are shared by their numbers: nothing to do but to note where digests go on."""

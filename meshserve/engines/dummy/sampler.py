@@ -38,8 +38,6 @@ class Sampler:
     Raises InvalidRequest if that output could not have come from this request.
     """
 
-    __slots__ = ("_added", "_constrained", "_lifted", "_repeated", "_sampling", "_seen", "_vocabulary")
-
     def __init__(
         self,
         sampling: Sampling,
