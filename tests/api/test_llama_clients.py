@@ -10,11 +10,11 @@ import pytest
 
 pytest.importorskip("xllamacpp")
 
-from meshserve.engines.llama.model import LlamaModel
 from tests.api.cases import CLOCK, WEATHER
 from tests.api.clients import Clients, gather, plain, refusal
 from tests.api.llama_mesh import MODEL, llama_clients, real_model
 from tests.api.structured import invalid_outputs
+from tests.engines.gguf_harness import LlamaVocabulary
 
 TIMEOUT_S = 120.0
 COLOURS: Any = [{"role": "user", "content": "Name three colours, and say what each makes you think of."}]
@@ -215,10 +215,10 @@ def test_anthropics_client_gets_a_call_whole_and_streamed(clients: Clients) -> N
 
 @full
 def test_texts_become_llama_cpps_own_tokens_and_come_back(clients: Clients, model_file: Path) -> None:
-    with closing(LlamaModel(model_file, vocab_only=True)) as model:
+    with closing(LlamaVocabulary(model_file)) as vocabulary:
         for text in filter(None, TEXTS):
             tokens = clients.post("/tokenize", {"prompt": text})["body"]["tokens"]
-            assert tokens == list(model.tokenize(text, True, add_special=True)), text
+            assert tokens == vocabulary.encode(text, add_special=True), text
             if "<|" not in text:  # special tokens are no text
                 assert clients.post("/detokenize", {"tokens": tokens})["body"]["prompt"] == text
 

@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 
+from meshserve.engines.host import available_bytes
 from meshserve.engines.llama.context import MAX_CELLS
-from meshserve.engines.llama.host import available_bytes
 from tests.api.clients import Clients
 from tests.api.llama_mesh import MODEL, llama_clients, serving
 from tests.engines.tiny_models import DENSE, MODELS, make_model, write_file

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from meshserve.engines.llama.claims import Claim, Share
-from meshserve.engines.llama.host import num_engine_threads
+from meshserve.engines.claims import Claim, Share
+from meshserve.engines.host import num_engine_threads
 from tests.harness import Process
 
 OTHER = """
 import sys, pathlib
-from meshserve.engines.llama.claims import Claim, Share
+from meshserve.engines.claims import Claim, Share
 claim = Claim(pathlib.Path(sys.argv[1]))
 claim.make(lambda others: print("others", *others, flush=True) or Share(1000, 3))
 print("claimed", flush=True)

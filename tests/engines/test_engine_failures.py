@@ -212,9 +212,10 @@ def test_an_interpreter_that_ends_while_a_step_runs_ends_well(tiny_files: dict[s
 def test_a_kv_cache_that_cannot_be_is_refused_before_anything_is_loaded(
     num_tokens: int, error: type[MeshserveError], words: str, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from meshserve.engines.llama import LlamaEngine, options
+    from meshserve.engines import budget
+    from meshserve.engines.llama import LlamaEngine
 
-    monkeypatch.setattr(options, "available_bytes", lambda: 8_000_000_000)
+    monkeypatch.setattr(budget, "available_bytes", lambda: 8_000_000_000)
     with pytest.raises(error, match=words):
         LlamaEngine(EngineOptions(model=str(tiny_files["dense"]), kv_cache_tokens=num_tokens))
 

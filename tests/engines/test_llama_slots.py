@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from meshserve.engines.llama import slots as slots_module
-from meshserve.engines.llama.slots import Move, Remove, Share, Slots
+from meshserve.engines.llama.slots import Slots
 from meshserve.errors import PoolFull
 from meshserve.kv.pool import BlockPool
 
@@ -49,37 +49,35 @@ class Cells:
         self.content[self.head] = content
         return self.head
 
-    def remove(self, sequence: int, positions: range) -> None:
-        for position in positions:
+    def play(self, slots: Slots) -> None:
+        for name, *arguments in slots.take_operations():
+            getattr(self, name)(*arguments)
+
+    def share(self, source: int, target: int, first_position: int, end_position: int) -> None:
+        found = self.found.setdefault(target, {})
+        found |= {position: self.found[source][position] for position in range(first_position, end_position)}
+
+    def remove(self, sequence: int, first_position: int = 0, end_position: int = 1000) -> None:
+        for position in range(first_position, end_position):
             cell = self.found.get(sequence, {}).pop(position, None)
             if cell is not None and not any(cell in cells.values() for cells in self.found.values()):
                 self.removed.add(cell)
 
-    def play(self, slots: Slots) -> None:
-        for operation in slots.take_operations():
-            if isinstance(operation, Share):
-                source, target = self.found[operation.source], self.found.setdefault(operation.target, {})
-                target |= {position: source[position] for position in range(operation.first_position, operation.end_position)}
-            elif isinstance(operation, Remove):
-                self.remove(operation.sequence, range(operation.first_position, min(operation.end_position, 1000)))
-            elif isinstance(operation, Move):
-                self.move(operation)
-            else:
-                for cell in self.removed:
-                    del self.content[cell]
-                self.head, self.removed = 0, set()
-
-    def move(self, operation: Move) -> None:
-        positions = range(operation.first_position, operation.first_position + operation.num_tokens)
-        first = self.found[operation.sequences[0]]
-        assert all(self.found[sequence][position] == first[position] for sequence in operation.sequences for position in positions)
-        content = [self.content[first[position]] for position in positions]
-        for sequence in operation.sequences:
-            self.remove(sequence, positions)
-        for position, found in zip(positions, content, strict=True):
+    def move(self, sequences: tuple[int, ...], first_position: int, num_tokens: int) -> None:
+        first, end_position = self.found[sequences[0]], first_position + num_tokens
+        content = [self.content[first[position]] for position in range(first_position, end_position)]
+        assert len({tuple(self.found[sequence][place] for place in range(first_position, end_position)) for sequence in sequences}) == 1
+        for sequence in sequences:
+            self.remove(sequence, first_position, end_position)
+        for position, found in enumerate(content, first_position):
             cell = self.take(found)
-            for sequence in operation.sequences:
+            for sequence in sequences:
                 self.found[sequence][position] = cell
+
+    def release_removed(self) -> None:
+        for cell in self.removed:
+            del self.content[cell]
+        self.head, self.removed = 0, set()
 
     def compute(self, owner: Owner) -> None:
         cells = self.found.setdefault(owner.state.number, {})

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from meshserve.engines.llama.claims import Claim, Share
+from meshserve.engines.claims import Claim, Share
 from meshserve.engines.llama.engine import LlamaEngine
 from meshserve.engines.llama.options import fair_share
 from meshserve.engines.protocol import EngineOptions

@@ -60,17 +60,13 @@ class BlockFormat:
         """Length of a block of so many tokens."""
         return _HEAD.size + sum(cache.size_bytes(num_tokens) for cache in self.caches)
 
-    @property
-    def bytes_per_token(self) -> int:
-        """KV data of a token, as it is in memory and on the wire."""
-        return sum(row_bytes for cache in self.caches for _, row_bytes in cache.rows)
-
-    def describe(self) -> bytes:
-        """All that blocks of equal formats share, for a fingerprint."""
+    def fingerprint(self, *shared: str) -> str:
+        """Digest of the format, and of all else that two peers' caches must share to exchange blocks."""
         parts = (part for cache in self.caches for part in (cache.layers_head, *(head for head, _ in cache.rows)))
-        return b"".join((_HEAD.pack(self.magic, len(self.caches)), *parts))
+        described = b"".join((_HEAD.pack(self.magic, len(self.caches)), *parts))
+        return hashlib.sha256("\n".join((*shared, described.hex())).encode()).hexdigest()[:32]
 
-    def check(self, payload: bytes | memoryview, first_position: int, num_tokens: int) -> None:
+    def check(self, payload: bytes | bytearray, first_position: int, num_tokens: int) -> None:
         """Compare all but the KV data with what a block of these tokens has there. Raises BlockRefused; nothing of it was used then."""
         if len(payload) != self.size_bytes(num_tokens):
             raise BlockRefused(f"a block of {num_tokens} tokens has {self.size_bytes(num_tokens)} bytes, not {len(payload)}")
@@ -92,7 +88,7 @@ class BlockFormat:
                 yield offset, rows_head
                 offset += len(rows_head) + row_bytes * num_tokens
 
-    def normalize(self, exported: bytearray | memoryview, first_position: int, num_tokens: int) -> None:
+    def normalize(self, exported: bytearray, first_position: int, num_tokens: int) -> None:
         """Give a block that llama.cpp wrote, of the right length, sequence ids of 0 and cells in the order of their positions.
 
         A pool with holes has a sequence's cells in any order. Raises BlockRefused if it is not a block of these tokens.
@@ -109,7 +105,7 @@ class BlockFormat:
             if order != list(range(num_tokens)):
                 _reorder(view[start + len(cells) + _LAYERS_HEAD.size :], cache, order)
             offset += cache.size_bytes(num_tokens)
-        self.check(view, first_position, num_tokens)
+        self.check(exported, first_position, num_tokens)
 
 
 def _reorder(view: memoryview, cache: CacheFormat, order: list[int]) -> None:
@@ -119,14 +115,6 @@ def _reorder(view: memoryview, cache: CacheFormat, order: list[int]) -> None:
         rows = bytes(view[offset : offset + size * len(order)])
         view[offset : offset + len(rows)] = b"".join(rows[index * size : (index + 1) * size] for index in order)
         offset += len(rows)
-
-
-def layout_fingerprint(
-    block_format: BlockFormat, *, model_hash: str, build: str, type_k: str, type_v: str, flash_attention: bool, block_size: int
-) -> str:
-    """Digest of all that two peers' caches must have in common to exchange blocks."""
-    parts = (model_hash, build, type_k, type_v, str(flash_attention), str(block_size), block_format.describe().hex())
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
 def _learn_caches(exported: bytes, num_tokens: int, parts_per_layer: int) -> Iterator[CacheFormat]:

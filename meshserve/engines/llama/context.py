@@ -7,7 +7,7 @@ ValueError. A context belongs to one thread; only :meth:`LlamaContext.abort` may
 import contextlib
 import ctypes
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int8, c_int32, c_uint8
 from typing import Any
 
@@ -43,8 +43,6 @@ class LlamaContext:
         num_threads: int,
         kv_type: str = "q8_0",
     ) -> None:
-        if model.vocab_only or model.handle is None:
-            raise ValueError("the model was loaded without its weights, or is closed")
         if not 2 <= num_sequences <= MAX_SEQUENCES or not 1 <= max_outputs <= max_batch or num_threads < 1:
             raise ValueError(f"a context has 2 to {MAX_SEQUENCES} sequences, no more outputs than batch, and at least 1 thread")
         if not 1 <= num_cells <= MAX_CELLS:  # llama.cpp computes sizes without looking whether they fit into their types
@@ -63,7 +61,6 @@ class LlamaContext:
         self._prepare_batch()
         self._prepare_abort()
         self._outputs = b""
-        self._exported = bytearray()
 
     def _make(self, num_cells: int, num_threads: int) -> int:
         params = self._calls.llama_context_default_params()
@@ -179,6 +176,20 @@ class LlamaContext:
             self._calls.llama_memory_seq_rm(self._memory, self._removed, -1, -1)
         return had_removed
 
+    def move(self, sequences: Sequence[int], first_position: int, num_tokens: int) -> None:
+        """Put the cells of these tokens, which all of these sequences share, after all cells that are in use."""
+        payload, end_position = self.export_block(sequences[0], first_position, num_tokens), first_position + num_tokens
+        for sequence in sequences:
+            self.remove(sequence, first_position, end_position)
+        self.import_block(sequences[0], first_position, num_tokens, payload)
+        for sequence in sequences[1:]:
+            self.share(sequences[0], sequence, first_position, end_position)
+
+    def operate(self, operations: Iterable[tuple[Any, ...]]) -> None:
+        """Call the methods named, with their arguments, in order."""
+        for name, *arguments in operations:
+            getattr(self, name)(*arguments)
+
     def clear(self) -> None:
         """Empty the pool."""
         self._has_removed = False
@@ -189,14 +200,10 @@ class LlamaContext:
         with self._shown(sequence, first_position, num_tokens) as size_bytes:
             self.block_format = BlockFormat.learn(bytes(self._read_scratch(size_bytes)), num_tokens)
 
-    def is_whole(self, sequence: int, first_position: int, num_tokens: int) -> bool:
-        """Whether a sequence has all cells of these tokens. Steps do not notice missing ones; those behind a window may be reused."""
-        with self._shown(sequence, first_position, num_tokens) as size_bytes:
-            return size_bytes == self._known_format().size_bytes(num_tokens)
-
     def export_block(self, sequence: int, first_position: int, num_tokens: int) -> bytes:
         """The block's bytes, right after the step that completed it. Raises BlockRefused if the sequence does not have all of its cells."""
-        form = self._known_format()
+        form = self.block_format
+        assert form is not None, "blocks are given out once their form was learned"
         with self._shown(sequence, first_position, num_tokens) as size_bytes:
             if size_bytes != form.size_bytes(num_tokens):
                 raise BlockRefused(f"sequence {sequence} lacks some of {num_tokens} tokens from position {first_position}")
@@ -204,26 +211,20 @@ class LlamaContext:
         form.normalize(payload, first_position, num_tokens)
         return bytes(payload)
 
-    def import_block(self, sequence: int, first_position: int, num_tokens: int, payload: bytes | memoryview) -> None:
+    def import_block(self, sequence: int, first_position: int, num_tokens: int, payload: bytes) -> None:
         """Add a block to a sequence that does not have these positions; it takes `num_tokens` free cells.
 
         Raises BlockRefused, before llama.cpp sees it, if the payload is not a block of these tokens; PoolFull if cells are missing.
         """
         self._check_range(first_position, first_position + num_tokens, sequence)
-        self._known_format().check(payload, first_position, num_tokens)
-        data = ctypes.cast(c_char_p(bytes(payload)), POINTER(c_uint8))  # no copy of what is bytes already
+        assert self.block_format is not None, "blocks are taken in once their form was learned"
+        self.block_format.check(payload, first_position, num_tokens)
         try:
-            if not self._read_into_scratch(data, len(payload)):
+            if not self._write_scratch(payload) and not (self.release_removed() and self._write_scratch(payload)):
                 raise PoolFull(f"no room for a block of {num_tokens} tokens: {self.model.library.take_error()}")
             self._calls.llama_memory_seq_cp(self._memory, self.scratch, sequence, first_position, first_position + num_tokens)
         finally:
             self._calls.llama_memory_seq_rm(self._memory, self.scratch, -1, -1)
-
-    def _read_into_scratch(self, data: Any, size_bytes: int) -> bool:
-        def read() -> bool:
-            return bool(self._calls.llama_state_seq_set_data(self._handle, data, size_bytes, self.scratch) == size_bytes)
-
-        return read() or (self.release_removed() and read())
 
     @contextlib.contextmanager
     def _shown(self, sequence: int, first_position: int, num_tokens: int) -> Iterator[int]:
@@ -235,18 +236,17 @@ class LlamaContext:
         finally:
             self._calls.llama_memory_seq_rm(self._memory, self.scratch, -1, -1)
 
-    def _read_scratch(self, size_bytes: int) -> memoryview:
-        if size_bytes > len(self._exported):
-            self._exported = bytearray(size_bytes)
-        place = ctypes.cast((c_uint8 * size_bytes).from_buffer(self._exported), POINTER(c_uint8))
+    def _read_scratch(self, size_bytes: int) -> bytearray:
+        found = bytearray(size_bytes)
+        place = ctypes.cast((c_uint8 * size_bytes).from_buffer(found), POINTER(c_uint8))
         if self._calls.llama_state_seq_get_data(self._handle, place, size_bytes, self.scratch) != size_bytes:
             raise EngineFailed(f"a block could not be read: {self.model.library.take_error()}")
-        return memoryview(self._exported)[:size_bytes]
+        return found
 
-    def _known_format(self) -> BlockFormat:
-        if self.block_format is None:
-            raise ValueError("the form of this context's blocks was not learned")
-        return self.block_format
+    def _write_scratch(self, payload: bytes) -> bool:
+        """Whether there was room; what is there is replaced."""
+        data = ctypes.cast(c_char_p(payload), POINTER(c_uint8))
+        return bool(self._calls.llama_state_seq_set_data(self._handle, data, len(payload), self.scratch) == len(payload))
 
     def _check_range(self, first_position: int, end_position: int, *sequences: int) -> None:
         if not 0 <= first_position < end_position <= 1 << 30 or not all(0 <= sequence < self.scratch for sequence in sequences):

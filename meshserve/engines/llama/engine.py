@@ -1,7 +1,7 @@
 """The llama engine: what all engines have in common, over a model of llama.cpp."""
 
+from meshserve.engines.claims import Claim, Share
 from meshserve.engines.core.engine import CoreEngine
-from meshserve.engines.llama.claims import Claim, Share
 from meshserve.engines.llama.options import describe, parse_options
 from meshserve.engines.llama.runner import LlamaRunner
 from meshserve.engines.protocol import EngineOptions

@@ -15,7 +15,7 @@ import mmap
 import os
 import platform
 import re
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint8, c_uint32, c_uint64, c_void_p
+from ctypes import POINTER, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint8, c_uint32, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,8 @@ _SIGNATURES: tuple[tuple[Any, list[Any], str], ...] = (
     (None, [c_void_p], "llama_model_free llama_free"),
     (c_void_p, [c_void_p], "llama_model_get_vocab llama_get_memory"),
     (c_bool, [c_void_p], "llama_model_is_recurrent llama_model_is_hybrid llama_model_has_encoder llama_model_has_decoder"),
-    (c_int32, [c_void_p], "llama_model_n_ctx_train llama_model_n_layer llama_model_n_swa"),
-    (c_uint64, [c_void_p], "llama_model_size"),
-    (c_int32, [c_void_p], "llama_vocab_n_tokens llama_vocab_bos llama_vocab_eos"),
-    (c_bool, [c_void_p], "llama_vocab_get_add_bos"),
+    (c_int32, [c_void_p], "llama_model_n_swa llama_vocab_n_tokens"),
     (c_bool, [c_void_p, c_int32], "llama_vocab_is_eog llama_vocab_is_control"),
-    (c_int32, [c_void_p, c_char_p, c_size_t], "llama_model_desc"),
     (c_int32, [c_void_p, c_char_p, c_char_p, c_size_t], "llama_model_meta_val_str"),
     (c_int32, [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool], "llama_tokenize"),
     (c_int32, [c_void_p, c_int32, c_char_p, c_int32, c_int32, c_bool], "llama_token_to_piece"),

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from meshserve.engines.budget import claim_kv_cache
+from meshserve.engines.claims import Claim
 from meshserve.engines.core.scheduler import StepLimits
-from meshserve.engines.llama.claims import Claim, Share
 from meshserve.engines.llama.context import MAX_CELLS
-from meshserve.engines.llama.host import available_bytes, num_engine_threads
 from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers.directory import describe_files
 from meshserve.engines.tokenizers.gguf import GgufFile, model_hash, read_gguf
@@ -17,8 +17,6 @@ from meshserve.errors import StartupFailed, TokenizerFailed, UsageError
 from meshserve.wire.card import ModelCard
 
 BLOCK_TOKENS = 64
-_MOST_CONTEXTS, _MEMORY_SHARE = 8, 4
-"""The KV cache takes the lesser of so many full contexts, and of this part of the memory that is available and not claimed by others."""
 _USUAL_CONTEXT = 4096
 """Of a model that does not say how long its context is."""
 _USUAL_KV_TYPE = "q8_0"
@@ -45,7 +43,7 @@ class LlamaOptions:
     block_size: int = BLOCK_TOKENS
 
 
-def parse_options(options: EngineOptions, claim: Claim | None = None) -> LlamaOptions:
+def parse_options(options: EngineOptions, claim: Claim) -> LlamaOptions:
     """Read the file's header, and claim memory and threads.
 
     Raises UsageError for options that will not do, StartupFailed for a file that will not; nothing is claimed then.
@@ -53,31 +51,34 @@ def parse_options(options: EngineOptions, claim: Claim | None = None) -> LlamaOp
     if not options.model:
         raise UsageError("the engine llama needs --model: a .gguf file, hf:ORG/REPO[:FILE or quantization], or smollm2")
     given = {name: _number(name, text) for name, text in options.options.items()}
-    path, kv_type = Path(options.model), options.kv_type or _USUAL_KV_TYPE
-    gguf = read_gguf(path)
-    bytes_per_token = _kv_bytes_per_token(gguf, kv_type)
-    files = _tokenizer_files(gguf)
     num_slots, max_running = given.get("slots", 63), given.get("max_running", 16)
     if num_slots < 2 * max_running:
         raise UsageError(f"the engine llama's option slots is at least twice max_running, {2 * max_running}, not {num_slots}")
-    card = _card(path, gguf, files, given.get("context_length") or gguf.context_length or _USUAL_CONTEXT)
-
-    def decide(claimed: Share) -> Share:
-        num_blocks = _num_blocks(options.kv_cache_tokens, card.context_length, bytes_per_token, claimed.pending_bytes)
-        return Share(num_blocks * BLOCK_TOKENS * bytes_per_token, given.get("threads") or num_engine_threads(claimed.threads))
-
-    share = (claim or Claim()).make(decide)
-    num_blocks = share.pending_bytes // bytes_per_token // BLOCK_TOKENS
+    if (options.kv_cache_tokens or 0) > MAX_CELLS:
+        raise UsageError(f"--kv-cache-tokens is at most {MAX_CELLS}, not {options.kv_cache_tokens}")
+    path, kv_type = Path(options.model), options.kv_type or _USUAL_KV_TYPE
+    gguf = read_gguf(path)
+    files = _tokenizer_files(gguf)
+    bytes_per_token = _kv_bytes_per_token(gguf, kv_type)
+    card = _card(path, files, given.get("context_length") or gguf.context_length or _USUAL_CONTEXT)
+    num_blocks, num_threads = claim_kv_cache(
+        claim,
+        context_length=card.context_length,
+        bytes_per_token=bytes_per_token,
+        block_size=BLOCK_TOKENS,
+        asked_tokens=options.kv_cache_tokens,
+        asked_threads=given.get("threads"),
+    )
     return LlamaOptions(
         path,
         replace(card, context_length=min(card.context_length, num_blocks * BLOCK_TOKENS)),
-        {described.sha256: files[described.name] for described in describe_files(files)},
+        {described.sha256: files[described.name] for described in card.files},
         len(gguf.metadata["tokenizer.ggml.tokens"]),
         kv_type,
         bytes_per_token,
         num_blocks,
         num_slots,
-        share.threads,
+        num_threads,
         StepLimits(max_running, max_running + BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_TOKENS // 2, BLOCK_TOKENS),
     )
 
@@ -88,17 +89,14 @@ def fair_share(path: Path, num_engines: int) -> tuple[int, int]:
     Raises StartupFailed for a file that will not do.
     """
     gguf, claim = read_gguf(path), Claim()
-    bytes_per_token = _kv_bytes_per_token(gguf, _USUAL_KV_TYPE)
-
-    def decide(claimed: Share) -> Share:
-        num_blocks = _num_blocks(None, gguf.context_length or _USUAL_CONTEXT, bytes_per_token, claimed.pending_bytes)
-        return Share(num_blocks * BLOCK_TOKENS * bytes_per_token, num_engine_threads(claimed.threads))
-
-    share = claim.make(decide)
-    claim.update(None)  # each of them claims its own part
-    return max(2, share.pending_bytes // bytes_per_token // num_engines // BLOCK_TOKENS) * BLOCK_TOKENS, max(
-        1, share.threads // num_engines
+    num_blocks, num_threads = claim_kv_cache(
+        claim,
+        context_length=gguf.context_length or _USUAL_CONTEXT,
+        bytes_per_token=_kv_bytes_per_token(gguf, _USUAL_KV_TYPE),
+        block_size=BLOCK_TOKENS,
     )
+    claim.update(None)  # each of them claims its own part
+    return max(2, num_blocks // num_engines) * BLOCK_TOKENS, max(1, num_threads // num_engines)
 
 
 def _number(name: str, text: str) -> int:
@@ -111,30 +109,7 @@ def _number(name: str, text: str) -> int:
 
 
 def _kv_bytes_per_token(gguf: GgufFile, kv_type: str) -> int:
-    """Of the attention layers that the header tells of; what else a model keeps is small, or is one state a sequence."""
-    width = gguf.number("attention.key_length") + gguf.number("attention.value_length")
-    if not width and gguf.number("attention.head_count"):
-        width = 2 * gguf.number("embedding_length") // gguf.number("attention.head_count")
-    return max(1, round(sum(gguf.kv_heads) * width * _BYTES_PER_VALUE[kv_type]))
-
-
-def _num_blocks(asked_tokens: int | None, context_length: int, bytes_per_token: int, claimed_bytes: int) -> int:
-    available = available_bytes()
-    if asked_tokens is not None:
-        if asked_tokens < 2 * BLOCK_TOKENS:
-            raise UsageError(f"--kv-cache-tokens is at least {2 * BLOCK_TOKENS} for a real model, not {asked_tokens}")
-        if asked_tokens > MAX_CELLS:
-            raise UsageError(f"--kv-cache-tokens is at most {MAX_CELLS}, not {asked_tokens}")
-        if asked_tokens * bytes_per_token > available:  # the system would promise it, and end this process later
-            raise StartupFailed(
-                f"a KV cache of {asked_tokens} tokens takes {asked_tokens * bytes_per_token / 1e9:.1f} GB, and {available / 1e9:.1f} GB of "
-                "memory are available: lower --kv-cache-tokens, or end other programs"
-            )
-        return asked_tokens // BLOCK_TOKENS
-    fitting = max(0, available - claimed_bytes) // _MEMORY_SHARE // bytes_per_token
-    if fitting < 4 * BLOCK_TOKENS:
-        raise StartupFailed(f"there is room for a KV cache of {fitting} tokens only: end other programs, or use a smaller model")
-    return min(_MOST_CONTEXTS * context_length, fitting) // BLOCK_TOKENS
+    return max(1, round(gguf.kv_values_per_token() * _BYTES_PER_VALUE[kv_type]))
 
 
 def _tokenizer_files(gguf: GgufFile) -> dict[str, bytes]:
@@ -146,7 +121,7 @@ def _tokenizer_files(gguf: GgufFile) -> dict[str, bytes]:
         raise StartupFailed(f"{gguf.path}: {error.message}") from error
 
 
-def _card(path: Path, gguf: GgufFile, files: Mapping[str, bytes], context_length: int) -> ModelCard:
+def _card(path: Path, files: Mapping[str, bytes], context_length: int) -> ModelCard:
     settings = TextSettings.of_files(files)
     return ModelCard(
         model=path.stem,

@@ -1,34 +1,34 @@
 """A trial of the handoff at load: blocks out of one sequence and into another must give the same logits, bit for bit."""
 
 from meshserve.engines.llama.context import LlamaContext
-from meshserve.engines.llama.model import LlamaModel
 from meshserve.errors import BlockRefused, EngineFailed, PoolFull
 
 _BLOCK_TOKENS, _NUM_BLOCKS = 4, 3
 _TEXT = "The quick brown fox jumps over the lazy dog, 1234567890 times; and then it rests.\n"
 
 
-def probe(context: LlamaContext, model: LlamaModel, block_size: int = 64) -> str:
+def probe(context: LlamaContext, block_size: int = 64) -> str:
     """Returns "" if blocks of this model can be handed over, else the reason why not. Learns the form of blocks; leaves the pool empty.
 
     The pool must be empty, and have room for 26 tokens and two sequences besides the scratch sequence. The trial's blocks are shorter
     than `block_size`, to cost little.
     """
+    model = context.model
     if model.is_recurrent or model.is_hybrid:
         return f"{model.architecture} has recurrent layers, whose state cannot be cut into blocks"
     if 0 < model.sliding_window < block_size:  # llama.cpp writes only the cells that the token after the block sees
         return f"its sliding window of {model.sliding_window} tokens is shorter than a block of {block_size}"
     try:
-        return _probe(context, model)
+        return _probe(context)
     except (BlockRefused, EngineFailed, PoolFull, ValueError) as error:
         return str(error)
     finally:
         context.clear()
 
 
-def _probe(context: LlamaContext, model: LlamaModel) -> str:
+def _probe(context: LlamaContext) -> str:
     length = _BLOCK_TOKENS * _NUM_BLOCKS
-    text = model.tokenize(_TEXT, False)
+    text = context.model.tokenize(_TEXT)
     tokens = [text[index % len(text)] for index in range(length + 1)]
     for first in range(0, length, _BLOCK_TOKENS):
         end = first + _BLOCK_TOKENS

@@ -3,21 +3,23 @@
 import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from contextlib import closing, contextmanager
+from dataclasses import replace
 
 from meshserve.engines.core.constraint import Constraint, ConstraintCompiler
-from meshserve.engines.core.request import END, EngineRequest, Generation, Prefill
+from meshserve.engines.core.request import EngineRequest, Generation, Prefill
 from meshserve.engines.core.reservation import BlockReservation
 from meshserve.engines.core.runner import StepResult, WriteDone
 from meshserve.engines.core.sampling import Sampler
 from meshserve.engines.core.scheduler import Step
-from meshserve.engines.llama.blocks import layout_fingerprint
+from meshserve.engines.llama.blocks import BlockFormat
 from meshserve.engines.llama.context import LlamaContext
 from meshserve.engines.llama.model import LlamaModel
 from meshserve.engines.llama.options import LlamaOptions
 from meshserve.engines.llama.probe import probe
 from meshserve.engines.llama.slots import Slot, Slots
-from meshserve.engines.llama.worker import EngineThread, Rows, Sample, StepOutput, StepWork, WriteWork
+from meshserve.engines.llama.step import Failure, LlamaStep
+from meshserve.engines.thread import EngineThread
 from meshserve.errors import BlockRefused, InvalidRequest, MeshserveError, PoolFull, Unsupported
 from meshserve.kv.pool import BlockPool
 from meshserve.wire.generation import GenerateRequest, Sampling
@@ -27,23 +29,11 @@ _CLOSE_TIMEOUT_S = 5.0
 _MIXED_STEP_S = 0.1
 _FEWEST_MIXED_TOKENS = 32
 """Beside running sequences a step computes as many prompt tokens as this time allows, at least as many as this number."""
-_RATE_WEIGHT = 0.05
+_RATE_WEIGHT, _LOAD_TOKENS = 0.05, 16
+"""Of a new step in the time that a token takes; as many tokens as the start takes time for, before the first step."""
 _PATIENCE = 4.0
 """A step is overdue once it takes so many times as long as its tokens took so far."""
 _LEAST_PATIENCE_S = 1.0
-
-Failure = tuple[EngineRequest, Exception]
-
-
-@dataclass(slots=True)
-class _InFlight:
-    """What must be known of a step when its result comes."""
-
-    step: Step[EngineRequest]
-    failed: list[Failure]
-    is_sampled: list[bool] = field(default_factory=list)
-    """Of each prefill: whether its prompt ends with this step, and a token follows."""
-    exported: list[tuple[Prefill, int, int]] = field(default_factory=list)
 
 
 class LlamaRunner:
@@ -57,13 +47,15 @@ class LlamaRunner:
         self.shares_prefixes = True
         fingerprint = f"llama/{options.card.model_hash}"
         self.kv_layout = KVLayout(fingerprint, options.block_size, options.kv_bytes_per_token, "the model is not loaded yet")
-        self._thread: EngineThread | None = None
+        self._thread: EngineThread[LlamaContext] | None = None
+        self._block_format: BlockFormat | None = None
+        """What blocks from elsewhere are checked with; None: none are taken."""
         self._slots = Slots(options.num_slots, self.pool, options.block_size)
         self._end_tokens: list[int] = []
         self._compiler: ConstraintCompiler | None = None
         self._on_result: Callable[[StepResult], None] = lambda result: None
         self._on_failure: Callable[[MeshserveError], None] = lambda error: None
-        self._in_flight: _InFlight | None = None
+        self._in_flight: Step[EngineRequest] | None = None
         self._began_s = self._expected_s = 0.0
         self._s_per_token = 0.0
 
@@ -76,38 +68,13 @@ class LlamaRunner:
         await self._thread.start()
         self._slots.can_move = self.shares_prefixes and self.kv_layout.can_hand_over
 
-    def _load(self) -> LlamaContext:
+    @contextmanager
+    def _load(self) -> Iterator[LlamaContext]:
         """In the engine's thread."""
         options = self._options
-        model = LlamaModel(options.path)
-        began_s = time.monotonic()
-        context = self._make_context(model)
-        refusal = probe(context, model, options.block_size)
-        # cells behind a window are reused while their sequence lives: a prefix of it may lack what its next token sees
-        is_cut_anywhere = not 0 < model.sliding_window < options.card.context_length
-        self.shares_prefixes = is_cut_anywhere and not model.is_recurrent and not model.is_hybrid
-        self._end_tokens = [token for token in range(model.vocabulary_size) if model.is_end_of_generation(token)]
-        pieces = model.text_pieces()  # 0.3 s in which, at the first constraint, the event loop would stand still
-        self._compiler = ConstraintCompiler(lambda: pieces, self._end_tokens, lambda text: model.tokenize(text, False))
-        self._s_per_token = max(self._s_per_token, (time.monotonic() - began_s) / 16)
-        fingerprint = self.kv_layout.fingerprint
-        if context.block_format is not None:
-            fingerprint = layout_fingerprint(
-                context.block_format,
-                model_hash=options.card.model_hash,
-                build=model.library.build,
-                type_k=options.kv_type,
-                type_v=options.kv_type,
-                flash_attention=True,
-                block_size=options.block_size,
-            )
-        self.kv_layout = replace(self.kv_layout, fingerprint=fingerprint, refusal=refusal, numerics=model.library.processor_class)
-        return context
-
-    def _make_context(self, model: LlamaModel) -> LlamaContext:
-        options = self._options
-        try:
-            return LlamaContext(
+        with closing(LlamaModel(options.path)) as model:
+            began_s = time.monotonic()
+            context = LlamaContext(
                 model,
                 num_cells=options.num_blocks * options.block_size,
                 num_sequences=options.num_slots + 1,
@@ -116,9 +83,26 @@ class LlamaRunner:
                 num_threads=options.num_threads,
                 kv_type=options.kv_type,
             )
-        except Exception:
-            model.close()
-            raise
+            with closing(context):
+                self._learn(context)
+                self._s_per_token = max(self._s_per_token, (time.monotonic() - began_s) / _LOAD_TOKENS)
+                yield context
+
+    def _learn(self, context: LlamaContext) -> None:
+        """What only the loaded model tells."""
+        options, model, layout = self._options, context.model, self.kv_layout
+        refusal = probe(context, options.block_size)
+        # cells behind a window are reused while their sequence lives: a prefix of it may lack what its next token sees
+        is_cut_anywhere = not 0 < model.sliding_window < options.card.context_length
+        self.shares_prefixes = is_cut_anywhere and not model.is_recurrent and not model.is_hybrid
+        self._end_tokens = model.end_tokens()
+        pieces = model.text_pieces()  # 0.3 s in which, at the first constraint, the event loop would stand still
+        self._compiler = ConstraintCompiler(lambda: pieces, self._end_tokens, model.tokenize)
+        self._block_format = form = context.block_format
+        if form is not None:
+            shared = (options.card.model_hash, model.library.build, options.kv_type, str(options.block_size))
+            layout = replace(layout, fingerprint=form.fingerprint(*shared))
+        self.kv_layout = replace(layout, refusal=refusal, numerics=model.library.processor_class)
 
     async def close(self) -> None:
         """End the thread, and free the context and the model."""
@@ -163,20 +147,22 @@ class LlamaRunner:
         """Send it to the engine's thread."""
         assert self._thread is not None, "steps come after the start"
         self._slots.release_removed()
-        flight = self._in_flight = _InFlight(step, self._open_all(step.admitted))
-        work = StepWork([], Rows())
+        work = LlamaStep(self._open_all(step.admitted))
         for request in step.decodes:
-            self._add(work, request, 1, True)
+            self._slots.extend(request.state, request.blocks)
+            work.add(request, 1, True)
         for request, num_tokens in step.prefills:
-            is_sampled = request.state is not None and request.max_new_tokens > 0 and num_tokens == request.num_pending
-            flight.is_sampled.append(is_sampled)
-            if request.state is not None:
-                self._add(work, request, num_tokens, is_sampled)
-                flight.exported += self._export(work, request, request.num_computed + num_tokens)
+            if request.state is None:  # no slot was left
+                work.add(request, 0, False)
+                continue
+            self._slots.extend(request.state, request.blocks)
+            work.add(request, num_tokens, request.max_new_tokens > 0 and num_tokens == request.num_pending)
+            if isinstance(request, Prefill):
+                work.export(request, request.num_computed + num_tokens, self._options.block_size)
         work.operations = self._slots.take_operations()
-        self._began_s = time.monotonic()
-        self._expected_s = _LEAST_PATIENCE_S + _PATIENCE * self._s_per_token * len(work.rows.tokens)
-        self._thread.submit(work, lambda output: self._finished(flight, output))
+        self._in_flight, self._began_s = step, time.monotonic()
+        self._expected_s = _LEAST_PATIENCE_S + _PATIENCE * self._s_per_token * len(work.tokens)
+        self._thread.submit(work.compute, lambda result: self._finished(step, result))
 
     def _open_all(self, requests: Sequence[EngineRequest]) -> list[Failure]:
         """A sequence may need the slot that holds what another one goes on from: it is opened after that one."""
@@ -188,7 +174,7 @@ class LlamaRunner:
             requests = [request for request, _ in failed]
         return failed
 
-    def _open(self, request: EngineRequest) -> tuple[EngineRequest, Exception] | None:
+    def _open(self, request: EngineRequest) -> Failure | None:
         """A slot for a sequence that is admitted; one whose KV came from elsewhere has it already."""
         slot = request.state
         if isinstance(slot, Slot) and slot.owner is request and list(slot.blocks.values()) == request.blocks:
@@ -200,44 +186,11 @@ class LlamaRunner:
             return request, error
         return None
 
-    def _add(self, work: StepWork, request: EngineRequest, num_tokens: int, is_sampled: bool) -> None:
-        slot: Slot = request.state
-        self._slots.extend(slot, request.blocks)
-        if num_tokens:
-            first = request.num_computed
-            work.rows.add(request.tokens[first : first + num_tokens], first, slot.number, is_sampled)
-        if is_sampled:
-            assert isinstance(request, Generation), "only generations are sampled"
-            work.samplers.append((len(work.rows.tokens) - 1, request.sampler, request.position))
-
-    def _export(self, work: StepWork, request: EngineRequest, num_computed: int) -> Iterator[tuple[Prefill, int, int]]:
-        if isinstance(request, Prefill) and request.state is not None:
-            size = self._options.block_size
-            for index, num_tokens in request.completed_blocks(num_computed, size):
-                work.exports.append((request.state.number, index * size, num_tokens))
-                yield request, index, num_tokens
-
-    def _finished(self, flight: _InFlight, output: StepOutput) -> None:
-        if self._in_flight is not flight:  # given up meanwhile
-            return
-        self._in_flight = None
-        step = flight.step
-        self._learn_rate(step, output.duration_s)
-        result = StepResult([], failed=flight.failed, duration_s=output.duration_s)
-        for (prefill, index, num_tokens), payload in zip(flight.exported, output.payloads, strict=True):
-            if isinstance(payload, Exception):
-                result.failed.append((prefill, payload))
-            else:
-                result.blocks.append((prefill, index, num_tokens, payload))
-        sampled = iter(output.sampled)
-        for request in step.decodes:
-            _take_sample(result, request, next(sampled))
-        for (request, _), is_sampled in zip(step.prefills, flight.is_sampled, strict=True):
-            if is_sampled:
-                _take_sample(result, request, next(sampled))
-            else:
-                result.tokens.append(END)
-        self._on_result(result)
+    def _finished(self, step: Step[EngineRequest], result: StepResult) -> None:
+        if self._in_flight is step:  # else given up meanwhile
+            self._in_flight = None
+            self._learn_rate(step, result.duration_s)
+            self._on_result(result)
 
     def _learn_rate(self, step: Step[EngineRequest], duration_s: float) -> None:
         num_tokens = step.num_prompt_tokens + len(step.decodes)
@@ -259,22 +212,18 @@ class LlamaRunner:
 
     def write_block(self, reservation: BlockReservation, index: int, payload: bytes, on_done: WriteDone) -> None:
         """Check a block now, and have the engine's thread import it. Raises BlockRefused before llama.cpp sees anything of it."""
-        context = self._thread.context if self._thread is not None else None
-        if context is None or context.block_format is None:
+        if self._thread is None or self._block_format is None:
             raise BlockRefused("this engine takes no blocks")
         first, num_tokens = index * self._options.block_size, reservation.tokens_in(index)
-        context.block_format.check(payload, first, num_tokens)
-        work = WriteWork(self._slots.take_operations(), reservation.state.number, first, num_tokens, payload)
-        assert self._thread is not None
-        self._thread.submit(work, on_done)
+        self._block_format.check(payload, first, num_tokens)
+        operations, sequence = self._slots.take_operations(), reservation.state.number
 
+        def write(context: LlamaContext) -> MeshserveError | None:
+            context.operate(operations)
+            try:
+                context.import_block(sequence, first, num_tokens, payload)
+            except MeshserveError as error:
+                return error if isinstance(error, BlockRefused) else BlockRefused(error.message)
+            return None
 
-def _take_sample(result: StepResult, request: EngineRequest, sample: Sample | Exception) -> None:
-    if isinstance(sample, Exception):
-        result.failed.append((request, sample))
-        result.tokens.append(END)
-        return
-    token, logprobs = sample
-    result.tokens.append(token)
-    if logprobs is not None:
-        result.logprobs[request] = logprobs
+        self._thread.submit(write, on_done)

@@ -7,45 +7,13 @@ cells, the least recently used chain goes whole.
 """
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from meshserve.errors import PoolFull
 from meshserve.kv.pool import BlockPool
 
-_ALL_POSITIONS = 1 << 30
-
-
-class Share(NamedTuple):
-    """Make the source's cells of these positions the target's as well."""
-
-    source: int
-    target: int
-    first_position: int
-    end_position: int
-
-
-class Remove(NamedTuple):
-    """Take these positions from a sequence; a cell that no sequence has is free."""
-
-    sequence: int
-    first_position: int
-    end_position: int
-
-
-class Move(NamedTuple):
-    """Put the cells of these positions, which all of these sequences share, after all cells that are in use."""
-
-    sequences: tuple[int, ...]
-    first_position: int
-    num_tokens: int
-
-
-class Release(NamedTuple):
-    """Give the cells that were removed to others from now on."""
-
-
-Operation = Share | Remove | Move | Release
-
+Operation = tuple[Any, ...]
+"""The name of a method of :class:`~meshserve.engines.llama.context.LlamaContext`, and its arguments."""
 _FEWEST_RELEASED, _MOST_REMOVED = 256, 1024
 """Removed cells are released when nothing runs and there are so many; when sequences run, from the larger number on, or an eighth of the
 pool if that is less. More makes every step dearer (5 % a thousand for a model of 135M), fewer moves running sequences more often."""
@@ -119,7 +87,7 @@ class Slots:
         most = min(_MOST_REMOVED, self._pool.num_blocks * self._block_size // 8) if running else _FEWEST_RELEASED
         if self._num_removed < most:
             return
-        self._operations.append(Release())
+        self._operations.append(("release_removed",))
         self._epoch, self._num_removed = self._epoch + 1, 0
         for slot, num_tokens in zip(running, computed, strict=True):
             assert num_tokens is not None
@@ -134,7 +102,7 @@ class Slots:
             if is_moving:
                 self._epochs[block] = self._epoch
                 holders = tuple(holder.number for holder in self._holders[block])
-                self._operations.append(Move(holders, index * size, min(size, num_tokens - index * size)))
+                self._operations.append(("move", holders, index * size, min(size, num_tokens - index * size)))
                 self._num_removed += size
 
     def open(self, owner: Owner, num_prefix_blocks: int) -> Slot:
@@ -179,20 +147,19 @@ class Slots:
         self._epochs.setdefault(block, self._epoch)
 
     def _share(self, source: Slot, target: Slot, index: int) -> None:
-        first = index * self._block_size
+        first, end = index * self._block_size, (index + 1) * self._block_size
         self._hold(target, index, source.blocks[index])
-        last = self._operations[-1] if self._operations else None
-        if isinstance(last, Share) and last[:2] == (source.number, target.number) and last.end_position == first:
-            self._operations[-1] = last._replace(end_position=first + self._block_size)
-        else:
-            self._operations.append(Share(source.number, target.number, first, first + self._block_size))
+        operation = ("share", source.number, target.number)
+        if self._operations and self._operations[-1][:3] == operation and self._operations[-1][4] == first:
+            first = self._operations.pop()[3]  # one call for blocks that follow each other: each looks at all cells
+        self._operations.append((*operation, first, end))
 
     def _remove(self, slot: Slot, index: int) -> None:
         self._num_removed += self._block_size
         if slot.blocks:
-            self._operations.append(Remove(slot.number, index * self._block_size, (index + 1) * self._block_size))
+            self._operations.append(("remove", slot.number, index * self._block_size, (index + 1) * self._block_size))
             return
-        self._operations.append(Remove(slot.number, 0, _ALL_POSITIONS))
+        self._operations.append(("remove", slot.number))
         slot.owner = None
         self._used.pop(slot, None)
         self._free.append(slot)

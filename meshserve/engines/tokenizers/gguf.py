@@ -101,6 +101,13 @@ class GgufFile:
         found = self.metadata.get(f"{self.architecture}.attention.head_count_kv", self.number("attention.head_count"))
         return tuple(found) if isinstance(found, array) else (int(found),) * self.num_layers
 
+    def kv_values_per_token(self) -> int:
+        """Numbers that the KV cache keeps of one token, in all layers. What a layer without attention keeps is not among them."""
+        width = self.number("attention.key_length") + self.number("attention.value_length")
+        if not width and self.number("attention.head_count"):
+            width = 2 * self.number("embedding_length") // self.number("attention.head_count")
+        return sum(self.kv_heads) * width
+
     @property
     def chat_template(self) -> str:
         """Jinja; empty if the model has none."""
