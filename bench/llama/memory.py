@@ -13,7 +13,7 @@ from bench.llama.resident import Resident, resident_of
 from bench.llama.servers import Apart
 from bench.processes import started
 from bench.systems import running
-from meshserve.engines.llama.claims import Claim
+from meshserve.engines.claims import Claim
 from meshserve.engines.llama.options import parse_options
 from meshserve.engines.protocol import EngineOptions
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jsonschema
 
-from meshserve.engines.core.constraint import Constraint, ConstraintCompiler, tokens_of
+from meshserve.engines.constraints.constraint import Constraint, ConstraintCompiler, tokens_of
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
 from tests.engines.dummy_harness import a_request
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshserve.engines.core.constraint import Constraint, ConstraintCompiler
+from meshserve.engines.constraints.constraint import Constraint, ConstraintCompiler
 from meshserve.engines.tokenizers import EOS_TOKEN
 from meshserve.errors import EngineFailed, InvalidRequest
 from tests.engines.constraint_harness import (

@@ -5,10 +5,12 @@ import pytest
 from meshserve.engines.core.rates import StepRates
 from meshserve.engines.core.scheduler import StepLimits
 
+UNLIMITED = StepLimits(2**31, 2**31)
 
-def observed(*steps: tuple[int, int, float], limits: StepLimits | None = None) -> StepRates:
+
+def observed(*steps: tuple[int, int, float], limits: StepLimits = UNLIMITED) -> StepRates:
     """Steps of so many prompt tokens and decodes, which took so many seconds."""
-    rates = StepRates(limits) if limits else StepRates()
+    rates = StepRates(limits)
     for num_prompt_tokens, num_decodes, duration_s in steps:
         rates.observe(num_prompt_tokens, num_decodes, 10, duration_s)
     return rates

@@ -25,6 +25,9 @@ class CoreEngine:
     (`num_generated`) included.
     """
 
+    description = ""
+    """For people, in one line: what the engine takes of its host, if that is much. Complete once :meth:`start` has returned."""
+
     def __init__(self, runner: ModelRunner, clock: Callable[[], float] = time.monotonic) -> None:
         self.runner, self._pool = runner, runner.pool
         self.card: ModelCard = runner.card
@@ -39,11 +42,6 @@ class CoreEngine:
     def kv_layout(self) -> KVLayout:
         """How KV is kept; complete once the engine has started."""
         return self.runner.kv_layout
-
-    @property
-    def description(self) -> str:
-        """Nothing: an engine that takes much of its host says so here."""
-        return ""
 
     async def start(self) -> None:
         """Get ready to compute. Raises StartupFailed; after a failure, or :meth:`close`, it may be called again."""
@@ -107,8 +105,7 @@ class CoreEngine:
         del self._reservations[reservation]
 
     def prefill(self, request_id: str, tokens: "array[int]", first_block: int, sink: PrefillSink) -> None:
-        """Compute the KV of all these tokens and give out the blocks from `first_block` on. Raises as :meth:`generate` does, and
-        Unsupported without handoff."""
+        """Compute these tokens and give out the blocks from `first_block` on. Raises as :meth:`generate`, Unsupported without handoff."""
         self._check_handoff(tokens)
         if first_block < 0:
             raise InvalidRequest(f"there is no block {first_block}", param="first_block")

@@ -15,8 +15,6 @@ were cached but for the last token."""
 _PROMPT_STEP_TOKENS = 8
 """A step with fewer prompt tokens says nothing of how fast a prompt is computed here, for the same reason."""
 
-_UNLIMITED = StepLimits(2**31, 2**31)
-
 
 class Line:
     """y = base + slope x by least squares; a point counts for a third once `memory` others came after it.
@@ -59,11 +57,10 @@ class StepRates:
     """Fits a line through the times of decode steps by blocks held, and one through those of prompts by tokens.
 
     Steps that only compute prompts and steps that decode besides have a line each for :meth:`prefill_s`: small chunks beside streams are
-    slower than what is left of such a step's time when decoding alone is taken from it.
+    slower than what is left of such a step's time when decoding alone is taken from it. `limits` are the engine's own.
     """
 
-    def __init__(self, limits: StepLimits = _UNLIMITED) -> None:
-        """`limits` are the engine's own, looked at whenever they are needed."""
+    def __init__(self, limits: StepLimits) -> None:
         self._limits = limits
         self._decodes, self._prefills = Line(is_flat=True), Line()
         self._alone, self._beside = Line(), Line()

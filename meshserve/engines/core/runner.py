@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from meshserve.engines.core.request import EngineRequest, Generation, Prefill
-from meshserve.engines.core.reservation import BlockReservation
-from meshserve.engines.core.reservation import WriteDone as WriteDone
+from meshserve.engines.core.reservation import BlockReservation, WriteDone
 from meshserve.engines.core.scheduler import Step, StepLimits
 from meshserve.errors import MeshserveError
 from meshserve.kv.pool import BlockPool

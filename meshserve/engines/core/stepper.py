@@ -8,12 +8,11 @@ from typing import Any
 from meshserve.engines.core.rates import StepRates
 from meshserve.engines.core.request import END, EngineRequest, Generation, Prefill
 from meshserve.engines.core.runner import ModelRunner, StepResult
-from meshserve.engines.core.scheduler import Outcome, Scheduler, Stage, Step
+from meshserve.engines.core.scheduler import Outcome, Scheduler, Step
 from meshserve.engines.protocol import BlockListener
 from meshserve.errors import EngineFailed, InvalidRequest, MeshserveError
 
 _log = logging.getLogger(__name__)
-_ENDED = Stage.ENDED  # as in the scheduler
 
 HANGS_AFTER_S = 1.5
 """A step that is overdue by as much, and still is after as long again while this process runs, hangs: the engine has failed."""
@@ -175,17 +174,14 @@ class Stepper:
                 if token != END and request.is_live:
                     request.tokens.append(token)
                     request.sink.on_tokens([token], [logprobs[request]] if logprobs and request in logprobs else None)
-                    if request.stage is not _ENDED:
+                    if request.num_generated < request.max_new_tokens:
                         continue
                 if request.is_live:
-                    self._finish(request, "stop" if token == END else "length", now)
+                    self.end(request)
+                    self.rates.finished(request.num_generated)
+                    request.sink.on_finish("stop" if token == END else "length", request.stats(now))
             except Exception as exc:
                 self._end_in_error(request, exc)
-
-    def _finish(self, request: Generation, reason: str, now: float) -> None:
-        self.end(request)
-        self.rates.finished(request.num_generated)
-        request.sink.on_finish(reason, request.stats(now))
 
     def _tell(self, prefill: Prefill, call: Callable[..., None], *arguments: Any) -> None:
         try:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 
-from meshserve.engines.core.constraint import Constraint, ConstraintCompiler, tokens_of
-from meshserve.engines.core.schemas import property_names
+from meshserve.engines.constraints.constraint import Constraint, ConstraintCompiler, tokens_of
+from meshserve.engines.constraints.schemas import property_names
 from meshserve.engines.dummy.outline import BLANK, CLOSERS, LETTERS, OPENERS, QUOTE, Outline
 from meshserve.engines.dummy.vocabulary import OWN_VOCABULARY, VocabularyMap
 from meshserve.engines.tokenizers import EOS_TOKEN, WORD_RANGES

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from meshserve.engines.core.request import END, EngineRequest, Generation, Prefill
-from meshserve.engines.core.reservation import BlockReservation
-from meshserve.engines.core.runner import StepResult, WriteDone
+from meshserve.engines.core.reservation import BlockReservation, WriteDone
+from meshserve.engines.core.runner import StepResult
 from meshserve.engines.core.scheduler import Stage, Step, StepLimits
 from meshserve.engines.dummy.constrained import constrained_output
 from meshserve.engines.dummy.contents import Cursor, KVContents

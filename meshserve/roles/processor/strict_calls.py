@@ -7,7 +7,7 @@ cases, and a hostile schema is bounded in the same way.
 import json
 from typing import Any
 
-from meshserve.engines.core.constraint import ConstraintCompiler
+from meshserve.engines.constraints.constraint import ConstraintCompiler
 from meshserve.errors import InvalidRequest
 from meshserve.roles.processor.call_formats import Accepts
 from meshserve.roles.processor.calling import Json, call_schema, strict_tools_of

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import compress, count
 from typing import Any
 
-from meshserve.engines.core.schemas import PARAM, checked_schema
+from meshserve.engines.constraints.schemas import PARAM, checked_schema
 from meshserve.errors import EngineFailed, InvalidRequest, MeshserveError, Unsupported
 
 _MOST_COMPILED = 32
