@@ -33,7 +33,7 @@ class Size:
 
 def batching(path: Path, size: Size, num_clients: int) -> dict[str, Any]:
     """One server on core 0, the client on core 1: 64 tokens in, 64 out, closed loop."""
-    cells = max(512, 256 * num_clients)  # twice what the clients' sequences take
+    cells = max(512, 192 * num_clients)  # half more than the clients' sequences take
     theirs, ours = Theirs(path, 0, num_slots=num_clients, num_cells=cells), Ours(path, 0, None, num_cells=cells)
     found: dict[str, list[Any]] = {"theirs": [], "ours": []}
     with running([theirs, ours]):
@@ -142,17 +142,18 @@ def _rounded(found: Interference) -> dict[str, float]:
 
 
 def long_prompt(path: Path, size: Size) -> dict[str, Any]:
-    """One prompt of 2,000 tokens on one core: time to the first token, against theirs at its defaults (f16 KV)."""
-    theirs, ours = Theirs(path, 0, num_slots=1, num_cells=4096, kv_type="f16"), Ours(path, 0, None, num_cells=4096)
-    rng = random.Random(7)
-    times: dict[str, list[float]] = {"theirs": [], "ours": []}
-    with running([theirs, ours]):
+    """One prompt of 2,000 tokens on one core: time to the first token, against theirs at its defaults (f16 KV), and at our KV type."""
+    theirs = {f"theirs_{kv_type}": Theirs(path, 0, num_slots=1, num_cells=4096, kv_type=kv_type) for kv_type in ("f16", "q8_0")}
+    systems: dict[str, Theirs | Ours] = {**theirs, "ours": Ours(path, 0, None, num_cells=4096)}
+    rng, times = random.Random(7), {name: list[float]() for name in systems}
+    with running(list(systems.values())):
         for pair in range(max(2, size.pairs // 2)):
-            turns = [("theirs", theirs), ("ours", ours)]
+            turns = list(systems.items())
             for name, system in turns if pair % 2 else turns[::-1]:
                 times[name].append(asyncio.run(complete(system.url, system.model, random_prompt(2000, rng), 2)).ttft_s)
-    ratio = ratio_of(times["ours"], times["theirs"]).to_dict()
-    return {"ttft": ratio, "ttft_ms": {name: round(median(found) * 1000) for name, found in times.items()}, "command": theirs.command}
+    ratios = {name: ratio_of(times["ours"], times[name]).to_dict() for name in theirs}
+    commands = [system.command for system in systems.values()]
+    return {"ttft": ratios, "ttft_ms": {name: round(median(found) * 1000) for name, found in times.items()}, "commands": commands}
 
 
 def second_turn(path: Path, size: Size) -> dict[str, Any]:
