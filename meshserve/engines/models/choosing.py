@@ -4,8 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from meshserve.engines.models.specs import SUFFIX
-from meshserve.engines.tokenizers.gguf import PART
+from meshserve.engines.models.specs import PART, SUFFIX
 from meshserve.errors import UsageError
 
 DEFAULT_ORDER = ("Q4_K_M", "Q4_0", "Q4_1", "Q8_0", "Q5_K_M", "Q4_K_S", "Q6_K", "IQ4_XS", "IQ4_NL", "MXFP4", "Q3_K_M", "F16", "BF16")

@@ -8,8 +8,7 @@ from pathlib import Path
 from meshserve.engines.models.directories import Say
 from meshserve.engines.models.hub import fetch_from_hub
 from meshserve.engines.models.packaged import fetch_packaged
-from meshserve.engines.models.specs import HUB_PREFIX, SHORT_NAMES, SUFFIX
-from meshserve.engines.tokenizers.gguf import PART
+from meshserve.engines.models.specs import HUB_PREFIX, PART, SHORT_NAMES, SUFFIX
 from meshserve.errors import StartupFailed, UsageError
 
 _MAX_NAMED = 5

@@ -1,9 +1,12 @@
 """What `--model SPEC` may say. Pure, and light: every worker asks it."""
 
+import re
 from dataclasses import dataclass
 
 HUB_PREFIX = "hf:"
 SUFFIX = ".gguf"
+PART = re.compile(r"-(\d{5})-of-(\d{5})$")
+"""How the name of one of a model's several files ends, before the suffix: by these names llama.cpp finds the others."""
 
 
 @dataclass(frozen=True, slots=True)

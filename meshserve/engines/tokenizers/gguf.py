@@ -2,7 +2,6 @@
 
 import mmap
 import os
-import re
 import struct
 import sys
 from array import array
@@ -14,6 +13,7 @@ from typing import Any, overload
 
 import xxhash
 
+from meshserve.engines.models.specs import PART
 from meshserve.errors import StartupFailed
 
 _MAGIC = b"GGUF"
@@ -24,8 +24,6 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 """Struct format of each value type that is a number or a truth value."""
 _MAX_STRING_BYTES, _MAX_DIMENSIONS, _MAX_ALIGNMENT = 1 << 26, 8, 1 << 16
 _READ_BYTES = 1 << 22
-PART = re.compile(r"-(\d{5})-of-(\d{5})$")
-"""How the name of one of a model's several files ends, before `.gguf`: by these names llama.cpp finds the others."""
 _MOST_PARTS = 99_999
 _BYTES_OF_BLOCKS: dict[int, dict[int, int]] = {
     1: {0: 4, 1: 2, 24: 1, 25: 2, 26: 4, 27: 8, 28: 8, 30: 2},
