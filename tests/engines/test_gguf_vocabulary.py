@@ -61,7 +61,14 @@ class Pair:
             assert self.ours.token_bytes(token) == self.theirs.piece(token)
 
 
-@pytest.fixture(scope="module", params=sorted(SPLITS))
+USUAL_SPLITS = ("default", "llama-bpe", "qwen2", "smollm")
+"""Those of most models; the others take two minutes, and change with the library only."""
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name in USUAL_SPLITS else pytest.mark.full) for name in sorted(SPLITS)],
+)
 def split(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     metadata = byte_level(request.param, SPECIAL, add_bos_token=True)
     size = len(metadata["tokenizer.ggml.tokens"])
