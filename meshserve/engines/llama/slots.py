@@ -88,10 +88,11 @@ class Slots:
         if self._num_removed < most:
             return
         self._operations.append(("release_removed",))
-        self._epoch, self._num_removed = self._epoch + 1, 0
+        self._epoch += 1
         for slot, num_tokens in zip(running, computed, strict=True):
             assert num_tokens is not None
             self._bring_forward(slot, -(-num_tokens // self._block_size), num_tokens)
+        self._num_removed = 0  # what was just moved is not counted, or sequences that hold more than the bound would move in every step
 
     def _bring_forward(self, slot: Slot, num_blocks: int, num_tokens: int) -> None:
         """Move those of the slot's first blocks, which hold so many tokens, that are of an earlier time, and all that follow these."""
