@@ -88,7 +88,8 @@ def write_file(path: Path, model: TinyModel, tensors: dict[str, np.ndarray[Any, 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray[Any, Any]) -> None:
     part = name.split(".")[-2]
-    can_quantize = part.startswith(("attn_", "ffn_", "token_embd", "output")) and "norm" not in part and part != "ffn_gate_inp"
+    is_matrix = part.startswith(("attn_", "ffn_", "token_embd", "output")) or part in ("in_proj", "out_proj", "ssm_in", "ssm_out")
+    can_quantize = is_matrix and "norm" not in part and part != "ffn_gate_inp"
     if can_quantize and values.ndim > 1 and values.shape[-1] % 32 == 0:
         kind = gguf.GGMLQuantizationType.Q8_0
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)

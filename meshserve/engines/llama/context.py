@@ -163,7 +163,7 @@ class LlamaContext:
     def remove(self, sequence: int, first_position: int = 0, end_position: int = 1 << 30) -> bool:
         """Take these positions from a sequence; a cell that no sequence has is free. False: nothing was done, as a state has no parts."""
         self._check_range(first_position, end_position, sequence)
-        if self.block_format is not None and not self.model.sliding_window:
+        if self.block_format is not None and not self.model.sliding_window and not self.model.has_state:
             # a copy of a recurrent state would be all of it, and behind a window cells are taken again whoever has them
             self._calls.llama_memory_seq_cp(self._memory, sequence, self._removed, first_position, end_position)
             self._has_removed = True

@@ -1,4 +1,4 @@
-"""A trial of the handoff at load: blocks out of one sequence and into another must give the same logits, bit for bit."""
+"""A trial of the handoff at load: blocks, or a state, out of one sequence and into another must give the same logits, bit for bit."""
 
 from meshserve.engines.llama.context import LlamaContext
 from meshserve.errors import BlockRefused, EngineFailed, PoolFull
@@ -13,11 +13,11 @@ def probe(context: LlamaContext, block_size: int = 64) -> str:
     The pool must be empty, and have room for 26 tokens and two sequences besides the scratch sequence. The trial's blocks are shorter
     than `block_size`, to cost little.
     """
-    model = context.model
-    if model.is_recurrent or model.is_hybrid:
-        return f"{model.architecture} has recurrent layers, whose state cannot be cut into blocks"
-    if 0 < model.sliding_window < block_size:  # llama.cpp writes only the cells that the token after the block sees
-        return f"its sliding window of {model.sliding_window} tokens is shorter than a block of {block_size}"
+    window = context.model.sliding_window
+    if 0 < window < block_size:  # llama.cpp writes only the cells that the token after the block sees
+        return f"its sliding window of {window} tokens is shorter than a block of {block_size}"
+    if window and context.model.has_state:  # when a prompt ends, the cells of its beginning may be others'
+        return "it has both a sliding window and recurrent layers"
     try:
         return _probe(context)
     except (BlockRefused, EngineFailed, PoolFull, ValueError) as error:
@@ -34,9 +34,13 @@ def _probe(context: LlamaContext) -> str:
         end = first + _BLOCK_TOKENS
         if not context.decode(tokens[first:end], range(first, end), [0] * _BLOCK_TOKENS, [False] * _BLOCK_TOKENS):
             return "the pool is too small to try it"
-        if not first:
-            context.learn_blocks(0, 0, _BLOCK_TOKENS)
-        context.import_block(1, first, _BLOCK_TOKENS, context.export_block(0, first, _BLOCK_TOKENS))
+        if context.model.has_state:
+            if end < length:
+                continue
+            first = 0  # a state is handed over whole, after the last token
+        if context.block_format is None:
+            context.learn_blocks(0, first, end - first)
+        context.import_block(1, first, end - first, context.export_block(0, first, end - first))
     found = []
     for sequence in (0, 1):
         if not context.decode([tokens[length]], [length], [sequence], [True]):
