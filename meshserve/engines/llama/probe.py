@@ -10,6 +10,9 @@ _TEXT = "The quick brown fox jumps over the lazy dog, 1234567890 times; and then
 def probe(context: LlamaContext, block_size: int = 64) -> str:
     """Returns "" if blocks of this model can be handed over, else the reason why not. Learns the form of blocks; leaves the pool empty.
 
+    If blocks can be handed over, removed cells are kept from others from then on, as sequences can be moved out of the way of those that
+    are released; but not with a sliding window, behind which cells are taken again whoever has them.
+
     The pool must be empty, and have room for 26 tokens and two sequences besides the scratch sequence. The trial's blocks are shorter
     than `block_size`, to cost little.
     """
@@ -19,7 +22,9 @@ def probe(context: LlamaContext, block_size: int = 64) -> str:
     if window and context.model.has_state:  # when a prompt ends, the cells of its beginning may be others'
         return "it has both a sliding window and recurrent layers"
     try:
-        return _probe(context)
+        refusal = _probe(context)
+        context.keeps_removed = not refusal and not window
+        return refusal
     except (BlockRefused, EngineFailed, PoolFull, ValueError) as error:
         return str(error)
     finally:

@@ -71,7 +71,6 @@ class LlamaRunner:
         self._slots = Slots(self._options.num_slots, self.pool, self._options.block_size)
         self._thread = EngineThread(self._load, self._on_failure)
         await self._thread.start()
-        self._slots.can_move = self.shares_prefixes and self.kv_layout.can_hand_over
 
     @contextmanager
     def _load(self) -> Iterator[LlamaContext]:
@@ -100,6 +99,7 @@ class LlamaRunner:
         # cells behind a window are reused while their sequence lives: a prefix of it may lack what its next token sees
         is_cut_anywhere = not 0 < model.sliding_window < options.card.context_length
         self.shares_prefixes, self._has_state = is_cut_anywhere and not model.has_state, model.has_state
+        self._slots.can_move, self._slots.moves_whole = context.keeps_removed, model.has_state
         self._end_tokens = model.end_tokens()
         pieces = model.text_pieces()  # 0.3 s in which, at the first constraint, the event loop would stand still
         self._compiler = ConstraintCompiler(lambda: pieces, self._end_tokens, model.tokenize)
