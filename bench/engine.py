@@ -4,6 +4,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 
 from meshserve.engines.core.rates import StepRates
+from meshserve.engines.core.scheduler import StepLimits
 from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, GenerationSink, PrefillSink, Reservation
 from meshserve.errors import BlockRefused, MeshserveError, Unsupported
 from meshserve.wire.card import ModelCard
@@ -63,7 +64,7 @@ class BenchEngine:
     description = ""
 
     def __init__(self, layout: KVLayout, on_prefill: Callable[[str], None] = lambda request_id: None) -> None:
-        self.card, self.kv_layout, self.rates, self._on_prefill = CARD, layout, StepRates(), on_prefill
+        self.card, self.kv_layout, self.rates, self._on_prefill = CARD, layout, StepRates(StepLimits(1, 1)), on_prefill
         self.files: Mapping[str, bytes] = {}
         self.on_failure: Callable[[MeshserveError], None] = lambda error: None
         size_bytes = layout.block_bytes

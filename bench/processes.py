@@ -1,6 +1,7 @@
 """Peers in processes of their own, for benchmarks: started, asked over a pipe, ended."""
 
 import asyncio
+import contextlib
 import multiprocessing
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -47,10 +48,12 @@ def started(target: Callable[..., None], *args: Any) -> Iterator[Connection]:
     near, far = spawn.Pipe()
     process = spawn.Process(target=target, args=(far, *args), daemon=True)
     process.start()
+    far.close()  # else the end of the process would not be seen from here
     try:
         yield near
     finally:
-        near.send(None)
+        with contextlib.suppress(OSError):
+            near.send(None)
         process.join(5)
         if process.is_alive():
             process.kill()

@@ -5,7 +5,8 @@
 # bytes are a function of the tokens: hash them to compare two caches, or cut them at a multiple of a cell's size to get a prefix.
 #
 # What happens: cells are written in the order in which they lie in the pool. If another sequence has left a hole, new tokens fill the
-# hole, and the state has later positions before earlier ones. Logits are bit-equal and lengths too; the bytes are not.
+# hole, and the state has later positions before earlier ones. Lengths are equal, and with these two layers even the logits; the bytes are
+# not.
 #
 # Why it matters: this shows only in a pool that several users share, so in no test with one sequence. Hash and compare a block only after
 # import and export through an empty place, or by tokens; never cut a blob.

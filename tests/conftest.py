@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.harness import Lan, wait_until
 from tests.harness.leaks import inventory, left_since, prepare
@@ -14,8 +15,10 @@ LEAVE_S = 2.0
 
 
 def pytest_configure() -> None:
-    """Start what lasts as long as the process before any test is compared with it."""
+    """Start what lasts as long as the process before any test is compared with it. Examples of laws may take as long as they take."""
     prepare()
+    settings.register_profile("unhurried", settings(), deadline=None)
+    settings.load_profile("unhurried")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

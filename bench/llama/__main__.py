@@ -18,13 +18,20 @@ from meshserve.engines.models.resolving import resolve
 @click.option("--model", default="smollm2", show_default=True)
 @click.option("--pairs", default=10, show_default=True, help="Alternations of each row that has them.")
 @click.option("--minutes", default=5.0, show_default=True, help="Of the row `separation`.")
+@click.option(
+    "--prompt-every",
+    default=5.0,
+    show_default=True,
+    type=click.FloatRange(min=0.1),
+    help="Seconds from one long prompt of the row `separation` to the next. On a slow machine 5 is more than it can compute.",
+)
 @click.argument("rows", nargs=-1, type=click.Choice(list(ROWS)))
-def main(as_json: bool, model: str, pairs: int, minutes: float, rows: tuple[str, ...]) -> None:
+def main(as_json: bool, model: str, pairs: int, minutes: float, prompt_every: float, rows: tuple[str, ...]) -> None:
     """All rows, or those that are named."""
     source = resolve(model, lambda line: click.echo(line, err=True))
     found: dict[str, Any] = {}
     for name in rows or ROWS:
-        found[name] = ROWS[name](Path(source.path), Size(pairs, minutes))
+        found[name] = ROWS[name](Path(source.path), Size(pairs, minutes, prompt_every))
         figures = {key: value for key, value in found[name].items() if not key.startswith("command")}
         click.echo(f"{name}: {json.dumps(figures)}", err=as_json)
     if as_json:

@@ -3,12 +3,16 @@
 import asyncio
 import json
 import random
+import socket
 import time
 from dataclasses import dataclass, field
 from statistics import median
+from typing import Any
 from urllib.parse import urlsplit
 
 REQUEST_TIMEOUT_S = 600.0
+_MOST_LINE_BYTES = 2**20
+"""A receipt is one line."""
 
 
 @dataclass(slots=True)
@@ -18,6 +22,8 @@ class Answer:
     asked_s: float
     num_tokens: int
     piece_s: list[float] = field(default_factory=list)
+    receipt: dict[str, Any] = field(default_factory=dict)
+    """Where one was asked for."""
 
     @property
     def ttft_s(self) -> float:
@@ -40,10 +46,15 @@ def random_prompt(num_tokens: int, rng: random.Random) -> list[int]:
     return [rng.randrange(300, 40_000) for _ in range(num_tokens)]
 
 
-async def complete(url: str, model: str, prompt: list[int], max_tokens: int) -> Answer:
-    """One streamed completion, greedy, of exactly `max_tokens` tokens. Raises RuntimeError for anything but a whole answer."""
+async def complete(
+    url: str, model: str, prompt: list[int], max_tokens: int, *, with_receipt: bool = False, connected: socket.socket | None = None
+) -> Answer:
+    """One streamed completion, greedy, of exactly `max_tokens` tokens. Raises RuntimeError for anything but a whole answer.
+
+    `connected` is a connection to the server that is there already, as from another host; it is closed.
+    """
     parts = urlsplit(url)
-    body = {
+    body: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
         "max_tokens": max_tokens,
@@ -52,10 +63,15 @@ async def complete(url: str, model: str, prompt: list[int], max_tokens: int) -> 
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if with_receipt:
+        body["meshserve"] = {"receipt": True}
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {parts.netloc}\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
     async with asyncio.timeout(REQUEST_TIMEOUT_S):
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        if connected is None:
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=_MOST_LINE_BYTES)
+        else:
+            reader, writer = await asyncio.open_connection(sock=connected, limit=_MOST_LINE_BYTES)
         try:
             answer = Answer(time.monotonic(), 0)
             writer.write(head.encode() + data)
@@ -77,7 +93,9 @@ def _take(answer: Answer, event: dict[str, object]) -> None:
     if "error" in event:
         raise RuntimeError(str(event["error"]))
     now_s = time.monotonic()
-    choices = event.get("choices")
+    choices, receipt = event.get("choices"), event.get("meshserve")
+    if isinstance(receipt, dict):
+        answer.receipt = receipt
     if isinstance(choices, list) and choices and choices[0].get("text"):
         answer.piece_s.append(now_s)
     usage = event.get("usage")

@@ -10,6 +10,8 @@ from statistics import mean, median
 from typing import Any
 
 from bench.llama.client import Answer, closed_loop, complete, random_prompt
+from bench.llama.handoff import handoff_1gbit
+from bench.llama.memory import decode_memory
 from bench.llama.servers import Ours, Theirs
 from bench.pairing import ratio_of
 from bench.systems import running
@@ -23,13 +25,15 @@ class Size:
 
     pairs: int = 10
     minutes: float = 5.0
+    prompt_every_s: float = 5.0
+    """Of the row `separation`: from one long prompt to the next."""
     batches: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     """`n_batch` settings of their server, of which the best one counts."""
 
 
 def batching(path: Path, size: Size, num_clients: int) -> dict[str, Any]:
     """One server on core 0, the client on core 1: 64 tokens in, 64 out, closed loop."""
-    cells = max(512, 256 * num_clients)  # twice what the clients' sequences take
+    cells = max(512, 192 * num_clients)  # half more than the clients' sequences take
     theirs, ours = Theirs(path, 0, num_slots=num_clients, num_cells=cells), Ours(path, 0, None, num_cells=cells)
     found: dict[str, list[Any]] = {"theirs": [], "ours": []}
     with running([theirs, ours]):
@@ -58,8 +62,8 @@ class Interference:
     """Of the long prompts."""
 
 
-async def interference(urls: list[str], model: str, duration_s: float, seed: int) -> Interference:
-    """Four streams of 64 tokens in and 1,024 out, again and again, and a 300-token prompt (16 out) every 5 s; servers take turns."""
+async def interference(urls: list[str], model: str, duration_s: float, prompt_every_s: float, seed: int) -> Interference:
+    """Four streams of 64 tokens in and 1,024 out, again and again, and 300-token prompts (16 out) between; servers take turns."""
     rng, ends_s, turn = random.Random(seed), time.monotonic() + duration_s, 0
     streams: list[Answer] = []
     prompts: list[Answer] = []
@@ -77,7 +81,7 @@ async def interference(urls: list[str], model: str, duration_s: float, seed: int
         pending = []
         while time.monotonic() < ends_s:
             pending.append(asyncio.create_task(complete(next_url(), model, random_prompt(300, rng), 16)))
-            await asyncio.sleep(WINDOW_S)
+            await asyncio.sleep(prompt_every_s)
         prompts.extend(await asyncio.gather(*pending))
 
     began_s = time.monotonic()
@@ -103,10 +107,10 @@ def _interference_of(streams: list[Answer], prompts: list[Answer], began_s: floa
 
 def separation(path: Path, size: Size) -> dict[str, Any]:
     """Two machines of one core: prefill and decode apart, against two servers taken in turn, at several batch sizes."""
-    cells, duration_s = 8192, size.minutes * 60
+    cells, duration_s, every_s = 8192, size.minutes * 60, size.prompt_every_s
     ours = Ours(path, 0, 1, num_cells=cells)
     with running([ours]):
-        own = asyncio.run(interference([ours.url], ours.model, duration_s, 1))
+        own = asyncio.run(interference([ours.url], ours.model, duration_s, every_s, 1))
     found: dict[str, Interference] = {}
     commands = [ours.command]
     for batch in (None, *size.batches):
@@ -114,13 +118,14 @@ def separation(path: Path, size: Size) -> dict[str, Any]:
         commands.append(pair[0].command)
         with running(pair):
             seconds = duration_s if batch is None else min(duration_s, 60.0)
-            found[str(batch or "default")] = asyncio.run(interference([server.url for server in pair], "llama", seconds, 1))
+            found[str(batch or "default")] = asyncio.run(interference([server.url for server in pair], "llama", seconds, every_s, 1))
     default = found["default"]
     best = min(
         (name for name, figures in found.items() if figures.ttft_mean_ms <= 1.3 * default.ttft_mean_ms),
         key=lambda name: found[name].longest_gap_ms,
     )
     return {
+        "prompt_every_s": every_s,
         "ours": _rounded(own),
         "theirs": {name: _rounded(figures) for name, figures in found.items()},
         "best": best,
@@ -137,17 +142,18 @@ def _rounded(found: Interference) -> dict[str, float]:
 
 
 def long_prompt(path: Path, size: Size) -> dict[str, Any]:
-    """One prompt of 2,000 tokens on one core: time to the first token, against theirs at its defaults (f16 KV)."""
-    theirs, ours = Theirs(path, 0, num_slots=1, num_cells=4096, kv_type="f16"), Ours(path, 0, None, num_cells=4096)
-    rng = random.Random(7)
-    times: dict[str, list[float]] = {"theirs": [], "ours": []}
-    with running([theirs, ours]):
+    """One prompt of 2,000 tokens on one core: time to the first token, against theirs at its defaults (f16 KV), and at our KV type."""
+    theirs = {f"theirs_{kv_type}": Theirs(path, 0, num_slots=1, num_cells=4096, kv_type=kv_type) for kv_type in ("f16", "q8_0")}
+    systems: dict[str, Theirs | Ours] = {**theirs, "ours": Ours(path, 0, None, num_cells=4096)}
+    rng, times = random.Random(7), {name: list[float]() for name in systems}
+    with running(list(systems.values())):
         for pair in range(max(2, size.pairs // 2)):
-            turns = [("theirs", theirs), ("ours", ours)]
+            turns = list(systems.items())
             for name, system in turns if pair % 2 else turns[::-1]:
                 times[name].append(asyncio.run(complete(system.url, system.model, random_prompt(2000, rng), 2)).ttft_s)
-    ratio = ratio_of(times["ours"], times["theirs"]).to_dict()
-    return {"ttft": ratio, "ttft_ms": {name: round(median(found) * 1000) for name, found in times.items()}, "command": theirs.command}
+    ratios = {name: ratio_of(times["ours"], times[name]).to_dict() for name in theirs}
+    commands = [system.command for system in systems.values()]
+    return {"ttft": ratios, "ttft_ms": {name: round(median(found) * 1000) for name, found in times.items()}, "commands": commands}
 
 
 def second_turn(path: Path, size: Size) -> dict[str, Any]:
@@ -167,4 +173,6 @@ ROWS: dict[str, Callable[[Path, Size], dict[str, Any]]] = {
     "separation": separation,
     "long_prompt": long_prompt,
     "second_turn": second_turn,
+    "handoff_1gbit": lambda path, size: handoff_1gbit(path, size.pairs),
+    "decode_memory": lambda path, size: decode_memory(path),
 }

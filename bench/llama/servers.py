@@ -1,12 +1,15 @@
 """The two servers, each pinned to cores of its own, with one thread for the model."""
 
+import json
 import os
 import sys
+import time
+import urllib.request
 from pathlib import Path
 
 import click
 
-from bench.systems import System, free_ports
+from bench.systems import READY_TIMEOUT_S, System, free_ports
 
 
 class _RealSystem(System):
@@ -47,7 +50,7 @@ class Ours(_RealSystem):
         super().__init__(0.0)
         self.model = path.stem
         self.prefill_core, (first, second) = prefill_core, free_port_blocks()
-        engine = ["--model", str(path), "--kv-cache-tokens", str(num_cells), "--kv-type", kv_type, "--engine-opt", "threads=1"]
+        engine = engine_options(path, num_cells, kv_type)
         common = ["--interface", "127.0.0.1", "--no-mdns", "--mesh", f"bench-llama-{os.getpid()}-{first}"]
         run = [sys.executable, "-m", "meshserve", "run"]
         front = ["--role", "frontend,processor,router,decode", "--port", str(first), "--http", f"127.0.0.1:{self.http}"]
@@ -65,6 +68,54 @@ class Ours(_RealSystem):
         """One process, or two."""
         for command in self.commands:
             self.spawn(command)
+
+
+class Apart(_RealSystem):
+    """meshserve in three processes: frontend with processor and router, a decode peer, a prefill peer. None has a core of its own."""
+
+    name = "meshserve apart"
+
+    def __init__(self, path: Path, *, num_cells: int) -> None:
+        super().__init__(0.0)
+        self.model = path.stem
+        port = free_ports(4)[0]
+        run = [sys.executable, "-m", "meshserve", "run", "--interface", "127.0.0.1", "--no-mdns", "--mesh", f"bench-llama-{self.http}"]
+        worker = [*run, "--peer", f"127.0.0.1:{port}", *engine_options(path, num_cells)]
+        front = ["--role", "frontend,processor,router", "--port", str(port), "--http", f"127.0.0.1:{self.http}"]
+        self.commands = [[*run, *front], [*worker, "--role", "decode"], [*worker, "--role", "prefill"]]
+
+    @property
+    def command(self) -> list[str]:
+        """All processes, as one line for people."""
+        return [part for command in self.commands for part in ("&", *command)][1:]
+
+    @property
+    def decode_pid(self) -> int:
+        """The process of the decode peer, once it was started."""
+        return self._processes[1].pid
+
+    def launch(self) -> None:
+        """Three processes."""
+        for command in self.commands:
+            self.spawn(command)
+
+    def check(self) -> None:
+        """That all peers reach each other. Raises ClickException."""
+        super().check()
+        deadline_s, count = time.monotonic() + READY_TIMEOUT_S, len(self.commands)
+        while True:
+            with urllib.request.urlopen(f"{self.url}/mesh/peers", timeout=READY_TIMEOUT_S) as response:
+                peers = json.loads(response.read())
+            if len(peers) == count and all(peer["num_reached"] == count - 1 for peer in peers):
+                return
+            if time.monotonic() > deadline_s:
+                raise click.ClickException(f"{self.name}: {len(peers)} of {count} peers have met")
+            time.sleep(0.1)
+
+
+def engine_options(path: Path, num_cells: int, kv_type: str = "q8_0") -> list[str]:
+    """Of a worker with one thread."""
+    return ["--model", str(path), "--kv-cache-tokens", str(num_cells), "--kv-type", kv_type, "--engine-opt", "threads=1"]
 
 
 def free_port_blocks() -> tuple[int, int]:

@@ -144,9 +144,8 @@ class Engine(Protocol):
     def kv_layout(self) -> KVLayout:
         """How it keeps KV; complete once the engine has started."""
 
-    @property
-    def description(self) -> str:
-        """What it takes of its host, in one line for people at start; "" if that is not worth one."""
+    description: str
+    """What it takes of its host, in one line for people at start; "" if that is not worth one."""
 
     files: Mapping[str, bytes]
     """Contents of the files that the card names, by their SHA-256: what processors make the tokenizer of. Never changed."""

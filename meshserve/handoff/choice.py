@@ -43,7 +43,7 @@ class HandoffChoice:
                 is_handoff, reason = QUEUE_FULL if candidates else NO_PEER
                 candidates = []
         elif reason == "faster-here":
-            self._engine.rates.kept_here()
+            self._requester.rates.kept_here()
         return HandoffDecision(is_handoff, reason, local_ms, remote_ms), candidates
 
     def _is_done_soon(self, num_tokens: int, load: EngineLoad) -> bool:
@@ -63,5 +63,6 @@ class HandoffChoice:
         local_s = rates.prefill_s(load.waiting_prefill_tokens + num_tokens, num_running)
         remote_ms = None
         if there_ms:
-            remote_ms = there_ms + (rates.handoff_s(num_tokens) + (rates.decode_s() if num_running else 0.0)) * 1000
+            step_s = rates.decode_s() if num_running else 0.0
+            remote_ms = there_ms + (self._requester.rates.handoff_s(num_tokens) + step_s) * 1000
         return None if local_s is None else local_s * 1000, remote_ms

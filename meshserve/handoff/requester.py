@@ -15,6 +15,7 @@ from meshserve.errors import Gone, MeshserveError, PoolFull, ProtocolError
 from meshserve.handoff.blocks import BulkHeader, Claim
 from meshserve.handoff.intake import BlockIntake, RunningTask
 from meshserve.handoff.offering import LateAnswers, Offers
+from meshserve.handoff.rates import HandoffRates
 from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 from meshserve.handoff.tickets import Ticket
@@ -38,6 +39,7 @@ class PrefillRequester:
     def __init__(self, mesh: Mesh, pipeline: Pipeline, bulk: Bulk, engine: Engine, config: HandoffConfig) -> None:
         self._mesh, self._pipeline, self._engine, self._config = mesh, pipeline, engine, config
         self._loop = asyncio.get_running_loop()
+        self.rates = HandoffRates()
         self._running: dict[str, RunningTask] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._ticked_s = 0.0
@@ -211,7 +213,7 @@ class PrefillRequester:
     def _observe(self, result: HandoffResult) -> None:
         histograms = self._mesh.histograms
         if result.state is TaskState.DONE:
-            self._engine.rates.handed_over(result.num_tokens, result.transfer_ms / 1000)
+            self.rates.handed_over(result.num_tokens, result.transfer_ms / 1000)
             histograms.observe("prefill_wait", result.queue_ms / 1000)
             histograms.observe("prefill_compute", result.prefill_ms / 1000)
             histograms.observe("kv_transfer", result.transfer_ms / 1000)

@@ -41,6 +41,8 @@ class WorkerReporter:
         self._kept: list[str] = []
         self.num_tickets: Callable[[], int] = lambda: 0
         """How many prompts wait for prefill here; set by whoever keeps the tickets."""
+        self.handoff_ns_per_token: Callable[[], int] = lambda: 0
+        """What a handoff took; set by whoever hands over."""
         self._source = WatchSource(mesh, REPORT_METHOD, self._snapshot)
         self._loads = WatchSource(mesh, LOAD_METHOD, lambda: [self.load().to_wire()])
         self._load_timer: asyncio.TimerHandle | None = None
@@ -56,6 +58,7 @@ class WorkerReporter:
             found.cached_blocks,
             found.num_blocks,
             self.num_tickets(),
+            handoff_ns_per_token=self.handoff_ns_per_token(),
             max_running=found.max_running,
             **self._engine.rates.figures(),
         )
@@ -71,7 +74,7 @@ class WorkerReporter:
 
     def changed(self) -> None:
         """Something is different: tell the watchers soon."""
-        if self._source.has_watchers:
+        if (self._timer is None or self._is_slow) and self._source.has_watchers:
             self._publish_within(_REPORT_INTERVAL_S)
         if self._load_timer is None and self._loads.has_watchers:
             self._load_timer = self._loop.call_later(_LOAD_INTERVAL_S, self._publish_load)
@@ -99,9 +102,8 @@ class WorkerReporter:
         self.changed()
 
     def _publish_within(self, delay_s: float) -> None:
+        """There is no timer, or one that this brings forward."""
         if self._timer is not None:
-            if not self._is_slow or delay_s >= _RUNNING_INTERVAL_S:
-                return
             self._timer.cancel()
         self._is_slow = delay_s >= _RUNNING_INTERVAL_S
         self._timer = self._loop.call_later(delay_s, self._publish)

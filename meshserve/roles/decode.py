@@ -169,6 +169,7 @@ class DecodeRole:
     ) -> None:
         self._mesh, self._engine, self._requester, self._reporter = mesh, engine, requester, reporter
         self._choice = HandoffChoice(engine, requester, config)
+        reporter.handoff_ns_per_token = requester.rates.ns_per_token
         self._max_queue, self.is_observed = max_queue, is_observed
         self._mean_gap_s = 0.0
         """Between the ends of two requests, while others wait: how fast a queue moves."""
@@ -192,13 +193,14 @@ class DecodeRole:
         if request.request_id in self._running:
             raise InvalidRequest("this request is running here already")
         self._check_queue()
-        self._engine.check(request)
+        decision, candidates = self._choice.choose(request)
+        if candidates:  # else the engine checks it when it gets it, which is now
+            self._engine.check(request)
         generation = _Generation(self, call, request)
         self._running[request.request_id] = generation
         if self._mesh.journal.is_on:
             self._mesh.journal.note("accepted", request.request_id)
         call.on_cancel = generation.cancel
-        decision, candidates = self._choice.choose(request)
         generation.decided(decision)
         if candidates:
             self._requester.start(request, candidates, call.deadline_s, generation.prefilled, call.send)

@@ -6,8 +6,8 @@ from typing import Any
 
 import jsonschema
 
-from meshserve.engines.core.constraint import Constraint, ConstraintCompiler
-from meshserve.engines.tokenizers import ByteTokenizer
+from meshserve.engines.constraints.constraint import Constraint, ConstraintCompiler, tokens_of
+from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
 from tests.engines.dummy_harness import a_request
 
 TOKENIZER = ByteTokenizer()
@@ -99,7 +99,11 @@ def constraint_of(schema: Any) -> Constraint:
 
 def follows(constraint: Constraint, text: str) -> bool:
     """Whether the whole of a text, byte by byte, is an output."""
-    return constraint.num_allowed(text.encode()) == len(text.encode()) and all_taken(constraint, text).is_complete
+    return constraint.num_allowed(text.encode()) == len(text.encode()) and EOS_TOKEN in allowed_tokens(all_taken(constraint, text))
+
+
+def allowed_tokens(constraint: Constraint) -> list[int]:
+    return tokens_of(constraint.allowed_mask())
 
 
 def all_taken(constraint: Constraint, text: str) -> Constraint:

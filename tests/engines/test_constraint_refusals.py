@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from meshserve.engines.core.constraint import ConstraintCompiler
-from meshserve.engines.core.schemas import checked_schema
+from meshserve.engines.constraints.constraint import ConstraintCompiler
+from meshserve.engines.constraints.schemas import checked_schema
 from meshserve.engines.tokenizers import EOS_TOKEN
 from meshserve.errors import InvalidRequest, Unsupported
 from tests.engines.constraint_harness import COMPILER, TOKENIZER

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from meshserve.engines.dummy.choosing import Chooser
 from meshserve.engines.dummy.constrained import ConstrainedOutput
+from meshserve.engines.dummy.sampler import Sampler
 from meshserve.engines.tokenizers import EOS_TOKEN, load_tokenizer
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.wire.generation import Sampling
@@ -26,11 +26,11 @@ def an_output(keys: frozenset[bytes] | None = frozenset(), **constraint: Any) ->
 
 
 def document_of(output: ConstrainedOutput, seed: int, sampling: Sampling | None = None) -> list[int]:
-    """What a chooser makes of it, with digests that follow from the seed."""
-    chooser, context, tokens = Chooser(sampling or Sampling(), [], output), seed, list[int]()
+    """What a sampler makes of it, with digests that follow from the seed."""
+    sampler, context, tokens = Sampler(sampling or Sampling(), [], output), seed, list[int]()
     while len(tokens) < SOME_LIMIT:
         context = (context * 6364136223846793005 + 1442695040888963407) % 2**64
-        token, _ = chooser.choose(context, len(tokens))
+        token, _ = sampler.sample(context, len(tokens))
         if token == EOS_TOKEN:
             break
         tokens.append(token)
@@ -176,15 +176,15 @@ def test_a_document_is_cut_by_max_tokens_and_padded_with_blanks_where_it_must_go
 
 def test_probabilities_of_what_it_chooses_among_sum_to_one() -> None:
     sampling = Sampling(logprobs=20, json_schema=json.dumps(PERSON), logit_bias=((ord("}"), 1.0),), temperature=1.0)
-    chooser, probe, position = (
-        Chooser(sampling, [], an_output(json_schema=sampling.json_schema)),
+    sampler, probe, position = (
+        Sampler(sampling, [], an_output(json_schema=sampling.json_schema)),
         an_output(json_schema=sampling.json_schema),
         0,
     )
     while True:
         context = 7**22 * (position + 1)
         offered = probe.candidates(context, True)
-        token, logprobs = chooser.choose(context, position)
+        token, logprobs = sampler.sample(context, position)
         assert logprobs is not None
         assert len(set(offered)) == len(offered)
         assert {other for other, _ in logprobs[1]} <= {*offered}

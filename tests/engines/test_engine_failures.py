@@ -15,8 +15,8 @@ import pytest
 
 from meshserve.engines.core.engine import CoreEngine
 from meshserve.engines.core.request import EngineRequest
-from meshserve.engines.core.reservation import BlockReservation
-from meshserve.engines.core.runner import StepResult, WriteDone
+from meshserve.engines.core.reservation import BlockReservation, WriteDone
+from meshserve.engines.core.runner import StepResult
 from meshserve.engines.core.scheduler import Step
 from meshserve.engines.dummy.options import parse_options
 from meshserve.engines.dummy.runner import DummyRunner

@@ -115,12 +115,29 @@ def test_a_path_that_is_no_file_is_refused_with_what_to_do(tmp_path: Path) -> No
     with pytest.raises(StartupFailed, match=r"is a directory; name the \.gguf file in it"):
         read_gguf(tmp_path)
     with pytest.raises(StartupFailed, match="cannot be read"):
-        model_hash(tmp_path / "none.gguf")
+        model_hash([tmp_path / "none.gguf"])
 
 
-def test_a_part_of_a_model_and_a_senseless_alignment_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(StartupFailed, match="one of 3 parts; join them first"):
-        read_gguf(write_model(tmp_path / "part.gguf", split__count=3))
+def test_a_model_in_several_files_is_read_from_its_first_one(tmp_path: Path) -> None:
+    parts = [write_model(tmp_path / f"big-0000{number}-of-00003.gguf", split__count=3, split__no=number - 1) for number in (1, 2, 3)]
+    found = read_gguf(parts[0])
+    assert found.parts == tuple(parts)
+    assert model_hash(found.parts) != model_hash(parts[:2])
+    with pytest.raises(StartupFailed, match=r"00002-of-00003\.gguf is not the first of 3 parts; name .*big-00001-of-00003\.gguf"):
+        read_gguf(parts[1])
+    parts[2].write_bytes(parts[2].read_bytes()[:-40])
+    with pytest.raises(StartupFailed, match=r"00003-of-00003\.gguf .*download it again"):
+        read_gguf(parts[0])
+    parts[2].unlink()
+    with pytest.raises(StartupFailed, match=r"there is no file .*00003-of-00003\.gguf"):
+        read_gguf(parts[0])
+    with pytest.raises(StartupFailed, match=r"one of 3 parts, .*: call the first alone-00001-of-00003"):
+        read_gguf(write_model(tmp_path / "alone.gguf", split__count=3))
+
+
+def test_senseless_numbers_of_parts_and_alignments_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(StartupFailed, match="damaged"):
+        read_gguf(write_model(tmp_path / "parts.gguf", split__count=1 << 31))
     path = write_model(tmp_path / "odd.gguf", a__alignment=0)
     path.write_bytes(path.read_bytes().replace(b"\x0b\0\0\0\0\0\0\0a.alignment", b"\x11\0\0\0\0\0\0\0general.alignment", 1))
     with pytest.raises(StartupFailed, match="damaged"):
@@ -144,9 +161,9 @@ def test_the_hash_is_of_the_contents(model: Path, tmp_path: Path) -> None:
     same = tmp_path / "same"
     same.write_bytes(model.read_bytes())
     os.utime(same, (1, 1))
-    assert model_hash(model) == model_hash(same) and len(model_hash(model)) == 32
+    assert model_hash([model]) == model_hash([same]) and len(model_hash([model])) == 32
     same.write_bytes(model.read_bytes()[:-1] + b"x")
-    assert model_hash(model) != model_hash(same)
+    assert model_hash([model]) != model_hash([same])
 
 
 def test_a_file_without_tensors_keeps_all_metadata(model: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.engines.dummy import DummyEngine
-from meshserve.engines.dummy.speech import Speech
+from meshserve.engines.dummy.vocabulary import map_vocabulary
 from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer, load_tokenizer
 from meshserve.engines.tokenizers.huggingface import HuggingFaceTokenizer
@@ -226,18 +226,18 @@ def test_sampling_defaults_are_what_a_sampler_can_use_of_the_generation_config(s
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_dummy_model_speaks_any_vocabulary_word_for_word(kind: str) -> None:
+def test_the_dummy_model_writes_in_any_vocabulary_token_for_token(kind: str) -> None:
     tokenizer = mine(kind)
-    speech = Speech(tokenizer)
-    assert speech.from_own(EOS_TOKEN) == tokenizer.eos_token and speech.to_own(tokenizer.eos_token) == EOS_TOKEN
-    spoken = [speech.from_own(token) for token in range(257, ByteTokenizer.vocab_size)]
-    assert all(tokenizer.token_bytes(token) for token in spoken), "every word is one that can be read"
+    mapped = map_vocabulary(tokenizer)
+    assert mapped.from_own[EOS_TOKEN] == tokenizer.eos_token and mapped.to_own(tokenizer.eos_token) == EOS_TOKEN
+    words = [mapped.from_own[token] for token in range(257, ByteTokenizer.vocab_size)]
+    assert all(tokenizer.token_bytes(token) for token in words), "every word is one that can be read"
     pieces = {tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)}
-    assert speech.can_spell == all(bytes([value]) in pieces for value in range(0x20, 0x7F))
-    assert speech.can_spell or kind not in ("byte-level", "byte-fallback")
-    assert {speech.from_own(token) for token in range(speech.vocab_size)} == set(range(tokenizer.vocab_size))
-    assert all(speech.from_own(speech.to_own(token)) == token for token in range(tokenizer.vocab_size))
-    assert speech.to_own(tokenizer.vocab_size) >= speech.vocab_size
+    assert mapped.can_write_ascii == all(bytes([value]) in pieces for value in range(0x20, 0x7F))
+    assert mapped.can_write_ascii or kind not in ("byte-level", "byte-fallback")
+    assert {*mapped.from_own} == set(range(tokenizer.vocab_size))
+    assert all(mapped.from_own[mapped.to_own(token)] == token for token in range(tokenizer.vocab_size))
+    assert mapped.to_own(tokenizer.vocab_size) >= mapped.own_size
 
 
 def test_a_directory_makes_the_card_and_the_model_hash(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from meshserve.engines.llama import slots as slots_module
 from meshserve.engines.protocol import EngineOptions
 from meshserve.wire.generation import GenerateRequest, Sampling
 from tests.engines.dummy_harness import GenerationRecord
+from tests.engines.tiny_models import make_model
 
 Outcome = tuple[list[int], list[object]]
 
@@ -56,3 +57,17 @@ def test_log_probabilities_are_the_same_bit_for_bit_after_many_others(
             assert many[number] == alone and again[number] == alone, f"prompt {number}"
 
     asyncio.run(run())
+
+
+def test_a_model_in_several_files_answers_as_the_model_in_one(tiny_files: dict[str, Path], tmp_path: Path) -> None:
+    async def run(path: Path) -> Outcome:
+        engine = LlamaEngine(EngineOptions(str(path), {"threads": "1", "max_running": "4", "slots": "20"}, 1024))
+        await engine.start()
+        try:
+            return await outcome(engine, "one", list(range(10, 60)), 8)
+        finally:
+            await engine.close()
+
+    first = make_model(tmp_path / "parts.gguf", tensors_per_file=8)
+    assert first.name.startswith("parts-00001-of-0000") and len(list(tmp_path.glob("parts-*.gguf"))) > 1
+    assert asyncio.run(run(first)) == asyncio.run(run(tiny_files["dense"]))

@@ -46,14 +46,15 @@ MODELS = {
 }
 
 
-def make_model(path: Path, model: TinyModel = DENSE, *, seed: int = 1) -> Path:
-    """Write the model's file, the same for the same seed."""
+def make_model(path: Path, model: TinyModel = DENSE, *, seed: int = 1, tensors_per_file: int = 0) -> Path:
+    """Write the model's file, the same for the same seed. With `tensors_per_file`, several files; returns the first one's path."""
     bare = path.with_suffix(".bare")
     write_file(bare, model, {})
     random = np.random.default_rng(seed)
-    write_file(path, model, {name: _weights(name, shape, random) for name, shape in sorted(_tensors_of(bare).items()) if _is_needed(name)})
+    tensors = {name: _weights(name, shape, random) for name, shape in sorted(_tensors_of(bare).items()) if _is_needed(name)}
+    write_file(path, model, tensors, tensors_per_file)
     bare.unlink()
-    return path
+    return min(path.parent.glob(f"{path.stem}-00001-of-*.gguf")) if tensors_per_file else path
 
 
 def _is_needed(name: str) -> bool:
@@ -68,9 +69,9 @@ def _weights(name: str, shape: tuple[int, ...], random: np.random.Generator) -> 
     return 1 + values * 0.1 if "norm" in name else values * 0.08 if len(shape) > 1 else values * 0.02
 
 
-def write_file(path: Path, model: TinyModel, tensors: dict[str, np.ndarray[Any, Any]]) -> None:
+def write_file(path: Path, model: TinyModel, tensors: dict[str, np.ndarray[Any, Any]], tensors_per_file: int = 0) -> None:
     """Write metadata, vocabulary and these tensors; without tensors, a file for the vocabulary only."""
-    writer = gguf.GGUFWriter(path, model.architecture)
+    writer = gguf.GGUFWriter(path, model.architecture, split_max_tensors=tensors_per_file)
     writer.add_name(f"tiny {model.architecture}")
     shared = {
         "context_length": 4096, "embedding_length": EMBEDDING, "block_count": model.num_layers, "feed_forward_length": 256,

@@ -237,6 +237,7 @@ class BothEnds(RuleBasedStateMachine):
             letter = self.bag.pop(0)
             if letter.peer in self.queues:
                 getattr(self, f"on_{letter.kind}")(letter)
+                self.an_offer_takes_long(letter.peer)  # one that came now, after its strike, is claimed in vain
         for queue in self.queues.values():
             assert not queue.num_claimed and not queue.num_waiting, "nothing is left behind"
 

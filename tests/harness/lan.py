@@ -141,12 +141,17 @@ class Host:
         which = f"tcp dport {port} meta length > 9000 limit rate 1/day burst 1 packets"
         self._filter(self.netns, INTERFACE, [f"{which} @th,1600,8 set @th,1600,8 ^ 0x04"], self._undo)
 
-    def limit_rate(self, bytes_per_s: int) -> None:
-        """Let at most `bytes_per_s` through in each direction, behind a queue of 50 ms."""
+    def limit_rate(self, bytes_per_s: int, burst_kb: int = 64) -> None:
+        """Let at most `bytes_per_s` through in each direction, behind a queue of 50 ms.
+
+        `burst_kb` is let through at once after a pause. At 1 Gbit/s less than 128 gives a rate that is too low (0.7 Gbit/s with 64), as the
+        kernel's timers come late by more than the bucket lasts.
+        """
         for netns, device in ((self.netns, INTERFACE), (self._lan.netns, self._port)):
             tc = ("tc", "-n", netns, "qdisc")
             # a bucket has to hold at least one segment as large as the kernel hands over
-            run_tool(*tc, "replace", "dev", device, "root", "tbf", "rate", f"{bytes_per_s * 8}bit", "burst", "64kb", "latency", "50ms")
+            limit = ("rate", f"{bytes_per_s * 8}bit", "burst", f"{burst_kb}kb", "latency", "50ms")
+            run_tool(*tc, "replace", "dev", device, "root", "tbf", *limit)
             self._undo.append(lambda tc=tc, device=device: run_tool(*tc, "delete", "dev", device, "root"))  # type: ignore[misc]
 
     def unblock(self) -> None:

@@ -70,7 +70,10 @@ def served() -> Iterator[Served]:
             workers[name] = stack.enter_context(Process(meshserve_command("run", *options, *ALONE, "--peer", seed)))
         for front in fronts:
             front.wait_for_line("^2 decode, 0 prefill ready", READY_S)
-        clients = [stack.enter_context(httpx.Client(base_url=front.ready(READY_S)["http"], timeout=20.0)) for front in fronts]
+        no_pool = httpx.Limits(max_keepalive_connections=0)  # a test leaves no connection to the next
+        clients = [
+            stack.enter_context(httpx.Client(base_url=front.ready(READY_S)["http"], timeout=20.0, limits=no_pool)) for front in fronts
+        ]
         mesh = Served(seed, clients, workers)
         served_by = [mesh.ask(client) for client in clients for _ in range(NUM_ASKED)]
         assert sorted(served_by) == ["fast"] * NUM_ASKED + ["slow"] * NUM_ASKED

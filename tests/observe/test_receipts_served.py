@@ -92,6 +92,11 @@ class Served:
         return receipt
 
 
+def client_of(peer: Process) -> httpx.Client:
+    """Keeps no connection: one that is made anew within a test looks like one that the test left behind."""
+    return httpx.Client(base_url=peer.ready(READY_S)["http"], timeout=10.0, limits=httpx.Limits(max_keepalive_connections=0))
+
+
 @pytest.fixture(scope="module")
 def served() -> Iterator[Served]:
     with ExitStack() as stack:
@@ -108,7 +113,7 @@ def served() -> Iterator[Served]:
             run(role, *joining, "--engine-opt", "step_ms=1")
         other = run("frontend", *joining, "--name", "other", "--http", "127.0.0.1:0", "--otlp", "http://127.0.0.1:9")
         front.wait_for_line("^2 decode, 1 prefill ready", READY_S)
-        clients = [stack.enter_context(httpx.Client(base_url=found.ready(READY_S)["http"], timeout=10.0)) for found in (front, other)]
+        clients = [stack.enter_context(client_of(found)) for found in (front, other)]
         wait_until(lambda: clients[1].get("/ready").status_code == 200, READY_S, "the other front serves")
         prompts = (f"{number} {PROMPT}" for number in range(50))
         body = {"model": "dummy", "max_tokens": 1, "meshserve": {"receipt": True}}

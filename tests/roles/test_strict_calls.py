@@ -7,10 +7,8 @@ import pytest
 
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.processor.strict_calls import StrictCalls, in_order
-from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest
 
-CARD = ModelCard("m", "h", 100, "bytes", "", features=("tool_text",))
 JUDGES = StrictCalls()
 PLACE: Any = {
     "type": "object",
@@ -66,26 +64,26 @@ def tool(parameters: Any, name: str = "f", *, strict: bool = True) -> Any:
     ],
 )
 def test_arguments_count_if_they_are_valid_in_whatever_order(parameters: Any, arguments: Any, is_valid: bool) -> None:
-    accepts = JUDGES.judge(request_of(tool(parameters), tool(NODE, "other")), CARD)
+    accepts = JUDGES.judge(request_of(tool(parameters), tool(NODE, "other")))
     assert accepts is not None
     assert accepts("f", arguments) is is_valid
 
 
 def test_tools_that_are_not_strict_take_any_arguments() -> None:
-    accepts = JUDGES.judge(request_of(tool(PLACE), tool(PLACE, "free", strict=False)), CARD)
+    accepts = JUDGES.judge(request_of(tool(PLACE), tool(PLACE, "free", strict=False)))
     assert accepts is not None
     assert accepts("free", {"x": 1}) and not accepts("f", {"x": 1})
 
 
 @pytest.mark.parametrize("choice", ["none", "auto", "required", "function"])
 def test_only_the_choice_strict_has_calls_judged(choice: str) -> None:
-    assert JUDGES.judge(request_of(tool(PLACE), choice=choice), CARD) is None
+    assert JUDGES.judge(request_of(tool(PLACE), choice=choice)) is None
 
 
 def test_schemas_that_cannot_be_kept_to_are_refused_by_the_name_of_the_field() -> None:
     for parameters, kind in ((({"not": {}}), Unsupported), ({"properties": {"a": {"pattern": "("}}}, InvalidRequest)):
         with pytest.raises(kind) as caught:
-            JUDGES.judge(request_of(tool(parameters)), CARD)
+            JUDGES.judge(request_of(tool(parameters)))
         assert caught.value.param == "tools"
 
 

@@ -1,6 +1,6 @@
 """What a request may ask of any engine: sampling parameters and lengths within their bounds. What one model cannot do, its runner says."""
 
-from meshserve.errors import InvalidRequest
+from meshserve.errors import ContextLengthExceeded, InvalidRequest
 from meshserve.wire.generation import GenerateRequest, Sampling
 
 _MOST_LOGPROBS = 20
@@ -24,6 +24,16 @@ def check_request(request: GenerateRequest, vocab_size: int) -> None:
         _check_prompt_logprobs(request, vocab_size)
 
 
+def check_length(num_prompt: int, num_output: int, context_length: int) -> None:
+    """Raises ContextLengthExceeded if the tokens of a prompt and its output are more than the model can take."""
+    if num_prompt + num_output > context_length:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {context_length} tokens. However, you requested {num_prompt + num_output} tokens "
+            f"({num_prompt} in the prompt, {num_output} in the completion). Please reduce the length of either.",
+            param="prompt" if num_prompt >= context_length else "max_tokens",
+        )
+
+
 def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
     if not sampling.temperature >= 0:
         raise InvalidRequest(f"temperature must not be negative, as {sampling.temperature} is", param="temperature")
@@ -38,8 +48,9 @@ def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
     for name, value in (("presence_penalty", sampling.presence_penalty), ("frequency_penalty", sampling.frequency_penalty)):
         if not -_MOST_PENALTY <= value <= _MOST_PENALTY:
             raise InvalidRequest(f"{name} must be from -2 to 2, not {value}", param=name)
-    if not -1 <= sampling.logprobs <= _MOST_LOGPROBS:
-        raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {sampling.logprobs}", param="logprobs")
+    for wanted in (sampling.logprobs, sampling.prompt_logprobs):
+        if not -1 <= wanted <= _MOST_LOGPROBS:
+            raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {wanted}", param="logprobs")
     for token, bias in sampling.logit_bias:
         if not 0 <= token < vocab_size:
             raise InvalidRequest(f"logit_bias names the token {token}; there are 0 to {vocab_size - 1}", param="logit_bias")
@@ -49,8 +60,6 @@ def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
 
 def _check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:
     num_alternatives, tokens = request.sampling.prompt_logprobs, request.tokens
-    if num_alternatives > _MOST_LOGPROBS:
-        raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {num_alternatives}", param="logprobs")
     if len(tokens) * (1 + num_alternatives) > _MOST_PROMPT_LOGPROBS:
         most = _MOST_PROMPT_LOGPROBS // (1 + num_alternatives)
         raise InvalidRequest(

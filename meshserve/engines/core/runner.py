@@ -6,16 +6,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from meshserve.engines.core.request import EngineRequest, Generation, Prefill
-from meshserve.engines.core.reservation import BlockReservation
+from meshserve.engines.core.reservation import BlockReservation, WriteDone
 from meshserve.engines.core.scheduler import Step, StepLimits
 from meshserve.errors import MeshserveError
 from meshserve.kv.pool import BlockPool
 from meshserve.wire.card import ModelCard
 from meshserve.wire.generation import GenerateRequest, TokenLogprobs
 from meshserve.wire.layout import KVLayout
-
-WriteDone = Callable[[MeshserveError | None], None]
-"""Called once, on the event loop, when a written block is in the KV cache (None) or was refused."""
 
 
 @dataclass(slots=True)

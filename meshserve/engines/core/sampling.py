@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from meshserve.engines.core.constraint import Constraint
+from meshserve.engines.constraints.constraint import Constraint
 from meshserve.engines.core.request import END
 from meshserve.wire.generation import Sampling, TokenLogprobs
 

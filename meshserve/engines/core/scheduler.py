@@ -7,7 +7,7 @@ vLLM's scheduler (Kwon et al., SOSP 2023) with Sarathi's chunked prefill (Agrawa
 from bisect import insort
 from collections import deque
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from operator import attrgetter
 from typing import Generic, TypeVar
@@ -19,12 +19,12 @@ from meshserve.kv.pool import BlockPool
 class Stage(Enum):
     """Where a sequence is."""
 
-    NEW = "new"
     WAITING = "waiting"
     RUNNING = "running"
     ENDED = "ended"
 
 
+@dataclass(slots=True, eq=False)
 class Sequence:
     """One sequence as the scheduler sees it: lengths, hashes and blocks, no tokens.
 
@@ -32,40 +32,20 @@ class Sequence:
     all its tokens are computed and none is produced.
     """
 
-    __slots__ = (
-        "added_at",
-        "arrival",
-        "blocks",
-        "capacity",
-        "first_token_at",
-        "hashes",
-        "max_new_tokens",
-        "num_cached",
-        "num_computed",
-        "num_generated",
-        "num_pending",
-        "num_registered",
-        "num_tokens",
-        "stage",
-        "started_at",
-    )
-
-    def __init__(self, num_tokens: int, hashes: Seq[int], max_new_tokens: int) -> None:
-        self.num_tokens = num_tokens
-        self.hashes = hashes
-        self.max_new_tokens = max_new_tokens
-        self.stage = Stage.NEW
-        self.arrival = 0
-        self.blocks: list[int] = []
-        self.capacity = 0  # tokens that `blocks` can hold
-        self.num_computed = 0  # tokens whose KV is there
-        self.num_pending = 0  # tokens to be computed before the next one can be produced; 0 while decoding
-        self.num_generated = 0
-        self.num_registered = 0  # prompt blocks that were offered to the prefix cache
-        self.num_cached: int | None = None  # prompt tokens found in the prefix cache when first admitted
-        self.added_at = 0.0
-        self.started_at: float | None = None
-        self.first_token_at: float | None = None
+    num_tokens: int
+    hashes: Seq[int]
+    max_new_tokens: int
+    stage: Stage = Stage.WAITING
+    arrival: int = 0
+    blocks: list[int] = field(default_factory=list)
+    capacity: int = 0  # tokens that `blocks` can hold, but no more than the sequence will ever have
+    num_computed: int = 0  # tokens whose KV is there
+    num_pending: int = 0  # tokens to be computed before the next one can be produced; 0 while decoding
+    num_generated: int = 0
+    num_cached: int | None = None  # prompt tokens found in the prefix cache when first admitted
+    added_at: float = 0.0
+    started_at: float | None = None
+    first_token_at: float | None = None
 
 
 S = TypeVar("S", bound=Sequence)
@@ -113,6 +93,12 @@ class StepLimits:
     chunk_tokens: int = 1
     """A prompt is cut at multiples of this. Above 1, the prompt's last token is a step of its own, so that outputs do not depend on
     where the rest was computed."""
+
+    def most_new_tokens(self, num_decodes: int) -> int:
+        """Prompt tokens that a step can compute beside so many sequences that decode."""
+        most = self.max_step_tokens - num_decodes
+        most_prompt = self.max_mixed_tokens if num_decodes else self.max_prompt_tokens
+        return min(most, most_prompt) if most_prompt else most
 
 
 _by_arrival = attrgetter("arrival")
@@ -166,24 +152,22 @@ class Scheduler(Generic[S]):
         if needed > self.pool.num_blocks:
             raise PoolFull(f"{most_tokens} tokens need {needed} KV blocks, and this worker has {self.pool.num_blocks} in all")
         self._num_arrived += 1
-        sequence.arrival = self._num_arrived
-        sequence.added_at = now
-        sequence.stage = Stage.WAITING
+        sequence.arrival, sequence.added_at = self._num_arrived, now
         if blocks is None:
             self._set_pending(sequence, sequence.num_tokens)
             self._waiting.append(sequence)
-            return
-        self._hold(sequence, blocks, sequence.num_tokens - 1)
-        self._register(sequence)
-        self._holding.append(sequence)
+        else:
+            self._hold(sequence, blocks, sequence.num_tokens - 1)
+            self._register(sequence, 0)
+            self._holding.append(sequence)
 
     def end(self, sequence: S) -> None:
         """Take a sequence out, whatever it does, and release its blocks. Harmless when it has ended."""
+        if sequence.stage is Stage.ENDED:
+            return
         if sequence.stage is _RUNNING:
             self._running.remove(sequence)
-        elif sequence.stage is Stage.ENDED:
-            return
-        elif sequence.stage is Stage.WAITING:
+        else:
             (self._holding if sequence in self._holding else self._waiting).remove(sequence)
         self._drop_blocks(sequence)
         self._set_pending(sequence, 0)
@@ -192,25 +176,21 @@ class Scheduler(Generic[S]):
     def schedule(self, now: float) -> Step[S] | None:
         """The next step, its blocks allocated; None if there is nothing to do, or no room for any of what waits."""
         is_short = bool(self._full) and self._grow_decodes()
+        running = self._running
         if not self.waiting_prefill_tokens:  # most steps: all that is here decodes
             self.is_waiting_for_room = False
-            return Step(self._running[:], [], [], 0, self.pool.num_used) if self._running else None
-        decodes = [sequence for sequence in self._running if not sequence.num_pending]
-        step = Step(decodes, [], [])
-        budget = most_new = self._prompt_budget(len(decodes))
-        budget = self._schedule_running(step, most_new)
-        if not is_short or not self._running:  # else what was preempted would only take back the blocks it gave up
-            budget = self._schedule_waiting(step, budget, now)
-        if not decodes and not step.prefills:
+            return Step(running[:], [], [], 0, self.pool.num_used) if running else None
+        step = Step([sequence for sequence in running if not sequence.num_pending], [], [])
+        budget = most_new = self._limits.most_new_tokens(len(step.decodes))
+        for sequence in running:
+            if sequence.num_pending and budget:
+                budget -= self._take_chunk(step, sequence, budget)
+        if not is_short or not running:  # else what was preempted would only take back the blocks it gave up
+            budget = self._admit(step, budget, now)
+        if not step.decodes and not step.prefills:
             return None
         step.num_prompt_tokens, step.used_blocks = most_new - budget, self.pool.num_used
         return step
-
-    def _prompt_budget(self, num_decodes: int) -> int:
-        limits = self._limits
-        most_new = limits.max_step_tokens - num_decodes
-        most_prompt = limits.max_mixed_tokens if num_decodes else limits.max_prompt_tokens
-        return min(most_new, most_prompt) if most_prompt else most_new
 
     def update(self, step: Step[S], tokens: Seq[int], now: float) -> Outcome[S]:
         """Take note of what a step led to. Sequences that ended in the meantime are passed over.
@@ -218,32 +198,26 @@ class Scheduler(Generic[S]):
         `tokens` has one for each of the step's decodes and then one for each of its prefills; those of prefills that are not at the
         end of their prompt have no meaning.
         """
-        producing: list[S] = []
-        ended: set[S] = set()
-        for sequence in step.decodes:
-            if sequence.stage is not _RUNNING:
-                ended.add(sequence)
-                continue
-            sequence.num_computed = num_computed = sequence.num_computed + 1
-            sequence.num_generated = num_generated = sequence.num_generated + 1
-            producing.append(sequence)
-            if num_generated == sequence.max_new_tokens:
-                self.end(sequence)
-            elif num_computed == sequence.capacity:
-                self._full.append(sequence)
-        produced = list(tokens[: len(step.decodes)])
-        if ended:
-            produced = [token for sequence, token in zip(step.decodes, produced, strict=True) if sequence not in ended]
+        decodes = step.decodes
+        producing, produced = [sequence for sequence in decodes if sequence.stage is _RUNNING], list(tokens[: len(decodes)])
+        if len(producing) < len(decodes):
+            produced = [token for sequence, token in zip(decodes, produced, strict=True) if sequence.stage is _RUNNING]
         outcome = Outcome(producing, produced, [])
-        for index, (sequence, num_tokens) in enumerate(step.prefills, len(step.decodes)):
+        for sequence in producing:
+            sequence.num_generated += 1
+            sequence.num_computed = num_computed = sequence.num_computed + 1
+            if num_computed == sequence.capacity:
+                self._reach_capacity(sequence)
+        for index, (sequence, num_tokens) in enumerate(step.prefills, len(decodes)):
             if sequence.stage is _RUNNING:
                 self._update_prefill(sequence, num_tokens, tokens[index], outcome, now)
         return outcome
 
     def _update_prefill(self, sequence: S, num_tokens: int, token: int, outcome: Outcome[S], now: float) -> None:
+        first_block = sequence.num_computed // self.block_size
         sequence.num_computed += num_tokens
         self._set_pending(sequence, sequence.num_pending - num_tokens)
-        self._register(sequence)
+        self._register(sequence, first_block)
         if sequence.num_pending:
             return
         if not sequence.max_new_tokens:
@@ -255,27 +229,14 @@ class Scheduler(Generic[S]):
         sequence.num_generated += 1
         outcome.producing.append(sequence)
         outcome.tokens.append(token)
+        if sequence.num_computed == sequence.capacity:
+            self._reach_capacity(sequence)
+
+    def _reach_capacity(self, sequence: S) -> None:
         if sequence.num_generated == sequence.max_new_tokens:
             self.end(sequence)
-        elif sequence.num_computed == sequence.capacity:
+        else:
             self._full.append(sequence)
-
-    def _schedule_running(self, step: Step[S], budget: int) -> int:
-        for sequence in self._running:
-            if sequence.num_pending and budget:
-                budget -= self._take_chunk(step, sequence, budget)
-        return budget
-
-    def _schedule_waiting(self, step: Step[S], budget: int, now: float) -> int:
-        self.is_waiting_for_room = False
-        while budget and len(self._running) < self.max_running:
-            sequence = self._admit(now)
-            if sequence is None:
-                self.is_waiting_for_room = bool(self._waiting)
-                break
-            step.admitted.append(sequence)
-            budget -= self._take_chunk(step, sequence, budget)
-        return budget
 
     def _take_chunk(self, step: Step[S], sequence: S, budget: int) -> int:
         """The next part of a prompt becomes part of the step; returns its length, which may be 0 where all is cached."""
@@ -288,23 +249,28 @@ class Scheduler(Generic[S]):
         step.prefills.append((sequence, num_tokens))
         return num_tokens
 
-    def _admit(self, now: float) -> S | None:
-        """Move the next waiting sequence that has a place in the pool into the batch."""
-        if self._holding:
-            sequence = self._holding.popleft()
-        elif self._waiting and self._place(self._waiting[0]):
-            sequence = self._waiting.popleft()
-        else:
-            return None
-        sequence.stage = _RUNNING
-        if sequence.started_at is None:
-            sequence.started_at = now
+    def _admit(self, step: Step[S], budget: int, now: float) -> int:
+        """Move waiting sequences that have a place in the pool into the batch; returns the tokens that are left of the budget."""
+        self.is_waiting_for_room = False
         running = self._running
-        if not running or running[-1].arrival < sequence.arrival:
-            running.append(sequence)
-        else:  # it was preempted, or brought its blocks
-            insort(running, sequence, key=_by_arrival)
-        return sequence
+        while budget and len(running) < self.max_running and (self._holding or self._waiting):
+            if self._holding:
+                sequence = self._holding.popleft()
+            elif self._place(self._waiting[0]):
+                sequence = self._waiting.popleft()
+            else:
+                self.is_waiting_for_room = True
+                break
+            sequence.stage = _RUNNING
+            if sequence.started_at is None:
+                sequence.started_at = now
+            if running and running[-1].arrival > sequence.arrival:  # it was preempted, or another brought its blocks
+                insort(running, sequence, key=_by_arrival)
+            else:
+                running.append(sequence)
+            step.admitted.append(sequence)
+            budget -= self._take_chunk(step, sequence, budget)
+        return budget
 
     def _place(self, sequence: S) -> bool:
         num_tokens = sequence.num_tokens + sequence.num_generated
@@ -316,41 +282,31 @@ class Scheduler(Generic[S]):
         except PoolFull:
             return False
         self._hold(sequence, blocks, len(prefix) * self.block_size)
-        sequence.num_registered = len(prefix)
         if sequence.num_cached is None:
             sequence.num_cached = sequence.num_computed
         return True
 
     def _hold(self, sequence: S, blocks: list[int], num_computed: int) -> None:
-        sequence.blocks = blocks
-        sequence.capacity = len(blocks) * self.block_size
-        sequence.num_computed = num_computed
+        sequence.blocks, sequence.num_computed = blocks, num_computed
+        self._set_capacity(sequence)
         self._set_pending(sequence, sequence.num_tokens + sequence.num_generated - num_computed)
 
     def _grow_decodes(self) -> bool:
-        """A block more for each decode whose last one is full. True if others had to give up theirs for it."""
+        """A block more for each decode whose last one is full. True if the latest arrivals had to give up theirs for it."""
         is_short = False
         full, self._full = self._full, []
         for sequence in sorted(full, key=_by_arrival):
+            while not self.pool.num_available and sequence.stage is _RUNNING:
+                is_short = True
+                self._preempt(self._running.pop())
             if sequence.stage is _RUNNING:
-                is_short |= self._make_room(sequence)
-                if sequence.stage is _RUNNING:
-                    sequence.blocks += self.pool.allocate(1)
-                    sequence.capacity += self.block_size
+                sequence.blocks += self.pool.allocate(1)
+                self._set_capacity(sequence)
         return is_short
 
-    def _make_room(self, sequence: S) -> bool:
-        """Preempt the latest arrivals, `sequence` itself among them, until one block is available."""
-        if self.pool.num_available:
-            return False
-        while not self.pool.num_available and sequence.stage is _RUNNING:
-            self._preempt(self._running[-1])
-        return True
-
     def _preempt(self, sequence: S) -> None:
-        self._running.pop()
         self._drop_blocks(sequence)
-        sequence.num_computed = sequence.num_registered = 0
+        sequence.num_computed = 0
         self._set_pending(sequence, sequence.num_tokens + sequence.num_generated)
         sequence.stage = Stage.WAITING
         self._waiting.appendleft(sequence)
@@ -358,13 +314,14 @@ class Scheduler(Generic[S]):
     def _drop_blocks(self, sequence: S) -> None:
         self.pool.release(sequence.blocks)
         sequence.blocks = []  # a new list: the old one may still be in somebody's hands
-        sequence.capacity = 0
 
-    def _register(self, sequence: S) -> None:
-        num_full = min(sequence.num_computed // self.block_size, len(sequence.hashes))
-        for index in range(sequence.num_registered, num_full):
+    def _register(self, sequence: S, first_block: int) -> None:
+        """Offer the full prompt blocks from this one on to the prefix cache."""
+        for index in range(first_block, min(sequence.num_computed // self.block_size, len(sequence.hashes))):
             self.pool.register(sequence.blocks[index], sequence.hashes[index])
-        sequence.num_registered = max(sequence.num_registered, num_full)
+
+    def _set_capacity(self, sequence: S) -> None:
+        sequence.capacity = min(len(sequence.blocks) * self.block_size, sequence.num_tokens + sequence.max_new_tokens - 1)
 
     def _set_pending(self, sequence: S, num_tokens: int) -> None:
         self.waiting_prefill_tokens += num_tokens - sequence.num_pending

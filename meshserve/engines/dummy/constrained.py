@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from itertools import chain
 
-from meshserve.engines.core.constraint import Constraint, ConstraintCompiler, tokens_of
-from meshserve.engines.core.schemas import property_names
+from meshserve.engines.constraints.constraint import Constraint, ConstraintCompiler, tokens_of
+from meshserve.engines.constraints.schemas import property_names
 from meshserve.engines.dummy.outline import BLANK, CLOSERS, LETTERS, OPENERS, QUOTE, Outline
-from meshserve.engines.dummy.speech import Speech
-from meshserve.engines.tokenizers import EOS_TOKEN, WORD_RANGES, ByteTokenizer
+from meshserve.engines.dummy.vocabulary import OWN_VOCABULARY, VocabularyMap
+from meshserve.engines.tokenizers import EOS_TOKEN, WORD_RANGES
 from meshserve.errors import EngineFailed, InvalidRequest
 from meshserve.wire.generation import Sampling
 
@@ -23,10 +23,8 @@ _DIGITS = frozenset(b"0123456789")
 _MARKS = b"@:/.-_T+ "
 """What is written first of what is no letter: the parts of addresses, times and names are set apart by these."""
 _PRINTABLE = frozenset(range(0x21, 0x7F)) - {_BACKSLASH, QUOTE} - LETTERS
-_OWN = ByteTokenizer()
-_PIECES = [_OWN.token_bytes(token) for token in range(_OWN.vocab_size)]
 _WORDS = tuple(chain(WORD_RANGES["adjective"], WORD_RANGES["noun"]))
-_NOUNS = frozenset(_OWN.token_bytes(token)[1:] for token in WORD_RANGES["noun"])
+_NOUNS = frozenset(OWN_VOCABULARY.pieces[token][1:] for token in WORD_RANGES["noun"])
 _MOST_WORDS, _MOST_CHARACTERS, _MOST_DIGITS, _MOST_ALIKE = 2, 6, 3, 3
 _FLAT = 3
 """As deep, or where as many kinds of simple values may come, no array or object is begun."""
@@ -188,23 +186,18 @@ class ConstrainedOutput:
         return chosen or sorted(token for token in allowed if token < BLANK or BLANK < token < EOS_TOKEN)
 
 
-def constrained_output(sampling: Sampling, speech: Speech | None) -> ConstrainedOutput | None:
+def constrained_output(sampling: Sampling, vocabulary: VocabularyMap) -> ConstrainedOutput | None:
     """None for a request without a constraint. Raises InvalidRequest for a malformed one, Unsupported for what cannot be kept to."""
     if not sampling.json_schema and not sampling.regex and not sampling.choices:
         return None
-    constraint = _compiler(speech).compile(json_schema=sampling.json_schema, regex=sampling.regex, choices=sampling.choices)
+    constraint = _compiler(vocabulary).compile(json_schema=sampling.json_schema, regex=sampling.regex, choices=sampling.choices)
     keys = _keys_of(sampling.json_schema) if sampling.json_schema else None
-    return ConstrainedOutput(constraint, _pieces(speech), keys)
-
-
-def _pieces(speech: Speech | None) -> Sequence[bytes]:
-    """The bytes that the model's own tokens are spoken with."""
-    return _PIECES if speech is None else speech.pieces
+    return ConstrainedOutput(constraint, vocabulary.pieces, keys)
 
 
 @lru_cache(maxsize=8)
-def _compiler(speech: Speech | None) -> ConstraintCompiler:
-    return ConstraintCompiler(lambda: [*_pieces(speech)], (EOS_TOKEN,), str.encode)
+def _compiler(vocabulary: VocabularyMap) -> ConstraintCompiler:
+    return ConstraintCompiler(vocabulary.pieces.copy, (EOS_TOKEN,), str.encode)
 
 
 @lru_cache(maxsize=32)

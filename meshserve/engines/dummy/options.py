@@ -7,8 +7,8 @@ from typing import Any
 
 import xxhash
 
-from meshserve.engines.dummy.speech import Speech
 from meshserve.engines.dummy.timing import PROFILES, Timing
+from meshserve.engines.dummy.vocabulary import OWN_VOCABULARY, VocabularyMap, map_vocabulary
 from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers import load_tokenizer
 from meshserve.engines.tokenizers.directory import describe_files, read_directory
@@ -45,9 +45,11 @@ class DummyOptions:
     prefill_tokens_per_s: float = 0.0
     """Constant prefill rate; 0 leaves it to the profile."""
     tokenizer: str = "bytes"
-    """`bytes`, the dummy model's own, or a directory with a model's `tokenizer.json`, whose words it then speaks."""
+    """`bytes`, the dummy model's own, or a directory with a model's `tokenizer.json`, whose tokens it then writes."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Not an option: what that directory holds, by name."""
+    vocabulary: VocabularyMap = OWN_VOCABULARY
+    """Not an option: what the model writes in, as these files have it."""
 
     def timing(self) -> Timing:
         """The timing that these options ask for."""
@@ -57,23 +59,13 @@ class DummyOptions:
         """What the card names, for those who ask for it."""
         return {described.sha256: self.files[described.name] for described in describe_files(self.files)}
 
-    def speech(self) -> Speech | None:
-        """How the model speaks the vocabulary of its files; None: it speaks its own. Raises UsageError if they will not do."""
-        if not self.files:
-            return None
-        try:
-            return Speech(load_tokenizer("huggingface", self.files))
-        except TokenizerFailed as error:
-            raise UsageError(f"the dummy engine's option tokenizer: {error.message}") from error
-
-    def card(self, model: str, *, can_spell: bool = True) -> ModelCard:
-        """The card of a dummy model of this name. Its hash covers whatever changes tokens or KV, and no timing.
-
-        A vocabulary without the letters one by one (`can_spell` False) is one in which no document can be written.
-        """
+    def card(self, model: str) -> ModelCard:
+        """The card of a dummy model of this name. Its hash covers whatever changes tokens or KV, and no timing."""
         settings, files = TextSettings.of_files(self.files), describe_files(self.files)
         tokenizer = "/".join(["bytes", *(file.sha256 for file in files)])
         identity = f"dummy/{_OUTPUT_VERSION}/{model}/{self.kv_bytes_per_token}/{self.block_size}/{tokenizer}/{self.context_length}"
+        # without the letters one by one no document can be written
+        constraints = ("json_schema", "regex", "tools") if self.vocabulary.can_write_ascii else ()
         return ModelCard(
             model=model,
             model_hash=xxhash.xxh3_128_hexdigest(identity.encode()),
@@ -81,7 +73,7 @@ class DummyOptions:
             tokenizer="huggingface" if files else "bytes",
             chat_template="" if settings.chat_templates else CHAT_TEMPLATE,
             sampling_defaults=settings.sampling_defaults,
-            features=("logprobs", "penalties", "logit_bias", *(("json_schema", "regex", "tools") if can_spell else ())),
+            features=("logprobs", "penalties", "logit_bias", *constraints),
             files=files,
         )
 
@@ -92,14 +84,14 @@ class DummyOptions:
 
 def parse_options(options: EngineOptions) -> DummyOptions:
     """Raises UsageError, in one sentence, for an unknown key or a value that will not do."""
-    known = [found.name for found in fields(DummyOptions) if found.name != "files"]
+    known = [found.name for found in fields(DummyOptions) if found.name not in ("files", "vocabulary")]
     values: dict[str, Any] = {}
     for key, text in options.options.items():
         if key not in known:
             raise UsageError(f"the dummy engine has no option {key!r}; it knows {', '.join(known)}")
         values[key] = _parse_tokenizer(text) if key == "tokenizer" else _parse(key, text)
     if values.get("tokenizer", "bytes") != "bytes":
-        values["files"] = _read_files(values["tokenizer"])
+        values |= _read_model(values["tokenizer"])
     if options.kv_type is not None:
         raise UsageError("the dummy engine has no --kv-type: its KV cache is bytes of its own; leave it out")
     parsed = DummyOptions(**values)
@@ -121,13 +113,13 @@ def _parse_tokenizer(text: str) -> str:
     return text
 
 
-def _read_files(directory: str) -> dict[str, bytes]:
+def _read_model(directory: str) -> dict[str, Any]:
     try:
         files = read_directory(Path(directory))
         TextSettings.of_files(files)
+        return {"files": files, "vocabulary": map_vocabulary(load_tokenizer("huggingface", files))}
     except TokenizerFailed as error:
         raise UsageError(f"the dummy engine's option tokenizer: {error.message}") from error
-    return files
 
 
 def _parse(key: str, text: str) -> Any:

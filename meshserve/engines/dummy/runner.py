@@ -2,23 +2,24 @@
 
 import asyncio
 from array import array
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from meshserve.engines.core.request import END, EngineRequest, Generation, Prefill
-from meshserve.engines.core.reservation import BlockReservation
-from meshserve.engines.core.runner import StepResult, WriteDone
+from meshserve.engines.core.reservation import BlockReservation, WriteDone
+from meshserve.engines.core.runner import StepResult
 from meshserve.engines.core.scheduler import Stage, Step, StepLimits
-from meshserve.engines.dummy.choosing import chooser_for, prompt_logprobs
 from meshserve.engines.dummy.constrained import constrained_output
 from meshserve.engines.dummy.contents import Cursor, KVContents
+from meshserve.engines.dummy.logits import next_token
 from meshserve.engines.dummy.options import DummyOptions
-from meshserve.engines.dummy.sampling import next_token
+from meshserve.engines.dummy.sampler import Sampler, sampler_for
 from meshserve.engines.dummy.timing import Timing
-from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
+from meshserve.engines.tokenizers import EOS_TOKEN
 from meshserve.errors import BlockRefused, MeshserveError
 from meshserve.kv.pool import BlockPool
-from meshserve.wire.generation import GenerateRequest, TokenLogprobs
+from meshserve.wire.generation import GenerateRequest, Sampling, TokenLogprobs
 
 _SLICE_TOKENS = 64
 _SLICE_BYTES = 1 << 18
@@ -43,9 +44,9 @@ class DummyRunner:
     """
 
     def __init__(self, options: DummyOptions, model: str, clock: Callable[[], float]) -> None:
-        self._speech = options.speech()
-        self.vocab_size = self._speech.spoken_size if self._speech else ByteTokenizer.vocab_size
-        self.card = options.card(model, can_spell=self._speech is None or self._speech.can_spell)
+        self._vocabulary = options.vocabulary
+        self.vocab_size = self._vocabulary.vocab_size
+        self.card = options.card(model)
         self.kv_layout = options.layout(self.card)
         self.files: Mapping[str, bytes] = options.files_by_hash()
         self.shares_prefixes = True
@@ -60,7 +61,7 @@ class DummyRunner:
         self._handle: asyncio.Handle | None = None
         self._step: Step[EngineRequest] | None = None
         self._result = StepResult([])
-        self._slices: list[_Slice] = []  # last one first
+        self._slices: deque[_Slice] = deque()
         self._began = self._due = self._last_due = 0.0
         self._expected_at: float | None = None
 
@@ -73,18 +74,18 @@ class DummyRunner:
         if self._handle is not None:
             self._handle.cancel()
         self._loop = self._handle = self._step = self._expected_at = None
-        self._slices = []
+        self._slices.clear()
 
     def check(self, request: GenerateRequest) -> None:
         """Raises InvalidRequest or Unsupported for a constraint that the output cannot keep to."""
-        constrained_output(request.sampling, self._speech)
+        constrained_output(request.sampling, self._vocabulary)
 
     def check_tokens(self, tokens: "array[int]") -> None:
         """Any number is a token."""
 
     def prepare(self, generation: Generation, output: Sequence[int]) -> None:
         """A plain request has no sampler of its own."""
-        generation.sampler = chooser_for(generation, output, self._speech)
+        generation.sampler = sampler_for(generation, output, self._vocabulary)
 
     def overdue_s(self) -> float:
         """How long ago the next turn should have come."""
@@ -104,7 +105,7 @@ class DummyRunner:
             request.state.append(request.tokens[-1])
         self._step, self._result = step, StepResult([])
         if step.prefills:
-            self._slices = self._cut(step)
+            self._cut(step)
         self._advance(now)
 
     def _set_due(self, step: Step[EngineRequest], now: float) -> None:
@@ -113,18 +114,16 @@ class DummyRunner:
             self._began = self._last_due
         self._due = self._last_due = self._began + duration_s
 
-    def _cut(self, step: Step[EngineRequest]) -> list[_Slice]:
-        slices: list[_Slice] = []
-        num_new, num_done = sum([num_tokens for _, num_tokens in step.prefills]), 0
+    def _cut(self, step: Step[EngineRequest]) -> None:
+        num_new, num_done = step.num_prompt_tokens, 0
         for request, num_tokens in step.prefills:
             start, end = self._first_to_visit(request), request.num_computed + num_tokens
             while start < end:
                 stop = min(start + self._slice_tokens, end)
                 num_done += max(0, stop - max(start, request.num_computed))
-                slices.append(_Slice(request, stop, self._began + (self._due - self._began) * (num_done / num_new if num_new else 1.0)))
+                due = self._began + (self._due - self._began) * (num_done / num_new if num_new else 1.0)
+                self._slices.append(_Slice(request, stop, due))
                 start = stop
-        slices.reverse()
-        return slices
 
     def _first_to_visit(self, request: EngineRequest) -> int:
         """The first token that the step has to do with: cached ones too, if they are still to be given out, or rated."""
@@ -153,10 +152,10 @@ class DummyRunner:
         """Compute what is due and fits into one turn. Seconds until the next one that is left over is due."""
         slices, ends_at = self._slices, now + _TURN_S
         for _ in range(min(_TURN_SLICES, len(slices))):
-            request, end, due = slices[-1]
+            request, end, due = slices[0]
             if due > now:
                 return due - now
-            slices.pop()
+            slices.popleft()
             if request.stage is Stage.RUNNING:  # else cancelled meanwhile: its blocks may be somebody else's by now
                 self._visit(request, end)
             if slices and self._clock() > ends_at:
@@ -169,20 +168,20 @@ class DummyRunner:
         if end > cursor.num_tokens:
             cursor.extend(request.tokens[cursor.num_tokens : end])
         if isinstance(request, Prefill):
-            self._read_blocks(request, end)
-        rated = request.prompt_logprobs if isinstance(request, Generation) else None
-        if rated is not None:
-            start, stop = len(rated), min(end, request.num_tokens)
-            if start < stop:
-                for index, context in enumerate(self._contents.contexts(request.blocks, start, stop), start):
-                    rated.append(self._rate(request, context, index) if index else None)
+            for index, num_tokens in request.completed_blocks(end, self._contents.block_size):
+                self._result.blocks.append((request, index, num_tokens, self._contents.read(request.blocks[index], num_tokens)))
+        elif isinstance(request, Generation) and request.prompt_logprobs is not None:
+            self._rate(request, request.prompt_logprobs, min(end, request.num_tokens))
 
-    def _rate(self, request: EngineRequest, context: int, index: int) -> TokenLogprobs:
-        assert isinstance(request, Generation)
-        token, num_alternatives, speech = request.tokens[index], request.sampling.prompt_logprobs, self._speech
-        if speech is None:
-            return prompt_logprobs(context, index, token, num_alternatives)
-        return speech.spoken(prompt_logprobs(context, index, speech.to_own(token), num_alternatives, speech.vocab_size))
+    def _rate(self, generation: Generation, rated: list[TokenLogprobs | None], end: int) -> None:
+        """Log probabilities of the prompt's tokens, each at the place that it would have in a text without a prompt.
+
+        So they are a function of what stands before the token, whatever follows it, and prompts that begin alike are rated alike.
+        """
+        sampler = Sampler(Sampling(logprobs=generation.sampling.prompt_logprobs), vocabulary=self._vocabulary)
+        contexts = self._contents.contexts(generation.blocks, len(rated), end)
+        for index, context in enumerate(contexts, len(rated)):
+            rated.append(sampler.rate(context, index, self._vocabulary.to_own(generation.tokens[index])) if index else None)
 
     def _finish(self, now: float) -> None:
         step, result = self._step, self._result
@@ -196,36 +195,24 @@ class DummyRunner:
                 result.tokens.append(END)
         self._on_result(result)
 
-    def _sample(self, requests: Sequence[EngineRequest], result: StepResult) -> None:
+    def _sample(self, generations: Sequence[Any], result: StepResult) -> None:
         """The next token of each. One that was cancelled meanwhile gets one as well, which nobody looks at."""
-        keep, speech = result.tokens.append, self._speech
-        for request in requests:
+        keep, from_own = result.tokens.append, self._vocabulary.from_own
+        for generation in generations:
             try:
-                if request.sampler is None:  # type: ignore[attr-defined]  # only generations are sampled; this is the hot path
-                    token = next_token(request.state.context, request.sampling, request.first_position + request.num_generated)  # type: ignore[attr-defined]
+                if generation.sampler is None:
+                    position = generation.first_position + generation.num_generated
+                    token = next_token(generation.state.context, generation.sampling, position)
                 else:
-                    token = self._choose(request, result)
+                    token, logprobs = generation.sampler.sample(generation.state.context, generation.position)
+                    if logprobs is not None:
+                        result.logprobs[generation] = logprobs
             except Exception as exc:
-                result.failed.append((request, exc))
+                result.failed.append((generation, exc))
                 token = EOS_TOKEN
-            if token == EOS_TOKEN:
-                keep(END)
-            else:
-                keep(token if speech is None else speech.from_own(token))
-
-    def _choose(self, request: EngineRequest, result: StepResult) -> int:
-        assert isinstance(request, Generation)
-        token: int
-        token, logprobs = request.sampler.choose(request.state.context, request.position)
-        if logprobs is not None:
-            result.logprobs[request] = self._speech.spoken(logprobs) if self._speech is not None else logprobs
-        return token
+            keep(END if token == EOS_TOKEN else from_own[token])
 
     # --- blocks
-
-    def _read_blocks(self, prefill: Prefill, num_computed: int) -> None:
-        for index, num_tokens in prefill.completed_blocks(num_computed, self._contents.block_size):
-            self._result.blocks.append((prefill, index, num_tokens, self._contents.read(prefill.blocks[index], num_tokens)))
 
     def share_prefix(self, reservation: BlockReservation) -> None:
         """Blocks are shared by their numbers: nothing to do but to note where digests go on."""

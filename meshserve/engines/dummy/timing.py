@@ -1,6 +1,6 @@
 """How long a step takes on the hardware that the dummy engine plays. Pure arithmetic."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +31,10 @@ class Timing:
 
     def with_options(self, step_ms: float, prefill_tokens_per_s: float) -> "Timing":
         """The same hardware with `step_ms` more a decode step and, unless it is 0, prefill at a constant rate instead."""
-        per_token_ms = 1000 / prefill_tokens_per_s if prefill_tokens_per_s else self.prefill_ms_per_token
-        return Timing(
-            0.0 if prefill_tokens_per_s else self.prefill_base_ms,
-            per_token_ms,
-            0.0 if prefill_tokens_per_s else self.prefill_ms_per_token2,
-            self.decode_base_ms + step_ms,
-            self.decode_ms_by_occupancy,
-            self.decode_ms_by_occupancy2,
-        )
+        timing = replace(self, decode_base_ms=self.decode_base_ms + step_ms)
+        if not prefill_tokens_per_s:
+            return timing
+        return replace(timing, prefill_base_ms=0.0, prefill_ms_per_token=1000 / prefill_tokens_per_s, prefill_ms_per_token2=0.0)
 
 
 PROFILES: dict[str, Timing] = {

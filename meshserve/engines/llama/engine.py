@@ -15,11 +15,6 @@ class LlamaEngine(CoreEngine):
         self._options = parse_options(options, self._claim)
         super().__init__(LlamaRunner(self._options))
 
-    @property
-    def description(self) -> str:
-        """What it takes of this host, and whether its KV can be handed over."""
-        return describe(self._options, self.card.model, self.kv_layout.refusal)
-
     async def start(self) -> None:
         """As :class:`CoreEngine`. What was claimed is claimed again, as after a failure or :meth:`close` nothing is held."""
         options = self._options
@@ -27,6 +22,7 @@ class LlamaEngine(CoreEngine):
         self._claim.update(pending)
         await super().start()
         self._claim.update(pending._replace(pending_bytes=0))
+        self.description = describe(options, self.card.model, self.kv_layout.refusal)
 
     async def close(self) -> None:
         """As :class:`CoreEngine`; what was claimed is left to others."""

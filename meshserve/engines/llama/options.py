@@ -60,7 +60,7 @@ def parse_options(options: EngineOptions, claim: Claim) -> LlamaOptions:
     gguf = read_gguf(path)
     files = _tokenizer_files(gguf)
     bytes_per_token = _kv_bytes_per_token(gguf, kv_type)
-    card = _card(path, files, given.get("context_length") or gguf.context_length or _USUAL_CONTEXT)
+    card = _card(gguf, files, given.get("context_length") or gguf.context_length or _USUAL_CONTEXT)
     num_blocks, num_threads = claim_kv_cache(
         claim,
         context_length=card.context_length,
@@ -121,11 +121,11 @@ def _tokenizer_files(gguf: GgufFile) -> dict[str, bytes]:
         raise StartupFailed(f"{gguf.path}: {error.message}") from error
 
 
-def _card(path: Path, files: Mapping[str, bytes], context_length: int) -> ModelCard:
+def _card(gguf: GgufFile, files: Mapping[str, bytes], context_length: int) -> ModelCard:
     settings = TextSettings.of_files(files)
     return ModelCard(
-        model=path.stem,
-        model_hash=model_hash(path),
+        model=gguf.path.stem,
+        model_hash=model_hash(gguf.parts),
         context_length=context_length,
         tokenizer="huggingface",
         chat_template="",

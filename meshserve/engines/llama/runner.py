@@ -7,10 +7,10 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
-from meshserve.engines.core.constraint import Constraint, ConstraintCompiler
+from meshserve.engines.constraints.constraint import Constraint, ConstraintCompiler
 from meshserve.engines.core.request import EngineRequest, Generation, Prefill
-from meshserve.engines.core.reservation import BlockReservation
-from meshserve.engines.core.runner import StepResult, WriteDone
+from meshserve.engines.core.reservation import BlockReservation, WriteDone
+from meshserve.engines.core.runner import StepResult
 from meshserve.engines.core.sampling import Sampler
 from meshserve.engines.core.scheduler import Step
 from meshserve.engines.llama.blocks import BlockFormat

@@ -5,10 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from meshserve.engines.models.specs import SUFFIX
+from meshserve.engines.tokenizers.gguf import PART
 from meshserve.errors import UsageError
-
-PART = r"-(\d{5})-of-(\d{5})$"
-"""How the name of one file of several ends, before its suffix."""
 
 DEFAULT_ORDER = ("Q4_K_M", "Q4_0", "Q4_1", "Q8_0", "Q5_K_M", "Q4_K_S", "Q6_K", "IQ4_XS", "IQ4_NL", "MXFP4", "Q3_K_M", "F16", "BF16")
 """What is taken where nothing is asked for: four bits are the usual bargain of size and quality, Q4_K_M the usual form of them."""
@@ -53,7 +51,7 @@ def _grouped(names: Iterable[str]) -> dict[str, list[str]]:
     """Files by the name of their model: all parts of one together."""
     models: dict[str, list[str]] = {}
     for name in sorted(names):
-        models.setdefault(re.sub(PART, "", name[: -len(SUFFIX)]) + SUFFIX, []).append(name)
+        models.setdefault(PART.sub("", name[: -len(SUFFIX)]) + SUFFIX, []).append(name)
     return models
 
 
@@ -90,7 +88,7 @@ def _fits(model: str, quantization: str) -> bool:
 
 
 def _complete(repository: str, files: list[str]) -> tuple[str, ...]:
-    numbered = re.search(PART, files[0][: -len(SUFFIX)])
+    numbered = PART.search(files[0][: -len(SUFFIX)])
     if numbered is not None and len(files) != int(numbered[2]):
         raise UsageError(f"hf:{repository}: of the {int(numbered[2])} parts of {files[0]} only {len(files)} are there; take another file")
     return tuple(files)

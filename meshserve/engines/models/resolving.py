@@ -1,16 +1,15 @@
 """From `--model SPEC` to a file."""
 
 import difflib
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshserve.engines.models.choosing import PART
 from meshserve.engines.models.directories import Say
 from meshserve.engines.models.hub import fetch_from_hub
 from meshserve.engines.models.packaged import fetch_packaged
 from meshserve.engines.models.specs import HUB_PREFIX, SHORT_NAMES, SUFFIX
+from meshserve.engines.tokenizers.gguf import PART
 from meshserve.errors import StartupFailed, UsageError
 
 _MAX_NAMED = 5
@@ -42,7 +41,7 @@ def resolve(spec: str, say: Say) -> ModelSource:
 
 def _name_of(path: Path) -> str:
     """The same for a file that was fetched and a copy that was named by its path, so that peers with either serve one model."""
-    return re.sub(PART, "", path.stem)
+    return PART.sub("", path.stem)
 
 
 def _checked(spec: str) -> Path:

@@ -2,11 +2,12 @@
 
 import mmap
 import os
+import re
 import struct
 import sys
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +24,9 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 """Struct format of each value type that is a number or a truth value."""
 _MAX_STRING_BYTES, _MAX_DIMENSIONS, _MAX_ALIGNMENT = 1 << 26, 8, 1 << 16
 _READ_BYTES = 1 << 22
+PART = re.compile(r"-(\d{5})-of-(\d{5})$")
+"""How the name of one of a model's several files ends, before `.gguf`: by these names llama.cpp finds the others."""
+_MOST_PARTS = 99_999
 _BYTES_OF_BLOCKS: dict[int, dict[int, int]] = {
     1: {0: 4, 1: 2, 24: 1, 25: 2, 26: 4, 27: 8, 28: 8, 30: 2},
     32: {2: 18, 3: 20, 6: 22, 7: 24, 8: 34, 9: 40, 20: 18, 39: 17},
@@ -68,9 +72,11 @@ class Strings(Sequence[str]):
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
-    """What the header of a GGUF file says."""
+    """What the header of a GGUF file says; of a model in several files, that of the first one."""
 
     path: Path
+    parts: tuple[Path, ...]
+    """All files of the model, in order."""
     version: int
     metadata: Mapping[str, Any]
     """Values by key: numbers, texts, `array` for rows of numbers, :class:`Strings` for rows of texts."""
@@ -120,7 +126,26 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Read and check the header of a file. Raises StartupFailed, with what to do, if it is no GGUF file or not a whole one."""
+    """Read and check the header of a model's file, and those of the other files if it is the first of several.
+
+    Raises StartupFailed, with what to do, if one is no GGUF file, or not a whole one, or missing.
+    """
+    found = _read_file(path)
+    num_parts = found.metadata.get("split.count", 0)
+    if num_parts <= 1:
+        return found
+    stem = PART.sub("", path.stem)
+    parts = tuple(path.with_name(f"{stem}-{number:05}-of-{num_parts:05}{path.suffix}") for number in range(1, num_parts + 1))
+    if path not in parts:
+        raise StartupFailed(f"{path} is one of {num_parts} parts, and llama.cpp finds them by their names: call the first {parts[0].name}")
+    if path != parts[0]:
+        raise StartupFailed(f"{path} is not the first of {num_parts} parts; name {parts[0]}")
+    for part in parts[1:]:
+        _read_file(part)
+    return replace(found, parts=parts)
+
+
+def _read_file(path: Path) -> GgufFile:
     try:
         with path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
@@ -147,18 +172,19 @@ def zero_tensor_file(path: Path) -> bytes:
     return _HEAD.pack(_MAGIC, version, 0, num_pairs) + data[_HEAD.size :] + bytes(-len(data) % _alignment(found.metadata))
 
 
-def model_hash(path: Path) -> str:
-    """Identifies a file's whole contents: XXH3, 128 bits, as 32 hexadecimal digits. Takes as long as reading the file.
+def model_hash(paths: Sequence[Path]) -> str:
+    """Identifies the whole contents of a model's files: XXH3, 128 bits, as 32 hexadecimal digits. Takes as long as reading them.
 
     Against accidents, not against a forger. Raises StartupFailed if the file cannot be read.
     """
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(_READ_BYTES))
-    try:
-        with path.open("rb", buffering=0) as file:
-            while num_bytes := file.readinto(buffer):
-                digest.update(buffer[:num_bytes])
-    except OSError as error:
-        raise StartupFailed(f"{path} cannot be read: {error.strerror}; check its path and permissions") from error
+    for path in paths:
+        try:
+            with path.open("rb", buffering=0) as file:
+                while num_bytes := file.readinto(buffer):
+                    digest.update(buffer[:num_bytes])
+        except OSError as error:
+            raise StartupFailed(f"{path} cannot be read: {error.strerror}; check its path and permissions") from error
     return str(digest.hexdigest())
 
 
@@ -235,13 +261,13 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
     metadata = {reader.string(): reader.value() for _ in range(num_pairs)}
     metadata_bytes = reader.at
     data_bytes = max((_tensor_end(reader) for _ in range(num_tensors)), default=0)
-    if metadata.get("split.count", 0) > 1:
-        raise StartupFailed(f"{path} is one of {metadata['split.count']} parts; join them first (llama-gguf-split --merge)")
+    if metadata.get("split.count", 0) not in range(_MOST_PARTS + 1):
+        raise _Short
     alignment = _alignment(metadata)
     needed = reader.at + -reader.at % alignment + data_bytes if num_tensors else 0
     if len(data) < needed:
         raise StartupFailed(f"{path} is cut short: {len(data):,} of {needed:,} bytes are there; download it again")
-    return GgufFile(path, struct.unpack_from("<I", data, 4)[0], metadata, num_tensors, metadata_bytes, data_bytes)
+    return GgufFile(path, (path,), struct.unpack_from("<I", data, 4)[0], metadata, num_tensors, metadata_bytes, data_bytes)
 
 
 def _check_version(path: Path, reader: _Reader) -> None:

@@ -123,12 +123,12 @@ class Collected:
     @property
     def text(self) -> str:
         """All that is neither reasoning nor part of a call."""
-        return self._joined("text")
+        return "".join([text for part in self.parts if part.kind == "text" for text in part.texts])
 
     @property
     def reasoning(self) -> str:
         """All of it."""
-        return self._joined("reasoning")
+        return "".join([part.text for part in self.parts if part.kind == "reasoning"])
 
     @property
     def logprobs(self) -> list[Any]:
@@ -144,11 +144,6 @@ class Collected:
     def shown(self) -> list[Part]:
         """Parts with something in them; if there is none, a text that is empty."""
         return [part for part in self.parts if part.kind == "call" or part.text] or self.parts[:1]
-
-    def _joined(self, kind: str) -> str:
-        if len(self.parts) == 1:
-            return self.parts[0].text if self.parts[0].kind == kind else ""
-        return "".join([part.text for part in self.parts if part.kind == kind])
 
 
 class WholeWriter:

@@ -124,8 +124,10 @@ class ProcessorRole:
         if asked.logit_bias:
             check_bias(asked, spelling.vocab_size)
         check_prompts(asked, prompts, card, spelling.vocab_size)
-        formats = formats_of(self.models.template(card)) if writes_calls(card) else ()
-        request = Request(self, call, asked, card, prompts, spelling, phases, formats, self._strict_calls.judge(asked, card))
+        writes = writes_calls(card)
+        formats = formats_of(self.models.template(card)) if writes else ()
+        accepts = self._strict_calls.judge(asked) if writes else None
+        request = Request(self, call, asked, card, prompts, spelling, phases, formats, accepts)
         self._running[request.request_id] = request
         call.on_cancel = request.cancel
         request.start()

@@ -7,11 +7,10 @@ cases, and a hostile schema is bounded in the same way.
 import json
 from typing import Any
 
-from meshserve.engines.core.constraint import ConstraintCompiler
+from meshserve.engines.constraints.constraint import ConstraintCompiler
 from meshserve.errors import InvalidRequest
 from meshserve.roles.processor.call_formats import Accepts
-from meshserve.roles.processor.calling import Json, call_schema, strict_tools_of, writes_calls
-from meshserve.wire.card import ModelCard
+from meshserve.roles.processor.calling import Json, call_schema, strict_tools_of
 from meshserve.wire.completion import CompletionRequest
 
 _BYTES = [bytes([value]) for value in range(256)]
@@ -26,13 +25,13 @@ class StrictCalls:
     def __init__(self) -> None:
         self._compiler = ConstraintCompiler(lambda: [*_BYTES, b""], [_END], lambda text: text.encode())
 
-    def judge(self, request: CompletionRequest, card: ModelCard) -> Accepts | None:
-        """What judges the calls of this request's answers; None if all of them count.
+    def judge(self, request: CompletionRequest) -> Accepts | None:
+        """What judges the calls that a model writes as text in this request's answers; None if all of them count.
 
         Takes up to 0.1 s for the first request with these tools. Raises InvalidRequest for a schema that is malformed, Unsupported for
         one that cannot be kept to.
         """
-        if request.tool_choice != "strict" or not writes_calls(card):
+        if request.tool_choice != "strict":
             return None
         tools = strict_tools_of(request)
         if not tools:

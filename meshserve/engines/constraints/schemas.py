@@ -36,7 +36,7 @@ _VALUES = frozenset(("const", "enum", "default", "examples", "example", "require
 """Keywords whose values hold no schemas."""
 _COUNTS = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 _BRANCHES = frozenset(("anyOf", "oneOf", "$ref"))
-_FREE = frozenset(("title", "description", "default", "examples", "$schema", "$id", "$comment", *_DEFINITIONS))
+_SAY_NOTHING = frozenset(("title", "description", "default", "examples", "$schema", "$id", "$comment", *_DEFINITIONS))
 
 Json = dict[str, Any]
 
@@ -46,16 +46,13 @@ def checked_schema(text: str) -> str:
 
     Raises InvalidRequest for what is no schema, Unsupported for one that is too large to be kept to; both name :data:`PARAM`.
     """
-    if len(text) > _MOST_CHARACTERS:
-        raise Unsupported(f"the schema has {len(text)} characters; at most {_MOST_CHARACTERS} are read", param=PARAM)
+    _demand(len(text) <= _MOST_CHARACTERS, f"has {len(text)} characters; at most {_MOST_CHARACTERS} are read")
     try:
         root = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as exc:
         raise InvalidRequest("the schema is not JSON, or nests too deep", param=PARAM) from exc
-    if root is False:
-        raise Unsupported("the schema allows no document", param=PARAM)
-    if root is True:
-        root = {}
+    _demand(root is not False, "allows no document")
+    root = {} if root is True else root
     if not isinstance(root, dict):
         raise InvalidRequest("the schema is an object, true or false", param=PARAM)
     root.pop("x-guidance", None)  # the library would take options from there
@@ -65,14 +62,11 @@ def checked_schema(text: str) -> str:
 
 def property_names(schema: Any) -> Iterator[str]:
     """Names of all properties that a parsed schema speaks of, wherever."""
-    if isinstance(schema, list):
-        for part in schema:
-            yield from property_names(part)
-    elif isinstance(schema, dict):
+    if isinstance(schema, dict):
         found = schema.get("properties")
         yield from found if isinstance(found, dict) else ()
-        for part in schema.values():
-            yield from property_names(part)
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        yield from property_names(part)
 
 
 class _Survey:
@@ -82,36 +76,31 @@ class _Survey:
         self._root = root
         self._references: Counter[str] = Counter()
         self._multiples: set[int] = set()
-        self._num_values = self._num_properties = self._num_patterns = self._num_merges = 0
+        self._num_levels = self._num_values = self._num_properties = self._num_patterns = self._num_merges = 0
 
     def check(self) -> None:
-        num_levels = self._visit(self._root, 0)
+        self._num_levels = self._visit(self._root, 0)
         sizes: dict[str, int] = {}
         while pending := [reference for reference in self._references if reference not in sizes]:
             for reference in pending:
                 before = self._num_values
-                num_levels += self._visit(_resolved(self._root, reference), 0)
+                self._num_levels += self._visit(_resolved(self._root, reference), 0)
                 sizes[reference] = self._num_values - before
-                self._check_sizes(num_levels)
+                self._check_sizes()
         self._num_values += sum(self._references[reference] * size for reference, size in sizes.items())
-        self._check_sizes(num_levels)
-        if self._num_patterns > _FREE_PATTERNS and self._num_merges > _MOST_MERGES:
-            raise Unsupported("the schema merges too many schemas with patterns by allOf or $ref", param=PARAM)
-        if lcm(*self._multiples) > _MOST_MULTIPLE:
-            raise Unsupported(f"the schema's multipleOf together have more than {_MOST_MULTIPLE} steps", param=PARAM)
+        self._check_sizes()
+        is_mergeable = self._num_patterns <= _FREE_PATTERNS or self._num_merges <= _MOST_MERGES
+        _demand(is_mergeable, "merges too many schemas with patterns by allOf or $ref")
+        _demand(lcm(*self._multiples) <= _MOST_MULTIPLE, f"has multipleOf that together have more than {_MOST_MULTIPLE} steps")
 
-    def _check_sizes(self, num_levels: int) -> None:
-        if num_levels > _MOST_LEVELS:
-            raise Unsupported(f"the schema nests more than {_MOST_LEVELS} levels, with all that it refers to", param=PARAM)
-        if self._num_values > _MOST_VALUES:
-            raise Unsupported("the schema is too large, with all that it refers to", param=PARAM)
-        if self._num_properties > _MOST_PROPERTIES:
-            raise Unsupported(f"the schema has more than {_MOST_PROPERTIES} properties", param=PARAM)
+    def _check_sizes(self) -> None:
+        _demand(self._num_levels <= _MOST_LEVELS, f"nests more than {_MOST_LEVELS} levels, with all that it refers to")
+        _demand(self._num_values <= _MOST_VALUES, "is too large, with all that it refers to")
+        _demand(self._num_properties <= _MOST_PROPERTIES, f"has more than {_MOST_PROPERTIES} properties")
 
     def _visit(self, value: Any, nested: int) -> int:
         """Note what this schema, or list or map of schemas, says; returns how many levels it has."""
-        if nested > _MOST_NESTED:
-            raise Unsupported(f"the schema nests more than {_MOST_NESTED} levels", param=PARAM)
+        _demand(nested <= _MOST_NESTED, f"nests more than {_MOST_NESTED} levels")
         self._num_values += 1
         if isinstance(value, list):
             return 1 + max((self._visit(part, nested + 1) for part in value), default=0)
@@ -135,39 +124,28 @@ class _Survey:
         for key in _COUNTS:
             if isinstance(schema.get(key), float) and schema[key].is_integer():
                 schema[key] = int(schema[key])  # 2.0, which is a whole number to JSON Schema and none to the library
-        if nested and isinstance(schema.get("$id"), str):
-            raise Unsupported("a $id within the schema cannot be followed", param=PARAM)
-        reference, properties, merged = schema.get("$ref"), schema.get("properties"), schema.get("allOf")
+        reference, properties, merged, step = map(schema.get, ("$ref", "properties", "allOf", "multipleOf"))
+        _demand(not nested or not isinstance(schema.get("$id"), str), "has a $id within, which cannot be followed")
         if isinstance(reference, str):
-            if reference != "#" and not reference.startswith("#/"):
-                raise Unsupported("of references only '#' and '#/...' can be followed", param=PARAM)
+            _demand(reference == "#" or reference.startswith("#/"), "has references of which only '#' and '#/...' can be followed")
             self._references[reference] += 1
-        if isinstance(properties, dict):
-            self._num_properties += len(properties)
-        self._num_patterns += isinstance(schema.get("pattern"), str) + isinstance(schema.get("format"), str)
+        self._num_properties += len(properties) if isinstance(properties, dict) else 0
+        self._num_patterns += sum(isinstance(schema.get(key), str) for key in ("pattern", "format"))
         self._num_merges += len(merged) - 1 if isinstance(merged, list) and merged else 0
-        has_others = any(key not in _FREE and key not in _BRANCHES for key in schema)
+        has_others = any(key not in _SAY_NOTHING and key not in _BRANCHES for key in schema)
         self._num_merges += max(0, sum(key in _BRANCHES for key in schema) - 1 + has_others)
-        step = schema.get("multipleOf")
-        if isinstance(step, (int, float)) and step:
-            self._multiples.add(_steps(step))
-
-
-def _steps(step: float) -> int:
-    """A multiple in units of its last digit: 25 for 2.5."""
-    return abs(step) if isinstance(step, int) else int("".join(map(str, Decimal(repr(step)).as_tuple().digits)))
+        if isinstance(step, (int, float)) and step:  # in units of its last digit: 25 for 2.5
+            self._multiples.add(int("".join(map(str, Decimal(repr(step)).as_tuple().digits))) if isinstance(step, float) else abs(step))
 
 
 def _resolved(root: Json, reference: str) -> Any:
     found: Any = root
     for step in reference.split("/")[1:]:
         name = unquote(step).replace("~1", "/").replace("~0", "~")
-        if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-            found = found[int(name)]
-        elif isinstance(found, dict) and name in found:
-            found = found[name]
-        else:
-            raise InvalidRequest(f"the schema refers to {reference!r:.60}, which is not there", param=PARAM)
+        try:
+            found = found[int(name) if isinstance(found, list) and name.isdecimal() else name]
+        except (LookupError, TypeError) as exc:
+            raise InvalidRequest(f"the schema refers to {reference!r:.60}, which is not there", param=PARAM) from exc
     return found
 
 
@@ -176,3 +154,8 @@ def _finite(text: str) -> float:
     if not isfinite(value):
         raise ValueError(f"{text} is no number in JSON")
     return value
+
+
+def _demand(is_kept: bool, words: str) -> None:
+    if not is_kept:
+        raise Unsupported(f"the schema {words}", param=PARAM)

@@ -11,9 +11,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshserve.engines.dummy.choosing import Chooser, prompt_logprobs
 from meshserve.engines.dummy.contents import Cursor, KVContents
-from meshserve.engines.dummy.sampling import candidates, next_token
+from meshserve.engines.dummy.logits import candidates, next_token
+from meshserve.engines.dummy.sampler import Sampler
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
 from meshserve.errors import InvalidRequest
 from meshserve.wire.generation import Sampling, TokenLogprobs
@@ -31,7 +31,8 @@ def logits_by_the_book(
 ) -> dict[int, float]:
     """Every token that may come, with the logit that the documentation gives it."""
     can_end = not sampling.ignore_eos and position >= sampling.min_tokens
-    tokens, wins_eos = candidates(context, position, can_end)
+    tokens, _ = candidates(context, position, can_end)
+    wins_eos = tokens[0] == EOS_TOKEN
     logits = dict.fromkeys(range(VOCAB_SIZE), -50.0)
     for rank, token in enumerate(tokens):
         logits[token] = -0.4 * (rank - wins_eos) - 6.0 * wins_eos if token != EOS_TOKEN else 0.0
@@ -101,7 +102,7 @@ def test_tokens_and_log_probabilities_are_those_of_the_whole_vocabulary(
     )
     prompt = (66, 257, 290)
     logits = logits_by_the_book(context, sampling, position, output, prompt)
-    token, logprobs = Chooser(sampling, output, None, prompt=prompt).choose(context, position)
+    token, logprobs = Sampler(sampling, output, prompt=prompt).sample(context, position)
     check_logprobs(logprobs, token, logits, num)
     best = max(logits.values())
     assert logits[token] >= best - (1e-9 if temperature == 0 else 30.0 + 1e-9)
@@ -114,7 +115,7 @@ def test_to_ask_for_log_probabilities_changes_no_token(
     plain: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": 3}
     bent: dict[str, Any] = {"logit_bias": tuple(bias.items()), "presence_penalty": penalty, "frequency_penalty": penalty}
     for extras in ({}, bent):
-        chosen = [Chooser(Sampling(**plain, **extras, logprobs=num), output, None).choose(context, position)[0] for num in (-1, 0, 20)]
+        chosen = [Sampler(Sampling(**plain, **extras, logprobs=num), output).sample(context, position)[0] for num in (-1, 0, 20)]
         assert len(set(chosen)) == 1
         if not extras:
             assert chosen[0] == next_token(context, Sampling(**plain), position)
@@ -127,20 +128,21 @@ def test_nothing_is_drawn_that_is_less_likely_than_min_p_of_the_best(
     for biases in ((), tuple(bias.items())):
         sampling = Sampling(temperature=temperature, min_p=min_p, seed=seed, logit_bias=biases)
         logits = logits_by_the_book(context, sampling, position, [])
-        token = Chooser(sampling, [], None).choose(context, position)[0] if biases else next_token(context, sampling, position)
+        token = Sampler(sampling).sample(context, position)[0] if biases else next_token(context, sampling, position)
         assert exp((logits[token] - max(logits.values())) / temperature) >= min_p - 1e-9
 
 
 def test_probabilities_over_the_whole_vocabulary_sum_to_one() -> None:
     for context in range(0, 2**64, 2**58 + 977):
         for position in range(26):
-            every = (prompt_logprobs(context, position, token, 0)[0] for token in range(VOCAB_SIZE))
+            every = (Sampler(Sampling(logprobs=0)).rate(context, position, token)[0] for token in range(VOCAB_SIZE))
             assert fsum(map(exp, every)) == pytest.approx(1, abs=1e-12)
 
 
 @given(CONTEXTS, st.integers(1, 60), st.integers(0, VOCAB_SIZE - 1), st.integers(0, 20))
 def test_a_prompts_tokens_are_rated_by_the_same_logits(context: int, index: int, token: int, num: int) -> None:
-    check_logprobs(prompt_logprobs(context, index, token, num), token, logits_by_the_book(context, Sampling(), index, []), num)
+    rated = Sampler(Sampling(logprobs=num)).rate(context, index, token)
+    check_logprobs(rated, token, logits_by_the_book(context, Sampling(), index, []), num)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 50.0])
@@ -149,18 +151,16 @@ def test_a_bias_of_100_forces_a_token_and_one_of_minus_100_bans_it(token: int, t
     for context in range(0, 2**64, 2**59 + 31):
         for position in range(25):
             forced = Sampling(temperature=temperature, logit_bias=((token, 100.0),))
-            assert Chooser(forced, [], None).choose(context, position)[0] == token
+            assert Sampler(forced).sample(context, position)[0] == token
             favourite = next_token(context, Sampling(temperature=temperature), position)
             banned = Sampling(temperature=temperature, logit_bias=((favourite, -100.0),))
-            assert Chooser(banned, [], None).choose(context, position)[0] != favourite
+            assert Sampler(banned).sample(context, position)[0] != favourite
 
 
 def test_a_part_of_speech_that_is_banned_altogether_leaves_the_rest_of_the_vocabulary() -> None:
     for position in range(25):
         words, _ = candidates(5 << 40, position, False)
-        token, logprobs = Chooser(Sampling(logit_bias=tuple((word, -100.0) for word in words), logprobs=3), [], None).choose(
-            5 << 40, position
-        )
+        token, logprobs = Sampler(Sampling(logit_bias=tuple((word, -100.0) for word in words), logprobs=3)).sample(5 << 40, position)
         assert token not in words
         assert logprobs is not None
         assert logprobs[0] == pytest.approx(-log(VOCAB_SIZE - len(words)))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import compress, count
 from typing import Any
 
-from meshserve.engines.core.schemas import PARAM, checked_schema
+from meshserve.engines.constraints.schemas import PARAM, checked_schema
 from meshserve.errors import EngineFailed, InvalidRequest, MeshserveError, Unsupported
 
 _MOST_COMPILED = 32
@@ -27,6 +27,7 @@ _LIMITS: dict[str, Any] = {
     "verbose_errors": False,
 }
 _FLAGS = bytes(value == ord("1") for value in range(256))
+_SCHEMA, _REGEX, _CHOICES = "schema", "regular expression", "list of choices"
 
 
 def tokens_of(mask: bytes) -> list[int]:
@@ -57,26 +58,12 @@ class Constraint:
             self._check()
         return self._mask
 
-    def allowed_tokens(self) -> list[int]:
-        """The tokens that may come next, ascending."""
-        return tokens_of(self.allowed_mask())
-
-    def is_allowed(self, token: int) -> bool:
-        """Whether this token may come next."""
-        return 0 <= token < self._vocab_size and bool(self.allowed_mask()[token >> 3] >> (token & 7) & 1)
-
     def num_allowed(self, tokens: Sequence[int]) -> int:
         """How many of these tokens of the vocabulary can come next, one after the other; none is taken.
 
         Where only one text can follow, any way of writing it counts.
         """
         found: int = self._matcher.validate_tokens(list(tokens))
-        return found
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether the output may end here."""
-        found: bool = self._matcher.is_accepting()
         return found
 
     @property
@@ -111,7 +98,7 @@ class ConstraintCompiler:
         self._read_tokens, self._eos_tokens, self._encode = read_tokens, list(eos_tokens), encode
         self._ends = frozenset(eos_tokens)
         self._tokenizer: Any = None
-        self._compiled: OrderedDict[tuple[str, Any], Any] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, Sequence[str]], Any] = OrderedDict()
 
     def compile(self, *, json_schema: str = "", regex: str = "", choices: Sequence[str] = ()) -> Constraint:
         """The constraint at its beginning; the first of the three that is not empty counts.
@@ -119,7 +106,7 @@ class ConstraintCompiler:
         Takes 0.3 to 7 ms for usual schemas, up to 0.1 s within the limits, and 10 us where it is known; needs 3 MB of stack. Raises
         InvalidRequest for what is malformed, Unsupported, which names the construct, for what cannot be kept to.
         """
-        key = ("json_schema", json_schema) if json_schema else ("regex", regex) if regex else ("choices", tuple(choices))
+        key = (_SCHEMA, json_schema) if json_schema else (_REGEX, regex) if regex else (_CHOICES, tuple(choices))
         matcher = self._compiled.get(key)
         if matcher is None:
             matcher = self._compiled[key] = self._matcher(*key)
@@ -128,11 +115,11 @@ class ConstraintCompiler:
         self._compiled.move_to_end(key)
         return Constraint(matcher.deep_copy(), self._ends, self._tokenizer.vocab_size)
 
-    def _matcher(self, kind: str, value: Any) -> Any:
+    def _matcher(self, words: str, value: Any) -> Any:
         import llguidance  # loaded where there is a constraint: 8 MB, 80 ms
 
         try:
-            grammar = _GRAMMARS[kind](llguidance.LLMatcher, value)
+            grammar = _grammar(llguidance.LLMatcher, words, value)
             if self._tokenizer is None:
                 wrapped: Any = _Wrapped(self._read_tokens(), self._eos_tokens[0], self._encode)
                 # without slices: they double the time and triple the memory, for masks of 1 ms instead of 10 ms at rare places
@@ -143,13 +130,13 @@ class ConstraintCompiler:
         except (MeshserveError, KeyboardInterrupt, SystemExit):
             raise
         except ValueError as error:
-            raise InvalidRequest(f"the {_WORDS[kind]} cannot be read: {_first_line(str(error))}", param=PARAM) from error
+            raise InvalidRequest(f"the {words} cannot be read: {_first_line(str(error))}", param=PARAM) from error
         except BaseException as error:  # its panics are no Exception
-            raise Unsupported(f"the {_WORDS[kind]} cannot be kept to: {_first_line(str(error))}", param=PARAM) from error
+            raise Unsupported(f"the {words} cannot be kept to: {_first_line(str(error))}", param=PARAM) from error
         if matcher.is_error():
-            raise _refusal(_WORDS[kind], matcher.get_error())
+            raise _refusal(words, matcher.get_error())
         if matcher.is_stopped() and not matcher.is_accepting():
-            raise Unsupported(f"the {_WORDS[kind]} allows no output that ends", param=PARAM)
+            raise Unsupported(f"the {words} allows no output that ends", param=PARAM)
         return matcher
 
 
@@ -167,36 +154,31 @@ class _Wrapped:
         return list(self._encode(text))
 
 
-def _schema_grammar(library: Any, text: str) -> Any:
-    return library.grammar_from_json_schema(checked_schema(text), overrides=_JSON_STYLE)
-
-
-def _regex_grammar(library: Any, regex: str) -> Any:
-    if len(regex) > _MOST_CHARACTERS:
-        raise Unsupported(f"the regular expression has {len(regex)} characters; at most {_MOST_CHARACTERS} are read", param=PARAM)
-    return library.grammar_from_regex(regex)
-
-
-def _choice_grammar(library: Any, choices: tuple[str, ...]) -> Any:
-    if not choices:
+def _grammar(library: Any, words: str, value: Any) -> Any:
+    if words == _SCHEMA:
+        return library.grammar_from_json_schema(checked_schema(value), overrides=_JSON_STYLE)
+    if not value:
         raise InvalidRequest("there are no choices", param=PARAM)
-    if len(choices) > _MOST_CHOICES or sum(map(len, choices)) > _MOST_CHARACTERS:
-        raise Unsupported(f"at most {_MOST_CHOICES} choices of {_MOST_CHARACTERS} characters together can be kept to", param=PARAM)
-    return library.grammar_from_lark("start: " + " | ".join(map(json.dumps, choices)))
+    if sum(map(len, value)) > _MOST_CHARACTERS:
+        raise Unsupported(f"the {words} is too long: at most {_MOST_CHARACTERS} characters are read", param=PARAM)
+    if words == _REGEX:
+        return library.grammar_from_regex(value)
+    if len(value) > _MOST_CHOICES:
+        raise Unsupported(f"at most {_MOST_CHOICES} choices can be kept to", param=PARAM)
+    return library.grammar_from_lark("start: " + " | ".join(map(json.dumps, value)))
 
 
-_GRAMMARS: dict[str, Callable[[Any, Any], Any]] = {"json_schema": _schema_grammar, "regex": _regex_grammar, "choices": _choice_grammar}
-_WORDS = {"json_schema": "schema", "regex": "regular expression", "choices": "list of choices"}
 _REFUSALS = (
-    (r'Unimplemented keys: \[(".*")\]', "uses {}, which cannot be kept to"),
+    (r'Unimplemented keys: \[(".*")\]|(look-?around|backreferences)', "uses {}, which cannot be kept to"),
     (r"Unknown format: (.*)", "has a string of format {!r}, which cannot be kept to"),
     (r"(oneOf) constraints", "has {} branches that cannot be told apart; anyOf would do"),
     (r"(Unsatisfiable schema: .*)", "allows no output: {}"),
     (r"NoExtension()", "allows no output that ends{}"),
-    (r"(look-?around)", "uses {}, which cannot be kept to"),
-    (r"(backreferences)", "uses {}, which cannot be kept to"),
-    (r"(.*not present in a registry|circular references|min/maxProperties|.*not disjoint|.*too many digits)", "cannot be kept to: {}"),
-    (r"(.*too large|Failed to generate|Unable to determine|.*too big|Parser Error|.*limit|.*fuel)", "cannot be kept to: {}"),
+    (
+        r"(.*not present in a registry|circular references|min/maxProperties|.*not disjoint|.*too many digits|.*too large"
+        r"|Failed to generate|Unable to determine|.*too big|Parser Error|.*limit|.*fuel)",
+        "cannot be kept to: {}",
+    ),
 )
 """What the library says of what it cannot do, and the words for it; the rest is the client's mistake."""
 
@@ -206,7 +188,7 @@ def _refusal(words: str, message: str) -> InvalidRequest:
     for pattern, found in _REFUSALS:
         match = re.search(pattern, message)
         if match:
-            return Unsupported(f"the {words} {found.format(match[1][:200])}", param=PARAM)
+            return Unsupported(f"the {words} {found.format(match[match.lastindex or 1][:200])}", param=PARAM)
     wrong = re.search(r"error: (.*)", message)
     return InvalidRequest(f"the {words} cannot be read: {_first_line(wrong[1] if wrong else message)}", param=PARAM)
 
