@@ -15,7 +15,7 @@ from meshserve.engines.llama.context import LlamaContext
 from meshserve.engines.llama.model import LlamaModel
 from meshserve.engines.llama.probe import probe
 from meshserve.errors import BlockRefused, EngineFailed, PoolFull, StartupFailed
-from tests.engines.conftest import KINDS_WITH_BLOCKS
+from tests.engines.conftest import KINDS_WITH_BLOCKS, KINDS_WITH_STATES
 from tests.engines.tiny_models import VOCABULARY
 
 TOKENS = array("i", random.Random(7).choices(range(5, VOCABULARY), k=400))
@@ -234,6 +234,46 @@ def test_a_block_behind_a_sliding_window_whose_cells_were_reused_is_not_given_ou
         context.export_block(1, 0, 64)
 
 
+@pytest.mark.parametrize("kind", KINDS_WITH_STATES)
+def test_an_imported_state_gives_the_logits_of_the_computed_one(kind: str, contexts: Callable[..., LlamaContext]) -> None:
+    source, target = contexts(kind), contexts(kind, num_cells=1024, num_sequences=40, max_batch=32, num_threads=2)
+    compute(source, 1, 0, 70)
+    compute(target, 3, 0, 50)
+    for length in (1, 2, 64, 129):
+        compute(source, 0, 0, length)
+        state = source.export_block(0, 0, length)
+        target.import_block(7, 0, length, state)
+        assert compute(source, 0, length, length + 1) == compute(target, 7, length, length + 1)
+        assert source.remove(0) and target.remove(7)
+        compute(source, 0, 0, length)
+        assert source.export_block(0, 0, length) == state
+        assert source.remove(0)
+    assert compute(source, 1, 70, 71) == compute(contexts(kind), 0, 0, 71)
+
+
+@pytest.mark.parametrize("kind", KINDS_WITH_STATES)
+def test_numbers_that_are_not_finite_are_refused_since_they_would_outlive_their_sequence(
+    kind: str, contexts: Callable[..., LlamaContext]
+) -> None:
+    context = contexts(kind)
+    compute(context, 0, 0, 5)
+    state = context.export_block(0, 0, 5)
+    for number in (b"\0\0\xc0\x7f", b"\0\0\x80\xff"):
+        with pytest.raises(BlockRefused, match="not finite"):
+            context.import_block(1, 0, 5, state[:-64] + number * 16 if kind == "recurrent" else state[:-76] + number * 16 + state[-12:])
+
+
+def test_every_byte_of_a_state_that_is_no_number_of_it_is_checked(contexts: Callable[..., LlamaContext]) -> None:
+    context = contexts("hybrid")
+    compute(context, 0, 0, 4)
+    form, state = context.block_format, context.export_block(0, 0, 4)
+    assert form is not None
+    num_refused = sum(not fits(form, bytes((*state[:at], state[at] ^ 1, *state[at + 1 :])), 0, 4) for at in range(len(state)))
+    assert num_refused == len(state) - sum(row_bytes * cache.num_cells(4) for cache in form.caches for _, row_bytes in cache.rows)
+    for first, count in ((0, 3), (0, 5), (1, 4)):
+        assert not fits(form, state, first, count)
+
+
 @pytest.mark.parametrize("kind", KINDS_WITH_BLOCKS)
 def test_every_byte_that_is_not_kv_data_is_checked(kind: str, contexts: Callable[..., LlamaContext]) -> None:
     context = contexts(kind)
@@ -299,9 +339,7 @@ def test_a_layouts_fingerprint_is_equal_exactly_if_all_of_it_is(contexts: Callab
     assert len(set(found)) == 4
 
 
-def test_models_that_hand_nothing_over_say_why(contexts: Callable[..., LlamaContext]) -> None:
-    for kind in ("hybrid", "recurrent"):
-        assert "has recurrent layers, whose state cannot be cut into blocks" in probe(contexts(kind))
+def test_a_window_that_is_shorter_than_a_block_is_refused(contexts: Callable[..., LlamaContext]) -> None:
     context = contexts("sliding-window")
     assert probe(context, 80) == ""
     assert "sliding window of 80 tokens is shorter than a block of 81" in probe(context, 81)

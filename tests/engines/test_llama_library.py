@@ -63,7 +63,7 @@ def test_a_model_says_what_it_is(tiny_models: dict[str, LlamaModel]) -> None:
     model = tiny_models["dense"]
     assert (model.architecture, model.vocabulary_size, model.end_tokens()) == ("llama", VOCABULARY, [2, 4])
     assert (model.metadata("general.name"), model.metadata("general.nothing")) == ("tiny llama", "")
-    assert [kind for kind, found in tiny_models.items() if found.is_recurrent or found.is_hybrid] == ["hybrid", "recurrent"]
+    assert [kind for kind, found in tiny_models.items() if found.has_state] == ["hybrid", "recurrent"]
     assert tiny_models["sliding-window"].sliding_window == 80
 
 

@@ -28,7 +28,10 @@ async def outcome(engine: LlamaEngine, request_id: str, tokens: list[int], max_t
     return sink.tokens, list(sink.logprobs)
 
 
-def test_log_probabilities_are_the_same_bit_for_bit_after_many_others(tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", ["dense", "hybrid", "recurrent"])
+def test_log_probabilities_are_the_same_bit_for_bit_after_many_others(
+    kind: str, tiny_files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(slots_module, "_FEWEST_RELEASED", 64)
     monkeypatch.setattr(slots_module, "_MOST_REMOVED", 256)
     rng = random.Random(3)
@@ -37,7 +40,7 @@ def test_log_probabilities_are_the_same_bit_for_bit_after_many_others(tiny_files
     lengths = [rng.randrange(2, 40) for _ in prompts]
 
     async def run() -> None:
-        options = EngineOptions(str(tiny_files["dense"]), {"threads": "1", "max_running": "4", "slots": "20"}, 8192)
+        options = EngineOptions(str(tiny_files[kind]), {"threads": "1", "max_running": "4", "slots": "20"}, 8192)
         busy, quiet = LlamaEngine(options), LlamaEngine(options)
         await busy.start()
         try:

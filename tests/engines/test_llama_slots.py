@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from meshserve.engines.llama import slots as slots_module
-from meshserve.engines.llama.slots import Slots
+from meshserve.engines.llama.slots import Operation, Slots
 from meshserve.errors import PoolFull
 from meshserve.kv.pool import BlockPool
 
@@ -50,7 +50,10 @@ class Cells:
         return self.head
 
     def play(self, slots: Slots) -> None:
-        for name, *arguments in slots.take_operations():
+        self.play_all(slots.take_operations())
+
+    def play_all(self, operations: list[Operation]) -> None:
+        for name, *arguments in operations:
             getattr(self, name)(*arguments)
 
     def share(self, source: int, target: int, first_position: int, end_position: int) -> None:
@@ -162,3 +165,22 @@ def test_cells_follow_each_other_as_positions_do_whatever_is_released_and_when(s
         num_releases += cells.head < 100
         assert len(cells.content) <= 40 * SIZE + 200
     assert num_releases
+
+
+def test_long_sequences_are_moved_no_more_often_than_others_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots_module, "_MOST_REMOVED", 16)
+    pool, cells = BlockPool(200), Cells()
+    slots = Slots(8, pool, SIZE)
+    for number in range(2):
+        run(slots, pool, cells, Owner(pool, [1000 * number + index for index in range(20)]))
+    num_removed = num_releases = 0
+    for number in range(40):
+        owner = run(slots, pool, cells, Owner(pool, [1_000_000 + number]))
+        owner.end(pool)
+        pool.evict_idle()
+        num_removed += 2 * SIZE
+        slots.release_removed()
+        operations = slots.take_operations()
+        num_releases += ("release_removed",) in operations
+        cells.play_all(operations)
+    assert 1 < num_releases <= num_removed // 16

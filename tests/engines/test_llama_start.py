@@ -4,11 +4,15 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("xllamacpp")
+pytest.importorskip("gguf")
+
 from meshserve.engines.claims import Claim, Share
 from meshserve.engines.llama.engine import LlamaEngine
 from meshserve.engines.llama.options import fair_share
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import UsageError
+from tests.engines.tiny_models import MODELS, TinyModel, make_model
 from tests.harness import Process, meshserve_command, run_async
 
 ALONE = ("--interface", "127.0.0.1", "--no-mdns")
@@ -48,9 +52,19 @@ def test_a_worker_says_what_it_takes_after_its_ready_line(tiny_files: dict[str, 
     assert claimed() == Share(0, 0)
 
 
-def test_a_model_whose_kv_stays_here_says_why(tiny_files: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (
+            TinyModel("gemma3", {"attention.sliding_window": 32}, num_layers=6),
+            "its KV cannot be handed over: its sliding window of 32 tokens",
+        ),
+        (MODELS["recurrent"], "its KV can be handed over"),
+    ],
+)
+def test_an_engine_says_whether_its_kv_can_be_handed_over(model: TinyModel, words: str, tmp_path: Path) -> None:
     async def described() -> str:
-        engine = LlamaEngine(EngineOptions(str(tiny_files["recurrent"]), {"threads": "2"}, 1024, "f16"))
+        engine = LlamaEngine(EngineOptions(str(make_model(tmp_path / "model.gguf", model)), {"threads": "2"}, 1024, "f16"))
         try:
             await engine.start()
             return engine.description
@@ -58,7 +72,7 @@ def test_a_model_whose_kv_stays_here_says_why(tiny_files: dict[str, Path]) -> No
             await engine.close()
 
     said = run_async(described())
-    assert "(f16: twice q8_0" in said and "2 threads; its KV cannot be handed over: mamba has recurrent layers" in said
+    assert "(f16: twice q8_0" in said and f"2 threads; {words}" in said
 
 
 def test_what_was_asked_for_is_claimed_as_it_is_and_given_back(tiny_files: dict[str, Path]) -> None:

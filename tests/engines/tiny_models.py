@@ -21,6 +21,9 @@ _WORDS = [chr(letter) for letter in range(ord("a"), ord("z") + 1)] + ["â–", "â–
 EMBEDDING, VOCABULARY = 128, 512
 
 
+_MATRICES = ("attn_", "ffn_", "token_embd", "output", "in_proj", "out_proj", "ssm_in", "ssm_out", "ssm_x", "ssm_dt")
+
+
 @dataclass(frozen=True)
 class TinyModel:
     """What an architecture needs beyond what all have."""
@@ -36,7 +39,9 @@ MODELS = {
     "moe": TinyModel("qwen3moe", {"expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 64}),
     "sliding-window": TinyModel("gemma3", {"attention.sliding_window": 80}, num_layers=6),
     "hybrid": TinyModel("lfm2", {"shortconv.l_cache": 3, "attention.head_count_kv": [0, 2]}),
-    "recurrent": TinyModel("mamba", {"ssm.conv_kernel": 4, "ssm.inner_size": 2 * EMBEDDING, "ssm.state_size": 16, "ssm.time_step_rank": 8}),
+    "recurrent": TinyModel(
+        "mamba", {"ssm.conv_kernel": 4, "ssm.inner_size": 2 * EMBEDDING, "ssm.state_size": 16, "ssm.time_step_rank": 32}
+    ),
     "embedding": TinyModel("llama", {"attention.causal": False}),
 }
 
@@ -89,7 +94,7 @@ def write_file(path: Path, model: TinyModel, tensors: dict[str, np.ndarray[Any, 
 
 def _add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray[Any, Any]) -> None:
     part = name.split(".")[-2]
-    can_quantize = part.startswith(("attn_", "ffn_", "token_embd", "output")) and "norm" not in part and part != "ffn_gate_inp"
+    can_quantize = part.startswith(_MATRICES) and "norm" not in part and part != "ffn_gate_inp"
     if can_quantize and values.ndim > 1 and values.shape[-1] % 32 == 0:
         kind = gguf.GGMLQuantizationType.Q8_0
         writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)

@@ -203,6 +203,20 @@ def test_a_bit_that_flips_on_the_wire_is_caught_and_computed_again(lan: Lan, sce
     assert mesh.counter(decode, "kv_checksum_failures") == 1
 
 
+@pytest.mark.parametrize("kind", ["hybrid", "recurrent"])
+def test_whole_states_cross_the_lan_and_change_no_answer(lan: Lan, tmp_path: Path, kind: str) -> None:
+    from tests.engines.tiny_models import MODELS, make_model
+
+    load = tiny_load(make_model(tmp_path / "model.gguf", MODELS[kind]))
+    prompts = load.prompts()
+    expected = answers_alone(lan, load, prompts)
+    mesh = start_three(lan, load, prefill=("--bulk-limit", BULK_ONLY_MB_PER_S))
+    answers, receipts = mesh.ask_all(load, prompts)
+    check_same(answers, expected)
+    assert num_handed_over(receipts) >= len(receipts) // 4
+    assert num_crossed(receipts)[1]
+
+
 def test_row_44_wrong_blocks_with_right_checksums_are_refused_and_computed(lan: Lan, make_tiny: Callable[[int], Path]) -> None:
     from tests.harness.llama_engines import LIES
 

@@ -8,6 +8,10 @@ that is not KV data is compared with what this model's own blocks have there. In
         number of streams, number of cells; for each cell: position, number of sequence ids (1), sequence id
         whether V is transposed, number of layers, two sizes of rotations
         for each layer's K, then for each layer's V: element type, row size (64 bits), one row per cell
+    for the state of a model with recurrent layers, which comes last:
+        number of cells (1), position of the last token, number of sequence ids (0)
+        whether states are transposed, number of layers
+        for each recurrent layer's first part, then for each one's second part: element type, row size (64 bits), one row
 
 The sequence ids are those of the exporting context; they are 0 in our blocks, and cells are in the order of their positions, so that
 equal KV has equal bytes.
@@ -19,11 +23,16 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
+from typing import Any
+
+import numpy as np
 
 from meshserve.errors import BlockRefused
 
 _CELL = struct.Struct("<iII")
 _HEAD, _CACHE_HEAD, _LAYERS_HEAD, _ROWS_HEAD = struct.Struct("<II"), struct.Struct("<II"), struct.Struct("<IIII"), struct.Struct("<iQ")
+_F32 = 0
+_STATE_HEAD, _STATE_LAYERS_HEAD = struct.Struct("<IiI"), struct.Struct("<II")
 
 
 @dataclass(frozen=True)
@@ -32,11 +41,25 @@ class CacheFormat:
 
     layers_head: bytes
     rows: tuple[tuple[bytes, int], ...]
+    is_state: bool = False
+    """It has one cell, the state after the last token."""
+
+    def num_cells(self, num_tokens: int) -> int:
+        """Rows of each layer for so many tokens."""
+        return 1 if self.is_state else num_tokens
+
+    def head(self, first_position: int, num_tokens: int) -> bytes:
+        """The bytes before the first layer's rows."""
+        if self.is_state:
+            return _STATE_HEAD.pack(1, first_position + num_tokens - 1, 0) + self.layers_head
+        cells = b"".join(map(_CELL.pack, range(first_position, first_position + num_tokens), repeat(1), repeat(0)))
+        return _CACHE_HEAD.pack(1, num_tokens) + cells + self.layers_head
 
     def size_bytes(self, num_tokens: int) -> int:
         """Length of this cache's part of a block."""
-        rows = sum(len(head) + row_bytes * num_tokens for head, row_bytes in self.rows)
-        return _CACHE_HEAD.size + _CELL.size * num_tokens + len(self.layers_head) + rows
+        cells_bytes = _STATE_HEAD.size if self.is_state else _CACHE_HEAD.size + _CELL.size * num_tokens
+        rows_bytes = sum(len(head) + row_bytes * self.num_cells(num_tokens) for head, row_bytes in self.rows)
+        return cells_bytes + len(self.layers_head) + rows_bytes
 
 
 @dataclass(frozen=True)
@@ -67,7 +90,10 @@ class BlockFormat:
         return hashlib.sha256("\n".join((*shared, described.hex())).encode()).hexdigest()[:32]
 
     def check(self, payload: bytes | bytearray, first_position: int, num_tokens: int) -> None:
-        """Compare all but the KV data with what a block of these tokens has there. Raises BlockRefused; nothing of it was used then."""
+        """Compare all but the KV data with what a block of these tokens has there. Raises BlockRefused; nothing of it was used then.
+
+        A state has finite numbers only: multiplied by 0, others would be the beginning of the next sequence's state.
+        """
         if len(payload) != self.size_bytes(num_tokens):
             raise BlockRefused(f"a block of {num_tokens} tokens has {self.size_bytes(num_tokens)} bytes, not {len(payload)}")
         view = memoryview(payload)
@@ -75,28 +101,42 @@ class BlockFormat:
             if view[offset : offset + len(expected)] != expected:
                 raise BlockRefused(f"the block is not one of {num_tokens} tokens from position {first_position}: byte {offset} or after it")
 
+        if not all(np.isfinite(numbers).all() for numbers in self._state_numbers(payload)):
+            raise BlockRefused("the state has numbers that are not finite")
+
+    def _state_numbers(self, payload: bytes | bytearray) -> "Iterator[np.ndarray[Any, np.dtype[np.float32]]]":
+        """The rows of the state, which comes last."""
+        cache = self.caches[-1]
+        offset = len(payload) - sum(len(head) + row_bytes for head, row_bytes in cache.rows)
+        for head, row_bytes in cache.rows if cache.is_state else ():
+            offset += len(head)
+            yield np.frombuffer(payload, np.float32, row_bytes // 4, offset)
+            offset += row_bytes
+
     def _frame(self, first_position: int, num_tokens: int) -> Iterator[tuple[int, bytes]]:
         """Offset and content of all bytes that are not KV data."""
-        cells = b"".join(map(_CELL.pack, range(first_position, first_position + num_tokens), repeat(1), repeat(0)))
         yield 0, _HEAD.pack(self.magic, 0)
         offset = _HEAD.size
         for cache in self.caches:
-            head = _CACHE_HEAD.pack(1, num_tokens) + cells + cache.layers_head
+            head = cache.head(first_position, num_tokens)
             yield offset, head
             offset += len(head)
             for rows_head, row_bytes in cache.rows:
                 yield offset, rows_head
-                offset += len(rows_head) + row_bytes * num_tokens
+                offset += len(rows_head) + row_bytes * cache.num_cells(num_tokens)
 
     def normalize(self, exported: bytearray, first_position: int, num_tokens: int) -> None:
         """Give a block that llama.cpp wrote, of the right length, sequence ids of 0 and cells in the order of their positions.
 
-        A pool with holes has a sequence's cells in any order. Raises BlockRefused if it is not a block of these tokens.
+        A pool with holes has a sequence's cells in any order. A state begins as another one multiplied by 0: what was never written again
+        is 0 or -0, and 0 here. Raises BlockRefused if it is not a block of these tokens.
         """
         view = memoryview(exported)
         _HEAD.pack_into(view, 0, self.magic, 0)
         offset = _HEAD.size
         for cache in self.caches:
+            if cache.is_state:
+                continue  # it has neither, and comes last
             start = offset + _CACHE_HEAD.size
             cells = view[start : start + _CELL.size * num_tokens]
             positions = [position for position, _, _ in _CELL.iter_unpack(cells)]
@@ -105,6 +145,8 @@ class BlockFormat:
             if order != list(range(num_tokens)):
                 _reorder(view[start + len(cells) + _LAYERS_HEAD.size :], cache, order)
             offset += cache.size_bytes(num_tokens)
+        for numbers in self._state_numbers(exported):
+            numbers += 0.0  # of -0, this makes 0
         self.check(exported, first_position, num_tokens)
 
 
@@ -120,6 +162,9 @@ def _reorder(view: memoryview, cache: CacheFormat, order: list[int]) -> None:
 def _learn_caches(exported: bytes, num_tokens: int, parts_per_layer: int) -> Iterator[CacheFormat]:
     offset = _HEAD.size
     while offset < len(exported):
+        if _STATE_HEAD.unpack_from(exported, offset) == (1, num_tokens - 1, 0):
+            yield _learn_state(exported, offset + _STATE_HEAD.size)
+            return
         if _CACHE_HEAD.unpack_from(exported, offset) != (1, num_tokens):
             raise struct.error
         offset += _CACHE_HEAD.size + _CELL.size * num_tokens
@@ -134,3 +179,17 @@ def _learn_caches(exported: bytes, num_tokens: int, parts_per_layer: int) -> Ite
             rows.append((exported[offset : offset + _ROWS_HEAD.size], row_bytes))
             offset += _ROWS_HEAD.size + row_bytes * num_tokens
         yield CacheFormat(layers_head, tuple(rows))
+
+
+def _learn_state(exported: bytes, offset: int) -> CacheFormat:
+    """Layers without a state are left out, so the rows' number is known by where the block ends."""
+    layers_head = exported[offset : offset + _STATE_LAYERS_HEAD.size]
+    is_transposed, _ = _STATE_LAYERS_HEAD.unpack(layers_head)
+    offset, rows = offset + len(layers_head), []
+    while offset < len(exported):
+        element_type, row_bytes = _ROWS_HEAD.unpack_from(exported, offset)
+        if is_transposed or element_type != _F32:
+            raise struct.error
+        rows.append((exported[offset : offset + _ROWS_HEAD.size], row_bytes))
+        offset += _ROWS_HEAD.size + row_bytes
+    return CacheFormat(layers_head, tuple(rows), is_state=True)

@@ -25,8 +25,8 @@ _POOL_FULL, _ABORTED = 1, 2
 class LlamaContext:
     """A KV pool of `num_cells` tokens for `num_sequences` sequences, the last of which is scratch: blocks pass through it.
 
-    Cells that are removed are given to others only when the pool has no more that were never used. llama.cpp adds up attention in the
-    order of cells, and takes the first free one: a sequence that goes on in a cell before its own would get other logits (up to 0.5 off).
+    llama.cpp adds up attention in the order of cells, and takes the first free one: a sequence that goes on in a cell before its own would
+    get other logits (up to 0.5 off). So cells that are removed can be kept from others (`keeps_removed`).
 
     A step has at most `max_batch` tokens and `max_outputs` logits. Flash attention is always on: without it logits depend on the pool,
     and bad numbers in one sequence spoil all others. Raises StartupFailed if the context cannot be made.
@@ -51,6 +51,8 @@ class LlamaContext:
         self.max_batch, self.max_outputs, self.scratch = max_batch, max_outputs, num_sequences - 1
         self.block_format: BlockFormat | None = None
         """Set once a block of this context was seen to be readable (:meth:`learn_blocks`)."""
+        self.keeps_removed = False
+        """Whether cells that are removed are kept from others until :meth:`release_removed`, or until there are no more."""
         self._calls = model.library.functions
         self._removed = num_sequences
         """A sequence of llama.cpp that has the cells that are removed and not free yet; one position may be there many times."""
@@ -163,8 +165,7 @@ class LlamaContext:
     def remove(self, sequence: int, first_position: int = 0, end_position: int = 1 << 30) -> bool:
         """Take these positions from a sequence; a cell that no sequence has is free. False: nothing was done, as a state has no parts."""
         self._check_range(first_position, end_position, sequence)
-        if self.block_format is not None and not self.model.sliding_window:
-            # a copy of a recurrent state would be all of it, and behind a window cells are taken again whoever has them
+        if self.keeps_removed:
             self._calls.llama_memory_seq_cp(self._memory, sequence, self._removed, first_position, end_position)
             self._has_removed = True
         return bool(self._calls.llama_memory_seq_rm(self._memory, sequence, first_position, end_position))

@@ -32,8 +32,8 @@ class LlamaModel:
         self.vocabulary_size: int = call.llama_vocab_n_tokens(self._vocabulary)
         self.sliding_window: int = call.llama_model_n_swa(self.handle)
         """Tokens that its sliding-window layers see; 0 without such layers."""
-        self.is_recurrent: bool = call.llama_model_is_recurrent(self.handle)
-        self.is_hybrid: bool = call.llama_model_is_hybrid(self.handle)
+        self.has_state: bool = call.llama_model_is_recurrent(self.handle) or call.llama_model_is_hybrid(self.handle)
+        """Whether some of its layers keep one state a sequence, which cannot be cut into blocks."""
         if reason := self._why_unusable():
             self.close()
             raise StartupFailed(f"{path} cannot be served: {reason}: use a model that generates text")

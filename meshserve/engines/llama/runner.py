@@ -5,6 +5,7 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from weakref import WeakKeyDictionary
 
 from meshserve.engines.constraints.constraint import Constraint, ConstraintCompiler
 from meshserve.engines.core.request import EngineRequest, Generation, Prefill
@@ -18,6 +19,7 @@ from meshserve.engines.llama.model import LlamaModel
 from meshserve.engines.llama.options import LlamaOptions
 from meshserve.engines.llama.probe import probe
 from meshserve.engines.llama.slots import Slot, Slots
+from meshserve.engines.llama.states import MAX_PIECE_BYTES, StatePieces
 from meshserve.engines.llama.step import Failure, LlamaStep
 from meshserve.engines.thread import EngineThread
 from meshserve.errors import BlockRefused, InvalidRequest, MeshserveError, PoolFull, Unsupported
@@ -50,6 +52,9 @@ class LlamaRunner:
         self._thread: EngineThread[LlamaContext] | None = None
         self._block_format: BlockFormat | None = None
         """What blocks from elsewhere are checked with; None: none are taken."""
+        self._has_state = False
+        """Whether KV is handed over as whole states, in the places of blocks."""
+        self._pieces: WeakKeyDictionary[BlockReservation, StatePieces] = WeakKeyDictionary()
         self._slots = Slots(options.num_slots, self.pool, options.block_size)
         self._end_tokens: list[int] = []
         self._compiler: ConstraintCompiler | None = None
@@ -66,7 +71,6 @@ class LlamaRunner:
         self._slots = Slots(self._options.num_slots, self.pool, self._options.block_size)
         self._thread = EngineThread(self._load, self._on_failure)
         await self._thread.start()
-        self._slots.can_move = self.shares_prefixes and self.kv_layout.can_hand_over
 
     @contextmanager
     def _load(self) -> Iterator[LlamaContext]:
@@ -94,7 +98,8 @@ class LlamaRunner:
         refusal = probe(context, options.block_size)
         # cells behind a window are reused while their sequence lives: a prefix of it may lack what its next token sees
         is_cut_anywhere = not 0 < model.sliding_window < options.card.context_length
-        self.shares_prefixes = is_cut_anywhere and not model.is_recurrent and not model.is_hybrid
+        self.shares_prefixes, self._has_state = is_cut_anywhere and not model.has_state, model.has_state
+        self._slots.can_move, self._slots.moves_whole = context.keeps_removed, model.has_state
         self._end_tokens = model.end_tokens()
         pieces = model.text_pieces()  # 0.3 s in which, at the first constraint, the event loop would stand still
         self._compiler = ConstraintCompiler(lambda: pieces, self._end_tokens, model.tokenize)
@@ -158,7 +163,8 @@ class LlamaRunner:
             self._slots.extend(request.state, request.blocks)
             work.add(request, num_tokens, request.max_new_tokens > 0 and num_tokens == request.num_pending)
             if isinstance(request, Prefill):
-                work.export(request, request.num_computed + num_tokens, self._options.block_size)
+                export = work.export_state if self._has_state else work.export
+                export(request, request.num_computed + num_tokens, self._options.block_size)
         work.operations = self._slots.take_operations()
         self._in_flight, self._began_s = step, time.monotonic()
         self._expected_s = _LEAST_PATIENCE_S + _PATIENCE * self._s_per_token * len(work.tokens)
@@ -205,23 +211,36 @@ class LlamaRunner:
     # --- blocks
 
     def share_prefix(self, reservation: BlockReservation) -> None:
-        """A slot for what comes from elsewhere. Raises PoolFull if running sequences need those that are left."""
+        """A slot for what comes from elsewhere. Raises PoolFull if running sequences need those that are left, or if its state is too
+        long for a prompt as short: it is computed here then."""
         if self._slots.num_available <= self.limits.max_running:
             raise PoolFull("all sequences of the KV cache are in use")
+        if self._has_state and self._block_format is not None:
+            size_bytes, num_pieces = self._block_format.size_bytes(reservation.num_tokens), len(reservation.missing())
+            if 0 < num_pieces * MAX_PIECE_BYTES < size_bytes:
+                raise PoolFull(f"a state of {size_bytes} bytes is not handed over for a prompt of {reservation.num_tokens} tokens")
+            self._pieces[reservation] = StatePieces(size_bytes, num_pieces)
         reservation.state = self._slots.open(reservation, reservation.num_cached_tokens // self._options.block_size)
 
     def write_block(self, reservation: BlockReservation, index: int, payload: bytes, on_done: WriteDone) -> None:
         """Check a block now, and have the engine's thread import it. Raises BlockRefused before llama.cpp sees anything of it."""
         if self._thread is None or self._block_format is None:
             raise BlockRefused("this engine takes no blocks")
-        first, num_tokens = index * self._options.block_size, reservation.tokens_in(index)
-        self._block_format.check(payload, first, num_tokens)
+        pieces = self._pieces.get(reservation)
+        if pieces is None:
+            first, num_tokens = index * self._options.block_size, reservation.tokens_in(index)
+            self._block_format.check(payload, first, num_tokens)
+        elif pieces.add(index, payload):
+            first, num_tokens = 0, reservation.num_tokens
+        else:
+            on_done(None)
+            return
         operations, sequence = self._slots.take_operations(), reservation.state.number
 
         def write(context: LlamaContext) -> MeshserveError | None:
             context.operate(operations)
             try:
-                context.import_block(sequence, first, num_tokens, payload)
+                context.import_block(sequence, first, num_tokens, payload if pieces is None else pieces.joined())
             except MeshserveError as error:
                 return error if isinstance(error, BlockRefused) else BlockRefused(error.message)
             return None

@@ -53,8 +53,8 @@ class Slots:
         self._used: dict[Slot, None] = {}
         self._holders: dict[int, dict[Slot, int]] = {}
         """Of each block, the slots that hold it, and its place there."""
-        self.can_move = True
-        """Whether blocks of this model can be cut out of a sequence and put back."""
+        self.can_move, self.moves_whole = True, False
+        """Whether blocks can be cut out of a sequence and put back; whether only all of a sequence can."""
         self._operations: list[Operation] = []
         self._num_opened = 0
         self._epoch = 0
@@ -88,13 +88,17 @@ class Slots:
         if self._num_removed < most:
             return
         self._operations.append(("release_removed",))
-        self._epoch, self._num_removed = self._epoch + 1, 0
+        self._epoch += 1
         for slot, num_tokens in zip(running, computed, strict=True):
             assert num_tokens is not None
             self._bring_forward(slot, -(-num_tokens // self._block_size), num_tokens)
+        self._num_removed = 0  # what was just moved is not counted, or sequences that hold more than the bound would move in every step
 
     def _bring_forward(self, slot: Slot, num_blocks: int, num_tokens: int) -> None:
         """Move those of the slot's first blocks, which hold so many tokens, that are of an earlier time, and all that follow these."""
+        if self.moves_whole and num_tokens:
+            self._operations.append(("move", (slot.number,), 0, num_tokens))
+            return
         size, is_moving = self._block_size, False
         for index in range(num_blocks):
             block = slot.blocks[index]

@@ -8,6 +8,7 @@ from meshserve.engines.core.runner import StepResult
 from meshserve.engines.core.sampling import Sampler
 from meshserve.engines.llama.context import LlamaContext
 from meshserve.engines.llama.slots import Operation
+from meshserve.engines.llama.states import cut
 from meshserve.errors import BlockRefused, EngineFailed
 
 Failure = tuple[EngineRequest, Exception]
@@ -28,6 +29,8 @@ class LlamaStep:
     """Of each request of the step, in order: its sampler, its row, the token's position in the output. None: no token follows."""
     exports: list[tuple[Prefill, int, int, int, int]] = field(default_factory=list)
     """Of each block that is complete with the step: prompt, index, number of tokens, sequence, first position."""
+    states: list[tuple[Prefill, list[tuple[int, int]], int, int]] = field(default_factory=list)
+    """Of each state that is complete with it: prompt, its blocks (index, number of tokens), how many it is cut into, sequence."""
 
     def add(self, request: EngineRequest, num_tokens: int, is_sampled: bool) -> None:
         """The request's next tokens, perhaps none; logits are wanted after the last one, or after none."""
@@ -48,6 +51,12 @@ class LlamaStep:
         for index, num_tokens in prefill.completed_blocks(num_computed, block_size):
             self.exports.append((prefill, index, num_tokens, prefill.state.number, index * block_size))
 
+    def export_state(self, prefill: Prefill, num_computed: int, block_size: int) -> None:
+        """The state, once all of the prompt is computed, in the places of all blocks."""
+        if num_computed == prefill.num_tokens:
+            num_pieces = -(-prefill.num_tokens // block_size)
+            self.states.append((prefill, list(prefill.completed_blocks(num_computed, block_size)), num_pieces, prefill.state.number))
+
     def compute(self, context: LlamaContext) -> StepResult:
         """In the engine's thread. Raises EngineFailed."""
         began_s = time.monotonic()
@@ -62,6 +71,9 @@ class LlamaStep:
                 result.blocks.append((prefill, index, num_tokens, context.export_block(sequence, first_position, num_tokens)))
             except BlockRefused as error:
                 result.failed.append((prefill, error))
+        for prefill, blocks, num_pieces, sequence in self.states:
+            pieces = cut(context.export_block(sequence, 0, prefill.num_tokens), num_pieces)
+            result.blocks += [(prefill, index, num_tokens, pieces[index]) for index, num_tokens in blocks]
         result.duration_s = time.monotonic() - began_s
         return result
 
