@@ -198,6 +198,11 @@ class Peer:
         counts = ", ".join(f"{len(names)} {role}" for role, names in groups.items())
         names = ", ".join(name for role in groups for name in groups[role])
         line = f"{counts} ready: {names}" if names else "no workers: waiting for `meshserve run --role decode` somewhere on this network"
+        serving = self.mesh.peers_serving
+        unused = [info for info in self.mesh.peers_with("decode") if info.card and info not in serving("decode", info.card.model)]
+        if unused:
+            others = ", ".join(self.mesh.name_of(info.incarnation) for info in unused)
+            line += f"; not used: {others}: another model under the same name; name it with --served-model-name"
         if "router" in self._roles and line != self._workers_line:
             self._workers_line = line
             self._say(line)

@@ -5,6 +5,7 @@ import logging
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -176,10 +177,13 @@ class Mesh:
         return able
 
     def peers_serving(self, role: str, model: str) -> list[PeerInfo]:
-        """Those of them whose card has this among the model's names. Not to be changed."""
+        """Those of them whose card has this among the model's names. Not to be changed.
+
+        Of models that read text in different ways under one name, that of most workers: tokens of one mean something else to another.
+        """
         serving = self._serving.get((role, model))
         if serving is None:
-            serving = [info for info in self.peers_with(role) if info.card is not None and model in info.card.names]
+            serving = _of_one_model([info for info in self.peers_with(role) if info.card is not None and model in info.card.names])
             if len(self._serving) >= _MAX_ANSWERS:  # clients may ask for anything
                 self._serving.clear()
             self._serving[role, model] = serving
@@ -274,3 +278,13 @@ class Mesh:
 
 def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
+
+
+def _of_one_model(serving: list[PeerInfo]) -> list[PeerInfo]:
+    """Those whose cards name the tokenizer and chat template that most of them name. All who know the same workers decide alike."""
+    texts = [(info.card.tokenizer, info.card.chat_template, info.card.files) for info in serving if info.card is not None]
+    counts = Counter(texts)
+    if len(counts) <= 1:
+        return serving
+    chosen = max(counts, key=lambda text: (counts[text], repr(text)))
+    return [info for info, text in zip(serving, texts, strict=True) if text == chosen]

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from meshserve.kv.index import PrefixIndex
 from meshserve.routing.bookings import Bookings
@@ -11,7 +11,7 @@ from meshserve.routing.cost import CostSettings, Outlook
 from meshserve.routing.policies import rank, rank_prefill
 from meshserve.routing.regret import Regret
 from meshserve.wire.booking import Booking, Share
-from meshserve.wire.load import WorkerReport
+from meshserve.wire.load import WorkerLoad, WorkerReport
 
 MAX_CANDIDATES = 8
 """Named in an answer: enough to go on to when the first is lost."""
@@ -62,6 +62,8 @@ class Fleet:
         self._rng = rng or random.Random()
         self._num_choices = 0
         self._num_measured = 0
+        self._has_prefill_rate = self._has_decode_rate = False
+        """Whether a worker ever measured that: what stood for it before was a guess."""
         self._num_blocks = 0
 
     # --- what workers say
@@ -108,14 +110,37 @@ class Fleet:
         found = Rates.reported(load, outlook.rates)
         if found is None:
             return
-        is_first, self._num_measured = not self._num_measured, self._num_measured + 1
-        is_alike = is_first or found.is_like(outlook.rates, load.num_blocks)
-        worker.rates = None if is_alike else found
-        if is_alike:
-            outlook.rates = found if is_first else outlook.rates.towards(found, _FOLLOW)
-        if is_first or self._num_measured % _REFRESH_REPORTS == 0:
+        self._num_measured += 1
+        if self._ends_a_guess(load, found):
+            for other in self._workers.values():
+                self._compare(other)
+        elif self._compare(worker):
+            outlook.rates = outlook.rates.towards(found, _FOLLOW)
+        if self._num_measured % _REFRESH_REPORTS == 0:
             for other in self._workers.values():
                 other.terms = None
+
+    def _ends_a_guess(self, load: WorkerLoad, found: Rates) -> bool:
+        """Whether a worker is the first that measured its prefill, or its decode steps: its figures stand for all that have none."""
+        is_first_prefill = load.prefill_ns_per_token > 0 and not self._has_prefill_rate
+        is_first_decode = load.decode_base_us > 0 and not self._has_decode_rate
+        before = self.outlook.rates
+        if is_first_prefill:
+            self._has_prefill_rate = True
+            before = replace(before, prefill_base_ms=found.prefill_base_ms, prefill_ms_per_token=found.prefill_ms_per_token)
+        if is_first_decode:
+            self._has_decode_rate = True
+            before = replace(before, decode_base_ms=found.decode_base_ms, decode_ms_per_block=found.decode_ms_per_block)
+        if is_first_prefill or is_first_decode:
+            self.outlook.rates = replace(before, handoff_ms_per_token=found.handoff_ms_per_token)
+        return is_first_prefill or is_first_decode
+
+    def _compare(self, worker: Worker) -> bool:
+        """Note whether a worker has rates of its own. True if it measured some, and they are like the others'."""
+        found = Rates.reported(worker.load, self.outlook.rates)
+        worker.terms = None
+        worker.rates = None if found is None or found.is_like(self.outlook.rates, worker.load.num_blocks) else found
+        return found is not None and worker.rates is None
 
     def _take_evictions(self, worker: Worker, evicted: Sequence[int]) -> None:
         lost = self._index.evicted(worker.incarnation, evicted)

@@ -136,3 +136,11 @@ def test_every_candidate_says_what_it_holds_how_long_one_waits_there_and_why_it_
         assert (
             shown["reason"] and shown["cost_ms"] >= 0 and shown.keys() == {"peer", "overlap_blocks", "load", "wait_ms", "cost_ms", "reason"}
         )
+
+
+def test_a_worker_that_measured_no_prefill_counts_as_fast_as_one_that_did() -> None:
+    found = fleet()
+    found.report("w0", WorkerReport(WorkerLoad(num_blocks=1000, decode_base_us=40_000)), 0.0)
+    found.report("w1", WorkerReport(WorkerLoad(num_blocks=1000, decode_base_us=40_000, prefill_ns_per_token=10_000_000)), 0.0)
+    costs = [candidate.cost_ms for candidate in found.choose("kv", Question("r", PROMPT, WORKERS), 0.0).decode]
+    assert max(costs) < 1.01 * min(costs)

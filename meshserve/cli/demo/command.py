@@ -65,9 +65,9 @@ def _model(spec: str | None, num_workers: int) -> _Model:
         return _Model("dummy")
     if engine_for(spec) != LLAMA:
         return _Model(spec, ("--model", spec))
-    from meshserve.engines.llama.options import fair_share
-
     source = fetch_model(spec)
+    from meshserve.engines.llama.options import fair_share  # what only real models need, and is there now
+
     tokens, threads = fair_share(source.path, num_workers)
     size_bytes = source.path.stat().st_size
     options = ("--model", str(source.path), "--served-model-name", source.name, "--kv-cache-tokens", str(tokens))
