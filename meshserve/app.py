@@ -62,6 +62,7 @@ class Peer:
         self.http_url: str | None = None
         self._workers_line = ""
         self._reporter: WorkerReporter | None = None
+        self._on_engine_failure: Callable[[], None] = lambda: None
         self._exporter: Exporter | None = None
 
     async def start(self) -> None:
@@ -160,6 +161,7 @@ class Peer:
             decode = DecodeRole(self.mesh, engine, requester, reporter, config.handoff, config.max_decode_queue, config.observe)
             self._closers.callback(requester.close)
             self._is_idle.append(lambda: decode.is_idle)
+            self._on_engine_failure = requester.engine_failed
         self._closers.callback(reporter.close)
         self._reporter = reporter
 
@@ -167,6 +169,7 @@ class Peer:
         """Its requests have ended. Nobody sends more until it runs again: this peer plays its other roles meanwhile."""
         _log.error("the engine failed: %s; it is started again", error.message)
         self.mesh.announce_withdrawn(tuple(role for role in self._roles if role in _WORKER_ROLES))
+        self._on_engine_failure()
         self.mesh.tasks.spawn(self._restart_engine())
 
     async def _restart_engine(self) -> None:

@@ -111,6 +111,12 @@ class PrefillRequester:
             self._ticked_s = now_s
             self._timer = self._loop.call_later(_TICK_S, self._tick)
 
+    def engine_failed(self) -> None:
+        """The blocks that were reserved are gone: these prompts wait for no more, and end as the engine's own requests do."""
+        for running in list(self._running.values()):
+            if running.reservation is not None:
+                self._carry_out(running, running.task.fall_back(time.monotonic(), "the decode engine failed"))
+
     def cancel(self, request_id: str) -> None:
         """Nobody wants this any more: tickets are struck, a running attempt is revoked, blocks are given back."""
         running = self._running.get(request_id)

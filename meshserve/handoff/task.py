@@ -302,12 +302,12 @@ class PrefillTask:
             if self.state is TaskState.QUEUED:
                 self._reminder_s = min(self._reminder_s, now_s - self.queued_s + self.config.hedge_ms / 1000)
 
-    def fall_back(self, now_s: float) -> list[Action]:
-        """The decode worker has no room for blocks from elsewhere: it will prefill itself when its engine's turn comes."""
+    def fall_back(self, now_s: float, outcome: str = "no room") -> list[Action]:
+        """The decode worker can take no blocks from elsewhere: it will prefill itself when its engine's turn comes."""
         if self.is_final:
             return []
         if self.state is TaskState.CLAIMED:
-            self._close_attempt("no room", now_s)
+            self._close_attempt(outcome, now_s)
         return self._finish(TaskState.LOCAL)
 
     def cancel(self, now_s: float) -> list[Action]:

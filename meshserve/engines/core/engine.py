@@ -55,7 +55,8 @@ class CoreEngine:
         await self.runner.close()
 
     def check(self, request: GenerateRequest) -> None:
-        """Raises InvalidRequest, ContextLengthExceeded or, for what this model cannot do, Unsupported."""
+        """Raises InvalidRequest, ContextLengthExceeded, Unsupported for what this model cannot do, EngineFailed while it is down."""
+        self._check_is_up()
         check_request(request, self.runner.vocab_size)
         check_length(len(request.tokens) - request.num_generated, request.sampling.max_tokens, self.card.context_length)
         self.runner.check_tokens(request.tokens)
@@ -87,7 +88,6 @@ class CoreEngine:
 
     def generate(self, request: GenerateRequest, sink: GenerationSink, reservation: Reservation | None = None) -> None:
         """Queue a sequence. Raises what :meth:`check` raises, PoolFull if it could never fit, BlockRefused for an unfit reservation."""
-        self._check_is_up()
         self.check(request)
         generation = Generation(request, self._hashes(request), sink)
         self.runner.prepare(generation, request.tokens[len(request.tokens) - request.num_generated :])

@@ -2,11 +2,12 @@
 
 import ctypes
 import os
+import threading
 from array import array
 from pathlib import Path
 
 from meshserve.engines.llama.library import Library, load_library
-from meshserve.errors import StartupFailed
+from meshserve.errors import EngineFailed, StartupFailed
 
 # What llama.cpp says, and what it means to a user. A file that is no GGUF file, or not a whole one, was refused when its header was read.
 _REASONS = (
@@ -26,6 +27,7 @@ class LlamaModel:
         self.path = path
         self.library: Library = load_library()
         self._functions = call = self.library.functions
+        self._lock = threading.Lock()
         self.handle: int | None = self._load()
         self._vocabulary = call.llama_model_get_vocab(self.handle)
         self.architecture = self.metadata("general.architecture")
@@ -72,6 +74,12 @@ class LlamaModel:
     def tokenize(self, text: str) -> "array[int]":
         """Tokens of a text as it stands: what looks like a control token is text. Characters that have no UTF-8 become question marks."""
         data = text.encode("utf-8", "replace")
+        with self._lock:  # a constraint is compiled on the event loop, and the engine's thread may have freed the model
+            if self.handle is None:
+                raise EngineFailed("the model is not loaded any more")
+            return self._tokenize(data)
+
+    def _tokenize(self, data: bytes) -> "array[int]":
         tokens = array("i", bytes(4 * (len(data) + 8)))
         while True:
             place = (ctypes.c_int32 * len(tokens)).from_buffer(tokens)
@@ -96,6 +104,7 @@ class LlamaModel:
 
     def close(self) -> None:
         """Free the model, after all of its contexts. Harmless when called twice."""
-        handle, self.handle = self.handle, None
-        if handle:
-            self._functions.llama_model_free(handle)
+        with self._lock:
+            handle, self.handle = self.handle, None
+            if handle:
+                self._functions.llama_model_free(handle)

@@ -18,11 +18,11 @@ from meshserve.engines.llama.context import LlamaContext
 from meshserve.engines.llama.model import LlamaModel
 from meshserve.engines.llama.options import LlamaOptions
 from meshserve.engines.llama.probe import probe
-from meshserve.engines.llama.slots import Slot, Slots
+from meshserve.engines.llama.slots import Slot, Slots, num_spare_cells
 from meshserve.engines.llama.states import MAX_PIECE_BYTES, StatePieces
 from meshserve.engines.llama.step import Failure, LlamaStep
 from meshserve.engines.thread import EngineThread
-from meshserve.errors import BlockRefused, InvalidRequest, MeshserveError, PoolFull, Unsupported
+from meshserve.errors import BlockRefused, InvalidRequest, MeshserveError, PoolFull, StartupFailed, Unsupported
 from meshserve.kv.pool import BlockPool
 from meshserve.wire.generation import GenerateRequest, Sampling
 from meshserve.wire.layout import KVLayout
@@ -69,8 +69,10 @@ class LlamaRunner:
         await self.close()
         self._on_result, self._on_failure = on_result, on_failure
         self._slots = Slots(self._options.num_slots, self.pool, self._options.block_size)
-        self._thread = EngineThread(self._load, self._on_failure)
-        await self._thread.start()
+        thread = self._thread = EngineThread(self._load, self._on_failure)
+        await thread.start()
+        if self._thread is not thread:
+            raise StartupFailed("the engine was closed while it started")
 
     @contextmanager
     def _load(self) -> Iterator[LlamaContext]:
@@ -80,7 +82,8 @@ class LlamaRunner:
             began_s = time.monotonic()
             context = LlamaContext(
                 model,
-                num_cells=options.num_blocks * options.block_size,
+                num_cells=options.num_blocks * options.block_size
+                + num_spare_cells(options.num_blocks, options.block_size, self.limits.max_step_tokens),
                 num_sequences=options.num_slots + 1,
                 max_batch=self.limits.max_step_tokens,
                 max_outputs=self.limits.max_running,
@@ -111,7 +114,7 @@ class LlamaRunner:
 
     async def close(self) -> None:
         """End the thread, and free the context and the model."""
-        thread, self._thread, self._in_flight = self._thread, None, None
+        thread, self._thread, self._in_flight, self._compiler = self._thread, None, None, None
         if thread is not None:
             await thread.close(_CLOSE_TIMEOUT_S)
 
@@ -235,7 +238,9 @@ class LlamaRunner:
         else:
             on_done(None)
             return
-        operations, sequence = self._slots.take_operations(), reservation.state.number
+        slot: Slot = reservation.state
+        operations, sequence = self._slots.take_operations(), slot.number
+        slot.num_written = first + num_tokens if slot.num_written == first else None
 
         def write(context: LlamaContext) -> MeshserveError | None:
             context.operate(operations)

@@ -19,6 +19,18 @@ _FEWEST_RELEASED, _MOST_REMOVED = 256, 1024
 pool if that is less. More makes every step dearer (5 % a thousand for a model of 135M), fewer moves running sequences more often."""
 
 
+def num_spare_cells(num_blocks: int, block_size: int, max_step_tokens: int) -> int:
+    """Cells beyond those of the pool's blocks: for removed ones until they are released, for a step, and to move what runs into.
+
+    In a pool that holds all it can, cells are released in time as long as running sequences hold no more than the spare ones.
+    """
+    return 3 * _most_removed(num_blocks, block_size) + max_step_tokens
+
+
+def _most_removed(num_blocks: int, block_size: int) -> int:
+    return min(_MOST_REMOVED, num_blocks * block_size // 8)
+
+
 class Owner(Protocol):
     """A sequence or a reservation: it has blocks as long as it lives."""
 
@@ -30,10 +42,12 @@ class Owner(Protocol):
 class Slot:
     """One sequence id, and the blocks that it holds, by their place in the sequence."""
 
-    __slots__ = ("blocks", "number", "owner", "used")
+    __slots__ = ("blocks", "num_written", "number", "owner", "used")
 
     def __init__(self, number: int) -> None:
         self.number = number
+        self.num_written: int | None = 0
+        """Of a reservation: tokens that are there, or will be when what is queued is done; None once blocks came out of order."""
         self.blocks: dict[int, int] = {}
         self.owner: Owner | None = None
         self.used = 0
@@ -81,10 +95,10 @@ class Slots:
         that run are moved there, and blocks of earlier times are moved when a sequence goes on from them.
         """
         running = [slot for slot in self._used if not slot.is_chain]
-        computed = [getattr(slot.owner, "num_computed", None) for slot in running]
+        computed = [getattr(slot.owner, "num_computed", slot.num_written) for slot in running]
         if not self.can_move or None in computed:
-            return  # a reservation has no such number, as its blocks come in any order: some may be on their way
-        most = min(_MOST_REMOVED, self._pool.num_blocks * self._block_size // 8) if running else _FEWEST_RELEASED
+            return
+        most = _most_removed(self._pool.num_blocks, self._block_size) if running else _FEWEST_RELEASED
         if self._num_removed < most:
             return
         self._operations.append(("release_removed",))
@@ -115,7 +129,7 @@ class Slots:
         if not self._free:
             self._evict_chain({*prefix})
         slot = self._free.pop() if self._free else self._adopt(prefix)
-        slot.owner = owner
+        slot.owner, slot.num_written = owner, num_prefix_blocks * self._block_size
         self._used[slot] = None
         for index, block in enumerate(prefix):
             if index not in slot.blocks:
