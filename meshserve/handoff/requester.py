@@ -4,6 +4,7 @@ Deciding is :class:`~meshserve.handoff.task.PrefillTask`'s; this carries it out 
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -24,6 +25,9 @@ from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.wire.generation import GenerateRequest, pack_tokens
+from meshserve.wire.hello import PeerInfo
+
+_log = logging.getLogger(__name__)
 
 _TICK_S = 0.01
 _STRIKE_TIMEOUT_S = 5.0
@@ -311,6 +315,8 @@ class PrefillRequester:
     def _on_change(self, change: Change, member: Member) -> None:
         if "prefill" not in member.info.roles:
             return
+        if change is Change.CALLABLE:
+            self._say_if_unlike(member.info)
         peer, now_s = member.info.incarnation, time.monotonic()
         for running in list(self._running.values()):
             task = running.task
@@ -322,6 +328,15 @@ class PrefillRequester:
                 self._carry_out(running, task.peer_draining(peer, now_s))
             elif change in (Change.CALLABLE, Change.RECOVERED) and self._engine.kv_layout.accepts(member.info.layout):
                 task.peer_joined(peer, now_s)
+
+    def _say_if_unlike(self, info: PeerInfo) -> None:
+        """A prefill worker of the same model that can never help: people see two workers, and no handoff."""
+        own, card = self._engine.kv_layout, self._engine.card
+        is_same_model = info.card is not None and info.card.model_hash == card.model_hash
+        if is_same_model and info.layout is not None and own.can_hand_over and info.layout.can_hand_over and not own.accepts(info.layout):
+            _log.warning(
+                "%s keeps its KV in another way: no prompt is handed over to it; give both the same --kv-type and version", info.name
+            )
 
     def _tick(self) -> None:
         self._timer = None

@@ -45,7 +45,8 @@ def test_a_worker_says_what_it_takes_after_its_ready_line(tiny_files: dict[str, 
         assert len(process.stdout) == 1
         said = process.wait_for_line("KV cache", 10.0).string
         assert said.startswith("meshserve: tiny: KV cache of 1,024 tokens, 0 MB (q8_0: half of f16")
-        assert said.endswith("1 thread; its KV can be handed over")
+        assert "1 thread; its KV can be handed over" in said
+        assert said.endswith("; sequences end at 1,024 of 4,096 tokens: raise --kv-cache-tokens for longer ones")
         assert claimed() == Share(0, 1)
         process.terminate()
         assert process.wait() == 0

@@ -40,6 +40,8 @@ class LlamaOptions:
     num_slots: int
     num_threads: int
     limits: StepLimits
+    asked_context_length: int
+    """Tokens that a sequence could have in a larger KV cache."""
     block_size: int = BLOCK_TOKENS
 
 
@@ -80,6 +82,7 @@ def parse_options(options: EngineOptions, claim: Claim) -> LlamaOptions:
         num_slots,
         num_threads,
         StepLimits(max_running, max_running + BLOCK_TOKENS, BLOCK_TOKENS, BLOCK_TOKENS // 2, BLOCK_TOKENS),
+        card.context_length,
     )
 
 
@@ -147,4 +150,6 @@ def describe(options: LlamaOptions, name: str, refusal: str) -> str:
     size_mb = tokens * options.kv_bytes_per_token / 1e6
     threads = f"{options.num_threads} thread{'s' if options.num_threads > 1 else ''}"
     handoff = f"its KV cannot be handed over: {refusal}" if refusal else "its KV can be handed over"
+    if options.asked_context_length > tokens:
+        handoff += f"; sequences end at {tokens:,} of {options.asked_context_length:,} tokens: raise --kv-cache-tokens for longer ones"
     return f"{name}: KV cache of {tokens:,} tokens, {size_mb:,.0f} MB ({_ABOUT_TYPE[options.kv_type]}), {threads}; {handoff}"
