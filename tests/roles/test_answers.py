@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from meshserve.engines.tokenizers import ByteTokenizer
 from meshserve.roles.processor.answers import MAX_FAILED_CALLS, AnswerParser, Event
 from meshserve.roles.processor.call_formats import ALL_FORMATS, BARE, HERMES, LLAMA, MAX_CALL_CHARACTERS, MISTRAL, formats_of
+from meshserve.roles.processor.calling import MAX_SPACE_CHARACTERS
 from meshserve.roles.processor.parsed_choice import ParsedChoice
 from meshserve.wire.completion import CallItem, EndItem, PartItem, TextItem, read_item
 
@@ -154,6 +155,57 @@ def test_a_marker_that_is_repeated_without_end_costs_little_and_a_call_without_e
     endless = '<tool_call>{"name": "look", "arguments": {"at": "' + "x" * MAX_CALL_CHARACTERS
     parser = AnswerParser(NAMES)
     assert joined(parser.feed(endless)) == [("text", endless)]
+
+
+SPACED = [
+    (("", LOOK), [CALLED]),
+    (("", "<think>hm"), [("reasoning", "hm")]),
+    ((LOOK, ""), [CALLED]),
+    ((LOOK, LOOK), [CALLED, CALLED]),
+    ((f"{LOOK};", LOOK), [CALLED, CALLED]),
+    ((LOOK, f";{LOOK}"), [CALLED, CALLED]),
+    ((f"```{LOOK}", "```"), [CALLED]),
+    ((f"```{LOOK}```", ""), [CALLED]),
+    (("```json", LOOK), [CALLED]),
+    (("[", f"{LOOK}]"), [CALLED]),
+    (("{", LOOK[1:]), [CALLED]),
+    (("<|python_tag|>", LOOK), [CALLED]),
+    ((f"<|python_tag|>{LOOK}", ""), [CALLED]),
+    (("<tool_call>", f"{LOOK}</tool_call>"), [CALLED]),
+    ((f"<tool_call>{LOOK}", "</tool_call>"), [CALLED]),
+    (("[TOOL_CALLS]", f"[{LOOK}]"), [CALLED]),
+    (("[TOOL_CALLS]look[ARGS]", '{"at": "it"}'), [CALLED]),
+]
+"""What white space may stand between, and what it comes to."""
+
+
+@pytest.mark.parametrize(("parts", "expected"), SPACED)
+@pytest.mark.parametrize("mark", ["\n", " "])
+def test_white_space_around_a_call_has_a_bound_and_with_more_it_is_text(parts: tuple[str, str], expected: list[Part], mark: str) -> None:
+    kept = (mark * MAX_SPACE_CHARACTERS).join(parts)
+    assert read([kept]) == read(kept) == expected
+    for number in (MAX_SPACE_CHARACTERS + 1, 300, 30_000):
+        text = (mark * number).join(parts)
+        assert read([text]) == read(text) == [("text", text)]
+
+
+@pytest.mark.parametrize("before", sorted({parts[0] for parts, _ in SPACED}))
+def test_what_a_token_of_white_space_costs_does_not_grow_with_those_before_it(before: str) -> None:
+    """Whatever is held back is looked at with each token, and nothing else is: so the most that is held back is the most it costs.
+
+    It was all of the white space, and its square: 2 s for one token after 8,000 newlines, 10 us now.
+    """
+    parser = AnswerParser(NAMES)
+    num_held = len(before) - sum(len(event.text) for event in parser.feed(before))
+    for _ in range(4 * MAX_SPACE_CHARACTERS):
+        num_held += 1 - sum(len(event.text) for event in parser.feed("\n"))
+        assert num_held <= len(before) + MAX_SPACE_CHARACTERS
+    assert not num_held
+
+
+def test_json_that_is_no_call_is_let_through_before_its_first_name_ends_if_that_is_longer_than_any_of_a_call() -> None:
+    text = '{"' + "a" * 11
+    assert joined(AnswerParser(NAMES).feed(text)) == [("text", text)]
 
 
 def test_a_template_says_which_forms_its_model_writes() -> None:

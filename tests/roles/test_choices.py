@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.engines.tokenizers import ByteTokenizer
-from meshserve.roles.processor.calling import CallParser, call_schema
+from meshserve.roles.processor.calling import MAX_SPACE_CHARACTERS, CallParser, call_schema
 from meshserve.roles.processor.choices import Choice
 from meshserve.roles.processor.stopping import StopChecker
 from meshserve.wire.completion import EndItem, TextItem, read_item
@@ -139,6 +139,17 @@ def test_what_has_another_form_is_read_at_its_end_or_given_out_as_text(text: str
     parser = CallParser()
     assert parser.feed(text) == ""
     assert parser.finish() == (rest, name is not None) and parser.name == name
+
+
+@pytest.mark.parametrize("place", range(6))
+def test_a_call_with_much_white_space_in_its_head_comes_at_its_end(place: int) -> None:
+    parts = ["{", '"name"', ":", '"f"', ", ", '"arguments":', '{"a": 1}}']
+    for number, is_late in ((MAX_SPACE_CHARACTERS - 1, False), (300, True), (30_000, True)):
+        text = "".join(parts[: place + 1]) + "\n" * number + "".join(parts[place + 1 :])
+        for pieces in ([text], list(text)):
+            parser = CallParser()
+            assert "".join(map(parser.feed, pieces)) == ("" if is_late else '{"a": 1}')
+            assert parser.finish() == (('{"a": 1}', True) if is_late else ("", False)) and parser.name == "f"
 
 
 def test_a_schema_of_calls_is_a_choice_of_tools_and_keeps_their_references() -> None:

@@ -2,13 +2,15 @@
 
 What looks like a call and is none is text: JSON that is malformed, a function that nobody offered, a tag that is never closed. So a call
 is held back until it is complete; text and reasoning go through as they come. What is read does not depend on how the text was split.
-White space right after a tag belongs to the tag.
+White space right after a tag belongs to the tag. In one place before a call, in its head or after it there are at most
+`MAX_SPACE_CHARACTERS` of white space, and as many before `<think>`: with more, it is text.
 """
 
 from collections.abc import Collection
 from typing import NamedTuple
 
 from meshserve.roles.processor.call_formats import ALL_FORMATS, Accepts, CallFormat, CallReader
+from meshserve.roles.processor.calling import MAX_SPACE_CHARACTERS
 
 THINK, THINK_END = "<think>", "</think>"
 MAX_FAILED_CALLS = 64
@@ -83,10 +85,11 @@ class AnswerParser:
     def _begin(self, events: list[Event], is_end: bool) -> bool:
         """Nothing was read yet, or reasoning only."""
         text = self._held.lstrip()
-        if not self._is_thought and text.startswith(THINK):
+        is_first = not self._is_thought and len(self._held) - len(text) <= MAX_SPACE_CHARACTERS
+        if is_first and text.startswith(THINK):
             self._held, self._mode = text[len(THINK) :], self._think
             self._is_thought = self._skips_space = True
-        elif not self._is_thought and not is_end and THINK.startswith(text):
+        elif is_first and not is_end and THINK.startswith(text):
             return False
         else:
             self._open(self._bare)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from meshserve.roles.processor.calling import Brackets
+from meshserve.roles.processor.calling import MAX_SPACE_CHARACTERS, SPACE, Brackets
 from meshserve.wire.nesting import is_shallow
 
 MAX_CALL_CHARACTERS = 262_144
@@ -17,11 +17,12 @@ MAX_CALL_CHARACTERS = 262_144
 
 _KEYS = frozenset(("name", "arguments", "parameters", "type", "function", "id"))
 """With which a call without a marker may begin: any other JSON is let through at its first name."""
-_FIRST_KEY = re.compile(r'\[?\s*\{\s*"(\w*)"')
-_FIRST_KEY_BEGUN = re.compile(r'\[?\s*(?:\{\s*(?:"\w*)?)?')
-_NEXT_CALL = re.compile(r"\s*;?\s*(?=[\[{])")
-_REST = re.compile(r"\s*;?\s*(?:```\s*)?")
-_REST_BEGUN = re.compile(r"\s*;?\s*(?:`{1,3}\s*)?")
+_KEY = rf"\w{{0,{max(map(len, _KEYS))}}}+"
+_FIRST_KEY = re.compile(rf'\[?{SPACE}\{{{SPACE}"({_KEY})"')
+_FIRST_KEY_BEGUN = re.compile(rf'\[?{SPACE}(?:\{{{SPACE}(?:"{_KEY})?)?')
+_NEXT_CALL = re.compile(rf"{SPACE}(?:;{SPACE})?(?=[\[{{])")
+_REST = re.compile(rf"{SPACE}(?:;{SPACE})?(?:```{SPACE})?")
+_REST_BEGUN = re.compile(rf"{SPACE}(?:;{SPACE})?(?:`{{1,3}}{SPACE})?")
 
 
 Accepts = Callable[[str, dict[str, Any]], bool]
@@ -51,20 +52,22 @@ class CallFormat:
     """Nothing but more calls follows, up to the end of the answer."""
 
 
-HERMES = CallFormat("<tool_call>", re.compile(r"<tool_call>\s*(?=\{)()"), re.compile(r"<tool_call>\s*"), closer="</tool_call>")
+HERMES = CallFormat("<tool_call>", re.compile(rf"<tool_call>{SPACE}(?=\{{)()"), re.compile(rf"<tool_call>{SPACE}"), closer="</tool_call>")
 """Hermes and Qwen: `<tool_call>{"name": NAME, "arguments": {...}}</tool_call>`."""
 MISTRAL = CallFormat(
     "[TOOL_CALLS]",
-    re.compile(r"\[TOOL_CALLS\]\s*(?:(?=\[)|([\w.-]{1,128})(?:\[CALL_ID\]\w{1,32})?(?:\[ARGS\])?\s*(?=\{))"),
-    re.compile(r"\[TOOL_CALLS\]\s*(?:[\w.-]{1,128}[\w\[\]]{0,64}\s*)?"),
+    re.compile(rf"\[TOOL_CALLS\]{SPACE}(?:(?=\[)|([\w.-]{{1,128}}+)(?:\[CALL_ID\]\w{{1,32}}+)?(?:\[ARGS\])?{SPACE}(?=\{{))"),
+    re.compile(rf"\[TOOL_CALLS\]{SPACE}(?:[\w.-]{{1,128}}+[\w\[\]]{{0,64}}+{SPACE})?"),
 )
 """`[TOOL_CALLS][{"name": NAME, "arguments": {...}}, ...]`, or for each call `[TOOL_CALLS]NAME[ARGS]{...}`."""
-LLAMA = CallFormat("<|python_tag|>", re.compile(r"<\|python_tag\|>\s*(?=[\[{])()"), re.compile(r"<\|python_tag\|>\s*"), is_last=True)
+LLAMA = CallFormat(
+    "<|python_tag|>", re.compile(rf"<\|python_tag\|>{SPACE}(?=[\[{{])()"), re.compile(rf"<\|python_tag\|>{SPACE}"), is_last=True
+)
 """Llama 3: `<|python_tag|>{"name": NAME, "parameters": {...}}`, further ones after a semicolon."""
 BARE = CallFormat(
     "",
-    re.compile(r"\s*(?:```(?:json|tool_call)?\s*)?(?=[\[{])()"),
-    re.compile(r"\s*(?:`{1,2}|```\w{0,9}\s*)?"),
+    re.compile(rf"{SPACE}(?:```(?:json|tool_call)?{SPACE})?(?=[\[{{])()"),
+    re.compile(rf"{SPACE}(?:`{{1,2}}|```\w{{0,9}}+{SPACE})?"),
     is_last=True,
 )
 """The whole answer is such an object, several, or a list of them, with or without a fence around it."""
@@ -130,9 +133,12 @@ class CallReader:
         """Reads what follows the JSON: then all calls and where they end, or 0 where another one begins."""
         if self._format.is_last:
             return self._last(text, is_end)
-        closer, rest = self._format.closer, text[self._at :].lstrip()
+        closer, following = self._format.closer, text[self._at :]
         if not closer:
             return self._calls, self._at
+        rest = following.lstrip()
+        if len(following) - len(rest) > MAX_SPACE_CHARACTERS:
+            return [], 0
         if rest.startswith(closer):
             return self._calls, len(text) - len(rest) + len(closer)
         return None if closer.startswith(rest) else ([], 0)

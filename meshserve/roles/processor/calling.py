@@ -11,7 +11,15 @@ from meshserve.wire.nesting import is_shallow
 
 Json = dict[str, Any]
 
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*')
+MAX_SPACE_CHARACTERS = 256
+"""White space in one place around a call. Models may write it without end, and what is held back is looked at again with every token."""
+SPACE = rf"\s{{0,{MAX_SPACE_CHARACTERS}}}+"
+"""Such white space, in a pattern. It is never given back, so that two in a row are not tried at every place between them."""
+_HEAD = re.compile(
+    rf'{SPACE}\{{{SPACE}"name"{SPACE}:{SPACE}("[^"\\]*+(?:\\.[^"\\]*+)*"){SPACE},{SPACE}"arguments"{SPACE}:{SPACE}(?=\S)',
+)
+_MAX_HEAD_CHARACTERS = 4096
+"""What has a longer head is read at its end."""
 _MARKS = re.compile(r'[\\"{}\[\]]')
 _NO_SCHEMAS = frozenset(("const", "enum", "default", "examples"))
 """Keywords of JSON Schema that hold values: what looks like a reference in there is none."""
@@ -143,9 +151,10 @@ class CallParser:
     def feed(self, text: str) -> str:
         """More of the arguments, as far as this text goes."""
         if self.name is None:
+            is_head = len(self._held) < _MAX_HEAD_CHARACTERS
             self._held += text
-            head = _HEAD.match(self._held)
-            if head is None or head.end() == len(self._held):
+            head = _HEAD.match(self._held, 0, _MAX_HEAD_CHARACTERS) if is_head else None
+            if head is None:
                 return ""
             self.name = json.loads(head[1])
             text, self._held = self._held[head.end() :], ""
