@@ -182,6 +182,9 @@ class Peer:
             except MeshserveError as error:
                 _log.error("the engine did not start: %s", error.message)
                 continue
+            except Exception as error:  # a bug; but without another try the roles would stay withdrawn for ever
+                _log.error("the engine did not start: %s: %s", type(error).__name__, error, exc_info=_log.isEnabledFor(logging.DEBUG))
+                continue
             self.mesh.describe(self._engine.kv_layout)
             self.mesh.announce_withdrawn(())
             log_event(_log, "engine_restarted", "the engine runs again")

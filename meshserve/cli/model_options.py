@@ -1,7 +1,9 @@
 """Options of `run` about what a worker serves: engine, model, names."""
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,7 +11,7 @@ import click
 from meshserve.cli.options import Command, option
 from meshserve.cli.running import declare
 from meshserve.config import KV_TYPES, ServeConfig
-from meshserve.engines.models.specs import is_real_model
+from meshserve.engines.models.specs import SHORT_NAMES, is_real_model
 from meshserve.errors import UsageError
 from meshserve.wire.card import MAX_ALIASES
 
@@ -21,6 +23,7 @@ LLAMA = "llama"
 
 MODEL_HELP = "A .gguf file, hf:ORG/REPO[:FILE or quantization], or smollm2; with another engine than llama what that engine takes."
 
+_REAL_MODELS = f"a .gguf file, hf:ORG/REPO or {' or '.join(SHORT_NAMES)}"
 _SERVE = ServeConfig()
 _MAX_NAME_LETTERS = 255
 
@@ -47,7 +50,13 @@ _MODEL_OPTIONS: list[Callable[[Any], Any]] = [
         help="Tokens of all sequences together that the KV cache holds.  [default: as fits into memory]",
         show_default=False,
     ),
-    option("--kv-type", type=click.Choice(KV_TYPES), default=None, help="Elements of the KV cache.  [default: q8_0]", show_default=False),
+    option(
+        "--kv-type",
+        type=click.Choice(KV_TYPES, case_sensitive=False),
+        default=None,
+        help="Elements of the KV cache.  [default: q8_0]",
+        show_default=False,
+    ),
     option("--engine-opt", "engine_options", multiple=True, metavar="KEY=VALUE", help="An option of the engine; repeatable."),
 ]
 
@@ -61,6 +70,8 @@ def model_options(command: Command) -> Command:
 
 def model_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """What they say, by the fields of :class:`ServeConfig`. Raises UsageError."""
+    if settings["model"] == "":
+        engine_for("")  # whatever the engine
     options = []
     for text in settings["engine_options"]:
         key, equals, value = text.partition("=")
@@ -78,8 +89,28 @@ def model_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def engine_for(spec: str | None) -> str:
-    """The engine of a model where none was named."""
-    return LLAMA if spec is not None and is_real_model(spec) else _SERVE.engine
+    """The engine of a model where none was named. Raises UsageError for what can only be meant as a real model, and is none."""
+    if spec is None:
+        return _SERVE.engine
+    if is_real_model(spec):
+        return LLAMA
+    if not spec:
+        raise UsageError(f"--model is empty: name {_REAL_MODELS}")
+    if "/" in spec or _is_there(spec):
+        raise UsageError(f"{spec} is no model that is known: name {_REAL_MODELS}")
+    return _SERVE.engine
+
+
+def _is_there(spec: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):  # too long for a name, or a null byte
+        return Path(spec).exists()
+    return False
+
+
+def say_dummy(spec: str | None) -> None:
+    """Where no engine was named, a plain word is no real model: say so, for those who meant one."""
+    if spec not in (None, _SERVE.engine) and engine_for(spec) != LLAMA:
+        declare("dummy_model", f"{spec} is a name for the {_SERVE.engine} engine; a real model is {_REAL_MODELS}")
 
 
 def with_model(config: ServeConfig, roles: tuple[str, ...]) -> ServeConfig:

@@ -3,13 +3,14 @@
 import asyncio
 import os
 import signal
+from collections.abc import Coroutine
 from typing import Any
 from urllib.parse import urlsplit
 
 import click
 
 from meshserve.cli.front_options import api_keys, front_config, front_options
-from meshserve.cli.model_options import model_options, model_settings, with_model
+from meshserve.cli.model_options import model_options, model_settings, say_dummy, with_model
 from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles
 from meshserve.cli.running import declare, execute, leave
 from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
@@ -64,7 +65,13 @@ def run(**settings: Any) -> None:
         config = serve_config(settings)
     except MeshserveError as error:
         leave(error)
-    execute(settings, lambda: serve(mesh_config(settings, roles), with_model(config, roles)))
+
+    def start() -> Coroutine[Any, Any, int]:
+        if settings["engine"] is None and {"decode", "prefill"} & set(roles):
+            say_dummy(settings["model"])
+        return serve(mesh_config(settings, roles), with_model(config, roles))
+
+    execute(settings, start)
 
 
 def serve_config(settings: dict[str, Any]) -> ServeConfig:

@@ -82,7 +82,7 @@ def _locked(path: Path) -> Iterator[IO[str]]:
 
 def _living(file: IO[str]) -> dict[str, Share]:
     """The claims of processes that are there; a file that was not written to its end holds none."""
-    with contextlib.suppress(ValueError, TypeError, AttributeError):
+    with contextlib.suppress(ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
         claims = {key: Share(int(pending), int(threads)) for key, (pending, threads) in json.loads(file.read(_MOST_LETTERS)).items()}
         return {key: share for key, share in claims.items() if _birth(int(key.split("/")[0])) == key.split("/")[1]}
     return {}

@@ -44,9 +44,12 @@ class EngineThread(Generic[M]):
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     async def start(self) -> None:
-        """Load the model. Raises what loading raises, as StartupFailed."""
+        """Load the model. Raises what loading raises, as StartupFailed, and that where the system gives no thread."""
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            raise StartupFailed(f"the system gives the engine no thread ({error}): end other programs, or raise its limits") from error
         atexit.register(self._leave)
-        self._thread.start()
         await self._started
 
     def submit(self, work: Callable[[M], T], on_done: Callable[[T], None]) -> None:

@@ -59,7 +59,7 @@ class SamplingDefaults:
     def is_in_range(self) -> bool:
         """A sampler can use all of them."""
         is_cut = 0 < self.top_p <= 1 and 0 <= self.top_k < 2**31 and 0 <= self.min_p <= 1
-        return is_cut and 0 <= self.temperature < 1e6 and 0 < self.repetition_penalty < 1e6
+        return is_cut and 0 <= self.temperature < 1e6 and 0.01 <= self.repetition_penalty < 1e6
 
     @classmethod
     def from_wire(cls, data: Any) -> "SamplingDefaults":

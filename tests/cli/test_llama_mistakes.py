@@ -77,6 +77,7 @@ FILES: list[Case] = [
 OPTIONS: list[Case] = [
     (("--engine-opt", "threads=0"), 2, ("threads is a whole number from 1 to 512, not '0'",)),
     (("--engine-opt", "context_length=63"), 2, ("context_length is a whole number from 64",)),
+    (("--engine-opt", "context_length=4097"), 2, ("at most the model's own, 4096, not 4097",)),
     (("--engine-opt", "slots=9"), 2, ("slots is at least twice max_running",)),
     (("--engine-opt", "colour=red"), 2, ("no option 'colour'; it knows threads",)),
     (("--kv-cache-tokens", "127"), 2, ("--kv-cache-tokens is at least 128",)),

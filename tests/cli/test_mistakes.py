@@ -36,6 +36,7 @@ def assert_one_line(done: Completed, exit_code: int, words: str) -> None:
         (("--role", "decode", "--kv-cache-tokens", "15"), "less than the dummy engine's one block of 16 tokens"),
         (("--role", "decode", "--kv-cache-tokens", "0"), "0 is not in the range x>=1"),
         (("--role", "decode", "--kv-type", "q8_0"), "the dummy engine has no --kv-type"),
+        (("--role", "decode", "--kv-type", "Q8_0"), "the dummy engine has no --kv-type"),
         (("--role", "decode", "--kv-type", "q4_0"), "'q4_0' is not one of 'q8_0', 'f16'"),
         (("--role", "decode", "--served-model-name", "one,,two"), "is not NAME[,NAME]"),
         (("--role", "decode", "--served-model-name", ",".join(map(str, range(18)))), "a model has up to 17"),

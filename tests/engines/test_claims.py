@@ -82,7 +82,22 @@ def test_the_file_is_the_users_own(place: Path) -> None:
     assert place.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1, 2]", '{"x": 1}', '{"x/y": [1, 2]}', '{"1": ["a", "b"]}', '{"1/2/3": [1]}'])
+HUGE = "9" * 400
+DAMAGED = [
+    "",
+    "{",
+    "[1, 2]",
+    '{"x": 1}',
+    '{"x/y": [1, 2]}',
+    '{"1": ["a", "b"]}',
+    '{"1/2/3": [1]}',
+    '{"1": [1, 1]}',
+    '{"1/2/3": [1e999, 1]}',
+]
+DAMAGED += [f'{{"{HUGE}/2/3": [1, 1]}}', f'{{"{2**70}/-/3": [1, 1]}}', "[" * 200_000, '{"a":' * 100_000, '{"1/2/3": [NaN, 1]}']
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=lambda text: text[:20])
 def test_a_damaged_file_holds_no_claims_and_is_written_anew(place: Path, text: str) -> None:
     place.write_text(text)
     own = Claim(place)

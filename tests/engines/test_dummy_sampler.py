@@ -354,7 +354,7 @@ def test_a_long_prompt_is_rated_in_many_short_turns() -> None:
         ({"choice": -1}, "n", "no choice -1"),
         ({"min_p": 1.5}, "min_p", "from 0 to 1, not 1.5"),
         ({"min_p": float("nan")}, "min_p", "not nan"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty", "above 0, not 0.0"),
+        *(({"repetition_penalty": value}, "repetition_penalty", "at least 0.01, not") for value in (0.0, 1e-50, 0.0099, float("nan"))),
     ],
 )
 def test_what_is_out_of_range_is_refused_by_the_name_of_its_field(sampling: dict[str, Any], param: str, words: str) -> None:

@@ -1,6 +1,7 @@
 """An engine whose model raises, hangs or ends: its requests end in one clear error, its owner is told once, and it can start again."""
 
 import asyncio
+import contextlib
 import resource
 import subprocess
 import sys
@@ -13,16 +14,21 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from meshserve.app import Peer
+from meshserve.config import MeshConfig, ServeConfig
 from meshserve.engines.core.engine import CoreEngine
 from meshserve.engines.core.request import EngineRequest
 from meshserve.engines.core.reservation import BlockReservation, WriteDone
 from meshserve.engines.core.runner import StepResult
 from meshserve.engines.core.scheduler import Step
+from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.dummy.options import parse_options
 from meshserve.engines.dummy.runner import DummyRunner
 from meshserve.engines.protocol import EngineOptions
+from meshserve.engines.thread import EngineThread
 from meshserve.errors import EngineFailed, MeshserveError, StartupFailed, UsageError
 from tests.engines.dummy_harness import DEADLINE_S, GenerationRecord, PrefillRecord, a_request, generated, tokens_of
+from tests.harness import until
 
 if TYPE_CHECKING:
     from meshserve.engines.llama import LlamaEngine
@@ -119,6 +125,55 @@ def test_a_sink_that_cancels_at_the_prompt_s_log_probabilities_gets_no_token() -
         await engine.close()
 
     asyncio.run(run())
+
+
+def test_an_engine_that_gets_no_thread_does_not_start_and_says_so() -> None:
+    async def run() -> None:
+        thread = EngineThread(lambda: contextlib.nullcontext(Idle()), lambda error: None)
+        usual_bytes = threading.stack_size(1 << 47)  # more than there are addresses
+        try:
+            with pytest.raises(StartupFailed, match="no thread"):
+                await thread.start()
+        finally:
+            threading.stack_size(usual_bytes)
+        await thread.close(1.0)
+
+    asyncio.run(run())
+
+
+class Idle:
+    """A model that does nothing."""
+
+    def abort(self) -> None:
+        """Nothing runs."""
+
+
+class Restarted(DummyEngine):
+    """Starts, then fails to with an error that nobody foresaw, then starts."""
+
+    num_starts = 0
+
+    async def start(self) -> None:
+        self.num_starts += 1
+        if self.num_starts == 2:
+            raise OSError("the device is busy")
+        await super().start()
+
+
+def test_an_engine_that_fails_is_started_until_it_runs_whatever_its_start_raises(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        mesh = MeshConfig(roles=("decode",), interface="127.0.0.1", use_mdns=False)
+        peer = Peer(mesh, ServeConfig(engine=f"{__name__}:{Restarted.__name__}"))
+        await peer.start()
+        engine = peer._engine
+        assert isinstance(engine, Restarted)
+        engine.on_failure(EngineFailed("the device is gone"))
+        assert peer.mesh.own.withdrawn == ("decode",)
+        await until(lambda: engine.num_starts == 3 and not peer.mesh.own.withdrawn, DEADLINE_S, "the engine runs again")
+        await peer.stop()
+
+    asyncio.run(run())
+    assert any("did not start: OSError: the device is busy" in line for line in caplog.messages)
 
 
 # --- llama.cpp

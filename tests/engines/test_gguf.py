@@ -99,6 +99,7 @@ def test_every_byte_that_is_missing_is_noticed_in_one_sentence(model: Path) -> N
         (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 2**61) + bytes(64), "damaged; download it again"),
         (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 10, 2**61) + bytes(64), "damaged; download it again"),
         (struct.pack("<4sIQQQ1sIIQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 9, 1) + bytes(64), "damaged; download it again"),
+        (struct.pack("<4sIQQQ1sIIQQ", b"GGUF", 3, 0, 1, 1, b"k", 9, 8, 1, 2**64 - 1) + bytes(64), "damaged; download it again"),
         (struct.pack("<4sIQQQ1sI", b"GGUF", 3, 0, 1, 1, b"k", 99) + bytes(64), "damaged; download it again"),
     ],
 )
@@ -142,6 +143,37 @@ def test_senseless_numbers_of_parts_and_alignments_are_refused(tmp_path: Path) -
     path.write_bytes(path.read_bytes().replace(b"\x0b\0\0\0\0\0\0\0a.alignment", b"\x11\0\0\0\0\0\0\0general.alignment", 1))
     with pytest.raises(StartupFailed, match="damaged"):
         read_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "value"),
+    [
+        ("llama.block_count", gguf.GGUFValueType.UINT32, 2**32 - 1),
+        ("llama.block_count", gguf.GGUFValueType.UINT64, 2**64 - 1),
+        ("llama.context_length", gguf.GGUFValueType.UINT32, 2**32 - 1),
+        ("llama.context_length", gguf.GGUFValueType.UINT32, 0),
+        ("llama.attention.head_count_kv", gguf.GGUFValueType.STRING, "two"),
+        ("llama.attention.head_count_kv", gguf.GGUFValueType.FLOAT32, float("nan")),
+        ("llama.attention.head_count_kv", gguf.GGUFValueType.ARRAY, ["two"]),
+        ("llama.attention.head_count_kv", gguf.GGUFValueType.ARRAY, [float("nan")]),
+        ("llama.attention.head_count_kv", gguf.GGUFValueType.ARRAY, [-7, 1]),
+        ("split.count", gguf.GGUFValueType.STRING, "two"),
+        ("tokenizer.ggml.tokens", gguf.GGUFValueType.UINT32, 7),
+        ("tokenizer.ggml.tokens", gguf.GGUFValueType.ARRAY, [7, 8]),
+        ("tokenizer.ggml.token_type", gguf.GGUFValueType.UINT32, 7),
+        ("tokenizer.ggml.scores", gguf.GGUFValueType.UINT32, 7),
+        ("tokenizer.ggml.merges", gguf.GGUFValueType.ARRAY, [7, 8]),
+        ("tokenizer.ggml.add_bos_token", gguf.GGUFValueType.STRING, "yes"),
+    ],
+)
+def test_a_known_key_of_another_kind_or_beyond_reason_is_named(tmp_path: Path, key: str, kind: Any, value: Any) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_key_value(key, value, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(StartupFailed, match=f"is damaged or unusual: {key!r} is not .*; download it again"):
+        read_gguf(tmp_path / "m.gguf")
 
 
 @given(st.data())

@@ -218,3 +218,17 @@ def test_what_cannot_be_exact_is_refused_with_the_reason() -> None:
     spm = {"model": "llama", "tokens": [*pieces, "a", "b", "ab", "ba"], "token_type": [6] * 256 + [NORMAL] * 4}
     assert "no scores" in refusal({}, **spm)
     assert "one score overlap" in refusal({}, **spm, scores=[0.0] * 260)
+
+
+def test_a_vocabulary_that_would_take_for_ever_or_is_no_vocabulary_is_refused_at_once() -> None:
+    pieces = [f"<0x{value:02X}>" for value in range(256)]
+    begun_s = time.process_time()
+    runs = ["x" * length for length in range(1, 257)]
+    for special, words in ((["x" * 4000], "longer than 256 characters"), (runs, "too many of the special tokens overlap")):
+        tokens = [*pieces, *special]
+        kinds = [6] * 256 + [CONTROL] * len(special)
+        assert words in refusal({}, model="llama", tokens=tokens, token_type=kinds, scores=[-float(token) for token in range(len(tokens))])
+    assert "longer than 16,384 characters" in refusal({}, model="llama", tokens=["x" * 20_000])
+    for wrong in ({"tokens": 7}, {"tokens": [7]}, {"token_type": 7}, {"merges": 7}, {"merges": [7]}):
+        assert "damaged or unusual" in refusal(byte_level("gpt-2", SPECIAL), **wrong)
+    assert time.process_time() - begun_s < 10.0

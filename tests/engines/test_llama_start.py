@@ -11,7 +11,7 @@ from meshserve.engines.claims import Claim, Share
 from meshserve.engines.llama.engine import LlamaEngine
 from meshserve.engines.llama.options import fair_share
 from meshserve.engines.protocol import EngineOptions
-from meshserve.errors import UsageError
+from meshserve.errors import StartupFailed, UsageError
 from tests.engines.tiny_models import MODELS, TinyModel, make_model
 from tests.harness import Process, meshserve_command, run_async
 
@@ -99,6 +99,24 @@ def test_engines_that_are_refused_leave_no_claim(tiny_files: dict[str, Path]) ->
     with pytest.raises(UsageError):
         LlamaEngine(EngineOptions(str(tiny_files["dense"]), {}, 64))
     assert claimed() == Share(0, 0)
+
+
+def test_a_context_longer_than_the_models_own_is_refused_with_its_length(tiny_files: dict[str, Path]) -> None:
+    with pytest.raises(UsageError, match="context_length is at most the model's own, 4096, not 4097"):
+        LlamaEngine(EngineOptions(str(tiny_files["dense"]), {"context_length": "4097"}, 1024))
+    for text in ("1", "63", "²", "٣٠٠", "9" * 5000):
+        with pytest.raises(UsageError, match="context_length is a whole number from 64"):
+            LlamaEngine(EngineOptions(str(tiny_files["dense"]), {"context_length": text}, 1024))
+    assert claimed() == Share(0, 0)
+
+
+def test_a_model_whose_context_is_shorter_than_a_block_is_refused(tmp_path: Path) -> None:
+    path = make_model(tmp_path / "short.gguf", TinyModel("llama", {"context_length": 1}))
+    for tokens in (None, 1024):
+        with pytest.raises(StartupFailed, match="has a context of 1 tokens, and 64 are the least"):
+            LlamaEngine(EngineOptions(str(path), {}, tokens))
+    with pytest.raises(StartupFailed, match="has a context of 1 tokens"):
+        fair_share(path, 2)
 
 
 def test_engines_that_start_together_take_together_what_one_would_take(tiny_files: dict[str, Path]) -> None:

@@ -34,7 +34,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize(
-    "spec", ["smollm2", "hf:org/repo", "hf:org/repo:Q8_0", "model.gguf", "a/MODEL.GGUF", "./models", "/srv/m.bin", "~/m", ".."]
+    "spec", ["smollm2", "SmolLM2", "hf:org/repo", "hf:org/repo:Q8_0", "model.gguf", "a/MODEL.GGUF", "./models", "/srv/m.bin", "~/m", ".."]
 )
 def test_a_real_model_is_known_by_its_spec(spec: str) -> None:
     assert is_real_model(spec)

@@ -201,6 +201,7 @@ def test_a_request_is_read_as_it_is_meant(ask: Ask, fields: dict[str, Any], expe
         (completion, {"min_p": 1.5}, "min_p"),
         (completion, {"min_p": True}, "min_p"),
         (completion, {"repetition_penalty": 0}, "repetition_penalty"),
+        (chat, {"repetition_penalty": 1e-50}, "repetition_penalty"),
         (message, {"repetition_penalty": 11}, "repetition_penalty"),
         (response, {"min_p": -0.1}, "min_p"),
         (completion, {"guided_grammar": "a"}, "guided_grammar"),

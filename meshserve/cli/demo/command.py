@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from meshserve.cli.model_options import LLAMA, MODEL_HELP, engine_for, fetch_model
+from meshserve.cli.model_options import LLAMA, MODEL_HELP, engine_for, fetch_model, say_dummy
 from meshserve.cli.options import mesh_options, option
 from meshserve.cli.running import execute
 from meshserve.errors import StartupFailed
@@ -63,8 +63,9 @@ def _model(spec: str | None, num_workers: int) -> _Model:
     """A file is fetched here, once for all workers, and memory and threads are divided among them."""
     if spec is None:
         return _Model("dummy")
-    if engine_for(spec) != LLAMA:
-        return _Model(spec, ("--model", spec))
+    if (engine := engine_for(spec)) != LLAMA:
+        say_dummy(spec)
+        return _Model(spec, ("--engine", engine, "--model", spec))
     source = fetch_model(spec)
     from meshserve.engines.llama.options import fair_share  # what only real models need, and is there now
 

@@ -4,8 +4,8 @@ from meshserve.errors import ContextLengthExceeded, InvalidRequest
 from meshserve.wire.generation import GenerateRequest, Sampling
 
 _MOST_LOGPROBS = 20
-_MOST_PENALTY = 2.0
-_MOST_BIAS = 100.0
+_MOST_PENALTY, _MOST_BIAS = 2.0, 100.0
+_LEAST_REPETITION, _MOST_REPETITION = 0.01, 1e6
 _MOST_PROMPT_LOGPROBS = 32_768
 """Of all tokens of a prompt together, alternatives included: they travel as one message, and to read that takes 10 ms."""
 
@@ -41,8 +41,8 @@ def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
         raise InvalidRequest(f"top_p must be above 0 and at most 1, not {sampling.top_p}", param="top_p")
     if not 0 <= sampling.min_p <= 1:
         raise InvalidRequest(f"min_p must be from 0 to 1, not {sampling.min_p}", param="min_p")
-    if not sampling.repetition_penalty > 0:
-        raise InvalidRequest(f"repetition_penalty must be above 0, not {sampling.repetition_penalty}", param="repetition_penalty")
+    if not _LEAST_REPETITION <= sampling.repetition_penalty <= _MOST_REPETITION:
+        raise InvalidRequest(f"repetition_penalty must be at least 0.01, not {sampling.repetition_penalty}", param="repetition_penalty")
     if not 0 <= sampling.choice < 2**32:
         raise InvalidRequest(f"there is no choice {sampling.choice}", param="n")
     for name, value in (("presence_penalty", sampling.presence_penalty), ("frequency_penalty", sampling.frequency_penalty)):

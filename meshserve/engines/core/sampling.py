@@ -16,7 +16,7 @@ from meshserve.engines.constraints.constraint import Constraint
 from meshserve.engines.core.request import END
 from meshserve.wire.generation import Sampling, TokenLogprobs
 
-_NEVER = -np.inf
+_NEVER, _GREEDY_BELOW = -np.inf, 1e-6
 _NEVER_DRAWN_BELOW = 30.0
 """Logits, after temperature, so far below the best one: together less than a millionth of a millionth for each, and left out."""
 _pack_draw = Struct("<QQ").pack
@@ -59,7 +59,7 @@ class Sampler:
         can_end = not self._sampling.ignore_eos and position >= self._sampling.min_tokens
         if not self._is_plain or not can_end:
             values = self._bent(values, can_end)
-        token = int(values.argmax()) if self._sampling.temperature <= 0 else self._draw(values, position)
+        token = int(values.argmax()) if self._sampling.temperature < _GREEDY_BELOW else self._draw(values, position)
         logprobs = _logprobs_of(values, token, self._sampling.logprobs) if self._sampling.logprobs >= 0 else None
         if can_end and token in self._end_tokens:
             return END, None

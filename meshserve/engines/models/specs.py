@@ -36,7 +36,12 @@ SHORT_NAMES = {
 }
 
 
+def short_name(spec: str) -> str | None:
+    """The short name that is meant, in whatever case it is written; None if it is none."""
+    return spec.lower() if spec.lower() in SHORT_NAMES else None
+
+
 def is_real_model(spec: str) -> bool:
     """Whether the spec itself says that it is a model for the engine `llama`: a path does, whatever it leads to."""
     is_path = spec.startswith(("/", "./", "../", "~")) or spec in (".", "..")
-    return spec in SHORT_NAMES or is_path or spec.startswith(HUB_PREFIX) or spec.lower().endswith(SUFFIX)
+    return short_name(spec) is not None or is_path or spec.startswith(HUB_PREFIX) or spec.lower().endswith(SUFFIX)

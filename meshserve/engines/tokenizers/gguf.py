@@ -14,6 +14,7 @@ from typing import Any, overload
 import xxhash
 
 from meshserve.engines.models.specs import PART
+from meshserve.engines.tokenizers.gguf_values import fault_of
 from meshserve.errors import StartupFailed
 
 _MAGIC = b"GGUF"
@@ -24,7 +25,6 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 """Struct format of each value type that is a number or a truth value."""
 _MAX_STRING_BYTES, _MAX_DIMENSIONS, _MAX_ALIGNMENT = 1 << 26, 8, 1 << 16
 _READ_BYTES = 1 << 22
-_MOST_PARTS = 99_999
 _BYTES_OF_BLOCKS: dict[int, dict[int, int]] = {
     1: {0: 4, 1: 2, 24: 1, 25: 2, 26: 4, 27: 8, 28: 8, 30: 2},
     32: {2: 18, 3: 20, 6: 22, 7: 24, 8: 34, 9: 40, 20: 18, 39: 17},
@@ -247,6 +247,8 @@ class _Reader:
             if at > limit:
                 raise _Short
             at += 8 + read(self.data, at)[0]
+            if at > len(self.data):
+                raise _Short
             ends.append(at - begin)
         return Strings(self.take(at - begin), ends)
 
@@ -257,10 +259,10 @@ def _read(path: Path, data: mmap.mmap) -> GgufFile:
     reader.at = 8
     num_tensors, num_pairs = reader.count(24), reader.count(13)
     metadata = {reader.string(): reader.value() for _ in range(num_pairs)}
+    if fault := fault_of(metadata):
+        raise StartupFailed(f"{path} is damaged or unusual: {fault}; download it again, or use another model")
     metadata_bytes = reader.at
     data_bytes = max((_tensor_end(reader) for _ in range(num_tensors)), default=0)
-    if metadata.get("split.count", 0) not in range(_MOST_PARTS + 1):
-        raise _Short
     alignment = _alignment(metadata)
     needed = reader.at + -reader.at % alignment + data_bytes if num_tensors else 0
     if len(data) < needed:

@@ -16,6 +16,8 @@ from meshserve.engines.tokenizers.pieces import BYTE_ALPHABET, piece_reader
 from meshserve.errors import TokenizerFailed
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+_MOST_LETTERS, _MOST_SPECIAL_LETTERS, _MOST_OVERLAPS = 1 << 14, 256, 50_000
+"""Of a token, of a special token, and of all special tokens together: what is looked at grows faster. No known model comes near."""
 
 
 def _names(text: str) -> frozenset[str]:
@@ -50,7 +52,13 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
 
     Raises TokenizerFailed, saying what is missing, for a vocabulary that cannot be turned into these files exactly.
     """
-    vocabulary = _Vocabulary.read(metadata)
+    try:
+        return _files(metadata, _Vocabulary.read(metadata))
+    except (TypeError, ValueError, OverflowError, AttributeError, LookupError) as error:
+        raise TokenizerFailed(f"the vocabulary is damaged or unusual ({error}); download the model again, or use another") from error
+
+
+def _files(metadata: Mapping[str, Any], vocabulary: "_Vocabulary") -> dict[str, bytes]:
     maker = {"gpt2": _byte_level, "llama": _sentence_piece}.get(vocabulary.model)
     if maker is None:
         raise TokenizerFailed(f"vocabularies of the kind {vocabulary.model!r} cannot be turned into a tokenizer.json")
@@ -97,6 +105,8 @@ class _Vocabulary:
         found.ids = {text: token for token, text in enumerate(listed)}
         if not listed or len(found.ids) != len(listed) or len(found.kinds) != len(listed):
             raise TokenizerFailed("the model's vocabulary is missing or damaged; download the model again")
+        if max(map(len, listed)) > _MOST_LETTERS:
+            raise TokenizerFailed(f"a token is longer than {_MOST_LETTERS:,} characters; download the model again, or use another")
         if any(name in str(metadata.get("general.name", "")).lower() for name in ("phi-3", "phi3")):
             raise TokenizerFailed("the special tokens of Phi-3 take the white space after them away, which a tokenizer.json cannot say")
         found._correct()
@@ -166,7 +176,12 @@ class _Vocabulary:
 
 def _check_overlaps(texts: list[str]) -> None:
     """The library looks for the longest special token first, wherever it stands; `tokenizers` for the one that begins first."""
-    known = set(texts)
+    if too_long := next((text for text in texts if len(text) > _MOST_SPECIAL_LETTERS), ""):
+        raise TokenizerFailed(
+            f"the special token {too_long[:20]!r}... is longer than {_MOST_SPECIAL_LETTERS} characters; use another model"
+        )
+    known, num_overlaps = set(texts), 0
+    lengths = sorted(set(map(len, texts)), reverse=True)
     begins: dict[str, list[str]] = {}
     for text in texts:
         for length in range(1, len(text)):
@@ -174,8 +189,10 @@ def _check_overlaps(texts: list[str]) -> None:
     for first in texts:
         for at in range(1, len(first)):
             for second in begins.get(first[at:], ()):
+                if (num_overlaps := num_overlaps + 1) > _MOST_OVERLAPS:
+                    raise TokenizerFailed("too many of the special tokens overlap; use another model")
                 joined = first[:at] + second
-                longest = max((length for length in range(1, len(joined) + 1) if joined[:length] in known), default=0)
+                longest = next(length for length in lengths if joined[:length] in known)
                 if joined[:longest] != second and len(second.encode()) >= len(joined[:longest].encode()):
                     raise TokenizerFailed(f"the special tokens {first!r} and {second!r} overlap, and a tokenizer.json takes the first")
 

@@ -85,7 +85,7 @@ MAX_SESSION_CHARACTERS = 256
 MAX_TEMPERATURE = 2.0
 MAX_PENALTY = 2.0
 """And the least, negative."""
-MAX_REPETITION_PENALTY = 10.0
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.01, 10.0
 MAX_BIAS = 100.0
 SEEDS = (-(2**63), 2**63 - 1)
 TOKEN_ID = re.compile("[0-9]{1,10}")
@@ -221,11 +221,8 @@ def read_min_p(fields: Fields) -> float | None:
 
 
 def read_repetition_penalty(fields: Fields) -> float | None:
-    """Above 0; 1 is none."""
-    value = optional_number(fields, "repetition_penalty", 0.0, MAX_REPETITION_PENALTY)
-    if value == 0:
-        raise InvalidRequest(f"repetition_penalty must be above 0 and at most {MAX_REPETITION_PENALTY:g}", param="repetition_penalty")
-    return value
+    """1 is none."""
+    return optional_number(fields, "repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY)
 
 
 def read_prompt(value: Any) -> "str | array[int] | tuple[str | array[int], ...]":

@@ -30,6 +30,7 @@ from meshserve.roles.frontend.parsing import (
     MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,
+    MIN_REPETITION_PENALTY,
     NOT_IN_CHATS,
     NOT_IN_COMPLETIONS,
     NOT_IN_GENERATE,
@@ -49,9 +50,7 @@ MIN_P: Schema = {
     "description": f"Tokens less likely than this share of the likeliest one's probability are not chosen. {_UNASKED}",
 }
 REPETITION_PENALTY: Schema = {
-    "type": ["number", "null"],
-    "exclusiveMinimum": 0,
-    "maximum": MAX_REPETITION_PENALTY,
+    **optional_number(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
     "description": f"Divides the logits above 0 of tokens that were there before, and multiplies those below. {_UNASKED}",
 }
 MODEL = ref("Model")
