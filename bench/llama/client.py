@@ -54,15 +54,8 @@ async def complete(
     `connected` is a connection to the server that is there already, as from another host; it is closed.
     """
     parts = urlsplit(url)
-    body: dict[str, Any] = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    body: dict[str, Any] = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
     if with_receipt:
         body["meshserve"] = {"receipt": True}
     data = json.dumps(body).encode()

@@ -96,7 +96,7 @@ def engine_for(spec: str | None) -> str:
         return LLAMA
     if not spec:
         raise UsageError(f"--model is empty: name {_REAL_MODELS}")
-    if "/" in spec or _is_there(spec):
+    if "/" in spec or (spec != _SERVE.engine and _is_there(spec)):
         raise UsageError(f"{spec} is no model that is known: name {_REAL_MODELS}")
     return _SERVE.engine
 
