@@ -39,8 +39,7 @@ def context_size(path: Path, num_cells: int) -> ContextSize:
     options = parse_options(EngineOptions(str(path), {"threads": "1"}, num_cells), claim)
     claim.update(None)
     limits = options.limits
-    num_cells = options.num_blocks * options.block_size
-    return ContextSize(num_cells, options.num_slots + 1, limits.max_step_tokens, limits.max_running, options.kv_type)
+    return ContextSize(options.num_cells, options.num_slots + 1, limits.max_step_tokens, limits.max_running, options.kv_type)
 
 
 def context_alone(path: Path, size: ContextSize) -> Stages:

@@ -18,7 +18,7 @@ class LlamaEngine(CoreEngine):
     async def start(self) -> None:
         """As :class:`CoreEngine`. What was claimed is claimed again, as after a failure or :meth:`close` nothing is held."""
         options = self._options
-        pending = Share(options.num_blocks * options.block_size * options.kv_bytes_per_token, options.num_threads)
+        pending = Share(options.kv_cache_bytes, options.num_threads)
         self._claim.update(pending)
         await super().start()
         self._claim.update(pending._replace(pending_bytes=0))

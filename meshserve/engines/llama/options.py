@@ -8,6 +8,7 @@ from meshserve.engines.budget import claim_kv_cache
 from meshserve.engines.claims import Claim
 from meshserve.engines.core.scheduler import StepLimits
 from meshserve.engines.llama.context import MAX_CELLS
+from meshserve.engines.llama.slots import num_spare_cells
 from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers.directory import describe_files
 from meshserve.engines.tokenizers.gguf import GgufFile, model_hash, read_gguf
@@ -44,6 +45,16 @@ class LlamaOptions:
     asked_context_length: int
     """Tokens that a sequence could have in a larger KV cache."""
     block_size: int = BLOCK_TOKENS
+
+    @property
+    def num_cells(self) -> int:
+        """Of llama.cpp's KV cache: those of the blocks, and the spare ones."""
+        return self.num_blocks * self.block_size + num_spare_cells(self.num_blocks, self.block_size, self.limits.max_step_tokens)
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """That all of them take."""
+        return self.num_cells * self.kv_bytes_per_token
 
 
 def parse_options(options: EngineOptions, claim: Claim) -> LlamaOptions:
@@ -157,7 +168,7 @@ _ABOUT_TYPE = {
 def describe(options: LlamaOptions, name: str, refusal: str) -> str:
     """What the engine takes of its host, in one line for people; `refusal` says why its KV cannot be handed over, if so."""
     tokens = options.num_blocks * options.block_size
-    size_mb = tokens * options.kv_bytes_per_token / 1e6
+    size_mb = options.kv_cache_bytes / 1e6
     threads = f"{options.num_threads} thread{'s' if options.num_threads > 1 else ''}"
     handoff = f"its KV cannot be handed over: {refusal}" if refusal else "its KV can be handed over"
     if options.asked_context_length > tokens:

@@ -18,7 +18,7 @@ from meshserve.engines.llama.context import LlamaContext
 from meshserve.engines.llama.model import LlamaModel
 from meshserve.engines.llama.options import LlamaOptions
 from meshserve.engines.llama.probe import probe
-from meshserve.engines.llama.slots import Slot, Slots, num_spare_cells
+from meshserve.engines.llama.slots import Slot, Slots
 from meshserve.engines.llama.states import MAX_PIECE_BYTES, StatePieces
 from meshserve.engines.llama.step import Failure, LlamaStep
 from meshserve.engines.thread import EngineThread
@@ -36,6 +36,8 @@ _RATE_WEIGHT, _LOAD_TOKENS = 0.05, 16
 _PATIENCE = 4.0
 """A step is overdue once it takes so many times as long as its tokens took so far."""
 _LEAST_PATIENCE_S = 1.0
+_MOST_OPERATIONS = 1024
+"""Of slots, before they are sent to the engine's thread by themselves: as many as reservations of a large pool that come to nothing."""
 
 
 class LlamaRunner:
@@ -82,8 +84,7 @@ class LlamaRunner:
             began_s = time.monotonic()
             context = LlamaContext(
                 model,
-                num_cells=options.num_blocks * options.block_size
-                + num_spare_cells(options.num_blocks, options.block_size, self.limits.max_step_tokens),
+                num_cells=options.num_cells,
                 num_sequences=options.num_slots + 1,
                 max_batch=self.limits.max_step_tokens,
                 max_outputs=self.limits.max_running,
@@ -224,6 +225,9 @@ class LlamaRunner:
                 raise PoolFull(f"a state of {size_bytes} bytes is not handed over for a prompt of {reservation.num_tokens} tokens")
             self._pieces[reservation] = StatePieces(size_bytes, num_pieces)
         reservation.state = self._slots.open(reservation, reservation.num_cached_tokens // self._options.block_size)
+        if self._slots.num_operations > _MOST_OPERATIONS and self._thread is not None:  # neither a step nor a block took them along
+            operations = self._slots.take_operations()
+            self._thread.submit(lambda context: context.operate(operations), lambda done: None)
 
     def write_block(self, reservation: BlockReservation, index: int, payload: bytes, on_done: WriteDone) -> None:
         """Check a block now, and have the engine's thread import it. Raises BlockRefused before llama.cpp sees anything of it."""

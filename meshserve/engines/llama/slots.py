@@ -77,6 +77,11 @@ class Slots:
         self._num_removed = 0
         pool.on_freed = self.freed
 
+    @property
+    def num_operations(self) -> int:
+        """Those that wait to be taken."""
+        return len(self._operations)
+
     def take_operations(self) -> list[Operation]:
         """What is to be done, in order, before whatever the engine's thread does next."""
         found, self._operations = self._operations, []
