@@ -16,8 +16,6 @@ from bench.llama.servers import Ours, Theirs
 from bench.pairing import ratio_of
 from bench.systems import running
 
-WINDOW_S = 5.0
-
 
 @dataclass(frozen=True, slots=True)
 class Size:
@@ -54,7 +52,7 @@ class Interference:
     """What long prompts did to running streams."""
 
     longest_gap_ms: float
-    """Of any stream in each window of 5 s, median over the windows."""
+    """Of any stream in each window of the time between two prompts, median over the windows."""
     share_over_100_ms: float
     """Of the streams' time, spent in gaps above 100 ms."""
     itl_p50_ms: float
@@ -86,14 +84,18 @@ async def interference(urls: list[str], model: str, duration_s: float, prompt_ev
 
     began_s = time.monotonic()
     await asyncio.gather(*(stream() for _ in range(4)), ask())
-    return _interference_of(streams, prompts, began_s)
+    return _interference_of(streams, prompts, began_s, duration_s, prompt_every_s)
 
 
-def _interference_of(streams: list[Answer], prompts: list[Answer], began_s: float) -> Interference:
-    gaps = [(later, later - earlier) for answer in streams for earlier, later in zip(answer.piece_s, answer.piece_s[1:], strict=False)]
+def _interference_of(
+    streams: list[Answer], prompts: list[Answer], began_s: float, duration_s: float, prompt_every_s: float
+) -> Interference:
+    """A prompt comes in each window; streams that go on after the last one are left out."""
+    pieces = [pair for answer in streams for pair in zip(answer.piece_s, answer.piece_s[1:], strict=False)]
+    gaps = [(later - began_s, later - earlier) for earlier, later in pieces if later <= began_s + duration_s]
     windows: dict[int, float] = {}
     for at_s, gap_s in gaps:
-        window = int((at_s - began_s) / WINDOW_S)
+        window = int(at_s / prompt_every_s)
         windows[window] = max(windows.get(window, 0.0), gap_s)
     total_s = sum(gap_s for _, gap_s in gaps)
     over_s = sum(gap_s for _, gap_s in gaps if gap_s > 0.1)
