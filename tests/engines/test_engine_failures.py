@@ -305,4 +305,8 @@ def test_memory_that_runs_out_while_a_model_loads_is_one_line(tiny_files: dict[s
     assert resource.getrlimit(resource.RLIMIT_AS)[1] == resource.RLIM_INFINITY
     done = subprocess.run([sys.executable, "-c", _LACKS_MEMORY, tiny_files["dense"]], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.count("\n") == 1 and "no KV cache of 1048576 tokens" in done.stdout and "lower --kv-cache-tokens" in done.stdout
+    assert (
+        done.stdout.count("\n") == 1
+        and "no memory for 1,051,728 cells of KV cache" in done.stdout
+        and "lower --kv-cache-tokens" in done.stdout
+    )

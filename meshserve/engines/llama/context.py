@@ -80,7 +80,7 @@ class LlamaContext:
         if not handle:
             reason = self.model.library.take_error()
             raise StartupFailed(
-                f"{self.model.path}: no KV cache of {num_cells} tokens ({reason}): lower --kv-cache-tokens or change --kv-type"
+                f"{self.model.path}: no memory for {num_cells:,} cells of KV cache ({reason}): lower --kv-cache-tokens or change --kv-type"
             )
         found = [getattr(self._calls, name)(handle) for name in ("llama_n_ctx_seq", "llama_n_batch", "llama_n_seq_max")]
         if found[0] < num_cells or found[1:] != [self.max_batch, self._removed + 1]:
