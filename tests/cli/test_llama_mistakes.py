@@ -165,4 +165,4 @@ def test_a_peer_that_cannot_serve_its_model_leaves_the_mesh_unharmed(untemplated
 @pytest.mark.full
 def test_a_context_that_the_system_gives_no_memory_for_is_refused_in_one_line(files: Path) -> None:
     done = run("--model", str(files / "good.gguf"), "--kv-cache-tokens", "4000000", limit_kb=1_200_000)
-    check(done, 1, "no KV cache of", "lower --kv-cache-tokens")
+    check(done, 1, "no memory for", "lower --kv-cache-tokens")

@@ -153,7 +153,7 @@ def test_other_misuse_is_refused_too(contexts: Callable[..., LlamaContext], tiny
         context.decode([5], [9], [0], [True])
     model = LlamaModel(tiny_files["dense"])
     model.close()
-    with pytest.raises(StartupFailed, match="no KV cache of 256 tokens"):
+    with pytest.raises(StartupFailed, match="no memory for 256 cells of KV cache"):
         LlamaContext(model, num_cells=256, num_sequences=2, max_batch=8, max_outputs=1, num_threads=1)
 
 
