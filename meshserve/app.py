@@ -208,7 +208,7 @@ class Peer:
         unused = [info for info in self.mesh.peers_with("decode") if info.card and info not in serving("decode", info.card.model)]
         if unused:
             others = ", ".join(self.mesh.name_of(info.incarnation) for info in unused)
-            line += f"; not used: {others}: another model under the same name; name it with --served-model-name"
+            line += f"; not used: {others}, whose model is not that of most workers of this name: give it another --served-model-name"
         if "router" in self._roles and line != self._workers_line:
             self._workers_line = line
             self._say(line)

@@ -124,15 +124,15 @@ class Fleet:
         """Whether a worker is the first that measured its prefill, or its decode steps: its figures stand for all that have none."""
         is_first_prefill = load.prefill_ns_per_token > 0 and not self._has_prefill_rate
         is_first_decode = load.decode_base_us > 0 and not self._has_decode_rate
-        before = self.outlook.rates
+        rates = self.outlook.rates
         if is_first_prefill:
             self._has_prefill_rate = True
-            before = replace(before, prefill_base_ms=found.prefill_base_ms, prefill_ms_per_token=found.prefill_ms_per_token)
+            rates = replace(rates, prefill_base_ms=found.prefill_base_ms, prefill_ms_per_token=found.prefill_ms_per_token)
         if is_first_decode:
             self._has_decode_rate = True
-            before = replace(before, decode_base_ms=found.decode_base_ms, decode_ms_per_block=found.decode_ms_per_block)
+            rates = replace(rates, decode_base_ms=found.decode_base_ms, decode_ms_per_block=found.decode_ms_per_block)
         if is_first_prefill or is_first_decode:
-            self.outlook.rates = replace(before, handoff_ms_per_token=found.handoff_ms_per_token)
+            self.outlook.rates = replace(rates, handoff_ms_per_token=found.handoff_ms_per_token)
         return is_first_prefill or is_first_decode
 
     def _compare(self, worker: Worker) -> bool:

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from tests.harness import Process
 from tests.harness.processes import meshserve_command
 
-READY_S = 40.0
+READY_S = 10.0
 ALONE = ("--interface", "127.0.0.1", "--no-mdns")
 
 

@@ -13,7 +13,7 @@ ALONE = ("--interface", "127.0.0.1", "--no-mdns")
 
 
 def meshserve(*arguments: str) -> Completed:
-    return run_command(meshserve_command(*arguments), 40.0)
+    return run_command(meshserve_command(*arguments), 10.0)
 
 
 def assert_one_line(done: Completed, exit_code: int, words: str) -> None:

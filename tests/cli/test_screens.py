@@ -14,7 +14,7 @@ from tests.harness import Process, run_command, wait_until
 from tests.harness.processes import child_environment, meshserve_command
 from tests.harness.tmux import Screen, has_tmux
 
-READY_S = 40.0
+READY_S = 10.0
 ALONE = ("--interface", "127.0.0.1", "--no-mdns")
 COMMANDS = {"peers": ("peers", "--watch"), "top": ("top",)}
 HEADS = {"peers": "NAME ", "top": "PEER "}

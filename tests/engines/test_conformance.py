@@ -18,7 +18,7 @@ from meshserve.wire.generation import GenerateRequest
 TINY_PROMISES = {
     "dense": Promise.COMPANY,
     "moe": Promise.PATHS,  # llama.cpp sums a router's weights in another order for one token than for several
-    "sliding-window": Promise.PATHS,  # cells behind a window are taken again at once, so those of a sequence may come in any order
+    "sliding-window": Promise.COMPANY,  # as far as the check goes: in a pool that was used for long, cells come in another order
     "hybrid": Promise.COMPANY,
     "recurrent": Promise.COMPANY,
 }

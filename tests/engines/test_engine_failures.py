@@ -232,6 +232,23 @@ def test_a_library_that_raises_or_hangs_fails_its_engine_which_starts_again(
     asyncio.run(run())
 
 
+def test_an_engine_that_is_down_checks_no_request_with_what_it_has_freed(tiny_files: dict[str, Path]) -> None:
+    from meshserve.engines.llama import LlamaEngine
+
+    async def run() -> None:
+        engine = LlamaEngine(EngineOptions(str(tiny_files["dense"]), {"threads": "1"}, 1024))
+        for choices in (("one", "two"), ("three",)):  # the second one is new to the compiler
+            with pytest.raises(EngineFailed):
+                engine.check(a_request(tokens_of(8), choices=choices))
+            await engine.start()
+            engine.check(a_request(tokens_of(8), choices=choices))
+            await engine.close()
+        with pytest.raises(EngineFailed):
+            engine.check(a_request(tokens_of(8), choices=("four",)))
+
+    asyncio.run(run())
+
+
 _LEAVES_EARLY = """
 import asyncio, sys
 from meshserve.engines.llama import LlamaEngine

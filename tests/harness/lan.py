@@ -70,7 +70,7 @@ class Host:
         self.processes.append(process)
         return process
 
-    def command(self, *command: str, deadline_s: float = 40.0, env: Mapping[str, str] | None = None) -> Completed:
+    def command(self, *command: str, deadline_s: float = 10.0, env: Mapping[str, str] | None = None) -> Completed:
         """Run a command on this host to its end.
 
         Raises:
@@ -78,7 +78,7 @@ class Host:
         """
         return run_command(command, deadline_s, self.netns, self._environment(env))
 
-    def meshserve(self, *arguments: str, deadline_s: float = 40.0, env: Mapping[str, str] | None = None) -> Completed:
+    def meshserve(self, *arguments: str, deadline_s: float = 10.0, env: Mapping[str, str] | None = None) -> Completed:
         """Run `meshserve ARGUMENTS` on this host to its end, as `command` does."""
         return self.command(*meshserve_command(*arguments), deadline_s=deadline_s, env=env)
 

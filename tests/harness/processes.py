@@ -48,7 +48,7 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def run_command(
-    arguments: Sequence[str], deadline_s: float = 40.0, netns: str | None = None, env: Mapping[str, str] | None = None
+    arguments: Sequence[str], deadline_s: float = 10.0, netns: str | None = None, env: Mapping[str, str] | None = None
 ) -> Completed:
     """Run a command to its end, in the network namespace `netns` if one is named; any exit code is returned.
 
@@ -112,7 +112,7 @@ class Process:
         """What stderr has said so far."""
         return "\n".join(line.text for line in self.stderr)
 
-    def ready(self, deadline_s: float = 40.0) -> dict[str, str]:
+    def ready(self, deadline_s: float = 10.0) -> dict[str, str]:
         """Wait for the line `ready name=NAME roles=ROLE,ROLE ...` and return its fields.
 
         Raises:
@@ -164,7 +164,7 @@ class Process:
         """Send SIGTERM, which asks for a drain."""
         self._child.terminate()
 
-    def wait(self, deadline_s: float = 40.0) -> int:
+    def wait(self, deadline_s: float = 10.0) -> int:
         """Wait for the end and return the exit code; its output is complete then.
 
         Raises:

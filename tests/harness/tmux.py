@@ -66,7 +66,7 @@ class Screen:
         """All that was written to it so far."""
         return self._raw.read_bytes()
 
-    def wait_for(self, words: str, deadline_s: float = 40.0) -> list[str]:
+    def wait_for(self, words: str, deadline_s: float = 10.0) -> list[str]:
         """Until the words stand there; returns the lines.
 
         Raises:
@@ -86,7 +86,7 @@ class Screen:
         """As a window is."""
         self._check("resize-window", "-x", str(width), "-y", str(height))
 
-    def wait_for_end(self, deadline_s: float = 40.0) -> int:
+    def wait_for_end(self, deadline_s: float = 10.0) -> int:
         """The command's exit code.
 
         Raises:

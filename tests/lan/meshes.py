@@ -8,7 +8,7 @@ from typing import Any
 
 from tests.harness import Host, Lan, Process, wait_until
 
-READY_S = 40.0
+READY_S = 10.0
 HTTP = "http://127.0.0.1:8000"
 
 LONG_PROMPT = "The prompt of a long document that is worth handing over. " * 20

@@ -14,7 +14,7 @@ from meshserve.observe.latencies import percentile_s
 from meshserve.telemetry import added_up
 from tests.harness import Process, meshserve_command, run_command, wait_until
 
-READY_S = 40.0
+READY_S = 10.0
 ALONE = ("--interface", "127.0.0.1", "--no-mdns", "--mesh", "latencies")
 STEP_MS = {"fast": 1, "slow": 60}
 NUM_ASKED, NUM_TOKENS = 4, 6

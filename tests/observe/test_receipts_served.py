@@ -18,7 +18,7 @@ import meshserve.observe
 from tests.harness import Process, meshserve_command, run_command, wait_until
 from tests.harness.tmux import Screen, has_tmux
 
-READY_S = 40.0
+READY_S = 10.0
 ALONE = ("--interface", "127.0.0.1", "--no-mdns", "--mesh", "receipts")
 PROMPT = "The prompt of a long document that is worth handing over. " * 10
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"

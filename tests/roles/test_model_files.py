@@ -342,6 +342,20 @@ def test_each_model_keeps_its_own_tokenizer_and_template(tmp_path: Path) -> None
     run_async(run())
 
 
+def test_of_two_models_under_one_name_the_one_of_most_workers_is_served(tmp_path: Path) -> None:
+    async def run() -> None:
+        tokenizers = ("bytes", str(write_directory(tmp_path / "other", files_of("byte-level"))), "bytes")
+        async with AsyncExitStack() as stack:
+            processor = await stack.enter_async_context(joined("processor"))
+            cards = [DummyEngine(EngineOptions("m", {"tokenizer": tokenizer})).card for tokenizer in tokenizers]
+            workers = [await stack.enter_async_context(joined("decode", card, (processor,))) for card in cards]
+            await until(lambda: len(processor.peers_with("decode")) == len(workers), MEET_S, "they meet")
+            serving = {info.incarnation for info in processor.peers_serving("decode", "m")}
+            assert serving == {workers[0].incarnation, workers[2].incarnation}
+
+    run_async(run())
+
+
 def test_requests_are_refused_for_what_they_say_and_wait_no_longer_than_they_may(tmp_path: Path) -> None:
     async def run() -> None:
         directory = write_directory(tmp_path / "m", files_of("byte-level"))
