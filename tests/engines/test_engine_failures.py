@@ -108,6 +108,29 @@ def test_all_requests_of_an_engine_that_fails_end_and_it_starts_again(fault: str
     asyncio.run(run())
 
 
+class FailsAtItsEnd(PrefillRecord):
+    """Takes all blocks, and raises when it is told that there are no more."""
+
+    def on_finish(self, num_cached_tokens: int) -> None:
+        raise RuntimeError("the receiver is broken")
+
+
+def test_a_prefill_whose_receiver_fails_at_its_end_fails_alone() -> None:
+    async def run() -> None:
+        engine, told = DummyEngine(EngineOptions()), list[MeshserveError]()
+        engine.on_failure = told.append
+        await engine.start()
+        broken, other = FailsAtItsEnd(), GenerationRecord()
+        engine.prefill("broken", tokens_of(20), 0, broken)
+        engine.generate(a_request(tokens_of(9), "other"), other)
+        errors = await ended(broken, other)
+        assert isinstance(errors[0], EngineFailed) and errors[1] is None and not told
+        assert engine.load().used_blocks == 0
+        await engine.close()
+
+    asyncio.run(run())
+
+
 def test_a_sink_that_cancels_at_the_prompt_s_log_probabilities_gets_no_token() -> None:
     class Canceller(GenerationRecord):
         def on_prompt_logprobs(self, logprobs: object) -> None:

@@ -224,3 +224,22 @@ def test_row_9_the_same_ticket_ten_times_is_prefilled_once() -> None:
         await counting.close()
 
     run_async(run())
+
+
+def test_a_decode_engine_that_fails_ends_the_handoffs_that_it_had_reserved_for() -> None:
+    async def run() -> None:
+        blocks = await blocks_of(PROMPT[:-1])
+        async with pair() as (decode, scripted):
+            decode.start()
+            claim = await scripted.claim()
+            scripted.send(blocks[:1])
+            await until(lambda: scripted.answers, DEADLINE_S, "a block is acknowledged")
+            await decode.engine.close()  # what was reserved is gone, as after a failure
+            decode.requester.engine_failed()
+            result = await decode.result()
+            assert result.state is TaskState.LOCAL and result.reservation is None
+            assert [attempt["outcome"] for attempt in result.attempts] == ["the decode engine failed"]
+            await until(lambda: claim.error, DEADLINE_S, "the prefill worker is told")
+            assert decode.count("kv_blocks_refused") == 0
+
+    run_async(run())
