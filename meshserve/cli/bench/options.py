@@ -115,7 +115,7 @@ _OPTIONS = [
     _kind("--pairs", type=click.IntRange(6, 1000), default=10, metavar="N", help="Turns of A and of B."),
     _kind("--sweep", default=None, metavar="NAME=N,N,..", help="concurrency or rate in steps; says where the knee is."),
     _kind("--receipt-every", type=click.IntRange(0), default=10, metavar="N", help="Of a mesh, for the time in each phase; 0: never."),
-    _output("--json", "as_json", is_flag=True, help="One JSON object instead of tables; README.md has its fields."),
+    _output("--json", "as_json", is_flag=True, help="One JSON object instead of tables; docs/measuring.md has its fields."),
     _output("--report", type=click.Path(dir_okay=False), default=None, metavar="FILE", help="Plots and tables in one HTML file."),
     _output("--csv", "csv_file", type=click.Path(dir_okay=False), default=None, metavar="FILE", help="A line for each measured request."),
 ]

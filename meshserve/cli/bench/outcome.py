@@ -69,7 +69,7 @@ class Outcome:
         return all_times(self.runs[side::2])
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`; README.md says what the fields are."""
+        """For `--json`; docs/measuring.md says what the fields are."""
         found: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": self.kind,
