@@ -21,8 +21,10 @@ from bench.processes import until
 from meshserve.config import MeshConfig
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
+from meshserve.wire.messages import Method
 
 _PAYLOAD = b"x" * 100
+_ECHO = Method("echo")
 
 
 def _config(role: str, seeds: tuple[str, ...] = ()) -> MeshConfig:
@@ -39,7 +41,7 @@ def echo_peer(pipe: Connection) -> None:
     async def serve() -> None:
         mesh = Mesh(_config("decode"))
         await mesh.start()
-        mesh.serve("echo", _answer)
+        mesh.serve(_ECHO, _answer)
         await mesh.join()
         pipe.send(mesh.own.port)
         await asyncio.to_thread(pipe.recv)
@@ -76,7 +78,7 @@ async def time_calls(mesh: Mesh, peer: str, num_calls: int) -> float:
     times = []
     for _ in range(num_calls):
         began = time.perf_counter()
-        await mesh.call(peer, "echo", _PAYLOAD, 10.0)
+        await mesh.call(peer, _ECHO, _PAYLOAD, 10.0)
         times.append(time.perf_counter() - began)
     return statistics.median(times) * 1e6
 
@@ -85,7 +87,7 @@ async def compare(peer_port: int, floor_port: int, num_pairs: int, num_calls: in
     """Alternate between the two."""
     mesh = Mesh(_config("processor", (f"127.0.0.1:{peer_port}",)))
     await mesh.start()
-    mesh.serve("echo", _answer)
+    mesh.serve(_ECHO, _answer)
     await mesh.join()
     await until(lambda: mesh.peers_with("decode"))
     peer = mesh.peers_with("decode")[0].incarnation

@@ -35,9 +35,11 @@ from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.messages import Method
 
 _BLOCK_TOKENS = 16
 _GAP_S = 0.002
+_STREAM = Method("bench.stream")
 _STREAM_TIMEOUT_S = 600.0
 _WARM_UP_BLOCKS = 64
 
@@ -50,7 +52,7 @@ class _Prefill:
         provider = PrefillProvider(mesh, pipeline, engine, HandoffConfig())
         bulk = Bulk(mesh, provider.acknowledged, provider.bulk_lost)
         provider.use(bulk)
-        mesh.serve("bench.stream", self._stream)
+        mesh.serve(_STREAM, self._stream)
         self._closers = (provider.close, bulk.close, pipeline.close)
         self._mesh = mesh
 
@@ -224,7 +226,7 @@ async def compare_gaps(prefill_port: int, kv_bytes_per_token: int, num_pairs: in
 
 async def _gaps(mesh: Mesh, peer: str, num_items: int) -> list[float]:
     sink = _Gaps()
-    mesh.open(peer, "bench.stream", num_items, sink, _STREAM_TIMEOUT_S)
+    mesh.open(peer, _STREAM, num_items, sink, _STREAM_TIMEOUT_S)
     await sink.ended
     return sink.gaps_ms
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-PROTOCOL_MAJOR = 3
+PROTOCOL_MAJOR = 4
 PROTOCOL_MINOR = 0
 
 FIRST_PORT = 7800

@@ -18,7 +18,8 @@ STEPS = [
     {"app"},
     {"cli"},
 ]
-OWNERS = {"zmq": "meshserve/mesh/transport/", "zeroconf": "meshserve/mesh/discovery.py", "msgpack": "meshserve/wire/"}
+OWNERS = {"zmq": "meshserve/mesh/transport/", "zeroconf": "meshserve/mesh/discovery.py"}
+OWNERS |= {"msgpack": "meshserve/wire/", "msgspec": "meshserve/wire/"}
 MODULES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 

@@ -10,6 +10,7 @@ import click
 from meshserve.cli.options import mesh_config, mesh_options, option
 from meshserve.cli.running import execute
 from meshserve.errors import MeshserveError
+from meshserve.wire.messages import COMPLETE
 
 _TIMEOUT_S = 600.0
 
@@ -60,7 +61,7 @@ async def _generate(settings: dict[str, Any], prompt: str, max_tokens: int, mode
             wants_receipt=wants_receipt,
         )
         printer = _Printer()
-        mesh.open(mesh.peers_with("processor")[0].incarnation, "complete", request.to_wire(), printer, _TIMEOUT_S)
+        mesh.open(mesh.peers_with("processor")[0].incarnation, COMPLETE, request, printer, _TIMEOUT_S)
         try:
             end = await printer.ended
         finally:

@@ -1,14 +1,12 @@
-"""KV blocks on the move: what goes before them on the bulk path, the window that bounds them, the rate. Pure."""
+"""KV blocks on the move: their checksums, the window that bounds them, the rate. Pure."""
 
-import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import xxhash
 
-from meshserve.errors import BlockRefused, ProtocolError
+from meshserve.errors import BlockRefused
+from meshserve.wire.handoff import BlockMark, BulkHeader, Claim
 
 BURST_S = 0.002
 """What a limited link may be ahead of its rate: timers have steps of a millisecond, and the rate must be reached all the same."""
@@ -19,103 +17,25 @@ def checksum(payload: bytes | memoryview) -> bytes:
     return xxhash.xxh3_64_digest(payload)
 
 
-@dataclass(frozen=True, slots=True)
-class BlockMark:
-    """Which block a payload is."""
-
-    index: int
-    num_tokens: int
-    digest: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class BulkHeader:
-    """Before a run of payloads: whose attempt they belong to, and which blocks they are."""
-
-    decode_peer: str
-    """Incarnation that the blocks are meant for."""
-    prefill_peer: str
-    """Incarnation that sends them."""
-    request_id: str
-    attempt: int
-    marks: tuple[BlockMark, ...]
-    computed_ms: float
-    """What the worker's engine has taken so far, from the claim on, by its own clock."""
-    layout: str = ""
-    """Fingerprint of the KV layout that the blocks have."""
-    prefix_hash: int = 0
-    """Of all tokens up to the end of the last block here: blocks of other tokens, or of other places, have another."""
-
-    def to_wire(self) -> list[Any]:
-        """Plain data for :meth:`from_wire`."""
-        return [
-            self.decode_peer,
-            self.prefill_peer,
-            self.request_id,
-            self.attempt,
-            [[mark.index, mark.num_tokens, mark.digest] for mark in self.marks],
-            self.computed_ms,
-            self.layout,
-            self.prefix_hash,
-        ]
-
-    @classmethod
-    def from_wire(cls, data: Any) -> "BulkHeader":
-        """Raises ProtocolError for anything else."""
-        if not isinstance(data, list) or [type(part) for part in data] != [str, str, str, int, list, float, str, int]:
-            raise ProtocolError("malformed bulk header")
-        if not 0.0 <= data[5] < math.inf:
-            raise ProtocolError("a bulk header says how long computing took")
-        for mark in data[4]:
-            if not isinstance(mark, list) or [type(part) for part in mark] != [int, int, bytes]:
-                raise ProtocolError("malformed bulk header")
-        return cls(data[0], data[1], data[2], data[3], tuple(BlockMark(*mark) for mark in data[4]), *data[5:])
-
-    def check(self, payloads: Sequence[bytes | memoryview]) -> None:
-        """Raises BlockRefused unless each payload is what its mark says. Whose tokens they are is for the caller to check."""
-        if len(payloads) != len(self.marks):
-            raise BlockRefused(f"{len(self.marks)} blocks announced, {len(payloads)} came")
-        for mark, payload in zip(self.marks, payloads, strict=True):
-            if checksum(payload) != mark.digest:
-                raise BlockRefused(f"the checksum of block {mark.index} is wrong", is_checksum=True)
+def check_blocks(header: BulkHeader, payloads: Sequence[bytes | memoryview]) -> None:
+    """Raises BlockRefused unless each payload is what its mark says. Whose tokens the blocks are is for the caller to check."""
+    if len(payloads) != len(header.marks):
+        raise BlockRefused(f"{len(header.marks)} blocks announced, {len(payloads)} came")
+    for mark, payload in zip(header.marks, payloads, strict=True):
+        if checksum(payload) != mark.digest:
+            raise BlockRefused(f"the checksum of block {mark.index} is wrong", is_checksum=True)
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A claim for a prompt; one that was begun on an offer brings its blocks."""
+def began_s(claim: Claim, queued_s: float, now_s: float) -> float | None:
+    """When the prompt was begun whose blocks this claim brings now, if its ticket left at `queued_s`; None for a claim without blocks.
 
-    request_id: str
-    header: BulkHeader | None = None
-    payloads: Sequence[bytes] = ()
-    waited_ms: float = 0.0
-    """Between the offer's coming and the prompt's beginning, at the prefill worker."""
-
-    def to_wire(self) -> Any:
-        """Plain data for :meth:`from_wire`."""
-        return self.request_id if self.header is None else [self.header.to_wire(), list(self.payloads), self.waited_ms]
-
-    @classmethod
-    def from_wire(cls, data: Any) -> "Claim":
-        """Raises ProtocolError for anything else. Whether the blocks are what their header says is checked later."""
-        if isinstance(data, str):
-            return cls(data)
-        if not isinstance(data, list) or [type(part) for part in data] != [list, list, float] or not 0.0 <= data[2] < math.inf:
-            raise ProtocolError("a claim names a request, or brings blocks")
-        header, payloads = BulkHeader.from_wire(data[0]), data[1]
-        if not all(isinstance(payload, bytes) for payload in payloads):
-            raise ProtocolError("blocks are bytes")
-        return cls(header.request_id, header, payloads, data[2])
-
-    def began_s(self, queued_s: float, now_s: float) -> float | None:
-        """When the prompt was begun whose blocks this claim brings now, if its ticket left at `queued_s`; None for a claim without.
-
-        On the clock of the decode worker: ticket and blocks are taken to have been on their way for as long.
-        """
-        if self.header is None:
-            return None
-        computed_s, took_s = self.header.computed_ms / 1000, now_s - queued_s
-        way_s = max(0.0, took_s - computed_s - self.waited_ms / 1000)
-        return now_s - min(took_s, computed_s + way_s / 2)
+    On the clock of the decode worker: ticket and blocks are taken to have been on their way for as long.
+    """
+    if claim.header is None:
+        return None
+    computed_s, took_s = claim.header.computed_ms / 1000, now_s - queued_s
+    way_s = max(0.0, took_s - computed_s - claim.waited_ms / 1000)
+    return now_s - min(took_s, computed_s + way_s / 2)
 
 
 class BlockWindow:

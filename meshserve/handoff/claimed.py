@@ -7,9 +7,9 @@ from typing import Any, Protocol
 from meshserve.errors import Gone, MeshserveError
 from meshserve.handoff.queue import JobKey
 from meshserve.handoff.sending import Transfer
-from meshserve.handoff.tickets import Ticket
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.telemetry import Counters
+from meshserve.wire.handoff import Ticket
 
 
 class ClaimedPrompts(Protocol):

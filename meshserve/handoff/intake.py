@@ -4,17 +4,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from meshserve.engines.protocol import Engine, Reservation
 from meshserve.errors import BlockRefused, MeshserveError
-from meshserve.handoff.blocks import BlockMark, BulkHeader
+from meshserve.handoff.blocks import check_blocks
 from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import PrefillTask
 from meshserve.kv.hashes import prefix_hashes
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.handoff import Acknowledgement, BlockMark, BulkHeader
 
 
 @dataclass(slots=True)
@@ -47,8 +48,8 @@ class _Message:
     """Blocks that came together, on their way into the engine."""
 
     header: BulkHeader
-    acknowledgement: Any
-    answer: Callable[[Any], None]
+    acknowledgement: Acknowledgement
+    answer: Callable[[Acknowledgement], None]
     num_waiting: int
     is_late: bool = False
     """All that was to be done at once is done: what the engine says from now on comes by itself."""
@@ -79,14 +80,16 @@ class BlockIntake:
     def __init__(self, mesh: Mesh, engine: Engine, attempts: Attempts) -> None:
         self._mesh, self._engine, self._attempts = mesh, engine, attempts
 
-    def take(self, running: RunningTask, header: BulkHeader, payloads: Sequence[bytes | memoryview], answer: Callable[[Any], None]) -> None:
+    def take(
+        self, running: RunningTask, header: BulkHeader, payloads: Sequence[bytes | memoryview], answer: Callable[[Acknowledgement], None]
+    ) -> None:
         """Blocks of the running attempt: all of them, or the attempt has failed. They are acknowledged once the engine has them."""
         size_bytes = sum(map(len, payloads))
-        message = _Message(header, [header.request_id, header.attempt, size_bytes], answer, len(payloads))
+        message = _Message(header, Acknowledgement(header.request_id, header.attempt, size_bytes), answer, len(payloads))
         running.task.received(len(payloads), size_bytes)  # now: the attempt may be over when the engine has them
         try:
             self._check_tokens(running, header)
-            header.check(payloads)
+            check_blocks(header, payloads)
             for mark, payload in zip(header.marks, payloads, strict=True):
                 self._take_block(running, message, mark, payload)
         except BlockRefused as error:

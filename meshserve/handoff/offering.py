@@ -4,9 +4,9 @@ import asyncio
 
 from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine
-from meshserve.handoff.tickets import Offer
 from meshserve.mesh.calls import IncomingCall
 from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.handoff import Offer
 
 _MAX_TOKENS = 2048
 """In one offer: tickets are small notes."""

@@ -9,20 +9,22 @@ from typing import Any
 from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine
 from meshserve.errors import MeshserveError, PeerLost, ProtocolError
-from meshserve.handoff.blocks import BlockMark, BulkHeader, Claim, checksum
+from meshserve.handoff.blocks import checksum
 from meshserve.handoff.claimed import ClaimedPrompt, EngineSink
 from meshserve.handoff.queue import JobKey, JobState, PrefillQueue
 from meshserve.handoff.sending import BlockSender, Transfer
-from meshserve.handoff.tickets import Ticket
 from meshserve.kv.hashes import prefix_hashes
 from meshserve.mesh.calls import IgnoredAnswer, IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.mesh.transport.bulk import MAX_PAYLOADS
-from meshserve.wire.generation import unpack_tokens
+from meshserve.wire.handoff import Acknowledgement, BlockMark, BulkHeader, Claim, Grant, NamedAttempt, Renewal, Ticket
+from meshserve.wire.message import read
+from meshserve.wire.messages import CLAIM, RENEW, STRIKE
 
 _RENEW_TIMEOUT_S = 5.0
+_MOST_RENEWED = 4096
 _CLAIM_AFTER_S = 0.002
 """A prompt that was begun on an offer and takes longer than this is claimed at once: its decode worker must know who has it."""
 
@@ -49,7 +51,7 @@ class PrefillProvider:
         mesh.levels.derive("tickets", lambda: self._queue.num_waiting)
         mesh.levels.derive("attempts", lambda: len(self._jobs))
         pipeline.receive(self._on_ticket)
-        mesh.serve("prefill.strike", self._on_strike)
+        mesh.serve(STRIKE, self._on_strike)
         mesh.subscribe(self._on_change)
         mesh.tasks.spawn(self._renew_forever())
 
@@ -83,8 +85,7 @@ class PrefillProvider:
         self.pump()
 
     def _on_strike(self, call: IncomingCall) -> None:
-        if isinstance(call.body, str):
-            self._strike((call.peer, call.body))
+        self._strike((call.peer, call.body))
         call.end()
 
     def _strike(self, key: JobKey) -> None:
@@ -147,7 +148,7 @@ class PrefillProvider:
 
     def _open_claim(self, job: ClaimedPrompt, claim: Claim, timeout_s: float) -> None:
         try:
-            job.call = self._mesh.open(job.ticket.decode_peer, "prefill.claim", claim.to_wire(), job, timeout_s)
+            job.call = self._mesh.open(job.ticket.decode_peer, CLAIM, claim, job, timeout_s)
         except PeerLost:
             self.ended(job, "decode worker lost")
             return
@@ -158,11 +159,14 @@ class PrefillProvider:
     def granted(self, job: ClaimedPrompt, item: Any) -> None:
         """The claim was the first: the task is ours."""
         try:
-            tokens, attempt, first_block = self._task_from(item)
+            grant: Grant = read(CLAIM.item, item)
+            if not self._is_within(grant.first_block, grant.tokens):
+                raise ProtocolError("a task begins within its prompt")
         except ProtocolError:
             self.counters.add("tasks_malformed")
             self._give_up(job, "malformed task")
             return
+        tokens, attempt, first_block = grant.tokens, grant.attempt, grant.first_block
         job.is_granted = True
         if job.has_failed:
             self._give_up(job, "engine failed")
@@ -214,14 +218,6 @@ class PrefillProvider:
     def _open_transfer(self, job: ClaimedPrompt) -> Transfer:
         assert self._sender is not None
         return self._sender.open(*job.key, job.attempt, self._engine.kv_layout.fingerprint, job.prefix_hashes)
-
-    def _task_from(self, item: Any) -> tuple["array[int]", int, int]:
-        if not isinstance(item, dict) or type(item.get("attempt")) is not int or type(item.get("first_block")) is not int:
-            raise ProtocolError("a task is tokens, an attempt and a first block")
-        tokens, attempt, first_block = unpack_tokens(item.get("tokens")), item["attempt"], item["first_block"]
-        if attempt < 1 or not self._is_within(first_block, tokens):
-            raise ProtocolError("a task begins within its prompt")
-        return tokens, attempt, first_block
 
     def _is_within(self, first_block: int, tokens: "array[int]") -> bool:
         return 0 <= first_block * self._engine.kv_layout.block_size < len(tokens)
@@ -301,16 +297,17 @@ class PrefillProvider:
 
     def acknowledged(self, decode_peer: str, answer: Any) -> None:
         """The decode worker has taken in so many bytes."""
-        if not isinstance(answer, list) or [type(part) for part in answer] != [str, int, int]:
+        try:
+            done = Acknowledgement.from_wire(answer)
+        except ProtocolError:
             self.counters.add("bulk_malformed")
             return
-        request_id, attempt, num_bytes = answer
-        job = self._jobs.get((decode_peer, request_id))
-        if job is not None and self._queue.is_running(job.key, attempt):
+        job = self._jobs.get((decode_peer, done.request_id))
+        if job is not None and self._queue.is_running(job.key, done.attempt):
             assert self._sender is not None and job.transfer is not None
             job.acknowledged_s = time.monotonic()
-            self._sender.acknowledged(job.transfer, num_bytes)
-            self._note(job, "ack", num_bytes=num_bytes)
+            self._sender.acknowledged(job.transfer, done.num_bytes)
+            self._note(job, "ack", num_bytes=done.num_bytes)
 
     def bulk_lost(self, decode_peer: str, reason: str) -> None:
         """Blocks may be lost with the connection: these attempts are over, and their decode worker decides what next."""
@@ -328,13 +325,15 @@ class PrefillProvider:
         while True:
             await asyncio.sleep(self._mesh.config.heartbeat_interval_s)
             self.pump()  # claims that are not answered no longer keep others waiting
-            named: dict[str, list[list[Any]]] = {}
+            named: dict[str, list[NamedAttempt]] = {}
             for job in list(self._jobs.values()):
                 if job.transfer is not None and (overdue_s := self._overdue_s(job)) is not None:
-                    named.setdefault(job.ticket.decode_peer, []).append([job.ticket.request_id, job.transfer.attempt, overdue_s])
+                    attempt = NamedAttempt(job.ticket.request_id, job.transfer.attempt, overdue_s)
+                    named.setdefault(job.ticket.decode_peer, []).append(attempt)
             for decode_peer, attempts in named.items():
                 if self._mesh.links.channel_to(decode_peer) is not None:
-                    self._mesh.open(decode_peer, "prefill.renew", attempts, IgnoredAnswer(), _RENEW_TIMEOUT_S)
+                    renewal = Renewal(attempts[:_MOST_RENEWED])
+                    self._mesh.open(decode_peer, RENEW, renewal, IgnoredAnswer(), _RENEW_TIMEOUT_S)
 
     def _overdue_s(self, job: ClaimedPrompt) -> float | None:
         """Of its computing; of its blocks' way, once all are computed: slow is not lost, until `block_timeout_s`."""

@@ -10,7 +10,8 @@ from enum import StrEnum
 
 from meshserve.config import HandoffConfig
 from meshserve.handoff.claiming import ClaimPace
-from meshserve.handoff.tickets import Ticket, TicketList
+from meshserve.handoff.tickets import TicketList
+from meshserve.wire.handoff import Ticket
 
 JobKey = tuple[str, str]
 """Decode worker and request: ids are unique at one decode worker, and need not be beyond."""

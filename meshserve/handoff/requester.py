@@ -12,20 +12,21 @@ from typing import Any
 
 from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine
-from meshserve.errors import Gone, MeshserveError, PoolFull, ProtocolError
-from meshserve.handoff.blocks import BulkHeader, Claim
+from meshserve.errors import Gone, MeshserveError, PoolFull
+from meshserve.handoff.blocks import began_s
 from meshserve.handoff.intake import BlockIntake, RunningTask
 from meshserve.handoff.offering import LateAnswers, Offers
 from meshserve.handoff.rates import HandoffRates
 from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
-from meshserve.handoff.tickets import Ticket
 from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IgnoredAnswer, IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
-from meshserve.wire.generation import GenerateRequest, pack_tokens
+from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.handoff import Acknowledgement, BulkHeader, Claim, Grant, Renewal, Ticket
 from meshserve.wire.hello import PeerInfo
+from meshserve.wire.messages import CLAIM, RENEW, STRIKE
 
 _log = logging.getLogger(__name__)
 
@@ -33,7 +34,6 @@ _TICK_S = 0.01
 _STRIKE_TIMEOUT_S = 5.0
 _STALL_S = 0.1
 """A tick that comes later than this says that this process stood still, and could not hear what others said meanwhile."""
-_MAX_RENEWED = 4096
 """Attempts named in one renewal."""
 
 
@@ -50,8 +50,8 @@ class PrefillRequester:
         self._offers, self._answers = Offers(engine, config), LateAnswers()
         self._intake = BlockIntake(mesh, engine, self)
         mesh.levels.derive("handoffs", lambda: len(self._running))
-        mesh.serve("prefill.claim", self._on_claim)
-        mesh.serve("prefill.renew", self._on_renew)
+        mesh.serve(CLAIM, self._on_claim)
+        mesh.serve(RENEW, self._on_renew)
         mesh.subscribe(self._on_change)
         bulk.receive(self._on_bulk)
 
@@ -144,7 +144,7 @@ class PrefillRequester:
 
     def _push(self, running: RunningTask, push: Push) -> None:
         request, offer = running.request, self._offers.make(running.request, running.offered_block) if push.is_offer else None
-        ticket = Ticket(self._mesh.incarnation, request.request_id, push.attempt, len(request.tokens), offer).to_wire()
+        ticket = Ticket(self._mesh.incarnation, request.request_id, push.attempt, len(request.tokens), offer)
         if offer is not None:
             self._mesh.counters.add("prefills_offered")
             running.names[push.peers[0]] = self._mesh.name_of(push.peers[0])
@@ -175,7 +175,7 @@ class PrefillRequester:
     def _strike(self, running: RunningTask, strike: Strike) -> None:
         for peer in strike.peers:
             if self._mesh.member(peer) is not None and self._mesh.links.channel_to(peer) is not None:
-                self._mesh.open(peer, "prefill.strike", running.task.request_id, IgnoredAnswer(), _STRIKE_TIMEOUT_S)
+                self._mesh.open(peer, STRIKE, running.task.request_id, IgnoredAnswer(), _STRIKE_TIMEOUT_S)
 
     def _finish(self, running: RunningTask, finish: Finish) -> None:
         del self._running[running.task.request_id]
@@ -231,9 +231,10 @@ class PrefillRequester:
     # --- what comes in
 
     def _on_claim(self, call: IncomingCall) -> None:
-        claim, now_s = Claim.from_wire(call.body), time.monotonic()
+        claim: Claim = call.body
+        now_s = time.monotonic()
         running = self._running.get(claim.request_id)
-        if running is None or not running.task.claim(call.peer, now_s, claim.began_s(running.task.queued_s, now_s)):
+        if running is None or not running.task.claim(call.peer, now_s, began_s(claim, running.task.queued_s, now_s)):
             self._mesh.counters.add("claims_gone")
             raise Gone("claimed by another, or over")
         self._mesh.counters.add("claims_granted")
@@ -249,7 +250,7 @@ class PrefillRequester:
             self._take_brought(running, call.peer, claim.header, claim.payloads)
         self.complete_if_all_came(running)
         if running.missing and running.task.is_current(call.peer, attempt):
-            call.send({"tokens": pack_tokens(running.request.tokens[:-1]), "attempt": attempt, "first_block": min(running.missing)})
+            call.send(Grant(running.request.tokens[:-1], attempt, min(running.missing)))
 
     def _take_brought(self, running: RunningTask, peer: str, header: BulkHeader, payloads: Sequence[bytes]) -> None:
         """The blocks of a claim that was granted. Those of another attempt are left, and the claim is as good as any."""
@@ -275,18 +276,14 @@ class PrefillRequester:
         self.attempt_failed(running, call.peer, attempt, "peer died" if is_lost else "the worker gave up", is_peer_dead=is_lost)
 
     def _on_renew(self, call: IncomingCall) -> None:
-        if not isinstance(call.body, list):
-            raise ProtocolError("attempts are a list")
+        renewal: Renewal = call.body
         now_s = time.monotonic()
-        for named in call.body[:_MAX_RENEWED]:
-            if not isinstance(named, list) or [type(part) for part in named] != [str, int, float]:
-                raise ProtocolError("an attempt is named by its request, its number, and how long its progress is overdue")
-            request_id, attempt, overdue_s = named
-            if (running := self._running.get(request_id)) is not None:
-                running.task.renew(call.peer, attempt, now_s - max(0.0, overdue_s))
+        for named in renewal.attempts:
+            if (running := self._running.get(named.request_id)) is not None:
+                running.task.renew(call.peer, named.attempt, now_s - named.overdue_s)
         call.end()
 
-    def _on_bulk(self, data: Any, payloads: list[memoryview], answer: Callable[[Any], None]) -> None:
+    def _on_bulk(self, data: Any, payloads: list[memoryview], answer: Callable[[Acknowledgement], None]) -> None:
         header = BulkHeader.from_wire(data)
         running = self._running.get(header.request_id)
         if (

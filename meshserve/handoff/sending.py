@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshserve.errors import PeerLost
-from meshserve.handoff.blocks import BlockWindow, BulkHeader, RateLimit
+from meshserve.handoff.blocks import BlockWindow, RateLimit
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk
 from meshserve.mesh.transport.bulk import MAX_PAYLOADS
+from meshserve.wire.handoff import BulkHeader
 
 
 @dataclass(slots=True)
@@ -89,7 +90,7 @@ class BlockSender:
         prefix_hash = transfer.prefix_hashes[marks[-1].index]
         header = BulkHeader(*label, marks, transfer.computed_ms, transfer.layout, prefix_hash)
         try:
-            self._bulk.send(transfer.decode_peer, header.to_wire(), [payload for _, payload in taken])
+            self._bulk.send(transfer.decode_peer, header, [payload for _, payload in taken])
         except PeerLost:
             transfer.is_over = True  # the claim's stream to that peer ends too, and with it the attempt
             return 0

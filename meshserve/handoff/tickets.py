@@ -1,67 +1,8 @@
-"""Tickets, and the bounded list of them that a prefill worker keeps: pure."""
+"""The bounded list of tickets that a prefill worker keeps: pure."""
 
-import math
-from array import array
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any
 
-from meshserve.errors import ProtocolError
-from meshserve.wire.generation import pack_tokens, unpack_tokens
-
-
-@dataclass(slots=True)
-class Offer:
-    """What a claim would be answered with, sent along with the ticket: who gets it may begin at once, and claims with the result.
-
-    The work stays with its decode worker, as with any ticket: it takes the blocks of the first claim, and whoever computed in vain finds
-    it gone. (On one machine this took a third off the time of a prompt of 40 tokens: two messages until its KV is in, instead of four.)
-    """
-
-    number: int
-    """Rises with each offer of its decode worker: one that comes again is an ordinary ticket."""
-    first_block: int
-    tokens: "array[int]"
-    """All that are to be prefilled, as in a granted claim."""
-    came_s: float = -math.inf
-    """On the clock of the prefill worker, which sets it."""
-
-    def to_wire(self) -> list[Any]:
-        """Plain data for :meth:`from_wire`."""
-        return [self.number, self.first_block, pack_tokens(self.tokens)]
-
-    @classmethod
-    def from_wire(cls, data: Any) -> "Offer":
-        """Raises ProtocolError for anything but an offer."""
-        if not isinstance(data, list) or [type(part) for part in data] != [int, int, bytes] or data[0] < 1 or data[1] < 0:
-            raise ProtocolError("malformed offer")
-        return cls(data[0], data[1], unpack_tokens(data[2]))
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """A note that there is a prompt to prefill. It promises nothing: who wants the work claims it."""
-
-    decode_peer: str
-    """Incarnation of the decode worker that owns the task."""
-    request_id: str
-    attempt: int
-    num_tokens: int
-    offer: Offer | None = None
-
-    def to_wire(self) -> list[Any]:
-        """Plain data for :meth:`from_wire`."""
-        plain = [self.decode_peer, self.request_id, self.attempt, self.num_tokens]
-        return plain if self.offer is None else [*plain, self.offer.to_wire()]
-
-    @classmethod
-    def from_wire(cls, data: Any) -> "Ticket":
-        """Raises ProtocolError for anything but a ticket."""
-        if not isinstance(data, list) or [type(part) for part in data[:4]] != [str, str, int, int] or data[2] < 1 or data[3] < 0:
-            raise ProtocolError("malformed ticket")
-        if len(data) > 5:
-            raise ProtocolError("malformed ticket")
-        return cls(data[0], data[1], data[2], data[3], Offer.from_wire(data[4]) if len(data) == 5 else None)
+from meshserve.wire.handoff import Ticket
 
 
 class TicketList:

@@ -10,8 +10,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from meshserve.errors import Cancelled, DeadlineExceeded, MeshserveError, Overloaded, PeerLost, UnknownMethod, from_wire
+from meshserve.errors import Cancelled, DeadlineExceeded, MeshserveError, Overloaded, PeerLost, ProtocolError, UnknownMethod, from_wire
 from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, ITEMS, OPEN, Message
+from meshserve.wire.message import Message as TypedMessage
+from meshserve.wire.message import plain, read
+from meshserve.wire.messages import Method
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +83,7 @@ class OutgoingCall:
 
     __slots__ = ("_table", "_wire", "deadline_s", "method", "peer", "sink", "stream")
 
-    def __init__(self, table: "CallTable", wire: Wire, stream: int, method: str, deadline_s: float, sink: Sink) -> None:
+    def __init__(self, table: "CallTable", wire: Wire, stream: int, method: Method, deadline_s: float, sink: Sink) -> None:
         self._table, self._wire, self.stream, self.method, self.deadline_s, self.sink = table, wire, stream, method, deadline_s, sink
         self.peer = wire.peer
 
@@ -99,7 +102,7 @@ class IncomingCall:
 
     __slots__ = ("_table", "body", "deadline_s", "ended_by", "is_open", "method", "on_cancel", "peer", "stream", "wire")
 
-    def __init__(self, table: "CallTable", wire: Wire, stream: int, method: str, deadline_s: float, body: Any) -> None:
+    def __init__(self, table: "CallTable", wire: Wire, stream: int, method: Method, deadline_s: float, body: Any) -> None:
         self._table, self.wire, self.stream, self.method, self.deadline_s, self.body = table, wire, stream, method, deadline_s, body
         self.peer = wire.peer
         self.is_open = True
@@ -109,9 +112,9 @@ class IncomingCall:
         """Called once if the stream ends by anything but this handler: cancelled, past its deadline, or its owner dead."""
 
     def send(self, item: Any) -> None:
-        """One more item of plain data."""
+        """One more item: a message, or plain data."""
         if self.is_open:
-            self.wire.send([ITEM, self.stream, item])
+            self.wire.send([ITEM, self.stream, item if self.wire.is_local else plain(item)])
 
     def send_all(self, items: list[Any]) -> None:
         """Several items at once, in order. Not to be changed any more."""
@@ -121,12 +124,12 @@ class IncomingCall:
             self.wire.send([ITEMS, self.stream, items])
             return
         for item in items:
-            self.wire.send([ITEM, self.stream, item])
+            self.send(item)
 
     def end(self, value: Any = None) -> None:
         """The stream is complete; `value` is its result."""
         if self._close():
-            self.wire.send([END, self.stream, value])
+            self.wire.send([END, self.stream, value if self.wire.is_local else plain(value)])
 
     def fail(self, error: MeshserveError) -> None:
         """The stream ends in this error."""
@@ -149,7 +152,7 @@ class IncomingCall:
             try:
                 on_cancel()
             except Exception:  # a fault of ours: others' streams must end all the same
-                _log.exception("the end of %s could not be taken in", self.method)
+                _log.exception("the end of %s could not be taken in", self.method.name)
 
 
 Handler = Callable[[IncomingCall], None]
@@ -159,19 +162,20 @@ class CallTable:
     """All streams of one peer. Every method takes `now_s` of the same monotonic clock where time matters."""
 
     def __init__(self, max_streams_per_peer: int, describe_peer: Callable[[str], str]) -> None:
-        self.handlers: dict[str, Handler] = {}
+        self.handlers: dict[str, tuple[Method, Handler]] = {}
+        """By the method's name."""
         self.outgoing: dict[int, OutgoingCall] = {}
         self.incoming: dict[tuple[str, int], IncomingCall] = {}
         self._next_stream = 1
         self._max_streams = max_streams_per_peer
         self._describe = describe_peer
 
-    def open(self, wire: Wire, method: str, body: Any, sink: Sink, now_s: float, timeout_s: float) -> OutgoingCall:
+    def open(self, wire: Wire, method: Method, body: Any, sink: Sink, now_s: float, timeout_s: float) -> OutgoingCall:
         """Open a stream; what comes back goes to the sink, never before this returns."""
         stream = self._next_stream
         self._next_stream += 1
         call = self.outgoing[stream] = OutgoingCall(self, wire, stream, method, now_s + timeout_s, sink)
-        wire.send_soon([OPEN, stream, method, int(timeout_s * 1000), body])
+        wire.send_soon([OPEN, stream, method.name, int(timeout_s * 1000), body if wire.is_local else plain(body)])
         return call
 
     def received(self, wire: Wire, message: Message, now_s: float) -> None:
@@ -186,10 +190,10 @@ class CallTable:
                     else:
                         self._received_all(call, message[2])
                 except Exception as error:  # a fault of ours: its stream ends, and nobody else's
-                    _log.exception("an item of %s could not be taken in", call.method)
+                    _log.exception("an item of %s could not be taken in", call.method.name)
                     sink = call.sink
                     call.cancel()
-                    _fail(sink, MeshserveError(f"{call.method} failed: {type(error).__name__}"))
+                    _fail(sink, MeshserveError(f"{call.method.name} failed: {type(error).__name__}"))
         elif kind == OPEN:
             self._opened(wire, message, now_s)
         elif kind == CANCEL:
@@ -216,30 +220,40 @@ class CallTable:
         if kind == ERROR:
             _fail(sink, from_wire(message[2]))
             return
+        value, answer = message[2], call.method.answer
         try:
-            sink.on_end(message[2])
+            if answer is not None and not isinstance(value, TypedMessage):
+                value = read(answer, value)
+        except ProtocolError as error:
+            _fail(sink, error)
+            return
+        try:
+            sink.on_end(value)
         except Exception as error:  # as above
-            _log.exception("the end of %s could not be taken in", call.method)
-            _fail(sink, MeshserveError(f"{call.method} failed: {type(error).__name__}"))
+            _log.exception("the end of %s could not be taken in", call.method.name)
+            _fail(sink, MeshserveError(f"{call.method.name} failed: {type(error).__name__}"))
 
     def _opened(self, wire: Wire, message: Message, now_s: float) -> None:
-        _, stream, method, timeout_ms, body = message
-        handler = self.handlers.get(method)
-        if handler is None:
-            wire.send([ERROR, stream, UnknownMethod(f"{method} is not served here").to_wire()])
+        _, stream, name, timeout_ms, body = message
+        served = self.handlers.get(name)
+        if served is None:
+            wire.send([ERROR, stream, UnknownMethod(f"{name} is not served here").to_wire()])
         elif (wire.peer, stream) in self.incoming:
             wire.send([ERROR, stream, MeshserveError("this stream is open already").to_wire()])
         elif len(self.incoming) >= self._max_streams and self.num_incoming(wire.peer) >= self._max_streams:
             wire.send([ERROR, stream, Overloaded("too many open streams from this peer").to_wire()])
         else:
+            method, handler = served
             call = self.incoming[(wire.peer, stream)] = IncomingCall(self, wire, stream, method, now_s + timeout_ms / 1000, body)
             try:
+                if method.body is not None and not isinstance(body, TypedMessage):  # a message is from this very peer
+                    call.body = read(method.body, body)
                 handler(call)
             except MeshserveError as error:
                 call.fail(error)
             except Exception as error:  # a fault of ours: its stream ends all the same, and so does nobody else's
-                _log.exception("%s failed", method)
-                call.fail(MeshserveError(f"{method} failed: {type(error).__name__}"))
+                _log.exception("%s failed", name)
+                call.fail(MeshserveError(f"{name} failed: {type(error).__name__}"))
 
     def num_incoming(self, peer: str) -> int:
         """Streams that this peer has open here."""
@@ -247,11 +261,11 @@ class CallTable:
 
     def num_made(self) -> Counter[str]:
         """Streams that this peer has open, by method."""
-        return Counter(call.method for call in self.outgoing.values())
+        return Counter(call.method.name for call in self.outgoing.values())
 
     def num_served(self) -> Counter[str]:
         """Streams that are open here, by method."""
-        return Counter(call.method for call in self.incoming.values())
+        return Counter(call.method.name for call in self.incoming.values())
 
     def expire(self, now_s: float) -> None:
         """End what is past its deadline, on both sides."""

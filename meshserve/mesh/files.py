@@ -7,31 +7,29 @@ than that. So a part that fails is simply asked for again, elsewhere. Both ends 
 import asyncio
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from meshserve.errors import InvalidRequest, MeshserveError, ProtocolError, TokenizerFailed
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
+from meshserve.wire.files import FilePartRequest
+from meshserve.wire.messages import FILE_PART
 
-METHOD = "model.file"
 PART_BYTES = 128 * 1024
 """Ten milliseconds of a link of 100 megabits. Higher delays what shares the link, lower costs round trips: 70 for 9 MB."""
 _PART_TIMEOUT_S = 5.0
 
 
 def offer_files(mesh: Mesh, files: Mapping[str, bytes]) -> None:
-    """Give out these contents, by their SHA-256, to whoever asks: `[sha256, offset]` ends in the part that begins there."""
+    """Give out these contents, by their SHA-256, a part at a time."""
 
     def answer(call: IncomingCall) -> None:
-        body = call.body
-        if not isinstance(body, list) or len(body) != 2 or not isinstance(body[0], str) or type(body[1]) is not int:
-            raise InvalidRequest("a part of a file is asked for by hash and offset")
-        data = files.get(body[0])
-        if data is None or not 0 <= body[1] <= len(data):
+        part: FilePartRequest = call.body
+        data = files.get(part.sha256)
+        if data is None or part.offset > len(data):
             raise InvalidRequest("there is no such part of a file here")
-        call.end(data[body[1] : body[1] + PART_BYTES])
+        call.end(data[part.offset : part.offset + PART_BYTES])
 
-    mesh.serve(METHOD, answer)
+    mesh.serve(FILE_PART, answer)
 
 
 async def fetch_file(mesh: Mesh, sha256: str, size_bytes: int, sources: Callable[[], list[str]]) -> bytes:
@@ -70,8 +68,8 @@ def _digest(data: bytes) -> str:
 async def _read_from(mesh: Mesh, source: str, sha256: str, data: bytearray, size_bytes: int) -> None:
     """Append what is missing. Raises the MeshserveError that ended it."""
     while len(data) < size_bytes:
-        part: Any = await mesh.call(source, METHOD, [sha256, len(data)], _PART_TIMEOUT_S)
-        if not isinstance(part, bytes) or not 0 < len(part) <= min(PART_BYTES, size_bytes - len(data)):
+        part: bytes = await mesh.call(source, FILE_PART, FilePartRequest(sha256, len(data)), _PART_TIMEOUT_S)
+        if not 0 < len(part) <= min(PART_BYTES, size_bytes - len(data)):
             raise ProtocolError("a worker gave out a part of another length")
         data += part
         mesh.counters.add("model_file_bytes_fetched", len(part))

@@ -21,7 +21,7 @@ from meshserve.mesh.transport.transport import Transport
 from meshserve.telemetry import Counters, log_event
 from meshserve.wire import frames
 from meshserve.wire.frames import Message
-from meshserve.wire.hello import Hello, PeerHint, PeerInfo
+from meshserve.wire.hello import MAX_HINTS, Hello, PeerHint, PeerInfo
 
 if TYPE_CHECKING:
     from meshserve.mesh.discovery import MdnsDiscovery
@@ -271,7 +271,7 @@ class Links:
 
     def _hello(self, expected: str | None) -> Hello:
         hints = () if self.own.is_observer else self.membership.hints()  # who only looks must not bring together whom it looks at
-        return Hello(self.own, time.monotonic() - self._started_s, hints, expected, is_reset=expected in self._broken)
+        return Hello(self.own, time.monotonic() - self._started_s, hints[:MAX_HINTS], expected, is_reset=expected in self._broken)
 
     def _dial_soon(self) -> None:
         if not self._is_dial_due:

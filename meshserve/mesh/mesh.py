@@ -7,7 +7,6 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from meshserve.telemetry import Counters, Histograms, Journal, Levels
 from meshserve.wire.card import ModelCard
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.layout import KVLayout
+from meshserve.wire.message import replace
+from meshserve.wire.messages import Method
 
 _log = logging.getLogger(__name__)
 
@@ -209,11 +210,11 @@ class Mesh:
         """The clock of deadlines and measurements: monotonic, this process's own. (uvloop's own clock has steps of a millisecond.)"""
         return time.monotonic()
 
-    def serve(self, method: str, handler: Handler) -> None:
+    def serve(self, method: Method, handler: Handler) -> None:
         """Answer calls of this method. The handler returns at once and ends the call when it is done."""
-        self.calls.handlers[method] = handler
+        self.calls.handlers[method.name] = method, handler
 
-    def serve_async(self, method: str, handler: Callable[[IncomingCall], Awaitable[Any]]) -> None:
+    def serve_async(self, method: Method, handler: Callable[[IncomingCall], Awaitable[Any]]) -> None:
         """The same for a coroutine: its result ends the call, its MeshserveError fails it, a cancelled call cancels it."""
 
         async def run(call: IncomingCall) -> None:
@@ -225,8 +226,8 @@ class Mesh:
                 call.fail(Cancelled("cancelled"))
                 raise
             except Exception as error:
-                _log.exception("%s failed", method)
-                call.fail(MeshserveError(f"{method} failed: {type(error).__name__}"))
+                _log.exception("%s failed", method.name)
+                call.fail(MeshserveError(f"{method.name} failed: {type(error).__name__}"))
 
         def start(call: IncomingCall) -> None:
             task = self.tasks.spawn(run(call))
@@ -234,7 +235,7 @@ class Mesh:
 
         self.serve(method, start)
 
-    def open(self, peer: str, method: str, body: Any, sink: Sink, timeout_s: float) -> OutgoingCall:
+    def open(self, peer: str, method: Method, body: Any, sink: Sink, timeout_s: float) -> OutgoingCall:
         """Open a stream to a peer, or to this one. Raises PeerLost at once if there is no connection to it."""
         channel = self.links.channel_to(peer)
         if channel is None:
@@ -254,7 +255,7 @@ class Mesh:
         """Nothing more comes in this turn: what is for other peers may leave at once."""
         self.links.transport.turn.hurry()
 
-    async def call(self, peer: str, method: str, body: Any, timeout_s: float) -> Any:
+    async def call(self, peer: str, method: Method, body: Any, timeout_s: float) -> Any:
         """Open a stream and wait for its end value. Raises the MeshserveError it ends in; cancelling cancels the call."""
         sink = _OneAnswer()
         opened = self.open(peer, method, body, sink, timeout_s)

@@ -11,6 +11,7 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.bulk import BulkInlet, BulkOutlet
 from meshserve.mesh.transport.tickets import MAX_TICKETS, TicketInlet, TicketOutlet
 from meshserve.wire.frames import pack_body, unpack_body
+from meshserve.wire.message import plain
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class Pipeline:
         """At the end of the turn, in one message with others for this peer. `on_not_sent` is called then if it takes none now."""
         if not self._waiting:
             self._mesh.after_turn(self._push_all)
-        self._waiting.setdefault(peer, []).append((pack_body(ticket), on_not_sent))
+        self._waiting.setdefault(peer, []).append((pack_body(plain(ticket)), on_not_sent))
 
     def _push_all(self) -> None:
         waiting, self._waiting = self._waiting, {}
@@ -118,7 +119,7 @@ class Bulk:
 
         def on_frames(sender: bytes, header: bytes, payloads: list[memoryview]) -> None:
             try:
-                on_bulk(unpack_body(header), payloads, lambda answer: inlet.answer(sender, pack_body(answer)))
+                on_bulk(unpack_body(header), payloads, lambda answer: inlet.answer(sender, pack_body(plain(answer))))
             except ProtocolError:
                 self._mesh.counters.add("bulk_malformed")
 
@@ -127,7 +128,7 @@ class Bulk:
     def send(self, peer: str, header: Any, payloads: list[bytes]) -> None:
         """One message to a peer. Raises PeerLost if it is not there."""
         outlet = self._outlets.get(peer) or self._connect(peer)
-        outlet.send(pack_body(header), payloads)
+        outlet.send(pack_body(plain(header)), payloads)
 
     def _connect(self, peer: str) -> BulkOutlet:
         member = self._mesh.member(peer)

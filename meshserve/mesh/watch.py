@@ -8,9 +8,11 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from meshserve.errors import MeshserveError, PeerLost
+from meshserve.errors import MeshserveError, PeerLost, ProtocolError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.mesh import Mesh
+from meshserve.wire.message import read
+from meshserve.wire.messages import Method
 
 _FOREVER_S = 30 * 86_400.0
 _REOPEN_S = 0.05
@@ -23,7 +25,7 @@ _REOPEN_MAX_S = 1.0
 class WatchSource:
     """The side that has the state."""
 
-    def __init__(self, mesh: Mesh, method: str, snapshot: Callable[[], Iterable[Any]]) -> None:
+    def __init__(self, mesh: Mesh, method: Method, snapshot: Callable[[], Iterable[Any]]) -> None:
         self._mesh, self._snapshot = mesh, snapshot
         self._watchers: set[IncomingCall] = set()
         mesh.serve(method, self._on_open)
@@ -49,7 +51,7 @@ class WatchSource:
 class Watcher:
     """The side that follows one peer's state, until `close`. Also the sink of its stream."""
 
-    def __init__(self, mesh: Mesh, peer: str, method: str, on_reset: Callable[[], None], on_change: Callable[[Any], None]) -> None:
+    def __init__(self, mesh: Mesh, peer: str, method: Method, on_reset: Callable[[], None], on_change: Callable[[Any], None]) -> None:
         self._mesh, self._peer, self._method = mesh, peer, method
         self._on_reset, self._on_change = on_reset, on_change
         self._call: OutgoingCall | None = None
@@ -76,9 +78,14 @@ class Watcher:
         self._pause_s = min(2 * self._pause_s, _REOPEN_MAX_S)
 
     def on_item(self, item: Any) -> None:
-        """The snapshot, then changes."""
+        """The snapshot, then changes. What is malformed is counted and left out: the next one may be sound."""
         self._pause_s = _REOPEN_S
-        self._on_change(item)
+        try:
+            change = item if self._method.item is None else read(self._method.item, item)
+        except ProtocolError:
+            self._mesh.counters.add("reports_malformed")
+            return
+        self._on_change(change)
 
     def on_end(self, value: Any) -> None:
         """A watch has no natural end: the peer's side was replaced."""

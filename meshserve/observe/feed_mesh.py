@@ -13,8 +13,9 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.sockets import endpoint
 from meshserve.mesh.watch import Watcher
 from meshserve.observe.feed_merge import Batch, Merge
-from meshserve.observe.feed_source import FEED_METHOD, INTERVAL_S
+from meshserve.observe.feed_source import INTERVAL_S
 from meshserve.wire.hello import PeerInfo
+from meshserve.wire.messages import FEED
 
 MAX_READERS = 32
 RETRY_MS = 1000
@@ -156,7 +157,7 @@ class MeshFeed:
             except ProtocolError:
                 self._mesh.counters.add("feed_batches_malformed")
 
-        self._watchers[incarnation] = Watcher(self._mesh, incarnation, FEED_METHOD, lambda: self._merge.forget(incarnation), on_change)
+        self._watchers[incarnation] = Watcher(self._mesh, incarnation, FEED, lambda: self._merge.forget(incarnation), on_change)
 
     def _forget(self, incarnation: str, state: str) -> None:
         watcher = self._watchers.pop(incarnation, None)

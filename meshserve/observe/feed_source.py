@@ -9,8 +9,7 @@ from meshserve.mesh.watch import WatchSource
 from meshserve.observe.feed import Digest
 from meshserve.observe.latencies import Counts, counts_by_worker
 from meshserve.wire.load import WorkerLoad
-
-FEED_METHOD = "feed.watch"
+from meshserve.wire.messages import FEED
 
 INTERVAL_S = 0.2
 """Between two batches, and between two updates to a reader. Half of it cost a mesh under full load about 1 % more CPU time, and a page that
@@ -28,7 +27,7 @@ class FeedSource:
     def __init__(self, mesh: Mesh, load: Callable[[], WorkerLoad] | None) -> None:
         self._mesh, self._load = mesh, load
         self._loop = asyncio.get_running_loop()
-        self._source = WatchSource(mesh, FEED_METHOD, self._snapshot)
+        self._source = WatchSource(mesh, FEED, self._snapshot)
         self._digest: Digest | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._told: WorkerLoad | None = None

@@ -2,12 +2,14 @@
 
 import asyncio
 from collections.abc import Iterable
+from operator import itemgetter
 from typing import Any
 
 from meshserve.errors import MeshserveError, RequestNotFound
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipt_store import FRONT, LATEST, MAX_RECENT, RECEIPT, RECENT
+from meshserve.observe.receipt_store import MAX_RECENT
 from meshserve.observe.receipts import PHASES, with_front
+from meshserve.wire.messages import FRONT_OF_RECEIPT, LATEST_RECEIPT, RECEIPT, RECENT_RECEIPTS, Method
 
 _TIMEOUT_S = 2.0
 _FIELDS: dict[str, type | tuple[type, ...]] = {
@@ -37,7 +39,7 @@ async def find_receipt(mesh: Mesh, name: str) -> dict[str, Any]:
     known = [front["processor"]] if front is not None and front.get("processor") else _with_role(mesh, "processor")
     found = _latest(await _ask_all(mesh, known, RECEIPT, name))
     if found is None:
-        fronts = [front] if front is not None else await _ask_all(mesh, _with_role(mesh, "frontend"), FRONT, name)
+        fronts = [front] if front is not None else await _ask_all(mesh, _with_role(mesh, "frontend"), FRONT_OF_RECEIPT, name)
         found = _latest(answer.get("receipt") for answer in fronts if isinstance(answer, dict))
         if found is None:
             words = "it is still under way, or not among the last that are kept"
@@ -47,7 +49,7 @@ async def find_receipt(mesh: Mesh, name: str) -> dict[str, Any]:
 
 async def latest_receipt(mesh: Mesh) -> dict[str, Any]:
     """Of the request that ended last. Raises RequestNotFound if none did."""
-    found = _latest(await _ask_all(mesh, _with_role(mesh, "processor"), LATEST, None))
+    found = _latest(await _ask_all(mesh, _with_role(mesh, "processor"), LATEST_RECEIPT, None))
     if found is None:
         raise RequestNotFound("no processor of this mesh has a receipt: nothing was asked yet, or they run with --no-observe", param="id")
     return await _completed(mesh, found, None)
@@ -55,13 +57,9 @@ async def latest_receipt(mesh: Mesh) -> dict[str, Any]:
 
 async def recent_requests(mesh: Mesh) -> list[str]:
     """Names of those that ended last, the latest first; up to as many as one processor lists."""
-    answers = await _ask_all(mesh, _with_role(mesh, "processor"), RECENT, None)
-    entries = [entry for answer in answers if isinstance(answer, list) for entry in answer[:MAX_RECENT] if _is_recent(entry)]
-    return [name for name, _ in sorted(entries, key=lambda entry: float(entry[1]))][:MAX_RECENT]
-
-
-def _is_recent(entry: Any) -> bool:
-    return isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str) and type(entry[1]) in (int, float)
+    answers = await _ask_all(mesh, _with_role(mesh, "processor"), RECENT_RECEIPTS, None)
+    entries = [entry for answer in answers for entry in (answer or ())[:MAX_RECENT]]
+    return [name for name, _ in sorted(entries, key=itemgetter(1))][:MAX_RECENT]
 
 
 async def _completed(mesh: Mesh, receipt: dict[str, Any], front: dict[str, Any] | None) -> dict[str, Any]:
@@ -76,7 +74,7 @@ async def _front_of(mesh: Mesh, request_id: str) -> dict[str, Any] | None:
     owner = mesh.info_of(request_id.partition("-")[0])
     if owner is None or "frontend" not in owner.roles:
         return None
-    answer = await _ask(mesh, owner.incarnation, FRONT, request_id)
+    answer = await _ask(mesh, owner.incarnation, FRONT_OF_RECEIPT, request_id)
     return answer if isinstance(answer, dict) else None
 
 
@@ -108,11 +106,11 @@ def _is_receipt(answer: Any) -> bool:
     return isinstance(answer.get("traceparent"), str) and all(isinstance(phases.get(phase), (int, float)) for phase in PHASES)
 
 
-async def _ask_all(mesh: Mesh, peers: list[str], method: str, body: Any) -> list[Any]:
+async def _ask_all(mesh: Mesh, peers: list[str], method: Method, body: Any) -> list[Any]:
     return await asyncio.gather(*(_ask(mesh, peer, method, body) for peer in peers))
 
 
-async def _ask(mesh: Mesh, peer: str, method: str, body: Any) -> Any:
+async def _ask(mesh: Mesh, peer: str, method: Method, body: Any) -> Any:
     """None from a peer that is lost, does not answer, or keeps nothing."""
     try:
         return await mesh.call(peer, method, body, _TIMEOUT_S)

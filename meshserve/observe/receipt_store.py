@@ -6,14 +6,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from meshserve.errors import Cancelled, InvalidRequest
+from meshserve.errors import Cancelled
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import OK, Front, Receipt
+from meshserve.wire.messages import FRONT_OF_RECEIPT, LATEST_RECEIPT, RECEIPT, RECENT_RECEIPTS
 
-RECEIPT, LATEST, RECENT, FRONT = "receipts.find", "receipts.latest", "receipts.recent", "receipts.front"
-
-MAX_NAME = 256
 _OBSERVED = ("e2e", "route", "queue", "prefill")
 """Durations in the histograms: of a whole request, and of phases."""
 
@@ -40,8 +38,8 @@ class Receipts:
         self.on_kept: Callable[[Receipt], None] | None = None
         """Told of each one."""
         mesh.serve(RECEIPT, self._on_find)
-        mesh.serve(LATEST, self._on_latest)
-        mesh.serve(RECENT, self._on_recent)
+        mesh.serve(LATEST_RECEIPT, self._on_latest)
+        mesh.serve(RECENT_RECEIPTS, self._on_recent)
 
     def keep(self, receipt: Receipt) -> None:
         """One more request is over. It can be found from the end of this turn on: nobody waits for it before."""
@@ -70,7 +68,7 @@ class Receipts:
 
     def _on_find(self, call: IncomingCall) -> None:
         """By the mesh's name or the client's; the latest, if several are called the same. The end is None if there is none."""
-        name = name_of(call)
+        name: str = call.body
         kept = self._kept
         for receipt in reversed(kept):
             if receipt.request_id == name or receipt.client_id == name:
@@ -85,7 +83,7 @@ class Receipts:
         """The mesh's names of the last ones, and how many seconds ago each ended; the latest first."""
         now_s = time.monotonic()
         latest = itertools.islice(reversed(self._kept), MAX_RECENT)
-        call.end([[receipt.request_id, round(now_s - receipt.ended_s, 3)] for receipt in latest])
+        call.end([(receipt.request_id, round(now_s - receipt.ended_s, 3)) for receipt in latest])
 
     def _render(self, receipt: Receipt) -> dict[str, Any]:
         return {**receipt.to_wire(), "ended_ago_s": round(time.monotonic() - receipt.ended_s, 3)}
@@ -97,7 +95,7 @@ class Fronts:
     def __init__(self, mesh: Mesh, num_kept: int) -> None:
         self._mesh = mesh
         self._kept: deque[Front] = deque(maxlen=num_kept)
-        mesh.serve(FRONT, self._on_find)
+        mesh.serve(FRONT_OF_RECEIPT, self._on_find)
 
     def keep(self, front: Front) -> None:
         """One more request is over."""
@@ -105,7 +103,7 @@ class Fronts:
 
     def _on_find(self, call: IncomingCall) -> None:
         """The end is None, or `processor`, `front` (for `with_front`), and `receipt`: what a frontend alone knows."""
-        name = name_of(call)
+        name: str = call.body
         for front in reversed(self._kept):
             if front.request_id == name or front.client_id == name:
                 call.end(self._render(front))
@@ -115,10 +113,3 @@ class Fronts:
     def _render(self, front: Front) -> dict[str, Any]:
         receipt = {**front.receipt().to_wire(), "ended_ago_s": round(time.monotonic() - front.ended_s, 3)}
         return {"processor": front.processor, "front": front.to_wire(self._mesh.own.name), "receipt": receipt}
-
-
-def name_of(call: IncomingCall) -> str:
-    """Raises InvalidRequest for what is no name of a request."""
-    if not isinstance(call.body, str) or not 0 < len(call.body) <= MAX_NAME:
-        raise InvalidRequest("a request's name is a string")
-    return call.body

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meshserve.errors import MeshserveError
-from meshserve.routing.candidates import Candidate
 from meshserve.routing.handoff import for_receipt
 from meshserve.wire.account import HandoffDecision, milliseconds
+from meshserve.wire.routing import Candidate
 
 PHASES = ("http", "process", "route", "queue", "prefill", "kv_transfer", "decode", "network", "other")
 _BEFORE_FIRST_TOKEN = ("route", "queue", "prefill", "kv_transfer")

@@ -14,8 +14,8 @@ from meshserve.observe.reach import Reach
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.telemetry import BUCKETS_S, added_up
 from meshserve.wire.hello import PeerInfo
+from meshserve.wire.messages import STATUS
 
-_METHOD = "mesh.status"
 _TIMEOUT_S = 0.5
 _MAX_LISTED = 32
 _COUNTS = ("counters", "held", "calls_made", "calls_served")
@@ -48,9 +48,9 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
         )
 
     def _load(load: Any) -> dict[str, int]:
-        return {name: getattr(load, name) for name in load.__dataclass_fields__}
+        return {name: getattr(load, name) for name in load.__struct_fields__}
 
-    mesh.serve(_METHOD, on_status)
+    mesh.serve(STATUS, on_status)
     Reach(mesh)
 
 
@@ -76,7 +76,7 @@ def _latencies(worker: str, peers: list[dict[str, Any]]) -> dict[str, Any]:
 async def _ask(mesh: Mesh, incarnation: str) -> tuple[dict[str, Any], float | None]:
     began_s = mesh.now_s()
     try:
-        answer = await mesh.call(incarnation, _METHOD, None, _TIMEOUT_S)
+        answer = await mesh.call(incarnation, STATUS, None, _TIMEOUT_S)
     except MeshserveError:
         return {}, None
     if not _is_status(answer):

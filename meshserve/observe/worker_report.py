@@ -8,9 +8,8 @@ from meshserve.engines.protocol import Engine
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watch import WatchSource
 from meshserve.wire.load import MAX_HASHES_PER_REPORT, WorkerLoad, WorkerReport
+from meshserve.wire.messages import WORKER_LOADS, WORKER_REPORTS
 
-REPORT_METHOD = "worker.watch"
-LOAD_METHOD = "worker.load"
 """The load alone, for those who only ask how many more requests there is room for."""
 
 _REPORT_INTERVAL_S = 0.02
@@ -43,8 +42,8 @@ class WorkerReporter:
         """How many prompts wait for prefill here; set by whoever keeps the tickets."""
         self.handoff_ns_per_token: Callable[[], int] = lambda: 0
         """What a handoff took; set by whoever hands over."""
-        self._source = WatchSource(mesh, REPORT_METHOD, self._snapshot)
-        self._loads = WatchSource(mesh, LOAD_METHOD, lambda: [self.load().to_wire()])
+        self._source = WatchSource(mesh, WORKER_REPORTS, self._snapshot)
+        self._loads = WatchSource(mesh, WORKER_LOADS, lambda: [self.load()])
         self._load_timer: asyncio.TimerHandle | None = None
 
     def load(self) -> WorkerLoad:
@@ -82,7 +81,7 @@ class WorkerReporter:
     def _publish_load(self) -> None:
         self._load_timer = None
         load = self.load()
-        self._loads.publish(load.to_wire())
+        self._loads.publish(load)
         if load.num_running or load.num_waiting:
             self.changed()
 
@@ -115,16 +114,16 @@ class WorkerReporter:
         stored, self._stored = tuple(self._stored), {}
         evicted, self._evicted = tuple(self._evicted), {}
         load = self.load()
-        self._source.publish(WorkerReport(load, stored, evicted, admitted, kept).to_wire())
+        self._source.publish(WorkerReport(load, stored, evicted, admitted, kept))
         if load.num_running and self._source.has_watchers:
             self._publish_within(_RUNNING_INTERVAL_S)
 
     def _snapshot(self) -> Iterable[Any]:
         """Changes that are not published yet are part of it: hearing of them again does no harm."""
         held = tuple(self._held)
-        yield WorkerReport(self.load(), held[:MAX_HASHES_PER_REPORT]).to_wire()
+        yield WorkerReport(self.load(), held[:MAX_HASHES_PER_REPORT])
         for start in range(MAX_HASHES_PER_REPORT, len(held), MAX_HASHES_PER_REPORT):
-            yield WorkerReport(self.load(), held[start : start + MAX_HASHES_PER_REPORT]).to_wire()
+            yield WorkerReport(self.load(), held[start : start + MAX_HASHES_PER_REPORT])
 
     def close(self) -> None:
         """Report no more."""

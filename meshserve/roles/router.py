@@ -1,29 +1,27 @@
 """The router role: answers "which worker is best, and why" from what workers report and what routers send out."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from meshserve.errors import InvalidRequest, NoWorker, ProtocolError
+from meshserve.errors import InvalidRequest, NoWorker
 from meshserve.kv.hashes import block_hashes
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watch import Watcher, WatchSource
-from meshserve.observe.worker_report import REPORT_METHOD
 from meshserve.routing.candidates import Prompt
 from meshserve.routing.cost import CostSettings
 from meshserve.routing.fleet import Fleet, Question
-from meshserve.routing.placement import Placement, RouteRequest
 from meshserve.routing.policies import POLICIES
 from meshserve.wire.booking import Booking
 from meshserve.wire.card import ModelCard
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.layout import KVLayout
 from meshserve.wire.load import WorkerReport
+from meshserve.wire.messages import BOOKINGS, ROUTE, WORKER_REPORTS
+from meshserve.wire.routing import RouteRequest, RoutingDecision
 
-_BOOKINGS_METHOD = "router.bookings"
 _WORKERS = {"decode", "prefill"}
 
 
@@ -51,10 +49,10 @@ class RouterRole:
         self._routers: dict[str, Watcher] = {}
         self._crews: dict[str, _Crew] = {}
         """By model."""
-        self._bookings = WatchSource(mesh, _BOOKINGS_METHOD, lambda: ())  # what was booked before fades within two seconds
+        self._bookings = WatchSource(mesh, BOOKINGS, lambda: ())  # what was booked before fades within two seconds
         mesh.levels.derive("bookings", lambda: self.fleet.num_bookings(time.monotonic()))
         mesh.levels.derive("booked_tokens", self.fleet.num_booked_tokens)
-        mesh.serve("route", self._on_route)
+        mesh.serve(ROUTE, self._on_route)
         mesh.subscribe(self._on_change)
         if _WORKERS & set(mesh.own.roles):
             self._follow(mesh.incarnation)
@@ -67,7 +65,7 @@ class RouterRole:
             if _WORKERS & roles:
                 self._follow(incarnation)
             if "router" in roles and incarnation not in self._routers:
-                self._routers[incarnation] = self._watch(incarnation, _BOOKINGS_METHOD, self._on_booking)
+                self._routers[incarnation] = Watcher(self._mesh, incarnation, BOOKINGS, lambda: None, self._on_booking)
         elif change in (Change.DIED, Change.LEFT):
             self._forget(incarnation)
 
@@ -76,22 +74,16 @@ class RouterRole:
             return
         self.fleet.join(incarnation, self._mesh.name_of(incarnation))
 
-        def on_report(item: Any) -> None:
-            self.fleet.report(incarnation, WorkerReport.from_wire(item), time.monotonic())
+        def on_reset() -> None:
+            self.fleet.forget_blocks(incarnation)
 
-        self._workers[incarnation] = self._watch(incarnation, REPORT_METHOD, on_report, lambda: self.fleet.forget_blocks(incarnation))
+        def on_report(report: WorkerReport) -> None:
+            self.fleet.report(incarnation, report, time.monotonic())
 
-    def _watch(self, peer: str, method: str, take: Callable[[Any], None], on_reset: Callable[[], None] = lambda: None) -> Watcher:
-        def on_change(item: Any) -> None:
-            try:
-                take(item)
-            except ProtocolError:
-                self._mesh.counters.add("reports_malformed")
+        self._workers[incarnation] = Watcher(self._mesh, incarnation, WORKER_REPORTS, on_reset, on_report)
 
-        return Watcher(self._mesh, peer, method, on_reset, on_change)
-
-    def _on_booking(self, item: Any) -> None:
-        self.fleet.hear(Booking.from_wire(item), time.monotonic())
+    def _on_booking(self, booking: Booking) -> None:
+        self.fleet.hear(booking, time.monotonic())
 
     def _forget(self, incarnation: str) -> None:
         for watchers in (self._workers, self._routers):
@@ -104,17 +96,15 @@ class RouterRole:
     # --- answering
 
     def _on_route(self, call: IncomingCall) -> None:
-        is_local = type(call.body) is RouteRequest  # from this very peer: nothing is packed, neither the question nor the answer
-        asked = call.body if is_local else RouteRequest.from_wire(call.body)
+        asked: RouteRequest = call.body
         policy = asked.policy or self._policy
         if policy not in POLICIES:
             raise InvalidRequest(f"unknown policy {policy!r}; there are: {', '.join(POLICIES)}", param="meshserve.policy")
         for incarnation in asked.excluded:
             self.fleet.unbook(incarnation, asked.request_id)
-        found = self._answer(asked, policy)
-        call.end(found if is_local else found.to_wire())
+        call.end(self._answer(asked, policy))
 
-    def _answer(self, asked: RouteRequest, policy: str) -> Placement:
+    def _answer(self, asked: RouteRequest, policy: str) -> RoutingDecision:
         crew = self._crew_for(asked.model, asked.excluded)
         if crew is None:
             raise NoWorker(f"no decode worker for the model {asked.model!r} can take work now")
@@ -123,8 +113,8 @@ class RouterRole:
         question = Question(asked.request_id, prompt, crew.decode, crew.prefill, asked.session)
         found = self.fleet.choose(policy, question, time.monotonic())
         if self._bookings.has_watchers and found.booking is not None:
-            self._bookings.publish(found.booking.to_wire())
-        return Placement(self._mesh.own.name, policy, found.decode, found.prefill)
+            self._bookings.publish(found.booking)
+        return RoutingDecision(self._mesh.own.name, policy, found.decode, found.prefill)
 
     def _crew_for(self, model: str, excluded: Sequence[str]) -> "_Crew | None":
         """Who can take work for this model; None if nobody decodes it. Found once, as long as `peers_serving` gives the same list."""

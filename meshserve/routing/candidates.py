@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
-from typing import Any
 
-from meshserve.errors import ProtocolError
 from meshserve.wire.load import WorkerLoad
 
 _LEAST_PREFILL_MS_PER_TOKEN = 0.005
@@ -135,42 +133,3 @@ class Worker:
         self.num_booked -= 1
         self.num_sequences -= 1
         self.terms = None
-
-
-@dataclass(slots=True)  # not frozen, as what else is made for every request: that makes an object three times as dear
-class Candidate:
-    """One worker's place in an answer, with the figures that put it there."""
-
-    incarnation: str
-    peer: str
-    """Its name, for people."""
-    overlap_blocks: int
-    load: int
-    """Sequences there."""
-    wait_ms: float
-    cost_ms: float
-    reason: str
-    ready_ms: float = 0.0
-    """Of a prefill worker: until the prompt's KV is expected to be computed there; 0 where its rate is not measured."""
-
-    def to_wire(self) -> list[Any]:
-        """Plain data for :meth:`from_wire`, but for `ready_ms`: earlier minor versions refuse a candidate of more figures."""
-        return [self.incarnation, self.peer, self.overlap_blocks, self.load, round(self.wait_ms, 3), round(self.cost_ms, 3), self.reason]
-
-    @classmethod
-    def from_wire(cls, data: Any) -> "Candidate":
-        """Raises ProtocolError for anything else."""
-        if not isinstance(data, list) or [type(part) for part in data] != [str, str, int, int, float, float, str]:
-            raise ProtocolError("malformed candidate")
-        return cls(*data)
-
-    def for_receipt(self) -> dict[str, Any]:
-        """As receipts show it."""
-        return {
-            "peer": self.peer,
-            "overlap_blocks": self.overlap_blocks,
-            "load": self.load,
-            "wait_ms": round(self.wait_ms, 3),
-            "cost_ms": round(self.cost_ms, 3),
-            "reason": self.reason,
-        }

@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 
 from meshserve.kv.index import PrefixIndex
 from meshserve.routing.bookings import Bookings
-from meshserve.routing.candidates import Candidate, Prompt, Rates, Worker
+from meshserve.routing.candidates import Prompt, Rates, Worker
 from meshserve.routing.cost import CostSettings, Outlook
 from meshserve.routing.policies import rank, rank_prefill
 from meshserve.routing.regret import Regret
 from meshserve.wire.booking import Booking, Share
 from meshserve.wire.load import WorkerLoad, WorkerReport
+from meshserve.wire.routing import Candidate
 
 MAX_CANDIDATES = 8
 """Named in an answer: enough to go on to when the first is lost."""

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter
 
-from meshserve.routing.candidates import Candidate, Prompt, Worker
+from meshserve.routing.candidates import Prompt, Worker
 from meshserve.routing.cost import Outlook, estimate_all, estimate_prefill
+from meshserve.wire.routing import Candidate
 
 _WORTH_A_WORD_TOKENS = 256
 """Of equal workers one that holds so much more of a prompt is taken. Lower sends all that begins with the same few words to one worker."""

@@ -6,49 +6,25 @@
 - `["prompt_logprobs", logprobs]`, before all tokens;
 - `NAME` of a prefill worker that died with the prompt.
 
-The end is `{"reason": "stop" or "length", "account": account}`.
+The end is a :class:`GenerationEnd`.
 """
 
-import sys
-from array import array
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
 from meshserve.errors import ProtocolError
+from meshserve.wire.message import Map, Meta, Milliseconds, NonEmpty, Tokens, field
 
-Tokens = array  # of typecode "I": 4 bytes a token, and one object that the garbage collector does not walk
-
-MAX_TOKENS_ON_WIRE = 4_194_304
-MAX_LOGIT_BIASES = 4096
-_MOST_EXPECTED_MS = 1e9
-MAX_CHOICE_TEXTS = 1024
-"""Texts of which an output may have to be one."""
+MAX_LOGIT_BIASES, MAX_CHOICE_TEXTS = 4096, 1024
+LogitBias = Annotated[tuple[tuple[int, float], ...], Meta(max_length=MAX_LOGIT_BIASES)]
+"""Token ids and what is added to their logits."""
+ChoiceTexts = Annotated[tuple[NonEmpty, ...], Meta(max_length=MAX_CHOICE_TEXTS)]
+"""Texts of which an output has to be one."""
 
 TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 """A token's log probability, and the likeliest tokens at its place with theirs, likeliest first. Natural logarithms."""
 
 
-def pack_tokens(tokens: "array[int]") -> bytes:
-    """Token ids as little-endian 32-bit words: a hundred times faster than a list of integers, and of fixed size."""
-    if sys.byteorder == "big":
-        tokens = array("I", tokens)
-        tokens.byteswap()
-    return tokens.tobytes()
-
-
-def unpack_tokens(data: Any) -> "array[int]":
-    """The inverse of :func:`pack_tokens`. Raises ProtocolError for anything else."""
-    if not isinstance(data, bytes) or len(data) % 4 or len(data) > 4 * MAX_TOKENS_ON_WIRE:
-        raise ProtocolError("token ids are 32-bit words")
-    tokens = array("I", data)
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    return tokens
-
-
-@dataclass(slots=True)  # not frozen: that makes an object of so many fields three times as dear, and each request has one
-class Sampling:
+class Sampling(Map):
     """How tokens are chosen. Sampling is a function of these, the position and the logits, never of the worker or the time."""
 
     max_tokens: int = 16
@@ -73,8 +49,7 @@ class Sampling:
     """Divides the logits above 0 of tokens that are in the prompt or the output, and multiplies those below; 1 is none."""
     min_p: float = 0.0
     """Tokens less likely than this share of the likeliest one's probability, at the temperature, are not chosen; 0 is none."""
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    """Token ids and what is added to their logits."""
+    logit_bias: LogitBias = ()
     logprobs: int = -1
     """How many alternatives are reported with each token's log probability; 0 is the token's own only, -1 none."""
     prompt_logprobs: int = -1
@@ -83,149 +58,40 @@ class Sampling:
     """The output's text must be a JSON document that is valid under this JSON Schema (its text); empty: it is free."""
     regex: str = ""
     """The whole output's text must match this regular expression."""
-    choices: tuple[str, ...] = ()
+    choices: ChoiceTexts = ()
     """The output's text must be one of these. Of schema, expression and choices there is one at most."""
 
-    def to_wire(self) -> dict[str, Any]:
-        """Plain data for :meth:`from_wire`; defaults are left out."""
-        if _rare_values(self) != _RARE_DEFAULTS:
-            return {key: value for key, default in _SAMPLING_DEFAULTS.items() if (value := getattr(self, key)) != default}
-        # written out, as nearly every request sends this: the loop over all fields takes three times as long
-        found: dict[str, Any] = {"max_tokens": self.max_tokens, "seed": self.seed}
-        if self.min_tokens:
-            found["min_tokens"] = self.min_tokens
-        if self.temperature:
-            found["temperature"] = self.temperature
-        if self.top_p != 1.0:
-            found["top_p"] = self.top_p
-        if self.top_k:
-            found["top_k"] = self.top_k
-        if self.ignore_eos:
-            found["ignore_eos"] = True
-        return found
 
-    @classmethod
-    def from_wire(cls, data: Any) -> "Sampling":
-        """Raises ProtocolError for mistyped fields; unknown ones are ignored."""
-        if not isinstance(data, dict):
-            raise ProtocolError("sampling parameters are a map")
-        values = {}
-        for name, value in data.items():
-            default = _SAMPLING_DEFAULTS.get(name, _UNKNOWN)
-            if default is _UNKNOWN:
-                continue
-            if name == "logit_bias":
-                value = _logit_bias(value)
-            elif name == "choices":
-                value = read_choices(value)
-            if type(value) is not type(default) and not (type(default) is float and type(value) is int):
-                raise ProtocolError(f"sampling parameter {name} is malformed")
-            values[name] = value
-        return cls(**values)
+class GenerateRequest(Map, dict=True):
+    """One sequence to be continued. `tokens` is the prompt, followed by what earlier workers generated already.
 
-
-def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
-    if not isinstance(value, (list, tuple)) or len(value) > MAX_LOGIT_BIASES or not all(map(_is_bias, value)):
-        raise ProtocolError("the logit bias is pairs of a token and a number")
-    return tuple((token, float(bias)) for token, bias in value)
-
-
-def read_choices(value: Any) -> tuple[str, ...]:
-    """Texts of which one is to be chosen, none of them empty. Raises ProtocolError for anything else."""
-    if not isinstance(value, (list, tuple)) or len(value) > MAX_CHOICE_TEXTS or not all(isinstance(text, str) and text for text in value):
-        raise ProtocolError("choices are texts, none of them empty")
-    return tuple(value)
-
-
-def _is_bias(pair: Any) -> bool:
-    return isinstance(pair, (list, tuple)) and len(pair) == 2 and type(pair[0]) is int and type(pair[1]) in (int, float)
-
-
-_UNKNOWN = object()
-_SAMPLING_DEFAULTS: dict[str, Any] = {found.name: found.default for found in fields(Sampling)}
-_USUAL = frozenset(("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "seed", "ignore_eos"))
-_RARE = tuple(name for name in _SAMPLING_DEFAULTS if name not in _USUAL)
-_RARE_DEFAULTS = tuple(_SAMPLING_DEFAULTS[name] for name in _RARE)
-_rare_values = attrgetter(*_RARE)
-
-
-class BlockHashes(NamedTuple):
-    """Hashes of the full KV blocks of some tokens, and what they depend on besides."""
-
-    block_size: int
-    salt: str
-    hashes: list[int]
-
-
-@dataclass(slots=True)
-class GenerateRequest:
-    """One sequence to be continued. `tokens` is the prompt, followed by what earlier workers generated already."""
+    An engine may keep what it computed of the request in `vars(request)`: that neither crosses the wire nor counts for equality.
+    """
 
     request_id: str
     """The mesh's own name of the request: the processor's incarnation and a counter. What a client sent is only a label."""
     model: str
-    tokens: "array[int]"
+    tokens: Tokens
     sampling: Sampling = field(default_factory=Sampling)
     num_generated: int = 0
     """How many of `tokens` are output that another worker generated: sampling goes on at this position."""
-    prefill_peers: tuple[tuple[str, int, int], ...] = ()
+    prefill_peers: Annotated[tuple[tuple[str, int, int], ...], Meta(max_length=1024)] = ()
     """Prefill workers, best first, as the router ranked them: incarnation, prompts queued there, blocks of this prompt there."""
-    prefill_ms: tuple[float, ...] = ()
-    """For each of these, milliseconds until it is expected to have computed the prompt's KV; 0: its rate is not measured. A field of its
-    own, since decode workers of an earlier minor version refuse entries of another length. Empty: nobody knows."""
+    prefill_ms: tuple[Milliseconds, ...] = ()
+    """For each of these, until it is expected to have computed the prompt's KV; 0: its rate is not measured. Empty: nobody knows."""
     lost_peers: tuple[str, ...] = ()
     """Names of workers that died while they had this request."""
-    hashes: "BlockHashes | None" = field(default=None, repr=False, compare=False)
-    """Of the KV blocks of `tokens`, once somebody on this peer has computed them. Stays on this peer."""
 
-    def to_wire(self) -> dict[str, Any]:
-        """Plain data for :meth:`from_wire`."""
-        return {
-            "request_id": self.request_id,
-            "model": self.model,
-            "tokens": pack_tokens(self.tokens),
-            "sampling": self.sampling.to_wire(),
-            "num_generated": self.num_generated,
-            "prefill_peers": list(map(list, self.prefill_peers)),
-            "prefill_ms": list(self.prefill_ms),
-            "lost_peers": list(self.lost_peers),
-        }
-
-    @classmethod
-    def from_wire(cls, data: Any) -> "GenerateRequest":
-        """Raises ProtocolError where a field is missing or malformed."""
-        if not isinstance(data, dict):
-            raise ProtocolError("a generate request is a map")
-        get = data.get
-        request_id, model, num_generated, peers = get("request_id"), get("model"), get("num_generated"), get("prefill_peers")
-        if not isinstance(request_id, str) or not isinstance(model, str) or not isinstance(num_generated, int):
-            raise ProtocolError("a generate request names its id, its model and its position")
-        if not isinstance(peers, list) or len(peers) > 1024 or (peers and not all(map(_is_ranked_peer, peers))):
-            raise ProtocolError("prefill peers are an incarnation, a queue length and a number of blocks each")
-        expected = get("prefill_ms") or []
-        if not isinstance(expected, list) or (expected and not all(map(_is_expected_ms, expected))):
-            raise ProtocolError("the expected times of prefill peers are milliseconds")
-        lost = get("lost_peers") or []
-        if not isinstance(lost, list) or (lost and not all(isinstance(name, str) for name in lost)):
-            raise ProtocolError("lost peers are names")
-        tokens = unpack_tokens(get("tokens"))
-        if not tokens or not 0 <= num_generated < len(tokens):
-            raise ProtocolError("a prompt has at least one token")
-        return cls(
-            request_id,
-            model,
-            tokens,
-            Sampling.from_wire(get("sampling")),
-            num_generated,
-            tuple([(peer, queued, overlap_blocks) for peer, queued, overlap_blocks in peers]),
-            tuple(expected) if len(expected) == len(peers) else (),
-            tuple(lost),
-        )
+    def _check(self) -> None:
+        if not 0 <= self.num_generated < len(self.tokens):
+            raise ProtocolError("malformed GenerateRequest: its prompt is empty, or all of it is output")
+        if len(self.prefill_ms) != len(self.prefill_peers):
+            self.prefill_ms = ()
 
 
-def _is_ranked_peer(peer: Any) -> bool:
-    return isinstance(peer, list) and [type(part) for part in peer] == [str, int, int]
+class GenerationEnd(Map):
+    """The sequence is complete."""
 
-
-def _is_expected_ms(value: Any) -> bool:
-    return type(value) is float and 0.0 <= value < _MOST_EXPECTED_MS
+    reason: Annotated[str, Meta(pattern="^(stop|length)$")]
+    account: Any = None
+    """A row of :mod:`meshserve.wire.account`."""

@@ -1,84 +1,57 @@
 """How peers introduce themselves: the hello that decides who is a member."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 from meshserve.config import PROTOCOL_MAJOR, PROTOCOL_MINOR, ROLES
 from meshserve.errors import ProtocolError
 from meshserve.wire.card import ModelCard
 from meshserve.wire.layout import KVLayout
+from meshserve.wire.message import FrozenMap, Map, Meta, field, replace
 
 MAX_ADDRESSES = 32
 MAX_HINTS = 512
 
 
-def _text(data: dict[str, Any], key: str, max_length: int = 255) -> str:
-    value = data.get(key)
-    if not isinstance(value, str) or not 0 < len(value) <= max_length:
-        raise ProtocolError(f"hello: {key} is missing or malformed")
-    return value
+_Label = Annotated[str, Meta(min_length=1, max_length=255)]
+_ShortLabel = Annotated[str, Meta(min_length=1, max_length=64)]
+_Labels = Annotated[tuple[_Label, ...], Meta(max_length=32)]
+_Addresses = Annotated[tuple[_Label, ...], Meta(max_length=MAX_ADDRESSES)]
+_Port = Annotated[int, Meta(ge=0, le=65_535)]
 
 
-def _texts(data: dict[str, Any], key: str, most: int) -> tuple[str, ...]:
-    value = data.get(key)
-    if not isinstance(value, list) or len(value) > most or not all(isinstance(item, str) and 0 < len(item) <= 255 for item in value):
-        raise ProtocolError(f"hello: {key} is missing or malformed")
-    return tuple(value)
-
-
-def _port(data: dict[str, Any]) -> int:
-    value = data.get("port")
-    if type(value) is not int or not 0 <= value <= 65_535:
-        raise ProtocolError("hello: port is missing or malformed")
-    return value
-
-
-@dataclass(frozen=True, slots=True)
-class PeerHint:
+class PeerHint(FrozenMap, frozen=True):
     """Hearsay about a peer: where it may be reached. Only its own hello makes it a member."""
 
-    incarnation: str
-    addresses: tuple[str, ...]
-    port: int
-
-    def to_wire(self) -> dict[str, Any]:
-        """Plain data for :meth:`from_wire`."""
-        return {"incarnation": self.incarnation, "addresses": list(self.addresses), "port": self.port}
-
-    @classmethod
-    def from_wire(cls, data: Any) -> "PeerHint":
-        """Raises ProtocolError for missing or malformed fields."""
-        if not isinstance(data, dict):
-            raise ProtocolError("a peer hint is a map")
-        return cls(_text(data, "incarnation", 64), _texts(data, "addresses", MAX_ADDRESSES), _port(data))
+    incarnation: _ShortLabel
+    addresses: _Addresses
+    port: _Port
 
 
-@dataclass(frozen=True, slots=True)
-class PeerInfo:
+class PeerInfo(FrozenMap, frozen=True):
     """All that a peer says of itself."""
 
-    incarnation: str
+    incarnation: _ShortLabel
     """Random, new at every process start; what membership is keyed by."""
-    name: str
+    name: _Label
     """A label for people."""
-    mesh: str
-    roles: tuple[str, ...]
+    mesh: _Label
+    roles: _Labels
     """Empty for an observer."""
-    addresses: tuple[str, ...]
+    addresses: _Addresses
     """IPv4 and IPv6 addresses of its interfaces, best first; empty for an observer."""
-    port: int
+    port: _Port
     """First of its four ports."""
-    version: str
+    version: _ShortLabel
     """Of the software, for people."""
     card: ModelCard | None = None
     """What its engine serves, if it has one."""
     layout: KVLayout | None = None
     """How its engine keeps KV, if it has one."""
-    http: str | None = None
+    http: Annotated[str, Meta(max_length=255)] | None = None
     """URL of its HTTP side, if it has one."""
-    is_draining: bool = False
+    is_draining: bool = field(default=False, name="draining")
     """It finishes what it has and takes no new work."""
-    withdrawn: tuple[str, ...] = ()
+    withdrawn: _Labels = ()
     """Of its roles, those that it cannot play now: its engine failed and is started again."""
 
     def can_play(self, role: str) -> bool:
@@ -99,96 +72,41 @@ class PeerInfo:
         """The same peer, taking no new work from now on."""
         return replace(self, is_draining=True)
 
-    def to_wire(self) -> dict[str, Any]:
-        """Plain data for :meth:`from_wire`."""
-        return {
-            "incarnation": self.incarnation,
-            "name": self.name,
-            "mesh": self.mesh,
-            "roles": list(self.roles),
-            "addresses": list(self.addresses),
-            "port": self.port,
-            "version": self.version,
-            "card": self.card.to_wire() if self.card else None,
-            "layout": self.layout.to_wire() if self.layout else None,
-            "http": self.http,
-            "draining": self.is_draining,
-            "withdrawn": list(self.withdrawn),
-        }
 
-    @classmethod
-    def from_wire(cls, data: Any) -> "PeerInfo":
-        """Unknown fields and unknown roles are ignored; missing or malformed fields raise ProtocolError."""
-        if not isinstance(data, dict):
-            raise ProtocolError("a peer is a map")
-        roles = tuple(role for role in _texts(data, "roles", 32) if role in ROLES)
-        card, layout = data.get("card"), data.get("layout")
-        if (card is None) != (layout is None):
-            raise ProtocolError("hello: a model card and a KV layout go together")
-        http = data.get("http")
-        if http is not None and (not isinstance(http, str) or len(http) > 255):
-            raise ProtocolError("hello: http is malformed")
-        return cls(
-            _text(data, "incarnation", 64),
-            _text(data, "name"),
-            _text(data, "mesh"),
-            roles,
-            _texts(data, "addresses", MAX_ADDRESSES),
-            _port(data),
-            _text(data, "version", 64),
-            ModelCard.from_wire(card) if card is not None else None,
-            KVLayout.from_wire(layout) if layout is not None else None,
-            http,
-            data.get("draining") is True,
-            _texts(data, "withdrawn", 32) if "withdrawn" in data else (),
-        )
+class Hello(Map):
+    """First message on a link, in both directions; sent again when something about the peer changed.
 
-
-@dataclass(frozen=True, slots=True)
-class Hello:
-    """First message on a link, in both directions; sent again when something about the peer changed."""
+    The version must be looked at before the rest is read: :func:`protocol_of`.
+    """
 
     peer: PeerInfo
-    age_s: float
+    age_s: Annotated[float, Meta(ge=0, lt=1e10)]
     """Since the peer's start, on its own clock: tells which of two peers with one name is the later one."""
-    hints: tuple[PeerHint, ...] = ()
-    """Other members that it knows: gossip."""
+    hints: Annotated[tuple[PeerHint, ...], Meta(max_length=MAX_HINTS)]
+    """Other members that the peer knows: gossip."""
     expected: str | None = None
     """Incarnation that the dialling peer means to reach; another one answers with a refusal."""
-    is_reset: bool = False
+    is_reset: bool = field(default=False, name="reset")
     """The dialling peer lost its connection to the other: what it had asked for there, nobody waits for any more."""
-    major: int = PROTOCOL_MAJOR
-    minor: int = PROTOCOL_MINOR
 
-    def to_wire(self) -> dict[str, Any]:
-        """Plain data for :meth:`from_wire`."""
-        return {
-            "protocol": [self.major, self.minor],
-            "peer": self.peer.to_wire(),
-            "age_s": self.age_s,
-            "expected": self.expected,
-            "reset": self.is_reset,
-            "hints": [hint.to_wire() for hint in self.hints[:MAX_HINTS]],
-        }
+    def to_wire(self) -> Any:
+        """With the protocol version, which all versions have in the same place."""
+        return {**super().to_wire(), "protocol": [PROTOCOL_MAJOR, PROTOCOL_MINOR]}
 
     @classmethod
     def from_wire(cls, data: Any) -> "Hello":
-        """Raises ProtocolError for missing or malformed fields. The version must be looked at first: :func:`protocol_of`."""
-        major, minor = protocol_of(data)
-        age_s, hints, expected = data.get("age_s"), data.get("hints"), data.get("expected")
-        if not isinstance(age_s, (int, float)) or not 0 <= age_s < 1e10:
-            raise ProtocolError("hello: age_s is missing or malformed")
-        if not isinstance(hints, list) or len(hints) > MAX_HINTS or not (expected is None or isinstance(expected, str)):
-            raise ProtocolError("hello: hints or expected are malformed")
-        return cls(
-            PeerInfo.from_wire(data.get("peer")),
-            float(age_s),
-            tuple(map(PeerHint.from_wire, hints)),
-            expected,
-            data.get("reset") is True,
-            major,
-            minor,
-        )
+        """As every message; one without a protocol version is refused as well."""
+        protocol_of(data)
+        return super().from_wire(data)
+
+    def _check(self) -> None:
+        """A newer peer may have roles that are unknown here."""
+        peer = self.peer
+        if (peer.card is None) != (peer.layout is None):
+            raise ProtocolError("malformed Hello: a model card and a KV layout go together")
+        if peer.card is not None:
+            peer.card._check()
+        self.peer = replace(peer, roles=tuple(role for role in peer.roles if role in ROLES))
 
 
 def protocol_of(data: Any) -> tuple[int, int]:

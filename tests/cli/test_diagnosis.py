@@ -9,7 +9,9 @@ from meshserve.mesh.addresses import LocalAddress
 from meshserve.observe.diagnosis.facts import Facts, Listener, Multicast, PathMtu, PeerFacts, Stranger
 from meshserve.observe.diagnosis.findings import Finding, Severity, is_wrong, names
 from meshserve.observe.diagnosis.judging import diagnose
-from meshserve.observe.reach import PortKnock, View
+from meshserve.observe.reach import View
+from meshserve.wire.message import replace as replace_message
+from meshserve.wire.network import PortKnock
 
 ROLES = {"a": ("frontend", "processor", "router"), "b": ("decode",), "c": ("prefill",)}
 ADDRESSES = {"a": "10.0.0.1", "b": "10.0.0.2", "c": "10.0.0.3"}
@@ -73,7 +75,7 @@ def one_way(lost_from: str, lost_to: str) -> Facts:
     made = []
     for name in ADDRESSES:
         found = peer(name, blocked)
-        own = tuple(replace(item, name="") if {name, item.target} == {lost_from, lost_to} else item for item in found.knocks or ())
+        own = tuple(replace_message(item, name="") if {name, item.target} == {lost_from, lost_to} else item for item in found.knocks or ())
         if name == lost_to and found.view is not None:
             found = replace(found, view=replace(found.view, heard=found.view.heard - {lost_from}))
         made.append(replace(found, knocks=own))

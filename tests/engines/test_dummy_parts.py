@@ -1,7 +1,6 @@
 """Options, loading, tokenizer and sampling of the dummy engine."""
 
 from array import array
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -16,6 +15,7 @@ from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer, load_tokenize
 from meshserve.errors import StartupFailed, TokenizerFailed, UsageError
 from meshserve.wire.card import ModelCard
 from meshserve.wire.generation import Sampling
+from meshserve.wire.message import replace
 
 
 def card(model: str | None = None, **options: str) -> ModelCard:

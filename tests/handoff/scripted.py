@@ -10,7 +10,7 @@ from meshserve.config import HandoffConfig, MeshConfig
 from meshserve.engines.dummy.engine import DummyEngine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import MeshserveError
-from meshserve.handoff.blocks import BlockMark, BulkHeader, Claim, checksum
+from meshserve.handoff.blocks import checksum
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.requester import PrefillRequester
 from meshserve.handoff.result import HandoffResult
@@ -18,6 +18,8 @@ from meshserve.kv.hashes import prefix_hashes
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.wire.generation import GenerateRequest, Sampling
+from meshserve.wire.handoff import BlockMark, BulkHeader, Claim
+from meshserve.wire.messages import CLAIM, STRIKE
 from tests.engines.dummy_harness import GenerationRecord, PrefillRecord
 from tests.harness import until
 
@@ -84,12 +86,12 @@ class Scripted:
         self.pipeline = Pipeline(mesh)
         self.pipeline.receive(self.tickets.append)
         self.bulk = Bulk(mesh, lambda peer, answer: self.answers.append(answer), lambda peer, reason: None)
-        mesh.serve("prefill.strike", lambda call: call.end())
+        mesh.serve(STRIKE, lambda call: call.end())
 
     async def claim(self, request_id: str = "r1", body: Any = None) -> ClaimSink:
         """Claim, and wait for the answer."""
         claim = ClaimSink()
-        self.mesh.open(self.decode_peer, "prefill.claim", body or request_id, claim, 60.0)
+        self.mesh.open(self.decode_peer, CLAIM, body or Claim(request_id), claim, 60.0)
         await until(lambda: claim.task or claim.error or claim.is_done, DEADLINE_S, "the claim is answered")
         return claim
 

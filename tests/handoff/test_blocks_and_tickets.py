@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.errors import BlockRefused, ProtocolError
-from meshserve.handoff.blocks import BURST_S, BlockMark, BlockWindow, BulkHeader, Claim, RateLimit, checksum
-from meshserve.handoff.tickets import Offer, Ticket, TicketList
+from meshserve.handoff.blocks import BURST_S, BlockWindow, RateLimit, began_s, check_blocks, checksum
+from meshserve.handoff.tickets import TicketList
 from meshserve.wire.frames import pack_body, unpack_body
+from meshserve.wire.handoff import BlockMark, BulkHeader, Claim, Offer, Ticket
 
 
 def header_for(payloads: list[bytes]) -> BulkHeader:
@@ -31,24 +32,24 @@ def test_offers_and_claims_with_blocks_come_out_as_they_went_in() -> None:
 
 def test_what_was_computed_before_its_claim_began_as_long_before_as_it_took_and_its_blocks_were_on_their_way() -> None:
     claim = Claim("r1", BulkHeader("d", "p", "r1", 1, (), 30.0), [], 10.0)
-    assert claim.began_s(100.0, 100.1) == pytest.approx(100.1 - 0.03 - 0.03), "60 ms on the way, half of them back"
-    assert claim.began_s(100.0, 100.01) == pytest.approx(100.0), "never before the ticket left, whatever it says"
-    assert Claim("r1").began_s(100.0, 100.1) is None
+    assert began_s(claim, 100.0, 100.1) == pytest.approx(100.1 - 0.03 - 0.03), "60 ms on the way, half of them back"
+    assert began_s(claim, 100.0, 100.01) == pytest.approx(100.0), "never before the ticket left, whatever it says"
+    assert began_s(Claim("r1"), 100.0, 100.1) is None
 
 
 @given(st.lists(st.binary(min_size=1, max_size=64), min_size=1, max_size=5), st.data())
 def test_any_flipped_bit_or_missing_byte_is_refused(payloads: list[bytes], data: st.DataObject) -> None:
     header = BulkHeader.from_wire(unpack_body(pack_body(header_for(payloads).to_wire())))
-    header.check(payloads)
+    check_blocks(header, payloads)
     which = data.draw(st.integers(0, len(payloads) - 1))
     bit = data.draw(st.integers(0, len(payloads[which]) * 8 - 1))
     flipped = bytearray(payloads[which])
     flipped[bit // 8] ^= 1 << bit % 8
     for bad in (bytes(flipped), payloads[which][:-1]):
         with pytest.raises(BlockRefused):
-            header.check([*payloads[:which], bad, *payloads[which + 1 :]])
+            check_blocks(header, [*payloads[:which], bad, *payloads[which + 1 :]])
     with pytest.raises(BlockRefused):
-        header.check(payloads[:-1])
+        check_blocks(header, payloads[:-1])
 
 
 @given(st.recursive(st.none() | st.integers() | st.text() | st.binary(), lambda inner: st.lists(inner, max_size=5)))

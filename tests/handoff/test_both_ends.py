@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from meshserve.config import HandoffConfig
 from meshserve.handoff.queue import JobState, PrefillQueue
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
-from meshserve.handoff.tickets import Offer, Ticket
+from meshserve.wire.handoff import Offer, Ticket
 
 CONFIG = HandoffConfig()
 LEASE_S = 1.5

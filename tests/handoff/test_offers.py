@@ -10,7 +10,7 @@ from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import Gone, InvalidRequest
 from meshserve.handoff.blocks import checksum
 from meshserve.handoff.task import TaskState
-from meshserve.handoff.tickets import Offer, Ticket
+from meshserve.wire.handoff import Offer, Ticket
 from tests.handoff.scripted import (
     DEADLINE_S,
     PROMPT,
@@ -125,7 +125,7 @@ def test_row_9_the_same_offer_ten_times_is_prefilled_once() -> None:
             await decode.result()
             for _ in range(10):
                 decode.pipeline.push_soon(
-                    mesh.incarnation, Ticket(decode.mesh.incarnation, "r1", 1, len(PROMPT), offer).to_wire(), lambda: None
+                    mesh.incarnation, Ticket(decode.mesh.incarnation, "r1", 1, len(PROMPT), offer), lambda: None
                 )
             await until(lambda: mesh.counters.snapshot().get("tickets_received", 0) == 11, DEADLINE_S, "all tickets came")
             await until(lambda: provider.is_idle and not provider.num_queued, DEADLINE_S, "none is left")

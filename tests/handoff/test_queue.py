@@ -7,7 +7,7 @@ import pytest
 from meshserve.config import HandoffConfig
 from meshserve.handoff.claiming import ClaimPace
 from meshserve.handoff.queue import JobState, PrefillQueue
-from meshserve.handoff.tickets import Ticket
+from meshserve.wire.handoff import Ticket
 
 CONFIG = HandoffConfig(prefill_slots=4, prefill_batch_tokens=2000, claim_ahead_ms=5.0)
 

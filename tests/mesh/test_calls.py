@@ -10,6 +10,7 @@ from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, Meshse
 from meshserve.mesh.calls import CallTable, IncomingCall
 from meshserve.wire import frames
 from meshserve.wire.frames import Message
+from meshserve.wire.messages import Method
 
 
 class Wire:
@@ -44,6 +45,9 @@ class Record:
         self.ends.append(error)
 
 
+WORK = Method("work")
+
+
 class Pair:
     """A caller and a callee."""
 
@@ -51,9 +55,9 @@ class Pair:
         self.caller, self.callee = CallTable(max_streams, str), CallTable(max_streams, str)
         self.there, self.back = Wire("callee"), Wire("caller")
         self.served: list[IncomingCall] = []
-        self.callee.handlers["work"] = self.served.append
+        self.callee.handlers[WORK.name] = WORK, self.served.append
 
-    def open(self, method: str = "work", timeout_s: float = 10.0) -> Record:
+    def open(self, method: Method = WORK, timeout_s: float = 10.0) -> Record:
         record = Record()
         self.caller.open(self.there, method, {"a": 1}, record, 0.0, timeout_s)
         return record
@@ -72,8 +76,9 @@ def test_a_handler_that_breaks_ends_its_own_stream_and_no_other() -> None:
         raise KeyError("no such thing")
 
     pair = Pair()
-    pair.callee.handlers["broken"] = broken
-    failed, record = pair.open("broken"), pair.open()
+    method = Method("broken")
+    pair.callee.handlers[method.name] = method, broken
+    failed, record = pair.open(method), pair.open()
     pair.deliver()
     pair.served[0].end("fine")
     pair.deliver()
@@ -101,7 +106,7 @@ class Broken(Record):
 @pytest.mark.parametrize("what", ["item", "end"])
 def test_a_sink_that_breaks_ends_its_own_stream_and_no_other(what: str) -> None:
     pair, broken = Pair(), Broken(what)
-    pair.caller.open(pair.there, "work", None, broken, 0.0, 10.0)
+    pair.caller.open(pair.there, WORK, None, broken, 0.0, 10.0)
     record = pair.open()
     pair.deliver()
     for call in list(pair.served):
@@ -131,8 +136,8 @@ def test_several_items_between_roles_of_one_peer_are_one_message(record: Record)
     table, wire = CallTable(10, str), Wire("self")
     wire.is_local = True
     served: list[IncomingCall] = []
-    table.handlers["work"] = served.append
-    table.open(wire, "work", None, record, 0.0, 10.0)
+    table.handlers[WORK.name] = WORK, served.append
+    table.open(wire, WORK, None, record, 0.0, 10.0)
     table.received(wire, wire.sent.pop(), 0.0)
     served[0].send_all([1, 2, 3])
     served[0].send_all([4])
@@ -184,7 +189,7 @@ def test_an_error_arrives_as_its_own_class() -> None:
 def test_a_cancel_reaches_the_handler_once_and_silences_the_sink() -> None:
     pair = Pair()
     record = Record()
-    outgoing = pair.caller.open(pair.there, "work", None, record, 0.0, 10.0)
+    outgoing = pair.caller.open(pair.there, WORK, None, record, 0.0, 10.0)
     pair.deliver()
     cancelled: list[str] = []
     pair.served[0].on_cancel = lambda: cancelled.append(pair.served[0].ended_by)
@@ -220,7 +225,7 @@ def test_a_lost_peer_ends_the_streams_of_both_directions() -> None:
 
 def test_an_unknown_method_and_too_many_streams_are_refused() -> None:
     pair = Pair(max_streams=2)
-    unknown = pair.open("fly")
+    unknown = pair.open(Method("fly"))
     records = [pair.open() for _ in range(3)]
     pair.deliver()
     assert isinstance(unknown.ends[0], UnknownMethod)
@@ -252,7 +257,7 @@ STEPS = st.lists(st.sampled_from(["item", "end", "fail", "cancel", "deliver", "l
 def test_every_stream_ends_exactly_once_whatever_happens_in_which_order(steps: list[str]) -> None:
     pair = Pair()
     record = Record()
-    outgoing = pair.caller.open(pair.there, "work", None, record, 0.0, 5.0)
+    outgoing = pair.caller.open(pair.there, WORK, None, record, 0.0, 5.0)
     pair.deliver()
     (call,) = pair.served
     sent = 0

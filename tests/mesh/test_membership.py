@@ -1,11 +1,11 @@
 """Who is alive: the rules as tables, with a made-up clock."""
 
 import random
-from dataclasses import replace
 
 from meshserve.config import MeshConfig
 from meshserve.mesh.membership import Actions, Change, Member, Membership, PeerState
 from meshserve.wire.hello import PeerHint, PeerInfo
+from meshserve.wire.message import replace
 
 CONFIG = MeshConfig(roles=("decode",))
 TICK_S = CONFIG.tick_interval_s

@@ -9,14 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.config import MeshConfig
-from meshserve.errors import InvalidRequest
+from meshserve.errors import ProtocolError
 from meshserve.mesh.membership import Change, Member, PeerState
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.probing import Outcome, knock, security_of
 from meshserve.mesh.sightings import Sightings, describe_stranger
-from meshserve.observe.reach import ECHO_METHOD, ask_reach, ask_view, carries_large_messages
+from meshserve.observe.reach import ask_reach, ask_view, carries_large_messages
 from meshserve.observe.status import serve_status
 from meshserve.wire.hello import PeerHint, PeerInfo
+from meshserve.wire.messages import ECHO
 from tests.harness import run_async, until
 
 HOST = "127.0.0.1"
@@ -113,8 +114,8 @@ def test_a_peer_tells_what_it_sees_and_carries_long_messages_but_no_longer_ones(
             assert view is not None and view.mdns == "off" and view.linked == {one.incarnation}
             assert HOST in view.addresses and "127.0.0.0/8" in view.networks and abs(view.clock_offset_s) < 1.0
             assert await carries_large_messages(one, other.incarnation, 5.0)
-            with pytest.raises(InvalidRequest):
-                await one.call(other.incarnation, ECHO_METHOD, bytes(70_000), 5.0)
+            with pytest.raises(ProtocolError):
+                await one.call(other.incarnation, ECHO, bytes(70_000), 5.0)
             assert await security_of(HOST, other.own.port, 5.0) == "NULL"
             assert (await knock(HOST, other.own.port, 5.0)).outcome is Outcome.OPEN
             port = other.own.port + 3  # in reserve, so nobody listens there

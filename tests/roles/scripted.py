@@ -3,7 +3,6 @@
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from typing import Any
 
 from meshserve.config import MeshConfig, ServeConfig
@@ -17,6 +16,8 @@ from meshserve.roles.processor.processor import ProcessorRole
 from meshserve.wire.account import WorkerAccount
 from meshserve.wire.completion import CompletionRequest, Ending, Item, read_item
 from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.message import replace
+from meshserve.wire.messages import COMPLETE, GENERATE
 from tests.harness import until
 
 DEADLINE_S = 5.0
@@ -107,14 +108,14 @@ class Scene:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh, self.worker = mesh, Worker()
         self.processor = ProcessorRole(mesh, 2)
-        mesh.serve("generate", self.worker.on_generate)
+        mesh.serve(GENERATE, self.worker.on_generate)
 
     def ask(self, **fields: Any) -> Client:
         """Send a completion request."""
         client = Client()
         request = CompletionRequest(**{"request_id": "r", "kind": "completion", "model": "dummy", "prompt": "ab", **fields})
         assert CompletionRequest.from_wire(request.to_wire()) == request
-        client.call = self.mesh.open(self.mesh.incarnation, "complete", request, client, 30.0)
+        client.call = self.mesh.open(self.mesh.incarnation, COMPLETE, request, client, 30.0)
         return client
 
 
@@ -137,7 +138,7 @@ async def scene(
 async def served(**options: Any) -> AsyncIterator[tuple[Scene, str]]:
     """A frontend in front of a scene, and its address."""
     async with scene(**options) as found:
-        frontend = FrontendRole(found.mesh, replace(ServeConfig(), http_port=0))
+        frontend = FrontendRole(found.mesh, ServeConfig(http_port=0))
         try:
             yield found, await frontend.start()
             await until(lambda: frontend.is_idle and found.processor.is_idle, DEADLINE_S, "nothing is under way")

@@ -9,6 +9,7 @@ import pytest
 
 from meshserve.errors import EngineFailed
 from meshserve.roles.frontend.completions import Completions
+from meshserve.wire.messages import COMPLETE
 from tests.harness import run_async, until
 from tests.roles.scripted import DEADLINE_S, Scene, served
 
@@ -95,7 +96,7 @@ def test_a_client_that_leaves_a_stream_cancels_it_at_the_worker(path: str) -> No
 def test_what_a_processor_must_not_say_is_a_bad_gateway_or_a_broken_stream() -> None:
     async def check() -> None:
         async with reached() as (found, client):
-            found.mesh.serve("complete", lambda call: call.end("nonsense"))
+            found.mesh.serve(COMPLETE, lambda call: call.end("nonsense"))
             reply = await client.post("/v1/completions", json={"model": "dummy", "prompt": "hi"})
             assert reply.status_code == 502 and reply.json()["error"]["code"] == "protocol_error"
             reply = await client.post("/v1/completions", json={"model": "dummy", "prompt": "hi", "stream": True})

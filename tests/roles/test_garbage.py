@@ -14,6 +14,7 @@ from meshserve.app import Peer
 from meshserve.config import MeshConfig, ServeConfig
 from meshserve.errors import Draining
 from meshserve.mesh.calls import IncomingCall
+from meshserve.wire.messages import ROUTE
 from tests.harness import run_async, until, until_awaited
 from tests.roles.scripted import scene
 
@@ -126,7 +127,7 @@ def test_nothing_of_a_request_cancelled_while_a_router_thinks_waits_for_the_coll
     async def check() -> None:
         async with scene(roles=("processor", "router", "decode")) as found:
             asked: list[IncomingCall] = []
-            found.mesh.serve("route", asked.append)
+            found.mesh.serve(ROUTE, asked.append)
             with nothing_to_collect():
                 client = found.ask()
                 await until(lambda: bool(asked), DEADLINE_S, "the router is asked")

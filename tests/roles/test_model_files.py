@@ -9,7 +9,6 @@ from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from meshserve.engines.tokenizers.huggingface import HuggingFaceTokenizer
 from meshserve.errors import InvalidRequest, MeshserveError, ProtocolError, TokenizerFailed
 from meshserve.mesh import files as mesh_files
 from meshserve.mesh.calls import IncomingCall
-from meshserve.mesh.files import METHOD, fetch_file, offer_files
+from meshserve.mesh.files import fetch_file, offer_files
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.processor import file_cache
 from meshserve.roles.processor.file_cache import FileCache, cache_directory
@@ -31,6 +30,8 @@ from meshserve.roles.processor.models import Models
 from meshserve.wire.card import MAX_FILE_BYTES, ModelCard, ModelFile
 from meshserve.wire.completion import CompletionRequest
 from meshserve.wire.layout import KVLayout
+from meshserve.wire.message import replace
+from meshserve.wire.messages import FILE_PART
 from tests.engines.trained import files_of, write_directory
 from tests.harness import run_async, until
 
@@ -90,7 +91,7 @@ def answering(answer: Callable[[str, int], Any]) -> Answer:
     def handle(call: IncomingCall) -> None:
         call.end(answer(*call.body))
 
-    return lambda mesh: mesh.serve(METHOD, handle)
+    return lambda mesh: mesh.serve(FILE_PART, handle)
 
 
 def failing_after(num_parts: int) -> Answer:
@@ -150,7 +151,7 @@ def test_a_worker_that_dies_in_the_middle_is_replaced() -> None:
     async def run() -> None:
         async with processor_and(lambda mesh: None, honest) as (processor, workers):
             stuck: list[IncomingCall] = []
-            workers[0].serve(METHOD, stuck.append)
+            workers[0].serve(FILE_PART, stuck.append)
             fetching = asyncio.create_task(fetched(processor))
             await until(lambda: stuck, MEET_S, "the first one was asked")
             await workers[0].close()
@@ -172,8 +173,8 @@ def test_nobody_who_offers_it_is_an_error_at_once() -> None:
 def test_questions_for_what_is_not_there_are_refused(body: Any) -> None:
     async def run() -> None:
         async with processor_and(honest) as (processor, workers):
-            with pytest.raises(InvalidRequest):
-                await processor.call(workers[0].incarnation, METHOD, body, MEET_S)
+            with pytest.raises((InvalidRequest, ProtocolError)):
+                await processor.call(workers[0].incarnation, FILE_PART, body, MEET_S)
 
     run_async(run())
 

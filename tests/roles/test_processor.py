@@ -1,14 +1,15 @@
 """The processor against a worker played by hand: several answers, prompts repeated, calls of tools, and what goes wrong."""
 
 import json
-from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
 from meshserve.errors import EngineFailed, InvalidRequest, MeshserveError
 from meshserve.wire.card import SamplingDefaults
-from meshserve.wire.completion import CallItem, EndItem, StartItem, TextItem
+from meshserve.wire.completion import CallItem, Ending, EndItem, StartItem, TextItem
+from meshserve.wire.message import asdict, replace
+from meshserve.wire.messages import COMPLETE, ROUTE
 from tests.harness import run_async, until
 from tests.roles.scripted import DEADLINE_S, Client, scene, tokens
 
@@ -29,7 +30,7 @@ def test_a_plain_answer_crosses_the_mesh_as_bare_strings() -> None:
             found.worker.say(0, "hé")
             ending = await client.end()
             assert client.raw == ["h", "", "é"]
-            assert ending == ("stop", 2, 3, 2, None, None)
+            assert ending == Ending("stop", 2, 3, 2)
             assert found.processor.is_idle
 
     run_async(check())
@@ -53,7 +54,7 @@ def test_prompts_are_answered_n_times_each_and_counted_once() -> None:
             assert [texts(client, choice) for choice in range(4)] == ["A", "Bb", "C", "Dd"]
             ends = {item.choice: item.reason for item in client.items if isinstance(item, EndItem)}
             assert ends == {0: "stop", 1: "stop", 2: "stop", 3: "length"}
-            assert ending[:4] == ("stop", 5, 6, 4)
+            assert replace(ending, receipt=None) == Ending("stop", 5, 6, 4)
             assert ending.receipt is not None
             assert ending.receipt["request_id"] == "r" and ending.receipt["tokens"] == {"prompt": 5, "cached": 4, "completion": 6}
 
@@ -169,7 +170,7 @@ def test_an_echo_of_nothing_else_asks_no_worker() -> None:
     async def check() -> None:
         async with scene() as found:
             client = found.ask(echo=True, max_tokens=0)
-            assert await client.end() == ("length", 2, 0, 0, None, None)
+            assert await client.end() == Ending("length", 2, 0, 0)
             assert client.raw == ["ab"] and not found.worker.calls
 
     run_async(check())
@@ -341,7 +342,7 @@ def test_a_workers_malformed_account_costs_the_receipt_its_figures_and_nothing_e
 def test_a_router_whose_answer_names_no_worker_is_passed_over(answer: Any) -> None:
     async def check() -> None:
         async with scene(roles=("processor", "decode", "router")) as found:
-            found.mesh.serve("route", lambda call: call.end(answer))
+            found.mesh.serve(ROUTE, lambda call: call.end(answer))
             client = found.ask(wants_receipt=True)
             await found.worker.asked(1)
             found.worker.say(0, "x")
@@ -372,7 +373,7 @@ def test_a_frontend_that_does_not_keep_to_the_protocol_is_refused(body: Any) -> 
     async def check() -> MeshserveError:
         async with scene() as found:
             client = Client()
-            found.mesh.open(found.mesh.incarnation, "complete", body, client, 5.0)
+            found.mesh.open(found.mesh.incarnation, COMPLETE, body, client, 5.0)
             return await client.failure()
 
     assert run_async(check()).code == "protocol_error"

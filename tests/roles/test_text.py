@@ -61,7 +61,7 @@ def test_a_plain_choice_says_one_piece_a_token_in_whatever_steps_they_come(token
         rest = rest[size:]
     assert len(said) == len(tokens) == choice.num_tokens
     assert choice.finish("length") == EndItem(3, "length", None)
-    texts = said if is_bare else [text for index, text in said if index == 3]
+    texts = said if is_bare else [item.text for item in said if item.choice == 3]
     assert "".join(texts) == b"".join(map(Bytes().token_bytes, tokens)).decode("utf-8", "replace")
 
 

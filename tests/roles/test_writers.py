@@ -10,7 +10,8 @@ from meshserve.roles.frontend import anthropic_writers, apis, shapes
 from meshserve.roles.frontend.apis import Api
 from meshserve.roles.frontend.parsing import ResponseOptions
 from meshserve.roles.frontend.writers import Reply, Writer
-from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, StartItem, TextItem, item_to_wire
+from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, StartItem, TextItem
+from meshserve.wire.message import plain, replace
 
 ENDING = Ending("stop", 5, 3, 2)
 ENTRY = [b"\xc3", -0.5, [[b"\xc3", -0.5], [b"a", float("-inf")]]]
@@ -25,7 +26,7 @@ def writer(api: Api, is_stream: bool = True, wants_usage: bool = False, **fields
 
 
 def wire(*items: Any) -> list[Any]:
-    return [item if isinstance(item, str) else item_to_wire(item) for item in items]
+    return [plain(item) for item in items]
 
 
 def events(data: bytes) -> list[Json]:
@@ -81,7 +82,7 @@ def test_usage_is_null_until_the_last_chunk_which_has_no_choices(api: Api) -> No
 @pytest.mark.parametrize(("wants_usage", "fields"), [(True, {}), (False, {}), (False, {"n": 2})])
 def test_a_receipt_rides_on_the_last_chunk(wants_usage: bool, fields: Json) -> None:
     items = [TextItem(0, "a"), EndItem(0, "stop", None), EndItem(1, "stop", None)] if fields else ["a"]
-    *chunks, last, _ = streamed(writer(apis.CHATS, wants_usage=wants_usage, **fields), *items, ending=ENDING._replace(receipt={"r": 1}))
+    *chunks, last, _ = streamed(writer(apis.CHATS, wants_usage=wants_usage, **fields), *items, ending=replace(ENDING, receipt={"r": 1}))
     assert last["meshserve"] == {"r": 1} and all("meshserve" not in chunk for chunk in chunks)
 
 
@@ -159,7 +160,7 @@ def test_a_response_has_its_events_in_the_official_order() -> None:
 
 
 def test_a_response_that_max_tokens_cut_is_incomplete() -> None:
-    cut = ENDING._replace(reason="length")
+    cut = replace(ENDING, reason="length")
     assert whole(writer(apis.RESPONSES, is_stream=False), "a", ending=cut)["incomplete_details"] == {"reason": "max_output_tokens"}
     last = streamed(writer(apis.RESPONSES), "a", ending=cut)[-1]
     assert last["type"] == "response.incomplete" and last["response"]["status"] == "incomplete"
@@ -167,7 +168,7 @@ def test_a_response_that_max_tokens_cut_is_incomplete() -> None:
 
 
 def test_a_message_has_its_events_in_the_official_order() -> None:
-    found = streamed(writer(apis.MESSAGES), StartItem(5), "a", "b", ending=ENDING._replace(stop="x"))
+    found = streamed(writer(apis.MESSAGES), StartItem(5), "a", "b", ending=replace(ENDING, stop="x"))
     assert [event["type"] for event in found] == [
         *("message_start", "ping", "content_block_start", "content_block_delta", "content_block_delta", "content_block_stop"),
         *("message_delta", "message_stop"),
@@ -185,7 +186,7 @@ def test_a_message_has_its_events_in_the_official_order() -> None:
     ("reason", "stop", "expected"), [("stop", None, "end_turn"), ("length", None, "max_tokens"), ("stop", "x", "stop_sequence")]
 )
 def test_a_message_says_why_it_ended(reason: str, stop: str | None, expected: str) -> None:
-    message = whole(writer(apis.MESSAGES, is_stream=False), "a", ending=ENDING._replace(reason=reason, stop=stop))
+    message = whole(writer(apis.MESSAGES, is_stream=False), "a", ending=replace(ENDING, reason=reason, stop=stop))
     assert message["stop_reason"] == expected and message["stop_sequence"] == stop
     assert message["content"] == [{"type": "text", "text": "a"}]
 

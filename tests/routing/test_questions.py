@@ -1,7 +1,6 @@
 """What a router answers to whoever asks it over the mesh, however he asks."""
 
 from array import array
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +12,9 @@ from meshserve.errors import ProtocolError
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.router import RouterRole
 from meshserve.routing.cost import CostSettings
-from meshserve.wire.generation import pack_tokens
+from meshserve.wire.message import pack_tokens, replace
+from meshserve.wire.messages import ROUTE
+from meshserve.wire.routing import RoutingDecision
 from tests.harness import run_async
 from tests.routing.test_watches import DEADLINE_S, followed
 
@@ -37,14 +38,14 @@ def test_a_malformed_question_is_answered_with_what_is_wrong_and_the_next_one_wi
             router = pair.router.incarnation
             for change in MALFORMED:
                 with pytest.raises(ProtocolError):
-                    await pair.worker.call(router, "route", {**QUESTION, **change}, DEADLINE_S)
-            answer = await pair.worker.call(router, "route", QUESTION, DEADLINE_S)
-            assert answer["decode"][0][0] == pair.worker.incarnation
+                    await pair.worker.call(router, ROUTE, {**QUESTION, **change}, DEADLINE_S)
+            answer = await pair.worker.call(router, ROUTE, QUESTION, DEADLINE_S)
+            assert answer.decode[0].incarnation == pair.worker.incarnation
 
     run_async(ask())
 
 
-async def answer_for(prompt: "array[int]", settings: CostSettings | None = None, **layout: Any) -> dict[str, Any]:
+async def answer_for(prompt: "array[int]", settings: CostSettings | None = None, **layout: Any) -> RoutingDecision:
     """Of a router on a peer that decodes and prefills by name only."""
     engine = DummyEngine(EngineOptions(None, {}))
     roles = ("router", "decode", "prefill")
@@ -53,16 +54,15 @@ async def answer_for(prompt: "array[int]", settings: CostSettings | None = None,
     await mesh.start()
     role = RouterRole(mesh, "kv", settings)
     try:
-        found: dict[str, Any] = await mesh.call(mesh.incarnation, "route", {**QUESTION, "tokens": pack_tokens(prompt)}, DEADLINE_S)
+        found: RoutingDecision = await mesh.call(mesh.incarnation, ROUTE, {**QUESTION, "tokens": pack_tokens(prompt)}, DEADLINE_S)
         return found
     finally:
         role.close()
         await mesh.close()
 
 
-def wait_ms(answer: dict[str, Any]) -> float:
-    found: float = answer["decode"][0][4]
-    return found
+def wait_ms(answer: RoutingDecision) -> float:
+    return answer.decode[0].wait_ms
 
 
 def test_a_prompt_that_its_decode_worker_computes_itself_is_not_waited_for_elsewhere() -> None:
@@ -73,6 +73,6 @@ def test_a_prompt_that_its_decode_worker_computes_itself_is_not_waited_for_elsew
 
 def test_an_engine_that_hands_nothing_over_has_no_prefill_workers() -> None:
     prompt = array("I", [1] * 1000)
-    assert run_async(answer_for(prompt))["prefill"]
+    assert run_async(answer_for(prompt)).prefill
     answer = run_async(answer_for(prompt, refusal="this engine does not"))
-    assert not answer["prefill"] and wait_ms(answer) == 0
+    assert not answer.prefill and wait_ms(answer) == 0

@@ -1,6 +1,5 @@
 """Model cards on the wire."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import ProtocolError
 from meshserve.wire.card import MAX_ALIASES, ModelCard, SamplingDefaults
 from meshserve.wire.frames import pack_body, unpack_body
+from meshserve.wire.message import replace
 
 CARD = DummyEngine(EngineOptions()).card
 
@@ -27,7 +27,7 @@ def test_cards_that_differ_in_more_names_alone_are_equal() -> None:
 
 def test_a_card_of_an_older_peer_has_one_name() -> None:
     older = CARD.to_wire()
-    del older["aliases"]
+    older.pop("aliases", None)
     assert ModelCard.from_wire(older).names == ("dummy",)
 
 

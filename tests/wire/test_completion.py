@@ -17,11 +17,11 @@ from meshserve.wire.completion import (
     StartItem,
     TextItem,
     Tokenized,
-    item_to_wire,
     read_item,
 )
 from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.generation import Sampling
+from meshserve.wire.message import plain
 
 FULL: dict[str, Any] = {
     "request_id": "r",
@@ -68,7 +68,7 @@ def over_the_wire(data: Any) -> Any:
 def test_every_field_crosses_the_wire_and_defaults_take_no_room() -> None:
     request = CompletionRequest(**FULL)
     assert CompletionRequest.from_wire(over_the_wire(request.to_wire())) == request
-    assert FULL.keys() | {"messages"} == set(CompletionRequest.__dataclass_fields__)
+    assert FULL.keys() | {"messages"} == set(CompletionRequest.__struct_fields__)
     small = CompletionRequest("r", "chat", "m", messages=[{"role": "user", "content": "hi"}])
     assert small.to_wire().keys() == {"request_id", "kind", "model", "messages"}
     assert CompletionRequest.from_wire(over_the_wire(small.to_wire())) == small
@@ -129,7 +129,7 @@ ITEMS += [EndItem(0, "stop", "x"), StartItem(5)]
 
 @pytest.mark.parametrize("item", ITEMS)
 def test_items_cross_the_wire(item: Any) -> None:
-    assert read_item(over_the_wire(item_to_wire(item))) == item
+    assert read_item(over_the_wire(plain(item))) == item
 
 
 def test_endings_and_tokens_cross_the_wire() -> None:

@@ -7,7 +7,8 @@ import pytest
 from meshserve.errors import ProtocolError
 from meshserve.wire.booking import Booking, Share
 from meshserve.wire.frames import pack_body, unpack_body
-from meshserve.wire.load import MAX_FIGURE, WorkerLoad, WorkerReport
+from meshserve.wire.load import WorkerLoad, WorkerReport
+from meshserve.wire.message import MAX_FIGURE
 
 REPORT = WorkerReport(WorkerLoad(num_running=3, num_blocks=MAX_FIGURE - 1), (1, 2**64 - 1), (7,), ("r",), ("r",))
 BOOKING = Booking("r", (Share("w0", 1, 101), Share("p0", 1600, 101)), "alice")
@@ -24,12 +25,12 @@ def test_a_figure_that_no_worker_could_mean_is_refused(figure: Any) -> None:
     report[0][0] = figure
     with pytest.raises(ProtocolError):
         WorkerReport.from_wire(report)
-    booking[2][1][1] = figure
+    booking[1][1][1] = figure
     with pytest.raises(ProtocolError):
         Booking.from_wire(booking)
 
 
-@pytest.mark.parametrize("data", [None, [], ["r", "", []], ["r", "", [["w", 1]]], ["r", 1, [["w", 1, 1]]], ["r", "", [["w", 1, 1]] * 3]])
+@pytest.mark.parametrize("data", [None, [], ["r", [], ""], ["r", [["w", 1]], ""], ["r", [["w", 1, 1]], 1], ["r", [["w", 1, 1]] * 3, ""]])
 def test_a_malformed_booking_is_refused(data: Any) -> None:
     with pytest.raises(ProtocolError):
         Booking.from_wire(data)

@@ -12,18 +12,11 @@ from meshserve.config import MeshConfig
 from meshserve.errors import MeshserveError, PeerLost, StartupFailed, UsageError
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
+from meshserve.wire import completion
 from meshserve.wire.completion import CompletionRequest
+from meshserve.wire.messages import COMPLETE
 
 _ASK_TIMEOUT_S = 30.0
-
-
-def piece_of(item: Any) -> str:
-    """The text of one item of a processor's stream: the one place that knows its form. What is no text is no content."""
-    if isinstance(item, str):
-        return item
-    if isinstance(item, (list, tuple)) and item and isinstance(item[0], str):
-        return item[0]
-    return ""
 
 
 class MeshTarget:
@@ -61,7 +54,7 @@ class MeshTarget:
         assert self._mesh is not None
         request = self._request(Job((("user", text),), 1), False)
         try:
-            end = await self._mesh.call(self._processor(), "complete", request, _ASK_TIMEOUT_S)
+            end = await self._mesh.call(self._processor(), COMPLETE, request, _ASK_TIMEOUT_S)
         except MeshserveError:
             return None
         return _ending_of(end, "").num_prompt_tokens
@@ -69,7 +62,7 @@ class MeshTarget:
     def encode(self, job: Job, wants_receipt: bool) -> Any:
         return self._request(job, wants_receipt)
 
-    def _request(self, job: Job, wants_receipt: bool) -> dict[str, Any]:
+    def _request(self, job: Job, wants_receipt: bool) -> CompletionRequest:
         assert self._mesh is not None
         return CompletionRequest(
             request_id=f"{self._mesh.incarnation}-{next(self._ids)}",
@@ -81,7 +74,7 @@ class MeshTarget:
             ignore_eos=self._ignore_eos,
             wants_receipt=wants_receipt,
             policy=self._policy,
-        ).to_wire()
+        )
 
     def _processor(self) -> str:
         """Each in turn. Raises PeerLost if there is none."""
@@ -96,7 +89,7 @@ class MeshTarget:
         sink = _Sink(exchange)
         exchange.cancel = sink.cancel
         try:
-            sink.call = self._mesh.open(self._processor(), "complete", encoded, sink, self._timeout_s)
+            sink.call = self._mesh.open(self._processor(), COMPLETE, encoded, sink, self._timeout_s)
         except PeerLost as error:
             asyncio.get_running_loop().call_soon(sink.on_error, error)
             return
@@ -116,13 +109,13 @@ class _Sink:
         self._texts: list[str] = []
         self.call: OutgoingCall | None = None
 
-    def on_item(self, item: Any) -> None:
-        if text := piece_of(item):
+    def on_item(self, item: str) -> None:
+        if item:
             self._exchange.content(time.monotonic(), 1)
             if self._exchange.job.num_turns_left:
-                self._texts.append(text)
+                self._texts.append(item)
 
-    def on_end(self, value: Any) -> None:
+    def on_end(self, value: completion.Ending) -> None:
         self._exchange.finish(time.monotonic(), _ending_of(value, "".join(self._texts)))
 
     def on_error(self, error: MeshserveError) -> None:
@@ -134,11 +127,5 @@ class _Sink:
             self.call.cancel()
 
 
-def _ending_of(end: Any, text: str) -> Ending:
-    """Of [reason, [prompt, completion and cached tokens], receipt]."""
-    try:
-        num_prompt, num_completion, num_cached = (int(count) for count in end[1][:3])
-        receipt = end[2] if isinstance(end[2], dict) else None
-    except (TypeError, ValueError, IndexError, KeyError):
-        return Ending(text=text)
-    return Ending(num_prompt, num_completion, num_cached, receipt, text)
+def _ending_of(end: completion.Ending, text: str) -> Ending:
+    return Ending(end.num_prompt_tokens, end.num_completion_tokens, end.num_cached_tokens, end.receipt, text)

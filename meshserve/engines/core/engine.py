@@ -14,7 +14,7 @@ from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, Gen
 from meshserve.errors import BlockRefused, EngineFailed, InvalidRequest, MeshserveError, PoolFull, Unsupported
 from meshserve.kv.hashes import block_hashes
 from meshserve.wire.card import ModelCard
-from meshserve.wire.generation import BlockHashes, GenerateRequest
+from meshserve.wire.generation import GenerateRequest
 from meshserve.wire.layout import KVLayout
 
 
@@ -157,10 +157,10 @@ class CoreEngine:
         by them."""
         if not self.runner.shares_prefixes:
             return []
-        size, salt, known = self.kv_layout.block_size, self.card.model_hash, request.hashes
-        if known is None or known.block_size != size or known.salt != salt:
-            known = request.hashes = BlockHashes(size, salt, block_hashes(request.tokens, size, salt))
-        return known.hashes
+        size, salt, known = self.kv_layout.block_size, self.card.model_hash, vars(request).get("block_hashes")
+        if known is None or known[:2] != (size, salt):
+            known = vars(request)["block_hashes"] = size, salt, block_hashes(request.tokens, size, salt)
+        return known[2]
 
     def _check_is_up(self) -> None:
         if not self._stepper.is_up:

@@ -1,7 +1,7 @@
 """What the command line and the model's file say about a llama engine, before the model is loaded."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from meshserve.engines.budget import claim_kv_cache
@@ -16,6 +16,7 @@ from meshserve.engines.tokenizers.gguf_vocabulary import tokenizer_files
 from meshserve.engines.tokenizers.settings import TextSettings
 from meshserve.errors import StartupFailed, TokenizerFailed, UsageError
 from meshserve.wire.card import ModelCard
+from meshserve.wire.message import replace
 
 BLOCK_TOKENS = 64
 _USUAL_CONTEXT = 4096

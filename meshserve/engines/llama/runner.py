@@ -4,7 +4,6 @@ import time
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from weakref import WeakKeyDictionary
 
 from meshserve.engines.constraints.constraint import Constraint, ConstraintCompiler
@@ -26,6 +25,7 @@ from meshserve.errors import BlockRefused, InvalidRequest, MeshserveError, PoolF
 from meshserve.kv.pool import BlockPool
 from meshserve.wire.generation import GenerateRequest, Sampling
 from meshserve.wire.layout import KVLayout
+from meshserve.wire.message import replace
 
 _CLOSE_TIMEOUT_S = 5.0
 _MIXED_STEP_S = 0.1

@@ -1,13 +1,15 @@
 """What the small files beside a `tokenizer.json` say: chat templates, special tokens, the end of a sequence. Pure."""
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from meshserve.errors import TokenizerFailed
+from meshserve.errors import ProtocolError, TokenizerFailed
 from meshserve.wire.card import SamplingDefaults
+from meshserve.wire.message import asdict
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Names under which templates know them."""
@@ -99,7 +101,7 @@ def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
         value = generation.get(name)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
             continue
-        values: dict[str, Any] = {name: int(value) if name == "top_k" else float(value)}
-        changed = replace(found, **values)
-        found = changed if changed.is_in_range and changed.temperature <= _MAX_TEMPERATURE else found
+        with contextlib.suppress(ProtocolError):  # no sampler can use it
+            changed = SamplingDefaults.from_wire({**asdict(found), name: int(value) if name == "top_k" else float(value)})
+            found = changed if changed.temperature <= _MAX_TEMPERATURE else found
     return found

@@ -4,14 +4,10 @@ import asyncio
 from typing import Any, Protocol
 
 from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, RequestNotFound
-from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
-
-FIND, CANCEL = "requests.find", "requests.cancel"
-PROCESSOR_CANCEL = "processor.cancel"
+from meshserve.wire.messages import CANCEL, CANCEL_AT_PROCESSOR, FIND, Method
 
 _TIMEOUT_S = 2.0
-_MAX_NAME = 256
 _MAX_FOUND = 16
 
 
@@ -30,8 +26,8 @@ class UnderWay:
         self._answers: dict[str, Stoppable] = {}
         self._labels: dict[str, list[str]] = {}
         mesh.levels.derive("cancellable", lambda: len(self._answers) + len(self._labels))
-        mesh.serve(FIND, lambda call: call.end(self._found(_name_of(call))))
-        mesh.serve(CANCEL, lambda call: call.end(self._stop(_name_of(call))))
+        mesh.serve(FIND, lambda call: call.end(self._found(call.body)))
+        mesh.serve(CANCEL, lambda call: call.end(self._stop(call.body)))
 
     def add(self, request_id: str, label: str, answer: Stoppable) -> None:
         """A request begins."""
@@ -80,7 +76,7 @@ class UnderWay:
         if info is not None and "frontend" in info.roles:
             return owner != self._mesh.incarnation and bool(await self._ask(owner, CANCEL, name))
         processors = [info.incarnation for info in self._mesh.peers_with("processor")]
-        return any(await asyncio.gather(*(self._ask(peer, PROCESSOR_CANCEL, name) for peer in processors)))
+        return any(await asyncio.gather(*(self._ask(peer, CANCEL_AT_PROCESSOR, name) for peer in processors)))
 
     async def _find(self, label: str) -> dict[str, str]:
         """Ids of the requests with this label, and where they are."""
@@ -89,18 +85,11 @@ class UnderWay:
             frontends.append(self._mesh.incarnation)  # one that drains still has requests
         answers = await asyncio.gather(*(self._ask(peer, FIND, label) for peer in frontends))
         pairs = zip(frontends, answers, strict=True)
-        return {item: peer for peer, items in pairs if isinstance(items, list) for item in items[:_MAX_FOUND] if isinstance(item, str)}
+        return {item: peer for peer, items in pairs for item in (items or ())[:_MAX_FOUND]}
 
-    async def _ask(self, peer: str, method: str, name: str) -> Any:
+    async def _ask(self, peer: str, method: Method, name: str) -> Any:
         """None from a peer that is lost or does not answer."""
         try:
             return await self._mesh.call(peer, method, name, _TIMEOUT_S)
         except MeshserveError:
             return None
-
-
-def _name_of(call: IncomingCall) -> str:
-    """Raises InvalidRequest for what is no name."""
-    if not isinstance(call.body, str) or not 0 < len(call.body) <= _MAX_NAME:
-        raise InvalidRequest("a request's name is a string")
-    return call.body

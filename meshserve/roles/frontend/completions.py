@@ -4,7 +4,6 @@ import asyncio
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,8 @@ from meshserve.roles.frontend.parsing import MAX_SESSION_CHARACTERS, ResponseOpt
 from meshserve.roles.frontend.responding import Responder
 from meshserve.roles.frontend.writers import Reply
 from meshserve.wire.completion import CompletionRequest, Ending
+from meshserve.wire.message import replace
+from meshserve.wire.messages import COMPLETE
 from meshserve.wire.trace_context import read_traceparent
 
 if TYPE_CHECKING:
@@ -158,9 +159,8 @@ class Completions:
         request = exchange.request
         assert request is not None
         peer = self.processor()
-        body = request if peer == self._mesh.incarnation else request.to_wire()
         exchange.front.passed_s = now_s = time.monotonic()
-        exchange.call = self._mesh.open(peer, "complete", body, exchange, max(0.001, exchange.deadline_s - now_s))
+        exchange.call = self._mesh.open(peer, COMPLETE, request, exchange, max(0.001, exchange.deadline_s - now_s))
 
     def processor(self) -> str:
         """This peer itself if it can, else each in turn. Raises NoWorker."""
@@ -176,7 +176,7 @@ class Completions:
     def with_receipt(self, ending: Ending, front: Front) -> Ending:
         """With this frontend's part in the receipt that the client asked for."""
         assert ending.receipt is not None
-        return ending._replace(receipt=with_front(ending.receipt, front.to_wire(self._mesh.own.name)))
+        return replace(ending, receipt=with_front(ending.receipt, front.to_wire(self._mesh.own.name)))
 
     def over(self, exchange: Exchange) -> None:
         """No longer under way."""

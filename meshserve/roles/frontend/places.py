@@ -5,16 +5,15 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
 
 from meshserve.config import FrontConfig
-from meshserve.errors import MeshserveError, ProtocolError
+from meshserve.errors import MeshserveError
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watch import Watcher
-from meshserve.observe.worker_report import LOAD_METHOD
 from meshserve.roles.frontend.admission import Admission, Decision, Ticket
 from meshserve.wire.load import WorkerLoad
+from meshserve.wire.messages import WORKER_LOADS
 
 _SWEEP_S = 0.05
 _PEAK_S = 0.25
@@ -156,17 +155,13 @@ class Places:
     def _follow(self, incarnation: str) -> None:
         if incarnation not in self._watchers:
             steps = partial(self._unload, incarnation), partial(self._on_load, incarnation)
-            self._watchers[incarnation] = Watcher(self._mesh, incarnation, LOAD_METHOD, *steps)
+            self._watchers[incarnation] = Watcher(self._mesh, incarnation, WORKER_LOADS, *steps)
 
     def _unload(self, incarnation: str) -> None:
         self._loads.pop(incarnation, None)
 
-    def _on_load(self, incarnation: str, item: Any) -> None:
-        try:
-            self._loads[incarnation] = WorkerLoad.from_wire(item)
-        except ProtocolError:
-            self._mesh.counters.add("reports_malformed")
-            return
+    def _on_load(self, incarnation: str, load: WorkerLoad) -> None:
+        self._loads[incarnation] = load
         info = self._mesh.info_of(incarnation)
         if info is not None and info.card is not None:
             for name in info.card.names:

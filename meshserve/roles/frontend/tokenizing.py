@@ -13,8 +13,9 @@ from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.fields import Fields, boolean, read_object, string
 from meshserve.roles.frontend.parsing import read_prompt_or_messages, read_tokens
 from meshserve.roles.frontend.shapes import dump, error_body
-from meshserve.wire.completion import CompletionRequest, Tokenized
-from meshserve.wire.generation import pack_tokens
+from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
+from meshserve.wire.message import Message
+from meshserve.wire.messages import DETOKENIZE, TOKENIZE, Method
 
 _TIMEOUT_S = 30.0
 """Tokenizing takes a processor milliseconds; one that does not answer is lost."""
@@ -64,15 +65,16 @@ class Tokenizing:
     async def _text_of(self, body: bytes) -> Fields:
         fields = read_object(body)
         model = self._model_of(fields)
-        return {"prompt": str(await self._ask("detokenize", [model, pack_tokens(read_tokens(fields))]))}
+        return {"prompt": await self._ask(DETOKENIZE, DetokenizeRequest(model, read_tokens(fields)))}
 
     def _model_of(self, fields: Fields) -> str:
         return self._completions.first_model() if fields.get("model") is None else string(fields, "model")
 
     async def _tokenize(self, request: CompletionRequest, wants_texts: bool) -> Tokenized:
-        return Tokenized.from_wire(await self._ask("tokenize", [request.to_wire(), wants_texts]))
+        found: Tokenized = await self._ask(TOKENIZE, TokenizeRequest(request, wants_texts))
+        return found
 
-    async def _ask(self, method: str, body: Any) -> Any:
+    async def _ask(self, method: Method, body: Message) -> Any:
         return await self._mesh.call(self._completions.processor(), method, body, _TIMEOUT_S)
 
 

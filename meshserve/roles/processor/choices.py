@@ -11,7 +11,7 @@ from meshserve.roles.processor.calling import CallParser
 from meshserve.roles.processor.detokenizing import Detokenizer
 from meshserve.roles.processor.stopping import StopChecker
 from meshserve.roles.processor.trail import TokenBytes, Trail, of_prompt
-from meshserve.wire.completion import CallItem, EndItem, TextItem, item_to_wire
+from meshserve.wire.completion import CallItem, EndItem, TextItem
 from meshserve.wire.generation import TokenLogprobs
 
 _PROMPT_TOKENS_PER_ITEM = 512
@@ -113,7 +113,7 @@ class Choice:
             if self._parser.name is None:
                 return
             if not is_named_before:
-                self._send(item_to_wire(CallItem(self._index, self._parser.name)))
+                self._send(CallItem(self._index, self._parser.name))
         self._give_text(text, *(self._trail.take(is_cut) if self._trail is not None else ([], [])))
 
     def _close(self) -> bool:
@@ -123,15 +123,15 @@ class Choice:
             return False
         text, is_call = parser.finish()
         if is_call and parser.name is not None:
-            self._send(item_to_wire(CallItem(self._index, parser.name)))
+            self._send(CallItem(self._index, parser.name))
         self._give_text(text, *(self._trail.take(is_cut=True) if self._trail is not None else ([], [])))
         return parser.name is not None
 
     def _give_text(self, text: str, entries: list[Any], starts: list[int]) -> None:
         if entries:
-            self._send(item_to_wire(TextItem(self._index, text, entries, starts)))
+            self._send(TextItem(self._index, text, entries, starts))
         elif text:
-            self._send(text if self._is_bare else [self._index, text])
+            self._send(text if self._is_bare else TextItem(self._index, text))
 
 
 class EchoOnly(Choice):

@@ -6,7 +6,7 @@ from typing import Any
 from meshserve.roles.processor.answers import AnswerParser, Event
 from meshserve.roles.processor.choices import Choice
 from meshserve.roles.processor.trail import TokenBytes
-from meshserve.wire.completion import CallItem, PartItem, item_to_wire
+from meshserve.wire.completion import CallItem, PartItem
 from meshserve.wire.generation import TokenLogprobs
 
 
@@ -46,7 +46,7 @@ class ParsedChoice(Choice):
                 return
             if event.kind == "call":
                 self._num_calls += 1
-                self._send(item_to_wire(CallItem(self._index, event.text)))
+                self._send(CallItem(self._index, event.text))
             elif event.kind == "end":
                 self._is_over = self._is_single
             else:
@@ -55,5 +55,5 @@ class ParsedChoice(Choice):
 
     def _turn_to(self, kind: str) -> None:
         if kind not in (self._kind, "arguments"):
-            self._send(item_to_wire(PartItem(self._index, kind)))
+            self._send(PartItem(self._index, kind))
         self._kind = kind

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 from meshserve.errors import InvalidRequest, MeshserveError, NoWorker, PeerLost, ProtocolError
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
-from meshserve.routing.candidates import Candidate
-from meshserve.routing.placement import Placement, RouteRequest
+from meshserve.wire.messages import ROUTE
+from meshserve.wire.routing import Candidate, RouteRequest, RoutingDecision
 
 _ROUTE_TIMEOUT_S = 0.5
 """A router answers within a millisecond; one that has not answered by now hangs. Higher waits longer for it, lower asks two where the
@@ -20,7 +20,7 @@ _NO_ROUTER = "round-robin (no router)"
 class Placed(Protocol):
     """Who looks for a worker. Exactly one of these is called for each search, unless it is cancelled."""
 
-    def placed(self, placement: Placement) -> None:
+    def placed(self, decision: RoutingDecision) -> None:
         """The candidates are known."""
 
     def not_placed(self, error: MeshserveError) -> None:
@@ -51,9 +51,8 @@ class Placing:
             self._take_turns()
             return
         self._asked.append(router)
-        question = self._question if router == mesh.incarnation else self._question.to_wire()
         try:
-            self._call = mesh.open(router, "route", question, self, _ROUTE_TIMEOUT_S)
+            self._call = mesh.open(router, ROUTE, self._question, self, _ROUTE_TIMEOUT_S)
         except PeerLost:
             self.ask()
 
@@ -63,13 +62,7 @@ class Placing:
     def on_end(self, value: Any) -> None:
         """The router's answer."""
         self._call = None
-        try:
-            placement = value if type(value) is Placement else Placement.from_wire(value)
-        except ProtocolError:
-            self._placer.mesh.counters.add("router_answers_malformed")
-            self.ask()
-            return
-        self._waiting.placed(placement)
+        self._waiting.placed(value)
 
     def on_error(self, error: MeshserveError) -> None:
         """The router is lost, or knows no worker: one that has just started may not have met those that are known here."""
@@ -78,13 +71,13 @@ class Placing:
             self._waiting.not_placed(error)
             return
         if not isinstance(error, NoWorker):
-            self._placer.mesh.counters.add("routers_failed")
+            self._placer.mesh.counters.add("router_answers_malformed" if isinstance(error, ProtocolError) else "routers_failed")
         self.ask()
 
     def _take_turns(self) -> None:
         able = self._placer.take_turns(self._question.model, self._question.excluded)
         if able:
-            self._waiting.placed(Placement(None, _NO_ROUTER, able, []))
+            self._waiting.placed(RoutingDecision(None, _NO_ROUTER, able, []))
         else:
             self._waiting.not_placed(NoWorker(f"no decode worker for the model {self._question.model!r} can take work now"))
 

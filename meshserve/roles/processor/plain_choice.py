@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from meshserve.roles.processor.detokenizing import Detokenizer, Spelling
-from meshserve.wire.completion import EndItem
+from meshserve.wire.completion import EndItem, TextItem
 from meshserve.wire.generation import TokenLogprobs
 
 
@@ -40,7 +40,7 @@ class PlainChoice:
             if detokenizer is None:
                 detokenizer = self._detokenizer = Detokenizer(self._spelling.token_bytes)
             texts = detokenizer.pieces(tokens)
-        self._send_all(texts if self._is_bare else [[self._index, text] for text in texts])
+        self._send_all(texts if self._is_bare else [TextItem(self._index, text) for text in texts])
         return False
 
     def finish(self, reason: str) -> EndItem:
@@ -51,4 +51,4 @@ class PlainChoice:
 
     def _give(self, text: str) -> None:
         if text:
-            self._send(text if self._is_bare else [self._index, text])
+            self._send(text if self._is_bare else TextItem(self._index, text))

@@ -8,9 +8,8 @@ import asyncio
 import random
 from array import array
 from collections.abc import Callable
-from typing import Any
 
-from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, ProtocolError
+from meshserve.errors import Cancelled, InvalidRequest, MeshserveError
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
@@ -27,8 +26,8 @@ from meshserve.roles.processor.sequences import Sequence
 from meshserve.roles.processor.strict_calls import StrictCalls
 from meshserve.telemetry import Phases
 from meshserve.wire.card import ModelCard
-from meshserve.wire.completion import CompletionRequest, Tokenized
-from meshserve.wire.generation import unpack_tokens
+from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
+from meshserve.wire.messages import CANCEL_AT_PROCESSOR, COMPLETE, DETOKENIZE, TOKENIZE
 
 Encoded = tuple[list["array[int]"], Spelling]
 """The prompts' tokens, and what tokens stand for."""
@@ -68,10 +67,10 @@ class ProcessorRole:
         self._strict_calls = StrictCalls()
         self._rng = random.Random()
         mesh.levels.derive("requests", lambda: len(self._running))
-        mesh.serve("complete", self._on_complete)
-        mesh.serve("processor.cancel", self._on_cancel)
-        mesh.serve_async("tokenize", self._tokenize)
-        mesh.serve_async("detokenize", self._detokenize)
+        mesh.serve(COMPLETE, self._on_complete)
+        mesh.serve(CANCEL_AT_PROCESSOR, self._on_cancel)
+        mesh.serve_async(TOKENIZE, self._tokenize)
+        mesh.serve_async(DETOKENIZE, self._detokenize)
         mesh.subscribe(self._on_change)
 
     @property
@@ -88,7 +87,7 @@ class ProcessorRole:
         return self._rng.getrandbits(62)
 
     def _on_complete(self, call: IncomingCall) -> None:
-        asked = call.body if isinstance(call.body, CompletionRequest) else CompletionRequest.from_wire(call.body)
+        asked: CompletionRequest = call.body
         if asked.request_id in self._running:
             raise InvalidRequest("a request of this id is under way")
         phases = Phases()
@@ -154,7 +153,7 @@ class ProcessorRole:
 
     def _on_cancel(self, call: IncomingCall) -> None:
         """For a request that no frontend can be asked about: its name. True if it was here."""
-        request = self._running.get(call.body) if isinstance(call.body, str) else None
+        request = self._running.get(call.body)
         if request is not None:
             request.fail(Cancelled("this request was cancelled"))
         call.end(request is not None)
@@ -173,24 +172,20 @@ class ProcessorRole:
 
     # --- tokens for those who ask for nothing else
 
-    async def _tokenize(self, call: IncomingCall) -> Any:
+    async def _tokenize(self, call: IncomingCall) -> Tokenized:
         """The end is the prompt's tokens and the model's context length."""
-        body: Any = call.body
-        if not isinstance(body, list) or len(body) != 2:
-            raise ProtocolError("what is to be tokenized is a request, and whether the tokens' texts are wanted")
-        asked = CompletionRequest.from_wire(body[0])
+        wanted: TokenizeRequest = call.body
+        asked = wanted.request
         card = self.models.card(asked.model)
         check_features(asked, card)
         (tokens, *_), spelling = self.models.encode_nowait(asked, card) or await self.models.encode(asked, card)
-        pieces = list(map(spelling.token_bytes, tokens)) if body[1] else []
-        return Tokenized(tokens, card.context_length, b"".join(pieces), array("I", map(len, pieces))).to_wire()
+        pieces = list(map(spelling.token_bytes, tokens)) if wanted.wants_texts else []
+        return Tokenized(tokens, card.context_length, b"".join(pieces), array("I", map(len, pieces)))
 
     async def _detokenize(self, call: IncomingCall) -> str:
-        body: Any = call.body
-        if not isinstance(body, list) or len(body) != 2 or not isinstance(body[0], str):
-            raise ProtocolError("what is to be detokenized is a model and tokens")
-        text = self.models.text(self.models.card(body[0]))
-        spelling, tokens = await text.spelling(), unpack_tokens(body[1])
+        wanted: DetokenizeRequest = call.body
+        text, tokens = self.models.text(self.models.card(wanted.model)), wanted.tokens
+        spelling = await text.spelling()
         if tokens and max(tokens) >= spelling.vocab_size:
             raise InvalidRequest(f"this model's last token is {spelling.vocab_size - 1}", param="tokens")
         return await text.decode(tokens)

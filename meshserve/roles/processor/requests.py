@@ -6,7 +6,6 @@ its first token is there: by then the prompt's KV is in a cache, and need not be
 
 import logging
 from array import array
-from dataclasses import replace
 from typing import Any, Protocol
 
 from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MeshserveError
@@ -24,8 +23,9 @@ from meshserve.roles.processor.prompts import sampling_of
 from meshserve.roles.processor.sequences import Dispatcher, Output, Sequence
 from meshserve.telemetry import Phases, log_event
 from meshserve.wire.card import ModelCard
-from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartItem, item_to_wire
+from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartItem
 from meshserve.wire.generation import Sampling
+from meshserve.wire.message import replace
 
 _log = logging.getLogger(__name__)
 _TAIL_TOKENS = 16
@@ -173,7 +173,7 @@ class Request:
     def start(self) -> None:
         """Send the first answer to each prompt to a worker."""
         if self._asked.wants_start:
-            self._call.send(item_to_wire(StartItem(sum(map(len, self._prompts)))))
+            self._call.send(StartItem(sum(map(len, self._prompts))))
         for sequence in self.sequences[:: self._asked.n]:
             self._go(sequence)
 
@@ -224,15 +224,14 @@ class Request:
         if end.choice == 0:
             self._first_end = end
         if not self._is_plain:
-            self._call.send(item_to_wire(end))
+            self._call.send(end)
         if not self._num_open:
             self._over()
             receipt = self._finish(sequence, OK)
             wired = receipt.to_wire() if self._asked.wants_receipt else None
             first, usage = self._first_end, (receipt.num_prompt_tokens, receipt.num_completion_tokens, receipt.num_cached_tokens)
             ending = Ending(first.reason, *usage, wired, first.stop)
-            is_local = self._asked is self._call.body  # from this very peer: nothing is packed, neither the request nor its end
-            self._call.end(ending if is_local else ending.to_wire())
+            self._call.end(ending)
 
     def _finish(self, last: Sequence, outcome: str, error: str = "") -> Receipt:
         """The receipt: the path of the first answer, the times of the one that the end waited for."""

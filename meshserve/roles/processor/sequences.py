@@ -14,11 +14,11 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.accounting import Account
 from meshserve.roles.processor.placing import Placer, Placing
-from meshserve.routing.candidates import Candidate
-from meshserve.routing.placement import Placement, RouteRequest
 from meshserve.telemetry import BUCKETS_S, Histograms, Phases
 from meshserve.wire.completion import EndItem
-from meshserve.wire.generation import GenerateRequest, Sampling
+from meshserve.wire.generation import GenerateRequest, GenerationEnd, Sampling
+from meshserve.wire.messages import GENERATE
+from meshserve.wire.routing import Candidate, RouteRequest, RoutingDecision
 
 _MAX_ATTEMPTS = 4
 _RETRIED_CODES = frozenset(("peer_lost", "peer_silent", "link_overflow", "draining", "no_worker", "unknown_method", "overloaded"))
@@ -162,16 +162,16 @@ class Sequence:
         self._placing = Placing(self._dispatcher.placer, question, self)
         self._placing.ask()
 
-    def placed(self, placement: Placement) -> None:
+    def placed(self, decision: RoutingDecision) -> None:
         """The candidates are known."""
         receipt, self._placing = self.receipt, None  # it holds this sequence: only the collector could free both
-        receipt.router, receipt.policy = placement.router, placement.policy
-        receipt.candidates, receipt.prefill_candidates = placement.decode, placement.prefill or ()
-        prefill = placement.prefill
+        receipt.router, receipt.policy = decision.router, decision.policy
+        receipt.candidates, receipt.prefill_candidates = decision.decode, decision.prefill or ()
+        prefill = decision.prefill
         self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in prefill) if prefill else ()
         self._prefill_ms = tuple([found.ready_ms for found in prefill]) if prefill else ()
         self.account.placed()
-        self._dispatch(placement.decode[0])
+        self._dispatch(decision.decode[0])
 
     def not_placed(self, error: MeshserveError) -> None:
         """No worker can take it; one that is full is the better reason."""
@@ -189,9 +189,8 @@ class Sequence:
             self.request_id, self.receipt.model, self.tokens, self.sampling, 0, self._prefill_peers, self._prefill_ms, tuple(self._lost)
         )
         mesh = self._dispatcher.mesh
-        body = request if chosen.incarnation == mesh.incarnation else request.to_wire()
         try:
-            self._opened = mesh.open(chosen.incarnation, "generate", body, self, self._owner.remaining_s())
+            self._opened = mesh.open(chosen.incarnation, GENERATE, request, self, self._owner.remaining_s())
         except PeerLost as error:
             self._retry_or_fail(error)
 
@@ -255,13 +254,12 @@ class Sequence:
         except (TypeError, ValueError) as error:
             self._abort(ProtocolError(f"a prompt's log probabilities cannot be read: {error}"))
 
-    def on_end(self, value: Any) -> None:
+    def on_end(self, value: GenerationEnd) -> None:
         """The worker is done."""
-        said = value if isinstance(value, dict) else {}
-        self.account.call_ended(said.get("account"))
+        self.account.call_ended(value.account)
         if not self.num_tokens:
             self._owner.began(self)
-        self._end("stop" if said.get("reason") == "stop" else "length")
+        self._end(value.reason)
 
     def on_error(self, error: MeshserveError) -> None:
         """The worker failed, or was lost."""

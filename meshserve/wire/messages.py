@@ -1,0 +1,80 @@
+"""Every method of the mesh: its name, what is asked, the items of its stream, and what its end brings.
+
+A peer opens a stream with :meth:`meshserve.mesh.mesh.Mesh.open`, another one answers it with :meth:`meshserve.mesh.mesh.Mesh.serve`. The
+fields of each message, with units and bounds, stand in the modules that are imported here. Between roles of one peer messages go as they
+are; from another peer they are read, and what is malformed ends the stream in a ProtocolError that names the place.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from meshserve.wire.booking import Booking
+from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Ending, Tokenized, TokenizeRequest
+from meshserve.wire.files import FilePartRequest
+from meshserve.wire.generation import GenerateRequest, GenerationEnd
+from meshserve.wire.handoff import Claim, Grant, Renewal
+from meshserve.wire.load import WorkerLoad, WorkerReport
+from meshserve.wire.message import Meta
+from meshserve.wire.network import NetworkView, PortKnocks
+from meshserve.wire.routing import RouteRequest, RoutingDecision
+
+MAX_ECHO_BYTES = 65_536
+RequestName = Annotated[str, Meta(min_length=1, max_length=256)]
+"""The mesh's own name of a request, or the client's label."""
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A kind of request stream. Types are those of :mod:`meshserve.wire.message`, or of plain data; None: nothing is read."""
+
+    name: str
+    body: Any = None
+    item: Any = None
+    """What each item of the stream is, in watches and claims; the streams of tokens and text have their form described beside."""
+    answer: Any = None
+
+
+# --- requests on their way
+
+COMPLETE = Method("complete", CompletionRequest, answer=Ending)
+"""A frontend asks a processor; items are described in :mod:`meshserve.wire.completion`."""
+ROUTE = Method("route", RouteRequest, answer=RoutingDecision)
+GENERATE = Method("generate", GenerateRequest, answer=GenerationEnd)
+"""A processor asks a decode worker; items are described in :mod:`meshserve.wire.generation`."""
+CLAIM = Method("prefill.claim", Claim, item=Grant)
+"""A prefill worker asks the decode worker of a ticket. The stream's end, from the decode worker: all blocks are there."""
+RENEW = Method("prefill.renew", Renewal)
+STRIKE = Method("prefill.strike", RequestName)
+"""The ticket of this request is void."""
+TOKENIZE = Method("tokenize", TokenizeRequest, answer=Tokenized)
+DETOKENIZE = Method("detokenize", DetokenizeRequest, answer=str)
+
+# --- requests by name
+
+FIND = Method("requests.find", RequestName, answer=list[str])
+"""A frontend says the mesh's own names of its requests that are called so."""
+CANCEL = Method("requests.cancel", RequestName, answer=bool)
+"""A frontend ends a request; False: it is not there."""
+CANCEL_AT_PROCESSOR = Method("processor.cancel", RequestName, answer=bool)
+RECEIPT = Method("receipts.find", RequestName, answer=dict[str, Any] | None)
+LATEST_RECEIPT = Method("receipts.latest", answer=dict[str, Any] | None)
+RECENT_RECEIPTS = Method("receipts.recent", answer=list[tuple[str, float]])
+"""Names of requests, the latest first, and how many seconds ago each ended."""
+FRONT_OF_RECEIPT = Method("receipts.front", RequestName, answer=dict[str, Any] | None)
+"""A frontend's part of a receipt: `processor`, `front`, and `receipt`, which is what a frontend alone knows."""
+
+# --- state that others follow
+
+WORKER_REPORTS = Method("worker.watch", item=WorkerReport)
+WORKER_LOADS = Method("worker.load", item=WorkerLoad)
+BOOKINGS = Method("router.bookings", item=Booking)
+FEED = Method("feed.watch")
+"""Batches of events, as :mod:`meshserve.observe.feed_merge` reads them."""
+
+# --- about peers
+
+FILE_PART = Method("model.file", FilePartRequest, answer=bytes)
+STATUS = Method("mesh.status", answer=dict[str, Any])
+REACH = Method("mesh.reach", answer=PortKnocks)
+VIEW = Method("mesh.view", answer=NetworkView)
+ECHO = Method("mesh.echo", Annotated[bytes, Meta(max_length=MAX_ECHO_BYTES)], answer=bytes)
