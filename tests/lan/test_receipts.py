@@ -2,7 +2,10 @@
 
 import itertools
 import json
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -211,12 +214,19 @@ def test_five_hundred_receipts_add_up_and_name_who_served_them(lan: Lan, tmp_pat
     check_idle(scene, run_all(scene, NUM_FULL))
 
 
-@pytest.mark.skipif(FAKETIME is None, reason="there is no faketime")
+def clock(offset: str) -> dict[str, str]:
+    """The environment of a process whose wall clock is off by so much."""
+    return {"LD_PRELOAD": str(FAKETIME), "FAKETIME": offset, "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+
+
+def can_fake_clocks() -> bool:
+    """On some machines, at some times of their life, no process can sleep under libfaketime 0.9.10 (EINVAL), and no peer starts."""
+    sleep = [sys.executable, "-c", "import time; time.sleep(0.01)"]
+    return FAKETIME is not None and subprocess.run(sleep, env=os.environ | clock("+0"), capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_fake_clocks(), reason="there is no faketime under which a process can sleep")
 def test_receipts_add_up_with_the_hosts_clocks_hours_apart(lan: Lan, tmp_path: Path) -> None:
     offsets = ("+0", "+5h", "-7h", "+26h")
-
-    def clocks(number: int) -> dict[str, str]:
-        return {"LD_PRELOAD": str(FAKETIME), "FAKETIME": offsets[number], "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
-
-    scene = start(lan, tmp_path, clocks)
+    scene = start(lan, tmp_path, lambda number: clock(offsets[number]))
     run_all(scene, len(KINDS) * 2 + 6)
