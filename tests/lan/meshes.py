@@ -71,6 +71,9 @@ def text_of(answer: dict[str, Any]) -> str:
     return text
 
 
+SLOW_PREFILL = ("--engine-opt", "prefill_tokens_per_s=5000")
+
+
 def start_aggregated(lan: Lan, *options: str) -> LanMesh:
     """Two hosts: frontend, processor and router in one peer and a decode worker in another on the first, a decode worker on the second."""
     host1, host2 = lan.add_host(), lan.add_host()
@@ -81,8 +84,8 @@ def start_aggregated(lan: Lan, *options: str) -> LanMesh:
 
 
 def start_disaggregated(lan: Lan, *options: str) -> LanMesh:
-    """The same, and a prefill worker on a third host."""
-    mesh = start_aggregated(lan, *options)
+    """The same, and a prefill worker on a third host. Decode workers prefill slowly, so that a handoff pays however busy the machine is."""
+    mesh = start_aggregated(lan, *SLOW_PREFILL, *options)
     mesh.prefill = [lan.add_host().run("--role", "prefill", *options)]
     mesh.wait_until_ready()
     return mesh

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tests.harness import Lan
-from tests.lan.meshes import HTTP, LONG_PROMPT, READY_S, SHORT_PROMPT, start_aggregated, start_disaggregated, text_of
+from tests.lan.meshes import HTTP, LONG_PROMPT, READY_S, SHORT_PROMPT, SLOW_PREFILL, start_aggregated, start_disaggregated, text_of
 
 PROMPTS = [f"{number}: {text}" for number in range(6) for text in (SHORT_PROMPT, LONG_PROMPT)]
 
@@ -26,7 +26,7 @@ def test_disaggregated_on_three_hosts_hands_long_prompts_over_and_answers_the_sa
     mesh.prefill = [lan.add_host().run("--role", "prefill")]
     mesh.wait_until_ready()
     (prefill_name,) = mesh.names(mesh.prefill)
-    newcomer = lan.hosts[1].run("--role", "decode")  # one with an empty cache: what it answers came over the network
+    newcomer = lan.hosts[1].run("--role", "decode", *SLOW_PREFILL)  # one with an empty cache: what it answers came over the network
     mesh.decode.append(newcomer)
     mesh.wait_until_ready()
     for process in mesh.decode[:2]:
