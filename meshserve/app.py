@@ -25,7 +25,7 @@ from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.status import serve_status
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.routing.cost import CostSettings
-from meshserve.telemetry import Journal, log_event
+from meshserve.telemetry import EventLog, log_event
 
 if TYPE_CHECKING:
     from meshserve.observe.otlp import Exporter
@@ -54,8 +54,8 @@ class Peer:
             options = EngineOptions(config.model, dict(config.engine_options), config.kv_cache_tokens, config.kv_type)
             self._engine = load_engine(config.engine, options)
             self._engine.card = self._engine.card.served_as(config.served_model_names)
-        self._journal = _open_journal(config.record)
-        self.mesh = Mesh(mesh_config, self._engine.card if self._engine else None, journal=self._journal)
+        self._event_log = _open_event_log(config.record)
+        self.mesh = Mesh(mesh_config, self._engine.card if self._engine else None, event_log=self._event_log)
         self._closers = contextlib.AsyncExitStack()
         self._is_idle: list[Callable[[], bool]] = []
         self._on_drain: list[Callable[[], None]] = []
@@ -234,13 +234,13 @@ class Peer:
     async def stop(self) -> None:
         """Say goodbye and give everything back. Whatever still runs ends in an error."""
         await self._closers.aclose()
-        self._journal.close()
+        self._event_log.close()
         gc.unfreeze()
 
 
-def _open_journal(path: str | None) -> Journal:
+def _open_event_log(path: str | None) -> EventLog:
     try:
-        return Journal(path)
+        return EventLog(path)
     except OSError as error:
         raise StartupFailed(f"--record {path}: cannot write there: {error.strerror}") from error
 

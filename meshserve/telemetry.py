@@ -1,4 +1,4 @@
-"""What every floor may report to: counts, durations, stopwatches, a journal. It knows nobody, and costs next to nothing."""
+"""What every floor may report to: counts, durations, stopwatches, an event log. It knows nobody, and costs next to nothing."""
 
 import json
 import logging
@@ -43,7 +43,7 @@ class Counters:
         return {**self._values, **{name: count() for name, count in self._derived.items()}}
 
 
-class Levels:
+class Gauges:
     """What is held at this moment, by name: whoever holds it is asked when somebody looks, and pays nothing otherwise."""
 
     def __init__(self) -> None:
@@ -160,7 +160,7 @@ def added_up(snapshots: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class Listener(Protocol):
-    """Who is told of a journal's events as they happen. It must not block."""
+    """Who is told of an event log's events as they happen. It must not block."""
 
     def heard(self, event: str, request_id: str, details: dict[str, Any]) -> None:
         """One event of a request."""
@@ -169,7 +169,7 @@ class Listener(Protocol):
         """Whether every step of this request is wanted, or only its beginning and its end."""
 
 
-class Journal:
+class EventLog:
     """What happened to each request on this peer: for tests, for people who look for a fault, and for those who watch the mesh.
 
     It has two consumers, a file and a listener; with neither it is off and keeps nothing: callers ask `is_on` before they make up an

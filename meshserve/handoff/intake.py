@@ -135,9 +135,9 @@ class BlockIntake:
         running.num_tokens += running.reservation.tokens_in(index)
         self._mesh.counters.add("kv_blocks_received")
         self._mesh.counters.add("kv_bytes_received", size_bytes)
-        if self._mesh.journal.follows(running.task.request_id):
+        if self._mesh.event_log.follows(running.task.request_id):
             details = {"attempt": header.attempt, "peer_sending": header.prefill_peer, "index": index}
-            self._mesh.journal.note("block", running.task.request_id, **details)
+            self._mesh.event_log.note("block", running.task.request_id, **details)
         message.block_taken()
         if message.is_late:  # nobody else asks
             self._attempts.complete_if_all_came(running)

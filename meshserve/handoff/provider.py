@@ -48,8 +48,8 @@ class PrefillProvider:
         """Called when prompts come or go."""
         self.on_queued: Callable[[str], None] = lambda request_id: None
         """Called with each request of which a ticket is counted in `num_queued` from now on."""
-        mesh.levels.derive("tickets", lambda: self._queue.num_waiting)
-        mesh.levels.derive("attempts", lambda: len(self._jobs))
+        mesh.gauges.derive("tickets", lambda: self._queue.num_waiting)
+        mesh.gauges.derive("attempts", lambda: len(self._jobs))
         pipeline.receive(self._on_ticket)
         mesh.serve(STRIKE, self._on_strike)
         mesh.subscribe(self._on_change)
@@ -93,8 +93,8 @@ class PrefillProvider:
         if self._queue.strike(key):
             self.counters.add("tickets_struck")
             self.on_queue_changed()
-            if self._mesh.journal.is_on:
-                self._mesh.journal.note("struck", key[1], decode=key[0])
+            if self._mesh.event_log.is_on:
+                self._mesh.event_log.note("struck", key[1], decode=key[0])
         elif job is not None and job.call is None:
             self.ended(job, "struck")
 
@@ -223,8 +223,8 @@ class PrefillProvider:
         return 0 <= first_block * self._engine.kv_layout.block_size < len(tokens)
 
     def _note(self, job: ClaimedPrompt, event: str, **details: Any) -> None:
-        if self._mesh.journal.is_on and job.attempt:
-            self._mesh.journal.note(event, job.ticket.request_id, decode=job.ticket.decode_peer, attempt=job.attempt, **details)
+        if self._mesh.event_log.is_on and job.attempt:
+            self._mesh.event_log.note(event, job.ticket.request_id, decode=job.ticket.decode_peer, attempt=job.attempt, **details)
 
     def computed(self, job: ClaimedPrompt, index: int, num_tokens: int, payload: bytes) -> None:
         """The engine gives out a block: it leaves while the next one is computed."""

@@ -49,7 +49,7 @@ class PrefillRequester:
         self._ticked_s = 0.0
         self._offers, self._answers = Offers(engine, config), LateAnswers()
         self._intake = BlockIntake(mesh, engine, self)
-        mesh.levels.derive("handoffs", lambda: len(self._running))
+        mesh.gauges.derive("handoffs", lambda: len(self._running))
         mesh.serve(CLAIM, self._on_claim)
         mesh.serve(RENEW, self._on_renew)
         mesh.subscribe(self._on_change)
@@ -158,8 +158,8 @@ class PrefillRequester:
         self._carry_out(running, running.task.push_failed(peer, time.monotonic(), is_offer))
 
     def _note(self, running: RunningTask, event: str, **details: Any) -> None:
-        if self._mesh.journal.follows(running.task.request_id):
-            self._mesh.journal.note(event, running.task.request_id, **details)
+        if self._mesh.event_log.follows(running.task.request_id):
+            self._mesh.event_log.note(event, running.task.request_id, **details)
 
     def _revoke(self, running: RunningTask, revoke: Revoke) -> None:
         self._mesh.counters.add("prefill_attempts_revoked")

@@ -97,13 +97,13 @@ class BlockSender:
         size_bytes = sum(len(payload) for _, payload in taken)
         self._mesh.counters.add("kv_blocks_sent", len(taken))
         self._mesh.counters.add("kv_bytes_sent", size_bytes)
-        if self._mesh.journal.follows(transfer.request_id):
+        if self._mesh.event_log.follows(transfer.request_id):
             self._note(transfer, [mark.index for mark in marks])
         return size_bytes
 
     def _note(self, transfer: Transfer, indexes: list[int]) -> None:
         details: dict[str, Any] = {"decode": transfer.decode_peer, "attempt": transfer.attempt, "indexes": indexes}
-        self._mesh.journal.note("blocks_sent", transfer.request_id, **details)
+        self._mesh.event_log.note("blocks_sent", transfer.request_id, **details)
 
     def stop(self) -> None:
         """Send nothing more."""

@@ -21,7 +21,7 @@ from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.binding import BoundPorts, bind_port_block
 from meshserve.mesh.transport.sockets import SocketFactory
-from meshserve.telemetry import Counters, Histograms, Journal, Levels
+from meshserve.telemetry import Counters, EventLog, Gauges, Histograms
 from meshserve.wire.card import ModelCard
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.layout import KVLayout
@@ -63,15 +63,15 @@ class Mesh:
         card: ModelCard | None = None,
         layout: KVLayout | None = None,
         counters: Counters | None = None,
-        journal: Journal | None = None,
+        event_log: EventLog | None = None,
     ) -> None:
         self.config = config
         self.counters = counters or Counters()
         self.histograms = Histograms()
-        self.levels = Levels()
-        self.journal = journal or Journal()
+        self.gauges = Gauges()
+        self.event_log = event_log or EventLog()
         self.incarnation = secrets.token_hex(8)
-        self.journal.begin(self.incarnation)
+        self.event_log.begin(self.incarnation)
         self.tasks = TaskOwner()
         self._card, self._layout = card, layout
         self.key: MeshKey | None = None

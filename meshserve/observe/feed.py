@@ -73,7 +73,7 @@ class _Followed:
 
 
 class Digest:
-    """The listener of a peer's journal while it is watched. `take` gives what came since the last call.
+    """The listener of a peer's event log while it is watched. `take` gives what came since the last call.
 
     A batch is a map: `events` as [milliseconds before the batch, event, request, details], `counts` by name, and `ttft_ms` and
     `itl_ms` of followed requests that began and ended.
@@ -89,7 +89,7 @@ class Digest:
         self._itl_ms: list[float] = []
 
     def heard(self, event: str, request_id: str, details: dict[str, Any]) -> None:
-        """One event of the journal."""
+        """One event of the event log."""
         followed = self._followed.get(request_id)
         if event == "result":
             self._count_result(details, is_followed=followed is not None)

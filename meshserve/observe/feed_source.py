@@ -1,4 +1,4 @@
-"""A peer's side of the event feed: what it tells those who watch it. With no watcher its journal has no listener, and nothing runs."""
+"""A peer's side of the event feed: what it tells those who watch it. With no watcher its event log has no listener, and nothing runs."""
 
 import asyncio
 from collections.abc import Callable, Iterable
@@ -38,7 +38,7 @@ class FeedSource:
         """There is no past to tell: events begin now."""
         if self._digest is None:
             self._digest = Digest()
-            self._mesh.journal.listen(self._digest)
+            self._mesh.event_log.listen(self._digest)
             self._timer = self._loop.call_later(INTERVAL_S, self._publish)
         if self._load is not None:
             yield {"load": _shown(self._load())}
@@ -70,7 +70,7 @@ class FeedSource:
         """Listen no more."""
         if self._digest is not None:
             self._digest = None
-            self._mesh.journal.listen(None)
+            self._mesh.event_log.listen(None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -39,7 +39,7 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
                 "cannot_join": dict(itertools.islice(mesh.links.refused.items(), _MAX_LISTED)),
                 **mesh.links.sightings.to_wire(mesh.now_s()),
                 "counters": dict(mesh.counters.snapshot()),
-                "held": mesh.levels.snapshot(),
+                "held": mesh.gauges.snapshot(),
                 "calls_made": dict(mesh.calls.num_made()),
                 "calls_served": dict(mesh.calls.num_served()),
                 "histograms": mesh.histograms.snapshot(),

@@ -26,7 +26,7 @@ _WORKERS = {"decode", "prefill"}
 
 
 @dataclass(slots=True)
-class _Crew:
+class _WorkerSet:
     """The workers for one model."""
 
     found_in: list[PeerInfo]
@@ -47,11 +47,11 @@ class RouterRole:
         self.fleet = Fleet(settings)
         self._workers: dict[str, Watcher] = {}
         self._routers: dict[str, Watcher] = {}
-        self._crews: dict[str, _Crew] = {}
+        self._worker_sets: dict[str, _WorkerSet] = {}
         """By model."""
         self._bookings = WatchSource(mesh, BOOKINGS, lambda: ())  # what was booked before fades within two seconds
-        mesh.levels.derive("bookings", lambda: self.fleet.num_bookings(time.monotonic()))
-        mesh.levels.derive("booked_tokens", self.fleet.num_booked_tokens)
+        mesh.gauges.derive("bookings", lambda: self.fleet.num_bookings(time.monotonic()))
+        mesh.gauges.derive("booked_tokens", self.fleet.num_booked_tokens)
         mesh.serve(ROUTE, self._on_route)
         mesh.subscribe(self._on_change)
         if _WORKERS & set(mesh.own.roles):
@@ -90,7 +90,7 @@ class RouterRole:
             watcher = watchers.pop(incarnation, None)
             if watcher is not None:
                 watcher.close()
-        self._crews.clear()
+        self._worker_sets.clear()
         self.fleet.leave(incarnation)
 
     # --- answering
@@ -105,33 +105,33 @@ class RouterRole:
         call.end(self._answer(asked, policy))
 
     def _answer(self, asked: RouteRequest, policy: str) -> RoutingDecision:
-        crew = self._crew_for(asked.model, asked.excluded)
-        if crew is None:
+        workers = self._worker_set_for(asked.model, asked.excluded)
+        if workers is None:
             raise NoWorker(f"no decode worker for the model {asked.model!r} can take work now")
-        block_size = crew.layout.block_size
-        prompt = Prompt(len(asked.tokens), block_size, block_hashes(asked.tokens, block_size, crew.card.model_hash))
-        question = Question(asked.request_id, prompt, crew.decode, crew.prefill, asked.session)
+        block_size = workers.layout.block_size
+        prompt = Prompt(len(asked.tokens), block_size, block_hashes(asked.tokens, block_size, workers.card.model_hash))
+        question = Question(asked.request_id, prompt, workers.decode, workers.prefill, asked.session)
         found = self.fleet.choose(policy, question, time.monotonic())
         if self._bookings.has_watchers and found.booking is not None:
             self._bookings.publish(found.booking)
         return RoutingDecision(self._mesh.own.name, policy, found.decode, found.prefill)
 
-    def _crew_for(self, model: str, excluded: Sequence[str]) -> "_Crew | None":
+    def _worker_set_for(self, model: str, excluded: Sequence[str]) -> "_WorkerSet | None":
         """Who can take work for this model; None if nobody decodes it. Found once, as long as `peers_serving` gives the same list."""
         decode = self._mesh.peers_serving("decode", model)
-        crew = self._crews.get(model)
-        if crew is not None and crew.found_in is decode and not excluded:
-            return crew
+        workers = self._worker_sets.get(model)
+        if workers is not None and workers.found_in is decode and not excluded:
+            return workers
         prefill = self._mesh.peers_with("prefill")  # whatever they call the model: equal layouts are of one model
         if excluded:
             able = ([info for info in infos if info.incarnation not in excluded] for infos in (decode, prefill))
-            return self._made_crew(*able)
-        crew = self._made_crew(decode, prefill)
-        if crew is not None:
-            self._crews[model] = crew
-        return crew
+            return self._make_worker_set(*able)
+        workers = self._make_worker_set(decode, prefill)
+        if workers is not None:
+            self._worker_sets[model] = workers
+        return workers
 
-    def _made_crew(self, decode: list[PeerInfo], prefill: list[PeerInfo]) -> "_Crew | None":
+    def _make_worker_set(self, decode: list[PeerInfo], prefill: list[PeerInfo]) -> "_WorkerSet | None":
         if not decode:
             return None
         card, layout = decode[0].card, decode[0].layout
@@ -139,7 +139,7 @@ class RouterRole:
         able = [info for info in prefill if layout.accepts(info.layout)]
         for info in (*decode, *able):
             self._follow(info.incarnation)
-        return _Crew(decode, card, layout, [info.incarnation for info in decode], [info.incarnation for info in able])
+        return _WorkerSet(decode, card, layout, [info.incarnation for info in decode], [info.incarnation for info in able])
 
     def close(self) -> None:
         """Follow nobody any more."""

@@ -74,10 +74,10 @@ class Rates:
         return self.decode_base_ms + self.decode_ms_per_block * used_blocks
 
 
-Terms = tuple[float, float, float, float, float, float, int, float]
-"""What the formula of :mod:`meshserve.routing.cost` needs of one worker, as :func:`~meshserve.routing.cost.terms_of` lists it. It changes
-with reports and bookings only, so it is worked out once for many requests. A tuple, as each question unpacks every worker's: looking up
-the fields of an object takes three times as long."""
+CostBreakdown = tuple[float, float, float, float, float, float, int, float]
+"""What the formula of :mod:`meshserve.routing.cost` needs of one worker, as :func:`~meshserve.routing.cost.breakdown_of` lists the parts.
+They change with reports and bookings only, so they are worked out once for many requests. A tuple, as each question unpacks every
+worker's: looking up the fields of an object takes three times as long."""
 
 
 _figures_of = attrgetter(*(found.name for found in fields(Rates)))
@@ -105,12 +105,12 @@ class Worker:
     """The router's choice number at which it was last chosen to decode: breaks ties, oldest first."""
     last_prefilled: int = 0
     """The same for prompts that it computed for another: whoever does both takes turns in each."""
-    terms: Terms | None = None
+    breakdown: CostBreakdown | None = None
     """Worked out from all this when first needed; None again after every change."""
 
     def take_load(self, load: WorkerLoad, now_s: float) -> None:
         """What it reports holds from now on; bookings come on top."""
-        self.load, self.reported_at_s, self.terms = load, now_s, None
+        self.load, self.reported_at_s, self.breakdown = load, now_s, None
         self.num_sequences = load.num_running + load.num_waiting + self.num_booked
 
     def measured_prefill_ms(self, num_tokens: int) -> float | None:
@@ -124,7 +124,7 @@ class Worker:
         self.booked_blocks += num_blocks
         self.num_booked += 1
         self.num_sequences += 1
-        self.terms = None
+        self.breakdown = None
 
     def unbook(self, num_tokens: int, num_blocks: int) -> None:
         """It is reported, or was not done."""
@@ -132,4 +132,4 @@ class Worker:
         self.booked_blocks -= num_blocks
         self.num_booked -= 1
         self.num_sequences -= 1
-        self.terms = None
+        self.breakdown = None

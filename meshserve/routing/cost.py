@@ -36,7 +36,7 @@ What was measured and left out stands in bench/README.md.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from meshserve.routing.candidates import Prompt, Rates, Terms, Worker
+from meshserve.routing.candidates import CostBreakdown, Prompt, Rates, Worker
 from meshserve.routing.handoff import decide
 from meshserve.routing.replication import Replication
 
@@ -60,7 +60,7 @@ class CostSettings:
 
 
 @dataclass(slots=True)
-class Outlook:
+class LoadForecast:
     """What holds for all workers, measured by the router as it goes."""
 
     settings: CostSettings = field(default_factory=CostSettings)
@@ -78,20 +78,20 @@ Estimates = tuple[list[float], list[float]]
 """How long each worker keeps one request waiting, and what it costs to send it there: milliseconds, in the workers' order."""
 
 
-def terms_of(worker: Worker, outlook: Outlook) -> Terms:
-    """Work out a worker's terms, and note them there."""
-    load, rates, settings = worker.load, worker.rates or outlook.rates, outlook.settings
+def breakdown_of(worker: Worker, forecast: LoadForecast) -> CostBreakdown:
+    """Work out the parts of a worker's cost, and note them there."""
+    load, rates, settings = worker.load, worker.rates or forecast.rates, forecast.settings
     num_sequences, weight, token_ms = worker.num_sequences, settings.stream_weight, rates.prefill_ms_per_token
     used, queued, booked = load.used_blocks + worker.booked_blocks, load.waiting_prefill_tokens, worker.booked_tokens
     step_ms = rates.decode_base_ms + rates.decode_ms_per_block * used if num_sequences else 0.0
-    slowing_ms = weight * outlook.mean_output_tokens * rates.decode_ms_per_block
+    slowing_ms = weight * forecast.mean_output_tokens * rates.decode_ms_per_block
     turnover = 1.0
-    if outlook.mean_turnover and load.num_blocks:
-        turnover = worker.recent_evictions / load.num_blocks / outlook.mean_turnover
+    if forecast.mean_turnover and load.num_blocks:
+        turnover = worker.recent_evictions / load.num_blocks / forecast.mean_turnover
         turnover = min(settings.max_turnover, max(1 / settings.max_turnover, turnover))
     burden, fixed_ms = 1 + weight * num_sequences, step_ms + slowing_ms * used
     booked_ms = rates.prefill_base_ms + token_ms * booked if booked else 0.0
-    worker.terms = terms = (
+    worker.breakdown = breakdown = (
         worker.reported_at_s * 1000 + rates.prefill_ms(queued) + booked_ms,  # when all its prompts should be computed, queued and booked
         step_ms / 2 + booked_ms,  # the least one waits
         rates.prefill_base_ms * burden + fixed_ms,  # base * (1 + w n) + step + w L b used
@@ -99,31 +99,32 @@ def terms_of(worker: Worker, outlook: Outlook) -> Terms:
         rates.handoff_ms_per_token,
         slowing_ms * num_sequences,  # w L b n: per block that the request will hold
         max(0, load.num_blocks - load.used_blocks - load.cached_blocks - worker.booked_blocks),  # free ones
-        settings.regret_weight * outlook.regret * turnover * token_ms,  # regret * turnover * ms per token
+        settings.regret_weight * forecast.regret * turnover * token_ms,  # regret * turnover * ms per token
     )
-    return terms
+    return breakdown
 
 
 def estimate_all(
     prompt: Prompt,
     workers: Sequence[Worker],
     overlaps: Sequence[int],
-    outlook: Outlook,
+    forecast: LoadForecast,
     now_s: float,
     remote_ms: float | None = None,
 ) -> Estimates:
     """The formula, for every worker. `remote_ms` is when the best prefill worker could have computed the prompt, if there is one."""
     num_tokens, size, now_ms = prompt.num_tokens, prompt.block_size, now_s * 1000
-    num_blocks = int(num_tokens + outlook.mean_output_tokens) // size + 1
+    num_blocks = int(num_tokens + forecast.mean_output_tokens) // size + 1
     waits_ms, costs_ms = [], []
     for worker, overlap in zip(workers, overlaps, strict=True):
-        ready_at_ms, wait_ms, fixed_ms, token_ms, handed_ms, held_ms, free_blocks, evicted_ms = worker.terms or terms_of(worker, outlook)
+        parts = worker.breakdown or breakdown_of(worker, forecast)
+        ready_at_ms, wait_ms, fixed_ms, token_ms, handed_ms, held_ms, free_blocks, evicted_ms = parts
         # comparisons instead of `max`: half of this loop's time was those calls
         if wait_ms < ready_at_ms - now_ms:
             wait_ms = ready_at_ms - now_ms
         uncached = num_tokens - overlap * size
         cost_ms = fixed_ms + held_ms * num_blocks
-        if remote_ms is not None and assumes_handoff(worker, uncached, wait_ms, remote_ms, outlook):
+        if remote_ms is not None and assumes_handoff(worker, uncached, wait_ms, remote_ms, forecast):
             wait_ms = remote_ms
             cost_ms += remote_ms + handed_ms * uncached + token_ms
         else:
@@ -136,7 +137,7 @@ def estimate_all(
     return waits_ms, costs_ms
 
 
-def assumes_handoff(worker: Worker, uncached: int, wait_ms: float, remote_ms: float, outlook: Outlook) -> bool:
+def assumes_handoff(worker: Worker, uncached: int, wait_ms: float, remote_ms: float, forecast: LoadForecast) -> bool:
     """Whether this decode worker is going to hand over a prompt of which so many tokens are not there: its own rule, by what routers know.
 
     `wait_ms` is what it waits for there, `remote_ms` when the best prefill worker could have computed the prompt.
@@ -144,17 +145,17 @@ def assumes_handoff(worker: Worker, uncached: int, wait_ms: float, remote_ms: fl
     load, compute_ms = worker.load, worker.measured_prefill_ms(uncached)
     local_ms = None if compute_ms is None else wait_ms + compute_ms
     there_ms = remote_ms + load.handoff_ns_per_token / 1e6 * uncached
-    return decide(uncached - 1, outlook.settings.max_local_prefill_tokens, local_ms, there_ms, load.num_running > 0)[0]
+    return decide(uncached - 1, forecast.settings.max_local_prefill_tokens, local_ms, there_ms, load.num_running > 0)[0]
 
 
-def estimate_prefill(prompt: Prompt, workers: Sequence[Worker], overlaps: Sequence[int], outlook: Outlook, now_s: float) -> Estimates:
+def estimate_prefill(prompt: Prompt, workers: Sequence[Worker], overlaps: Sequence[int], forecast: LoadForecast, now_s: float) -> Estimates:
     """The formula for prefill workers: no streams to slow, but tickets that nobody has claimed yet, each as long as is usual."""
-    waits_ms, costs_ms = estimate_all(prompt, workers, overlaps, outlook, now_s)
-    usual = round(outlook.mean_uncached_tokens)
+    waits_ms, costs_ms = estimate_all(prompt, workers, overlaps, forecast, now_s)
+    usual = round(forecast.mean_uncached_tokens)
     for place, worker in enumerate(workers):
         num_unclaimed = worker.load.num_tickets - worker.load.num_running - worker.load.num_waiting
         if num_unclaimed > 0:
-            tickets_ms = num_unclaimed * (worker.rates or outlook.rates).prefill_ms(usual)
+            tickets_ms = num_unclaimed * (worker.rates or forecast.rates).prefill_ms(usual)
             waits_ms[place] += tickets_ms
             costs_ms[place] += tickets_ms
     return waits_ms, costs_ms

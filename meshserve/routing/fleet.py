@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from meshserve.kv.index import PrefixIndex
 from meshserve.routing.bookings import Bookings
 from meshserve.routing.candidates import Prompt, Rates, Worker
-from meshserve.routing.cost import CostSettings, Outlook
+from meshserve.routing.cost import CostSettings, LoadForecast
 from meshserve.routing.policies import rank, rank_prefill
 from meshserve.routing.regret import Regret
 from meshserve.wire.booking import Booking, Share
@@ -54,7 +54,7 @@ class Fleet:
     """The workers that a router follows, the prefixes they hold, and what is on its way to them."""
 
     def __init__(self, settings: CostSettings | None = None, rng: random.Random | None = None) -> None:
-        self.outlook = Outlook(settings or CostSettings())
+        self.forecast = LoadForecast(settings or CostSettings())
         self._index = PrefixIndex()
         self._workers: dict[str, Worker] = {}
         self._bookings = Bookings()
@@ -104,11 +104,12 @@ class Fleet:
         self._index.stored(incarnation, report.stored)
 
     def _measure(self, worker: Worker) -> None:
-        """Follow how fast workers are and how much they write; tell all terms from time to time, since idle workers do not report."""
-        load, outlook = worker.load, self.outlook
+        """Follow how fast workers are and how much they write. Cost breakdowns are forgotten from time to time, as idle workers report
+        nothing."""
+        load, forecast = worker.load, self.forecast
         if load.mean_output_tokens:
-            outlook.mean_output_tokens += (load.mean_output_tokens - outlook.mean_output_tokens) * _FOLLOW
-        found = Rates.reported(load, outlook.rates)
+            forecast.mean_output_tokens += (load.mean_output_tokens - forecast.mean_output_tokens) * _FOLLOW
+        found = Rates.reported(load, forecast.rates)
         if found is None:
             return
         self._num_measured += 1
@@ -116,16 +117,16 @@ class Fleet:
             for other in self._workers.values():
                 self._compare(other)
         elif self._compare(worker):
-            outlook.rates = outlook.rates.towards(found, _FOLLOW)
+            forecast.rates = forecast.rates.towards(found, _FOLLOW)
         if self._num_measured % _REFRESH_REPORTS == 0:
             for other in self._workers.values():
-                other.terms = None
+                other.breakdown = None
 
     def _ends_a_guess(self, load: WorkerLoad, found: Rates) -> bool:
         """Whether a worker is the first that measured its prefill, or its decode steps: its figures stand for all that have none."""
         is_first_prefill = load.prefill_ns_per_token > 0 and not self._has_prefill_rate
         is_first_decode = load.decode_base_us > 0 and not self._has_decode_rate
-        rates = self.outlook.rates
+        rates = self.forecast.rates
         if is_first_prefill:
             self._has_prefill_rate = True
             rates = replace(rates, prefill_base_ms=found.prefill_base_ms, prefill_ms_per_token=found.prefill_ms_per_token)
@@ -133,23 +134,23 @@ class Fleet:
             self._has_decode_rate = True
             rates = replace(rates, decode_base_ms=found.decode_base_ms, decode_ms_per_block=found.decode_ms_per_block)
         if is_first_prefill or is_first_decode:
-            self.outlook.rates = replace(rates, handoff_ms_per_token=found.handoff_ms_per_token)
+            self.forecast.rates = replace(rates, handoff_ms_per_token=found.handoff_ms_per_token)
         return is_first_prefill or is_first_decode
 
     def _compare(self, worker: Worker) -> bool:
         """Note whether a worker has rates of its own. True if it measured some, and they are like the others'."""
-        found = Rates.reported(worker.load, self.outlook.rates)
-        worker.terms = None
-        worker.rates = None if found is None or found.is_like(self.outlook.rates, worker.load.num_blocks) else found
+        found = Rates.reported(worker.load, self.forecast.rates)
+        worker.breakdown = None
+        worker.rates = None if found is None or found.is_like(self.forecast.rates, worker.load.num_blocks) else found
         return found is not None and worker.rates is None
 
     def _take_evictions(self, worker: Worker, evicted: Sequence[int]) -> None:
         lost = self._index.evicted(worker.incarnation, evicted)
         self._regret.evicted(lost, len(evicted) - len(lost))
-        self.outlook.regret = self._regret.share
+        self.forecast.regret = self._regret.share
         if not self._num_blocks:
             return
-        self.outlook.replication.evicted(len(evicted) / self._num_blocks)
+        self.forecast.replication.evicted(len(evicted) / self._num_blocks)
         # old evictions fade as new ones come, not with time: half of them count when a quarter of all blocks has been replaced
         keep = 0.5 ** (4 * len(evicted) / self._num_blocks)
         total = 0.0
@@ -157,8 +158,8 @@ class Fleet:
             other.recent_evictions *= keep
             total += other.recent_evictions
         worker.recent_evictions += len(evicted)
-        worker.terms = None
-        self.outlook.mean_turnover = (total + len(evicted)) / self._num_blocks
+        worker.breakdown = None
+        self.forecast.mean_turnover = (total + len(evicted)) / self._num_blocks
 
     def num_bookings(self, now_s: float) -> int:
         """Requests that count on a worker which has not reported them yet."""
@@ -178,7 +179,7 @@ class Fleet:
     def choose(self, policy: str, question: Question, now_s: float) -> Answer:
         """Rank the workers and book the request on the best. KeyError for an unknown policy, or a worker that is not followed."""
         self._bookings.expire(now_s)
-        prompt, outlook, followed = question.prompt, self.outlook, self._workers
+        prompt, forecast, followed = question.prompt, self.forecast, self._workers
         prefill = self._rank_prefill(question, now_s) if question.prefill else []
         overlaps = self._index.overlaps(prompt.hashes, question.decode)
         decode = rank(
@@ -187,7 +188,7 @@ class Fleet:
             list(map(followed.__getitem__, question.decode)),
             overlaps,
             self._rng,
-            outlook=outlook,
+            forecast=forecast,
             now_s=now_s,
             remote_ms=prefill[0].cost_ms if prefill else None,
             home=self._sessions.get(question.session) if question.session else None,
@@ -205,12 +206,12 @@ class Fleet:
     def _rank_prefill(self, question: Question, now_s: float) -> list[Candidate]:
         workers = [self._workers[incarnation] for incarnation in question.prefill]
         overlaps = self._index.overlaps(question.prompt.hashes, question.prefill)
-        return rank_prefill(question.prompt, workers, overlaps, outlook=self.outlook, now_s=now_s, limit=MAX_CANDIDATES)
+        return rank_prefill(question.prompt, workers, overlaps, forecast=self.forecast, now_s=now_s, limit=MAX_CANDIDATES)
 
     def _booking_for(self, question: Question, chosen: Candidate, prefill: list[Candidate]) -> Booking:
-        prompt, outlook = question.prompt, self.outlook
+        prompt, forecast = question.prompt, self.forecast
         uncached = max(1, prompt.num_tokens - chosen.overlap_blocks * prompt.block_size)
-        outlook.mean_uncached_tokens += (uncached - outlook.mean_uncached_tokens) * _FOLLOW
+        forecast.mean_uncached_tokens += (uncached - forecast.mean_uncached_tokens) * _FOLLOW
         num_blocks = -(-prompt.num_tokens // prompt.block_size)
         if prefill and chosen.wait_ms == prefill[0].cost_ms:  # it is assumed to hand over: it waits for no queue of its own
             other = next((found for found in prefill if found.incarnation != chosen.incarnation), None)  # nobody hands over to himself

@@ -12,7 +12,7 @@ from itertools import chain, repeat
 from operator import attrgetter
 
 from meshserve.routing.candidates import Prompt, Worker
-from meshserve.routing.cost import Outlook, estimate_all, estimate_prefill
+from meshserve.routing.cost import LoadForecast, estimate_all, estimate_prefill
 from meshserve.wire.routing import Candidate
 
 _WORTH_A_WORD_TOKENS = 256
@@ -21,11 +21,12 @@ _WORTH_A_WORD_TOKENS = 256
 _LOAD = attrgetter("num_sequences", "last_chosen")
 
 Ranking = tuple[Sequence[int], Sequence[str]]
-"""The workers' places in a :class:`Situation`, best first, and the reasons for the first of them; the last one goes for all that follow."""
+"""Indexes of the workers of a :class:`RoutingContext`, best first, and the reasons for the first ones; the last reason goes for all that
+follow."""
 
 
 @dataclass(slots=True)
-class Situation:
+class RoutingContext:
     """What a policy may look at: workers, how many blocks of the prompt each holds, and the cost formula's figures for each."""
 
     prompt: Prompt
@@ -33,7 +34,7 @@ class Situation:
     overlaps: Sequence[int]
     waits_ms: Sequence[float]
     costs_ms: Sequence[float]
-    outlook: Outlook
+    forecast: LoadForecast
     rng: random.Random
     now_s: float
     remote_ms: float | None
@@ -47,13 +48,13 @@ class Situation:
         return load
 
 
-def _by_kv(situation: Situation) -> Ranking:
-    costs_ms, overlaps = situation.costs_ms, situation.overlaps
+def _by_kv(context: RoutingContext) -> Ranking:
+    costs_ms, overlaps = context.costs_ms, context.overlaps
     by_cost = sorted(range(len(costs_ms)), key=costs_ms.__getitem__)
-    num_tied = bisect_right(by_cost, costs_ms[by_cost[0]] + situation.outlook.settings.tie_ms, key=costs_ms.__getitem__)
+    num_tied = bisect_right(by_cost, costs_ms[by_cost[0]] + context.forecast.settings.tie_ms, key=costs_ms.__getitem__)
     deepest = max(overlaps)
     if num_tied > 1:
-        ranked, why = _by_preference(by_cost[:num_tied], deepest, situation)
+        ranked, why = _by_preference(by_cost[:num_tied], deepest, context)
         reasons = [why, *["about as good"] * (num_tied - 1), "would cost more"]
         ranked += by_cost[num_tied:]
     else:
@@ -61,16 +62,16 @@ def _by_kv(situation: Situation) -> Ranking:
     held = overlaps[ranked[0]]
     if held and held > min(overlaps):
         other = next(place for place in by_cost if overlaps[place] < held)
-        if _is_copy_due(ranked[0], other, situation):
+        if _is_copy_due(ranked[0], other, context):
             place = ranked.index(other)
             del ranked[place], reasons[min(place, num_tied)]
             return [other, *ranked], [f"takes a copy of {held} blocks that are in demand", *reasons, "would cost more"]
     return ranked, reasons
 
 
-def _by_preference(tied: list[int], deepest: int, situation: Situation) -> tuple[list[int], str]:
+def _by_preference(tied: list[int], deepest: int, context: RoutingContext) -> tuple[list[int], str]:
     """Among equals: the session's last worker, who holds more of the prompt, as far as that is worth a word, then load and turns."""
-    workers, overlaps, size, home = situation.workers, situation.overlaps, situation.prompt.block_size, situation.home
+    workers, overlaps, size, home = context.workers, context.overlaps, context.prompt.block_size, context.home
     loads = dict(zip(tied, map(_LOAD, map(workers.__getitem__, tied)), strict=True))
     tied.sort(key=loads.__getitem__)
     why = "as good as any, and its turn"
@@ -94,38 +95,38 @@ def _why_alone(held: int, deepest: int) -> str:
     return f"holds {held} of {deepest} blocks, with less to wait for"
 
 
-def _is_copy_due(best: int, other: int, situation: Situation) -> bool:
+def _is_copy_due(best: int, other: int, context: RoutingContext) -> bool:
     """Whether it is time that the cheapest worker that does not hold what the best one holds does so too."""
-    prompt, outlook, costs_ms, held = situation.prompt, situation.outlook, situation.costs_ms, situation.overlaps[best]
-    if_held_ms = estimate_all(prompt, [situation.workers[other]], [held], outlook, situation.now_s, situation.remote_ms)[1][0]
+    prompt, forecast, costs_ms, held = context.prompt, context.forecast, context.costs_ms, context.overlaps[best]
+    if_held_ms = estimate_all(prompt, [context.workers[other]], [held], forecast, context.now_s, context.remote_ms)[1][0]
     prefix = prompt.hashes[held - 1]
-    return outlook.replication.is_due(prefix, costs_ms[best] - if_held_ms, costs_ms[other] - costs_ms[best])
+    return forecast.replication.is_due(prefix, costs_ms[best] - if_held_ms, costs_ms[other] - costs_ms[best])
 
 
-def _by_load(situation: Situation) -> Ranking:
-    return sorted(range(len(situation.workers)), key=situation.load_of), ("fewest sequences", "more sequences, or chosen later")
+def _by_load(context: RoutingContext) -> Ranking:
+    return sorted(range(len(context.workers)), key=context.load_of), ("fewest sequences", "more sequences, or chosen later")
 
 
-def _by_two_choices(situation: Situation) -> Ranking:
-    places = range(len(situation.workers))
-    drawn = situation.rng.sample(places, min(2, len(places)))
+def _by_two_choices(context: RoutingContext) -> Ranking:
+    places = range(len(context.workers))
+    drawn = context.rng.sample(places, min(2, len(places)))
     rest = [place for place in places if place not in drawn]
-    ranked = sorted(drawn, key=situation.load_of) + sorted(rest, key=situation.load_of)
+    ranked = sorted(drawn, key=context.load_of) + sorted(rest, key=context.load_of)
     return ranked, ("fewer sequences of two drawn", "the other of two", "not drawn")
 
 
-def _by_turn(situation: Situation) -> Ranking:
-    workers = situation.workers
+def _by_turn(context: RoutingContext) -> Ranking:
+    workers = context.workers
     ranked = sorted(range(len(workers)), key=lambda place: (workers[place].last_chosen, workers[place].incarnation))
     return ranked, ("its turn", "later turn")
 
 
-def _by_chance(situation: Situation) -> Ranking:
-    places = range(len(situation.workers))
-    return situation.rng.sample(places, len(places)), ("by chance",)
+def _by_chance(context: RoutingContext) -> Ranking:
+    places = range(len(context.workers))
+    return context.rng.sample(places, len(places)), ("by chance",)
 
 
-POLICIES: dict[str, Callable[[Situation], Ranking]] = {
+POLICIES: dict[str, Callable[[RoutingContext], Ranking]] = {
     "kv": _by_kv,
     "round-robin": _by_turn,
     "random": _by_chance,
@@ -141,7 +142,7 @@ def rank(
     overlaps: Sequence[int],
     rng: random.Random,
     *,
-    outlook: Outlook | None = None,
+    forecast: LoadForecast | None = None,
     now_s: float = 0.0,
     remote_ms: float | None = None,
     home: str | None = None,
@@ -149,14 +150,14 @@ def rank(
 ) -> list[Candidate]:
     """The best `limit` of the workers, or all, each with its figures and the reason for its place. KeyError for an unknown policy.
 
-    `home` and `remote_ms` are those of :class:`Situation`.
+    `home` and `remote_ms` are those of :class:`RoutingContext`.
     """
     order = POLICIES[policy]
     if not workers:
         return []
-    outlook = outlook or Outlook()
-    waits_ms, costs_ms = estimate_all(prompt, workers, overlaps, outlook, now_s, remote_ms)
-    ranked, reasons = order(Situation(prompt, workers, overlaps, waits_ms, costs_ms, outlook, rng, now_s, remote_ms, home))
+    forecast = forecast or LoadForecast()
+    waits_ms, costs_ms = estimate_all(prompt, workers, overlaps, forecast, now_s, remote_ms)
+    ranked, reasons = order(RoutingContext(prompt, workers, overlaps, waits_ms, costs_ms, forecast, rng, now_s, remote_ms, home))
     found = []
     for place, why in zip(ranked[:limit], chain(reasons, repeat(reasons[-1])), strict=False):
         worker = workers[place]
@@ -170,12 +171,12 @@ def rank_prefill(
     workers: Sequence[Worker],
     overlaps: Sequence[int],
     *,
-    outlook: Outlook | None = None,
+    forecast: LoadForecast | None = None,
     now_s: float = 0.0,
     limit: int | None = None,
 ) -> list[Candidate]:
     """Prefill workers, best first: when each could be done with this prompt, and what that would push out of its cache."""
-    waits_ms, costs_ms = estimate_prefill(prompt, workers, overlaps, outlook or Outlook(), now_s)
+    waits_ms, costs_ms = estimate_prefill(prompt, workers, overlaps, forecast or LoadForecast(), now_s)
     ranked = sorted(zip(costs_ms, workers, overlaps, waits_ms, strict=True), key=_prefill_order)
     reasons = chain(("could be done first",), repeat("could be done later"))
     found = []

@@ -277,15 +277,15 @@ def test_peers_listen_to_their_journals_only_while_somebody_reads() -> None:
         feed = MeshFeed(front)
         await front.join()
         await until(lambda: front.peers_with("decode"), 5.0, "the frontend reaches the worker")
-        assert not worker.journal.is_on and not front.journal.is_on
+        assert not worker.event_log.is_on and not front.event_log.is_on
 
         reader = feed.join()
         first = state_of(await reader.next())
         assert {peer["state"] for peer in first["peers"]} == {"alive"} and len(first["peers"]) == 2
-        await until(lambda: worker.journal.is_on and front.journal.is_on, 5.0, "both listen")
+        await until(lambda: worker.event_log.is_on and front.event_log.is_on, 5.0, "both listen")
         front.histograms.part(worker.incarnation).observe("ttft", 0.004)
-        front.journal.note("submit", "f-1", num_tokens=4)
-        worker.journal.note("accepted", "f-1")
+        front.event_log.note("submit", "f-1", num_tokens=4)
+        worker.event_log.note("accepted", "f-1")
         seen: list[str] = []
         loads: dict[str, Any] = {}
         latencies: dict[str, Any] = {}
@@ -303,7 +303,7 @@ def test_peers_listen_to_their_journals_only_while_somebody_reads() -> None:
             feed.join()
         for one in [reader, *others]:
             feed.leave(one)
-        await until(lambda: not worker.journal.is_on and not front.journal.is_on, 5.0, "nobody listens")
+        await until(lambda: not worker.event_log.is_on and not front.event_log.is_on, 5.0, "nobody listens")
         feed.close()
         for part in (source, own_source):
             part.close()

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from meshserve.config import FrontConfig
 from meshserve.errors import DeadlineExceeded, MeshserveError, Overloaded, RateLimited
-from meshserve.roles.frontend.admission import Admission, Decision, Ticket
-from meshserve.roles.frontend.places import places_of, share_of
+from meshserve.roles.frontend.admission import Admission, Decision, QueueEntry
+from meshserve.roles.frontend.admission_slots import share_of, slots_of
 from meshserve.wire.load import WorkerLoad
 
 LIMITS = FrontConfig()
@@ -43,7 +43,7 @@ class Load:
         self.admission.mean_duration_s = self.duration_s if self.is_known else 0.0
         self.order = itertools.count()
         self.events = [(at_s, next(self.order), client) for at_s, client in arrivals]
-        self.ends: list[tuple[float, int, Ticket]] = []
+        self.ends: list[tuple[float, int, QueueEntry]] = []
         heapq.heapify(self.events)
         sweep_s = SWEEP_S
         while self.events or self.ends or self.admission.num_waiting:
@@ -60,25 +60,25 @@ class Load:
         return self
 
     def _arrive(self, client: str, now_s: float) -> None:
-        ticket = Ticket(client, 1, now_s)
+        entry = QueueEntry(client, 1, now_s)
         try:
-            decisions = self.admission.arrive(ticket, now_s)
+            decisions = self.admission.arrive(entry, now_s)
         except MeshserveError as error:
             self.refused.append(error)
             self.refused_after_s.append(0.0)
             return
-        self._take(decisions if ticket.is_waiting else [(ticket, None)], now_s)
+        self._take(decisions if entry.is_waiting else [(entry, None)], now_s)
 
     def _take(self, decisions: list[Decision], now_s: float) -> None:
-        for ticket, error in decisions:
+        for entry, error in decisions:
             if error is None:
-                self.waits_s.append(now_s - ticket.arrived_s)
-                self.served[ticket.client] += 1
+                self.waits_s.append(now_s - entry.arrived_s)
+                self.served[entry.client] += 1
                 duration_s = self.duration_s * self.rng.uniform(1 - self.spread, 1 + self.spread)
-                heapq.heappush(self.ends, (now_s + duration_s, next(self.order), ticket))
+                heapq.heappush(self.ends, (now_s + duration_s, next(self.order), entry))
             else:
                 self.refused.append(error)
-                self.refused_after_s.append(now_s - ticket.arrived_s)
+                self.refused_after_s.append(now_s - entry.arrived_s)
 
 
 def at_rate(per_s: float, until_s: float, client: str = "one", since_s: float = 0.0) -> list[tuple[float, str]]:
@@ -143,31 +143,31 @@ def test_more_than_a_share_is_429_only_while_others_wait() -> None:
     admission = Admission(replace(LIMITS, max_queued=4))
     admission.capacity = 2
     for _ in range(6):
-        admission.arrive(Ticket("greedy", 1, 0.0), 0.0)
+        admission.arrive(QueueEntry("greedy", 1, 0.0), 0.0)
     with pytest.raises(Overloaded):
-        admission.arrive(Ticket("greedy", 1, 0.0), 0.0)
-    modest = Ticket("modest", 1, 0.0)
+        admission.arrive(QueueEntry("greedy", 1, 0.0), 0.0)
+    modest = QueueEntry("modest", 1, 0.0)
     ((_, made_room),) = admission.arrive(modest, 0.0)
     assert modest.is_waiting and isinstance(made_room, Overloaded), "nobody waited when it was refused for the other"
     with pytest.raises(RateLimited):
-        admission.arrive(Ticket("greedy", 1, 0.0), 0.0)
+        admission.arrive(QueueEntry("greedy", 1, 0.0), 0.0)
 
 
 def test_the_next_place_goes_to_whoever_has_least() -> None:
     admission = Admission(LIMITS)
     admission.capacity = 2
-    running = [Ticket("greedy", 1, 0.0) for _ in range(2)]
-    for ticket in [*running, Ticket("greedy", 1, 0.0), Ticket("modest", 1, 0.1)]:
-        admission.arrive(ticket, 0.1)
-    ((ticket, error),) = admission.leave(running[0], 0.2, is_done=True)
-    assert (ticket.client, error) == ("modest", None)
+    running = [QueueEntry("greedy", 1, 0.0) for _ in range(2)]
+    for entry in [*running, QueueEntry("greedy", 1, 0.0), QueueEntry("modest", 1, 0.1)]:
+        admission.arrive(entry, 0.1)
+    ((entry, error),) = admission.leave(running[0], 0.2, is_done=True)
+    assert (entry.client, error) == ("modest", None)
 
 
 def test_a_ticket_past_its_requests_deadline_is_refused_for_that() -> None:
     admission = Admission(LIMITS)
     admission.capacity = 1
-    admission.arrive(Ticket("one", 1, 0.0), 0.0)
-    admission.arrive(Ticket("one", 1, 0.0, deadline_s=0.3), 0.0)
+    admission.arrive(QueueEntry("one", 1, 0.0), 0.0)
+    admission.arrive(QueueEntry("one", 1, 0.0, deadline_s=0.3), 0.0)
     assert admission.sweep(0.29) == []
     ((_, error),) = admission.sweep(0.3)
     assert isinstance(error, DeadlineExceeded)
@@ -176,7 +176,7 @@ def test_a_ticket_past_its_requests_deadline_is_refused_for_that() -> None:
 def test_what_wants_more_places_than_there_are_runs_alone() -> None:
     admission = Admission(LIMITS)
     admission.capacity = 4
-    heavy, light = Ticket("one", 9, 0.0), Ticket("two", 1, 0.0)
+    heavy, light = QueueEntry("one", 9, 0.0), QueueEntry("two", 1, 0.0)
     admission.arrive(heavy, 0.0)
     admission.arrive(light, 0.0)
     assert not heavy.is_waiting and light.is_waiting
@@ -198,41 +198,41 @@ STEPS = st.lists(
 def test_whatever_happens_the_books_are_right_and_end_at_zero(steps: list[tuple[str, object, object]]) -> None:
     admission = Admission(replace(LIMITS, max_queued=5, max_wait_s=3.0))
     admission.capacity = 3
-    running: list[Ticket] = []
-    waiting: list[Ticket] = []
+    running: list[QueueEntry] = []
+    waiting: list[QueueEntry] = []
     now_s = 0.0
 
     def take(decisions: list[Decision]) -> None:
-        for ticket, error in decisions:
-            waiting.remove(ticket)
+        for entry, error in decisions:
+            waiting.remove(entry)
             if error is None:
-                running.append(ticket)
+                running.append(entry)
 
     for kind, one, other in steps:
         now_s += 0.1
         if kind == "arrive":
-            ticket = Ticket(str(one), int(str(other)), now_s)
+            entry = QueueEntry(str(one), int(str(other)), now_s)
             try:
-                decisions = admission.arrive(ticket, now_s)
+                decisions = admission.arrive(entry, now_s)
             except (Overloaded, RateLimited):
                 continue
-            (waiting if ticket.is_waiting else running).append(ticket)
+            (waiting if entry.is_waiting else running).append(entry)
             take(decisions)
         elif kind == "leave" and running + waiting:
-            ticket = (running + waiting)[int(str(one)) % len(running + waiting)]
-            (running if ticket in running else waiting).remove(ticket)
-            take(admission.leave(ticket, now_s, bool(other)))
+            entry = (running + waiting)[int(str(one)) % len(running + waiting)]
+            (running if entry in running else waiting).remove(entry)
+            take(admission.leave(entry, now_s, bool(other)))
         elif kind == "capacity":
             take(admission.set_capacity(float(str(one)), now_s))
         elif kind == "sweep":
             now_s += float(str(one))
             take(admission.sweep(now_s))
-        assert admission.num_running == sum(ticket.weight for ticket in running)
+        assert admission.num_running == sum(entry.weight for entry in running)
         assert admission.num_waiting == len(waiting) <= 5
-    for ticket in running + waiting[:]:
-        take(admission.leave(ticket, now_s, True))
-    for ticket in running[:]:
-        take(admission.leave(ticket, now_s, True))
+    for entry in running + waiting[:]:
+        take(admission.leave(entry, now_s, True))
+    for entry in running[:]:
+        take(admission.leave(entry, now_s, True))
     assert not admission.num_running and not admission.num_waiting and not admission._clients and not admission._waiting
 
 
@@ -256,4 +256,4 @@ def test_a_frontend_may_give_what_others_do_not_use_and_an_equal_part_at_least(
 
 
 def test_a_worker_that_lets_many_wait_beside_an_empty_batch_has_no_places_for_more() -> None:
-    assert places_of(WorkerLoad(num_running=3, num_waiting=100, max_running=256)) == 3 + 64
+    assert slots_of(WorkerLoad(num_running=3, num_waiting=100, max_running=256)) == 3 + 64

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.errors import InvalidRequest
-from meshserve.roles.processor.detokenizing import Detokenizer, Spelling
+from meshserve.roles.processor.detokenizing import Detokenizer, TokenTexts
 from meshserve.roles.processor.plain_choice import PlainChoice
 from meshserve.roles.processor.stopping import StopChecker
 from meshserve.roles.processor.templating import render_chat
@@ -48,13 +48,13 @@ class Bytes:
         return self.pieces[token] if 0 <= token < self.vocab_size else b""
 
 
-SPELLING = Spelling(Bytes())
+TOKEN_TEXTS = TokenTexts(Bytes())
 
 
 @given(st.lists(st.integers(-1, Bytes.vocab_size), max_size=40), st.booleans(), st.data())
 def test_a_plain_choice_says_one_piece_a_token_in_whatever_steps_they_come(tokens: list[int], is_bare: bool, draw: st.DataObject) -> None:
     said: list[Any] = []
-    choice, rest = PlainChoice(said.append, said.extend, SPELLING, 3, is_bare), tokens
+    choice, rest = PlainChoice(said.append, said.extend, TOKEN_TEXTS, 3, is_bare), tokens
     while rest:
         size = draw.draw(st.integers(1, len(rest)))
         assert not choice.feed(rest[:size])

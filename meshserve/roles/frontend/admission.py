@@ -1,6 +1,6 @@
 """Who is let into the mesh, who waits, who is turned away. Pure: it takes the time, and returns what was decided.
 
-Places are shared among clients by max-min: whoever has least gets the next one, so that a client alone may use all, and of several
+Slots are shared among clients by max-min: whoever has least gets the next one, so that a client alone may use all, and of several
 that wait each gets an equal share. Within a client, first come first served while waiting is short.
 
 A queue has two reasons (Nichols and Jacobson, Controlling Queue Delay, 2012). A burst goes away by itself: all of it is served. While it
@@ -24,8 +24,8 @@ _REFUSED_MEMORY_S = 5.0
 _MAX_RETRY_AFTER_S = 60.0
 
 
-class Ticket:
-    """One request that wants `weight` places (sequences), or has them."""
+class QueueEntry:
+    """One request that wants `weight` slots (sequences), or has them."""
 
     __slots__ = ("admitted_s", "arrived_s", "client", "deadline_s", "is_waiting", "weight")
 
@@ -35,8 +35,8 @@ class Ticket:
         self.is_waiting = False
 
 
-Decision = tuple[Ticket, MeshserveError | None]
-"""A ticket that waited, and why it is refused; None: it is admitted."""
+Decision = tuple[QueueEntry, MeshserveError | None]
+"""An entry that waited, and why it is refused; None: it is admitted."""
 
 
 class _Client:
@@ -45,23 +45,23 @@ class _Client:
     def __init__(self, name: str) -> None:
         self.name = name
         self.num_running = 0
-        self.queue: OrderedDict[Ticket, None] = OrderedDict()
+        self.queue: OrderedDict[QueueEntry, None] = OrderedDict()
 
 
 class Admission:
-    """The places of one model, as far as they are this frontend's to give."""
+    """The slots of one model, as far as they are this frontend's to give."""
 
     def __init__(self, limits: FrontConfig) -> None:
         self._limits = limits
         self.capacity = math.inf
         self.num_running = 0
-        """Places taken."""
+        """Slots taken."""
         self.num_waiting = 0
         self.mean_duration_s = 0.0
         """Of the requests that ended well lately; 0 before the first."""
         self._clients: dict[str, _Client] = {}
         self._waiting: dict[int, OrderedDict[str, _Client]] = {}
-        """Clients with a queue by the places that they have, each in order of its turn."""
+        """Clients with a queue by the slots that they have, each in order of its turn."""
         self._standing_since_s: float | None = None
         self._emptied_s = -math.inf
         self._refused = 0.0
@@ -69,40 +69,40 @@ class Admission:
 
     # --- what happens
 
-    def arrive(self, ticket: Ticket, now_s: float) -> list[Decision]:
+    def arrive(self, entry: QueueEntry, now_s: float) -> list[Decision]:
         """A new request: it is admitted, or it waits (`is_waiting`). Raises Overloaded or RateLimited. Another may have to make room."""
-        if not self.num_waiting and self._has_room(ticket):
-            self._admit(self._client(ticket.client), ticket, now_s)
+        if not self.num_waiting and self._has_room(entry):
+            self._admit(self._client(entry.client), entry, now_s)
             return []
         if not self.num_waiting and now_s - self._emptied_s > max(_CALM_S, self.mean_duration_s):
             self._standing_since_s = None  # what comes from here on is another burst
-        client = self._client(ticket.client)
+        client = self._client(entry.client)
         decisions = []
         if self.is_overloaded(now_s) and self._has_its_share(client) and self._expected_wait_s(client) > self.patience_s:
             raise self._refuse(client, now_s)
         if self.num_waiting >= self._limits.max_queued:
             decisions.append(self._make_room(client, now_s))
-        self._enqueue(client, ticket)
+        self._enqueue(client, entry)
         return decisions
 
-    def leave(self, ticket: Ticket, now_s: float, is_done: bool) -> list[Decision]:
+    def leave(self, entry: QueueEntry, now_s: float, is_done: bool) -> list[Decision]:
         """A request ended, or its client no longer waits. `is_done`: its duration says something."""
-        client = self._clients.get(ticket.client)
+        client = self._clients.get(entry.client)
         if client is None:
             return []
-        if ticket.is_waiting:
-            self._dequeue(client, ticket, now_s)
+        if entry.is_waiting:
+            self._dequeue(client, entry, now_s)
             self._drop_if_idle(client)
-        elif ticket.admitted_s is not None:
+        elif entry.admitted_s is not None:
             if is_done:
-                self._learn(now_s - ticket.admitted_s)
-            self.num_running -= ticket.weight
-            self._change_running(client, -ticket.weight)
-            ticket.admitted_s = None
+                self._learn(now_s - entry.admitted_s)
+            self.num_running -= entry.weight
+            self._change_running(client, -entry.weight)
+            entry.admitted_s = None
         return self._fill(now_s)
 
     def set_capacity(self, capacity: float, now_s: float) -> list[Decision]:
-        """There are so many places now."""
+        """There are so many slots now."""
         self.capacity = capacity
         return self._fill(now_s)
 
@@ -113,18 +113,18 @@ class Admission:
             self._standing_since_s = now_s
         if self.is_overloaded(now_s):
             limit_s = min(limit_s, self.patience_s)
-        waiting = [(client, ticket) for client in self._clients.values() for ticket in client.queue]
+        waiting = [(client, entry) for client in self._clients.values() for entry in client.queue]
         late = [pair for pair in waiting if now_s - pair[1].arrived_s > limit_s or now_s >= pair[1].deadline_s]
-        return [self._turn_away(client, ticket, now_s) for client, ticket in late]
+        return [self._turn_away(client, entry, now_s) for client, entry in late]
 
-    def _turn_away(self, client: _Client, ticket: Ticket, now_s: float) -> Decision:
-        if now_s >= ticket.deadline_s:
-            error: MeshserveError = DeadlineExceeded("the request's deadline came before a place in the mesh")
+    def _turn_away(self, client: _Client, entry: QueueEntry, now_s: float) -> Decision:
+        if now_s >= entry.deadline_s:
+            error: MeshserveError = DeadlineExceeded("the request's deadline came before a slot in the mesh")
         else:
             error = self._refuse(client, now_s)
-        self._dequeue(client, ticket, now_s)
+        self._dequeue(client, entry, now_s)
         self._drop_if_idle(client)
-        return ticket, error
+        return entry, error
 
     # --- what that means
 
@@ -138,7 +138,7 @@ class Admission:
         return self._standing_since_s is not None and now_s - self._standing_since_s >= self._limits.standing_s
 
     def _rate(self) -> float:
-        """Places that come free in a second when all are taken: Little's law."""
+        """Slots that come free in a second when all are taken: Little's law."""
         return self.capacity / self.mean_duration_s if self.mean_duration_s else math.inf
 
     def _expected_wait_s(self, client: _Client) -> float:
@@ -147,7 +147,7 @@ class Admission:
         return min((len(client.queue) + 1) * num_in_turn, self.num_waiting + 1) / max(self._rate(), 1e-9)
 
     def _has_its_share(self, client: _Client) -> bool:
-        """It has, or waits for, as many places as everybody would get. Whoever has less is next anyway."""
+        """It has, or waits for, as many slots as everybody would get. Whoever has less is next anyway."""
         return client.num_running + len(client.queue) >= self.capacity / max(1, len(self._clients))
 
     def _num_waiting_clients(self) -> int:
@@ -158,9 +158,9 @@ class Admission:
             (now_s - next(iter(client.queue)).arrived_s for clients in self._waiting.values() for client in clients.values()), default=0
         )
 
-    def _has_room(self, ticket: Ticket) -> bool:
+    def _has_room(self, entry: QueueEntry) -> bool:
         """What wants more than there is at all runs alone."""
-        return self.num_running + ticket.weight <= self.capacity or (not self.num_running and self.capacity >= 1)
+        return self.num_running + entry.weight <= self.capacity or (not self.num_running and self.capacity >= 1)
 
     def _fill(self, now_s: float) -> list[Decision]:
         decisions: list[Decision] = []
@@ -168,12 +168,12 @@ class Admission:
             client = next(iter(self._waiting[min(self._waiting)].values()))
             oldest = next(iter(client.queue))
             is_long = now_s - oldest.arrived_s > self.patience_s
-            ticket = next(reversed(client.queue)) if is_long else oldest
-            if not self._has_room(ticket):
+            entry = next(reversed(client.queue)) if is_long else oldest
+            if not self._has_room(entry):
                 break
-            self._dequeue(client, ticket, now_s)
-            self._admit(client, ticket, now_s)
-            decisions.append((ticket, None))
+            self._dequeue(client, entry, now_s)
+            self._admit(client, entry, now_s)
+            decisions.append((entry, None))
         return decisions
 
     def _make_room(self, client: _Client, now_s: float) -> Decision:
@@ -183,11 +183,11 @@ class Admission:
         )
         if len(largest.queue) <= len(client.queue) + 1:
             raise self._refuse(client, now_s)
-        ticket = next(reversed(largest.queue))
+        entry = next(reversed(largest.queue))
         error = self._refuse(largest, now_s)
-        self._dequeue(largest, ticket, now_s)
+        self._dequeue(largest, entry, now_s)
         self._drop_if_idle(largest)
-        return ticket, error
+        return entry, error
 
     def _refuse(self, client: _Client, now_s: float) -> MeshserveError:
         """The error for one more of this client's, and when it may come back: all who ask now need so long."""
@@ -213,10 +213,10 @@ class Admission:
         if not client.num_running and not client.queue:
             self._clients.pop(client.name, None)
 
-    def _admit(self, client: _Client, ticket: Ticket, now_s: float) -> None:
-        ticket.admitted_s = now_s
-        self.num_running += ticket.weight
-        self._change_running(client, ticket.weight)
+    def _admit(self, client: _Client, entry: QueueEntry, now_s: float) -> None:
+        entry.admitted_s = now_s
+        self.num_running += entry.weight
+        self._change_running(client, entry.weight)
 
     def _change_running(self, client: _Client, amount: int) -> None:
         if client.queue:
@@ -227,16 +227,16 @@ class Admission:
         else:
             self._drop_if_idle(client)
 
-    def _enqueue(self, client: _Client, ticket: Ticket) -> None:
+    def _enqueue(self, client: _Client, entry: QueueEntry) -> None:
         if not client.queue:
             self._waiting.setdefault(client.num_running, OrderedDict())[client.name] = client
-        client.queue[ticket] = None
-        ticket.is_waiting = True
+        client.queue[entry] = None
+        entry.is_waiting = True
         self.num_waiting += 1
 
-    def _dequeue(self, client: _Client, ticket: Ticket, now_s: float) -> None:
-        del client.queue[ticket]
-        ticket.is_waiting = False
+    def _dequeue(self, client: _Client, entry: QueueEntry, now_s: float) -> None:
+        del client.queue[entry]
+        entry.is_waiting = False
         self.num_waiting -= 1
         if not client.queue:
             self._delist(client)

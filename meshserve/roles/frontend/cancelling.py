@@ -25,7 +25,7 @@ class UnderWay:
         self._mesh = mesh
         self._answers: dict[str, Stoppable] = {}
         self._labels: dict[str, list[str]] = {}
-        mesh.levels.derive("cancellable", lambda: len(self._answers) + len(self._labels))
+        mesh.gauges.derive("cancellable", lambda: len(self._answers) + len(self._labels))
         mesh.serve(FIND, lambda call: call.end(self._found(call.body)))
         mesh.serve(CANCEL, lambda call: call.end(self._stop(call.body)))
 

@@ -13,16 +13,17 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipt_store import Fronts
 from meshserve.observe.receipts import Front, with_front
 from meshserve.roles.frontend import apis
+from meshserve.roles.frontend.admission_slots import AdmissionSlots
 from meshserve.roles.frontend.apis import Api
 from meshserve.roles.frontend.asgi import ClientGone, Receive, Scope, Send
 from meshserve.roles.frontend.bodies import check_small, read_json
 from meshserve.roles.frontend.cancelling import UnderWay
 from meshserve.roles.frontend.connections import CONNECTION, CYCLE, FrontProtocol
-from meshserve.roles.frontend.desk import Desk, request_timeout_s
 from meshserve.roles.frontend.exchange import Exchange
 from meshserve.roles.frontend.guard import CLIENT, EXTRA_HEADERS
 from meshserve.roles.frontend.parsing import MAX_SESSION_CHARACTERS, ResponseOptions, parse_generate
 from meshserve.roles.frontend.responding import Responder
+from meshserve.roles.frontend.timeouts import request_timeout_s
 from meshserve.roles.frontend.writers import Reply
 from meshserve.wire.completion import CompletionRequest, Ending
 from meshserve.wire.message import replace
@@ -44,8 +45,8 @@ class Completions:
         self._loop = asyncio.get_running_loop()
         self._ids = itertools.count(1)
         self._turn = itertools.count()
-        self._desk = Desk(mesh, config)
-        self.leave = self._desk.leave
+        self._slots = AdmissionSlots(mesh, config.front)
+        self.leave = self._slots.leave
         self.after_turn = mesh.after_turn
         self.counters, self.max_unread = mesh.counters, config.front.max_unread_texts
         self.under_way = UnderWay(mesh)
@@ -53,7 +54,7 @@ class Completions:
         self._exporter = exporter
         self.num_open = 0
         """Requests under way."""
-        mesh.levels.derive("http_requests", lambda: self.num_open)
+        mesh.gauges.derive("http_requests", lambda: self.num_open)
         self.apis: dict[str, Api] = {api.path: api for api in (*apis.APIS, apis.lines(self._parse_generate))}
         """By the path of the route, all with POST."""
 
@@ -152,7 +153,7 @@ class Completions:
         if self.num_open > self._config.max_requests:
             raise Overloaded(f"this frontend has {self._config.max_requests} requests under way; try again")
         self.under_way.add(exchange.front.request_id, exchange.front.client_id, exchange)
-        self._desk.ask(exchange)
+        self._slots.ask(exchange)
 
     def pass_on(self, exchange: Exchange) -> None:
         """Its place is there. Raises NoWorker if there is no processor, or PeerLost."""
@@ -190,4 +191,4 @@ class Completions:
 
     def close(self) -> None:
         """No more places for anybody."""
-        self._desk.close()
+        self._slots.close()

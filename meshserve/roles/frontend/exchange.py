@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from meshserve.errors import Cancelled, MeshserveError, RequestTimedOut
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.observe.receipts import Front
-from meshserve.roles.frontend.admission import Ticket
+from meshserve.roles.frontend.admission import QueueEntry
 from meshserve.roles.frontend.apis import Api
 from meshserve.roles.frontend.asgi import error_headers
 from meshserve.roles.frontend.connections import FrontProtocol
@@ -36,7 +36,7 @@ class Owner(Protocol):
     def pass_on(self, exchange: "Exchange") -> None:
         """Its place is there: ask a processor. Raises NoWorker or PeerLost."""
 
-    def leave(self, model: str, ticket: Ticket, is_done: bool) -> None:
+    def leave(self, model: str, entry: QueueEntry, is_done: bool) -> None:
         """Take its place back."""
 
     def after_turn(self, callback: Callable[[], None]) -> None:
@@ -66,12 +66,12 @@ class Exchange:
         "client",
         "deadline_s",
         "end",
+        "entry",
         "error",
         "front",
         "headers",
         "on_done",
         "request",
-        "ticket",
     )
 
     def __init__(
@@ -89,7 +89,7 @@ class Exchange:
         self._label = b"x-request-id: %b\r\n" % (front.client_id or front.request_id).encode("latin-1", "replace")
         self.request: CompletionRequest | None = None
         self.deadline_s = 0.0
-        self.ticket: Ticket | None = None
+        self.entry: QueueEntry | None = None
         """Its place in the mesh, or in the queue for one."""
         self.call: OutgoingCall | None = None
         self.end: Any = None
@@ -115,7 +115,7 @@ class Exchange:
         except MeshserveError as error:
             self.refuse(error)
 
-    def placed(self) -> None:
+    def admitted(self) -> None:
         """There is a place for it: now, or later."""
         try:
             self._owner.pass_on(self)
@@ -171,9 +171,9 @@ class Exchange:
         if self.end is None and self.error is None and not self._is_over:
             return
         self.front.answered_s = self.front.answered_s or time.monotonic()
-        ticket, self.ticket = self.ticket, None
-        if ticket is not None and self.request is not None:
-            self._owner.leave(self.request.model, ticket, self.end is not None)
+        entry, self.entry = self.entry, None
+        if entry is not None and self.request is not None:
+            self._owner.leave(self.request.model, entry, self.end is not None)
 
     # --- what goes to the client
 

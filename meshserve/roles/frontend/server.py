@@ -103,7 +103,7 @@ class FrontendRole:
         num_possible = possible_connections(limits.max_connections)
         self._connections = Connections(limits, num_possible, self._config.max_body_bytes, self._mesh.counters)
         open_now = self._connections.open
-        self._mesh.levels.derive("http_connections", lambda: len(open_now))
+        self._mesh.gauges.derive("http_connections", lambda: len(open_now))
         completions = self._completions
         hot = hot_routes(completions, Tokenizing(self._mesh, self._config, completions))
         guard = Guard(_HotRoutes(self._routes(hot), hot), self._config)

@@ -26,7 +26,7 @@ class Account:
         self.gaps: list[int] | None = None
         """From the first token on: the worker's counts of times between tokens, to which each later one adds itself."""
 
-    def placed(self) -> None:
+    def routed(self) -> None:
         """Its worker is found, and called now."""
         self.receipt.phases_ms.route += self.phases.end()
         self.enter("call")

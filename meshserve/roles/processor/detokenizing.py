@@ -11,7 +11,7 @@ _MAX_TEXTS = 65_536
 """Tokens whose text is remembered, 0.1 kB each. More than most models use of their vocabularies."""
 
 
-class Spelling:
+class TokenTexts:
     """What a model's tokens stand for, as its sequences share it."""
 
     def __init__(self, vocabulary: Vocabulary) -> None:

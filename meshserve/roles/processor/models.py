@@ -9,7 +9,7 @@ from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
 from meshserve.errors import ModelNotFound, NoWorker
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
-from meshserve.roles.processor.detokenizing import Spelling
+from meshserve.roles.processor.detokenizing import TokenTexts
 from meshserve.roles.processor.file_cache import FileCache, cache_directory
 from meshserve.roles.processor.model_files import ModelFiles
 from meshserve.roles.processor.prompts import chat_of, not_empty
@@ -99,7 +99,7 @@ class Models:
 
     # --- requests
 
-    def encode_nowait(self, request: CompletionRequest, card: ModelCard) -> "tuple[list[array[int]], Spelling] | None":
+    def encode_nowait(self, request: CompletionRequest, card: ModelCard) -> "tuple[list[array[int]], TokenTexts] | None":
         """The prompts' tokens and what tokens stand for; None if that has to wait for files or another process: :meth:`encode`.
 
         Raises as :meth:`encode` does.
@@ -114,19 +114,19 @@ class Models:
             prompts = [own.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
         return not_empty(request, prompts), own.own_spelling
 
-    async def encode(self, request: CompletionRequest, card: ModelCard) -> "tuple[list[array[int]], Spelling]":
+    async def encode(self, request: CompletionRequest, card: ModelCard) -> "tuple[list[array[int]], TokenTexts]":
         """The same for any model. To be cancelled at the request's deadline, or when nobody waits any more.
 
         Raises InvalidRequest for an empty prompt or a template that refuses, TokenizerFailed if the model's files cannot be had.
         """
         text = self.text(card)
-        spelling = await text.spelling()
+        token_texts = await text.token_texts()
         if request.kind == "chat":
             chat = chat_of(request, card)
             prompts = [await text.encode_chat(chat.messages, chat.tools, **chat.variables)]
         else:
             prompts = [await text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
-        return not_empty(request, prompts), spelling
+        return not_empty(request, prompts), token_texts
 
 
 def _is_own(card: ModelCard) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from meshserve.roles.processor.detokenizing import Detokenizer, Spelling
+from meshserve.roles.processor.detokenizing import Detokenizer, TokenTexts
 from meshserve.wire.completion import EndItem, TextItem
 from meshserve.wire.generation import TokenLogprobs
 
@@ -11,12 +11,12 @@ from meshserve.wire.generation import TokenLogprobs
 class PlainChoice:
     """Text of one sequence: each token is an item. `send` and `send_all` take items as they go over the wire."""
 
-    __slots__ = ("_detokenizer", "_index", "_is_bare", "_send", "_send_all", "_spelling", "num_tokens")
+    __slots__ = ("_detokenizer", "_index", "_is_bare", "_send", "_send_all", "_token_texts", "num_tokens")
 
     def __init__(
-        self, send: Callable[[Any], None], send_all: Callable[[list[Any]], None], spelling: Spelling, index: int, is_bare: bool
+        self, send: Callable[[Any], None], send_all: Callable[[list[Any]], None], token_texts: TokenTexts, index: int, is_bare: bool
     ) -> None:
-        self._send, self._send_all, self._spelling, self._index, self._is_bare = send, send_all, spelling, index, is_bare
+        self._send, self._send_all, self._token_texts, self._index, self._is_bare = send, send_all, token_texts, index, is_bare
         self._detokenizer: Detokenizer | None = None
         """Made for the first token that is not whole characters of its own."""
         self.num_tokens = 0
@@ -35,10 +35,10 @@ class PlainChoice:
         detokenizer = self._detokenizer
         texts: list[Any] = [None]
         if detokenizer is None or detokenizer.is_between:
-            texts = list(map(self._spelling.texts.__getitem__, tokens))
+            texts = list(map(self._token_texts.texts.__getitem__, tokens))
         if None in texts:
             if detokenizer is None:
-                detokenizer = self._detokenizer = Detokenizer(self._spelling.token_bytes)
+                detokenizer = self._detokenizer = Detokenizer(self._token_texts.token_bytes)
             texts = detokenizer.pieces(tokens)
         self._send_all(texts if self._is_bare else [TextItem(self._index, text) for text in texts])
         return False

@@ -17,19 +17,19 @@ from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.call_formats import formats_of
 from meshserve.roles.processor.calling import writes_calls
-from meshserve.roles.processor.detokenizing import Spelling
+from meshserve.roles.processor.detokenizing import TokenTexts
 from meshserve.roles.processor.models import Models
-from meshserve.roles.processor.placing import Placer
 from meshserve.roles.processor.prompts import check_bias, check_features, check_prompts
 from meshserve.roles.processor.requests import Request
 from meshserve.roles.processor.sequences import Sequence
 from meshserve.roles.processor.strict_calls import StrictCalls
+from meshserve.roles.processor.worker_search import WorkerFinder
 from meshserve.telemetry import Phases
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
 from meshserve.wire.messages import CANCEL_AT_PROCESSOR, COMPLETE, DETOKENIZE, TOKENIZE
 
-Encoded = tuple[list["array[int]"], Spelling]
+Encoded = tuple[list["array[int]"], TokenTexts]
 """The prompts' tokens, and what tokens stand for."""
 
 
@@ -63,10 +63,10 @@ class ProcessorRole:
         self.histograms = mesh.histograms if receipts is not None else None
         self.models = Models(mesh)
         self._running: dict[str, Request | Preparing] = {}
-        self.placer = Placer(mesh)
+        self.finder = WorkerFinder(mesh)
         self._strict_calls = StrictCalls()
         self._rng = random.Random()
-        mesh.levels.derive("requests", lambda: len(self._running))
+        mesh.gauges.derive("requests", lambda: len(self._running))
         mesh.serve(COMPLETE, self._on_complete)
         mesh.serve(CANCEL_AT_PROCESSOR, self._on_cancel)
         mesh.serve_async(TOKENIZE, self._tokenize)
@@ -119,14 +119,14 @@ class ProcessorRole:
 
     def _start(self, call: IncomingCall, asked: CompletionRequest, card: ModelCard, encoded: Encoded, phases: Phases) -> None:
         """Raises what is wrong with a request before anybody works for it."""
-        prompts, spelling = encoded
+        prompts, token_texts = encoded
         if asked.logit_bias:
-            check_bias(asked, spelling.vocab_size)
-        check_prompts(asked, prompts, card, spelling.vocab_size)
+            check_bias(asked, token_texts.vocab_size)
+        check_prompts(asked, prompts, card, token_texts.vocab_size)
         writes = writes_calls(card)
         formats = formats_of(self.models.template(card)) if writes else ()
         accepts = self._strict_calls.judge(asked) if writes else None
-        request = Request(self, call, asked, card, prompts, spelling, phases, formats, accepts)
+        request = Request(self, call, asked, card, prompts, token_texts, phases, formats, accepts)
         self._running[request.request_id] = request
         call.on_cancel = request.cancel
         request.start()
@@ -178,14 +178,14 @@ class ProcessorRole:
         asked = wanted.request
         card = self.models.card(asked.model)
         check_features(asked, card)
-        (tokens, *_), spelling = self.models.encode_nowait(asked, card) or await self.models.encode(asked, card)
-        pieces = list(map(spelling.token_bytes, tokens)) if wanted.wants_texts else []
+        (tokens, *_), token_texts = self.models.encode_nowait(asked, card) or await self.models.encode(asked, card)
+        pieces = list(map(token_texts.token_bytes, tokens)) if wanted.wants_texts else []
         return Tokenized(tokens, card.context_length, b"".join(pieces), array("I", map(len, pieces)))
 
     async def _detokenize(self, call: IncomingCall) -> str:
         wanted: DetokenizeRequest = call.body
         text, tokens = self.models.text(self.models.card(wanted.model)), wanted.tokens
-        spelling = await text.spelling()
-        if tokens and max(tokens) >= spelling.vocab_size:
-            raise InvalidRequest(f"this model's last token is {spelling.vocab_size - 1}", param="tokens")
+        token_texts = await text.token_texts()
+        if tokens and max(tokens) >= token_texts.vocab_size:
+            raise InvalidRequest(f"this model's last token is {token_texts.vocab_size - 1}", param="tokens")
         return await text.decode(tokens)

@@ -16,7 +16,7 @@ from meshserve.roles.processor.answers import THINK, AnswerParser
 from meshserve.roles.processor.call_formats import Accepts, CallFormat
 from meshserve.roles.processor.calling import tools_of, wants_call, writes_calls
 from meshserve.roles.processor.choices import Choice, EchoOnly
-from meshserve.roles.processor.detokenizing import Spelling
+from meshserve.roles.processor.detokenizing import TokenTexts
 from meshserve.roles.processor.parsed_choice import ParsedChoice
 from meshserve.roles.processor.plain_choice import PlainChoice
 from meshserve.roles.processor.prompts import sampling_of
@@ -76,7 +76,7 @@ class Request:
         "_phases",
         "_prompts",
         "_role",
-        "_spelling",
+        "_token_texts",
         "is_over",
         "policy",
         "request_id",
@@ -91,12 +91,12 @@ class Request:
         asked: CompletionRequest,
         card: ModelCard,
         prompts: "list[array[int]]",
-        spelling: Spelling,
+        token_texts: TokenTexts,
         phases: Phases,
         formats: tuple[CallFormat, ...],
         accepts: Accepts | None = None,
     ) -> None:
-        self._role, self._call, self._asked, self._spelling = role, call, asked, spelling
+        self._role, self._call, self._asked, self._token_texts = role, call, asked, token_texts
         self._formats, self._accepts = formats, accepts
         self.request_id, self.policy, self.session = asked.request_id, asked.policy, asked.session
         self._card, self._prompts, self._phases = card, prompts, phases
@@ -136,14 +136,14 @@ class Request:
         return Sequence(self._role, self, receipt, tokens, sampling, self._choice(index, tokens), phases)
 
     def _choice(self, index: int, tokens: "array[int]") -> Output:
-        asked, call, spelling = self._asked, self._call, self._spelling
+        asked, call, token_texts = self._asked, self._call, self._token_texts
         if self._is_parsed:
             return self._parsed_choice(index, tokens)
         if asked.max_tokens != 0 and asked.logprobs < 0 and not asked.stop and not self._is_call:
-            return PlainChoice(call.send, call.send_all, spelling, index, self._is_plain)
+            return PlainChoice(call.send, call.send_all, token_texts, index, self._is_plain)
         return (Choice if asked.max_tokens != 0 else EchoOnly)(
             call.send,
-            spelling.token_bytes,
+            token_texts.token_bytes,
             index,
             is_bare=self._is_plain,
             stops=asked.stop,
@@ -153,12 +153,12 @@ class Request:
         )
 
     def _parsed_choice(self, index: int, tokens: "array[int]") -> ParsedChoice:
-        asked, spelling = self._asked, self._spelling
+        asked, token_texts = self._asked, self._token_texts
         names = [tool["function"]["name"] for tool in tools_of(asked)] if asked.tool_choice != "none" else []
-        last = b"".join(map(spelling.token_bytes, tokens[-_TAIL_TOKENS:])).rstrip()
+        last = b"".join(map(token_texts.token_bytes, tokens[-_TAIL_TOKENS:])).rstrip()
         return ParsedChoice(
             self._call.send,
-            spelling.token_bytes,
+            token_texts.token_bytes,
             index,
             AnswerParser(names, self._formats, is_thinking=last.endswith(THINK.encode()), accepts=self._accepts),
             is_single=not asked.parallel_tool_calls,
@@ -214,7 +214,7 @@ class Request:
         prompt = self._asked.prompts[place]
         if isinstance(prompt, str):
             return prompt
-        return b"".join(map(self._spelling.token_bytes, prompt)).decode("utf-8", "replace")
+        return b"".join(map(self._token_texts.token_bytes, prompt)).decode("utf-8", "replace")
 
     # --- the end
 

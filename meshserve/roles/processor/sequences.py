@@ -13,7 +13,7 @@ from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.accounting import Account
-from meshserve.roles.processor.placing import Placer, Placing
+from meshserve.roles.processor.worker_search import WorkerFinder, WorkerSearch
 from meshserve.telemetry import BUCKETS_S, Histograms, Phases
 from meshserve.wire.completion import EndItem
 from meshserve.wire.generation import GenerateRequest, GenerationEnd, Sampling
@@ -30,7 +30,7 @@ class Dispatcher(Protocol):
 
     mesh: Mesh
     max_lost_peers: int
-    placer: Placer
+    finder: WorkerFinder
     histograms: Histograms | None
     """Of latencies, a part for each worker; None if nobody wants them."""
 
@@ -85,19 +85,19 @@ class Sequence:
 
     __slots__ = (
         "_dispatcher",
+        "_event_log",
         "_excluded",
         "_gaps",
         "_is_followed",
-        "_journal",
         "_last_s",
         "_lost",
         "_num_overlap_blocks",
         "_opened",
         "_overloaded",
         "_owner",
-        "_placing",
         "_prefill_ms",
         "_prefill_peers",
+        "_search",
         "account",
         "choice",
         "is_over",
@@ -126,7 +126,7 @@ class Sequence:
         self.request_id = receipt.request_id
         self.tokens, self.sampling, self.choice, self.phases = tokens, sampling, choice, phases
         self._excluded: list[str] = []
-        self._placing: Placing | None = None
+        self._search: WorkerSearch | None = None
         self._prefill_peers: tuple[tuple[str, int, int], ...] = ()
         self._prefill_ms: tuple[float, ...] = ()
         self._lost: list[str] = []
@@ -145,11 +145,11 @@ class Sequence:
         self._last_s = 0.0
         """When the last tokens came, on the monotonic clock."""
         self.account = Account(receipt, phases, dispatcher.histograms, dispatcher.mesh.name_of)
-        self._journal = dispatcher.mesh.journal
+        self._event_log = dispatcher.mesh.event_log
         self._is_followed = False
-        if self._journal.is_on:
-            self._journal.note("submit", self.request_id, num_tokens=len(tokens))
-            self._is_followed = self._journal.follows(self.request_id)
+        if self._event_log.is_on:
+            self._event_log.note("submit", self.request_id, num_tokens=len(tokens))
+            self._is_followed = self._event_log.follows(self.request_id)
 
     # --- which worker
 
@@ -159,23 +159,23 @@ class Sequence:
         self.account.enter("route")
         receipt, owner = self.receipt, self._owner
         question = RouteRequest(self.request_id, receipt.model, self.tokens, owner.policy, owner.session, self._excluded)
-        self._placing = Placing(self._dispatcher.placer, question, self)
-        self._placing.ask()
+        self._search = WorkerSearch(self._dispatcher.finder, question, self)
+        self._search.ask()
 
-    def placed(self, decision: RoutingDecision) -> None:
+    def routed(self, decision: RoutingDecision) -> None:
         """The candidates are known."""
-        receipt, self._placing = self.receipt, None  # it holds this sequence: only the collector could free both
+        receipt, self._search = self.receipt, None  # it holds this sequence: only the collector could free both
         receipt.router, receipt.policy = decision.router, decision.policy
         receipt.candidates, receipt.prefill_candidates = decision.decode, decision.prefill or ()
         prefill = decision.prefill
         self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in prefill) if prefill else ()
         self._prefill_ms = tuple([found.ready_ms for found in prefill]) if prefill else ()
-        self.account.placed()
+        self.account.routed()
         self._dispatch(decision.decode[0])
 
-    def not_placed(self, error: MeshserveError) -> None:
+    def not_routed(self, error: MeshserveError) -> None:
         """No worker can take it; one that is full is the better reason."""
-        self._placing = None
+        self._search = None
         self._fail(self._overloaded if isinstance(error, NoWorker) and self._overloaded else error)
 
     # --- the worker's stream
@@ -198,7 +198,7 @@ class Sequence:
         receipt = self.receipt
         router, policy = receipt.router, receipt.policy
         candidates = [candidate.for_receipt() for candidate in receipt.candidates]
-        self._journal.note("routed", self.request_id, decode=chosen.incarnation, router=router, policy=policy, candidates=candidates)
+        self._event_log.note("routed", self.request_id, decode=chosen.incarnation, router=router, policy=policy, candidates=candidates)
 
     def on_item(self, item: Any) -> None:
         """Tokens of one step, after their position; or something rarer."""
@@ -209,7 +209,7 @@ class Sequence:
                 return
         tokens = item[1:]
         if self._is_followed:
-            self._journal.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
+            self._event_log.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
         if not self.num_tokens:
             self._last_s = self.account.first_token(self.worker or "")
             self._gaps = self.account.gaps
@@ -330,9 +330,9 @@ class Sequence:
         """Nobody wants it any more. Harmless after its end."""
         if not self.is_over:
             self._over("cancelled")
-            if self._placing is not None:
-                self._placing.cancel()
-                self._placing = None
+            if self._search is not None:
+                self._search.cancel()
+                self._search = None
             if self._opened is not None:
                 self._opened.cancel()
 
@@ -340,8 +340,8 @@ class Sequence:
         self.account.close(self._last_s)
         self.is_over = True
         self.receipt.num_completion_tokens = self.choice.num_tokens
-        if self._journal.is_on:
-            self._journal.note(
+        if self._event_log.is_on:
+            self._event_log.note(
                 "result",
                 self.request_id,
                 outcome=outcome,

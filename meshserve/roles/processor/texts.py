@@ -12,7 +12,7 @@ from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
 from meshserve.engines.tokenizers.table import TokenTable
 from meshserve.errors import MeshserveError, TokenizerFailed
 from meshserve.mesh.tasks import TaskOwner
-from meshserve.roles.processor.detokenizing import Spelling
+from meshserve.roles.processor.detokenizing import TokenTexts
 from meshserve.roles.processor.templating import render_chat
 from meshserve.roles.processor.text_process import TextProcess, load_request
 from meshserve.wire.card import ModelCard
@@ -30,7 +30,7 @@ class ModelText(Protocol):
     def begin(self) -> None:
         """Fetch and load what it takes, so that a first request need not wait for it."""
 
-    async def spelling(self) -> Spelling:
+    async def token_texts(self) -> TokenTexts:
         """What tokens stand for."""
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
@@ -53,7 +53,7 @@ class OwnText:
 
     def __init__(self) -> None:
         self.tokenizer = ByteTokenizer()
-        self.own_spelling = Spelling(self.tokenizer)
+        self.own_spelling = TokenTexts(self.tokenizer)
 
     def begin(self) -> None:
         """There is nothing to fetch. Importing the template's language takes 50 ms: beside the event loop, or in the first chat's time."""
@@ -63,7 +63,7 @@ class OwnText:
         """This program's own template is rendered in this process."""
         return self.tokenizer.encode(render_chat(CHAT_TEMPLATE, messages, tools, **variables))
 
-    async def spelling(self) -> Spelling:
+    async def token_texts(self) -> TokenTexts:
         return self.own_spelling
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
@@ -89,7 +89,7 @@ class ProcessText:
         self._loading: asyncio.Task[None] | None = None
         self._failure: MeshserveError | None = None
         self._fails_until = 0.0
-        self._spelling: Spelling | None = None
+        self._token_texts: TokenTexts | None = None
         self._processes: dict[bool, TextProcess] = {}
         """For texts that are not long, and for those that are."""
         self.template = ""
@@ -103,16 +103,16 @@ class ProcessText:
     def begin(self) -> None:
         """Start loading, unless that was done or failed a moment ago."""
         has_failed = self._failure is not None and time.monotonic() < self._fails_until
-        if self._loading is None or (self._loading.done() and self._spelling is None and not has_failed):
+        if self._loading is None or (self._loading.done() and self._token_texts is None and not has_failed):
             self._failure = None
             self._loading = self._tasks.spawn(self._load())
 
     async def _loaded(self) -> dict[bool, TextProcess]:
-        if self._spelling is None:
+        if self._token_texts is None:
             self.begin()
             assert self._loading is not None
             await asyncio.wait([self._loading])  # shared: who stops waiting does not stop it
-            if self._spelling is None:
+            if self._token_texts is None:
                 raise self._failure or TokenizerFailed("this peer is stopping")
         return self._processes
 
@@ -125,15 +125,15 @@ class ProcessText:
             self._processes = {is_long: TextProcess(self._tasks, request) for is_long in (False, True)}
             self.template = (await self._processes[False].ask("template")).decode("utf-8", "replace")
             table = self._processes[False].table
-            self._spelling = Spelling(TokenTable.from_bytes(table) if table else ByteTokenizer())
+            self._token_texts = TokenTexts(TokenTable.from_bytes(table) if table else ByteTokenizer())
         except MeshserveError as error:
             _log.warning("the tokenizer of the model %s cannot be had: %s", self._card.model, error.message)
             self._failure, self._fails_until = error, time.monotonic() + failed_for_s
 
-    async def spelling(self) -> Spelling:
+    async def token_texts(self) -> TokenTexts:
         await self._loaded()
-        assert self._spelling is not None
-        return self._spelling
+        assert self._token_texts is not None
+        return self._token_texts
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
         processes = await self._loaded()

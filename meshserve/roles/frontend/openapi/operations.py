@@ -3,11 +3,11 @@
 from collections.abc import Iterable
 
 from meshserve.roles.frontend.apis import ANTHROPIC_PREFIX
-from meshserve.roles.frontend.desk import MIN_TIMEOUT_S
 from meshserve.roles.frontend.guard import OPEN_PATHS
 from meshserve.roles.frontend.openapi.examples import EXAMPLES
 from meshserve.roles.frontend.openapi.failures import EVERYWHERE, failures
 from meshserve.roles.frontend.openapi.schemas import TEXT, Schema, record, ref
+from meshserve.roles.frontend.timeouts import MIN_TIMEOUT_S
 
 _COMPLETING = (404, 429, 499, 502, 503, 504)
 _COUNTING = (404, 502, 503, 504)

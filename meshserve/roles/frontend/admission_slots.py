@@ -1,17 +1,21 @@
-"""How many requests the mesh has places for, and who gets them: the admission of each model, fed with what its workers report."""
+"""Admission slots: how many requests the mesh can take, and which requests get them. Each model has an admission of its own, which is fed
+with what the workers report."""
 
 import asyncio
 import math
+import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
+from typing import Protocol
 
 from meshserve.config import FrontConfig
-from meshserve.errors import MeshserveError
+from meshserve.errors import MeshserveError, Overloaded, RateLimited
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watch import Watcher
-from meshserve.roles.frontend.admission import Admission, Decision, Ticket
+from meshserve.roles.frontend.admission import Admission, Decision, QueueEntry
+from meshserve.wire.completion import CompletionRequest
 from meshserve.wire.load import WorkerLoad
 from meshserve.wire.messages import WORKER_LOADS
 
@@ -21,7 +25,7 @@ _PEAK_S = 0.25
 _MIN_BACKLOG = 8
 
 
-def places_of(load: WorkerLoad) -> float:
+def slots_of(load: WorkerLoad) -> float:
     """How many sequences one worker can take at once. One that lets a backlog wait while its batch has room is short of something else."""
     backlog = max(_MIN_BACKLOG, load.max_running // 4)
     if load.num_waiting > backlog and load.num_running < (load.max_running or math.inf):
@@ -30,7 +34,7 @@ def places_of(load: WorkerLoad) -> float:
 
 
 def share_of(loads: Iterable[WorkerLoad | None], own_peak: int, num_frontends: int) -> float:
-    """The places that are this frontend's to give: all but what others use, at least an equal part beside them, and at least one.
+    """The slots that are this frontend's to give: all but what others use, at least an equal part beside them, and at least one.
 
     `own_peak` is the most that it had under way lately. A worker that said nothing yet (None) may have any number.
     """
@@ -38,7 +42,7 @@ def share_of(loads: Iterable[WorkerLoad | None], own_peak: int, num_frontends: i
     reported = [load for load in known if load is not None]
     if len(reported) < len(known):
         return math.inf
-    total = sum(map(places_of, reported))
+    total = sum(map(slots_of, reported))
     others = max(0, sum(load.num_running + load.num_waiting for load in reported) - own_peak)
     return max(1.0, total - others, total // (num_frontends + 1))
 
@@ -59,33 +63,65 @@ class _Model:
         return max(self.peaks)
 
 
-class Places:
-    """Tickets for requests. Whoever waits is called back with None when its place comes, or with the error that it is refused for."""
+class Applicant(Protocol):
+    """A request that needs admission slots: an exchange."""
+
+    request: CompletionRequest | None
+    client: str
+    """The client of the request: clients share the mesh evenly."""
+    deadline_s: float
+    entry: QueueEntry | None
+
+    def admitted(self) -> None:
+        """The request has its slots."""
+
+    def on_error(self, error: MeshserveError) -> None:
+        """The request gets none."""
+
+
+class AdmissionSlots:
+    """Gives a request its slots, and takes them back the moment that nothing more comes for the request."""
 
     def __init__(self, mesh: Mesh, limits: FrontConfig) -> None:
         self._mesh, self._limits = mesh, limits
         self._loop = asyncio.get_running_loop()
         self._models: dict[str, _Model] = {}
         self._first_names: dict[str, str] = {}
-        """Of each name that was asked for: a model's requests share its places, whatever they call it. Never changed, so that a request
+        """Of each name that was asked for: a model's requests share its slots, whatever they call it. Never changed, so that a request
         leaves where it came in."""
         self._loads: dict[str, WorkerLoad] = {}
         self._watchers: dict[str, Watcher] = {}
-        self._waiting: dict[Ticket, Callable[[MeshserveError | None], None]] = {}
+        self._waiting: dict[QueueEntry, Applicant] = {}
         self._decisions: deque[Decision] = deque()
         """What is still to be told."""
         self._is_deciding = False
         self._timer: asyncio.TimerHandle | None = None
-        mesh.levels.derive("places", lambda: sum(found.admission.num_running for found in self._models.values()))
-        mesh.levels.derive("waiting_for_a_place", self.num_waiting)
+        mesh.gauges.derive("places", lambda: sum(found.admission.num_running for found in self._models.values()))
+        mesh.gauges.derive("waiting_for_a_place", self.num_waiting)
         mesh.subscribe(self._on_change)
         if "decode" in mesh.own.roles:
             self._follow(mesh.incarnation)
 
     # --- requests
 
-    def ask(self, model: str, ticket: Ticket, on_decided: Callable[[MeshserveError | None], None]) -> bool:
-        """A place for this request: true if it has it now; else `on_decided` is called once, later. Raises Overloaded or RateLimited."""
+    def ask(self, applicant: Applicant) -> None:
+        """Call `admitted` when there are as many slots as the request has answers: at once, or later, or else `on_error`.
+
+        Raises Overloaded or RateLimited.
+        """
+        request = applicant.request
+        assert request is not None
+        entry = applicant.entry = QueueEntry(applicant.client, request.num_choices, time.monotonic(), applicant.deadline_s)
+        try:
+            is_admitted = self._enter(request.model, entry, applicant)
+        except (Overloaded, RateLimited):
+            self._mesh.counters.add("requests_refused")
+            raise
+        if is_admitted:
+            applicant.admitted()
+
+    def _enter(self, model: str, entry: QueueEntry, applicant: Applicant) -> bool:
+        """Whether the request has its slots now; else the applicant is told later."""
         serving = self._mesh.peers_serving("decode", model)
         if not serving or serving[0].card is None:
             return True  # the processor knows best how to say that nobody serves this
@@ -94,38 +130,44 @@ class Places:
         if found is None:
             found = self._models[name] = _Model(self._limits)
             self._recount(name)
-        decisions = found.admission.arrive(ticket, ticket.arrived_s)
-        if not ticket.is_waiting:
-            found.peak(ticket.arrived_s)
+        decisions = found.admission.arrive(entry, entry.arrived_s)
+        if not entry.is_waiting:
+            found.peak(entry.arrived_s)
             return True
-        self._waiting[ticket] = on_decided
+        self._waiting[entry] = applicant
         self._decide(decisions)
         self._sweep_soon()
         return False
 
-    def leave(self, model: str, ticket: Ticket, is_done: bool) -> None:
+    def leave(self, model: str, entry: QueueEntry, is_done: bool) -> None:
         """The request ended (well, if `is_done`), or nobody waits for it any more. Harmless after it was refused."""
         found = self._models.get(self._first_names.get(model, model))
         if found is not None:
-            self._waiting.pop(ticket, None)
-            self._decide(found.admission.leave(ticket, self._mesh.now_s(), is_done))
+            self._waiting.pop(entry, None)
+            self._decide(found.admission.leave(entry, self._mesh.now_s(), is_done))
 
     def num_waiting(self) -> int:
-        """Requests that wait for a place."""
+        """Requests that wait for a slot."""
         return len(self._waiting)
 
     def _decide(self, decisions: list[Decision]) -> None:
-        """Never from within itself: where nobody can be served, whoever gets a place gives it back at once, and so on through all."""
+        """Never from within itself: where nobody can be served, a request that gets a slot gives the slot back at once, and so does the
+        next one."""
         self._decisions += decisions
         if self._is_deciding:
             return
         self._is_deciding = True
         try:
             while self._decisions:
-                ticket, error = self._decisions.popleft()
-                on_decided = self._waiting.pop(ticket, None)
-                if on_decided is not None:
-                    on_decided(error)
+                entry, error = self._decisions.popleft()
+                applicant = self._waiting.pop(entry, None)
+                if applicant is None:
+                    continue
+                if error is None:
+                    applicant.admitted()
+                else:
+                    self._mesh.counters.add("requests_refused")
+                    applicant.on_error(error)
         finally:
             self._is_deciding = False
 
@@ -181,7 +223,7 @@ class Places:
         self._unload(incarnation)
 
     def close(self) -> None:
-        """Follow nobody, and give no more places."""
+        """Follow nobody, and give no more slots."""
         for incarnation in list(self._watchers):
             self._forget(incarnation)
         if self._timer is not None:

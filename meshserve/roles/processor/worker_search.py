@@ -17,23 +17,23 @@ machine is merely busy."""
 _NO_ROUTER = "round-robin (no router)"
 
 
-class Placed(Protocol):
-    """Who looks for a worker. Exactly one of these is called for each search, unless it is cancelled."""
+class Searching(Protocol):
+    """A sequence that needs a worker. Exactly one of these is called for each search, unless the search is cancelled."""
 
-    def placed(self, decision: RoutingDecision) -> None:
+    def routed(self, decision: RoutingDecision) -> None:
         """The candidates are known."""
 
-    def not_placed(self, error: MeshserveError) -> None:
+    def not_routed(self, error: MeshserveError) -> None:
         """There is none."""
 
 
-class Placing:
+class WorkerSearch:
     """One request's search for a worker."""
 
-    __slots__ = ("_asked", "_call", "_placer", "_question", "_waiting")
+    __slots__ = ("_asked", "_call", "_finder", "_question", "_waiting")
 
-    def __init__(self, placer: "Placer", question: RouteRequest, waiting: Placed) -> None:
-        self._placer, self._question, self._waiting = placer, question, waiting
+    def __init__(self, finder: "WorkerFinder", question: RouteRequest, waiting: Searching) -> None:
+        self._finder, self._question, self._waiting = finder, question, waiting
         self._asked: list[str] = []
         """Routers."""
         self._call: OutgoingCall | None = None
@@ -45,8 +45,8 @@ class Placing:
 
     def ask(self) -> None:
         """Ask a router that was not asked yet; without one, the workers take turns."""
-        mesh = self._placer.mesh
-        router = self._placer.next_router(self._asked)
+        mesh = self._finder.mesh
+        router = self._finder.next_router(self._asked)
         if router is None:
             self._take_turns()
             return
@@ -62,27 +62,27 @@ class Placing:
     def on_end(self, value: Any) -> None:
         """The router's answer."""
         self._call = None
-        self._waiting.placed(value)
+        self._waiting.routed(value)
 
     def on_error(self, error: MeshserveError) -> None:
         """The router is lost, or knows no worker: one that has just started may not have met those that are known here."""
         self._call = None
         if isinstance(error, InvalidRequest):
-            self._waiting.not_placed(error)
+            self._waiting.not_routed(error)
             return
         if not isinstance(error, NoWorker):
-            self._placer.mesh.counters.add("router_answers_malformed" if isinstance(error, ProtocolError) else "routers_failed")
+            self._finder.mesh.counters.add("router_answers_malformed" if isinstance(error, ProtocolError) else "routers_failed")
         self.ask()
 
     def _take_turns(self) -> None:
-        able = self._placer.take_turns(self._question.model, self._question.excluded)
+        able = self._finder.take_turns(self._question.model, self._question.excluded)
         if able:
-            self._waiting.placed(RoutingDecision(None, _NO_ROUTER, able, []))
+            self._waiting.routed(RoutingDecision(None, _NO_ROUTER, able, []))
         else:
-            self._waiting.not_placed(NoWorker(f"no decode worker for the model {self._question.model!r} can take work now"))
+            self._waiting.not_routed(NoWorker(f"no decode worker for the model {self._question.model!r} can take work now"))
 
 
-class Placer:
+class WorkerFinder:
     """What all requests of a processor share when they look for workers."""
 
     def __init__(self, mesh: Mesh) -> None:
