@@ -10,7 +10,6 @@ import click
 from meshserve.cli.options import mesh_config, mesh_options, option
 from meshserve.cli.running import execute
 from meshserve.errors import MeshserveError
-from meshserve.wire.messages import COMPLETE
 
 _TIMEOUT_S = 600.0
 
@@ -46,6 +45,7 @@ class _Printer:
 async def _generate(settings: dict[str, Any], prompt: str, max_tokens: int, model: str | None, wants_receipt: bool) -> int:
     from meshserve.cli.observing import observer, wait_for
     from meshserve.wire.completion import CompletionRequest, Ending
+    from meshserve.wire.messages import COMPLETE
 
     async with observer(mesh_config(settings)) as mesh:
         await wait_for(
@@ -63,9 +63,9 @@ async def _generate(settings: dict[str, Any], prompt: str, max_tokens: int, mode
         printer = _Printer()
         mesh.open(mesh.peers_with("processor")[0].incarnation, COMPLETE, request, printer, _TIMEOUT_S)
         try:
-            end = await printer.ended
+            end: Ending = await printer.ended
         finally:
             click.echo()
         if wants_receipt:
-            click.echo(json.dumps(Ending.from_wire(end).receipt, indent=1), err=True)
+            click.echo(json.dumps(end.receipt, indent=1), err=True)
     return 0

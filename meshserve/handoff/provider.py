@@ -19,12 +19,11 @@ from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.mesh.transport.bulk import MAX_PAYLOADS
-from meshserve.wire.handoff import Acknowledgement, BlockMark, BulkHeader, Claim, Grant, NamedAttempt, Renewal, Ticket
+from meshserve.wire.handoff import MAX_RENEWED, Acknowledgement, BlockMark, BulkHeader, Claim, Grant, NamedAttempt, Renewal, Ticket
 from meshserve.wire.message import read
 from meshserve.wire.messages import CLAIM, RENEW, STRIKE
 
 _RENEW_TIMEOUT_S = 5.0
-_MOST_RENEWED = 4096
 _CLAIM_AFTER_S = 0.002
 """A prompt that was begun on an offer and takes longer than this is claimed at once: its decode worker must know who has it."""
 
@@ -332,7 +331,7 @@ class PrefillProvider:
                     named.setdefault(job.ticket.decode_peer, []).append(attempt)
             for decode_peer, attempts in named.items():
                 if self._mesh.links.channel_to(decode_peer) is not None:
-                    renewal = Renewal(attempts[:_MOST_RENEWED])
+                    renewal = Renewal(attempts[:MAX_RENEWED])
                     self._mesh.open(decode_peer, RENEW, renewal, IgnoredAnswer(), _RENEW_TIMEOUT_S)
 
     def _overdue_s(self, job: ClaimedPrompt) -> float | None:

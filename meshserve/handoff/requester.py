@@ -34,7 +34,6 @@ _TICK_S = 0.01
 _STRIKE_TIMEOUT_S = 5.0
 _STALL_S = 0.1
 """A tick that comes later than this says that this process stood still, and could not hear what others said meanwhile."""
-"""Attempts named in one renewal."""
 
 
 class PrefillRequester:

@@ -161,14 +161,16 @@ Handler = Callable[[IncomingCall], None]
 class CallTable:
     """All streams of one peer. Every method takes `now_s` of the same monotonic clock where time matters."""
 
-    def __init__(self, max_streams_per_peer: int, describe_peer: Callable[[str], str]) -> None:
+    def __init__(
+        self, max_streams_per_peer: int, describe_peer: Callable[[str], str], on_malformed: Callable[[], None] = lambda: None
+    ) -> None:
         self.handlers: dict[str, tuple[Method, Handler]] = {}
         """By the method's name."""
         self.outgoing: dict[int, OutgoingCall] = {}
         self.incoming: dict[tuple[str, int], IncomingCall] = {}
         self._next_stream = 1
         self._max_streams = max_streams_per_peer
-        self._describe = describe_peer
+        self._describe, self._on_malformed = describe_peer, on_malformed
 
     def open(self, wire: Wire, method: Method, body: Any, sink: Sink, now_s: float, timeout_s: float) -> OutgoingCall:
         """Open a stream; what comes back goes to the sink, never before this returns."""
@@ -222,9 +224,10 @@ class CallTable:
             return
         value, answer = message[2], call.method.answer
         try:
-            if answer is not None and not isinstance(value, TypedMessage):
+            if answer is not None and not isinstance(value, TypedMessage):  # a message is from this very peer
                 value = read(answer, value)
         except ProtocolError as error:
+            self._on_malformed()
             _fail(sink, error)
             return
         try:

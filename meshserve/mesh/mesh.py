@@ -100,7 +100,7 @@ class Mesh:
         self.links.listeners.append(self._forget_able)
         if self.ports is not None:
             self.links.transport.adopt_router(self.ports.calls, self.links.on_stranger)
-        self.calls = CallTable(self.config.transport.max_streams_per_peer, self.name_of)
+        self.calls = CallTable(self.config.transport.max_streams_per_peer, self.name_of, lambda: self.counters.add("answers_malformed"))
         self.stream_message = self.calls.received
 
     def _introduction(self) -> PeerInfo:

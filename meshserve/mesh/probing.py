@@ -56,6 +56,8 @@ async def knock(host: str, port: int, timeout_s: float) -> Knock:
         outcome = Outcome.TIMEOUT
     except OSError as error:
         outcome = _BY_ERRNO.get(error.errno or 0, Outcome.UNREACHABLE)
+    except ValueError:  # hearsay that is no address: a label of a name is too long, say
+        outcome = Outcome.UNREACHABLE
     return Knock(outcome, (time.monotonic() - began_s) * 1000)
 
 

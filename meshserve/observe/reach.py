@@ -10,7 +10,7 @@ import ipaddress
 import time
 from dataclasses import dataclass
 
-from meshserve.errors import MeshserveError, ProtocolError
+from meshserve.errors import MeshserveError
 from meshserve.mesh.addresses import local_addresses
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
@@ -118,9 +118,7 @@ async def ask_view(mesh: Mesh, peer: str, timeout_s: float) -> View | None:
     began_s = time.time()
     try:
         said: NetworkView = await mesh.call(peer, VIEW, None, timeout_s)
-    except MeshserveError as error:
-        if isinstance(error, ProtocolError):
-            mesh.counters.add("views_malformed")
+    except MeshserveError:
         return None
     middle_s = (began_s + time.time()) / 2
     return View(said.interfaces, said.mdns, frozenset(said.heard), frozenset(said.linked), said.clock_s - middle_s)
@@ -131,11 +129,8 @@ async def ask_reach(mesh: Mesh, peer: str, timeout_s: float) -> list[PortKnock] 
     try:
         answer: PortKnocks = await mesh.call(peer, REACH, None, timeout_s)
         return [found if found.outcome in _OUTCOMES else replace(found, outcome=Outcome.UNREACHABLE) for found in answer.knocks]
-    except ProtocolError:
-        mesh.counters.add("knocks_malformed")
     except MeshserveError:
-        pass
-    return None
+        return None
 
 
 async def carries_large_messages(mesh: Mesh, peer: str, timeout_s: float) -> bool:

@@ -80,7 +80,7 @@ async def _ask(mesh: Mesh, incarnation: str) -> tuple[dict[str, Any], float | No
     except MeshserveError:
         return {}, None
     if not _is_status(answer):
-        mesh.counters.add("status_malformed")
+        mesh.counters.add("answers_malformed")
         answer = {}
     return answer, (mesh.now_s() - began_s) * 1000
 

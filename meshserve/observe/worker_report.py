@@ -10,8 +10,6 @@ from meshserve.mesh.watch import WatchSource
 from meshserve.wire.load import MAX_HASHES_PER_REPORT, WorkerLoad, WorkerReport
 from meshserve.wire.messages import WORKER_LOADS, WORKER_REPORTS
 
-"""The load alone, for those who only ask how many more requests there is room for."""
-
 _REPORT_INTERVAL_S = 0.02
 """Changes within it leave as one report: well under the time that a booking bridges, and 50 small messages a second at most."""
 

@@ -13,6 +13,7 @@ from operator import attrgetter
 
 from meshserve.routing.candidates import Prompt, Worker
 from meshserve.routing.cost import LoadForecast, estimate_all, estimate_prefill
+from meshserve.wire.message import MAX_MS
 from meshserve.wire.routing import Candidate
 
 _WORTH_A_WORD_TOKENS = 256
@@ -182,7 +183,7 @@ def rank_prefill(
     found = []
     for (cost_ms, worker, overlap, wait_ms), why in zip(ranked[:limit], reasons, strict=False):
         compute_ms = worker.measured_prefill_ms(max(1, prompt.num_tokens - overlap * prompt.block_size))
-        ready_ms = 0.0 if compute_ms is None else wait_ms + compute_ms
+        ready_ms = 0.0 if compute_ms is None else min(wait_ms + compute_ms, MAX_MS)
         found.append(Candidate(worker.incarnation, worker.name, overlap, worker.load.num_tickets, wait_ms, cost_ms, why, ready_ms))
     return found
 

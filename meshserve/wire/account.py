@@ -3,15 +3,16 @@
 import math
 from typing import Any, NamedTuple
 
-_MAX_MS = 1e9
+from meshserve.wire.message import MAX_MS
+
 _MAX_COUNT = 1 << 63
 
 
 def milliseconds(value: Any) -> float:
     """What a peer says that something took; 0 for what no clock says."""
-    if type(value) is float and 0.0 <= value < _MAX_MS:
+    if type(value) is float and 0.0 <= value < MAX_MS:
         return value
-    return min(float(value), _MAX_MS) if type(value) in (int, float) and math.isfinite(value) and value > 0 else 0.0
+    return min(float(value), MAX_MS) if type(value) in (int, float) and math.isfinite(value) and value > 0 else 0.0
 
 
 def _count(value: Any) -> int:

@@ -25,7 +25,7 @@ class ModelFile(FrozenMap, frozen=True):
     name: str
     """Of :data:`FILE_NAMES`."""
     size_bytes: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES)]
-    sha256: Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+    sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     """Of its contents, in hexadecimal digits; what it is asked for by, and what it is checked against."""
 
 

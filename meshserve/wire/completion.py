@@ -7,7 +7,7 @@ other request gets items, which :func:`read_item` tells apart. The stream's end 
 from array import array
 from itertools import accumulate
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from meshserve.errors import ProtocolError
 from meshserve.wire.generation import ChoiceTexts, LogitBias
@@ -34,7 +34,7 @@ class CompletionRequest(Map):
 
     request_id: str
     """The mesh's own name of the request: who took it in (its incarnation) and a counter."""
-    kind: Annotated[str, Meta(pattern="^(completion|chat)$")]
+    kind: Annotated[str, Meta(pattern=r"^(completion|chat)\Z")]
     model: str
     prompt: Prompts = None
     messages: Annotated[list[dict[str, Any]], Meta(max_length=MAX_MESSAGES)] | None = None
@@ -70,7 +70,7 @@ class CompletionRequest(Map):
     tools: str = ""
     """A JSON list of functions, each in OpenAI's form: `{"type": "function", "function": {"name", "description", "parameters"}}`;
     `"strict": true` there says that its calls must be valid."""
-    tool_choice: Annotated[str, Meta(pattern="^(none|auto|strict|required|function)$")] = "none"
+    tool_choice: Annotated[str, Meta(pattern=r"^(none|auto|strict|required|function)\Z")] = "none"
     """`function` is the one that `tool_name` names; `strict` is `auto` where a tool is strict."""
     tool_name: str = ""
     parallel_tool_calls: bool = True
@@ -183,7 +183,7 @@ class PartItem(Row, tag="part"):
     """From here on, the text of this choice is of this kind. At first it is `text`."""
 
     choice: int
-    kind: Annotated[str, Meta(pattern="^(text|reasoning)$")]
+    kind: Annotated[str, Meta(pattern=r"^(text|reasoning)\Z")]
 
 
 class EndItem(Row, tag="end"):
@@ -203,10 +203,19 @@ class StartItem(Row, tag="start"):
 Item = TextItem | CallItem | PartItem | EndItem | StartItem
 
 
+class _Box(Row):
+    """Around an item, since a struct's types are worked out once, and those of a bare union for each item (25 us instead of 2)."""
+
+    item: Item
+
+
 def read_item(data: Any) -> Item:
     """One item of the stream; a bare string is text of the only choice. Raises ProtocolError for anything else."""
-    found: Item = TextItem(0, data) if type(data) is str else read(Item, data)
-    return found
+    if type(data) is str:
+        return TextItem(0, data)
+    if isinstance(data, Row):  # from this very peer
+        return cast(Item, data)
+    return cast(_Box, read(_Box, [data])).item
 
 
 class Ending(Row):
@@ -232,7 +241,7 @@ class TokenizeRequest(Row):
 
 
 class Tokenized(Row):
-    """What a processor answers to it."""
+    """What a processor answers to a :class:`TokenizeRequest`."""
 
     tokens: Tokens
     context_length: Count

@@ -92,6 +92,6 @@ class GenerateRequest(Map, dict=True):
 class GenerationEnd(Map):
     """The sequence is complete."""
 
-    reason: Annotated[str, Meta(pattern="^(stop|length)$")]
+    reason: Annotated[str, Meta(pattern=r"^(stop|length)\Z")]
     account: Any = None
     """A row of :mod:`meshserve.wire.account`."""

@@ -7,6 +7,7 @@ from meshserve.errors import ProtocolError
 from meshserve.wire.message import Count, FrozenRow, Map, Meta, Milliseconds, Row, Tokens, field
 
 _Seconds = Annotated[float, Meta(ge=0)]
+MAX_RENEWED = 4096
 _Attempt = Annotated[int, Meta(ge=1)]
 
 
@@ -84,7 +85,7 @@ class Claim(Row):
 
 
 class Grant(Map):
-    """The item that a claim gets which was the first: the task."""
+    """The item with which a decode worker grants the first claim: the task."""
 
     tokens: Tokens
     """The prompt's, but for the last one."""
@@ -105,7 +106,7 @@ class NamedAttempt(Row):
 class Renewal(Row):
     """The attempts of one decode worker that a prefill worker runs: their leases go on."""
 
-    attempts: Annotated[list[NamedAttempt], Meta(max_length=4096)]
+    attempts: Annotated[list[NamedAttempt], Meta(max_length=MAX_RENEWED)]
 
 
 class Acknowledgement(Row):

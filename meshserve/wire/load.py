@@ -6,7 +6,7 @@ MAX_HASHES_PER_REPORT = 8192
 
 
 class WorkerLoad(FrozenRow, frozen=True):
-    """How busy one worker is."""
+    """How busy one worker is. A figure that a worker of an earlier version does not send is 0."""
 
     num_running: Figure = 0
     """Sequences in the engine's batch."""

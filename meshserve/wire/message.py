@@ -23,12 +23,14 @@ else:
 """Token ids, of typecode "I": 4 bytes a token, and one object that the garbage collector does not walk."""
 
 MAX_TOKENS_ON_WIRE = 4_194_304
+_MOST_ERROR_CHARACTERS = 200
 MAX_FIGURE = 2**40
 """Beyond any real load. Sums and products of such figures still fit on the wire, where an integer has 64 bits."""
 
 Figure = Annotated[int, Meta(ge=0, lt=MAX_FIGURE)]
 Count = Annotated[int, Meta(ge=0, le=2**62)]
-Milliseconds = Annotated[float, Meta(ge=0, lt=1e9)]
+MAX_MS = 1e9
+Milliseconds = Annotated[float, Meta(ge=0, le=MAX_MS)]
 NonEmpty = Annotated[str, Meta(min_length=1)]
 
 
@@ -51,7 +53,8 @@ class Message:
         return found
 
     def _check(self) -> None:
-        """Raises ProtocolError for what no type says: fields that do not go together."""
+        """Raises ProtocolError for what no type says: fields that do not go together. Called for the outermost message only, which calls
+        the checks of the messages in it."""
 
 
 class Map(Message, msgspec.Struct, omit_defaults=True):
@@ -59,7 +62,7 @@ class Map(Message, msgspec.Struct, omit_defaults=True):
 
 
 class FrozenMap(Message, msgspec.Struct, omit_defaults=True, frozen=True):
-    """The same, never changed."""
+    """A :class:`Map` that is never changed."""
 
 
 class Row(Message, msgspec.Struct, array_like=True):
@@ -67,7 +70,7 @@ class Row(Message, msgspec.Struct, array_like=True):
 
 
 class FrozenRow(Message, msgspec.Struct, array_like=True, frozen=True):
-    """The same, never changed."""
+    """A :class:`Row` that is never changed."""
 
 
 def read(kind: Any, data: Any) -> Any:
@@ -77,7 +80,8 @@ def read(kind: Any, data: Any) -> Any:
     try:
         found = msgspec.convert(data, kind, builtin_types=(bytes,), dec_hook=_unpack)
     except msgspec.ValidationError as error:
-        raise ProtocolError(f"malformed {kind.__name__ if isinstance(kind, type) else 'data'}: {error}") from error
+        # cut, since the library repeats what it found
+        raise ProtocolError(f"malformed {kind.__name__ if isinstance(kind, type) else 'data'}: {error}"[:_MOST_ERROR_CHARACTERS]) from error
     if isinstance(found, Message):
         found._check()
     return found

@@ -1,5 +1,8 @@
 """Every method of the mesh: its name, what is asked, the items of its stream, and what its end brings.
 
+What is no stream stands elsewhere: the hello in :mod:`meshserve.wire.hello`, tickets and the headers and acknowledgements of KV blocks in
+:mod:`meshserve.wire.handoff`, the frames of the call sockets in :mod:`meshserve.wire.frames`.
+
 A peer opens a stream with :meth:`meshserve.mesh.mesh.Mesh.open`, another one answers it with :meth:`meshserve.mesh.mesh.Mesh.serve`. The
 fields of each message, with units and bounds, stand in the modules that are imported here. Between roles of one peer messages go as they
 are; from another peer they are read, and what is malformed ends the stream in a ProtocolError that names the place.
@@ -30,7 +33,8 @@ class Method:
     name: str
     body: Any = None
     item: Any = None
-    """What each item of the stream is, in watches and claims; the streams of tokens and text have their form described beside."""
+    """What each item of the stream is, in watches and claims. The items of tokens and text are described in the modules of
+    `GENERATE` and `COMPLETE`."""
     answer: Any = None
 
 
@@ -44,7 +48,7 @@ GENERATE = Method("generate", GenerateRequest, answer=GenerationEnd)
 CLAIM = Method("prefill.claim", Claim, item=Grant)
 """A prefill worker asks the decode worker of a ticket. The stream's end, from the decode worker: all blocks are there."""
 RENEW = Method("prefill.renew", Renewal)
-STRIKE = Method("prefill.strike", RequestName)
+STRIKE = Method("prefill.strike", str)
 """The ticket of this request is void."""
 TOKENIZE = Method("tokenize", TokenizeRequest, answer=Tokenized)
 DETOKENIZE = Method("detokenize", DetokenizeRequest, answer=str)
@@ -67,6 +71,7 @@ FRONT_OF_RECEIPT = Method("receipts.front", RequestName, answer=dict[str, Any] |
 
 WORKER_REPORTS = Method("worker.watch", item=WorkerReport)
 WORKER_LOADS = Method("worker.load", item=WorkerLoad)
+"""The load alone, for frontends, which only ask how many more requests there is room for."""
 BOOKINGS = Method("router.bookings", item=Booking)
 FEED = Method("feed.watch")
 """Batches of events, as :mod:`meshserve.observe.feed_merge` reads them."""

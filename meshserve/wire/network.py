@@ -13,7 +13,7 @@ class PortKnock(FrozenRow, frozen=True):
 
     target: Annotated[str, Meta(max_length=64)]
     """Incarnation."""
-    address: Annotated[str, Meta(max_length=64)]
+    address: Annotated[str, Meta(max_length=255)]
     port: int
     offset: Annotated[int, Meta(ge=0, le=2)]
     """From the peer's first port: calls, bulk, tickets."""
@@ -31,12 +31,12 @@ class PortKnocks(Row):
 class NetworkView(FrozenMap, frozen=True):
     """The network as one peer sees it."""
 
-    interfaces: _Listed = ()
+    interfaces: _Listed
     """Such as `192.168.1.10/24`."""
-    mdns: Annotated[str, Meta(max_length=200)] = "off"
+    mdns: Annotated[str, Meta(max_length=200)]
     """`on`, `off`, or why it does not work."""
-    heard: _Listed = ()
+    heard: _Listed
     """Incarnations of its mesh that mDNS told it of."""
-    linked: _Listed = ()
-    clock_s: Annotated[float, Meta(gt=-1e12, lt=1e12)] = 0.0
+    linked: _Listed
+    clock_s: Annotated[float, Meta(gt=-1e12, lt=1e12)]
     """Of its wall clock."""

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any
 
+from meshserve.wire.account import milliseconds
 from meshserve.wire.message import Map, Meta, Row, Tokens, field
 
 
@@ -53,4 +54,9 @@ class RoutingDecision(Map):
     policy: str
     decode: Annotated[list[Candidate], Meta(min_length=1)]
     """At least one: a router that knows no decode worker answers with an error."""
-    prefill: list[Candidate]
+    prefill: Annotated[list[Candidate], Meta(max_length=1024)]
+
+    def _check(self) -> None:
+        """One worker whose times no clock can have measured must not void the answer for all others."""
+        for candidate in self.prefill:
+            candidate.ready_ms = milliseconds(candidate.ready_ms)

@@ -223,6 +223,20 @@ def test_a_lost_peer_ends_the_streams_of_both_directions() -> None:
     assert isinstance(record.ends[0], PeerLost) and reasons == ["it died"]
 
 
+@pytest.mark.parametrize("answer", [7, None, {"client": "r"}])
+def test_an_answer_that_cannot_be_read_is_counted_and_fails_its_stream_alone(answer: Any) -> None:
+    pair, num_malformed = Pair(), []
+    pair.caller = CallTable(10, str, lambda: num_malformed.append(1))
+    method = Method("count", answer=list[int])
+    pair.callee.handlers[method.name] = method, pair.served.append
+    unread, other = pair.open(method), pair.open()
+    pair.deliver()
+    pair.served[0].end(answer)
+    pair.served[1].end("fine")
+    pair.deliver()
+    assert isinstance(unread.ends[0], ProtocolError) and other.ends == ["fine"] and num_malformed == [1]
+
+
 def test_an_unknown_method_and_too_many_streams_are_refused() -> None:
     pair = Pair(max_streams=2)
     unknown = pair.open(Method("fly"))

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from meshserve.errors import ProtocolError
 from meshserve.wire import messages
 from meshserve.wire.booking import Booking, Share
-from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Ending, Tokenized, TokenizeRequest
+from meshserve.wire.card import ModelFile
+from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Ending, PartItem, Tokenized, TokenizeRequest, read_item
 from meshserve.wire.files import FilePartRequest
 from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.generation import GenerateRequest, GenerationEnd, Sampling
 from meshserve.wire.handoff import Acknowledgement, BlockMark, BulkHeader, Claim, Grant, NamedAttempt, Offer, Renewal, Ticket
 from meshserve.wire.load import WorkerLoad, WorkerReport
-from meshserve.wire.message import Message, plain, read
+from meshserve.wire.message import Message, plain, read, replace
 from meshserve.wire.network import NetworkView, PortKnock, PortKnocks
 from meshserve.wire.routing import Candidate, RouteRequest, RoutingDecision
 
@@ -59,6 +60,40 @@ def test_messages_of_every_method_are_among_those() -> None:
     named = {kind for method in METHODS for kind in (method.body, method.item, method.answer) if isinstance(kind, type)}
     assert {kind for kind in named if issubclass(kind, Message)} <= {type(sent) for sent in SENT}
     assert len({method.name for method in METHODS}) == len(METHODS)
+
+
+BAD_MS = (float("inf"), float("nan"), -1.0, 1e300)
+
+
+@pytest.mark.parametrize("ready_ms", BAD_MS)
+def test_a_prefill_workers_time_that_no_clock_measures_voids_neither_the_answer_nor_the_request(ready_ms: float) -> None:
+    decision = RoutingDecision("router", "kv", [CANDIDATE], [replace(CANDIDATE, ready_ms=ready_ms)])
+    found = RoutingDecision.from_wire(unpack_body(pack_body(plain(decision))))
+    times_ms = tuple(candidate.ready_ms for candidate in found.prefill)
+    request = GenerateRequest("r", "m", TOKENS, Sampling(), 0, (("p", 1, 2),), times_ms)
+    assert GenerateRequest.from_wire(unpack_body(pack_body(plain(request)))) == request
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"),
+    [
+        (GenerationEnd, {"reason": "stop\n"}),
+        (CompletionRequest, {"request_id": "r", "kind": "chat\n", "model": "m", "prompt": "p"}),
+        (PartItem, ["part", 0, "text\n"]),
+        (ModelFile, {"name": "tokenizer.json", "size_bytes": 1, "sha256": "a" * 64 + "\n"}),
+        (NetworkView, {}),
+        (RoutingDecision, {"router": "r", "policy": "kv", "decode": [], "prefill": []}),
+    ],
+)
+def test_what_is_nearly_a_message_is_none(kind: type[Any], data: Any) -> None:
+    with pytest.raises(ProtocolError):
+        kind.from_wire(data)
+
+
+def test_an_error_does_not_repeat_all_that_a_peer_said() -> None:
+    with pytest.raises(ProtocolError) as raised:
+        read_item(["x" * 1_000_000, 0])
+    assert len(raised.value.message) <= 200
 
 
 SCALARS = st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text(max_size=4) | st.binary(max_size=4)

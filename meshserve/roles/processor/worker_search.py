@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from meshserve.errors import InvalidRequest, MeshserveError, NoWorker, PeerLost, ProtocolError
+from meshserve.errors import InvalidRequest, MeshserveError, NoWorker, PeerLost
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.wire.messages import ROUTE
@@ -71,7 +71,7 @@ class WorkerSearch:
             self._waiting.not_routed(error)
             return
         if not isinstance(error, NoWorker):
-            self._finder.mesh.counters.add("router_answers_malformed" if isinstance(error, ProtocolError) else "routers_failed")
+            self._finder.mesh.counters.add("routers_failed")
         self.ask()
 
     def _take_turns(self) -> None:
