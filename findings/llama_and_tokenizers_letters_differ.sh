@@ -11,13 +11,9 @@
 # Why it matters: two processes of one system count different tokens for the same prompt and hash different prefixes. A conversion that is
 # to be exact must write the table out as character ranges; a test with words of today's languages does not show the difference.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet xllamacpp==2026.10.11549 gguf==0.19.0 numpy==2.4.6 tokenizers==0.23.3
+. "$(dirname "$0")/llama_environment.sh" tokenizers==0.23.3
 
-PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$here "$folder/venv/bin/python" - "$folder/vocabulary.gguf" <<'END'
+"$python" - "$folder/vocabulary.gguf" <<'END'
 import ctypes as c
 import sys
 from importlib.metadata import version

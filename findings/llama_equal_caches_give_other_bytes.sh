@@ -11,13 +11,9 @@
 # Why it matters: this shows only in a pool that several users share, so in no test with one sequence. Hash and compare a block only after
 # import and export through an empty place, or by tokens; never cut a blob.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet xllamacpp==2026.10.11549 gguf==0.19.0 numpy==2.4.6
+. "$(dirname "$0")/llama_environment.sh"
 
-PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$here "$folder/venv/bin/python" - "$folder/model.gguf" <<'END'
+"$python" - "$folder/model.gguf" <<'END'
 import sys
 from importlib.metadata import version
 

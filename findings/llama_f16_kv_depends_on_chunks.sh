@@ -12,13 +12,9 @@
 # Why it matters: prefix caches, chunked prefill and KV blocks from another peer change the cut of a prompt. Tests for equal output, and
 # caches of results, need q8_0, or a cut that never changes. To choose f32 "to be exact" makes nothing exact.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet xllamacpp==2026.10.11549 gguf==0.19.0 numpy==2.4.6
+. "$(dirname "$0")/llama_environment.sh"
 
-PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$here "$folder/venv/bin/python" - "$folder/model.gguf" <<'END'
+"$python" - "$folder/model.gguf" <<'END'
 import sys
 from importlib.metadata import version
 

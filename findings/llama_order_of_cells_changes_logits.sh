@@ -12,13 +12,9 @@
 # cells of a sequence in the order of their positions: place new ones above the sequence's last cell, and move a sequence by export and
 # import where it has none.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet xllamacpp==2026.10.11549 gguf==0.19.0 numpy==2.4.6
+. "$(dirname "$0")/llama_environment.sh"
 
-PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$here "$folder/venv/bin/python" - "$folder" <<'END'
+"$python" - "$folder" <<'END'
 import sys
 from importlib.metadata import version
 

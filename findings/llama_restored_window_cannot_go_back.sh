@@ -12,13 +12,9 @@
 # Why it matters: restored chats are edited and regenerated, and prefix caches keep long states to use parts of them: both go back. Export
 # each prefix that is to be used again while it is the latest, and take whole states only.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-python3 -m venv "$folder/venv"
-"$folder/venv/bin/pip" install --quiet xllamacpp==2026.10.11549 gguf==0.19.0 numpy==2.4.6
+. "$(dirname "$0")/llama_environment.sh"
 
-PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=$here "$folder/venv/bin/python" - "$folder/model.gguf" <<'END'
+"$python" - "$folder/model.gguf" <<'END'
 import sys
 from importlib.metadata import version
 

@@ -20,6 +20,8 @@ from meshserve.roles.router import RouterRole
 from meshserve.routing.bookings import BOOKING_TIMEOUT_S
 from meshserve.routing.candidates import Prompt
 from meshserve.routing.fleet import Question
+from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.message import replace
 from tests.handoff.scripted import (
     DEADLINE_S,
     HASHES,
@@ -241,5 +243,22 @@ def test_a_decode_engine_that_fails_ends_the_handoffs_that_it_had_reserved_for()
             assert [attempt["outcome"] for attempt in result.attempts] == ["the decode engine failed"]
             await until(lambda: claim.error, DEADLINE_S, "the prefill worker is told")
             assert decode.count("kv_blocks_refused") == 0
+
+    run_async(run())
+
+
+def test_a_prefill_worker_of_the_same_model_with_another_layout_is_named_and_gets_no_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        own, unlike = await new_engine(), await new_engine()
+        unlike.runner.kv_layout = replace(unlike.kv_layout, fingerprint="another KV type")
+        async with peer("decode", own) as decode_mesh:
+            decode = Decode(decode_mesh, own)
+            async with peer("prefill", unlike, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
+                warning = f"{prefill_mesh.own.name} keeps its KV in another way"
+                await until(lambda: warning in caplog.text, DEADLINE_S, "people are told")
+                assert decode.requester.candidates(GenerateRequest("r1", "dummy", PROMPT)) == []
+            decode.close()
+        for engine in (own, unlike):
+            await engine.close()
 
     run_async(run())
