@@ -13,6 +13,7 @@ import anthropic
 import openai
 import pytest
 
+from tests.api import completion_cases  # noqa: F401  # the import registers its cases
 from tests.api.cases import CASES, GO_ON, SCHEMA, USER, case, chat, completion
 from tests.api.clients import KEYS, TIMEOUT_S, Clients, gather, plain, refusal
 from tests.api.other_cases import message, respond
