@@ -49,6 +49,20 @@ def test_a_usage_error_says_what_is_wrong_and_exits_with_two(arguments: tuple[st
     assert_one_line(meshserve("run", *arguments), 2, words)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--name", "x"), "--name is of one"),
+        (("--lan", "--port", "9000"), "--port is of one"),
+        (("--peer", "10.0.0.1"), "add --lan"),
+        (("--no-mdns",), "add --lan"),
+        (("--interface", "lo"), "add --lan"),
+    ],
+)
+def test_an_option_that_a_demo_cannot_follow_is_refused(arguments: tuple[str, ...], words: str) -> None:
+    assert_one_line(meshserve("demo", *arguments), 2, words)
+
+
 def test_an_unknown_option_is_refused() -> None:
     done = meshserve("run", "--role", "decode", "--warp", "9")
     assert done.exit_code == 2 and "No such option" in done.stderr and "Traceback" not in done.stderr

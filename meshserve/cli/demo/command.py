@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from meshserve.cli.model_options import LLAMA, MODEL_HELP, engine_for, fetch_model, say_dummy
 from meshserve.cli.options import mesh_options, option
 from meshserve.cli.running import execute
-from meshserve.errors import StartupFailed
+from meshserve.errors import StartupFailed, UsageError
 
 if TYPE_CHECKING:
     from meshserve.cli.demo.children import Children
@@ -30,6 +31,8 @@ _PAUSE_S = 0.6
 _SHORT_PAUSE_S = 0.1
 """The same without an audience: routers have heard by then what workers hold."""
 _HTTP = "127.0.0.1:8000"
+_DECIDED_HERE = {"name": "--name", "port": "--port"}
+_OF_THE_LAN = {"interface": "--interface", "peers": "--peer", "no_mdns": "--no-mdns"}
 
 
 @click.command()
@@ -42,7 +45,24 @@ _HTTP = "127.0.0.1:8000"
 @mesh_options
 def demo(**settings: Any) -> None:
     """Show a whole disaggregated mesh on this machine: who serves each prompt, why, and where its time goes."""
-    execute(settings, lambda: _demo(settings, _model(settings["model"], settings["decode"] + settings["prefill"])))
+    sources = click.get_current_context().get_parameter_source
+    given = {name for name in settings if sources(name) is ParameterSource.COMMANDLINE}
+
+    def run() -> Any:
+        _check_options(given, settings["lan"])
+        return _demo(settings, _model(settings["model"], settings["decode"] + settings["prefill"]))
+
+    execute(settings, run)
+
+
+def _check_options(given: set[str], is_lan: bool) -> None:
+    """Raises UsageError for an option of the command line that has no effect here. In the environment it may be meant for others."""
+    for name, flag in _DECIDED_HERE.items():
+        if name in given:
+            raise UsageError(f"demo starts several peers, and {flag} is of one: leave it out, or start each peer with `meshserve run`")
+    for name, flag in _OF_THE_LAN.items():
+        if name in given and not is_lan:
+            raise UsageError(f"without --lan the demo stays on this machine's loopback: leave {flag} out, or add --lan")
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +150,12 @@ def _common_options(settings: dict[str, Any]) -> list[str]:
     options = ["--mesh", _mesh(settings), "--log-level", settings["log_level"], "--drain-timeout", "2"]
     if not settings["lan"]:
         options += ["--interface", "127.0.0.1", "--no-mdns"]
+    else:
+        options += ["--interface", settings["interface"]] if settings["interface"] else []
+        options += ["--no-mdns"] if settings["no_mdns"] else []
+        options += [part for address in settings["peers"] for part in ("--peer", address)]
+    if settings["log_json"]:
+        options.append("--log-json")
     if settings["key_file"]:
         options += ["--key-file", settings["key_file"]]
     return options
