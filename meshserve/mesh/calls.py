@@ -11,9 +11,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from meshserve.errors import Cancelled, DeadlineExceeded, MeshserveError, Overloaded, PeerLost, ProtocolError, UnknownMethod, from_wire
-from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, ITEMS, OPEN, Message
-from meshserve.wire.message import Message as TypedMessage
-from meshserve.wire.message import plain, read
+from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, ITEMS, OPEN, Envelope
+from meshserve.wire.message import Message, plain, read
 from meshserve.wire.messages import Method
 
 _log = logging.getLogger(__name__)
@@ -32,10 +31,10 @@ class Wire(Protocol):
     num_batches: int
     """Grows when what was sent leaves."""
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Envelope) -> None:
         """Send with all else of this turn, or of a few."""
 
-    def send_soon(self, message: Message) -> None:
+    def send_soon(self, message: Envelope) -> None:
         """Send with all else of this turn."""
 
 
@@ -180,7 +179,7 @@ class CallTable:
         wire.send_soon([OPEN, stream, method.name, int(timeout_s * 1000), body if wire.is_local else plain(body)])
         return call
 
-    def received(self, wire: Wire, message: Message, now_s: float) -> None:
+    def received(self, wire: Wire, message: Envelope, now_s: float) -> None:
         """One message about a stream from a peer that said hello."""
         kind = message[0]
         if kind in _CARRYING:  # first, as it is nearly all there is
@@ -213,7 +212,7 @@ class CallTable:
         for item in items:
             call.sink.on_item(item)  # nobody's, once the sink has cancelled at one of them
 
-    def _answered(self, wire: Wire, kind: int, message: Message) -> None:
+    def _answered(self, wire: Wire, kind: int, message: Envelope) -> None:
         call = self.outgoing.get(message[1])
         if call is None or call.peer != wire.peer:
             return  # late, after a cancel or a deadline; or not meant for us
@@ -224,7 +223,7 @@ class CallTable:
             return
         value, answer = message[2], call.method.answer
         try:
-            if answer is not None and not isinstance(value, TypedMessage):  # a message is from this very peer
+            if answer is not None and not isinstance(value, Message):  # a message is from this very peer
                 value = read(answer, value)
         except ProtocolError as error:
             self._on_malformed()
@@ -236,7 +235,7 @@ class CallTable:
             _log.exception("the end of %s could not be taken in", call.method.name)
             _fail(sink, MeshserveError(f"{call.method.name} failed: {type(error).__name__}"))
 
-    def _opened(self, wire: Wire, message: Message, now_s: float) -> None:
+    def _opened(self, wire: Wire, message: Envelope, now_s: float) -> None:
         _, stream, name, timeout_ms, body = message
         served = self.handlers.get(name)
         if served is None:
@@ -249,7 +248,7 @@ class CallTable:
             method, handler = served
             call = self.incoming[(wire.peer, stream)] = IncomingCall(self, wire, stream, method, now_s + timeout_ms / 1000, body)
             try:
-                if method.body is not None and not isinstance(body, TypedMessage):  # a message is from this very peer
+                if method.body is not None and not isinstance(body, Message):  # a message is from this very peer
                     call.body = read(method.body, body)
                 handler(call)
             except MeshserveError as error:

@@ -12,7 +12,7 @@ from meshserve.mesh.membership import Dial
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.channel import Channel
 from meshserve.mesh.transport.transport import Transport
-from meshserve.wire.frames import HELLO, WELCOME, Message
+from meshserve.wire.frames import HELLO, WELCOME, Envelope
 from meshserve.wire.hello import Hello, protocol_of
 
 
@@ -67,9 +67,9 @@ class Dialler:
 
     def __init__(self, config: MeshConfig, transport: Transport, own_hello: Callable[[str | None], Hello]) -> None:
         self._config, self._transport, self._own_hello = config, transport, own_hello
-        self._greeted: dict[Channel, asyncio.Future[Message]] = {}
+        self._greeted: dict[Channel, asyncio.Future[Envelope]] = {}
 
-    def answered(self, channel: Channel, message: Message) -> bool:
+    def answered(self, channel: Channel, message: Envelope) -> bool:
         """A WELCOME or REFUSED came in; False if nobody waits for it here."""
         waiting = self._greeted.get(channel)
         if waiting is None or waiting.done():
@@ -145,7 +145,7 @@ class Dialler:
         finally:
             del self._greeted[channel]
 
-    def _checked(self, message: Message, expected: str | None) -> Hello:
+    def _checked(self, message: Envelope, expected: str | None) -> Hello:
         if message[0] != WELCOME:
             raise from_wire(message[1])
         try:

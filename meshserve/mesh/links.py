@@ -20,7 +20,7 @@ from meshserve.mesh.transport.sockets import SocketFactory
 from meshserve.mesh.transport.transport import Transport
 from meshserve.telemetry import Counters, log_event
 from meshserve.wire import frames
-from meshserve.wire.frames import Message
+from meshserve.wire.frames import Envelope
 from meshserve.wire.hello import MAX_HINTS, Hello, PeerHint, PeerInfo
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ _MAX_INBOUND_PER_PEER = 8
 class LinkOwner(Protocol):
     """Whom the links report to: the mesh."""
 
-    def stream_message(self, channel: Channel, message: Message, now_s: float) -> None:
+    def stream_message(self, channel: Channel, message: Envelope, now_s: float) -> None:
         """A message about a request stream, from a peer that said hello."""
 
     def peer_lost(self, peer: str, reason: str) -> None:
@@ -132,7 +132,7 @@ class Links:
 
     # --- what comes in
 
-    def _on_frame(self, channel: Channel, messages: list[Message]) -> None:
+    def _on_frame(self, channel: Channel, messages: list[Envelope]) -> None:
         """Any frame is one sign of life, however many streams' messages it holds."""
         now_s = time.monotonic()
         if channel.peer:
@@ -151,7 +151,7 @@ class Links:
                 self.transport.lost(channel, "it said no hello")
                 return
 
-    def _on_own(self, messages: list[Message]) -> None:
+    def _on_own(self, messages: list[Envelope]) -> None:
         """What this peer's roles say to each other."""
         now_s, receive, loopback = time.monotonic(), self._owner.stream_message, self.transport.loopback
         for message in messages:
@@ -165,7 +165,7 @@ class Links:
             else:
                 self._tell(self.membership.heard(peer, now_s))
 
-    def _on_control(self, channel: Channel, kind: int, message: Message) -> None:
+    def _on_control(self, channel: Channel, kind: int, message: Envelope) -> None:
         if kind == frames.HELLO:
             self._on_hello(channel, message[1])
         elif kind in (frames.WELCOME, frames.REFUSED):

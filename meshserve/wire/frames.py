@@ -15,7 +15,8 @@ OPEN, ITEM, END, ERROR, CANCEL = 10, 11, 12, 13, 14
 ITEMS = 15
 """Several items of one stream, between roles of one peer. It never crosses the wire, and is refused there."""
 
-Message = list[Any]
+Envelope = list[Any]
+"""Its kind, then what :data:`_SHAPES` says; bodies, items and answers are messages of :mod:`meshserve.wire.messages`, as plain data."""
 
 # What follows the kind. `object` is checked by whoever it is meant for.
 _SHAPES: dict[int, tuple[type, ...]] = {
@@ -40,13 +41,13 @@ _MAX_LENGTH = 16 * 1024 * 1024
 _packer = msgpack.Packer(use_bin_type=True, autoreset=True)
 
 
-def pack(messages: list[Message]) -> bytes:
+def pack(messages: list[Envelope]) -> bytes:
     """One frame for these messages. Raises TypeError for what is not plain data: that is our own misuse."""
     data: bytes = _packer.pack(messages)
     return data
 
 
-def unpack(data: bytes | memoryview) -> list[Message]:
+def unpack(data: bytes | memoryview) -> list[Envelope]:
     """The messages of one frame, their shapes checked. Raises ProtocolError for anything else, whatever the bytes are."""
     try:
         messages = msgpack.unpackb(
@@ -73,7 +74,7 @@ def unpack(data: bytes | memoryview) -> list[Message]:
     return messages
 
 
-def _check(kind: Any, message: Message) -> None:
+def _check(kind: Any, message: Envelope) -> None:
     shape = _SHAPES.get(kind) if type(kind) is int else None
     if shape is None or len(message) != len(shape) + 1:
         raise ProtocolError("a message of unknown kind or length")

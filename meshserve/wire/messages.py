@@ -55,9 +55,9 @@ DETOKENIZE = Method("detokenize", DetokenizeRequest, answer=str)
 
 # --- requests by name
 
-FIND = Method("requests.find", RequestName, answer=list[str])
+FIND_REQUESTS = Method("requests.find", RequestName, answer=list[str])
 """A frontend says the mesh's own names of its requests that are called so."""
-CANCEL = Method("requests.cancel", RequestName, answer=bool)
+CANCEL_REQUEST = Method("requests.cancel", RequestName, answer=bool)
 """A frontend ends a request; False: it is not there."""
 CANCEL_AT_PROCESSOR = Method("processor.cancel", RequestName, answer=bool)
 RECEIPT = Method("receipts.find", RequestName, answer=dict[str, Any] | None)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MeshserveError, PeerLost, ProtocolError, UnknownMethod
 from meshserve.mesh.calls import CallTable, IncomingCall
 from meshserve.wire import frames
-from meshserve.wire.frames import Message
+from meshserve.wire.frames import Envelope
 from meshserve.wire.messages import Method
 
 
@@ -19,9 +19,9 @@ class Wire:
     def __init__(self, peer: str) -> None:
         self.peer = peer
         self.is_local, self.num_batches = False, 0
-        self.sent: list[Message] = []
+        self.sent: list[Envelope] = []
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Envelope) -> None:
         self.sent.append(message)
 
     send_soon = send

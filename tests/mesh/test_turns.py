@@ -10,7 +10,7 @@ from meshserve.mesh.transport.reading import SocketReader
 from meshserve.mesh.transport.sockets import SocketFactory
 from meshserve.mesh.transport.transport import Transport
 from meshserve.telemetry import Counters
-from meshserve.wire.frames import ITEM, Message
+from meshserve.wire.frames import ITEM, Envelope
 from tests.harness import run_async, until
 
 
@@ -20,7 +20,7 @@ def test_what_is_left_for_the_end_of_a_turn_comes_in_its_order_and_a_mistake_tak
     async def check() -> None:
         seen: list[object] = []
         with SocketFactory(TransportConfig(), None, Counters()) as factory:
-            took: list[Message] = []
+            took: list[Envelope] = []
             transport = Transport(factory, TransportConfig(), Counters(), lambda *_: None, took.extend, lambda *_: None)
             transport.turn.later(lambda: seen.append("later"))
             transport.turn.afterwards(lambda: seen.append(list(took)))

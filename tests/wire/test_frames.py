@@ -20,7 +20,7 @@ PLAIN = st.recursive(
 
 @given(st.lists(st.tuples(st.integers(0, 2**40), PLAIN), min_size=1, max_size=5))
 def test_what_is_packed_comes_out_again(pairs: list[tuple[int, Any]]) -> None:
-    messages: list[frames.Message] = [[frames.ITEM, stream, body] for stream, body in pairs]
+    messages: list[frames.Envelope] = [[frames.ITEM, stream, body] for stream, body in pairs]
     assert frames.unpack(frames.pack(messages)) == messages
 
 

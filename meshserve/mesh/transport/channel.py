@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from meshserve.config import TransportConfig
 from meshserve.wire import frames
-from meshserve.wire.frames import CREDIT, Message
+from meshserve.wire.frames import CREDIT, Envelope
 
 SendFrame = Callable[[bytes], bool]
 """Hands one frame to a socket without blocking. False: not now. Raises OSError when the other end is gone."""
@@ -41,7 +41,7 @@ class Channel:
         self._config, self._send_frame, self._schedule = config, send_frame, schedule
         self.peer = peer
         """Incarnation at the other end, once it said hello."""
-        self._outbox: list[Message] = []
+        self._outbox: list[Envelope] = []
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = self._unconfirmed_bytes = self._unreported_bytes = 0
         self.is_dirty = self.is_broken = False
@@ -52,19 +52,19 @@ class Channel:
         self.num_batches = 0
         """Grows when what was given to `send` leaves; until then, it can still be added to."""
 
-    def send(self, message: Message) -> None:
+    def send(self, message: Envelope) -> None:
         """Send with all else that is ready at this turn. Never blocks, never fails: a broken channel is told of by its owner."""
         self._outbox.append(message)
         if not self.is_dirty:
             self.is_dirty = True
             self._schedule(self)
 
-    def send_soon(self, message: Message) -> None:
+    def send_soon(self, message: Envelope) -> None:
         """The same for what somebody waits for who could not go on without: at the end of this very turn."""
         self.is_urgent = True
         self.send(message)
 
-    def send_last(self, message: Message) -> None:
+    def send_last(self, message: Envelope) -> None:
         """Try to send this ahead of all that waits, as the channel is about to be dropped. Nothing depends on its arrival."""
         with contextlib.suppress(OSError):
             self._send_frame(frames.pack([message]))
@@ -103,7 +103,7 @@ class Channel:
             self.is_broken = True
         return True
 
-    def take_unpacked(self) -> list[Message]:
+    def take_unpacked(self) -> list[Envelope]:
         """What waits, as it is, for a channel that ends in this very process."""
         self.is_dirty = False
         self.num_batches += 1

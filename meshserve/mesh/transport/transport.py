@@ -17,10 +17,10 @@ from meshserve.mesh.transport.sockets import SocketFactory, endpoint
 from meshserve.mesh.transport.strangers import OnStranger, StrangerMonitor
 from meshserve.telemetry import Counters
 from meshserve.wire import frames
-from meshserve.wire.frames import Message
+from meshserve.wire.frames import Envelope
 
-OnFrame = Callable[[Channel, list[Message]], None]
-OnOwn = Callable[[list[Message]], None]
+OnFrame = Callable[[Channel, list[Envelope]], None]
+OnOwn = Callable[[list[Envelope]], None]
 OnLost = Callable[[Channel, str], None]
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class Turn:
     next in one turn, and what comes of it leaves with the rest. Never within a send, so that nobody is called back by what he calls.
     """
 
-    def __init__(self, on_broken: Callable[[Channel], None], deliver: Callable[[list[Message]], None]) -> None:
+    def __init__(self, on_broken: Callable[[Channel], None], deliver: Callable[[list[Envelope]], None]) -> None:
         self._loop = asyncio.get_running_loop()
         self._dirty: list[Channel] = []
         self._is_due = self._is_delivering = False

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, RequestNotFound
 from meshserve.mesh.mesh import Mesh
-from meshserve.wire.messages import CANCEL, CANCEL_AT_PROCESSOR, FIND, Method
+from meshserve.wire.messages import CANCEL_AT_PROCESSOR, CANCEL_REQUEST, FIND_REQUESTS, Method
 
 _TIMEOUT_S = 2.0
 _MAX_FOUND = 16
@@ -26,8 +26,8 @@ class UnderWay:
         self._answers: dict[str, Stoppable] = {}
         self._labels: dict[str, list[str]] = {}
         mesh.gauges.derive("cancellable", lambda: len(self._answers) + len(self._labels))
-        mesh.serve(FIND, lambda call: call.end(self._found(call.body)))
-        mesh.serve(CANCEL, lambda call: call.end(self._stop(call.body)))
+        mesh.serve(FIND_REQUESTS, lambda call: call.end(self._found(call.body)))
+        mesh.serve(CANCEL_REQUEST, lambda call: call.end(self._stop(call.body)))
 
     def add(self, request_id: str, label: str, answer: Stoppable) -> None:
         """A request begins."""
@@ -66,7 +66,7 @@ class UnderWay:
         if len(found) > 1:
             raise InvalidRequest(f"{len(found)} requests are called {name!r}: use their ids, {', '.join(sorted(found))}", param="id")
         for request_id, peer in found.items():
-            if await self._ask(peer, CANCEL, request_id):
+            if await self._ask(peer, CANCEL_REQUEST, request_id):
                 return request_id
         raise RequestNotFound(f"no request {name!r} is under way", param="id")
 
@@ -74,7 +74,7 @@ class UnderWay:
         """The frontend that took it in; for a request that came without one, the processor that has it."""
         info = self._mesh.info_of(owner)
         if info is not None and "frontend" in info.roles:
-            return owner != self._mesh.incarnation and bool(await self._ask(owner, CANCEL, name))
+            return owner != self._mesh.incarnation and bool(await self._ask(owner, CANCEL_REQUEST, name))
         processors = [info.incarnation for info in self._mesh.peers_with("processor")]
         return any(await asyncio.gather(*(self._ask(peer, CANCEL_AT_PROCESSOR, name) for peer in processors)))
 
@@ -83,7 +83,7 @@ class UnderWay:
         frontends = [info.incarnation for info in self._mesh.peers_with("frontend")]
         if self._mesh.incarnation not in frontends:
             frontends.append(self._mesh.incarnation)  # one that drains still has requests
-        answers = await asyncio.gather(*(self._ask(peer, FIND, label) for peer in frontends))
+        answers = await asyncio.gather(*(self._ask(peer, FIND_REQUESTS, label) for peer in frontends))
         pairs = zip(frontends, answers, strict=True)
         return {item: peer for peer, items in pairs for item in (items or ())[:_MAX_FOUND]}
 
