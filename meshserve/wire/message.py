@@ -53,7 +53,7 @@ class Message:
         return found
 
     def _check(self) -> None:
-        """Raises ProtocolError for what no type says: fields that do not go together. Called for the outermost message only, which calls
+        """Raises ProtocolError for fields that do not go together. :func:`read` calls the check of the outermost message, which calls
         the checks of the messages in it."""
 
 

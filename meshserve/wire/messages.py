@@ -1,7 +1,7 @@
-"""Every method of the mesh: its name, what is asked, the items of its stream, and what its end brings.
+"""Every method of the mesh: its name, the type of its body, of the items of its stream, and of the answer at the stream's end.
 
-What is no stream stands elsewhere: the hello in :mod:`meshserve.wire.hello`, tickets and the headers and acknowledgements of KV blocks in
-:mod:`meshserve.wire.handoff`, the frames of the call sockets in :mod:`meshserve.wire.frames`.
+Messages outside of streams are defined elsewhere: the hello in :mod:`meshserve.wire.hello`, tickets and the headers and acknowledgements
+of KV blocks in :mod:`meshserve.wire.handoff`, the frames of the call sockets in :mod:`meshserve.wire.frames`.
 
 A peer opens a stream with :meth:`meshserve.mesh.mesh.Mesh.open`, another one answers it with :meth:`meshserve.mesh.mesh.Mesh.serve`. The
 fields of each message, with units and bounds, stand in the modules that are imported here. Between roles of one peer messages go as they
@@ -28,7 +28,8 @@ RequestName = Annotated[str, Meta(min_length=1, max_length=256)]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A kind of request stream. Types are those of :mod:`meshserve.wire.message`, or of plain data; None: nothing is read."""
+    """A kind of request stream. Types are those of :mod:`meshserve.wire.message`, or of plain data; None: there is none, or the
+    receiver reads the plain data."""
 
     name: str
     body: Any = None
@@ -43,20 +44,23 @@ class Method:
 COMPLETE = Method("complete", CompletionRequest, answer=Ending)
 """A frontend asks a processor; items are described in :mod:`meshserve.wire.completion`."""
 ROUTE = Method("route", RouteRequest, answer=RoutingDecision)
+"""A processor asks a router which worker is best for a prompt."""
 GENERATE = Method("generate", GenerateRequest, answer=GenerationEnd)
 """A processor asks a decode worker; items are described in :mod:`meshserve.wire.generation`."""
 CLAIM = Method("prefill.claim", Claim, item=Grant)
-"""A prefill worker asks the decode worker of a ticket. The stream's end, from the decode worker: all blocks are there."""
+"""A prefill worker asks the decode worker of a ticket. The decode worker ends the stream
+when it has all blocks."""
 RENEW = Method("prefill.renew", Renewal)
+"""A prefill worker names the attempts that make progress, so that their leases go on."""
 STRIKE = Method("prefill.strike", str)
-"""The ticket of this request is void."""
+"""A decode worker tells a prefill worker that the ticket of this request is void."""
 TOKENIZE = Method("tokenize", TokenizeRequest, answer=Tokenized)
 DETOKENIZE = Method("detokenize", DetokenizeRequest, answer=str)
 
 # --- requests by name
 
 FIND_REQUESTS = Method("requests.find", RequestName, answer=list[str])
-"""A frontend says the mesh's own names of its requests that are called so."""
+"""A frontend answers with the ids of its requests that have this id, or this label of their client."""
 CANCEL_REQUEST = Method("requests.cancel", RequestName, answer=bool)
 """A frontend ends a request; False: it is not there."""
 CANCEL_AT_PROCESSOR = Method("processor.cancel", RequestName, answer=bool)
