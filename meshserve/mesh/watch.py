@@ -11,7 +11,7 @@ from typing import Any
 from meshserve.errors import MeshserveError, PeerLost, ProtocolError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.mesh import Mesh
-from meshserve.wire.message import read
+from meshserve.wire.message import plain, read
 from meshserve.wire.messages import Method
 
 _FOREVER_S = 30 * 86_400.0
@@ -43,9 +43,14 @@ class WatchSource:
         return bool(self._watchers)
 
     def publish(self, change: Any) -> None:
-        """One change, to all who watch."""
+        """One change, to all watchers. It is made plain data once, however many other peers watch."""
+        packed = None
         for call in self._watchers:
-            call.send(change)
+            if call.wire.is_local:
+                call.send(change)
+            else:
+                packed = plain(change) if packed is None else packed
+                call.send(packed)
 
 
 class Watcher:

@@ -6,8 +6,10 @@ from typing import Annotated
 from meshserve.errors import ProtocolError
 from meshserve.wire.message import Count, FrozenRow, Map, Meta, Milliseconds, Row, Tokens, field
 
-_Seconds = Annotated[float, Meta(ge=0)]
 MAX_RENEWED = 4096
+"""Attempts that one renewal names."""
+
+_Seconds = Annotated[float, Meta(ge=0)]
 _Attempt = Annotated[int, Meta(ge=1)]
 
 

@@ -43,6 +43,11 @@ def test_demo_serves_a_model_of_another_name() -> None:
     assert done.exit_code == 0 and f"{PROMPTS} of {PROMPTS} prompts answered" in done.stdout, done
 
 
+def test_a_demo_on_the_lan_passes_options_of_the_network_on_to_its_peers() -> None:
+    done = demo("--lan", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0")
+    assert done.exit_code == 0 and f"{PROMPTS} of {PROMPTS} prompts answered" in done.stdout, done
+
+
 def test_demo_on_a_taken_port_says_so_in_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         done = demo("--http", f"127.0.0.1:{taken.getsockname()[1]}")

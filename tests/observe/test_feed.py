@@ -265,7 +265,7 @@ def state_of(message: bytes) -> dict[str, Any]:
     return state
 
 
-def test_peers_listen_to_their_journals_only_while_somebody_reads() -> None:
+def test_peers_listen_to_their_event_logs_only_while_somebody_reads() -> None:
     async def watch() -> None:
         worker = Mesh(config("decode"))
         await worker.start()
