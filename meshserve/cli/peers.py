@@ -69,7 +69,7 @@ class PeersView:
 
     def print(self) -> None:
         """Once."""
-        from meshserve.cli.printing import Output
+        from meshserve.cli.columns import Output
 
         console = Output(highlight=False, soft_wrap=True)
         for line in self.draw(console.width if console.is_terminal else None, None):

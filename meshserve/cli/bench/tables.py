@@ -14,7 +14,7 @@ from meshserve.cli.bench.histogram import QUANTILES, Histogram
 from meshserve.cli.bench.session import Run
 from meshserve.cli.bench.sweep import RULE, Knee, power
 from meshserve.cli.bench.tally import Tally
-from meshserve.cli.printing import Output
+from meshserve.cli.columns import Output
 
 LABELS = {"ttft": "time to first token", "itl": "between tokens", "tpot": "per output token", "e2e": "end to end", "queue": "send delay"}
 _WIDTH, _UNLIMITED = 160, 10_000

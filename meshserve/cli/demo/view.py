@@ -7,11 +7,11 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from meshserve.cli.columns import Output
 from meshserve.cli.demo.asking import Answered
 from meshserve.cli.demo.children import Child
 from meshserve.cli.demo.paragraph import Paragraph
 from meshserve.cli.demo.prompts import Question
-from meshserve.cli.printing import Output
 
 _PHASES = {
     "http": "blue",

@@ -79,8 +79,7 @@ def _print(findings: list[Any]) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    from meshserve.cli.columns import plain
-    from meshserve.cli.printing import Output
+    from meshserve.cli.columns import Output, plain
 
     console = Output(highlight=False, soft_wrap=not sys.stdout.isatty())
     for finding in findings:

@@ -27,8 +27,8 @@ def trace(request_id: str | None, is_last: bool, as_json: bool, **settings: Any)
 
 
 async def _trace(settings: dict[str, Any], request_id: str | None, as_json: bool) -> int:
+    from meshserve.cli.columns import Output
     from meshserve.cli.observing import observer, settle, wait_for
-    from meshserve.cli.printing import Output
     from meshserve.cli.trace.waterfall import waterfall
     from meshserve.observe.receipt_finding import find_receipt, latest_receipt
 
