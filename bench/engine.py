@@ -7,9 +7,8 @@ from meshserve.engines.core.rates import StepRates
 from meshserve.engines.core.scheduler import StepLimits
 from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, GenerationSink, PrefillSink, Reservation
 from meshserve.errors import BlockRefused, MeshserveError, Unsupported
-from meshserve.wire.card import ModelCard
+from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.generation import GenerateRequest
-from meshserve.wire.layout import KVLayout
 
 _NUM_PAYLOADS = 16
 """Different blocks in memory, given out in turn: more than fit the processor's caches."""

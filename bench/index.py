@@ -21,7 +21,7 @@ from bench.pairing import ratio_of
 from meshserve.kv.index import PrefixIndex
 from meshserve.routing.candidates import Prompt
 from meshserve.routing.fleet import Fleet, Question
-from meshserve.wire.load import WorkerLoad, WorkerReport
+from meshserve.wire.routing import WorkerLoad, WorkerReport
 
 _BLOCK_SIZE = 16
 _DOCUMENT_BLOCKS = 256

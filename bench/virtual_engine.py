@@ -8,7 +8,7 @@ from meshserve.engines.core.scheduler import Outcome, Scheduler, Sequence, Step,
 from meshserve.engines.dummy.timing import Timing
 from meshserve.errors import PoolFull
 from meshserve.kv.pool import BlockPool
-from meshserve.wire.load import WorkerLoad, WorkerReport
+from meshserve.wire.routing import WorkerLoad, WorkerReport
 
 S = TypeVar("S", bound=Sequence)
 

@@ -12,9 +12,8 @@ from typing import Protocol
 
 from meshserve.engines.core.rates import StepRates
 from meshserve.errors import MeshserveError
-from meshserve.wire.card import ModelCard
+from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.generation import GenerateRequest, TokenLogprobs
-from meshserve.wire.layout import KVLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,7 @@ from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine, EngineLoad
 from meshserve.handoff.requester import PrefillRequester
 from meshserve.routing.handoff import ALIKE_MS, NO_PEER, QUEUE_FULL, UNMEASURED_LOCAL_TOKENS, decide
-from meshserve.wire.account import HandoffDecision
-from meshserve.wire.generation import GenerateRequest
+from meshserve.wire.generation import GenerateRequest, HandoffDecision
 
 _FLOOR, _SHORT = HandoffDecision(False, "floor"), HandoffDecision(False, "short")
 

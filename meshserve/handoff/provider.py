@@ -20,8 +20,8 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.mesh.transport.bulk import MAX_PAYLOADS
 from meshserve.wire.handoff import MAX_RENEWED, Acknowledgement, BlockMark, BulkHeader, Claim, Grant, NamedAttempt, Renewal, Ticket
-from meshserve.wire.message import read
 from meshserve.wire.messages import CLAIM, RENEW, STRIKE
+from meshserve.wire.structs import read
 
 _RENEW_TIMEOUT_S = 5.0
 _CLAIM_AFTER_S = 0.002

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 from meshserve.errors import Cancelled, DeadlineExceeded, MeshserveError, Overloaded, PeerLost, ProtocolError, UnknownMethod, from_wire
 from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, ITEMS, OPEN, Envelope
-from meshserve.wire.message import Message, plain, read
 from meshserve.wire.messages import Method
+from meshserve.wire.structs import Message, plain, read
 
 _log = logging.getLogger(__name__)
 

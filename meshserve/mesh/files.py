@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from meshserve.errors import InvalidRequest, MeshserveError, ProtocolError, TokenizerFailed
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
-from meshserve.wire.files import FilePartRequest
+from meshserve.wire.card import FilePartRequest
 from meshserve.wire.messages import FILE_PART
 
 PART_BYTES = 128 * 1024

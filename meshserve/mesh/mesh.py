@@ -22,11 +22,10 @@ from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.binding import BoundPorts, bind_port_block
 from meshserve.mesh.transport.sockets import SocketFactory
 from meshserve.telemetry import Counters, EventLog, Gauges, Histograms
-from meshserve.wire.card import ModelCard
+from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.hello import PeerInfo
-from meshserve.wire.layout import KVLayout
-from meshserve.wire.message import replace
 from meshserve.wire.messages import Method
+from meshserve.wire.structs import replace
 
 _log = logging.getLogger(__name__)
 

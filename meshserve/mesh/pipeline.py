@@ -11,7 +11,7 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.bulk import BulkInlet, BulkOutlet
 from meshserve.mesh.transport.tickets import MAX_TICKETS, TicketInlet, TicketOutlet
 from meshserve.wire.frames import pack_body, unpack_body
-from meshserve.wire.message import plain
+from meshserve.wire.structs import plain
 
 _log = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from typing import Any
 from meshserve.errors import MeshserveError, PeerLost, ProtocolError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.mesh import Mesh
-from meshserve.wire.message import plain, read
 from meshserve.wire.messages import Method
+from meshserve.wire.structs import plain, read
 
 _FOREVER_S = 30 * 86_400.0
 _REOPEN_S = 0.05

@@ -8,8 +8,8 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watch import WatchSource
 from meshserve.observe.feed import Digest
 from meshserve.observe.latencies import Counts, counts_by_worker
-from meshserve.wire.load import WorkerLoad
 from meshserve.wire.messages import FEED
+from meshserve.wire.routing import WorkerLoad
 
 INTERVAL_S = 0.2
 """Between two batches, and between two updates to a reader. Half of it cost a mesh under full load about 1 % more CPU time, and a page that

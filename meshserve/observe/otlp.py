@@ -20,7 +20,7 @@ from meshserve import __version__
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import Front, Receipt
 from meshserve.observe.spans import MAX_PHASE_SPANS, Span, export_body, front_span, receipt_spans
-from meshserve.wire.trace_context import TraceContext, read_traceparent
+from meshserve.wire.completion import TraceContext, read_traceparent
 
 _log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from meshserve.mesh.addresses import local_addresses
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.probing import Outcome, knock
-from meshserve.wire.message import replace
+from meshserve.wire.hello import MAX_LISTED, NetworkView, PortKnock, PortKnocks
 from meshserve.wire.messages import ECHO, MAX_ECHO_BYTES, REACH, VIEW
-from meshserve.wire.network import MAX_LISTED, NetworkView, PortKnock, PortKnocks
+from meshserve.wire.structs import replace
 
 PORT_NAMES = ("calls", "bulk", "tickets")
 """By offset from a peer's first port."""

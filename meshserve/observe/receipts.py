@@ -11,7 +11,7 @@ from typing import Any
 
 from meshserve.errors import MeshserveError
 from meshserve.routing.handoff import for_receipt
-from meshserve.wire.account import HandoffDecision, milliseconds
+from meshserve.wire.generation import HandoffDecision, milliseconds
 from meshserve.wire.routing import Candidate
 
 PHASES = ("http", "process", "route", "queue", "prefill", "kv_transfer", "decode", "network", "other")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from meshserve.observe.receipts import OK, Front, Receipt, partition
-from meshserve.wire.trace_context import TraceContext
+from meshserve.wire.completion import TraceContext
 
 Span = dict[str, Any]
 

@@ -7,8 +7,8 @@ from typing import Any
 from meshserve.engines.protocol import Engine
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watch import WatchSource
-from meshserve.wire.load import MAX_HASHES_PER_REPORT, WorkerLoad, WorkerReport
 from meshserve.wire.messages import WORKER_LOADS, WORKER_REPORTS
+from meshserve.wire.routing import MAX_HASHES_PER_REPORT, WorkerLoad, WorkerReport
 
 _REPORT_INTERVAL_S = 0.02
 """Changes within it leave as one report: well under the time that a booking bridges, and 50 small messages a second at most."""

@@ -14,8 +14,7 @@ from meshserve.handoff.task import TaskState
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.worker_report import WorkerReporter
-from meshserve.wire.account import HandedOver, HandoffDecision, WorkerAccount
-from meshserve.wire.generation import GenerateRequest, GenerationEnd, TokenLogprobs
+from meshserve.wire.generation import GenerateRequest, GenerationEnd, HandedOver, HandoffDecision, TokenLogprobs, WorkerAccount
 from meshserve.wire.messages import GENERATE
 
 _WORD_GETS_OUT_S = 0.02

@@ -15,12 +15,10 @@ from meshserve.routing.cost import CostSettings
 from meshserve.routing.fleet import Fleet, Question
 from meshserve.routing.policies import POLICIES
 from meshserve.wire.booking import Booking
-from meshserve.wire.card import ModelCard
+from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.hello import PeerInfo
-from meshserve.wire.layout import KVLayout
-from meshserve.wire.load import WorkerReport
 from meshserve.wire.messages import BOOKINGS, ROUTE, WORKER_REPORTS
-from meshserve.wire.routing import RouteRequest, RoutingDecision
+from meshserve.wire.routing import RouteRequest, RoutingDecision, WorkerReport
 
 _WORKERS = {"decode", "prefill"}
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 
-from meshserve.wire.load import WorkerLoad
+from meshserve.wire.routing import WorkerLoad
 
 _LEAST_PREFILL_MS_PER_TOKEN = 0.005
 """200,000 tokens/s, more than models are served with: a prefix is worth something even to an engine that takes no time."""

@@ -11,8 +11,7 @@ from meshserve.routing.cost import CostSettings, LoadForecast
 from meshserve.routing.policies import rank, rank_prefill
 from meshserve.routing.regret import Regret
 from meshserve.wire.booking import Booking, Share
-from meshserve.wire.load import WorkerLoad, WorkerReport
-from meshserve.wire.routing import Candidate
+from meshserve.wire.routing import Candidate, WorkerLoad, WorkerReport
 
 MAX_CANDIDATES = 8
 """Named in an answer: enough to go on to when the first is lost."""

@@ -5,7 +5,7 @@ Decode workers decide by it, and routers assume by it what a decode worker is go
 
 from typing import Any
 
-from meshserve.wire.account import HandoffDecision
+from meshserve.wire.generation import HandoffDecision
 
 UNMEASURED_LOCAL_TOKENS = 256
 """Uncached prompt tokens up to which a decode worker prefills itself while expected times say nothing."""

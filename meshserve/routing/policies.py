@@ -13,8 +13,8 @@ from operator import attrgetter
 
 from meshserve.routing.candidates import Prompt, Worker
 from meshserve.routing.cost import LoadForecast, estimate_all, estimate_prefill
-from meshserve.wire.message import MAX_MS
 from meshserve.wire.routing import Candidate
+from meshserve.wire.structs import MAX_MS
 
 _WORTH_A_WORD_TOKENS = 256
 """Of equal workers one that holds so much more of a prompt is taken. Lower sends all that begins with the same few words to one worker."""

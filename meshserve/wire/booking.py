@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from meshserve.wire.message import Figure, Meta, Row
+from meshserve.wire.structs import Figure, Meta, Row
 
 
 class Share(Row):

@@ -1,11 +1,11 @@
-"""The card on which a worker says what it serves: the model and its tokenizer. It travels in every hello."""
+"""What a worker serves: the model card with its files, and the KV layout. Both travel in every hello."""
 
 from typing import Annotated
 
 from msgspec.structs import force_setattr
 
 from meshserve.errors import ProtocolError
-from meshserve.wire.message import FrozenMap, Meta, asdict, replace
+from meshserve.wire.structs import Count, Figure, FrozenMap, Meta, Row, asdict, replace
 
 FEATURES = ("logprobs", "penalties", "logit_bias", "json_schema", "regex", "tools", "tool_text")
 """`json_schema`, `regex`: output that is valid under a schema, or matches an expression; `tools`: it calls one where it is made to by a
@@ -44,7 +44,7 @@ class SamplingDefaults(FrozenMap, frozen=True):
 
 
 class ModelCard(FrozenMap, frozen=True):
-    """What a worker's engine serves. Which workers exchange KV blocks, their :class:`~meshserve.wire.layout.KVLayout` says."""
+    """What a worker's engine serves. Which workers exchange KV blocks, their :class:`KVLayout` says."""
 
     model: str
     """The name that requests carry."""
@@ -85,3 +85,43 @@ class ModelCard(FrozenMap, frozen=True):
 
     def __hash__(self) -> int:
         return hash(self.model_hash)
+
+
+_Text = Annotated[str, Meta(max_length=512)]
+
+
+class KVLayout(FrozenMap, frozen=True):
+    """Workers exchange KV blocks only if their fingerprints are equal and neither refuses."""
+
+    fingerprint: _Text
+    """Digest over all that makes the meaning of a block's bytes: model, library and its build, element types, rows, block size."""
+    block_size: Annotated[int, Meta(ge=1, le=1 << 20)]
+    """Tokens per block."""
+    bytes_per_token: Figure
+    """KV bytes of all layers for one token, for costs. Blocks may have a header besides, so blocks are never counted with it."""
+    refusal: _Text = ""
+    """Why this worker neither gives out nor takes in KV blocks; empty: it does."""
+    numerics: _Text = ""
+    """The class of processor and backend. Workers of two classes take each other's blocks, with outputs that are close but not equal."""
+
+    @property
+    def can_hand_over(self) -> bool:
+        """Whether KV blocks can leave or come at all."""
+        return not self.refusal
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one full KV block, without any header."""
+        return self.block_size * self.bytes_per_token
+
+    def accepts(self, other: "KVLayout | None") -> bool:
+        """Whether blocks of a worker with the `other` layout are of use here."""
+        return other is not None and self.fingerprint == other.fingerprint and self.can_hand_over and other.can_hand_over
+
+
+class FilePartRequest(Row):
+    """The part of a file that begins at this byte."""
+
+    sha256: str
+    """Of the whole file."""
+    offset: Count

@@ -4,14 +4,15 @@ The items of the answer's stream are, for a request that asks for one answer in 
 other request gets items, which :func:`read_item` tells apart. The stream's end is an :class:`Ending`.
 """
 
+import re
 from array import array
 from itertools import accumulate
 from operator import attrgetter
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 from meshserve.errors import ProtocolError
 from meshserve.wire.generation import ChoiceTexts, LogitBias
-from meshserve.wire.message import Count, Map, Meta, NonEmpty, Row, Tokens, read, unpack_tokens
+from meshserve.wire.structs import Count, Map, Meta, NonEmpty, Row, Tokens, read, unpack_tokens
 
 MAX_CHOICES = 128
 """Answers to one request, of all its prompts together: each is a sequence on a worker."""
@@ -261,3 +262,29 @@ class DetokenizeRequest(Row):
 
     model: str
     tokens: Tokens
+
+
+# --- which trace a request belongs to
+
+_FORM = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(-.*)?")
+
+
+class TraceContext(NamedTuple):
+    """A trace, and the span of it that caused this one. Ids are lower-case hexadecimal."""
+
+    trace_id: str
+    span_id: str
+    is_sampled: bool = True
+    """Whether whoever began the trace wants it recorded."""
+
+    def __str__(self) -> str:
+        """As the header has it."""
+        return f"00-{self.trace_id}-{self.span_id}-{int(self.is_sampled):02x}"
+
+
+def read_traceparent(text: str) -> TraceContext | None:
+    """None for what is malformed, or names nothing: such a header is ignored (section 3.2.2). Later versions may append to theirs."""
+    found = _FORM.fullmatch(text)
+    if found is None or (found[4] and text.startswith("00")) or not int(found[1], 16) or not int(found[2], 16):
+        return None
+    return TraceContext(found[1], found[2], bool(int(found[3], 16) & 1))

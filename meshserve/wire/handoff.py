@@ -4,7 +4,7 @@ import math
 from typing import Annotated
 
 from meshserve.errors import ProtocolError
-from meshserve.wire.message import Count, FrozenRow, Map, Meta, Milliseconds, Row, Tokens, field
+from meshserve.wire.structs import Count, FrozenRow, Map, Meta, Milliseconds, Row, Tokens, field
 
 MAX_RENEWED = 4096
 """Attempts that one renewal names."""

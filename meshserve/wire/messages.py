@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from meshserve.wire.booking import Booking
+from meshserve.wire.card import FilePartRequest
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Ending, Tokenized, TokenizeRequest
-from meshserve.wire.files import FilePartRequest
 from meshserve.wire.generation import GenerateRequest, GenerationEnd
 from meshserve.wire.handoff import Claim, Grant, Renewal
-from meshserve.wire.load import WorkerLoad, WorkerReport
-from meshserve.wire.message import Meta
-from meshserve.wire.network import NetworkView, PortKnocks
-from meshserve.wire.routing import RouteRequest, RoutingDecision
+from meshserve.wire.hello import NetworkView, PortKnocks
+from meshserve.wire.routing import RouteRequest, RoutingDecision, WorkerLoad, WorkerReport
+from meshserve.wire.structs import Meta
 
 MAX_ECHO_BYTES = 65_536
 RequestName = Annotated[str, Meta(min_length=1, max_length=256)]
@@ -28,7 +27,7 @@ RequestName = Annotated[str, Meta(min_length=1, max_length=256)]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A kind of request stream. Types are those of :mod:`meshserve.wire.message`, or of plain data; None: there is none, or the
+    """A kind of request stream. Types are those of :mod:`meshserve.wire.structs`, or of plain data; None: there is none, or the
     receiver reads the plain data."""
 
     name: str

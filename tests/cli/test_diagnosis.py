@@ -10,8 +10,8 @@ from meshserve.observe.diagnosis.facts import Facts, Listener, Multicast, PathMt
 from meshserve.observe.diagnosis.findings import Finding, Severity, is_wrong, names
 from meshserve.observe.diagnosis.judging import diagnose
 from meshserve.observe.reach import View
-from meshserve.wire.message import replace as replace_message
-from meshserve.wire.network import PortKnock
+from meshserve.wire.hello import PortKnock
+from meshserve.wire.structs import replace as replace_message
 
 ROLES = {"a": ("frontend", "processor", "router"), "b": ("decode",), "c": ("prefill",)}
 ADDRESSES = {"a": "10.0.0.1", "b": "10.0.0.2", "c": "10.0.0.3"}

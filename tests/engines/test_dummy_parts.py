@@ -15,7 +15,7 @@ from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer, load_tokenize
 from meshserve.errors import StartupFailed, TokenizerFailed, UsageError
 from meshserve.wire.card import ModelCard
 from meshserve.wire.generation import Sampling
-from meshserve.wire.message import replace
+from meshserve.wire.structs import replace
 
 
 def card(model: str | None = None, **options: str) -> ModelCard:

@@ -21,7 +21,7 @@ from meshserve.routing.bookings import BOOKING_TIMEOUT_S
 from meshserve.routing.candidates import Prompt
 from meshserve.routing.fleet import Question
 from meshserve.wire.generation import GenerateRequest
-from meshserve.wire.message import replace
+from meshserve.wire.structs import replace
 from tests.handoff.scripted import (
     DEADLINE_S,
     HASHES,

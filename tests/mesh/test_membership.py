@@ -5,7 +5,7 @@ import random
 from meshserve.config import MeshConfig
 from meshserve.mesh.membership import Actions, Change, Member, Membership, PeerState
 from meshserve.wire.hello import PeerHint, PeerInfo
-from meshserve.wire.message import replace
+from meshserve.wire.structs import replace
 
 CONFIG = MeshConfig(roles=("decode",))
 TICK_S = CONFIG.tick_interval_s

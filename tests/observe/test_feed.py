@@ -17,7 +17,7 @@ from meshserve.observe.feed_mesh import MAX_READERS, MeshFeed, Reader
 from meshserve.observe.feed_source import FeedSource
 from meshserve.observe.latencies import counts_by_worker
 from meshserve.telemetry import BUCKETS_S, Histograms
-from meshserve.wire.load import WorkerLoad
+from meshserve.wire.routing import WorkerLoad
 from tests.harness import run_async, until
 
 

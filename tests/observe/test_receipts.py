@@ -13,9 +13,9 @@ from meshserve.observe.receipts import PHASES, Front, PhaseTimes, Receipt, after
 from meshserve.observe.spans import MAX_PHASE_SPANS, export_body, receipt_spans
 from meshserve.roles.processor.accounting import Account
 from meshserve.telemetry import Histograms, Phases
-from meshserve.wire.account import HandedOver, HandoffDecision, WorkerAccount, milliseconds
+from meshserve.wire.completion import TraceContext, read_traceparent
+from meshserve.wire.generation import HandedOver, HandoffDecision, WorkerAccount, milliseconds
 from meshserve.wire.routing import Candidate
-from meshserve.wire.trace_context import TraceContext, read_traceparent
 
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 

@@ -13,11 +13,10 @@ from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.frontend.server import FrontendRole
 from meshserve.roles.processor.processor import ProcessorRole
-from meshserve.wire.account import WorkerAccount
 from meshserve.wire.completion import CompletionRequest, Ending, Item, read_item
-from meshserve.wire.generation import GenerateRequest
-from meshserve.wire.message import replace
+from meshserve.wire.generation import GenerateRequest, WorkerAccount
 from meshserve.wire.messages import COMPLETE, GENERATE
+from meshserve.wire.structs import replace
 from tests.harness import until
 
 DEADLINE_S = 5.0

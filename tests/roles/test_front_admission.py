@@ -15,7 +15,7 @@ from meshserve.config import FrontConfig
 from meshserve.errors import DeadlineExceeded, MeshserveError, Overloaded, RateLimited
 from meshserve.roles.frontend.admission import Admission, Decision, QueueEntry
 from meshserve.roles.frontend.admission_slots import share_of, slots_of
-from meshserve.wire.load import WorkerLoad
+from meshserve.wire.routing import WorkerLoad
 
 LIMITS = FrontConfig()
 SWEEP_S = 0.05

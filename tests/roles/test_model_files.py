@@ -27,11 +27,10 @@ from meshserve.roles.processor import file_cache
 from meshserve.roles.processor.file_cache import FileCache, cache_directory
 from meshserve.roles.processor.model_files import ModelFiles
 from meshserve.roles.processor.models import Models
-from meshserve.wire.card import MAX_FILE_BYTES, ModelCard, ModelFile
+from meshserve.wire.card import MAX_FILE_BYTES, KVLayout, ModelCard, ModelFile
 from meshserve.wire.completion import CompletionRequest
-from meshserve.wire.layout import KVLayout
-from meshserve.wire.message import replace
 from meshserve.wire.messages import FILE_PART
+from meshserve.wire.structs import replace
 from tests.engines.trained import files_of, write_directory
 from tests.harness import run_async, until
 

@@ -8,8 +8,8 @@ import pytest
 from meshserve.errors import EngineFailed, InvalidRequest, MeshserveError
 from meshserve.wire.card import SamplingDefaults
 from meshserve.wire.completion import CallItem, Ending, EndItem, StartItem, TextItem
-from meshserve.wire.message import asdict, replace
 from meshserve.wire.messages import COMPLETE, ROUTE
+from meshserve.wire.structs import asdict, replace
 from tests.harness import run_async, until
 from tests.roles.scripted import DEADLINE_S, Client, scene, tokens
 

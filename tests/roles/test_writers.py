@@ -11,7 +11,7 @@ from meshserve.roles.frontend.apis import Api
 from meshserve.roles.frontend.parsing import ResponseOptions
 from meshserve.roles.frontend.writers import Reply, Writer
 from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, StartItem, TextItem
-from meshserve.wire.message import plain, replace
+from meshserve.wire.structs import plain, replace
 
 ENDING = Ending("stop", 5, 3, 2)
 ENTRY = [b"\xc3", -0.5, [[b"\xc3", -0.5], [b"a", float("-inf")]]]

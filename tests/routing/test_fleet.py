@@ -6,7 +6,7 @@ from meshserve.routing.bookings import Bookings
 from meshserve.routing.candidates import Prompt, Worker
 from meshserve.routing.fleet import Fleet, Question
 from meshserve.wire.booking import Booking, Share
-from meshserve.wire.load import WorkerLoad, WorkerReport
+from meshserve.wire.routing import WorkerLoad, WorkerReport
 
 HASHES = list(range(100, 200))
 PROMPT = Prompt(1605, 16, HASHES)

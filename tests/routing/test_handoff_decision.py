@@ -6,7 +6,7 @@ import pytest
 
 from meshserve.routing import handoff
 from meshserve.routing.handoff import decide, for_receipt
-from meshserve.wire.account import HandoffDecision, WorkerAccount
+from meshserve.wire.generation import HandoffDecision, WorkerAccount
 
 TABLE: list[tuple[str, int, int | None, float | None, float | None, bool, tuple[bool, str]]] = [
     # what is the case, uncached tokens, floor, local_ms, remote_ms, whether sequences run here: what is decided

@@ -9,7 +9,7 @@ from meshserve.kv.index import PrefixIndex
 from meshserve.routing.bookings import BOOKING_TIMEOUT_S, Bookings
 from meshserve.routing.candidates import Prompt, Worker
 from meshserve.routing.policies import POLICIES, rank, rank_prefill
-from meshserve.wire.load import WorkerLoad
+from meshserve.wire.routing import WorkerLoad
 
 PROMPT = Prompt(1600, 16, range(100))
 RNG = random.Random(5)

@@ -12,9 +12,9 @@ from meshserve.errors import ProtocolError
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.router import RouterRole
 from meshserve.routing.cost import CostSettings
-from meshserve.wire.message import pack_tokens, replace
 from meshserve.wire.messages import ROUTE
 from meshserve.wire.routing import RoutingDecision
+from meshserve.wire.structs import pack_tokens, replace
 from tests.harness import run_async
 from tests.routing.test_watches import DEADLINE_S, followed
 

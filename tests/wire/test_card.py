@@ -9,7 +9,7 @@ from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import ProtocolError
 from meshserve.wire.card import MAX_ALIASES, ModelCard, SamplingDefaults
 from meshserve.wire.frames import pack_body, unpack_body
-from meshserve.wire.message import replace
+from meshserve.wire.structs import replace
 
 CARD = DummyEngine(EngineOptions()).card
 

@@ -21,7 +21,7 @@ from meshserve.wire.completion import (
 )
 from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.generation import Sampling
-from meshserve.wire.message import plain
+from meshserve.wire.structs import plain
 
 FULL: dict[str, Any] = {
     "request_id": "r",

@@ -10,16 +10,14 @@ from hypothesis import strategies as st
 from meshserve.errors import ProtocolError
 from meshserve.wire import messages
 from meshserve.wire.booking import Booking, Share
-from meshserve.wire.card import ModelFile
+from meshserve.wire.card import FilePartRequest, ModelFile
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Ending, PartItem, Tokenized, TokenizeRequest, read_item
-from meshserve.wire.files import FilePartRequest
 from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.generation import GenerateRequest, GenerationEnd, Sampling
 from meshserve.wire.handoff import Acknowledgement, BlockMark, BulkHeader, Claim, Grant, NamedAttempt, Offer, Renewal, Ticket
-from meshserve.wire.load import WorkerLoad, WorkerReport
-from meshserve.wire.message import Message, plain, read, replace
-from meshserve.wire.network import NetworkView, PortKnock, PortKnocks
-from meshserve.wire.routing import Candidate, RouteRequest, RoutingDecision
+from meshserve.wire.hello import NetworkView, PortKnock, PortKnocks
+from meshserve.wire.routing import Candidate, RouteRequest, RoutingDecision, WorkerLoad, WorkerReport
+from meshserve.wire.structs import Message, plain, read, replace
 
 TOKENS = array("I", [1, 2, 2**32 - 1])
 CANDIDATE = Candidate("inc", "name", 1, 2, 0.5, 1.5, "the best", 3.5)

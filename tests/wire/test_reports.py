@@ -7,8 +7,8 @@ import pytest
 from meshserve.errors import ProtocolError
 from meshserve.wire.booking import Booking, Share
 from meshserve.wire.frames import pack_body, unpack_body
-from meshserve.wire.load import WorkerLoad, WorkerReport
-from meshserve.wire.message import MAX_FIGURE
+from meshserve.wire.routing import WorkerLoad, WorkerReport
+from meshserve.wire.structs import MAX_FIGURE
 
 REPORT = WorkerReport(WorkerLoad(num_running=3, num_blocks=MAX_FIGURE - 1), (1, 2**64 - 1), (7,), ("r",), ("r",))
 BOOKING = Booking("r", (Share("w0", 1, 101), Share("p0", 1600, 101)), "alice")

@@ -17,8 +17,7 @@ from meshserve.mesh.probing import Outcome, knock, security_of
 from meshserve.mesh.transport.reading import KEYS_DIFFER
 from meshserve.observe.diagnosis.facts import Facts, Listener, PeerFacts, Stranger, is_loopback, place
 from meshserve.observe.reach import ask_reach, ask_view, carries_large_messages, knock_at
-from meshserve.wire.hello import PeerInfo
-from meshserve.wire.network import PortKnock
+from meshserve.wire.hello import PeerInfo, PortKnock
 
 _LAST_PORT = FIRST_PORT + 100
 _MAX_OWN_ADDRESSES, _MAX_STRANGERS = 16, 32

@@ -13,9 +13,8 @@ from meshserve.engines.core.stepper import Stepper
 from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, GenerationSink, PrefillSink, Reservation
 from meshserve.errors import BlockRefused, EngineFailed, InvalidRequest, MeshserveError, PoolFull, Unsupported
 from meshserve.kv.hashes import block_hashes
-from meshserve.wire.card import ModelCard
+from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.generation import GenerateRequest
-from meshserve.wire.layout import KVLayout
 
 
 class CoreEngine:

@@ -10,9 +10,8 @@ from meshserve.engines.core.reservation import BlockReservation, WriteDone
 from meshserve.engines.core.scheduler import Step, StepLimits
 from meshserve.errors import MeshserveError
 from meshserve.kv.pool import BlockPool
-from meshserve.wire.card import ModelCard
+from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.generation import GenerateRequest, TokenLogprobs
-from meshserve.wire.layout import KVLayout
 
 
 @dataclass(slots=True)

@@ -15,8 +15,7 @@ from meshserve.engines.tokenizers.directory import describe_files, read_director
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
 from meshserve.engines.tokenizers.settings import TextSettings
 from meshserve.errors import TokenizerFailed, UsageError
-from meshserve.wire.card import ModelCard
-from meshserve.wire.layout import KVLayout
+from meshserve.wire.card import KVLayout, ModelCard
 
 _OUTPUT_VERSION = 2
 """Raise it with any change that makes other KV bytes or other tokens: peers of two versions must not share KV."""

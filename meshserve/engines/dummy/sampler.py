@@ -16,7 +16,7 @@ from meshserve.engines.dummy.logits import NEVER_DRAWN_BELOW, OTHER_LOGIT, Logit
 from meshserve.engines.dummy.vocabulary import OWN_VOCABULARY, VocabularyMap
 from meshserve.engines.tokenizers import EOS_TOKEN
 from meshserve.wire.generation import Sampling, TokenLogprobs
-from meshserve.wire.message import replace
+from meshserve.wire.structs import replace
 
 _OTHERS_COUNT_BELOW = -8.0
 _LIFTED_ABOVE = OTHER_LOGIT + 10.0

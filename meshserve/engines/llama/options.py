@@ -16,7 +16,7 @@ from meshserve.engines.tokenizers.gguf_vocabulary import tokenizer_files
 from meshserve.engines.tokenizers.settings import TextSettings
 from meshserve.errors import StartupFailed, TokenizerFailed, UsageError
 from meshserve.wire.card import ModelCard
-from meshserve.wire.message import replace
+from meshserve.wire.structs import replace
 
 BLOCK_TOKENS = 64
 _USUAL_CONTEXT = 4096

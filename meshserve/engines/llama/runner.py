@@ -23,9 +23,9 @@ from meshserve.engines.llama.step import Failure, LlamaStep
 from meshserve.engines.thread import EngineThread
 from meshserve.errors import BlockRefused, InvalidRequest, MeshserveError, PoolFull, StartupFailed, Unsupported
 from meshserve.kv.pool import BlockPool
+from meshserve.wire.card import KVLayout
 from meshserve.wire.generation import GenerateRequest, Sampling
-from meshserve.wire.layout import KVLayout
-from meshserve.wire.message import replace
+from meshserve.wire.structs import replace
 
 _CLOSE_TIMEOUT_S = 5.0
 _MIXED_STEP_S = 0.1

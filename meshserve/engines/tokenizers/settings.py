@@ -9,7 +9,7 @@ from typing import Any
 
 from meshserve.errors import ProtocolError, TokenizerFailed
 from meshserve.wire.card import SamplingDefaults
-from meshserve.wire.message import asdict
+from meshserve.wire.structs import asdict
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Names under which templates know them."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from meshserve.mesh.addresses import LocalAddress
 from meshserve.mesh.probing import Outcome
 from meshserve.observe.reach import View
-from meshserve.wire.network import PortKnock
+from meshserve.wire.hello import PortKnock
 
 HERE = ""
 """In the place of an incarnation: this machine, where the doctor runs."""

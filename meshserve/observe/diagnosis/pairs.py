@@ -7,7 +7,7 @@ from meshserve.mesh.probing import Outcome
 from meshserve.observe.diagnosis.facts import HERE, Facts, PeerFacts, is_open, is_within
 from meshserve.observe.diagnosis.findings import PORTS, Finding, count, error, info, names, warning
 from meshserve.observe.reach import PORT_NAMES
-from meshserve.wire.network import PortKnock
+from meshserve.wire.hello import PortKnock
 
 _MOST_TELLING = (Outcome.OPEN, Outcome.REFUSED, Outcome.RESET, Outcome.FORBIDDEN, Outcome.TIMEOUT, Outcome.UNREACHABLE)
 _WORDS = {

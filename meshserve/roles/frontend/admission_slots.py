@@ -16,8 +16,8 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watch import Watcher
 from meshserve.roles.frontend.admission import Admission, Decision, QueueEntry
 from meshserve.wire.completion import CompletionRequest
-from meshserve.wire.load import WorkerLoad
 from meshserve.wire.messages import WORKER_LOADS
+from meshserve.wire.routing import WorkerLoad
 
 _SWEEP_S = 0.05
 _PEAK_S = 0.25

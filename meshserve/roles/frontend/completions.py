@@ -25,10 +25,9 @@ from meshserve.roles.frontend.parsing import MAX_SESSION_CHARACTERS, ResponseOpt
 from meshserve.roles.frontend.responding import Responder
 from meshserve.roles.frontend.timeouts import request_timeout_s
 from meshserve.roles.frontend.writers import Reply
-from meshserve.wire.completion import CompletionRequest, Ending
-from meshserve.wire.message import replace
+from meshserve.wire.completion import CompletionRequest, Ending, read_traceparent
 from meshserve.wire.messages import COMPLETE
-from meshserve.wire.trace_context import read_traceparent
+from meshserve.wire.structs import replace
 
 if TYPE_CHECKING:
     from meshserve.observe.otlp import Exporter

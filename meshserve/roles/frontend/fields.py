@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from meshserve.errors import InvalidRequest, RequestTooLarge, Unsupported
-from meshserve.wire.nesting import MAX_NESTING, is_shallow
+from meshserve.wire.structs import MAX_NESTING, is_shallow
 
 MAX_VALUES = 524_288
 """Of all kinds, in one body: four times the tokens of the longest prompts."""

@@ -14,8 +14,8 @@ from meshserve.roles.frontend.fields import Fields, boolean, read_object, string
 from meshserve.roles.frontend.parsing import read_prompt_or_messages, read_tokens
 from meshserve.roles.frontend.shapes import dump, error_body
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
-from meshserve.wire.message import Message
 from meshserve.wire.messages import DETOKENIZE, TOKENIZE, Method
+from meshserve.wire.structs import Message
 
 _TIMEOUT_S = 30.0
 """Tokenizing takes a processor milliseconds; one that does not answer is lost."""

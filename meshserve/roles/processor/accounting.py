@@ -6,7 +6,7 @@ from typing import Any
 
 from meshserve.observe.receipts import Receipt
 from meshserve.telemetry import Histograms, Phases
-from meshserve.wire.account import HandedOver, WorkerAccount, handed_over_in
+from meshserve.wire.generation import HandedOver, WorkerAccount, handed_over_in
 
 
 class Account:

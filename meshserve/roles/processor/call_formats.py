@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from meshserve.roles.processor.calling import MAX_SPACE_CHARACTERS, SPACE, Brackets
-from meshserve.wire.nesting import is_shallow
+from meshserve.wire.structs import is_shallow
 
 MAX_CALL_CHARACTERS = 262_144
 """Of one call. What is longer is text: a call is held back until it is complete."""

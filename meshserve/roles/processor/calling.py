@@ -7,7 +7,7 @@ from typing import Any
 from meshserve.errors import ProtocolError
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest
-from meshserve.wire.nesting import is_shallow
+from meshserve.wire.structs import is_shallow
 
 Json = dict[str, Any]
 

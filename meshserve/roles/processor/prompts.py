@@ -10,7 +10,7 @@ from meshserve.roles.processor.calling import call_schema, tools_of, wants_call,
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest
 from meshserve.wire.generation import Sampling
-from meshserve.wire.nesting import is_shallow
+from meshserve.wire.structs import is_shallow
 
 MAX_SCORED_PROMPT_TOKENS = 16_384
 """Of a prompt that is echoed with log probabilities: they make a message many times as long as the prompt."""

@@ -25,7 +25,7 @@ from meshserve.telemetry import Phases, log_event
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartItem
 from meshserve.wire.generation import Sampling
-from meshserve.wire.message import replace
+from meshserve.wire.structs import replace
 
 _log = logging.getLogger(__name__)
 _TAIL_TOKENS = 16

@@ -119,3 +119,27 @@ def _pack(value: Any) -> Any:
 def _unpack(kind: type, data: Any) -> Any:
     assert kind is array, "token ids are the only type of our own"
     return unpack_tokens(data)
+
+
+# --- how deep plain data goes
+
+MAX_NESTING = 64
+"""Levels of maps and lists in tools, schemas and arguments: what recurses over them must not reach
+the end of its stack."""
+
+
+def is_shallow(value: Any, max_levels: int = MAX_NESTING) -> bool:
+    """Whether maps and lists are in each other no deeper than this. Takes no stack itself."""
+    level = [value]
+    for _ in range(max_levels):
+        children = [child for parent in level for child in _children(parent)]
+        level = [child for child in children if isinstance(child, (dict, list))]
+        if not level:
+            return True
+    return False
+
+
+def _children(parent: Any) -> Any:
+    if isinstance(parent, dict):
+        return parent.values()
+    return parent if isinstance(parent, list) else ()
