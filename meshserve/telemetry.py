@@ -2,20 +2,19 @@
 
 import json
 import logging
+import math
 import os
 import time
-from bisect import bisect_right
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
-from operator import add
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
 from typing import Any, Protocol
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histograms' buckets: from a hop on loopback to a prompt of 100,000 tokens on one GPU."""
 
-_NOTED_AT_ONCE = 256
-"""Durations: to sort so many takes 0.1 ms. More take more memory, fewer more time."""
+QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 
 
 def log_event(logger: logging.Logger, event: str, text: str, **fields: Any) -> None:
@@ -58,105 +57,130 @@ class Gauges:
         return {name: level() for name, level in self._levels.items()}
 
 
-class Histograms:
-    """Named distributions of durations since the process started. One instance a peer.
+class Histogram:
+    """Durations in seconds, counted in buckets: one up to each of `bounds_s`, and one for what is longer than the last bound.
 
-    Durations are noted as they come and sorted into buckets many at a time: one at a time takes ten times as long. What is noted in a
-    part is in the whole too: they are added up when somebody looks, so that keeping them apart costs nothing until then.
+    The sum and the longest duration are exact. A quantile is as exact as its bucket is narrow: benchmarks have buckets of 0.1 %.
+    """
+
+    __slots__ = ("bounds_s", "counts", "most_s", "sum_s")
+
+    def __init__(self, bounds_s: Sequence[float] = BUCKETS_S) -> None:
+        self.bounds_s = bounds_s
+        self.counts: defaultdict[int, int] = defaultdict(int)
+        """By bucket. A hot loop may add to them in line, and to the sum afterwards."""
+        self.sum_s = self.most_s = 0.0
+
+    @classmethod
+    def of_row(cls, row: Sequence[Any]) -> "Histogram":
+        """What :meth:`to_row` of another peer gave. The longest duration is not in it: what exceeds the last bound counts as that bound."""
+        made = cls()
+        made.sum_s, counts = row
+        made.counts.update({bucket: count for bucket, count in enumerate(counts) if count})
+        made.most_s = BUCKETS_S[-1]
+        return made
+
+    def to_row(self) -> list[Any]:
+        """The sum, and the counts of all buckets in order."""
+        return [self.sum_s, [self.counts.get(bucket, 0) for bucket in range(len(self.bounds_s) + 1)]]
+
+    def observe(self, duration_s: float) -> None:
+        """One more duration; a negative one counts as 0."""
+        duration_s = max(0.0, duration_s)
+        self.counts[bisect_left(self.bounds_s, duration_s)] += 1
+        self.sum_s += duration_s
+        if duration_s > self.most_s:
+            self.most_s = duration_s
+
+    def add(self, other: "Histogram") -> None:
+        """All that the other one counted, between the same bounds."""
+        for bucket, count in other.counts.items():
+            self.counts[bucket] += count
+        self.sum_s += other.sum_s
+        self.most_s = max(self.most_s, other.most_s)
+
+    @property
+    def count(self) -> int:
+        """How many durations."""
+        return sum(self.counts.values())
+
+    @property
+    def mean_ms(self) -> float:
+        """NaN if there are none."""
+        return self.sum_s * 1000 / self.count if self.counts else math.nan
+
+    def quantile_ms(self, share: float) -> float:
+        """What `share` of the durations do not exceed, as if those of each bucket lay evenly in it; NaN if there are none."""
+        num_left = share * self.count - 1e-9  # such as 0.999 of 1000, which is a little more than 999 as a float
+        for bucket, count in sorted(self.counts.items()):
+            num_left -= count
+            if num_left <= 0:
+                low_s, high_s = self._bounds_of(bucket)
+                return min(high_s, self.most_s, low_s + (high_s - low_s) * (1 + num_left / count)) * 1000
+        return math.nan
+
+    def _bounds_of(self, bucket: int) -> tuple[float, float]:
+        low_s = self.bounds_s[bucket - 1] if bucket else 0.0
+        return low_s, self.bounds_s[bucket] if bucket < len(self.bounds_s) else low_s
+
+    def steps(self) -> Iterator[tuple[float, float]]:
+        """The cumulative distribution: (milliseconds, share of durations up to that), rising."""
+        total = self.count
+        for bucket, seen in zip(sorted(self.counts), accumulate(count for _, count in sorted(self.counts.items())), strict=True):
+            yield min(self._bounds_of(bucket)[1], self.most_s) * 1000, seen / total
+
+    def to_dict(self) -> dict[str, float | int]:
+        """For people: milliseconds, and how many; no figures where there is none."""
+        if not self.counts:
+            return {"count": 0}
+        found: dict[str, float | int] = {"count": self.count, "mean": round(self.mean_ms, 4)}
+        found.update({name: round(self.quantile_ms(share), 4) for name, share in QUANTILES.items()})
+        return {**found, "max": round(self.most_s * 1000, 4)}
+
+
+class Histograms:
+    """Histograms by name, of all durations since the process started. One instance a peer.
+
+    What is counted in a part is in the whole too: they are added up when somebody looks, so that keeping them apart costs nothing until
+    then.
     """
 
     def __init__(self) -> None:
-        self._counts: dict[str, list[int]] = {}
-        self._sums_s: defaultdict[str, float] = defaultdict(float)
-        self._noted: defaultdict[tuple[str, ...], list[Any]] = defaultdict(list)
-        """By names: durations, or what a reader finds one of each name in."""
-        self._readers: dict[tuple[str, ...], Callable[[Any], tuple[float, ...]]] = {}
-        self._parts: dict[str, Histograms] = {}
+        self.named: defaultdict[str, Histogram] = defaultdict(Histogram)
+        """Such as `prefill_wait`; made when first asked for."""
+        self.parts: defaultdict[str, Histograms] = defaultdict(Histograms)
+        """Of one alone, e.g. of one worker's requests; made when first asked for."""
         self._told_s: defaultdict[str, float] = defaultdict(float)
         """The sums when somebody last looked."""
 
-    def observe(self, name: str, duration_s: float) -> None:
-        """One more duration of `name`, e.g. `prefill_wait`."""
-        self._note((name,), duration_s)
-
-    def read_from(self, names: tuple[str, ...], durations_s: Callable[[Any], tuple[float, ...]]) -> Callable[[Any], None]:
-        """A function that notes objects which hold one duration of each of these; to be called once for these names. The objects are read
-        when they are counted, so nobody may change them any more.
-        """
-        assert names not in self._readers and names not in self._noted
-        self._readers[names] = durations_s
-        return partial(self._note, names)
-
-    def _note(self, names: tuple[str, ...], noting: Any) -> None:
-        noted = self._noted[names]
-        noted.append(noting)
-        if len(noted) >= _NOTED_AT_ONCE:
-            self._count(names)
-
-    def _count(self, names: tuple[str, ...]) -> None:
-        noted, self._noted[names] = self._noted[names], []
-        read = self._readers.get(names)
-        columns = zip(*map(read, noted), strict=True) if read is not None else (noted,)
-        for name, durations_s in zip(names, map(sorted, columns), strict=False):
-            counts, num_counted = self.counts_of(name), 0
-            self._sums_s[name] += sum(durations_s)
-            for bucket, bound_s in enumerate(BUCKETS_S):
-                num_below = bisect_right(durations_s, bound_s)
-                counts[bucket] += num_below - num_counted
-                num_counted = num_below
-            counts[-1] += len(durations_s) - num_counted
-
-    def counts_of(self, name: str) -> list[int]:
-        """The counts between the bounds, for who adds to them where an `observe` would cost too much, and then to the sum."""
-        counts = self._counts.get(name)
-        if counts is None:
-            counts = self._counts[name] = [0] * (len(BUCKETS_S) + 1)
-        return counts
-
-    def add_to_sum(self, name: str, duration_s: float) -> None:
-        """What was added to the counts took so long in all."""
-        self._sums_s[name] += duration_s
-
-    def part(self, of: str) -> "Histograms":
-        """Of one alone, e.g. of one worker's requests; made when it is first asked for."""
-        part = self._parts.get(of)
-        if part is None:
-            part = self._parts[of] = Histograms()
-        return part
-
     def fold(self, of: str) -> None:
-        """There is no such part any more; what was noted in it stays in the whole. Nobody may note anything in it afterwards."""
-        part = self._parts.pop(of, None)
-        for name, (sum_s, counts) in (part.snapshot() if part is not None else {}).items():
-            own = self.counts_of(name)
-            own[:] = map(add, own, counts)
-            self._sums_s[name] += sum_s
+        """There is no such part any more; what was counted in it stays in the whole. Nobody may add to it afterwards."""
+        part = self.parts.pop(of, None)
+        for name, histogram in part.named.items() if part is not None else ():
+            self.named[name].add(histogram)
 
     def snapshot(self) -> dict[str, Any]:
-        """By name: the sum in seconds, and the counts between the bounds of `BUCKETS_S`, the last one above all of them. Neither ever
-        falls, whatever is folded.
-        """
-        for names in list(self._noted):
-            self._count(names)
-        own = {name: [self._sums_s[name], counts[:]] for name, counts in self._counts.items()}
-        whole = added_up([own, *self.parts().values()])
-        for name, found in whole.items():  # after a fold the same sum, added up in another order, may round to less
-            found[0] = self._told_s[name] = max(found[0], self._told_s[name])
+        """By name: the row of each that counted something. Neither sum nor counts ever fall, whatever is folded."""
+        whole = added_up([self._own_rows(), *self.snapshot_parts().values()])
+        for name, row in whole.items():  # after a fold the same sum, added up in another order, may round to less
+            row[0] = self._told_s[name] = max(row[0], self._told_s[name])
         return whole
 
-    def parts(self) -> dict[str, dict[str, Any]]:
+    def snapshot_parts(self) -> dict[str, dict[str, Any]]:
         """The same of each part."""
-        return {of: part.snapshot() for of, part in self._parts.items()}
+        return {of: part._own_rows() for of, part in self.parts.items()}
+
+    def _own_rows(self) -> dict[str, Any]:
+        return {name: histogram.to_row() for name, histogram in self.named.items() if histogram.counts}
 
 
 def added_up(snapshots: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Several snapshots of histograms as one: as if all durations had been noted in one place."""
-    total: dict[str, Any] = {}
+    """Several snapshots of histograms as one: as if all durations had been counted in one place."""
+    total: defaultdict[str, Histogram] = defaultdict(Histogram)
     for snapshot in snapshots:
-        for name, (sum_s, counts) in snapshot.items():
-            known_s, known = total.get(name, (0.0, [0] * len(counts)))
-            total[name] = [known_s + sum_s, list(map(add, known, counts))]
-    return total
+        for name, row in snapshot.items():
+            total[name].add(Histogram.of_row(row))
+    return {name: histogram.to_row() for name, histogram in total.items()}
 
 
 class Listener(Protocol):

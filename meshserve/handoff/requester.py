@@ -220,12 +220,12 @@ class PrefillRequester:
         return result
 
     def _observe(self, result: HandoffResult) -> None:
-        histograms = self._mesh.histograms
+        histograms = self._mesh.histograms.named
         if result.state is TaskState.DONE:
             self.rates.handed_over(result.num_tokens, result.transfer_ms / 1000)
-            histograms.observe("prefill_wait", result.queue_ms / 1000)
-            histograms.observe("prefill_compute", result.prefill_ms / 1000)
-            histograms.observe("kv_transfer", result.transfer_ms / 1000)
+            histograms["prefill_wait"].observe(result.queue_ms / 1000)
+            histograms["prefill_compute"].observe(result.prefill_ms / 1000)
+            histograms["kv_transfer"].observe(result.transfer_ms / 1000)
 
     # --- what comes in
 

@@ -47,7 +47,7 @@ class FeedSource:
 
     def _latencies(self) -> dict[str, Counts]:
         """Empty on peers that are no processors."""
-        return counts_by_worker(self._mesh.histograms.parts())
+        return counts_by_worker(self._mesh.histograms.snapshot_parts())
 
     def _publish(self) -> None:
         if not self._source.has_watchers:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -160,8 +161,7 @@ class _Mesh(Collector):
 
 
 def _cumulated(counts: list[int]) -> list[tuple[str, float]]:
-    bounds = [*map(str, BUCKETS_S), "+Inf"]
-    return [(bound, float(sum(counts[: rank + 1]))) for rank, bound in enumerate(bounds)]
+    return list(zip((*map(str, BUCKETS_S), "+Inf"), map(float, accumulate(counts)), strict=True))
 
 
 def metrics_text(peers: list[dict[str, Any]]) -> bytes:

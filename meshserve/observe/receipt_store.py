@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +11,13 @@ from meshserve.errors import Cancelled
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import OK, Front, Receipt
+from meshserve.telemetry import BUCKETS_S
 from meshserve.wire.messages import FRONT_OF_RECEIPT, LATEST_RECEIPT, RECEIPT, RECENT_RECEIPTS
-
-_OBSERVED = ("e2e", "route", "queue", "prefill")
-"""Durations in the histograms: of a whole request, and of phases."""
 
 _MAX_CANDIDATES = 16
 """Of each role, kept of one request: the best are what "why" is about."""
 MAX_RECENT = 50
 """Names of requests that one answer lists."""
-
-
-def _durations_s(receipt: Receipt) -> tuple[float, ...]:
-    took_ms = receipt.phases_ms
-    return receipt.total_ms / 1000, took_ms.route / 1000, took_ms.queue / 1000, took_ms.prefill / 1000
 
 
 class Receipts:
@@ -34,7 +28,8 @@ class Receipts:
         self._kept: deque[Receipt] = deque(maxlen=num_kept)
         self._over: list[Receipt] = []
         """Of this turn."""
-        self._observe = mesh.histograms.read_from(_OBSERVED, _durations_s)
+        self._observed = tuple(mesh.histograms.named[name] for name in ("e2e", "route", "queue", "prefill"))
+        """Of whole requests, and of phases."""
         self.on_kept: Callable[[Receipt], None] | None = None
         """Told of each one."""
         mesh.serve(RECEIPT, self._on_find)
@@ -54,17 +49,18 @@ class Receipts:
             receipt.keep_best(_MAX_CANDIDATES)
             receipt.ended_s = now_s
             self._kept.append(receipt)
-            self._count(receipt)
+            if receipt.outcome != OK:
+                self._mesh.counters.add("requests_left" if receipt.outcome == Cancelled.code else "requests_failed")
+                continue
+            self._mesh.counters.add("requests_done")
+            times = receipt.phases_ms
+            for histogram, took_ms in zip(self._observed, (receipt.total_ms, times.route, times.queue, times.prefill), strict=True):
+                # in line, as the loop runs four times for each request
+                histogram.counts[bisect_left(BUCKETS_S, took_ms / 1000)] += 1
+                histogram.sum_s += took_ms / 1000
         if self.on_kept is not None:
             for receipt in over:
                 self.on_kept(receipt)
-
-    def _count(self, receipt: Receipt) -> None:
-        if receipt.outcome != OK:
-            self._mesh.counters.add("requests_left" if receipt.outcome == Cancelled.code else "requests_failed")
-            return
-        self._mesh.counters.add("requests_done")
-        self._observe(receipt)
 
     def _on_find(self, call: IncomingCall) -> None:
         """By the mesh's name or the client's; the latest, if several are called the same. The end is None if there is none."""

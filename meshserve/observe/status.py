@@ -43,7 +43,7 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
                 "calls_made": dict(mesh.calls.num_made()),
                 "calls_served": dict(mesh.calls.num_served()),
                 "histograms": mesh.histograms.snapshot(),
-                "histograms_by_worker": mesh.histograms.parts(),
+                "histograms_by_worker": mesh.histograms.snapshot_parts(),
             }
         )
 

@@ -13,12 +13,11 @@ from meshserve.cli.bench.arrivals import Level, due_times, parse_ramp
 from meshserve.cli.bench.compare import compare_runs, left_out
 from meshserve.cli.bench.distributions import parse_lengths
 from meshserve.cli.bench.exchange import Ending, Exchange, Job
-from meshserve.cli.bench.histogram import Histogram
 from meshserve.cli.bench.pairing import interval_rank, ratio_of
 from meshserve.cli.bench.selfcheck import findings
 from meshserve.cli.bench.sse import EventReader
 from meshserve.cli.bench.sweep import find_knee, parse_sweep
-from meshserve.cli.bench.tally import Goal, Tally
+from meshserve.cli.bench.tally import Goal, Tally, fine_histogram
 from meshserve.cli.bench.texts import PROBE_CHARS, Scale, Texts
 from meshserve.cli.bench.trace import TraceLine, read_lines
 from meshserve.cli.bench.workload import Shape, Workload, trace_jobs
@@ -31,22 +30,22 @@ from tests.cli.bench_server import FINISH, event, text
 @given(st.lists(st.floats(1e-6, 1e4), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.99, 0.999, 1.0]))
 def test_a_quantile_is_within_a_thousandth_of_the_exact_one(seconds: list[float], share: float) -> None:
     exact = sorted(seconds)[math.ceil(share * len(seconds) - 1e-9) - 1]
-    found = Histogram.of(seconds).quantile_ms(share) / 1000
+    found = fine_histogram(seconds).quantile_ms(share) / 1000
     assert exact * (1 - 1e-3) - 1e-9 <= found <= exact * (1 + 1e-3) + 1e-9
 
 
 @given(st.lists(st.floats(0, 100), max_size=50), st.lists(st.floats(0, 100), max_size=50))
 def test_histograms_add_up_to_that_of_all_values(one: list[float], other: list[float]) -> None:
-    added = Histogram.of(one)
-    added.add(Histogram.of(other))
-    assert added.to_dict() == Histogram.of(one + other).to_dict()
+    added = fine_histogram(one)
+    added.add(fine_histogram(other))
+    assert added.to_dict() == pytest.approx(fine_histogram(one + other).to_dict())
     assert [share for _, share in added.steps()] == sorted(share for _, share in added.steps())
 
 
 def test_a_histogram_of_nothing_has_no_figures() -> None:
-    empty = Histogram()
+    empty = fine_histogram()
     assert math.isnan(empty.quantile_ms(0.5)) and math.isnan(empty.mean_ms) and empty.to_dict() == {"count": 0}
-    assert Histogram.of([-0.5]).to_dict()["max"] == 0
+    assert fine_histogram([-0.5]).to_dict()["max"] == 0
 
 
 # --- lengths and arrivals
@@ -363,12 +362,12 @@ def test_what_is_no_sweep_is_refused(words: str) -> None:
 )
 def test_the_generator_says_when_it_was_what_was_measured(cpu_share: float, late_s: float, lag_s: float, words: str) -> None:
     tally = tally_of([exchange(0.0, [0.01, 0.02])])
-    found = findings(cpu_share, Histogram.of([late_s] * 100), Histogram.of([lag_s] * 100), tally)
+    found = findings(cpu_share, fine_histogram([late_s] * 100), fine_histogram([lag_s] * 100), tally)
     assert (words in found[0]) if words else not found
 
 
 def test_what_was_delayed_unsent_or_failed_is_said() -> None:
     tally = tally_of([exchange(0.0, [], error="HTTP 503 overloaded")])
     tally.num_delayed, tally.num_unsent = 3, 4
-    said = " ".join(findings(0.1, Histogram(), Histogram(), tally))
+    said = " ".join(findings(0.1, fine_histogram(), fine_histogram(), tally))
     assert "3 requests waited" in said and "4 requests were due and never sent" in said and "1 HTTP 503 overloaded" in said

@@ -11,14 +11,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from meshserve.cli.bench import live
-from meshserve.cli.bench.histogram import Histogram
 from meshserve.cli.bench.report.plots import distribution
 from meshserve.cli.bench.report.svg import axis_for, linear_ticks, log_ticks
 from meshserve.cli.bench.session import Run
 from meshserve.cli.bench.sse import text_of
 from meshserve.cli.bench.sweep import find_knee
 from meshserve.cli.bench.tables import print_run, print_sweep
-from meshserve.cli.bench.tally import Goal, Tally
+from meshserve.cli.bench.tally import Goal, Tally, fine_histogram
 from tests.cli.test_bench_parts import exchange, step, tally_of
 
 # --- plots
@@ -71,7 +70,7 @@ def test_a_progress_bar_follows_a_trace_by_its_requests() -> None:
 
 
 def test_lines_of_a_long_sweep_differ() -> None:
-    histogram = Histogram.of([0.01, 0.02])
+    histogram = fine_histogram([0.01, 0.02])
     page = distribution("times", [(f"step {number}", histogram) for number in range(12)])
     assert len(set(re.findall(r'<path class="(line [^"]+)"', page))) == 12
 

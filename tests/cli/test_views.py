@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import pytest
 from hypothesis import given
@@ -13,8 +14,7 @@ from meshserve.cli.logs import JsonFormatter, PlainFormatter, RepeatLimit
 from meshserve.cli.peers import gone_lines, refused_lines
 from meshserve.cli.terminal import parse_keys
 from meshserve.cli.top.rates import Samples, sparkline
-from meshserve.observe.latencies import percentile_s
-from meshserve.telemetry import BUCKETS_S, Counters, Histograms, added_up, log_event
+from meshserve.telemetry import BUCKETS_S, Counters, Histogram, Histograms, added_up, log_event
 
 COLUMNS = (Column("NAME"), Column("ROLES", 1), Column("LOAD", 2, is_number=True), Column("RTT", 3, is_number=True))
 
@@ -61,13 +61,12 @@ def test_any_bytes_are_some_keys(data: bytes) -> None:
 
 
 @given(st.lists(st.floats(0, 40) | st.sampled_from(BUCKETS_S), max_size=30), st.integers(1, 40), st.integers(0, 3))
-def test_durations_are_in_the_same_buckets_however_many_are_sorted_at_once(values: list[float], times: int, looks: int) -> None:
+def test_durations_are_in_the_bucket_whose_bound_they_do_not_exceed(values: list[float], times: int, looks: int) -> None:
     histograms = Histograms()
-    note = histograms.read_from(("e2e", "route"), lambda value: (value, value))
     for turn in range(times):
         for value in values:
-            note(value)
-            histograms.observe("ttft", value)
+            for name in ("e2e", "route", "ttft"):
+                histograms.named[name].observe(value)
         if turn < looks:
             histograms.snapshot()
     expected = [0] * (len(BUCKETS_S) + 1)
@@ -90,52 +89,50 @@ def test_what_is_noted_in_a_part_is_in_the_whole_for_good(steps: list[tuple[str,
             assert sum(counts) == len(noted) and now_s >= told_s
             told_s = now_s
         elif step == "note":
-            histograms.part(part).observe("itl", value)
+            histograms.parts[part].named["itl"].observe(value)
             noted.append(value)
         else:
-            histograms.part(part).counts_of("itl")[0] += 1
+            histograms.parts[part].named["itl"].counts[0] += 1
             noted.append(0.0)
     whole = Histograms()
     for value in noted:
-        whole.observe("itl", value)
+        whole.named["itl"].observe(value)
     found_s, counts = histograms.snapshot().get("itl", [0.0, [0] * (len(BUCKETS_S) + 1)])
     expected_s, expected = whole.snapshot().get("itl", [0.0, [0] * (len(BUCKETS_S) + 1)])
     assert counts == expected and found_s == pytest.approx(expected_s)
-    assert not {step[0] for step in steps[-1:] if step[1] == "fold"} & histograms.parts().keys()
+    assert not {step[0] for step in steps[-1:] if step[1] == "fold"} & histograms.snapshot_parts().keys()
 
 
 def test_parts_are_told_apart_until_they_are_folded() -> None:
     histograms = Histograms()
-    histograms.observe("route", 0.1)
+    histograms.named["route"].observe(0.1)
     for worker, value in (("fast", 0.004), ("fast", 0.004), ("slow", 0.2)):
-        histograms.part(worker).observe("ttft", value)
-    parts = histograms.parts()
+        histograms.parts[worker].named["ttft"].observe(value)
+    parts = histograms.snapshot_parts()
     assert {worker: sum(part["ttft"][1]) for worker, part in parts.items()} == {"fast": 2, "slow": 1}
     before = histograms.snapshot()
     assert before == added_up([*parts.values(), {"route": before["route"]}]) and before["ttft"][0] == pytest.approx(0.208)
     histograms.fold("slow")
     histograms.fold("nobody")
-    assert histograms.parts().keys() == {"fast"} and histograms.snapshot() == before
-    histograms.part("slow").observe("ttft", 0.2)  # it is back, and begins anew
-    assert sum(histograms.parts()["slow"]["ttft"][1]) == 1 and sum(histograms.snapshot()["ttft"][1]) == 4
+    assert histograms.snapshot_parts().keys() == {"fast"} and histograms.snapshot() == before
+    histograms.parts["slow"].named["ttft"].observe(0.2)  # it is back, and begins anew
+    assert sum(histograms.snapshot_parts()["slow"]["ttft"][1]) == 1 and sum(histograms.snapshot()["ttft"][1]) == 4
 
 
 @given(st.lists(st.floats(0, 40), min_size=1, max_size=200))
 def test_percentiles_lie_in_the_bucket_of_the_true_one(durations_s: list[float]) -> None:
     histograms = Histograms()
     for value in durations_s:
-        histograms.observe("ttft", value)
-    counts = histograms.snapshot()["ttft"][1]
+        histograms.named["ttft"].observe(value)
+    found_s = Histogram.of_row(histograms.snapshot()["ttft"]).quantile_ms(0.5) / 1000
     median_s = sorted(durations_s)[(len(durations_s) - 1) // 2]
     bounds = [0.0, *BUCKETS_S]
-    found_s = percentile_s(counts, 0.5)
-    assert found_s is not None
     low_s = max(bound for bound in bounds if bound < median_s or bound == 0.0)
     assert min(low_s, BUCKETS_S[-1]) <= found_s <= next((bound for bound in BUCKETS_S if bound >= median_s), BUCKETS_S[-1])
 
 
 def test_no_durations_have_no_percentiles() -> None:
-    assert percentile_s([0] * (len(BUCKETS_S) + 1), 0.99) is None
+    assert math.isnan(Histogram().quantile_ms(0.99))
 
 
 def a_peer(**counters: int) -> dict[str, object]:
@@ -158,7 +155,7 @@ def test_rates_are_of_the_last_seconds_and_shares_of_more() -> None:
 def of_durations(**durations_s: float) -> dict[str, object]:
     histograms = Histograms()
     for name, duration_s in durations_s.items():
-        histograms.observe(name, duration_s)
+        histograms.named[name].observe(duration_s)
     return histograms.snapshot()
 
 

@@ -183,8 +183,8 @@ def counted(**durations_s: float) -> Batch:
     histograms = Histograms()
     for worker, duration_s in durations_s.items():
         for name in ("ttft", "itl", "ttft"):
-            histograms.part(worker).observe(name, duration_s)
-    return batch(latencies=counts_by_worker(histograms.parts()))
+            histograms.parts[worker].named[name].observe(duration_s)
+    return batch(latencies=counts_by_worker(histograms.snapshot_parts()))
 
 
 def test_a_workers_latencies_are_added_up_over_processors_and_told_when_they_change() -> None:
@@ -204,8 +204,8 @@ def test_a_workers_latencies_are_added_up_over_processors_and_told_when_they_cha
 def test_a_workers_latencies_are_those_of_the_last_half_minute() -> None:
     merge, histograms = Merge(0.0), Histograms()
     for second in range(1, 70):
-        histograms.part("w").observe("itl", 0.09 if second < 20 else 0.004)
-        merge.add("front", batch(latencies=counts_by_worker(histograms.parts())), second - 0.5)
+        histograms.parts["w"].named["itl"].observe(0.09 if second < 20 else 0.004)
+        merge.add("front", batch(latencies=counts_by_worker(histograms.snapshot_parts())), second - 0.5)
         merge.take(float(second))
     assert merge.now()["latencies"] == {"w": {"itl_ms": [3.75, 4.975]}}
 
@@ -283,7 +283,7 @@ def test_peers_listen_to_their_event_logs_only_while_somebody_reads() -> None:
         first = state_of(await reader.next())
         assert {peer["state"] for peer in first["peers"]} == {"alive"} and len(first["peers"]) == 2
         await until(lambda: worker.event_log.is_on and front.event_log.is_on, 5.0, "both listen")
-        front.histograms.part(worker.incarnation).observe("ttft", 0.004)
+        front.histograms.parts[worker.incarnation].named["ttft"].observe(0.004)
         front.event_log.note("submit", "f-1", num_tokens=4)
         worker.event_log.note("accepted", "f-1")
         seen: list[str] = []

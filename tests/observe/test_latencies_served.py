@@ -10,8 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from meshserve.observe.latencies import percentile_s
-from meshserve.telemetry import added_up
+from meshserve.telemetry import Histogram, added_up
 from tests.harness import Process, meshserve_command, run_command, wait_until
 
 READY_S = 10.0
@@ -85,9 +84,7 @@ def num_of(histogram: list[Any]) -> int:
 
 
 def median_ms(histogram: list[Any]) -> float:
-    found_s = percentile_s(histogram[1], 0.5)
-    assert found_s is not None
-    return found_s * 1000
+    return Histogram.of_row(histogram).quantile_ms(0.5)
 
 
 def test_a_slow_worker_and_a_fast_one_show_their_own_latencies(served: Served) -> None:

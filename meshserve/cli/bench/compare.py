@@ -5,10 +5,10 @@ import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from meshserve.cli.bench.histogram import Histogram
 from meshserve.cli.bench.pairing import Ratio, ratio_of
 from meshserve.cli.bench.session import Run
-from meshserve.cli.bench.tally import TIMES, Tally
+from meshserve.cli.bench.tally import TIMES, Tally, fine_histogram
+from meshserve.telemetry import Histogram
 
 FIGURES: dict[str, Callable[[Tally], float]] = {
     "requests/s": lambda tally: tally.requests_per_s,
@@ -96,7 +96,7 @@ async def alternate(
 
 def all_times(runs: Iterable[Run]) -> dict[str, Histogram]:
     """Of several runs together."""
-    merged = {name: Histogram() for name in TIMES}
+    merged = {name: fine_histogram() for name in TIMES}
     for run in runs:
         for name, histogram in run.tally.times.items():
             merged[name].add(histogram)

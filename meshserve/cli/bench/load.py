@@ -161,7 +161,7 @@ class Load:
                     return
                 encoded = self._encode(job)
                 await alarm.until(due_s)
-                self.check.late.record_s(time.monotonic() - due_s)
+                self.check.late.observe(time.monotonic() - due_s)
                 if self.num_open >= self._plan.max_open and not await self._wait_for_room(due_s):
                     return
                 self._start(job, due_s, encoded)

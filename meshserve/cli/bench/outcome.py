@@ -10,7 +10,6 @@ from typing import Any, TextIO
 
 from meshserve import __version__
 from meshserve.cli.bench.compare import Compared, all_times, alternate, compare_runs, left_out
-from meshserve.cli.bench.histogram import Histogram
 from meshserve.cli.bench.live import Live
 from meshserve.cli.bench.load import Load
 from meshserve.cli.bench.session import CSV_COLUMNS, Run, Session
@@ -20,6 +19,7 @@ from meshserve.cli.bench.sweep import RULE, Knee, find_knee, power
 from meshserve.cli.bench.tables import console, print_comparison, print_findings, print_run, print_sweep
 from meshserve.cli.bench.tally import Tally
 from meshserve.config import MeshConfig
+from meshserve.telemetry import Histogram
 
 SCHEMA = 1
 _MAX_NOTES = 6

@@ -4,8 +4,8 @@ import asyncio
 import time
 from typing import Any
 
-from meshserve.cli.bench.histogram import Histogram
-from meshserve.cli.bench.tally import Tally
+from meshserve.cli.bench.tally import Tally, fine_histogram
+from meshserve.telemetry import Histogram
 
 _PROBE_S = 0.02
 _MAX_CPU_SHARE = 0.8
@@ -17,7 +17,7 @@ class SelfCheck:
     """Measures while a run goes on."""
 
     def __init__(self) -> None:
-        self.late, self.lag = Histogram(), Histogram()
+        self.late, self.lag = fine_histogram(), fine_histogram()
         """Of requests that were due: until the generator turned to them; of the event loop: beyond the time it was to come round."""
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -34,7 +34,7 @@ class SelfCheck:
         self._timer = self._loop.call_later(_PROBE_S, self._probe)
 
     def _probe(self) -> None:
-        self.lag.record_s(time.monotonic() - self._expected_s)
+        self.lag.observe(time.monotonic() - self._expected_s)
         self._arm()
 
     def stop(self) -> None:

@@ -10,11 +10,11 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from meshserve.cli.bench.compare import Compared
-from meshserve.cli.bench.histogram import QUANTILES, Histogram
 from meshserve.cli.bench.session import Run
 from meshserve.cli.bench.sweep import RULE, Knee, power
 from meshserve.cli.bench.tally import Tally
 from meshserve.cli.columns import Output
+from meshserve.telemetry import QUANTILES, Histogram
 
 LABELS = {"ttft": "time to first token", "itl": "between tokens", "tpot": "per output token", "e2e": "end to end", "queue": "send delay"}
 _WIDTH, _UNLIMITED = 160, 10_000
@@ -84,7 +84,7 @@ def times_table(times: dict[str, Histogram]) -> Table:
     for name, label in LABELS.items():
         histogram = times[name]
         if histogram.count:
-            cells = [histogram.mean_ms, *(histogram.quantile_ms(share) for share in QUANTILES.values()), histogram.most / 1e6]
+            cells = [histogram.mean_ms, *(histogram.quantile_ms(share) for share in QUANTILES.values()), histogram.most_s * 1000]
             table.add_row(label, *(show(cell) for cell in cells))
     return table
 

@@ -7,10 +7,21 @@ from itertools import pairwise
 from typing import Any
 
 from meshserve.cli.bench.exchange import Exchange
-from meshserve.cli.bench.histogram import Histogram
+from meshserve.telemetry import Histogram
 
 TIMES = ("ttft", "itl", "tpot", "e2e", "queue")
 MAX_SECONDS = 24 * 3600
+_BOUNDS_S = tuple(1e-7 * 1.001**rank for rank in range(27_500))
+"""From 0.1 us to 24 hours, each bucket 0.1 % wide. The PyPI package `hdrhistogram` does as much, and has no wheel for Linux on ARM,
+needs pbr and setuptools at run time and ships no types."""
+
+
+def fine_histogram(seconds: Iterable[float] = ()) -> Histogram:
+    """Of these times; its quantiles are exact to 0.1 %."""
+    made = Histogram(_BOUNDS_S)
+    for value in seconds:
+        made.observe(value)
+    return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +52,8 @@ class Second:
     num_done: int = 0
     num_errors: int = 0
     num_pieces: int = 0
-    ttft: Histogram = field(default_factory=Histogram)
-    e2e: Histogram = field(default_factory=Histogram)
+    ttft: Histogram = field(default_factory=fine_histogram)
+    e2e: Histogram = field(default_factory=fine_histogram)
 
 
 class Tally:
@@ -50,7 +61,7 @@ class Tally:
 
     def __init__(self, goal: Goal) -> None:
         self.goal = goal
-        self.times = {name: Histogram() for name in TIMES}
+        self.times = {name: fine_histogram() for name in TIMES}
         self.errors: Counter[str] = Counter()
         self.num_done = self.num_good = self.num_pieces = 0
         self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
@@ -94,21 +105,21 @@ class Tally:
         times, stamps = self.times, exchange.times_s
         ttft_s = stamps[0] - exchange.due_s
         e2e_s = ended_s - exchange.due_s
-        times["ttft"].record_s(ttft_s)
-        times["e2e"].record_s(e2e_s)
+        times["ttft"].observe(ttft_s)
+        times["e2e"].observe(e2e_s)
         if exchange.sent_s is not None:
-            times["queue"].record_s(exchange.sent_s - exchange.due_s)
-        record_gap = times["itl"].record_s
+            times["queue"].observe(exchange.sent_s - exchange.due_s)
+        record_gap = times["itl"].observe
         for before, after in pairwise(stamps):
             record_gap(after - before)
         if exchange.tpot_s is not None:
-            times["tpot"].record_s(exchange.tpot_s)
+            times["tpot"].observe(exchange.tpot_s)
         self.num_done += 1
         self.num_good += self.goal.is_met(exchange)
         self.num_pieces += len(stamps)
         second.num_done += 1
-        second.ttft.record_s(ttft_s)
-        second.e2e.record_s(e2e_s)
+        second.ttft.observe(ttft_s)
+        second.e2e.observe(e2e_s)
         self._count_tokens(exchange)
 
     def _count_tokens(self, exchange: Exchange) -> None:

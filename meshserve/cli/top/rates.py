@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshserve.observe.latencies import WINDOW_S, median_and_high_ms
+from meshserve.telemetry import Histogram
 
 _RATE_WINDOW_S, _SHARE_WINDOW_S = 3.0, float(WINDOW_S)
 """Speeds are of the last few seconds, so that they follow what happens; shares and percentiles of more, as a few requests make none."""
 _MAX_SAMPLES = 120
 _MAX_TREND = 400
-
-Histogram = list[Any]
-"""As `Histograms.snapshot` gives it: the sum in seconds, and the counts between the bounds of `BUCKETS_S`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +102,12 @@ class Samples:
             return None
         earlier = self._earlier(peer["incarnation"], float("-inf"))
         before = _latencies(earlier[1]).get(name) if earlier is not None else None
-        return median_and_high_ms(found[1], before[1] if before is not None else None)
+        return median_and_high_ms(Histogram.of_row(found), Histogram.of_row(before) if before is not None else None)
 
 
-def _latencies(peer: dict[str, Any]) -> dict[str, Histogram]:
-    served: dict[str, Histogram] | None = peer["latencies"]
-    own: dict[str, Histogram] = peer["histograms"]
+def _latencies(peer: dict[str, Any]) -> dict[str, Any]:
+    served: dict[str, Any] | None = peer["latencies"]
+    own: dict[str, Any] = peer["histograms"]
     return own if served is None else served
 
 

@@ -13,9 +13,9 @@ from meshserve.cli.top.rates import Activity, Samples, sparkline
 from meshserve.cli.trace.waterfall import waterfall
 from meshserve.errors import RequestNotFound
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.latencies import percentile_s
 from meshserve.observe.receipt_finding import find_receipt, recent_requests
 from meshserve.observe.status import list_peers
+from meshserve.telemetry import Histogram
 
 _BAR_CELLS = 10
 _PAGE = 10
@@ -270,8 +270,6 @@ def _columns(pairs: dict[str, str]) -> list[str]:
 
 
 def _times(data: list[Any]) -> str:
-    sum_s, counts = data
-    number = sum(counts)
-    mean_s = sum_s / number if number else None
-    values = (mean_s, percentile_s(counts, 0.5), percentile_s(counts, 0.99))
-    return f"{number:8}  " + "  ".join(f"{_milliseconds(None if value is None else value * 1000):>8}" for value in values)
+    found = Histogram.of_row(data)
+    values = (found.mean_ms, found.quantile_ms(0.5), found.quantile_ms(0.99))
+    return f"{found.count:8}  " + "  ".join(f"{_milliseconds(value if found.count else None):>8}" for value in values)

@@ -23,7 +23,7 @@ class Account:
         self._first_ms = self._first_s = 0.0
         self.early: Any = None
         """What the worker said with the first token, unread: mostly its end says it all."""
-        self.gaps: list[int] | None = None
+        self.gaps: dict[int, int] | None = None
         """From the first token on: the worker's counts of times between tokens, to which each later one adds itself."""
 
     def routed(self) -> None:
@@ -41,9 +41,9 @@ class Account:
         phases, now_s = self.phases, monotonic()
         self._first_ms, self._first_s = (now_s - phases.last_s) * 1000, now_s
         if self._histograms is not None:
-            self._histograms = of_worker = self._histograms.part(worker)
-            of_worker.observe("ttft", now_s - phases.began_s)
-            self.gaps = of_worker.counts_of("itl")
+            self._histograms = of_worker = self._histograms.parts[worker]
+            of_worker.named["ttft"].observe(now_s - phases.began_s)
+            self.gaps = of_worker.named["itl"].counts
         return now_s
 
     def call_ended(self, account: Any) -> None:
@@ -76,7 +76,7 @@ class Account:
         if self._now_in:
             self.settle()
         if self._histograms is not None and self._first_s:
-            self._histograms.add_to_sum("itl", last_s - self._first_s)
+            self._histograms.named["itl"].sum_s += last_s - self._first_s
 
     def _take(self, said: WorkerAccount, caller_ms: float) -> None:
         """What the worker says of a call, or of its beginning, that took so long here."""

@@ -141,7 +141,7 @@ class Sequence:
         self.is_over = self.is_scored = False
         self.waited_ms = 0.0
         """For the first answer to the same prompt, if this is a later one."""
-        self._gaps: list[int] | None = None
+        self._gaps: dict[int, int] | None = None
         self._last_s = 0.0
         """When the last tokens came, on the monotonic clock."""
         self.account = Account(receipt, phases, dispatcher.histograms, dispatcher.mesh.name_of)
@@ -214,7 +214,7 @@ class Sequence:
             self._last_s = self.account.first_token(self.worker or "")
             self._gaps = self.account.gaps
             self._owner.began(self)
-        elif self._gaps:  # in line: it is all that a token pays to be observed (0.2 us)
+        elif self._gaps is not None:  # in line: it is all that a token pays to be observed (0.2 us)
             now_s = monotonic()
             self._gaps[bisect_left(BUCKETS_S, now_s - self._last_s)] += 1
             self._last_s = now_s

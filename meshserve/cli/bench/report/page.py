@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
-from meshserve.cli.bench.histogram import QUANTILES, Histogram
 from meshserve.cli.bench.outcome import Outcome
 from meshserve.cli.bench.report.plots import plots
 from meshserve.cli.bench.report.style import STYLE
 from meshserve.cli.bench.session import Run
 from meshserve.cli.bench.tables import LABELS, counted, knee_line, show, summary_line, sweep_cells
+from meshserve.telemetry import QUANTILES, Histogram
 
 Rows = Sequence[Sequence[str]]
 
@@ -53,7 +53,7 @@ def _times(times: dict[str, Histogram]) -> str:
     for name, label in LABELS.items():
         histogram = times[name]
         if histogram.count:
-            values = [histogram.mean_ms, *(histogram.quantile_ms(share) for share in QUANTILES.values()), histogram.most / 1e6]
+            values = [histogram.mean_ms, *(histogram.quantile_ms(share) for share in QUANTILES.values()), histogram.most_s * 1000]
             rows.append([label, *map(show, values)])
     return _table(["ms", "mean", *QUANTILES, "max"], rows)
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 
 from meshserve.cli.bench.compare import Compared
-from meshserve.cli.bench.histogram import Histogram
 from meshserve.cli.bench.outcome import Outcome
 from meshserve.cli.bench.report.svg import Axis, Plot, axis_for
 from meshserve.cli.bench.session import Run
 from meshserve.cli.bench.sweep import Knee
 from meshserve.cli.bench.tables import LABELS
 from meshserve.cli.bench.tally import Second
+from meshserve.telemetry import Histogram
 
 _COLOURS = ("c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8")
 _MAX_POINTS = 400
