@@ -74,7 +74,7 @@ class SimulatedEngine(Generic[S]):
     def expected_ms(self, num_tokens: int) -> tuple[float | None, float]:
         """Until so many prompt tokens are computed here, None until that was measured; and a decode step, if sequences run."""
         scheduler, rates = self._scheduler, self._rates
-        num_running = scheduler.num_running
+        num_running = len(scheduler.running)
         found_s = rates.prefill_s(scheduler.waiting_prefill_tokens + num_tokens, num_running)
         return None if found_s is None else found_s * 1000, rates.decode_s() * 1000 if num_running else 0.0
 
@@ -82,8 +82,8 @@ class SimulatedEngine(Generic[S]):
         """What changed since the last one."""
         scheduler, pool = self._scheduler, self.pool
         load = WorkerLoad(
-            scheduler.num_running,
-            scheduler.num_waiting + len(self._computed),
+            len(scheduler.running),
+            scheduler.num_unfinished - len(scheduler.running) + len(self._computed),
             scheduler.waiting_prefill_tokens,
             pool.num_used,
             pool.num_idle,

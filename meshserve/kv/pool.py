@@ -16,6 +16,8 @@ class BlockPool:
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
+        self.num_used = 0
+        """Blocks that somebody holds."""
         self._holders: dict[int, int] = {}
         self._never_used = 0
         self._free: list[int] = []
@@ -29,11 +31,6 @@ class BlockPool:
         self._evicted: dict[int, None] = {}
 
     @property
-    def num_used(self) -> int:
-        """Blocks that somebody holds."""
-        return len(self._holders)
-
-    @property
     def num_idle(self) -> int:
         """Blocks that nobody holds and that can be found by their hash."""
         return len(self._idle)
@@ -41,7 +38,7 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that :meth:`allocate` could give out now: free ones and idle ones."""
-        return self.num_blocks - len(self._holders)
+        return self.num_blocks - self.num_used
 
     def hashes(self) -> list[int]:
         """The hashes of all blocks that can be found, held or idle."""
@@ -60,8 +57,9 @@ class BlockPool:
 
     def allocate(self, num_blocks: int) -> list[int]:
         """So many blocks, held once each; idle blocks are evicted when no free one is left. Raises PoolFull and then changes nothing."""
-        if num_blocks > self.num_available:
+        if num_blocks > self.num_blocks - self.num_used:
             raise PoolFull(f"{num_blocks} blocks are needed and {self.num_available} of {self.num_blocks} are available")
+        self.num_used += num_blocks
         free, blocks = self._free, []
         if free:
             first = max(0, len(free) - num_blocks)
@@ -80,6 +78,8 @@ class BlockPool:
 
     def acquire(self, prefix: Sequence[int], num_fresh: int) -> list[int]:
         """Hold the blocks of `prefix` (as found by :meth:`lookup`) and allocate `num_fresh` more: all of them, or PoolFull and none."""
+        if not prefix:
+            return self.allocate(num_fresh)
         idle = self._idle
         available = self.num_available - sum([block in idle for block in prefix])
         if num_fresh > available:
@@ -96,6 +96,7 @@ class BlockPool:
             else:
                 del idle[block]
                 holders[block] = 1
+                self.num_used += 1
 
     def release(self, blocks: Sequence[int]) -> None:
         """Hold each once less. What nobody holds becomes idle if it is registered, else free.
@@ -109,6 +110,7 @@ class BlockPool:
                 holders[block] -= 1
                 continue
             del holders[block]
+            self.num_used -= 1
             if block in hash_of:
                 idle[block] = None
             else:

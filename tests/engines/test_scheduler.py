@@ -77,7 +77,7 @@ def test_a_batch_has_at_most_max_batch_sequences() -> None:
     for prefix in range(3):
         added(scheduler, 4, 2, prefix)
     assert shape(planned(scheduler)) == (0, [4, 4])
-    assert (scheduler.num_running, scheduler.num_waiting, scheduler.waiting_prefill_tokens) == (2, 1, 12)
+    assert (len(scheduler.running), scheduler.num_unfinished, scheduler.waiting_prefill_tokens) == (2, 3, 12)
 
 
 @pytest.mark.parametrize(("num_tokens", "max_new_tokens", "num_computed"), [(12, 1, 4), (13, 1, 1), (11, 1, 3), (12, 0, 0), (15, 0, 3)])
@@ -92,7 +92,7 @@ def test_a_cached_prompt_computes_what_is_left_and_a_generation_at_least_its_las
     assert shape(step) == (0, [num_computed])
     outcome = updated(scheduler, step, 0.0)
     assert (outcome.prefilled, outcome.producing) == (([], [again]) if max_new_tokens else ([again], []))
-    assert scheduler.pool.num_used == scheduler.num_running == scheduler.waiting_prefill_tokens == 0
+    assert scheduler.pool.num_used == scheduler.num_unfinished == scheduler.waiting_prefill_tokens == 0
 
 
 def test_prompt_blocks_stay_cached_and_output_blocks_do_not() -> None:
@@ -132,7 +132,7 @@ def test_what_could_never_fit_is_refused_at_once() -> None:
     added(scheduler, 8, 5)
     with pytest.raises(PoolFull, match="13 tokens need 4 KV blocks"):
         added(scheduler, 8, 6)
-    assert scheduler.num_waiting == 1
+    assert scheduler.num_unfinished - len(scheduler.running) == 1
 
 
 def test_a_head_that_finds_no_room_does_not_hold_up_those_that_bring_their_blocks() -> None:
@@ -175,12 +175,12 @@ def test_every_sequence_gets_its_tokens_and_leaves_no_block_behind(
         if step is None:
             break
         assert len(step.decodes) + sum(num_tokens for _, num_tokens in step.prefills) <= max_batch_tokens
-        assert scheduler.num_running <= max_batch
+        assert len(scheduler.running) <= max_batch
         for sequence in updated(scheduler, step, 0.0).producing:
             produced[sequence.arrival] = produced.get(sequence.arrival, 0) + 1
     assert {sequence.stage for sequence in sequences} == {Stage.ENDED}
     assert produced == {sequence.arrival: sequence.max_new_tokens for sequence in sequences if sequence.max_new_tokens}
-    assert scheduler.pool.num_used == scheduler.num_waiting == scheduler.waiting_prefill_tokens == 0
+    assert scheduler.pool.num_used == scheduler.num_unfinished == scheduler.waiting_prefill_tokens == 0
 
 
 def test_a_step_counts_its_prompt_tokens_and_the_blocks_in_use() -> None:

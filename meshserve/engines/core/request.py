@@ -1,32 +1,40 @@
-"""Sequences with what the scheduler does not know of them: tokens, and the sinks of the output. What a model runner adds is `state`."""
+"""Sequences with what the scheduler does not know of them: tokens, and the sinks of the output. What a model runner adds is `state`.
+
+And what a request may ask of any engine: sampling parameters and lengths within their bounds. What one model cannot do, its runner says.
+"""
 
 from array import array
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from meshserve.engines.core.scheduler import Sequence
 from meshserve.engines.protocol import GenerationSink, GenerationStats, PrefillSink
-from meshserve.wire.generation import GenerateRequest, TokenLogprobs
+from meshserve.errors import ContextLengthExceeded, InvalidRequest
+from meshserve.wire.generation import GenerateRequest, Sampling, TokenLogprobs
 
 END = -1
 """In place of a token: the model ended the sequence. Its end-of-sequence token is not given out."""
 
+_MOST_LOGPROBS = 20
+_MOST_PENALTY, _MOST_BIAS = 2.0, 100.0
+_LEAST_REPETITION, _MOST_REPETITION = 0.01, 1e6
+_MOST_PROMPT_LOGPROBS = 32_768
+"""Of all tokens of a prompt together, alternatives included: they travel as one message, and to read that takes 10 ms."""
 
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class EngineRequest(Sequence):
-    """A sequence with tokens. `is_live` until it ended or was cancelled: only then may its sink be called."""
+    """A sequence with tokens."""
 
-    __slots__ = ("is_live", "request_id", "sink", "state", "tokens")
-
-    def __init__(
-        self, request_id: str, tokens: "array[int]", hashes: list[int], max_new_tokens: int, sink: GenerationSink | PrefillSink
-    ) -> None:
-        super().__init__(len(tokens), hashes, max_new_tokens)
-        self.request_id, self.sink = request_id, sink
-        self.tokens = tokens
-        """The prompt; the output is appended, so that a preempted sequence is recomputed with it."""
-        self.is_live = True
-        self.state: Any = None
-        """The model runner's own, from the step that admits the request on."""
+    request_id: str
+    tokens: "array[int]"
+    """The prompt; the output is appended, so that a preempted sequence is recomputed with it."""
+    sink: Any
+    is_live: bool = True
+    """Until it ended or was cancelled: only then may its sink be called."""
+    state: Any = None
+    """The model runner's own, from the step that admits the request on."""
 
 
 class Generation(EngineRequest):
@@ -36,9 +44,10 @@ class Generation(EngineRequest):
     sink: GenerationSink
 
     def __init__(self, request: GenerateRequest, hashes: list[int], sink: GenerationSink) -> None:
-        sampling = self.sampling = request.sampling
-        # a copy, since the output is appended to it
-        super().__init__(request.request_id, request.tokens[:], hashes, sampling.max_tokens - request.num_generated, sink)
+        sampling, tokens = request.sampling, request.tokens[:]  # a copy, since the output is appended to it
+        max_new_tokens = sampling.max_tokens - request.num_generated
+        super().__init__(len(tokens), hashes, max_new_tokens, request_id=request.request_id, tokens=tokens, sink=sink)
+        self.sampling = sampling
         self.first_position = request.num_generated
         """Of the first token that is generated here, counted in the whole output."""
         self.sampler: Any = None
@@ -66,7 +75,7 @@ class Prefill(EngineRequest):
     sink: PrefillSink
 
     def __init__(self, request_id: str, tokens: "array[int]", hashes: list[int], first_block: int, sink: PrefillSink) -> None:
-        super().__init__(request_id, tokens, hashes, 0, sink)
+        super().__init__(len(tokens), hashes, 0, request_id=request_id, tokens=tokens, sink=sink)
         self.next_block = first_block
 
     def completed_blocks(self, num_computed: int, block_size: int) -> Iterator[tuple[int, int]]:
@@ -80,3 +89,65 @@ class Prefill(EngineRequest):
                 break
             self.next_block += 1
             yield self.next_block - 1, num_tokens
+
+
+def check_request(request: GenerateRequest, vocab_size: int, context_length: int) -> None:
+    """Raises InvalidRequest that names the field of the API that is out of range, ContextLengthExceeded."""
+    sampling = request.sampling
+    if not request.tokens:
+        raise InvalidRequest("the prompt is empty", param="prompt")
+    if sampling.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens must be at least 1, not {sampling.max_tokens}", param="max_tokens")
+    if not 0 <= request.num_generated < min(sampling.max_tokens, len(request.tokens)):
+        raise InvalidRequest(f"num_generated is {request.num_generated} with max_tokens {sampling.max_tokens}", param="num_generated")
+    _check_sampling(sampling, vocab_size)
+    if sampling.prompt_logprobs >= 0:
+        _check_prompt_logprobs(request, vocab_size)
+    check_length(len(request.tokens) - request.num_generated, sampling.max_tokens, context_length)
+
+
+def check_length(num_prompt: int, num_output: int, context_length: int) -> None:
+    """Raises ContextLengthExceeded if the tokens of a prompt and its output are more than the model can take."""
+    if num_prompt + num_output > context_length:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {context_length} tokens. However, you requested {num_prompt + num_output} tokens "
+            f"({num_prompt} in the prompt, {num_output} in the completion). Please reduce the length of either.",
+            param="prompt" if num_prompt >= context_length else "max_tokens",
+        )
+
+
+def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
+    if not sampling.temperature >= 0:
+        raise InvalidRequest(f"temperature must not be negative, as {sampling.temperature} is", param="temperature")
+    if not 0 < sampling.top_p <= 1:
+        raise InvalidRequest(f"top_p must be above 0 and at most 1, not {sampling.top_p}", param="top_p")
+    if not 0 <= sampling.min_p <= 1:
+        raise InvalidRequest(f"min_p must be from 0 to 1, not {sampling.min_p}", param="min_p")
+    if not _LEAST_REPETITION <= sampling.repetition_penalty <= _MOST_REPETITION:
+        raise InvalidRequest(f"repetition_penalty must be at least 0.01, not {sampling.repetition_penalty}", param="repetition_penalty")
+    if not 0 <= sampling.choice < 2**32:
+        raise InvalidRequest(f"there is no choice {sampling.choice}", param="n")
+    for name, value in (("presence_penalty", sampling.presence_penalty), ("frequency_penalty", sampling.frequency_penalty)):
+        if not -_MOST_PENALTY <= value <= _MOST_PENALTY:
+            raise InvalidRequest(f"{name} must be from -2 to 2, not {value}", param=name)
+    for wanted in (sampling.logprobs, sampling.prompt_logprobs):
+        if not -1 <= wanted <= _MOST_LOGPROBS:
+            raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {wanted}", param="logprobs")
+    for token, bias in sampling.logit_bias:
+        if not 0 <= token < vocab_size:
+            raise InvalidRequest(f"logit_bias names the token {token}; there are 0 to {vocab_size - 1}", param="logit_bias")
+        if not -_MOST_BIAS <= bias <= _MOST_BIAS:
+            raise InvalidRequest(f"logit_bias must be from -100 to 100, not {bias} as for the token {token}", param="logit_bias")
+
+
+def _check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:
+    num_alternatives, tokens = request.sampling.prompt_logprobs, request.tokens
+    if len(tokens) * (1 + num_alternatives) > _MOST_PROMPT_LOGPROBS:
+        most = _MOST_PROMPT_LOGPROBS // (1 + num_alternatives)
+        raise InvalidRequest(
+            f"log probabilities of a prompt are given for at most {most} tokens with {num_alternatives} alternatives each, and not "
+            f"for {len(tokens)}",
+            param="logprobs",
+        )
+    if max(tokens) >= vocab_size:
+        raise InvalidRequest(f"the prompt has the token {max(tokens)}; there are 0 to {vocab_size - 1}", param="prompt")

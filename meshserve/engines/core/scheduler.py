@@ -120,27 +120,15 @@ class Scheduler(Generic[S]):
         self.waiting_prefill_tokens = 0
         self.is_waiting_for_room = False
         """The next one to be admitted did not fit at the last plan: what comes later must not take the blocks that it waits for."""
-        self._running: list[S] = []
+        self.running: list[S] = []
+        """The batch, in order of arrival."""
+        self.num_unfinished = 0
+        """Sequences that run or wait."""
         self._full: list[S] = []
         """Of the decodes, those whose next token needs a block more, and perhaps some that ended or were preempted since."""
         self._waiting: deque[S] = deque()
         self._holding: deque[S] = deque()  # waiting with their blocks in hand: behind a head that needs those, all would wait for ever
         self._num_arrived = 0
-
-    @property
-    def is_idle(self) -> bool:
-        """There is nothing to do or to wait for."""
-        return not self._running and not self._waiting and not self._holding
-
-    @property
-    def num_running(self) -> int:
-        """Sequences in the batch."""
-        return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        """Sequences that no step worked on yet, or that were preempted."""
-        return len(self._waiting) + len(self._holding)
 
     def add(self, sequence: S, now: float, blocks: list[int] | None = None) -> None:
         """Queue a sequence. Raises PoolFull if it could never fit.
@@ -148,13 +136,15 @@ class Scheduler(Generic[S]):
         `blocks`, already held, have room for all its tokens and contain the KV of all but the last one.
         """
         most_tokens = sequence.num_tokens + max(0, sequence.max_new_tokens - 1)
-        needed = self._num_blocks(most_tokens)
+        needed = -(-most_tokens // self.block_size)
         if needed > self.pool.num_blocks:
             raise PoolFull(f"{most_tokens} tokens need {needed} KV blocks, and this worker has {self.pool.num_blocks} in all")
         self._num_arrived += 1
         sequence.arrival, sequence.added_at = self._num_arrived, now
+        sequence.num_pending = sequence.num_tokens
+        self.waiting_prefill_tokens += sequence.num_tokens
+        self.num_unfinished += 1
         if blocks is None:
-            self._set_pending(sequence, sequence.num_tokens)
             self._waiting.append(sequence)
         else:
             self._hold(sequence, blocks, sequence.num_tokens - 1)
@@ -166,25 +156,32 @@ class Scheduler(Generic[S]):
         if sequence.stage is Stage.ENDED:
             return
         if sequence.stage is _RUNNING:
-            self._running.remove(sequence)
+            self.running.remove(sequence)
         else:
             (self._holding if sequence in self._holding else self._waiting).remove(sequence)
-        self._drop_blocks(sequence)
-        self._set_pending(sequence, 0)
+        self.pool.release(sequence.blocks)
+        sequence.blocks = []  # a new list: the old one may still be in somebody's hands
+        self.waiting_prefill_tokens -= sequence.num_pending
+        sequence.num_pending = 0
         sequence.stage = Stage.ENDED
+        self.num_unfinished -= 1
 
     def schedule(self, now: float) -> Step[S] | None:
         """The next step, its blocks allocated; None if there is nothing to do, or no room for any of what waits."""
         is_short = bool(self._full) and self._grow_decodes()
-        running = self._running
+        running = self.running
         if not self.waiting_prefill_tokens:  # most steps: all that is here decodes
             self.is_waiting_for_room = False
             return Step(running[:], [], [], 0, self.pool.num_used) if running else None
-        step = Step([sequence for sequence in running if not sequence.num_pending], [], [])
-        budget = most_new = self._limits.most_new_tokens(len(step.decodes))
+        step: Step[S] = Step([], [], [])
+        prompts: list[S] = []
         for sequence in running:
-            if sequence.num_pending and budget:
-                budget -= self._take_chunk(step, sequence, budget)
+            (prompts if sequence.num_pending else step.decodes).append(sequence)
+        budget = most_new = self._limits.most_new_tokens(len(step.decodes))
+        for sequence in prompts:
+            if not budget:
+                break
+            budget -= self._take_chunk(step, sequence, budget)
         if not is_short or not running:  # else what was preempted would only take back the blocks it gave up
             budget = self._admit(step, budget, now)
         if not step.decodes and not step.prefills:
@@ -199,11 +196,13 @@ class Scheduler(Generic[S]):
         end of their prompt have no meaning.
         """
         decodes = step.decodes
-        producing, produced = [sequence for sequence in decodes if sequence.stage is _RUNNING], list(tokens[: len(decodes)])
-        if len(producing) < len(decodes):
-            produced = [token for sequence, token in zip(decodes, produced, strict=True) if sequence.stage is _RUNNING]
-        outcome = Outcome(producing, produced, [])
-        for sequence in producing:
+        outcome: Outcome[S] = Outcome([], [], [])
+        keep_sequence, keep_token = outcome.producing.append, outcome.tokens.append
+        for sequence, token in zip(decodes, tokens, strict=False):
+            if sequence.stage is not _RUNNING:
+                continue
+            keep_sequence(sequence)
+            keep_token(token)
             sequence.num_generated += 1
             sequence.num_computed = num_computed = sequence.num_computed + 1
             if num_computed == sequence.capacity:
@@ -216,8 +215,10 @@ class Scheduler(Generic[S]):
     def _update_prefill(self, sequence: S, num_tokens: int, token: int, outcome: Outcome[S], now: float) -> None:
         first_block = sequence.num_computed // self.block_size
         sequence.num_computed += num_tokens
-        self._set_pending(sequence, sequence.num_pending - num_tokens)
-        self._register(sequence, first_block)
+        sequence.num_pending -= num_tokens
+        self.waiting_prefill_tokens -= num_tokens
+        if sequence.num_computed // self.block_size > first_block:
+            self._register(sequence, first_block)
         if sequence.num_pending:
             return
         if not sequence.max_new_tokens:
@@ -252,7 +253,7 @@ class Scheduler(Generic[S]):
     def _admit(self, step: Step[S], budget: int, now: float) -> int:
         """Move waiting sequences that have a place in the pool into the batch; returns the tokens that are left of the budget."""
         self.is_waiting_for_room = False
-        running = self._running
+        running = self.running
         while budget and len(running) < self.max_running and (self._holding or self._waiting):
             if self._holding:
                 sequence = self._holding.popleft()
@@ -278,7 +279,7 @@ class Scheduler(Generic[S]):
         most_cached = (num_tokens - 1 if sequence.max_new_tokens else num_tokens) // self.block_size
         prefix = self.pool.lookup(sequence.hashes[:most_cached])
         try:
-            blocks = self.pool.acquire(prefix, self._num_blocks(num_tokens) - len(prefix))
+            blocks = self.pool.acquire(prefix, -(-num_tokens // self.block_size) - len(prefix))
         except PoolFull:
             return False
         self._hold(sequence, blocks, len(prefix) * self.block_size)
@@ -287,9 +288,11 @@ class Scheduler(Generic[S]):
         return True
 
     def _hold(self, sequence: S, blocks: list[int], num_computed: int) -> None:
+        """The sequence, none of which was computed, gets blocks that have so many of its tokens."""
         sequence.blocks, sequence.num_computed = blocks, num_computed
-        self._set_capacity(sequence)
-        self._set_pending(sequence, sequence.num_tokens + sequence.num_generated - num_computed)
+        sequence.num_pending -= num_computed
+        self.waiting_prefill_tokens -= num_computed
+        sequence.capacity = min(len(blocks) * self.block_size, sequence.num_tokens + sequence.max_new_tokens - 1)
 
     def _grow_decodes(self) -> bool:
         """A block more for each decode whose last one is full. True if the latest arrivals had to give up theirs for it."""
@@ -298,34 +301,22 @@ class Scheduler(Generic[S]):
         for sequence in sorted(full, key=_by_arrival):
             while not self.pool.num_available and sequence.stage is _RUNNING:
                 is_short = True
-                self._preempt(self._running.pop())
+                self._preempt(self.running.pop())
             if sequence.stage is _RUNNING:
                 sequence.blocks += self.pool.allocate(1)
-                self._set_capacity(sequence)
+                most_computed = sequence.num_tokens + sequence.max_new_tokens - 1
+                sequence.capacity = min(sequence.capacity + self.block_size, most_computed)
         return is_short
 
     def _preempt(self, sequence: S) -> None:
-        self._drop_blocks(sequence)
-        sequence.num_computed = 0
-        self._set_pending(sequence, sequence.num_tokens + sequence.num_generated)
+        self.pool.release(sequence.blocks)
+        num_tokens = sequence.num_tokens + sequence.num_generated
+        self.waiting_prefill_tokens += num_tokens - sequence.num_pending
+        sequence.blocks, sequence.num_computed, sequence.num_pending = [], 0, num_tokens
         sequence.stage = Stage.WAITING
         self._waiting.appendleft(sequence)
-
-    def _drop_blocks(self, sequence: S) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []  # a new list: the old one may still be in somebody's hands
 
     def _register(self, sequence: S, first_block: int) -> None:
         """Offer the full prompt blocks from this one on to the prefix cache."""
         for index in range(first_block, min(sequence.num_computed // self.block_size, len(sequence.hashes))):
             self.pool.register(sequence.blocks[index], sequence.hashes[index])
-
-    def _set_capacity(self, sequence: S) -> None:
-        sequence.capacity = min(len(sequence.blocks) * self.block_size, sequence.num_tokens + sequence.max_new_tokens - 1)
-
-    def _set_pending(self, sequence: S, num_tokens: int) -> None:
-        self.waiting_prefill_tokens += num_tokens - sequence.num_pending
-        sequence.num_pending = num_tokens
-
-    def _num_blocks(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
