@@ -33,7 +33,7 @@ from bench.hop import echo_socket, time_floor
 from bench.pairing import ratio_of
 from bench.processes import answer_until_told, joined, loopback, started, until
 from meshserve.config import HandoffConfig
-from meshserve.engines.dummy.engine import DummyEngine
+from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import Engine, EngineOptions
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.requester import PrefillRequester

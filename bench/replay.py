@@ -19,7 +19,7 @@ from bench.simulator import Cluster, Simulation
 from bench.summary import Summary, summarize
 from bench.traces import TRACE_BLOCK_SIZE, TraceRequest, format_trace, parse_trace, read_trace
 from bench.workloads import WORKLOADS, make_workload
-from meshserve.engines.dummy.timing import PROFILES
+from meshserve.engines.dummy.options import PROFILES
 from meshserve.errors import UsageError
 from meshserve.routing.fleet import Fleet
 from meshserve.routing.policies import POLICIES

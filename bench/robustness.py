@@ -19,7 +19,7 @@ from bench.simulator import Cluster
 from bench.summary import Summary, summarize
 from bench.traces import TraceRequest
 from bench.workloads import WORKLOADS, make_workload
-from meshserve.engines.dummy.timing import PROFILES
+from meshserve.engines.dummy.options import PROFILES
 
 _SEED = 20_24
 _WORKLOAD_WORKERS = 4

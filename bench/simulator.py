@@ -15,7 +15,7 @@ from bench.traces import TraceRequest
 from bench.virtual_engine import SimulatedEngine
 from meshserve.config import HandoffConfig
 from meshserve.engines.core.scheduler import Sequence, Stage, Step
-from meshserve.engines.dummy.timing import Timing
+from meshserve.engines.dummy.options import Timing
 from meshserve.errors import PoolFull
 from meshserve.routing.candidates import Prompt
 from meshserve.routing.fleet import Answer, Fleet, Question

@@ -14,7 +14,7 @@ import click
 import uvloop
 
 from bench.pairing import ratio_of
-from meshserve.engines.dummy.engine import DummyEngine
+from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions, GenerationStats
 from meshserve.errors import MeshserveError
 from meshserve.wire.generation import GenerateRequest, Sampling, TokenLogprobs

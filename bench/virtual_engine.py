@@ -5,7 +5,7 @@ from typing import Generic, TypeVar
 
 from meshserve.engines.core.rates import StepRates
 from meshserve.engines.core.scheduler import Outcome, Scheduler, Sequence, Step, StepLimits
-from meshserve.engines.dummy.timing import Timing
+from meshserve.engines.dummy.options import Timing
 from meshserve.errors import PoolFull
 from meshserve.kv.pool import BlockPool
 from meshserve.wire.routing import WorkerLoad, WorkerReport

@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.engines.dummy import DummyEngine
-from meshserve.engines.dummy.contents import Cursor, KVContents
-from meshserve.engines.dummy.logits import next_token
+from meshserve.engines.dummy.model import Cursor, KVContents, next_token
 from meshserve.engines.loading import load_engine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer, load_tokenizer

@@ -11,8 +11,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshserve.engines.dummy.contents import Cursor, KVContents
-from meshserve.engines.dummy.logits import candidates, next_token
+from meshserve.engines.dummy.model import Cursor, KVContents, candidates, next_token
 from meshserve.engines.dummy.sampler import Sampler
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
 from meshserve.errors import InvalidRequest

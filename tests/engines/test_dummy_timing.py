@@ -4,7 +4,7 @@ import pytest
 
 from bench.virtual_engine import SimulatedEngine
 from meshserve.engines.core.scheduler import Sequence
-from meshserve.engines.dummy.timing import PROFILES, Timing
+from meshserve.engines.dummy.options import PROFILES, Timing
 
 
 @pytest.mark.parametrize(

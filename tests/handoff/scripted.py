@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from meshserve.config import HandoffConfig, MeshConfig
-from meshserve.engines.dummy.engine import DummyEngine
+from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import MeshserveError
 from meshserve.handoff.blocks import checksum

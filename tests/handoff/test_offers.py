@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from meshserve.engines.dummy.engine import DummyEngine
+from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import Gone, InvalidRequest
 from meshserve.handoff.blocks import checksum

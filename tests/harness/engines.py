@@ -6,7 +6,7 @@ import time
 from array import array
 from dataclasses import replace
 
-from meshserve.engines.dummy.engine import DummyEngine
+from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineLoad, EngineOptions, GenerationSink, PrefillSink, Reservation
 from meshserve.engines.tokenizers import ByteTokenizer
 from meshserve.wire.generation import GenerateRequest

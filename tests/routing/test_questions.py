@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from meshserve.config import MeshConfig
-from meshserve.engines.dummy.engine import DummyEngine
+from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import ProtocolError
 from meshserve.mesh.mesh import Mesh

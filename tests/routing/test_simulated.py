@@ -13,7 +13,7 @@ from bench.simulator import Cluster
 from bench.summary import Summary
 from bench.traces import parse_trace, read_trace
 from bench.workloads import WORKLOADS, make_workload
-from meshserve.engines.dummy.timing import PROFILES
+from meshserve.engines.dummy.options import PROFILES
 from meshserve.errors import UsageError
 from meshserve.routing.policies import POLICIES
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from meshserve.config import MeshConfig, TransportConfig
-from meshserve.engines.dummy.engine import DummyEngine
+from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh

@@ -26,8 +26,11 @@ HANGS_AFTER_S = 1.5
 
 
 class CoreEngine:
-    """Owns requests from their check to their end, and reservations. The scheduler decides what a step computes, the model runner
-    computes. One step is in flight; each takes at least one turn of the event loop. There are no tasks and no futures: one handle, re-armed.
+    """Owns requests from their check to their end, and reservations. The scheduler decides what a
+    step computes, the model runner computes it.
+
+    One step is in flight, and takes at least one turn of the event loop. There are no tasks and no
+    futures: one handle is armed again and again.
 
     `clock` gives monotonic seconds. `max_tokens` and `min_tokens` count all output of a sequence, what earlier workers generated
     (`num_generated`) included.

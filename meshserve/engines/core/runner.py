@@ -83,4 +83,4 @@ class ModelRunner(Protocol):
 
     def overdue_s(self) -> float:
         """How long the next sign of progress is overdue by the runner's own expectation; 0 without work. A step that is overdue by
-        :data:`~meshserve.engines.core.stepper.HANGS_AFTER_S` for as long again counts as a failure."""
+        :data:`~meshserve.engines.core.engine.HANGS_AFTER_S` for as long again counts as a failure."""

@@ -1,21 +1,22 @@
 """The dummy model: KV bytes and tokens computed on the event loop, in slices so short that nobody else on the loop waits for them."""
 
 import asyncio
+import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from meshserve.engines.core.engine import CoreEngine
 from meshserve.engines.core.request import END, EngineRequest, Generation, Prefill
 from meshserve.engines.core.reservation import BlockReservation, WriteDone
 from meshserve.engines.core.runner import StepResult
 from meshserve.engines.core.scheduler import Stage, Step, StepLimits
 from meshserve.engines.dummy.constrained import constrained_output
-from meshserve.engines.dummy.contents import Cursor, KVContents
-from meshserve.engines.dummy.logits import next_token
-from meshserve.engines.dummy.options import DummyOptions
+from meshserve.engines.dummy.model import Cursor, KVContents, next_token
+from meshserve.engines.dummy.options import DummyOptions, Timing, parse_options
 from meshserve.engines.dummy.sampler import Sampler, sampler_for
-from meshserve.engines.dummy.timing import Timing
+from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers import EOS_TOKEN
 from meshserve.errors import BlockRefused, MeshserveError
 from meshserve.kv.pool import BlockPool
@@ -236,3 +237,13 @@ class DummyRunner:
         while reservation.state < num_full and reservation.state not in missing:
             self._contents.digest(reservation.blocks, reservation.state, rows if reservation.state == written else None)
             reservation.state += 1
+
+
+class DummyEngine(CoreEngine):
+    """Real KV bytes, tokens that depend on their contents, the timing of a profile; no model.
+
+    `clock` gives monotonic seconds. Raises UsageError for options that it does not know.
+    """
+
+    def __init__(self, options: EngineOptions, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(DummyRunner(parse_options(options), options.model or "dummy", clock), clock)

@@ -1,7 +1,7 @@
 """The sampler of requests that ask for more than plain sampling: penalties, bias, log probabilities, constraints.
 
-The repetition penalty scales the model's logits (module `logits`), bias and the other penalties are added; temperature, min-p, top-k
-and top-p then choose among what they made of them. Log probabilities are those of these same logits, before temperature, min-p, top-k
+The repetition penalty scales the model's logits, bias and the other penalties are added; temperature, min-p, top-k and top-p then
+choose among what they made of them. Log probabilities are those of these same logits, before temperature, min-p, top-k
 and top-p, over all tokens that may come at their place: so they sum to 1 over the vocabulary, and say how likely a token was to the
 model, not to the sampler.
 """
@@ -12,7 +12,7 @@ from operator import itemgetter
 
 from meshserve.engines.core.request import Generation
 from meshserve.engines.dummy.constrained import ConstrainedOutput, constrained_output
-from meshserve.engines.dummy.logits import NEVER_DRAWN_BELOW, OTHER_LOGIT, Logits, candidates, may_end, ranked
+from meshserve.engines.dummy.model import NEVER_DRAWN_BELOW, OTHER_LOGIT, Logits, candidates, may_end, ranked
 from meshserve.engines.dummy.vocabulary import OWN_VOCABULARY, VocabularyMap
 from meshserve.engines.tokenizers import EOS_TOKEN
 from meshserve.wire.generation import Sampling, TokenLogprobs
@@ -64,7 +64,7 @@ class Sampler:
             self._take(token)
 
     def sample(self, context: int, position: int) -> tuple[int, TokenLogprobs | None]:
-        """The next token, as :func:`~meshserve.engines.dummy.logits.next_token` would choose it, and its log probabilities if wanted."""
+        """The next token, as :func:`~meshserve.engines.dummy.model.next_token` would choose it, and its log probabilities if wanted."""
         tokens, logits = self._ranked(context, position)
         rank = logits.draw(self._sampling, position)
         token = tokens[rank]
