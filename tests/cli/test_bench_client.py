@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from meshserve.cli.bench.exchange import Exchange, Job
-from meshserve.cli.bench.http_target import HttpSettings, HttpTarget, parse_url
+from meshserve.cli.bench.http_client import parse_url
+from meshserve.cli.bench.http_target import HttpSettings, HttpTarget
 from meshserve.errors import StartupFailed, UsageError
 from tests.cli.bench_server import FINISH, STREAM_END, STREAM_HEAD, Part, Script, chunked, event, serving, text, tokens, whole
 from tests.harness import run_async, until

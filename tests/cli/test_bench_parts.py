@@ -201,7 +201,7 @@ def test_a_stream_counts_the_same_wherever_it_is_cut(events: list[bytes], data: 
     assert sum(reader.feed(piece) for piece in pieces) == events.count(CHAT) + events.count(THOUGHT)
     fields, is_ended = reader.fields()
     assert is_ended and (USAGE not in events or fields["usage"]["completion_tokens"] == 9)
-    assert reader.text() == "".join({CHAT: "x", THOUGHT: "hm"}.get(one, "") for one in events)
+    assert reader.take_text() == "".join({CHAT: "x", THOUGHT: "hm"}.get(one, "") for one in events)
 
 
 def test_a_stream_that_says_nothing_of_an_end_has_none() -> None:

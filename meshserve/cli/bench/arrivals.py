@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from meshserve.errors import UsageError
 
+ARRIVALS = ("poisson", "constant")
 _MOST = 1e6
 
 

@@ -5,9 +5,9 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from meshserve.cli.bench.choices import FORMS
 from meshserve.errors import UsageError
 
+FORMS = "N | uniform:LOW:HIGH | normal:MEAN:DEVIATION | lognormal:MEDIAN:SIGMA"
 MAX_TOKENS = 1_000_000
 
 

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
+"""Of the APIs that can be asked, by the values of `--endpoint`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Job:

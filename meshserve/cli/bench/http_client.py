@@ -1,8 +1,9 @@
-"""HTTP/1.1 with as little between the socket and the clock as can be: httptools' parser, one protocol per connection, no tasks.
+"""HTTP/1.1 client for load: httptools' parser, one protocol object a connection, no tasks.
 
-Measured before writing it (one-token answers from a server that does nothing else, p50 with 1 client): wrk 17 us, this 16 us, aiohttp
-3.14 66 us; with 32 clients 42,000 requests a second, aiohttp 9,100. What a client takes is counted as the server's latency, so
-aiohttp misses the 5 % in which this must agree with wrk; at 500 streams of 16 tokens a second it would do (0.11 of a core).
+Measured before writing it (one-token answers from a server that does nothing else, p50 with one
+client): wrk 17 us, this 16 us, aiohttp 3.14 66 us; with 32 clients 42,000 requests a second,
+aiohttp 9,100. The client's own time counts as the server's latency, so aiohttp misses the 5 % in
+which a benchmark must agree with wrk.
 """
 
 import asyncio
@@ -13,32 +14,17 @@ import ssl
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
+from urllib.parse import urlsplit
 
 import httptools
+
+from meshserve.cli.bench.exchange import PATHS
+from meshserve.errors import UsageError
 
 CONNECT_TIMEOUT_S = 10.0
 _CLOSE_TIMEOUT_S = 2.0
 _MAX_FILES = 1 << 20
-
-
-class Reply(Protocol):
-    """Who waits for a response. Exactly one of `complete` and `failed` is called, last."""
-
-    def sent(self, now_s: float, connection: "Connection") -> None:
-        """The request was given to this connection's socket."""
-
-    def head(self, status: int) -> None:
-        """The status came."""
-
-    def body(self, now_s: float, data: bytes) -> None:
-        """A piece of the body came."""
-
-    def complete(self, now_s: float) -> None:
-        """The response ended as it should."""
-
-    def failed(self, now_s: float, kind: str) -> None:
-        """It did not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +36,104 @@ class Origin:
     tls: ssl.SSLContext | None = None
 
 
+def parse_url(url: str, is_checking_certificates: bool = True) -> tuple[Origin, str, str]:
+    """The origin, the `host` header, and the path before `/v1/...`. Raises UsageError."""
+    parts = urlsplit(url)
+    try:
+        port = parts.port
+    except ValueError:
+        port = -1
+    is_http = parts.scheme in ("http", "https")
+    if not is_http or not parts.hostname or port == -1 or parts.query:
+        raise UsageError(f"{url!r} is no URL of a server: http://HOST:PORT")
+    if "@" in parts.netloc:
+        raise UsageError("no name or password in a URL, as it is shown with the figures: --api-key")
+    tls = None
+    if parts.scheme == "https":
+        tls = ssl.create_default_context()
+        if not is_checking_certificates:
+            tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    base = parts.path.rstrip("/")
+    for ending in (*PATHS.values(), "/v1"):
+        base = base.removesuffix(ending)
+    return Origin(parts.hostname, port or (443 if tls else 80), tls), parts.netloc, base
+
+
+def request_head(method: str, host: str, path: str, api_key: str | None = None) -> bytes:
+    """The head of a request up to the value of `content-length`, which is the last header."""
+    lines = [
+        f"{method} {path} HTTP/1.1",
+        f"host: {host}",
+        "user-agent: meshserve",
+        "content-type: application/json",
+    ]
+    if api_key:
+        lines.append(f"authorization: Bearer {api_key}")
+    return "\r\n".join([*lines, "content-length: "]).encode()
+
+
+def with_body(head: bytes, body: bytes) -> bytes:
+    """A whole request, of a head of :func:`request_head`."""
+    return b"%b%d\r\n\r\n%b" % (head, len(body), body)
+
+
+class Reply:
+    """A response as it comes; subclasses say what follows. `complete` or `failed` comes last."""
+
+    __slots__ = ("connection", "is_cancelled", "parts", "status")
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.parts: list[bytes] = []
+        """Of the body."""
+        self.connection: Connection | None = None
+        """The connection that is busy with this reply."""
+        self.is_cancelled = False
+
+    def sent(self, now_s: float) -> None:
+        """The request was given to the connection's socket."""
+
+    def body(self, now_s: float, data: bytes) -> None:
+        """A piece of the body came."""
+        self.parts.append(data)
+
+    def complete(self, now_s: float) -> None:
+        """The response ended as it should."""
+
+    def failed(self, now_s: float, kind: str) -> None:
+        """There will be no whole response."""
+
+    def cancel(self) -> None:
+        """Close the connection and call nothing more; if there is none yet, once there is."""
+        self.is_cancelled = True
+        if self.connection is not None:
+            self.connection.discard()
+
+
+class WaitedReply(Reply):
+    """A reply for one who waits."""
+
+    __slots__ = ("ended",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ended: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        """When the response was complete, by time.monotonic; ConnectionError if it failed."""
+
+    def complete(self, now_s: float) -> None:
+        if not self.ended.done():
+            self.ended.set_result(now_s)
+
+    def failed(self, now_s: float, kind: str) -> None:
+        if not self.ended.done():
+            self.ended.set_exception(ConnectionError(kind))
+
+
 class Connection(asyncio.Protocol):
-    """One response at a time. A parser's callbacks only note what they are told; what follows from it is done after each read."""
+    """One response at a time.
+
+    The parser's callbacks only note what came; what follows from it is done after each read.
+    """
 
     def __init__(self, pool: "Pool") -> None:
         self._pool = pool
@@ -61,21 +143,33 @@ class Connection(asyncio.Protocol):
         self._request = b""
         self._now_s = 0.0
         self._num_served = 0
-        self._is_answered = self._is_complete = self._has_length = self._is_reusable = self._is_discarded = False
+        self._is_answered = self._is_complete = self._has_length = False
+        self._is_reusable = self._is_discarded = False
 
     def send(self, request: bytes, reply: Reply) -> None:
-        """Ask; only on a connection that nobody uses."""
+        """Ask, if no other reply is under way."""
         assert self._transport is not None and self._reply is None
         self._reply, self._request = reply, request
         self._is_answered = self._is_complete = self._has_length = False
+        reply.connection = self
+        if reply.is_cancelled:
+            self.discard()
+            return
         self._transport.write(request)
-        reply.sent(time.monotonic(), self)
+        reply.sent(time.monotonic())
 
     def discard(self) -> None:
-        """Close; whoever waits is told nothing."""
-        self._reply, self._is_discarded = None, True
+        """Close, and call nothing of the reply any more."""
+        self._take_reply()
+        self._is_discarded = True
         if self._transport is not None:
             self._transport.abort()
+
+    def _take_reply(self) -> Reply | None:
+        reply, self._reply = self._reply, None
+        if reply is not None:
+            reply.connection = None
+        return reply
 
     @property
     def is_usable(self) -> bool:
@@ -85,30 +179,37 @@ class Connection(asyncio.Protocol):
     # --- asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one by what it does, not by its class
-        self._pool.came(self)
+        # uvloop's transport is one by what it does, not by its class
+        self._transport = cast(asyncio.Transport, transport)
+        self._pool.connections.add(self)
 
     def data_received(self, data: bytes) -> None:
         self._now_s = time.monotonic()
         try:
             self._parser.feed_data(data)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._break_off("malformed response")
+            reply = self._take_reply()
+            self.discard()
+            if reply is not None:
+                reply.failed(self._now_s, "malformed response")
             return
         if self._is_complete:
             self._finish()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._pool.gone(self)
-        reply, self._reply = self._reply, None
+        self._pool.connections.discard(self)
+        reply = self._take_reply()
         if reply is None:
             return
         now_s = time.monotonic()
         if self._is_answered and not self._has_length and exc is None:
-            reply.complete(now_s)  # RFC 9112, section 6.3: without a length, the body ends with the connection
+            # RFC 9112, section 6.3: without a length, the body ends with the connection
+            reply.complete(now_s)
         elif not self._is_answered and self._num_served:
-            # RFC 9112, section 9.3.1: the server closed an idle connection while the request was on its way to it
-            self._pool.repeat(self._request, reply)
+            # RFC 9112, section 9.3.1: the server closed an idle connection while the request was
+            # on its way to it
+            self._pool.num_repeated += 1
+            self._pool.start(self._request, reply)
         else:
             reply.failed(now_s, "connection closed")
 
@@ -125,7 +226,7 @@ class Connection(asyncio.Protocol):
         status = self._parser.get_status_code()
         if status >= 200 and self._reply is not None:
             self._is_answered = True
-            self._reply.head(status)
+            self._reply.status = status
 
     def on_body(self, body: bytes) -> None:
         if self._reply is not None:
@@ -133,41 +234,37 @@ class Connection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._is_complete = self._is_answered
-        self._is_reusable = self._parser.should_keep_alive()  # which the parser no longer knows once it is done
+        # the parser no longer knows once it is done
+        self._is_reusable = self._parser.should_keep_alive()
 
     def _finish(self) -> None:
         reply, self._reply = self._reply, None
         self._num_served += 1
         if self._is_reusable and not self._is_discarded:
-            self._pool.idle(self)
+            self._pool.idle.append(self)
         elif self._transport is not None:
             self._transport.close()
         if reply is not None:
+            reply.connection = None
             reply.complete(self._now_s)
-
-    def _break_off(self, kind: str) -> None:
-        reply = self._reply
-        self.discard()
-        if reply is not None:
-            reply.failed(self._now_s, kind)
 
 
 class Pool:
-    """Connections to one origin, the last used first; as many as there are requests under way, which its user bounds."""
+    """Connections to one origin, the last used first: as many as there are requests under way."""
 
     def __init__(self, origin: Origin) -> None:
         self._origin = origin
         self._loop = asyncio.get_running_loop()
-        self._idle: deque[Connection] = deque()
-        self._all: set[Connection] = set()
+        self.idle: deque[Connection] = deque()
+        self.connections: set[Connection] = set()
         self._connecting: set[asyncio.Task[None]] = set()
         self.num_repeated = 0
         """Requests sent again because their connection had been closed while it was idle."""
 
     def start(self, request: bytes, reply: Reply) -> None:
         """Send on an idle connection, or on a new one."""
-        while self._idle:
-            connection = self._idle.pop()
+        while self.idle:
+            connection = self.idle.pop()
             if connection.is_usable:
                 connection.send(request, reply)
                 return
@@ -175,28 +272,21 @@ class Pool:
         self._connecting.add(task)
         task.add_done_callback(self._connecting.discard)
 
-    def repeat(self, request: bytes, reply: Reply) -> None:
-        """Once more, on another connection."""
-        self.num_repeated += 1
+    async def ask(self, request: bytes, timeout_s: float) -> tuple[int, bytes]:
+        """Status and body. Raises TimeoutError, or ConnectionError that says what failed."""
+        reply = WaitedReply()
         self.start(request, reply)
-
-    def idle(self, connection: Connection) -> None:
-        """It can be used again."""
-        self._idle.append(connection)
-
-    def came(self, connection: Connection) -> None:
-        """It is open."""
-        self._all.add(connection)
-
-    def gone(self, connection: Connection) -> None:
-        """It is closed."""
-        self._all.discard(connection)
+        async with asyncio.timeout(timeout_s):
+            await reply.ended
+        return reply.status, b"".join(reply.parts)
 
     async def _connect(self, request: bytes, reply: Reply) -> None:
         origin = self._origin
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
-                _, connection = await self._loop.create_connection(lambda: Connection(self), origin.host, origin.port, ssl=origin.tls)
+                _, connection = await self._loop.create_connection(
+                    lambda: Connection(self), origin.host, origin.port, ssl=origin.tls
+                )
         except TimeoutError:
             reply.failed(time.monotonic(), "connect: timeout")
         except ssl.SSLError as error:
@@ -210,23 +300,24 @@ class Pool:
                 reply.failed(time.monotonic(), "connection closed")
 
     async def close(self) -> None:
-        """Close all connections. Replies that still wait hear nothing more."""
+        """Close all connections; nothing of a reply under way is called any more."""
         for task in list(self._connecting):
             task.cancel()
         await asyncio.gather(*self._connecting, return_exceptions=True)
-        for connection in list(self._all):
+        for connection in list(self.connections):
             connection.discard()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-                while self._all:
+                while self.connections:
                     await asyncio.sleep(0)
 
 
-def ask_for_files() -> None:
-    """As many as this process may have: the usual limit is a thousand connections. Where that is not allowed, it stays at that."""
+def raise_file_limit() -> None:
+    """Allow as many connections as the system does: by default it is often a thousand."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = _MAX_FILES if hard == resource.RLIM_INFINITY else hard
     with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_FILES if hard == resource.RLIM_INFINITY else hard, hard))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def _reason(error: OSError) -> str:

@@ -5,7 +5,9 @@ from typing import Any
 
 import click
 
-from meshserve.cli.bench.choices import ARRIVALS, FORMS, PATHS
+from meshserve.cli.bench.arrivals import ARRIVALS
+from meshserve.cli.bench.distributions import FORMS
+from meshserve.cli.bench.exchange import PATHS
 from meshserve.cli.options import Command, option
 
 _MESH_GROUP = "The mesh, where no URL is given"

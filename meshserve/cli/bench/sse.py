@@ -53,14 +53,15 @@ class EventReader:
             if data == b"[DONE]":
                 is_ended = True
                 continue
-            fields = _object(data)
+            fields = json_object(data)
             found.update({key: value for key, value in fields.items() if value is not None})
             is_ended = is_ended or any(choice.get("finish_reason") for choice in _choices(fields))
         return found, is_ended
 
-    def text(self) -> str:
-        """All content in order, if it was kept."""
-        return "".join(text_of(_object(_data_of(event))) for event in self._texts)
+    def take_text(self) -> str:
+        """The content since the last call, if it was kept."""
+        texts, self._texts = self._texts, []
+        return "".join(text_of(json_object(_data_of(event))) for event in texts)
 
 
 def text_of(fields: dict[str, Any]) -> str:
@@ -81,7 +82,8 @@ def _data_of(event: bytes) -> bytes:
     return b"\n".join(lines)
 
 
-def _object(data: bytes) -> dict[str, Any]:
+def json_object(data: bytes) -> dict[str, Any]:
+    """The object that these bytes are as JSON; an empty one if they are none."""
     try:
         found = json.loads(data)
     except ValueError:

@@ -1,14 +1,14 @@
 """The demo's prompts, sent over HTTP as any client would."""
 
 import asyncio
-import contextlib
 import json
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
+from meshserve.cli.bench.http_client import Pool, WaitedReply, parse_url, request_head, with_body
+from meshserve.cli.bench.sse import EventReader, json_object
 from meshserve.cli.demo.prompts import Question
 from meshserve.errors import StartupFailed
 
@@ -23,82 +23,81 @@ class Answered:
     ttft_s: float
     """From sending the prompt to the first text."""
     stream_s: float
-    """From there to the end."""
+    """From the first text to the end."""
 
     @property
     def tokens_per_s(self) -> float:
-        """After the first one; 0 where there is none after it."""
+        """After the first token; 0 if there is no other."""
         num_tokens = self.receipt["tokens"]["completion"] - 1
         return num_tokens / self.stream_s if num_tokens > 0 and self.stream_s > 0 else 0.0
 
 
-async def ask(url: str, question: Question, model: str, timeout_s: float) -> AsyncIterator[str | Answered]:
-    """The answer's texts as they come, then how it was answered. Raises StartupFailed for anything but an answer."""
-    began_s = time.monotonic()
-    first_s = None
-    parts = urlsplit(url)
-    body = json.dumps({"model": model, **question.body, "stream": True, "meshserve": {"receipt": True}}).encode()
-    head = f"POST {question.path} HTTP/1.1\r\nhost: {parts.netloc}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-    async with _within(timeout_s):
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+class Client:
+    """Connections to the demo's frontend."""
+
+    def __init__(self, url: str) -> None:
+        origin, self._host, _ = parse_url(url)
+        self._pool = Pool(origin)
+
+    async def list_peers(self) -> list[dict[str, Any]]:
+        """The answer of `GET /mesh/peers`."""
+        head = request_head("GET", self._host, "/mesh/peers")
+        _, body = await self._pool.ask(with_body(head, b""), _TIMEOUT_S)
+        found: list[dict[str, Any]] = json.loads(body)
+        return found
+
+    async def ask(
+        self, question: Question, model: str, timeout_s: float, on_text: Callable[[str], None]
+    ) -> Answered:
+        """Give out the answer's text as it comes. Raises StartupFailed if there is no answer."""
+        body = {"model": model, **question.body, "stream": True, "meshserve": {"receipt": True}}
+        head = request_head("POST", self._host, question.path)
+        reply, began_s = _Answer(on_text), time.monotonic()
+        self._pool.start(with_body(head, json.dumps(body).encode()), reply)
         try:
-            writer.write(head.encode() + b"connection: close\r\n\r\n" + body)
-            status = await reader.readline()
-            if b" 200 " not in status:
-                raise StartupFailed(f"a prompt was not answered: {_reason(status, await reader.read())}")
-            async for event in _events(reader):
-                now_s = time.monotonic()
-                first_s = first_s or now_s
-                yield event if isinstance(event, str) else Answered(event, first_s - began_s, now_s - first_s)
-        finally:
-            writer.close()
+            async with asyncio.timeout(timeout_s):
+                ended_s = await reply.ended
+        except TimeoutError as error:
+            raise StartupFailed(
+                f"a prompt was not answered in {timeout_s:g} s: "
+                "this machine is too slow, or too busy, for the model"
+            ) from error
+        except ConnectionError as error:
+            raise StartupFailed(f"a prompt was not answered: {error}") from error
+        first_s = reply.first_s or ended_s
+        return Answered(reply.receipt(), first_s - began_s, ended_s - first_s)
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        await self._pool.close()
 
 
-@contextlib.asynccontextmanager
-async def _within(timeout_s: float) -> AsyncIterator[None]:
-    try:
-        async with asyncio.timeout(timeout_s):
-            yield
-    except TimeoutError as error:
-        raise StartupFailed(
-            f"a prompt was not answered in {timeout_s:g} s: this machine is too slow, or too busy, for the model"
-        ) from error
+class _Answer(WaitedReply):
+    """A stream whose text is given out as it comes."""
 
+    __slots__ = ("_events", "_on_text", "first_s")
 
-async def list_peers(url: str) -> list[dict[str, Any]]:
-    """What `GET /mesh/peers` says."""
-    parts = urlsplit(url)
-    async with asyncio.timeout(_TIMEOUT_S):
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-        try:
-            writer.write(f"GET /mesh/peers HTTP/1.1\r\nhost: {parts.netloc}\r\nconnection: close\r\n\r\n".encode())
-            _, _, body = (await reader.read()).partition(b"\r\n\r\n")
-        finally:
-            writer.close()
-    found: list[dict[str, Any]] = json.loads(body)
-    return found
+    def __init__(self, on_text: Callable[[str], None]) -> None:
+        super().__init__()
+        self._events, self._on_text = EventReader(is_keeping_text=True), on_text
+        self.first_s: float | None = None
 
+    def body(self, now_s: float, data: bytes) -> None:
+        if self.status != 200:
+            self.parts.append(data)
+        elif self._events.feed(data):
+            self.first_s = self.first_s or now_s
+            self._on_text(self._events.take_text())
 
-def _reason(status: bytes, rest: bytes) -> str:
-    """What the error says, else its status."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        return str(json.loads(rest.partition(b"\r\n\r\n")[2])["error"]["message"])
-    return status.decode(errors="replace").strip()
-
-
-async def _events(reader: asyncio.StreamReader) -> AsyncIterator[str | dict[str, Any]]:
-    while line := await reader.readline():
-        if not line.startswith(b"data: {"):
-            if line.startswith(b"data: [DONE]"):
-                return
-            continue
-        chunk = json.loads(line[6:])
-        if "error" in chunk:
-            raise StartupFailed(f"a prompt was not answered: {chunk['error']['message']}")
-        for choice in chunk["choices"]:
-            text = choice.get("text") or choice.get("delta", {}).get("content")
-            if text:
-                yield text
-        if "meshserve" in chunk:
-            yield chunk["meshserve"]
-    raise StartupFailed("a prompt was not answered: the stream broke off")
+    def receipt(self) -> dict[str, Any]:
+        """The receipt of a complete answer. Raises StartupFailed if there is an error instead."""
+        is_stream = self.status == 200
+        fields = self._events.fields()[0] if is_stream else json_object(b"".join(self.parts))
+        if "meshserve" in fields and "error" not in fields:
+            found: dict[str, Any] = fields["meshserve"]
+            return found
+        error = fields.get("error")
+        reason = "the stream broke off" if is_stream else f"HTTP {self.status}"
+        if isinstance(error, dict):
+            reason = str(error.get("message", reason))
+        raise StartupFailed(f"a prompt was not answered: {reason}")

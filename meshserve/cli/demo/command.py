@@ -8,6 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from meshserve.cli.running import execute
 from meshserve.errors import StartupFailed, UsageError
 
 if TYPE_CHECKING:
+    from meshserve.cli.demo.asking import Client
     from meshserve.cli.demo.children import Children
     from meshserve.cli.demo.view import View
 
@@ -179,6 +181,8 @@ def _http_address(settings: dict[str, Any]) -> str:
 
 
 async def _course(settings: dict[str, Any], children: "Children", view: "View", model: _Model) -> int:
+    from meshserve.cli.demo.asking import Client
+
     began_s = time.monotonic()
     view.begins(model.note)
     front = await children.start("front", "frontend,processor,router", "--http", _http_address(settings))
@@ -196,10 +200,11 @@ async def _course(settings: dict[str, Any], children: "Children", view: "View", 
         model.start_timeout_s,
     )
     url = front.fields["http"].replace("0.0.0.0", "127.0.0.1")
-    await _all_linked(url, len(children.all))
-    view.started(children.all, time.monotonic() - began_s)
-    num_answered = await _ask_all(url, view, model)
-    view.finished(num_answered)
+    async with aclosing(Client(url)) as client:
+        await _all_linked(client, len(children.all))
+        view.started(children.all, time.monotonic() - began_s)
+        await _ask_all(client, view, model)
+    view.finished()
     if not settings["once"]:
         view.serving(url, _example(model), _watching(settings, seed), _joining(settings))
     while not settings["once"]:
@@ -208,12 +213,10 @@ async def _course(settings: dict[str, Any], children: "Children", view: "View", 
     return 0
 
 
-async def _all_linked(url: str, count: int) -> None:
-    """Until each peer reaches all others: the first prompts show what a mesh does that has settled."""
-    from meshserve.cli.demo.asking import list_peers
-
+async def _all_linked(client: "Client", count: int) -> None:
+    """Wait until each peer reaches all others: the prompts are to show a mesh that has settled."""
     for _ in range(200):
-        peers = await list_peers(url)
+        peers = await client.list_peers()
         if len(peers) >= count and all((peer["num_reached"] or 0) >= count - 1 for peer in peers):
             return
         await asyncio.sleep(_CHECK_S)
@@ -252,19 +255,12 @@ def _example(model: _Model) -> str:
     )
 
 
-async def _ask_all(url: str, view: "View", model: _Model) -> int:
-    from meshserve.cli.demo.asking import ask
+async def _ask_all(client: "Client", view: "View", model: _Model) -> None:
     from meshserve.cli.demo.prompts import dummy_questions, real_questions
 
-    num_answered = 0
     pause_s = _PAUSE_S if view.console.is_terminal else _SHORT_PAUSE_S
     for question in real_questions() if model.is_real else dummy_questions():
-        view.asking(num_answered + 1, question)
+        view.asking(question)
         await asyncio.sleep(pause_s)
-        async for part in ask(url, question, model.name, model.answer_timeout_s):
-            if isinstance(part, str):
-                view.text(part)
-            else:
-                view.answered(part)
-                num_answered += 1
-    return num_answered
+        answered = await client.ask(question, model.name, model.answer_timeout_s, view.text)
+        view.answered(answered)

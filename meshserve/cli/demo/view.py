@@ -82,9 +82,9 @@ class View:
 
     # --- prompts
 
-    def asking(self, number: int, question: Question) -> None:
+    def asking(self, question: Question) -> None:
         """A prompt is about to be sent."""
-        self.console.print(f"[bold]{number}. {question.title}[/]")
+        self.console.print(f"[bold]{len(self._all) + 1}. {question.title}[/]")
         self.console.print(Text.assemble("   prompt  ", (question.shown, "italic")))
         self.console.print("   answer  ", end="")
         self._paragraph = Paragraph(self.console.width, _INDENT)
@@ -132,15 +132,15 @@ class View:
             line.append(f" {milliseconds:.2f}")
         return line
 
-    def finished(self, num_answered: int) -> None:
-        """All of them in one table."""
+    def finished(self) -> None:
+        """All answers in one table."""
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for column in ("", "DECODED BY", "PREFILLED BY", "PROMPT", "CACHED", "KV SENT", "TTFT", "TOKENS/S"):
             table.add_column(column, no_wrap=True, justify="right" if column not in ("DECODED BY", "PREFILLED BY") else "left")
         for number, answered in enumerate(self._all, 1):
             table.add_row(str(number), *_cells(answered))
         self.console.print(table)
-        self.console.print(f"\n{num_answered} of {num_answered} prompts answered.")
+        self.console.print(f"\n{len(self._all)} of {len(self._all)} prompts answered.")
 
     def serving(self, url: str, example: str, watching: str, joining: str) -> None:
         """What next; `example` is a request, `watching` the options that lead other commands into this mesh, `joining` how to add to it."""
