@@ -19,8 +19,8 @@ import click
 
 from bench.pairing import ratio_of
 from meshserve.kv.index import PrefixIndex
-from meshserve.routing.candidates import Prompt
 from meshserve.routing.fleet import Fleet, Question
+from meshserve.routing.workers import Prompt
 from meshserve.wire.routing import WorkerLoad, WorkerReport
 
 _BLOCK_SIZE = 16
@@ -151,7 +151,7 @@ def _time_lookups(holdings: Any, prompts: list[list[int]], num_lookups: int) -> 
 
 
 def time_decisions(fleet: Fleet, prompts: Sequence[list[int]]) -> list[float]:
-    """Microseconds of each whole decision: lookup, ranking, booking. They are a millisecond apart, as on a busy mesh."""
+    """Microseconds of each whole decision: lookup, ranking, reservation. They are a millisecond apart, as on a busy mesh."""
     questions = [
         Question(str(number), Prompt(_PROMPT_BLOCKS * _BLOCK_SIZE + 5, _BLOCK_SIZE, prompt), _WORKERS)
         for number, prompt in enumerate(prompts)

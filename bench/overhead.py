@@ -1,6 +1,6 @@
 """`python -m bench.overhead [--json]`: what meshserve adds to the floor, `bench.floor`, under the same load in turn.
 
-The price of all that the floor does without: checks, tokenizing, hashing, routing, booking, streams with deadlines, spans, metrics.
+The price of all that the floor does without: checks, tokenizing, hashing, routing, reservations, streams with deadlines, spans, metrics.
 """
 
 import json

@@ -17,9 +17,9 @@ from meshserve.config import HandoffConfig
 from meshserve.engines.core.scheduler import Sequence, Stage, Step
 from meshserve.engines.dummy.options import Timing
 from meshserve.errors import PoolFull
-from meshserve.routing.candidates import Prompt
 from meshserve.routing.fleet import Answer, Fleet, Question
 from meshserve.routing.handoff import decide
+from meshserve.routing.workers import Prompt
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from meshserve.observe.peer_log import log_changes
 from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.status import serve_status
 from meshserve.observe.worker_report import WorkerReporter
-from meshserve.routing.cost import CostSettings
+from meshserve.routing.workers import CostSettings
 from meshserve.telemetry import EventLog, log_event
 
 if TYPE_CHECKING:

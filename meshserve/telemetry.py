@@ -49,7 +49,7 @@ class Gauges:
         self._levels: dict[str, Callable[[], int]] = {}
 
     def derive(self, name: str, level: Callable[[], int]) -> None:
-        """So many of `name`, e.g. `bookings`, are held now."""
+        """So many of `name`, e.g. `connections`, are held now."""
         self._levels[name] = level
 
     def snapshot(self) -> dict[str, int]:

@@ -11,7 +11,8 @@ from meshserve.wire.messages import WORKER_LOADS, WORKER_REPORTS
 from meshserve.wire.routing import MAX_HASHES_PER_REPORT, WorkerLoad, WorkerReport
 
 _REPORT_INTERVAL_S = 0.02
-"""Changes within it leave as one report: well under the time that a booking bridges, and 50 small messages a second at most."""
+"""Changes within it leave as one report: well under the time that an in-flight reservation lasts, and at
+most 50 small messages a second."""
 
 
 _RUNNING_INTERVAL_S = 0.1

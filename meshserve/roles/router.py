@@ -10,15 +10,13 @@ from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watch import Watcher, WatchSource
-from meshserve.routing.candidates import Prompt
-from meshserve.routing.cost import CostSettings
 from meshserve.routing.fleet import Fleet, Question
 from meshserve.routing.policies import POLICIES
-from meshserve.wire.booking import Booking
+from meshserve.routing.workers import CostSettings, Prompt
 from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.hello import PeerInfo
-from meshserve.wire.messages import BOOKINGS, ROUTE, WORKER_REPORTS
-from meshserve.wire.routing import RouteRequest, RoutingDecision, WorkerReport
+from meshserve.wire.messages import IN_FLIGHT, ROUTE, WORKER_REPORTS
+from meshserve.wire.routing import InFlightReservation, RouteRequest, RoutingDecision, WorkerReport
 
 _WORKERS = {"decode", "prefill"}
 
@@ -47,9 +45,10 @@ class RouterRole:
         self._routers: dict[str, Watcher] = {}
         self._worker_sets: dict[str, _WorkerSet] = {}
         """By model."""
-        self._bookings = WatchSource(mesh, BOOKINGS, lambda: ())  # what was booked before fades within two seconds
-        mesh.gauges.derive("bookings", lambda: self.fleet.num_bookings(time.monotonic()))
-        mesh.gauges.derive("booked_tokens", self.fleet.num_booked_tokens)
+        # without a snapshot: what was sent before a router came is reported, or dropped, within two seconds
+        self._in_flight = WatchSource(mesh, IN_FLIGHT, lambda: ())
+        mesh.gauges.derive("bookings", lambda: self.fleet.num_in_flight(time.monotonic()))
+        mesh.gauges.derive("booked_tokens", self.fleet.num_in_flight_tokens)
         mesh.serve(ROUTE, self._on_route)
         mesh.subscribe(self._on_change)
         if _WORKERS & set(mesh.own.roles):
@@ -63,7 +62,7 @@ class RouterRole:
             if _WORKERS & roles:
                 self._follow(incarnation)
             if "router" in roles and incarnation not in self._routers:
-                self._routers[incarnation] = Watcher(self._mesh, incarnation, BOOKINGS, lambda: None, self._on_booking)
+                self._routers[incarnation] = Watcher(self._mesh, incarnation, IN_FLIGHT, lambda: None, self._on_in_flight)
         elif change in (Change.DIED, Change.LEFT):
             self._forget(incarnation)
 
@@ -80,8 +79,8 @@ class RouterRole:
 
         self._workers[incarnation] = Watcher(self._mesh, incarnation, WORKER_REPORTS, on_reset, on_report)
 
-    def _on_booking(self, booking: Booking) -> None:
-        self.fleet.hear(booking, time.monotonic())
+    def _on_in_flight(self, reservation: InFlightReservation) -> None:
+        self.fleet.hear(reservation, time.monotonic())
 
     def _forget(self, incarnation: str) -> None:
         for watchers in (self._workers, self._routers):
@@ -97,47 +96,48 @@ class RouterRole:
         asked: RouteRequest = call.body
         policy = asked.policy or self._policy
         if policy not in POLICIES:
-            raise InvalidRequest(f"unknown policy {policy!r}; there are: {', '.join(POLICIES)}", param="meshserve.policy")
+            known = ", ".join(POLICIES)
+            raise InvalidRequest(f"unknown policy {policy!r}; there are: {known}", param="meshserve.policy")
         for incarnation in asked.excluded:
-            self.fleet.unbook(incarnation, asked.request_id)
-        call.end(self._answer(asked, policy))
-
-    def _answer(self, asked: RouteRequest, policy: str) -> RoutingDecision:
+            self.fleet.release(incarnation, asked.request_id)
         workers = self._worker_set_for(asked.model, asked.excluded)
         if workers is None:
             raise NoWorker(f"no decode worker for the model {asked.model!r} can take work now")
         block_size = workers.layout.block_size
-        prompt = Prompt(len(asked.tokens), block_size, block_hashes(asked.tokens, block_size, workers.card.model_hash))
+        hashes = block_hashes(asked.tokens, block_size, workers.card.model_hash)
+        prompt = Prompt(len(asked.tokens), block_size, hashes)
         question = Question(asked.request_id, prompt, workers.decode, workers.prefill, asked.session)
         found = self.fleet.choose(policy, question, time.monotonic())
-        if self._bookings.has_watchers and found.booking is not None:
-            self._bookings.publish(found.booking)
-        return RoutingDecision(self._mesh.own.name, policy, found.decode, found.prefill)
+        if self._in_flight.has_watchers and found.reservation is not None:
+            self._in_flight.publish(found.reservation)
+        call.end(RoutingDecision(self._mesh.own.name, policy, found.decode, found.prefill))
 
-    def _worker_set_for(self, model: str, excluded: Sequence[str]) -> "_WorkerSet | None":
-        """Who can take work for this model; None if nobody decodes it. Found once, as long as `peers_serving` gives the same list."""
+    def _worker_set_for(self, model: str, excluded: Sequence[str]) -> _WorkerSet | None:
+        """Workers that can take work for this model; None if nobody decodes it.
+
+        Found once, as long as `peers_serving` gives the same list.
+        """
         decode = self._mesh.peers_serving("decode", model)
         workers = self._worker_sets.get(model)
         if workers is not None and workers.found_in is decode and not excluded:
             return workers
-        prefill = self._mesh.peers_with("prefill")  # whatever they call the model: equal layouts are of one model
+        # whatever they call the model: equal layouts are of one model
+        prefill = self._mesh.peers_with("prefill")
         if excluded:
-            able = ([info for info in infos if info.incarnation not in excluded] for infos in (decode, prefill))
-            return self._make_worker_set(*able)
-        workers = self._make_worker_set(decode, prefill)
-        if workers is not None:
-            self._worker_sets[model] = workers
-        return workers
-
-    def _make_worker_set(self, decode: list[PeerInfo], prefill: list[PeerInfo]) -> "_WorkerSet | None":
+            decode = [info for info in decode if info.incarnation not in excluded]
+            prefill = [info for info in prefill if info.incarnation not in excluded]
         if not decode:
             return None
         card, layout = decode[0].card, decode[0].layout
         assert card is not None and layout is not None, "a hello has both or neither"
-        able = [info for info in prefill if layout.accepts(info.layout)]
-        for info in (*decode, *able):
+        prefill = [info for info in prefill if layout.accepts(info.layout)]
+        for info in (*decode, *prefill):
             self._follow(info.incarnation)
-        return _WorkerSet(decode, card, layout, [info.incarnation for info in decode], [info.incarnation for info in able])
+        names = [info.incarnation for info in decode], [info.incarnation for info in prefill]
+        workers = _WorkerSet(decode, card, layout, *names)
+        if not excluded:
+            self._worker_sets[model] = workers
+        return workers
 
     def close(self) -> None:
         """Follow nobody any more."""

@@ -5,13 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from meshserve.kv.index import PrefixIndex
-from meshserve.routing.bookings import Bookings
-from meshserve.routing.candidates import Prompt, Rates, Worker
-from meshserve.routing.cost import CostSettings, LoadForecast
+from meshserve.routing.demand import Regret
 from meshserve.routing.policies import rank, rank_prefill
-from meshserve.routing.regret import Regret
-from meshserve.wire.booking import Booking, Share
-from meshserve.wire.routing import Candidate, WorkerLoad, WorkerReport
+from meshserve.routing.workers import CostSettings, LoadForecast, Prompt, Rates, Worker
+from meshserve.wire.routing import Candidate, InFlightReservation, Share, WorkerLoad, WorkerReport
 
 MAX_CANDIDATES = 8
 """Named in an answer: enough to go on to when the first is lost."""
@@ -23,6 +20,100 @@ _FOLLOW = 0.02
 """Weight of the newest in a running mean: it follows the last fifty."""
 
 _REFRESH_REPORTS = 64
+
+RESERVATION_TIMEOUT_S = 2.0
+"""A reservation that no report ended by then is dropped."""
+
+_MAX_REPORTED = 4096
+"""Requests that a worker reported before this router heard of them; beyond it the oldest are forgotten."""
+
+
+@dataclass(slots=True)
+class _Reservation:
+    worker: Worker
+    num_tokens: int
+    num_blocks: int
+    until_s: float
+
+
+class InFlight:
+    """Load that routers have sent out and no worker has reported yet, so that two choices in one millisecond
+    do not pile onto one worker. Names of requests are counted once for each worker.
+    """
+
+    def __init__(self) -> None:
+        self.reservations: dict[tuple[str, str], _Reservation] = {}
+        """By incarnation and request."""
+        self._reported: dict[tuple[str, str], float] = {}
+        self.due_s = 0.0
+        """Nothing is due before: to find the first of a dict whose first ones are deleted all the time
+        takes a microsecond."""
+
+    def reserve(
+        self, worker: Worker, request_id: str, num_tokens: int, now_s: float, num_blocks: int = 0
+    ) -> None:
+        """Count this request on the worker until the worker reports it, or for two seconds.
+
+        `num_tokens` are those that the worker will compute, `num_blocks` those that it will hold.
+        """
+        key = worker.incarnation, request_id
+        if key in self.reservations:
+            self.release(*key)
+        until_s = now_s + RESERVATION_TIMEOUT_S
+        self.reservations[key] = _Reservation(worker, num_tokens, num_blocks, until_s)
+        worker.reserve(num_tokens, num_blocks)
+
+    def hear(
+        self, worker: Worker, request_id: str, num_tokens: int, now_s: float, num_blocks: int = 0
+    ) -> None:
+        """Count another router's reservation, unless the worker's report came before the other router's
+        word.
+        """
+        self.expire(now_s)  # a router that nobody asks hears all the same
+        if self._reported.pop((worker.incarnation, request_id), None) is None:
+            self.reserve(worker, request_id, num_tokens, now_s, num_blocks)
+
+    def release(self, incarnation: str, request_id: str) -> bool:
+        """The worker's own report counts the request, or it went elsewhere. False if nothing was reserved."""
+        found = self.reservations.pop((incarnation, request_id), None)
+        if found is None:
+            return False
+        found.worker.release(found.num_tokens, found.num_blocks)
+        return True
+
+    def reported(self, incarnation: str, request_id: str, now_s: float) -> None:
+        """A worker's report counts a request of which this router has not heard yet who sent it there."""
+        self._reported[incarnation, request_id] = now_s + RESERVATION_TIMEOUT_S
+        if len(self._reported) > _MAX_REPORTED:
+            del self._reported[next(iter(self._reported))]
+
+    def expire(self, now_s: float) -> None:
+        """Drop what is due. Reservations are made in order of time, so the first that is not due ends the
+        search.
+        """
+        if now_s < self.due_s:
+            return
+        due, self.due_s = [], now_s + RESERVATION_TIMEOUT_S  # of what is reserved from now on
+        for key, found in self.reservations.items():
+            if found.until_s > now_s:
+                self.due_s = found.until_s
+                break
+            due.append(key)
+        for key in due:
+            self.release(*key)
+        while self._reported:
+            first_s = next(iter(self._reported.values()))
+            if first_s > now_s:
+                self.due_s = min(self.due_s, first_s)
+                break
+            del self._reported[next(iter(self._reported))]
+
+    def kept(self, incarnation: str, request_id: str) -> None:
+        """This worker computes the prompt itself: what was reserved on others for it is not going to be
+        reported by them.
+        """
+        for key in [key for key in self.reservations if key[1] == request_id and key[0] != incarnation]:
+            self.release(*key)
 
 
 @dataclass(slots=True)
@@ -45,8 +136,8 @@ class Answer:
 
     decode: list[Candidate]
     prefill: list[Candidate]
-    booking: Booking | None = None
-    """What was booked for it, for the other routers."""
+    reservation: InFlightReservation | None = None
+    """Of the load that is in flight now, for the other routers."""
 
 
 class Fleet:
@@ -56,7 +147,7 @@ class Fleet:
         self.forecast = LoadForecast(settings or CostSettings())
         self._index = PrefixIndex()
         self._workers: dict[str, Worker] = {}
-        self._bookings = Bookings()
+        self._in_flight = InFlight()
         self._regret = Regret()
         self._sessions: dict[str, str] = {}
         self._rng = rng or random.Random()
@@ -89,10 +180,13 @@ class Fleet:
         worker = self._workers.get(incarnation)
         if worker is None:
             return
+        in_flight = self._in_flight
         for request_id in report.admitted:
-            self._bookings.reported(incarnation, request_id, now_s)
-        for request_id in report.kept:
-            self._bookings.kept(incarnation, request_id)
+            if not in_flight.release(incarnation, request_id):
+                in_flight.reported(incarnation, request_id, now_s)
+        if in_flight.reservations:
+            for request_id in report.kept:
+                in_flight.kept(incarnation, request_id)
         if worker.load.num_blocks != report.load.num_blocks:
             self._num_blocks += report.load.num_blocks - worker.load.num_blocks
             self._regret.capacity = max(2, self._num_blocks)
@@ -103,14 +197,17 @@ class Fleet:
         self._index.stored(incarnation, report.stored)
 
     def _measure(self, worker: Worker) -> None:
-        """Follow how fast workers are and how much they write. Cost breakdowns are forgotten from time to time, as idle workers report
-        nothing."""
+        """Follow how fast workers are and how much they write. Cost breakdowns are forgotten from time to
+        time, as idle workers report nothing.
+        """
         load, forecast = worker.load, self.forecast
         if load.mean_output_tokens:
-            forecast.mean_output_tokens += (load.mean_output_tokens - forecast.mean_output_tokens) * _FOLLOW
+            difference = load.mean_output_tokens - forecast.mean_output_tokens
+            forecast.mean_output_tokens += difference * _FOLLOW
+        if not (load.prefill_ns_per_token or load.decode_base_us):
+            return  # as engines without delays
         found = Rates.reported(load, forecast.rates)
-        if found is None:
-            return
+        assert found is not None
         self._num_measured += 1
         if self._ends_a_guess(load, found):
             for other in self._workers.values():
@@ -160,14 +257,14 @@ class Fleet:
         worker.breakdown = None
         self.forecast.mean_turnover = (total + len(evicted)) / self._num_blocks
 
-    def num_bookings(self, now_s: float) -> int:
+    def num_in_flight(self, now_s: float) -> int:
         """Requests that count on a worker which has not reported them yet."""
-        self._bookings.expire(now_s)
-        return len(self._bookings)
+        self._in_flight.expire(now_s)
+        return len(self._in_flight.reservations)
 
-    def num_booked_tokens(self) -> int:
-        """Of the workers, by their own books: 0 where there is no booking."""
-        return sum(worker.booked_tokens for worker in self._workers.values())
+    def num_in_flight_tokens(self) -> int:
+        """Of the workers, by their own books: 0 where nothing is reserved."""
+        return sum(worker.in_flight_tokens for worker in self._workers.values())
 
     def held_by(self, incarnation: str) -> set[int]:
         """Hashes of the blocks that a worker is known to hold. Walks the whole index: for checks, not for routing."""
@@ -176,15 +273,28 @@ class Fleet:
     # --- what is asked
 
     def choose(self, policy: str, question: Question, now_s: float) -> Answer:
-        """Rank the workers and book the request on the best. KeyError for an unknown policy, or a worker that is not followed."""
-        self._bookings.expire(now_s)
-        prompt, forecast, followed = question.prompt, self.forecast, self._workers
-        prefill = self._rank_prefill(question, now_s) if question.prefill else []
+        """Rank the workers and reserve the request's load on the best.
+
+        KeyError for an unknown policy, or a worker that is not followed.
+        """
+        if now_s >= self._in_flight.due_s:
+            self._in_flight.expire(now_s)
+        prompt, forecast, worker_of = question.prompt, self.forecast, self._workers.__getitem__
+        prefill: list[Candidate] = []
+        if question.prefill:
+            prefill = rank_prefill(
+                prompt,
+                list(map(worker_of, question.prefill)),
+                self._index.overlaps(prompt.hashes, question.prefill),
+                forecast=forecast,
+                now_s=now_s,
+                limit=MAX_CANDIDATES,
+            )
         overlaps = self._index.overlaps(prompt.hashes, question.decode)
         decode = rank(
             policy,
             prompt,
-            list(map(followed.__getitem__, question.decode)),
+            list(map(worker_of, question.decode)),
             overlaps,
             self._rng,
             forecast=forecast,
@@ -195,56 +305,62 @@ class Fleet:
         )
         if not decode:
             return Answer(decode, prefill)
-        self._regret.asked(prompt.hashes, max(overlaps))
-        booking = self._booking_for(question, decode[0], prefill)
-        for share in booking.shares:
-            self._bookings.book(followed[share.incarnation], booking.request_id, share.num_tokens, now_s, share.num_blocks)
-        self._note_choice(booking)
-        return Answer(decode, prefill, booking)
+        num_held = max(overlaps)
+        if num_held < len(prompt.hashes):
+            self._regret.asked(prompt.hashes, num_held)
+        return Answer(decode, prefill, self._reserve(question, decode[0], prefill, now_s))
 
-    def _rank_prefill(self, question: Question, now_s: float) -> list[Candidate]:
-        workers = [self._workers[incarnation] for incarnation in question.prefill]
-        overlaps = self._index.overlaps(question.prompt.hashes, question.prefill)
-        return rank_prefill(question.prompt, workers, overlaps, forecast=self.forecast, now_s=now_s, limit=MAX_CANDIDATES)
-
-    def _booking_for(self, question: Question, chosen: Candidate, prefill: list[Candidate]) -> Booking:
+    def _reserve(
+        self, question: Question, chosen: Candidate, prefill: list[Candidate], now_s: float
+    ) -> InFlightReservation:
         prompt, forecast = question.prompt, self.forecast
         uncached = max(1, prompt.num_tokens - chosen.overlap_blocks * prompt.block_size)
         forecast.mean_uncached_tokens += (uncached - forecast.mean_uncached_tokens) * _FOLLOW
         num_blocks = -(-prompt.num_tokens // prompt.block_size)
-        if prefill and chosen.wait_ms == prefill[0].cost_ms:  # it is assumed to hand over: it waits for no queue of its own
-            other = next((found for found in prefill if found.incarnation != chosen.incarnation), None)  # nobody hands over to himself
-            if other is not None:
-                remaining = max(1, prompt.num_tokens - other.overlap_blocks * prompt.block_size)
-                shares = Share(chosen.incarnation, 1, num_blocks), Share(other.incarnation, remaining, num_blocks)
-                return Booking(question.request_id, shares, question.session)
-        return Booking(question.request_id, (Share(chosen.incarnation, uncached, num_blocks),), question.session)
+        shares: tuple[Share, ...] = (Share(chosen.incarnation, uncached, num_blocks),)
+        # a decode worker that waits as long as the best prefill worker takes is assumed to hand over: the
+        # prompt waits in no queue of its own, and another worker computes it
+        if prefill and chosen.wait_ms == prefill[0].cost_ms:
+            for other in prefill:
+                if other.incarnation != chosen.incarnation:
+                    remaining = max(1, prompt.num_tokens - other.overlap_blocks * prompt.block_size)
+                    decode_share = Share(chosen.incarnation, 1, num_blocks)
+                    shares = decode_share, Share(other.incarnation, remaining, num_blocks)
+                    break
+        for share in shares:
+            worker = self._workers[share.incarnation]
+            figures = share.num_tokens, now_s, share.num_blocks
+            self._in_flight.reserve(worker, question.request_id, *figures)
+        reservation = InFlightReservation(question.request_id, shares, question.session)
+        self._note_choice(reservation)
+        return reservation
 
-    def _note_choice(self, booking: Booking) -> None:
+    def _note_choice(self, reservation: InFlightReservation) -> None:
         """Turns and sessions, of this router's choices and of the others'."""
         self._num_choices += 1
-        shares = booking.shares
+        shares, session = reservation.shares, reservation.session
         decode = self._workers.get(shares[0].incarnation)
         if decode is not None:
             decode.last_chosen = self._num_choices
         if len(shares) > 1 and (prefill := self._workers.get(shares[1].incarnation)) is not None:
             prefill.last_prefilled = self._num_choices
-        if booking.session:
-            self._sessions.pop(booking.session, None)
-            self._sessions[booking.session] = shares[0].incarnation
+        if session:
+            self._sessions.pop(session, None)
+            self._sessions[session] = shares[0].incarnation
             if len(self._sessions) > MAX_SESSIONS:
                 del self._sessions[next(iter(self._sessions))]
 
     # --- what other routers say
 
-    def hear(self, booking: Booking, now_s: float) -> None:
+    def hear(self, reservation: InFlightReservation, now_s: float) -> None:
         """Another router has sent a request. Workers that nobody follows here are passed over."""
-        for share in booking.shares:
+        for share in reservation.shares:
             worker = self._workers.get(share.incarnation)
             if worker is not None:
-                self._bookings.hear(worker, booking.request_id, share.num_tokens, now_s, share.num_blocks)
-        self._note_choice(booking)
+                figures = share.num_tokens, now_s, share.num_blocks
+                self._in_flight.hear(worker, reservation.request_id, *figures)
+        self._note_choice(reservation)
 
-    def unbook(self, incarnation: str, request_id: str) -> None:
-        """It went elsewhere. Harmless when it is not booked."""
-        self._bookings.end(incarnation, request_id)
+    def release(self, incarnation: str, request_id: str) -> None:
+        """The request went elsewhere. Harmless when nothing is reserved."""
+        self._in_flight.release(incarnation, request_id)

@@ -1,7 +1,43 @@
-"""The policies: how workers are ranked. What `kv` ranks by stands in :mod:`meshserve.routing.cost`.
+"""The policies, which rank workers, and the cost by which the policy `kv` does so.
 
 `power-of-two` draws two workers and takes the one with fewer sequences: nearly as even as looking at all, where what one knows of
 the load is old (Mitzenmacher, "The power of two choices in randomized load balancing", 2001).
+
+`kv` ranks by what it costs to send a request to a worker, in milliseconds:
+
+    cost = wait + step + prefill + w * prefill * n                    time to the first token, and how long it holds up streams
+         + w * L * b * (used + n * B)                                 decoding slowly where memory is full, and slowing others
+         + regret * turnover * evicted * block_ms                     computing again what this placement pushes out
+
+wait       until the prompts queued and in flight to the worker are computed, less what has passed since it said so; with sequences
+           running at least half a step. Mooncake's scheduler estimates the same queueing time (Qin et al., FAST 2025, section 6.1).
+step       one decode step, if sequences run there: the first token shares its step with them.
+prefill    base + (prompt - overlap) * ms per token: the prompt's tokens that are not in the worker's cache. Cached tokens against
+           queued work is the cost of Dynamo's KV router and of Mooncake; both count them in blocks, we in measured time, so that
+           workers of unequal speed compare. Where there are prefill workers and the worker is going to hand the prompt over, by its own
+           rule (:mod:`meshserve.routing.handoff`): until the best of them is done, the handoff of what is missing, and the prompt's last
+           token, which is always computed here.
+n          sequences there. While the new prompt is computed none of them gets a token (Agrawal et al., Sarathi-Serve, OSDI 2024):
+           Preble (Srivatsa et al., 2024, section 3.2) adds the same delay to its load cost.
+L, b, B    expected output (the mean of what workers finished; nobody knows it beforehand), milliseconds that one more block held
+           adds to a decode step, and the blocks that this request will hold. The new sequence is slowed by the blocks `used`
+           there, and slows the n others by its own. Dynamo counts active decode blocks with a fixed weight; this is their time.
+w          what a millisecond of a stream's delay counts against one of waiting for the first token.
+evicted    blocks that must go from the worker's cache to make room: blocks needed less overlap less free ones.
+regret     share of evicted blocks that were asked for again within one more lifetime of the cache, measured with a ghost list as
+           ARC keeps one (Megiddo and Modha, FAST 2003). Preble's eviction cost has the hit rate in this place. It falls to 0 where
+           nothing is shared, so that only load counts there.
+turnover   how fast the worker's cache turns over, relative to the others': by Little's law the inverse of how long a block lives.
+           Sending what is new to where blocks live longest makes the many caches age alike, as one pooled LRU cache would.
+
+A prefix is replicated as soon as waiting for it, and what that delays, costs more than computing it again
+and what that evicts; or, where many wait a little each, once all their waiting has cost as much
+(:class:`~meshserve.routing.demand.Replication`). Workers within `tie_ms` of the cheapest count as equal:
+the choice goes to the session's last worker, then to one that holds clearly more of the prompt (its blocks
+need not cross the network, whatever that costs), then to the least loaded, then to the one chosen longest
+ago.
+
+What was measured and left out stands in bench/README.md.
 """
 
 import random
@@ -11,15 +47,19 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter
 
-from meshserve.routing.candidates import Prompt, Worker
-from meshserve.routing.cost import LoadForecast, estimate_all, estimate_prefill
+from meshserve.routing.handoff import decide
+from meshserve.routing.workers import CostBreakdown, LoadForecast, Prompt, Worker
 from meshserve.wire.routing import Candidate
 from meshserve.wire.structs import MAX_MS
 
 _WORTH_A_WORD_TOKENS = 256
 """Of equal workers one that holds so much more of a prompt is taken. Lower sends all that begins with the same few words to one worker."""
 
+_PREFILL_ORDER = attrgetter("num_sequences", "last_prefilled")
 _LOAD = attrgetter("num_sequences", "last_chosen")
+
+Estimates = tuple[list[float], list[float]]
+"""How long each worker keeps one request waiting, and what it costs to send it there: milliseconds, in the workers' order."""
 
 Ranking = tuple[Sequence[int], Sequence[str]]
 """Indexes of the workers of a :class:`RoutingContext`, best first, and the reasons for the first ones; the last reason goes for all that
@@ -47,6 +87,91 @@ class RoutingContext:
         """Of two workers, the one with less comes first; else the one that was chosen longer ago."""
         load: tuple[int, int] = _LOAD(self.workers[place])
         return load
+
+
+# --- the cost of a worker
+
+
+def breakdown_of(worker: Worker, forecast: LoadForecast) -> CostBreakdown:
+    """Work out the parts of a worker's cost, and keep them in the worker."""
+    load, rates, settings = worker.load, worker.rates or forecast.rates, forecast.settings
+    num_sequences, weight = worker.num_sequences, settings.stream_weight
+    base_ms, token_ms = rates.prefill_base_ms, rates.prefill_ms_per_token
+    used, queued = load.used_blocks + worker.in_flight_blocks, load.waiting_prefill_tokens
+    step_ms = rates.decode_base_ms + rates.decode_ms_per_block * used if num_sequences else 0.0
+    slowing_ms = weight * forecast.mean_output_tokens * rates.decode_ms_per_block
+    turnover = 1.0
+    if forecast.mean_turnover and load.num_blocks:
+        turnover = worker.recent_evictions / load.num_blocks / forecast.mean_turnover
+        turnover = min(settings.max_turnover, max(1 / settings.max_turnover, turnover))
+    burden, fixed_ms = 1 + weight * num_sequences, step_ms + slowing_ms * used
+    queued_ms = base_ms + token_ms * queued if queued else 0.0
+    in_flight_ms = base_ms + token_ms * worker.in_flight_tokens if worker.in_flight_tokens else 0.0
+    free_blocks = load.num_blocks - load.used_blocks - load.cached_blocks - worker.in_flight_blocks
+    worker.breakdown = breakdown = (
+        # when all its prompts should be computed, queued and in flight; and the least one waits
+        worker.reported_at_s * 1000 + queued_ms + in_flight_ms,
+        step_ms / 2 + in_flight_ms,
+        base_ms * burden + fixed_ms,  # base * (1 + w n) + step + w L b used
+        token_ms * burden,  # ms per token * (1 + w n)
+        rates.handoff_ms_per_token,
+        slowing_ms * num_sequences,  # w L b n: per block that the request will hold
+        max(0, free_blocks),
+        settings.regret_weight * forecast.regret * turnover * token_ms,
+    )
+    return breakdown
+
+
+def estimate_all(
+    prompt: Prompt,
+    workers: Sequence[Worker],
+    overlaps: Sequence[int],
+    forecast: LoadForecast,
+    now_s: float,
+    remote_ms: float | None = None,
+) -> Estimates:
+    """Apply the formula to every worker. `remote_ms` is when the best prefill worker could have computed
+    the prompt, if there is one.
+    """
+    num_tokens, size, now_ms = prompt.num_tokens, prompt.block_size, now_s * 1000
+    num_blocks = int(num_tokens + forecast.mean_output_tokens) // size + 1
+    waits_ms, costs_ms = [], []
+    for worker, overlap in zip(workers, overlaps, strict=True):
+        parts = worker.breakdown or breakdown_of(worker, forecast)
+        ready_at_ms, wait_ms, fixed_ms, token_ms, handed_ms, held_ms, free_blocks, evicted_ms = parts
+        # comparisons instead of `max`: half of this loop's time was those calls
+        if wait_ms < ready_at_ms - now_ms:
+            wait_ms = ready_at_ms - now_ms
+        uncached = num_tokens - overlap * size
+        cost_ms = fixed_ms + held_ms * num_blocks
+        if remote_ms is not None and _assumes_handoff(worker, uncached, wait_ms, remote_ms, forecast):
+            wait_ms = remote_ms
+            cost_ms += remote_ms + handed_ms * uncached + token_ms
+        else:
+            cost_ms += wait_ms + token_ms * (uncached if uncached > 0 else 1)
+        evicted = num_blocks - overlap - free_blocks
+        if evicted > 0:
+            cost_ms += evicted_ms * size * evicted
+        waits_ms.append(wait_ms)
+        costs_ms.append(cost_ms)
+    return waits_ms, costs_ms
+
+
+def _assumes_handoff(
+    worker: Worker, uncached: int, wait_ms: float, remote_ms: float, forecast: LoadForecast
+) -> bool:
+    """Whether this decode worker is going to hand over a prompt of which so many tokens are not there: the
+    worker's own rule, by what routers know. `wait_ms` is what the prompt waits for at the decode worker.
+    """
+    load, local_ms = worker.load, None
+    if load.prefill_ns_per_token:
+        local_ms = wait_ms + load.prefill_base_us / 1e3 + load.prefill_ns_per_token / 1e6 * uncached
+    there_ms = remote_ms + load.handoff_ns_per_token / 1e6 * uncached
+    floor = forecast.settings.max_local_prefill_tokens
+    return decide(uncached - 1, floor, local_ms, there_ms, load.num_running > 0)[0]
+
+
+# --- policies
 
 
 def _by_kv(context: RoutingContext) -> Ranking:
@@ -176,17 +301,28 @@ def rank_prefill(
     now_s: float = 0.0,
     limit: int | None = None,
 ) -> list[Candidate]:
-    """Prefill workers, best first: when each could be done with this prompt, and what that would push out of its cache."""
-    waits_ms, costs_ms = estimate_prefill(prompt, workers, overlaps, forecast or LoadForecast(), now_s)
-    ranked = sorted(zip(costs_ms, workers, overlaps, waits_ms, strict=True), key=_prefill_order)
+    """Prefill workers, best first: when each could be done with this prompt, and what that would push out
+    of its cache. Tickets that no worker has claimed yet are each taken to be as long as is usual.
+    """
+    forecast = forecast or LoadForecast()
+    waits_ms, costs_ms = estimate_all(prompt, workers, overlaps, forecast, now_s)
+    for place, worker in enumerate(workers):
+        num_unclaimed = worker.load.num_tickets - worker.load.num_running - worker.load.num_waiting
+        if num_unclaimed > 0:
+            rates = worker.rates or forecast.rates
+            tickets_ms = num_unclaimed * rates.prefill_ms(round(forecast.mean_uncached_tokens))
+            waits_ms[place] += tickets_ms
+            costs_ms[place] += tickets_ms
+    ranked = sorted(zip(costs_ms, map(_PREFILL_ORDER, workers), range(len(workers)), strict=True))
     reasons = chain(("could be done first",), repeat("could be done later"))
     found = []
-    for (cost_ms, worker, overlap, wait_ms), why in zip(ranked[:limit], reasons, strict=False):
-        compute_ms = worker.measured_prefill_ms(max(1, prompt.num_tokens - overlap * prompt.block_size))
-        ready_ms = 0.0 if compute_ms is None else min(wait_ms + compute_ms, MAX_MS)
-        found.append(Candidate(worker.incarnation, worker.name, overlap, worker.load.num_tickets, wait_ms, cost_ms, why, ready_ms))
+    for (cost_ms, _, place), why in zip(ranked[:limit], reasons, strict=False):
+        worker, overlap, load = workers[place], overlaps[place], workers[place].load
+        ready_ms = 0.0
+        if load.prefill_ns_per_token:  # what this very worker measured, never what others did
+            num_tokens = max(1, prompt.num_tokens - overlap * prompt.block_size)
+            compute_ms = load.prefill_base_us / 1e3 + load.prefill_ns_per_token / 1e6 * num_tokens
+            ready_ms = min(waits_ms[place] + compute_ms, MAX_MS)
+        label = worker.incarnation, worker.name, overlap, load.num_tickets
+        found.append(Candidate(*label, waits_ms[place], cost_ms, why, ready_ms))
     return found
-
-
-def _prefill_order(found: tuple[float, Worker, int, float]) -> tuple[float, int, int]:
-    return found[0], found[1].num_sequences, found[1].last_prefilled

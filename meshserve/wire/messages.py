@@ -11,13 +11,12 @@ are; from another peer they are read, and what is malformed ends the stream in a
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from meshserve.wire.booking import Booking
 from meshserve.wire.card import FilePartRequest
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Ending, Tokenized, TokenizeRequest
 from meshserve.wire.generation import GenerateRequest, GenerationEnd
 from meshserve.wire.handoff import Claim, Grant, Renewal
 from meshserve.wire.hello import NetworkView, PortKnocks
-from meshserve.wire.routing import RouteRequest, RoutingDecision, WorkerLoad, WorkerReport
+from meshserve.wire.routing import InFlightReservation, RouteRequest, RoutingDecision, WorkerLoad, WorkerReport
 from meshserve.wire.structs import Meta
 
 MAX_ECHO_BYTES = 65_536
@@ -75,7 +74,8 @@ FRONT_OF_RECEIPT = Method("receipts.front", RequestName, answer=dict[str, Any] |
 WORKER_REPORTS = Method("worker.watch", item=WorkerReport)
 WORKER_LOADS = Method("worker.load", item=WorkerLoad)
 """The load alone, for frontends, which only ask how many more requests there is room for."""
-BOOKINGS = Method("router.bookings", item=Booking)
+IN_FLIGHT = Method("router.in_flight", item=InFlightReservation)
+"""What a router sends out, for the other routers."""
 FEED = Method("feed.watch")
 """Batches of events, as :mod:`meshserve.observe.feed_merge` reads them."""
 

@@ -1,4 +1,5 @@
-"""What a processor asks a router, what the router answers, and what workers report to the routers that watch them."""
+"""What a processor asks a router, what the router answers, what routers tell each other, and
+what workers report to the routers that watch them."""
 
 from typing import Annotated, Any
 
@@ -60,6 +61,30 @@ class RoutingDecision(Map):
         """One worker whose times no clock can have measured must not void the answer for all others."""
         for candidate in self.prefill:
             candidate.ready_ms = milliseconds(candidate.ready_ms)
+
+
+# --- what routers tell each other
+
+
+class Share(Row):
+    """What one worker gets of a request."""
+
+    incarnation: str
+    num_tokens: Figure
+    """Prompt tokens that it will compute."""
+    num_blocks: Figure
+    """KV blocks that it will hold."""
+
+
+class InFlightReservation(Row):
+    """Load that a router has just sent to workers. Known to all routers, so that two of them do not pile
+    onto one worker.
+    """
+
+    request_id: str
+    shares: Annotated[tuple[Share, ...], Meta(min_length=1, max_length=2)]
+    """The decode worker's first, then the prefill worker's, if there is one."""
+    session: str = ""
 
 
 # --- what a worker reports of itself to the routers that watch it

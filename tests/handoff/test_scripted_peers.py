@@ -17,9 +17,8 @@ from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.roles.prefill import PrefillRole
 from meshserve.roles.router import RouterRole
-from meshserve.routing.bookings import BOOKING_TIMEOUT_S
-from meshserve.routing.candidates import Prompt
-from meshserve.routing.fleet import Question
+from meshserve.routing.fleet import RESERVATION_TIMEOUT_S, Question
+from meshserve.routing.workers import Prompt
 from meshserve.wire.generation import GenerateRequest
 from meshserve.wire.structs import replace
 from tests.handoff.scripted import (
@@ -157,7 +156,7 @@ def test_row_9_the_first_claim_wins_and_late_ones_are_gone() -> None:
     run_async(run())
 
 
-def test_a_routers_booking_ends_when_the_prefill_worker_reports_the_ticket() -> None:
+def test_a_routers_reservation_ends_when_the_prefill_worker_reports_the_ticket() -> None:
     async def run() -> None:
         engine = await new_engine()
         async with peer("decode", engine) as decode_mesh:
@@ -171,23 +170,23 @@ def test_a_routers_booking_ends_when_the_prefill_worker_reports_the_ticket() -> 
                 await until(lambda: decode_mesh.peers_with("prefill") and prefill_mesh.peers_with("decode"), DEADLINE_S, "both meet")
 
                 def wait_ms(request_id: str) -> float:
-                    """At the prefill worker, for a prompt of 1,000 tokens that is booked there now."""
+                    """At the prefill worker, for a prompt of 1,000 tokens that is reserved there now."""
                     prompt = Prompt(1000, 16)
                     asked = Question(request_id, prompt, [decode_mesh.incarnation], [prefill_mesh.incarnation])
                     return router.fleet.choose("kv", asked, decode_mesh.now_s()).prefill[0].wait_ms
 
                 await until(lambda: prefill_mesh.counters.snapshot().get("watches_opened"), DEADLINE_S, "the router follows it")
                 assert wait_ms("r1") == 0 and wait_ms("other") > 0
-                router.fleet.unbook(prefill_mesh.incarnation, "other")
+                router.fleet.release(prefill_mesh.incarnation, "other")
                 decode.start()
                 await decode.result()
 
                 def is_over() -> bool:
                     found = wait_ms("probe")
-                    router.fleet.unbook(prefill_mesh.incarnation, "probe")
+                    router.fleet.release(prefill_mesh.incarnation, "probe")
                     return found == 0
 
-                await until(is_over, BOOKING_TIMEOUT_S / 2, "the booking is over before its time")
+                await until(is_over, RESERVATION_TIMEOUT_S / 2, "the reservation is over before its time")
                 for closing in (provider, bulk, pipeline, reporter, router):
                     closing.close()
             decode.close()

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-STANDING = frozenset(("worker.watch", "worker.load", "router.bookings", "feed.watch", "mesh.status"))
+STANDING = frozenset(("worker.watch", "worker.load", "router.in_flight", "feed.watch", "mesh.status"))
 """Streams that last as long as their peers, and the one by which this was asked."""
 _LOAD = ("num_running", "num_waiting", "waiting_prefill_tokens", "used_blocks", "num_tickets")
 _ASKERS_OWN = "http_connections"
@@ -17,7 +17,7 @@ _EXPECTED = {
 
 
 def held(peers: list[dict[str, Any]]) -> dict[str, int]:
-    """All that is not at zero: blocks, sequences, queues, bookings and streams of every peer. `peers` is what `/mesh/peers` answers."""
+    """All that is not at zero: blocks, sequences, queues, reservations and streams of every peer. `peers` is what `/mesh/peers` answers."""
     found: dict[str, int] = {}
     for peer in peers:
         assert peer["held"].keys() >= frozenset().union(*(_EXPECTED[role] for role in peer["roles"])), peer

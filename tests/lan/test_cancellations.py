@@ -17,7 +17,7 @@ from tests.lan.cancelling import Asked, Told, make_load, run_load
 
 READY_S = 20.0
 FREE_S = 5.0
-"""A booking that no worker reports fades within two seconds."""
+"""An in-flight reservation that no worker reports is dropped within two seconds."""
 NUM_AT_ONCE = 96
 PACE = ("--engine-opt", "prefill_tokens_per_s=20000", "--engine-opt", "step_ms=10", "--engine-opt", "max_batch=32")
 ALONE = ("--interface", "127.0.0.1", "--no-mdns")

@@ -106,7 +106,7 @@ def test_a_router_that_is_stopped_costs_no_request(lan: Lan) -> None:
 
 
 def test_two_routers_know_of_each_others_choices(lan: Lan) -> None:
-    """Sixteen prompts at once, asked of two routers in turn: without word of each other's bookings both would begin with one worker."""
+    """Sixteen prompts at once, asked of two routers in turn: without word of each other's reservations both would begin with one worker."""
     mesh, _ = start_routed(lan)
     answers = mesh.complete_all(long_prompts(16), 16)
     shares = Counter(answer["meshserve"]["peers"]["decode"] for answer in answers)

@@ -1,12 +1,10 @@
-"""What a router knows: reports, bookings of its own and of others, sessions, prefixes that go and come."""
+"""What a router knows: reports, in-flight reservations of its own and of others, sessions, prefixes that go and come."""
 
 import random
 
-from meshserve.routing.bookings import Bookings
-from meshserve.routing.candidates import Prompt, Worker
-from meshserve.routing.fleet import Fleet, Question
-from meshserve.wire.booking import Booking, Share
-from meshserve.wire.routing import WorkerLoad, WorkerReport
+from meshserve.routing.fleet import Fleet, InFlight, Question
+from meshserve.routing.workers import Prompt, Worker
+from meshserve.wire.routing import InFlightReservation, Share, WorkerLoad, WorkerReport
 
 HASHES = list(range(100, 200))
 PROMPT = Prompt(1605, 16, HASHES)
@@ -31,22 +29,22 @@ def test_choices_of_one_moment_do_not_pile_onto_one_worker() -> None:
     assert {ask(found, f"r{number}") for number in range(3)} == set(WORKERS)
 
 
-def test_another_routers_bookings_count_like_ones_own() -> None:
+def test_another_routers_reservations_count_like_ones_own() -> None:
     found = fleet()
     for number, worker in enumerate(("w0", "w1")):
-        found.hear(Booking(f"x{number}", (Share(worker, 1600, 101),)), 0.0)
+        found.hear(InFlightReservation(f"x{number}", (Share(worker, 1600, 101),)), 0.0)
     assert ask(found) == "w2"
 
 
-def test_a_booking_ends_with_the_workers_report_whichever_comes_first() -> None:
+def test_a_reservation_ends_with_the_workers_report_whichever_comes_first() -> None:
     for is_report_first in (True, False):
         found = fleet()
-        booking, report = Booking("x", (Share("w0", 1600, 101),)), WorkerReport(LOAD, admitted=("x",))
+        reservation, report = InFlightReservation("x", (Share("w0", 1600, 101),)), WorkerReport(LOAD, admitted=("x",))
         if is_report_first:
             found.report("w0", report, 0.0)
-            found.hear(booking, 0.001)
+            found.hear(reservation, 0.001)
         else:
-            found.hear(booking, 0.0)
+            found.hear(reservation, 0.0)
             found.report("w0", report, 0.001)
         loads = {
             found.choose("least-loaded", Question(f"r{turn}", PROMPT, [worker]), 0.01).decode[0].load for turn, worker in enumerate(WORKERS)
@@ -54,33 +52,33 @@ def test_a_booking_ends_with_the_workers_report_whichever_comes_first() -> None:
         assert loads == {0}
 
 
-def test_a_booking_that_no_report_ends_is_over_after_two_seconds() -> None:
+def test_a_reservation_that_no_report_ends_is_over_after_two_seconds() -> None:
     found = fleet()
-    found.hear(Booking("x", (Share("w0", 1600, 101),)), 0.0)
+    found.hear(InFlightReservation("x", (Share("w0", 1600, 101),)), 0.0)
     load = [found.choose("least-loaded", Question("r", PROMPT, ["w0"]), now_s).decode[0].load for now_s in (1.9, 4.0)]
     assert load == [1, 0]
 
 
 def test_a_prompt_that_its_decode_worker_keeps_is_not_waited_for_at_a_prefill_worker() -> None:
     found = fleet()
-    booking = found.choose("kv", Question("r", PROMPT, ["w0", "w1"], ["w2"]), 0.0).booking
-    assert booking is not None and [share.incarnation for share in booking.shares][1:] == ["w2"]
-    found.report(booking.shares[0].incarnation, WorkerReport(LOAD, admitted=("r",)), 0.0)
-    assert found.num_booked_tokens() == booking.shares[1].num_tokens, "it is expected to be handed over"
-    found.report(booking.shares[0].incarnation, WorkerReport(LOAD, kept=("r",)), 0.0)
-    assert found.num_booked_tokens() == 0
+    reservation = found.choose("kv", Question("r", PROMPT, ["w0", "w1"], ["w2"]), 0.0).reservation
+    assert reservation is not None and [share.incarnation for share in reservation.shares][1:] == ["w2"]
+    found.report(reservation.shares[0].incarnation, WorkerReport(LOAD, admitted=("r",)), 0.0)
+    assert found.num_in_flight_tokens() == reservation.shares[1].num_tokens, "it is expected to be handed over"
+    found.report(reservation.shares[0].incarnation, WorkerReport(LOAD, kept=("r",)), 0.0)
+    assert found.num_in_flight_tokens() == 0
 
 
-def test_a_router_that_only_hears_of_bookings_keeps_none_beyond_two_seconds() -> None:
-    found, worker = Bookings(), Worker("w0", "W0")
+def test_a_router_that_only_hears_of_reservations_keeps_none_beyond_two_seconds() -> None:
+    found, worker = InFlight(), Worker("w0", "W0")
     for number in range(1000):
         found.hear(worker, f"x{number}", 1, number * 0.1)
-    assert len(found) <= 20 and worker.num_booked == len(found)
+    assert len(found.reservations) <= 20 and worker.num_in_flight == len(found.reservations)
 
 
 def test_a_session_goes_back_to_its_worker_where_that_costs_nothing_whoever_sent_it_there() -> None:
     found = fleet()
-    found.hear(Booking("x", (Share("w2", 1, 1),), "alice"), 0.0)
+    found.hear(InFlightReservation("x", (Share("w2", 1, 1),), "alice"), 0.0)
     found.report("w2", WorkerReport(LOAD, admitted=("x",)), 0.0)
     assert ask(found, session="alice") == "w2"
     busy = WorkerLoad(num_blocks=1000, num_running=8, waiting_prefill_tokens=50_000)
@@ -108,12 +106,12 @@ def test_a_hot_prefix_gets_homes_on_several_workers_and_says_why() -> None:
     assert any("in demand" in answer.decode[0].reason or "waiting" in answer.decode[0].reason for answer in answers)
 
 
-def test_prefill_is_booked_where_it_is_computed_and_never_where_the_prompt_is_decoded() -> None:
+def test_prefill_is_reserved_where_it_is_computed_and_never_where_the_prompt_is_decoded() -> None:
     found = fleet([*WORKERS, "p0"])
     answer = found.choose("kv", Question("r", PROMPT, ["w0"], ["p0", "w0"]), 0.0)
-    assert answer.booking is not None
-    assert [share.incarnation for share in answer.booking.shares] == ["w0", "p0"]
-    assert Booking.from_wire(answer.booking.to_wire()) == answer.booking
+    assert answer.reservation is not None
+    assert [share.incarnation for share in answer.reservation.shares] == ["w0", "p0"]
+    assert InFlightReservation.from_wire(answer.reservation.to_wire()) == answer.reservation
 
 
 def test_peers_that_decode_and_prefill_take_turns_in_both() -> None:
@@ -122,8 +120,8 @@ def test_peers_that_decode_and_prefill_take_turns_in_both() -> None:
         shares = []
         for number in range(6):
             answer = found.choose(policy, Question(f"r{number}", PROMPT, both, both), number * 3.0)
-            assert answer.booking is not None
-            shares.append([share.incarnation for share in answer.booking.shares])
+            assert answer.reservation is not None
+            shares.append([share.incarnation for share in answer.reservation.shares])
         assert shares == [["w0", "w1"], ["w1", "w0"]] * 3, policy
 
 

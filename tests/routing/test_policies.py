@@ -1,4 +1,4 @@
-"""Rankings as tables, bookings, and the index against a naive one."""
+"""Rankings as tables, in-flight reservations, and the index against a naive one."""
 
 import random
 
@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.kv.index import PrefixIndex
-from meshserve.routing.bookings import BOOKING_TIMEOUT_S, Bookings
-from meshserve.routing.candidates import Prompt, Worker
+from meshserve.routing.fleet import RESERVATION_TIMEOUT_S, InFlight
 from meshserve.routing.policies import POLICIES, rank, rank_prefill
+from meshserve.routing.workers import Prompt, Worker
 from meshserve.wire.routing import WorkerLoad
 
 PROMPT = Prompt(1600, 16, range(100))
@@ -28,7 +28,7 @@ def test_kv_goes_where_the_prefix_is_unless_that_would_take_longer() -> None:
     assert best("kv", found, [0, 90, 10]) == "w1"
     found[1].take_load(WorkerLoad(waiting_prefill_tokens=4000), 0.0)
     assert best("kv", found, [0, 90, 10]) == "w2"
-    found[2].book(4000, 0)
+    found[2].reserve(4000, 0)
     assert best("kv", found, [0, 90, 10]) == "w0"
 
 
@@ -39,9 +39,9 @@ def test_what_is_about_as_good_goes_to_the_one_chosen_longest_ago() -> None:
     assert best("kv", found, [2, 1, 0]) == "w1"
 
 
-def test_least_loaded_counts_what_is_booked() -> None:
+def test_least_loaded_counts_what_is_in_flight() -> None:
     found = workers()
-    found[0].book(0, 0)
+    found[0].reserve(0, 0)
     found[1].take_load(WorkerLoad(num_running=1), 0.0)
     assert best("least-loaded", found) == "w2"
 
@@ -71,20 +71,20 @@ def test_prefill_goes_to_the_shorter_queue_or_to_the_prefix() -> None:
     assert rank_prefill(PROMPT, found, [95, 0])[0].incarnation == "w0"
 
 
-@given(st.lists(st.tuples(st.sampled_from(["book", "end", "expire"]), st.integers(0, 4), st.integers(0, 1)), max_size=30))
-def test_bookings_come_to_nothing_when_all_have_ended(steps: list[tuple[str, int, int]]) -> None:
-    found, bookings, now_s = workers(2), Bookings(), 0.0
+@given(st.lists(st.tuples(st.sampled_from(["reserve", "release", "expire"]), st.integers(0, 4), st.integers(0, 1)), max_size=30))
+def test_reservations_come_to_nothing_when_all_have_ended(steps: list[tuple[str, int, int]]) -> None:
+    found, in_flight, now_s = workers(2), InFlight(), 0.0
     for step, request, which in steps:
         now_s += 0.3
-        if step == "book":
-            bookings.book(found[which], f"r{request}", 100, now_s)
-        elif step == "end":
-            bookings.end(found[which].incarnation, f"r{request}")
+        if step == "reserve":
+            in_flight.reserve(found[which], f"r{request}", 100, now_s)
+        elif step == "release":
+            in_flight.release(found[which].incarnation, f"r{request}")
         else:
-            bookings.expire(now_s)
-        assert all(worker.num_booked >= 0 and worker.booked_tokens == 100 * worker.num_booked for worker in found)
-    bookings.expire(now_s + BOOKING_TIMEOUT_S + 1)
-    assert len(bookings) == 0 and all(worker.num_booked == 0 for worker in found)
+            in_flight.expire(now_s)
+        assert all(worker.num_in_flight >= 0 and worker.in_flight_tokens == 100 * worker.num_in_flight for worker in found)
+    in_flight.expire(now_s + RESERVATION_TIMEOUT_S + 1)
+    assert len(in_flight.reservations) == 0 and all(worker.num_in_flight == 0 for worker in found)
 
 
 HASHES = st.lists(st.integers(0, 12), max_size=6)

@@ -11,7 +11,7 @@ from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import ProtocolError
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.router import RouterRole
-from meshserve.routing.cost import CostSettings
+from meshserve.routing.workers import CostSettings
 from meshserve.wire.messages import ROUTE
 from meshserve.wire.routing import RoutingDecision
 from meshserve.wire.structs import pack_tokens, replace

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshserve.routing.replication import Replication
+from meshserve.routing.demand import Replication
 
 
 def test_a_copy_is_made_once_the_rent_has_reached_its_price() -> None:

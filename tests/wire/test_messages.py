@@ -9,14 +9,13 @@ from hypothesis import strategies as st
 
 from meshserve.errors import ProtocolError
 from meshserve.wire import messages
-from meshserve.wire.booking import Booking, Share
 from meshserve.wire.card import FilePartRequest, ModelFile
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Ending, PartItem, Tokenized, TokenizeRequest, read_item
 from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.generation import GenerateRequest, GenerationEnd, Sampling
 from meshserve.wire.handoff import Acknowledgement, BlockMark, BulkHeader, Claim, Grant, NamedAttempt, Offer, Renewal, Ticket
 from meshserve.wire.hello import NetworkView, PortKnock, PortKnocks
-from meshserve.wire.routing import Candidate, RouteRequest, RoutingDecision, WorkerLoad, WorkerReport
+from meshserve.wire.routing import Candidate, InFlightReservation, RouteRequest, RoutingDecision, Share, WorkerLoad, WorkerReport
 from meshserve.wire.structs import Message, plain, read, replace
 
 TOKENS = array("I", [1, 2, 2**32 - 1])
@@ -40,7 +39,7 @@ SENT: list[Message] = [
     DetokenizeRequest("m", TOKENS),
     WorkerReport(WorkerLoad(num_running=3), (2**64 - 1,), (7,), ("r",), ("r",)),
     WorkerLoad(max_running=2**40 - 1),
-    Booking("r", (Share("w", 1, 2),), "alice"),
+    InFlightReservation("r", (Share("w", 1, 2),), "alice"),
     FilePartRequest("0" * 64, 2**40),
     PortKnocks([PortKnock("inc", "10.0.0.1", 7800, 2, "open", "name")]),
     NetworkView(("10.0.0.1/24",), "on", ("inc",), (), 1.5),

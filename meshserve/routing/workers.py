@@ -1,9 +1,10 @@
-"""What routing knows of a request and of a worker, and what it answers."""
+"""What routing knows: a prompt, a worker and its rates, and what holds for all workers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 
+from meshserve.routing.demand import Replication
 from meshserve.wire.routing import WorkerLoad
 
 _LEAST_PREFILL_MS_PER_TOKEN = 0.005
@@ -74,18 +75,19 @@ class Rates:
         return self.decode_base_ms + self.decode_ms_per_block * used_blocks
 
 
-CostBreakdown = tuple[float, float, float, float, float, float, int, float]
-"""What the formula of :mod:`meshserve.routing.cost` needs of one worker, as :func:`~meshserve.routing.cost.breakdown_of` lists the parts.
-They change with reports and bookings only, so they are worked out once for many requests. A tuple, as each question unpacks every
-worker's: looking up the fields of an object takes three times as long."""
-
-
 _figures_of = attrgetter(*(found.name for found in fields(Rates)))
+
+
+CostBreakdown = tuple[float, float, float, float, float, float, int, float]
+"""What the cost formula needs of one worker, as :func:`~meshserve.routing.policies.breakdown_of` lists
+the parts. They change with reports and reservations only, so they are worked out once for many requests.
+A tuple, as each question unpacks every worker's: looking up the fields of an object takes three times as
+long."""
 
 
 @dataclass(slots=True)
 class Worker:
-    """One worker as a router sees it: what it reported, and what was sent there since."""
+    """One worker as a router sees it: what the worker reported, and what was sent there since."""
 
     incarnation: str
     name: str
@@ -95,41 +97,74 @@ class Worker:
     reported_at_s: float = 0.0
     recent_evictions: float = 0.0
     """Blocks that it evicted, older ones counting less."""
-    booked_tokens: int = 0
+    in_flight_tokens: int = 0
     """Uncached prompt tokens of requests that it has not reported yet."""
-    booked_blocks: int = 0
-    num_booked: int = 0
+    in_flight_blocks: int = 0
+    num_in_flight: int = 0
     num_sequences: int = 0
-    """Running, waiting and on their way."""
+    """Running, waiting and in flight."""
     last_chosen: int = 0
     """The router's choice number at which it was last chosen to decode: breaks ties, oldest first."""
     last_prefilled: int = 0
-    """The same for prompts that it computed for another: whoever does both takes turns in each."""
+    """The same for prompts that it computed for another: a worker of both roles takes turns in each."""
     breakdown: CostBreakdown | None = None
     """Worked out from all this when first needed; None again after every change."""
 
     def take_load(self, load: WorkerLoad, now_s: float) -> None:
-        """What it reports holds from now on; bookings come on top."""
+        """Replace the reported load; in-flight reservations come on top."""
         self.load, self.reported_at_s, self.breakdown = load, now_s, None
-        self.num_sequences = load.num_running + load.num_waiting + self.num_booked
+        self.num_sequences = load.num_running + load.num_waiting + self.num_in_flight
 
-    def measured_prefill_ms(self, num_tokens: int) -> float | None:
-        """To compute so many prompt tokens, by what this very worker measured; None if it has not."""
-        load = self.load
-        return load.prefill_base_us / 1e3 + load.prefill_ns_per_token / 1e6 * num_tokens if load.prefill_ns_per_token else None
-
-    def book(self, num_tokens: int, num_blocks: int) -> None:
-        """Work that it has not reported yet is on its way there."""
-        self.booked_tokens += num_tokens
-        self.booked_blocks += num_blocks
-        self.num_booked += 1
+    def reserve(self, num_tokens: int, num_blocks: int) -> None:
+        """Count work that is on its way to this worker."""
+        self.in_flight_tokens += num_tokens
+        self.in_flight_blocks += num_blocks
+        self.num_in_flight += 1
         self.num_sequences += 1
         self.breakdown = None
 
-    def unbook(self, num_tokens: int, num_blocks: int) -> None:
-        """It is reported, or was not done."""
-        self.booked_tokens -= num_tokens
-        self.booked_blocks -= num_blocks
-        self.num_booked -= 1
+    def release(self, num_tokens: int, num_blocks: int) -> None:
+        """Undo one :meth:`reserve`: the work is reported, or was not done."""
+        self.in_flight_tokens -= num_tokens
+        self.in_flight_blocks -= num_blocks
+        self.num_in_flight -= 1
         self.num_sequences -= 1
         self.breakdown = None
+
+
+@dataclass(frozen=True, slots=True)
+class CostSettings:
+    """The parameters of the cost formula, which stands in :mod:`meshserve.routing.policies`."""
+
+    stream_weight: float = 0.1
+    """w, 0 to 1. Higher spreads sequences over workers and decodes faster, lower keeps prefixes together
+    and starts sooner. Below 1, since who reads a stream notices a late start and not a late token, and
+    since what spreads sequences also scatters prefixes."""
+    regret_weight: float = 1.0
+    """Multiplies the measured regret. Higher keeps more in the caches, lower waits less; 0 forgets about
+    evictions."""
+    max_turnover: float = 2.0
+    """Turnover counts between 1 over this and this: beyond it the estimate says more about chance than
+    about the cache."""
+    tie_ms: float = 2.0
+    """Milliseconds that nobody notices. Higher follows sessions and load more, lower trusts estimates to
+    the last digit."""
+    max_local_prefill_tokens: int | None = None
+    """Where there are prefill workers: uncached tokens up to which a decode worker computes a prompt
+    itself, as in HandoffConfig. Workers do not report theirs, so routers are given the same. None: as
+    expected times say."""
+
+
+@dataclass(slots=True)
+class LoadForecast:
+    """What holds for all workers, measured by the router as it goes."""
+
+    settings: CostSettings = field(default_factory=CostSettings)
+    regret: float = 0.3
+    mean_turnover: float = 0.0
+    """Evictions per block held, lately."""
+    rates: Rates = field(default_factory=Rates)
+    """Of workers that are like each other, or have not measured theirs."""
+    mean_output_tokens: float = 128.0
+    mean_uncached_tokens: float = 1024.0
+    replication: Replication = field(default_factory=Replication)
