@@ -19,8 +19,7 @@ from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.mesh.transport.sockets import endpoint
-from meshserve.observe.feed_source import FeedSource
-from meshserve.observe.peer_log import log_changes
+from meshserve.observe.peer_feed import FeedSource
 from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.status import serve_status
 from meshserve.observe.worker_report import WorkerReporter
@@ -120,7 +119,6 @@ class Peer:
             self._closers.push_async_callback(processor.close)
             self._is_idle.append(lambda: processor.is_idle)
         serve_status(self.mesh, self._reporter)
-        log_changes(self.mesh)
         if self._config.observe:
             feed = FeedSource(self.mesh, self._reporter.load if self._reporter is not None else None)
             self._closers.callback(feed.close)

@@ -119,6 +119,13 @@ class Histogram:
                 return min(high_s, self.most_s, low_s + (high_s - low_s) * (1 + num_left / count)) * 1000
         return math.nan
 
+    def since(self, before: "Histogram | None") -> "Histogram":
+        """What was counted since this was `before`; all of it if nothing was, or if some of that is not counted any more."""
+        if before is None:
+            return self
+        changes = [self.counts.get(bucket, 0) - before.counts.get(bucket, 0) for bucket in range(len(self.bounds_s) + 1)]
+        return Histogram.of_row((self.sum_s - before.sum_s, changes)) if any(changes) and min(changes) >= 0 else self
+
     def _bounds_of(self, bucket: int) -> tuple[float, float]:
         low_s = self.bounds_s[bucket - 1] if bucket else 0.0
         return low_s, self.bounds_s[bucket] if bucket < len(self.bounds_s) else low_s

@@ -5,10 +5,7 @@ whoever asks: so it cannot be used to scan anything.
 """
 
 import asyncio
-import contextlib
-import ipaddress
 import time
-from dataclasses import dataclass
 
 from meshserve.errors import MeshserveError
 from meshserve.mesh.addresses import local_addresses
@@ -84,44 +81,14 @@ class Reach:
         call.end(call.body)
 
 
-@dataclass(frozen=True, slots=True)
-class View:
-    """What a peer says of the network around it."""
-
-    interfaces: tuple[str, ...] = ()
-    """Such as `192.168.1.10/24`."""
-    mdns: str = "off"
-    """`on`, `off`, or why it does not work."""
-    heard: frozenset[str] = frozenset()
-    """Incarnations of its mesh that mDNS told it of."""
-    linked: frozenset[str] = frozenset()
-    clock_offset_s: float = 0.0
-    """Of its wall clock to ours."""
-
-    @property
-    def addresses(self) -> frozenset[str]:
-        """Of its machine."""
-        return frozenset(text.partition("/")[0] for text in self.interfaces)
-
-    @property
-    def networks(self) -> tuple[str, ...]:
-        """That its machine is in, such as `192.168.1.0/24`."""
-        found = []
-        for text in self.interfaces:
-            with contextlib.suppress(ValueError):
-                found.append(str(ipaddress.ip_interface(text).network))
-        return tuple(dict.fromkeys(found))
-
-
-async def ask_view(mesh: Mesh, peer: str, timeout_s: float) -> View | None:
-    """None if the peer does not answer, or nothing that can be read."""
+async def ask_view(mesh: Mesh, peer: str, timeout_s: float) -> tuple[NetworkView, float] | None:
+    """What the peer says of the network around it, and the offset of its wall clock to ours in seconds; None without a proper answer."""
     began_s = time.time()
     try:
-        said: NetworkView = await mesh.call(peer, VIEW, None, timeout_s)
+        view: NetworkView = await mesh.call(peer, VIEW, None, timeout_s)
     except MeshserveError:
         return None
-    middle_s = (began_s + time.time()) / 2
-    return View(said.interfaces, said.mdns, frozenset(said.heard), frozenset(said.linked), said.clock_s - middle_s)
+    return view, view.clock_s - (began_s + time.time()) / 2
 
 
 async def ask_reach(mesh: Mesh, peer: str, timeout_s: float) -> list[PortKnock] | None:

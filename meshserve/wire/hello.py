@@ -1,5 +1,7 @@
 """How peers introduce themselves: the hello that decides who is a member. Also what a peer reports of the network."""
 
+import contextlib
+import ipaddress
 from typing import Annotated, Any
 
 from meshserve.config import PROTOCOL_MAJOR, PROTOCOL_MINOR, ROLES
@@ -154,3 +156,17 @@ class NetworkView(FrozenMap, frozen=True):
     linked: _Listed
     clock_s: Annotated[float, Meta(gt=-1e12, lt=1e12)]
     """Of its wall clock."""
+
+    @property
+    def addresses(self) -> frozenset[str]:
+        """Of its machine."""
+        return frozenset(text.partition("/")[0] for text in self.interfaces)
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        """That its machine is in, such as `192.168.1.0/24`."""
+        found = []
+        for text in self.interfaces:
+            with contextlib.suppress(ValueError):
+                found.append(str(ipaddress.ip_interface(text).network))
+        return tuple(dict.fromkeys(found))

@@ -16,6 +16,7 @@ from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Endi
 from meshserve.wire.generation import GenerateRequest, GenerationEnd
 from meshserve.wire.handoff import Claim, Grant, Renewal
 from meshserve.wire.hello import NetworkView, PortKnocks
+from meshserve.wire.observing import FeedBatch, PeerStatus
 from meshserve.wire.routing import InFlightReservation, RouteRequest, RoutingDecision, WorkerLoad, WorkerReport
 from meshserve.wire.structs import Meta
 
@@ -76,13 +77,12 @@ WORKER_LOADS = Method("worker.load", item=WorkerLoad)
 """The load alone, for frontends, which only ask how many more requests there is room for."""
 IN_FLIGHT = Method("router.in_flight", item=InFlightReservation)
 """What a router sends out, for the other routers."""
-FEED = Method("feed.watch")
-"""Batches of events, as :mod:`meshserve.observe.feed_merge` reads them."""
+FEED = Method("feed.watch", item=FeedBatch)
 
 # --- about peers
 
 FILE_PART = Method("model.file", FilePartRequest, answer=bytes)
-STATUS = Method("mesh.status", answer=dict[str, Any])
+STATUS = Method("mesh.status", answer=PeerStatus)
 REACH = Method("mesh.reach", answer=PortKnocks)
 VIEW = Method("mesh.view", answer=NetworkView)
 ECHO = Method("mesh.echo", Annotated[bytes, Meta(max_length=MAX_ECHO_BYTES)], answer=bytes)

@@ -6,11 +6,20 @@ from dataclasses import replace
 import pytest
 
 from meshserve.mesh.addresses import LocalAddress
-from meshserve.observe.diagnosis.facts import Facts, Listener, Multicast, PathMtu, PeerFacts, Stranger
-from meshserve.observe.diagnosis.findings import Finding, Severity, is_wrong, names
-from meshserve.observe.diagnosis.judging import diagnose
-from meshserve.observe.reach import View
-from meshserve.wire.hello import PortKnock
+from meshserve.observe.diagnosis import diagnose
+from meshserve.observe.diagnosis.facts import (
+    Facts,
+    Finding,
+    Listener,
+    Multicast,
+    PathMtu,
+    PeerFacts,
+    Severity,
+    Stranger,
+    is_wrong,
+    names,
+)
+from meshserve.wire.hello import NetworkView, PortKnock
 from meshserve.wire.structs import replace as replace_message
 
 ROLES = {"a": ("frontend", "processor", "router"), "b": ("decode",), "c": ("prefill",)}
@@ -37,10 +46,10 @@ def knocks(source: str, blocked: Blocked, closed_ports: Iterable[tuple[str, int]
 
 
 def peer(name: str, blocked: Blocked | None = None, closed_ports: Iterable[tuple[str, int]] = ()) -> PeerFacts:
-    others = frozenset(ADDRESSES) - {name}
-    view = View((f"{ADDRESSES[name]}/24",), "on", others, others, 0.01)
+    others = tuple(other for other in ADDRESSES if other != name)
+    view = NetworkView((f"{ADDRESSES[name]}/24",), "on", others, others, 0.0)
     own = knocks(name, blocked or {}, closed_ports)
-    return PeerFacts(name, name, (ADDRESSES[name],), 7800, ROLES[name], "1", view, own, True)
+    return PeerFacts(name, name, (ADDRESSES[name],), 7800, ROLES[name], "1", view, own, True, 0.01)
 
 
 def facts(*peers: PeerFacts, **changes: object) -> Facts:
@@ -66,7 +75,7 @@ def wrong(found: Facts) -> dict[str, Finding]:
 def with_view(name: str, **changes: object) -> PeerFacts:
     made = peer(name)
     assert made.view is not None
-    return replace(made, view=replace(made.view, **changes))  # type: ignore[arg-type]  # fields of View
+    return replace(made, view=replace_message(made.view, **changes))
 
 
 def one_way(lost_from: str, lost_to: str) -> Facts:
@@ -77,7 +86,8 @@ def one_way(lost_from: str, lost_to: str) -> Facts:
         found = peer(name, blocked)
         own = tuple(replace_message(item, name="") if {name, item.target} == {lost_from, lost_to} else item for item in found.knocks or ())
         if name == lost_to and found.view is not None:
-            found = replace(found, view=replace(found.view, heard=found.view.heard - {lost_from}))
+            heard = tuple(other for other in found.view.heard if other != lost_from)
+            found = replace(found, view=replace_message(found.view, heard=heard))
         made.append(replace(found, knocks=own))
     return facts(*made)
 
@@ -99,7 +109,7 @@ def kept_apart() -> Facts:
     for name, other in (("a", "b"), ("b", "a")):
         own = [item for item in knocks(name, {}) if item.target != other]
         own.append(PortKnock(other, ADDRESSES[other], 7800, 0, "timeout"))
-        made.append(replace(with_view(name, heard=frozenset("c")), knocks=tuple(own)))
+        made.append(replace(with_view(name, heard=("c",)), knocks=tuple(own)))
     return facts(*made, peer("c"))
 
 
@@ -125,8 +135,8 @@ def met(security: str, *, has_key: bool = False, kind: str = "key") -> Facts:
 
 
 DEAF: frozenset[str] = frozenset()
-ALL_DEAF = facts(*(with_view(name, heard=DEAF) for name in ADDRESSES), heard=DEAF)
-MUTE_C = facts(with_view("a", heard=frozenset("b")), with_view("b", heard=frozenset("a")), peer("c"), heard=frozenset("ab"))
+ALL_DEAF = facts(*(with_view(name, heard=tuple(DEAF)) for name in ADDRESSES), heard=DEAF)
+MUTE_C = facts(with_view("a", heard=("b",)), with_view("b", heard=("a",)), peer("c"), heard=frozenset("ab"))
 TWINS = facts(peer("a"), *(replace(peer(name), name="twin") for name in "bc"))
 NOBODY = facts(peers=(), knocks=(), heard=DEAF)
 PLACE = "10.0.0.9:7800"
@@ -139,8 +149,8 @@ TABLE: list[tuple[str, Facts, str, str]] = [
     ("packets one way only", one_way("a", "b"), "one_way", "those of a do not reach b"),
     ("the other way", one_way("b", "a"), "one_way", "those of b do not reach a"),
     ("a pair kept apart", kept_apart(), "pair_blocked", "a and b"),
-    ("no multicast here", facts(with_view("a", heard=DEAF), peer("b"), peer("c"), heard=DEAF), "multicast_blocked", "this machine"),
-    ("no multicast elsewhere", facts(peer("a"), peer("b"), with_view("c", heard=DEAF)), "multicast_blocked", "c (10.0.0.3:7800)"),
+    ("no multicast here", facts(with_view("a", heard=tuple(DEAF)), peer("b"), peer("c"), heard=DEAF), "multicast_blocked", "this machine"),
+    ("no multicast elsewhere", facts(peer("a"), peer("b"), with_view("c", heard=tuple(DEAF))), "multicast_blocked", "c (10.0.0.3:7800)"),
     ("no multicast anywhere", ALL_DEAF, "multicast_blocked", "this network"),
     ("multicast does not get out", MUTE_C, "multicast_blocked", "from c (10.0.0.3:7800) reaches nobody"),
     ("an address in nobody's network", misplaced("10.9.9.9", "timeout"), "wrong_interface", "b advertises 10.9.9.9"),
@@ -197,9 +207,9 @@ def test_neighbours_of_another_mesh_are_one_finding_and_wrong_only_if_they_were_
 
 
 def test_who_has_just_started_is_no_witness_against_multicast() -> None:
-    young = (replace(with_view(name, heard=DEAF), is_young=True) for name in ADDRESSES)
+    young = (replace(with_view(name, heard=tuple(DEAF)), is_young=True) for name in ADDRESSES)
     assert not wrong(facts(*young, heard=DEAF))
-    one_young = replace(with_view("c", heard=DEAF), is_young=True)
+    one_young = replace(with_view("c", heard=tuple(DEAF)), is_young=True)
     assert not wrong(facts(peer("a"), peer("b"), one_young))
 
 

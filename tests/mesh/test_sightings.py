@@ -110,9 +110,11 @@ def test_a_peer_tells_what_it_sees_and_carries_long_messages_but_no_longer_ones(
     async def run() -> None:
         async with AsyncExitStack() as stack:
             one, other = await two_peers(stack)
-            view = await ask_view(one, other.incarnation, 5.0)
-            assert view is not None and view.mdns == "off" and view.linked == {one.incarnation}
-            assert HOST in view.addresses and "127.0.0.0/8" in view.networks and abs(view.clock_offset_s) < 1.0
+            answer = await ask_view(one, other.incarnation, 5.0)
+            assert answer is not None
+            view, clock_offset_s = answer
+            assert view.mdns == "off" and view.linked == (one.incarnation,)
+            assert HOST in view.addresses and "127.0.0.0/8" in view.networks and abs(clock_offset_s) < 1.0
             assert await carries_large_messages(one, other.incarnation, 5.0)
             with pytest.raises(ProtocolError):
                 await one.call(other.incarnation, ECHO, bytes(70_000), 5.0)

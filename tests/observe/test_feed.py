@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 from meshserve.config import MeshConfig
 from meshserve.errors import Overloaded, ProtocolError
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.feed import MAX_EVENTS, MAX_FOLLOWED, MAX_NEW_PER_S, Digest, Sample
-from meshserve.observe.feed_merge import Batch, Merge
-from meshserve.observe.feed_mesh import MAX_READERS, MeshFeed, Reader
-from meshserve.observe.feed_source import FeedSource
-from meshserve.observe.latencies import counts_by_worker
+from meshserve.observe.latencies import latencies_by_worker
+from meshserve.observe.mesh_feed import MAX_READERS, Merge, MeshFeed, Reader
+from meshserve.observe.peer_feed import MAX_FOLLOWED, MAX_NEW_PER_S, Digest, FeedSource, Sample
 from meshserve.telemetry import BUCKETS_S, Histograms
+from meshserve.wire.observing import MAX_EVENTS, FeedBatch
 from meshserve.wire.routing import WorkerLoad
 from tests.harness import run_async, until
 
@@ -57,9 +56,9 @@ def test_a_followed_request_is_told_step_by_step_with_blocks_and_tokens_as_count
     digest = Digest(clock)
     serve(digest, clock, "f-1")
     batch = digest.take()
-    kinds = [event[1] for event in batch["events"]]
+    kinds = [event.kind for event in batch["events"]]
     assert kinds == ["submit", "routed", "accepted", "ticket", "claim", "blocks", "handoff_ended", "tokens", "result"]
-    details = {event[1]: event[3] for event in batch["events"]}
+    details = {event.kind: event.details for event in batch["events"]}
     assert details["blocks"] == {"count": 7, "peer_sending": "p"} and details["tokens"] == {"count": 3}
     assert len(details["routed"]["candidates"]) == 6 and details["routed"]["num_candidates"] == 9
     assert batch["ttft_ms"] == [10.0] and batch["itl_ms"] == [10.0]
@@ -76,7 +75,7 @@ def test_under_load_a_bounded_number_is_followed_and_all_are_counted() -> None:
         if number % 200 == 0:
             batch = digest.take()
             assert len(batch.get("events", [])) <= MAX_EVENTS
-            told |= {event[2] for event in batch.get("events", [])}
+            told |= {event.request_id for event in batch.get("events", [])}
             counted += batch["counts"]["ok"]
     counted += digest.take()["counts"]["ok"]
     assert counted == 20_000
@@ -124,8 +123,8 @@ def test_no_more_than_the_bound_is_followed_in_any_second(arrivals: list[tuple[i
         assert sum(second <= at_s < second + 1 for at_s in taken) <= 2 * MAX_NEW_PER_S
 
 
-def batch(*events: list[Any], **more: Any) -> Batch:
-    return Batch.from_wire({"events": list(events), **more})
+def batch(*events: list[Any], **more: Any) -> FeedBatch:
+    return FeedBatch.from_wire({"events": list(events), **more})
 
 
 def kinds(update: dict[str, Any]) -> list[tuple[str, str]]:
@@ -178,13 +177,13 @@ def test_a_point_a_second_sums_up_all_peers() -> None:
     assert merge.now()["history"] == [point]
 
 
-def counted(**durations_s: float) -> Batch:
+def counted(**durations_s: float) -> FeedBatch:
     """A processor's batch: to the first token and between tokens, of workers by name."""
     histograms = Histograms()
     for worker, duration_s in durations_s.items():
         for name in ("ttft", "itl", "ttft"):
             histograms.parts[worker].named[name].observe(duration_s)
-    return batch(latencies=counts_by_worker(histograms.snapshot_parts()))
+    return batch(latencies=latencies_by_worker(histograms.snapshot_parts()))
 
 
 def test_a_workers_latencies_are_added_up_over_processors_and_told_when_they_change() -> None:
@@ -205,7 +204,7 @@ def test_a_workers_latencies_are_those_of_the_last_half_minute() -> None:
     merge, histograms = Merge(0.0), Histograms()
     for second in range(1, 70):
         histograms.parts["w"].named["itl"].observe(0.09 if second < 20 else 0.004)
-        merge.add("front", batch(latencies=counts_by_worker(histograms.snapshot_parts())), second - 0.5)
+        merge.add("front", batch(latencies=latencies_by_worker(histograms.snapshot_parts())), second - 0.5)
         merge.take(float(second))
     assert merge.now()["latencies"] == {"w": {"itl_ms": [3.75, 4.975]}}
 
@@ -232,12 +231,12 @@ def test_a_workers_latencies_are_those_of_the_last_half_minute() -> None:
 )
 def test_a_malformed_batch_is_refused(data: Any) -> None:
     with pytest.raises(ProtocolError):
-        Batch.from_wire(data)
+        FeedBatch.from_wire(data)
 
 
 def test_a_reader_that_falls_behind_skips_to_the_state_as_it_is() -> None:
     async def read() -> None:
-        reader = Reader(asyncio.get_running_loop(), lambda: b"snapshot")
+        reader = Reader(lambda: b"snapshot")
         reader.push(b"missed: the snapshot will say it")
         assert await reader.next() == b"snapshot"
         reader.push(b"one ")

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.errors import ProtocolError
+from meshserve.telemetry import BUCKETS_S
 from meshserve.wire import messages
 from meshserve.wire.card import FilePartRequest, ModelFile
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Ending, PartItem, Tokenized, TokenizeRequest, read_item
@@ -15,6 +16,7 @@ from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.generation import GenerateRequest, GenerationEnd, Sampling
 from meshserve.wire.handoff import Acknowledgement, BlockMark, BulkHeader, Claim, Grant, NamedAttempt, Offer, Renewal, Ticket
 from meshserve.wire.hello import NetworkView, PortKnock, PortKnocks
+from meshserve.wire.observing import FeedBatch, FeedEvent, PeerStatus
 from meshserve.wire.routing import Candidate, InFlightReservation, RouteRequest, RoutingDecision, Share, WorkerLoad, WorkerReport
 from meshserve.wire.structs import Message, plain, read, replace
 
@@ -43,6 +45,8 @@ SENT: list[Message] = [
     FilePartRequest("0" * 64, 2**40),
     PortKnocks([PortKnock("inc", "10.0.0.1", 7800, 2, "open", "name")]),
     NetworkView(("10.0.0.1/24",), "on", ("inc",), (), 1.5),
+    PeerStatus(1.5, {"num_running": 3}, 2, {"tcp://10.0.0.9:7800": "refused"}, histograms={"ttft": (0.5, [1] * (len(BUCKETS_S) + 1))}),
+    FeedBatch([FeedEvent(5.0, "routed", "r", {"decode": "inc", "candidates": [{"peer": "name", "cost_ms": 1.5}]})], {"ok": 1}, [1.5]),
 ]
 METHODS = [found for found in vars(messages).values() if isinstance(found, messages.Method)]
 

@@ -23,8 +23,8 @@ def doctor(as_json: bool, **settings: Any) -> None:
 
 async def _examine(settings: dict[str, Any], as_json: bool) -> int:
     from meshserve.cli.doctor.gathering import gather
-    from meshserve.observe.diagnosis.findings import is_wrong
-    from meshserve.observe.diagnosis.judging import diagnose
+    from meshserve.observe.diagnosis import diagnose
+    from meshserve.observe.diagnosis.facts import is_wrong
 
     began_s = time.monotonic()
     if not as_json and sys.stderr.isatty():
@@ -58,7 +58,7 @@ def _as_json(facts: Any, findings: list[Any], took_s: float) -> dict[str, Any]:
                 "port": peer.port,
                 "version": peer.version,
                 "answers": peer.view is not None,
-                "clock_offset_s": round(peer.view.clock_offset_s, 3) if peer.view else None,
+                "clock_offset_s": round(peer.clock_offset_s, 3) if peer.view else None,
                 "longest_packet": peer.path.largest if peer.path else None,
             }
             for peer in facts.peers

@@ -177,9 +177,10 @@ async def _peers(mesh: Mesh) -> list[PeerFacts]:
 
 async def _peer(mesh: Mesh, info: PeerInfo, large_limit: asyncio.Semaphore) -> PeerFacts:
     facts = PeerFacts(info.incarnation, info.name, info.addresses, info.port, info.roles, info.version)
-    view = await ask_view(mesh, info.incarnation, _VIEW_TIMEOUT_S)
-    if view is None:
+    answer = await ask_view(mesh, info.incarnation, _VIEW_TIMEOUT_S)
+    if answer is None:
         return facts
+    view, clock_offset_s = answer
 
     async def large() -> bool:
         await asyncio.sleep(_LARGE_AFTER_S)
@@ -187,7 +188,8 @@ async def _peer(mesh: Mesh, info: PeerInfo, large_limit: asyncio.Semaphore) -> P
             return await carries_large_messages(mesh, info.incarnation, _LARGE_TIMEOUT_S)
 
     knocks, carries_large = await asyncio.gather(ask_reach(mesh, info.incarnation, _REACH_TIMEOUT_S), large())
-    return replace(facts, view=view, knocks=tuple(knocks) if knocks is not None else None, carries_large=carries_large)
+    own = tuple(knocks) if knocks is not None else None
+    return replace(facts, view=view, knocks=own, carries_large=carries_large, clock_offset_s=clock_offset_s)
 
 
 def _hearsay(mesh: Mesh, knocks: list[PortKnock], members: set[str]) -> dict[str, _Heard]:

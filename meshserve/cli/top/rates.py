@@ -4,7 +4,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
-from meshserve.observe.latencies import WINDOW_S, median_and_high_ms
+from meshserve.observe.latencies import WINDOW_S
 from meshserve.telemetry import Histogram
 
 _RATE_WINDOW_S, _SHARE_WINDOW_S = 3.0, float(WINDOW_S)
@@ -102,7 +102,8 @@ class Samples:
             return None
         earlier = self._earlier(peer["incarnation"], float("-inf"))
         before = _latencies(earlier[1]).get(name) if earlier is not None else None
-        return median_and_high_ms(Histogram.of_row(found), Histogram.of_row(before) if before is not None else None)
+        recent = Histogram.of_row(found).since(Histogram.of_row(before) if before is not None else None)
+        return (recent.quantile_ms(0.5), recent.quantile_ms(0.99)) if recent.counts else None
 
 
 def _latencies(peer: dict[str, Any]) -> dict[str, Any]:

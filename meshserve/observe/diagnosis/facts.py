@@ -1,12 +1,15 @@
-"""What was seen of a mesh and of the network around it: the input of the diagnosis."""
+"""What the diagnosis takes, facts about a mesh and the network around it, and what it gives: findings."""
 
 import ipaddress
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
 
+from meshserve.config import FIRST_PORT
 from meshserve.mesh.addresses import LocalAddress
 from meshserve.mesh.probing import Outcome
-from meshserve.observe.reach import View
-from meshserve.wire.hello import PortKnock
+from meshserve.wire.hello import NetworkView, PortKnock
 
 HERE = ""
 """In the place of an incarnation: this machine, where the doctor runs."""
@@ -78,11 +81,13 @@ class PeerFacts:
     port: int
     roles: tuple[str, ...] = ()
     version: str = ""
-    view: View | None = None
+    view: NetworkView | None = None
     """None: it could not be asked."""
     knocks: tuple[PortKnock, ...] | None = None
     """What its own connection attempts to others met; None: it could not be asked."""
     carries_large: bool | None = None
+    clock_offset_s: float = 0.0
+    """Of its wall clock to ours."""
     path: PathMtu | None = None
     """None: nothing could be found out about the way there."""
     is_alive: bool = True
@@ -168,3 +173,69 @@ def is_within(address: str, networks: tuple[str, ...]) -> bool:
 def is_open(outcome: str | None) -> bool:
     """Whether a connection came about."""
     return outcome == Outcome.OPEN
+
+
+# --- findings
+
+PORTS = f"{FIRST_PORT}-{FIRST_PORT + 99}/tcp"
+"""What a firewall has to let in."""
+MULTICAST_PORT = "5353/udp"
+"""The same for mDNS."""
+
+
+class Severity(StrEnum):
+    """How bad it is."""
+
+    ERROR = "error"
+    """Peers do not see each other, or cannot work together."""
+    WARNING = "warning"
+    """It works in part, or by luck."""
+    INFO = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One cause, what showed it, and what to do."""
+
+    code: str
+    """Stable, for scripts."""
+    severity: Severity
+    cause: str
+    seen: str = ""
+    advice: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def error(code: str, cause: str, seen: str, advice: str) -> Finding:
+    """One that explains why peers do not see each other."""
+    return Finding(code, Severity.ERROR, cause, seen, advice)
+
+
+def warning(code: str, cause: str, seen: str, advice: str) -> Finding:
+    """One that should be mended."""
+    return Finding(code, Severity.WARNING, cause, seen, advice)
+
+
+def info(code: str, cause: str, seen: str = "", advice: str = "") -> Finding:
+    """One to know."""
+    return Finding(code, Severity.INFO, cause, seen, advice)
+
+
+def is_wrong(findings: Iterable[Finding]) -> bool:
+    """Whether `doctor` exits with 1."""
+    return any(finding.severity is not Severity.INFO for finding in findings)
+
+
+def count(number: int, noun: str) -> str:
+    """`1 peer`, `2 peers`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def names(texts: Iterable[str], most: int = 6) -> str:
+    """A list for people: `a, b and 3 more`."""
+    found = sorted(set(texts))
+    shown = ", ".join(found[:most])
+    return shown if len(found) <= most else f"{shown} and {len(found) - most} more"

@@ -4,8 +4,19 @@ from collections.abc import Iterator
 
 from meshserve.config import FIRST_PORT
 from meshserve.mesh.addresses import LocalAddress, is_virtual
-from meshserve.observe.diagnosis.facts import Facts, Multicast, is_loopback
-from meshserve.observe.diagnosis.findings import MULTICAST_PORT, PORTS, Finding, count, error, info, names, warning
+from meshserve.observe.diagnosis.facts import (
+    MULTICAST_PORT,
+    PORTS,
+    Facts,
+    Finding,
+    Multicast,
+    count,
+    error,
+    info,
+    is_loopback,
+    names,
+    warning,
+)
 
 _PEER_HINT = "Start peers here with --peer ADDRESS of any one on another machine: it joins the whole mesh."
 

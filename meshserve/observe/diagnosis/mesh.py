@@ -3,8 +3,18 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from meshserve.observe.diagnosis.facts import Facts, PathMtu, PeerFacts
-from meshserve.observe.diagnosis.findings import MULTICAST_PORT, Finding, count, error, info, names, warning
+from meshserve.observe.diagnosis.facts import (
+    MULTICAST_PORT,
+    Facts,
+    Finding,
+    PathMtu,
+    PeerFacts,
+    count,
+    error,
+    info,
+    names,
+    warning,
+)
 
 _NEEDED = {
     "frontend": "nobody takes HTTP requests",
@@ -110,7 +120,7 @@ def _versions(peers: list[PeerFacts]) -> Iterator[Finding]:
 
 
 def _clocks(peers: list[PeerFacts]) -> Iterator[Finding]:
-    offsets = {peer.label: peer.view.clock_offset_s for peer in peers if peer.view is not None}
+    offsets = {peer.label: peer.clock_offset_s for peer in peers if peer.view is not None}
     if offsets:
         label, most_s = max(offsets.items(), key=lambda item: abs(item[1]))
         text = f"{abs(most_s):.3f} s" if abs(most_s) < 60 else f"{abs(most_s) / 60:.0f} min"

@@ -1,11 +1,23 @@
 """Who can connect to whom: every peer's own attempts at all others, put together."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from meshserve.mesh.probing import Outcome
-from meshserve.observe.diagnosis.facts import HERE, Facts, PeerFacts, is_open, is_within
-from meshserve.observe.diagnosis.findings import PORTS, Finding, count, error, info, names, warning
+from meshserve.observe.diagnosis.facts import (
+    HERE,
+    PORTS,
+    Facts,
+    Finding,
+    PeerFacts,
+    count,
+    error,
+    info,
+    is_open,
+    is_within,
+    names,
+    warning,
+)
 from meshserve.observe.reach import PORT_NAMES
 from meshserve.wire.hello import PortKnock
 
@@ -28,7 +40,7 @@ class _Source:
     networks: tuple[str, ...]
     own: frozenset[str]
     """Addresses of its machine: at one of these it meets itself, whoever else may have it too."""
-    heard: frozenset[str]
+    heard: Collection[str]
     knocks: tuple[PortKnock, ...]
     calls: dict[str, str] = field(default_factory=dict)
     """The best outcome at the calls port, by target."""

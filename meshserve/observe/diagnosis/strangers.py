@@ -4,8 +4,16 @@ import difflib
 from collections import defaultdict
 from collections.abc import Iterator
 
-from meshserve.observe.diagnosis.facts import Facts, Stranger, is_open
-from meshserve.observe.diagnosis.findings import Finding, error, info, names, warning
+from meshserve.observe.diagnosis.facts import (
+    Facts,
+    Finding,
+    Stranger,
+    error,
+    info,
+    is_open,
+    names,
+    warning,
+)
 
 
 def judge_strangers(facts: Facts) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from starlette.routing import BaseRoute, Route
 
 import meshserve.observe.dashboard
 from meshserve.errors import Overloaded
-from meshserve.observe.feed_mesh import MeshFeed
+from meshserve.observe.mesh_feed import MeshFeed
 from meshserve.roles.frontend import shapes
 from meshserve.roles.frontend.asgi import Receive, Scope, Send, error_headers, send_whole
 from meshserve.roles.frontend.pages import PageFiles

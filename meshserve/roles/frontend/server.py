@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 from meshserve.config import ServeConfig
 from meshserve.errors import InvalidRequest, MeshserveError, ModelNotFound
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.feed_mesh import MeshFeed
+from meshserve.observe.mesh_feed import MeshFeed
 from meshserve.observe.receipt_finding import find_receipt
 from meshserve.observe.status import list_peers
 from meshserve.roles.frontend import apis, shapes

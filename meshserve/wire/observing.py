@@ -1,0 +1,93 @@
+"""What a peer tells those that watch the mesh: its state when asked, and what happens on it."""
+
+from typing import Annotated, TypedDict
+
+from meshserve.telemetry import BUCKETS_S
+from meshserve.wire.structs import Count, FrozenMap, FrozenRow, Map, Meta, field
+
+MAX_LISTED = 32
+MAX_WORKERS = 1024
+"""Of which one processor tells."""
+MAX_EVENTS = 256
+"""In one batch of the event feed."""
+MAX_SAMPLES = 64
+"""Times to the first token and between tokens, each, in one batch."""
+
+_Finite = Annotated[float, Meta(ge=-1e15, le=1e15)]
+_Buckets = Annotated[list[Count], Meta(min_length=len(BUCKETS_S) + 1, max_length=len(BUCKETS_S) + 1)]
+_HistogramRows = dict[str, tuple[_Finite, _Buckets]]
+"""By name, as `Histogram.to_row` makes them."""
+
+
+class Refusal(TypedDict):
+    """A stranger that was not let in."""
+
+    who: str
+    reason: str
+    times: int
+    ago_s: float
+
+
+class Departure(TypedDict):
+    """A peer that left or died."""
+
+    incarnation: str
+    name: str
+    address: str
+    reason: str
+    ago_s: float
+
+
+class PeerStatus(Map, omit_defaults=False):
+    """What a peer says of itself. A peer that does not answer has the defaults."""
+
+    up_s: float | None = None
+    load: dict[str, int] | None = None
+    """None on peers without an engine."""
+    num_reached: int | None = None
+    """Other peers that it can call."""
+    cannot_join: Annotated[dict[str, str], Meta(max_length=MAX_LISTED)] = field(default_factory=dict)
+    """Addresses that it tried in vain, with reasons."""
+    refused: Annotated[list[Refusal], Meta(max_length=MAX_LISTED)] = field(default_factory=list)
+    gone: Annotated[list[Departure], Meta(max_length=MAX_LISTED)] = field(default_factory=list)
+    counters: dict[str, int] = field(default_factory=dict)
+    held: dict[str, int] = field(default_factory=dict)
+    """The gauges: what it holds now."""
+    calls_made: dict[str, int] = field(default_factory=dict)
+    calls_served: dict[str, int] = field(default_factory=dict)
+    """Streams that are open now, by method, watches among them."""
+    histograms: _HistogramRows = field(default_factory=dict)
+    histograms_by_worker: dict[str, _HistogramRows] = field(default_factory=dict)
+
+
+# --- the event feed
+
+_Text = Annotated[str, Meta(max_length=1024)]
+_Scalar = _Text | int | _Finite | bool | None
+_Map = Annotated[dict[str, _Scalar], Meta(max_length=32)]
+_List = Annotated[list[_Scalar | _Map], Meta(max_length=1024)]
+
+
+class FeedEvent(FrozenRow, frozen=True):
+    """One step of a request that is followed."""
+
+    age_ms: _Finite
+    """When the batch left."""
+    kind: _Text
+    request_id: _Text
+    details: Annotated[dict[str, _Scalar | _List], Meta(max_length=32)]
+
+
+class FeedBatch(FrozenMap, frozen=True):
+    """What happened on a peer since its last batch."""
+
+    events: Annotated[list[FeedEvent], Meta(max_length=MAX_EVENTS)] = field(default_factory=list)
+    counts: Annotated[dict[_Text, int], Meta(max_length=32)] = field(default_factory=dict)
+    """Of all requests, followed or not."""
+    ttft_ms: Annotated[list[_Finite], Meta(max_length=MAX_SAMPLES)] = field(default_factory=list)
+    itl_ms: Annotated[list[_Finite], Meta(max_length=MAX_SAMPLES)] = field(default_factory=list)
+    load: Annotated[dict[_Text, int], Meta(max_length=32)] | None = None
+    """A worker's, if it changed."""
+    latencies: Annotated[dict[_Text, dict[str, _Buckets]], Meta(max_length=MAX_WORKERS)] | None = None
+    """By worker and name: all that the peer counts, if it is a processor and has more to tell."""
+
