@@ -128,9 +128,8 @@ class Peer:
     def _receipts(self) -> Receipts | None:
         if not self._config.observe:
             return None
-        receipts = Receipts(self.mesh, self._config.receipts_kept)
-        receipts.on_kept = self._exporter.request_ended if self._exporter is not None else None
-        return receipts
+        on_kept = self._exporter.request_ended if self._exporter is not None else None
+        return Receipts(self.mesh, self._config.receipts_kept, on_kept)
 
     def _start_workers(self, engine: Engine) -> None:
         """Decode and prefill share one engine, its reports, and the paths of the handoff."""

@@ -1,43 +1,49 @@
-"""Where receipts are kept: a processor's own, and a frontend's part of each. Bounded; rendered when somebody asks."""
+"""Where receipts are kept, by processors and frontends, and how a request's receipt is found, wherever in the mesh it is. Bounded."""
 
+import asyncio
 import itertools
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from operator import itemgetter
+from typing import Any, TypeVar
 
-from meshserve.errors import Cancelled
+from meshserve.errors import Cancelled, MeshserveError, ProtocolError, RequestNotFound
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipts import OK, Front, Receipt
+from meshserve.observe.receipts import OK, PHASES, Front, Receipt, with_front
 from meshserve.telemetry import BUCKETS_S
-from meshserve.wire.messages import FRONT_OF_RECEIPT, LATEST_RECEIPT, RECEIPT, RECENT_RECEIPTS
+from meshserve.wire.messages import FRONT_OF_RECEIPT, LATEST_RECEIPT, RECEIPT, RECENT_RECEIPTS, Method
+from meshserve.wire.observing import ReceiptForm
 
+_TIMEOUT_S = 2.0
 _MAX_CANDIDATES = 16
-"""Of each role, kept of one request: the best are what "why" is about."""
-MAX_RECENT = 50
+"""Of each role, kept of one request: the best ones say why. A mesh may have hundreds of workers."""
+_MAX_RECENT = 50
 """Names of requests that one answer lists."""
+
+Kept = TypeVar("Kept", Receipt, Front)
 
 
 class Receipts:
-    """A processor's last ones, whatever they ended in. Keeping one costs an append; names are looked for among all, as few ask."""
+    """A processor's last receipts, whatever the requests ended in. To keep one costs an append; names are looked for among all, as few
+    ask."""
 
-    def __init__(self, mesh: Mesh, num_kept: int) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: Mesh, num_kept: int, on_kept: Callable[[Receipt], None] | None = None) -> None:
+        """`on_kept` is told of each receipt."""
+        self._mesh, self._on_kept = mesh, on_kept
         self._kept: deque[Receipt] = deque(maxlen=num_kept)
         self._over: list[Receipt] = []
         """Of this turn."""
         self._observed = tuple(mesh.histograms.named[name] for name in ("e2e", "route", "queue", "prefill"))
         """Of whole requests, and of phases."""
-        self.on_kept: Callable[[Receipt], None] | None = None
-        """Told of each one."""
-        mesh.serve(RECEIPT, self._on_find)
-        mesh.serve(LATEST_RECEIPT, self._on_latest)
+        mesh.serve(RECEIPT, lambda call: call.end(_rendered(_find(self._kept, call.body))))
+        mesh.serve(LATEST_RECEIPT, lambda call: call.end(_rendered(self._kept[-1] if self._kept else None)))
         mesh.serve(RECENT_RECEIPTS, self._on_recent)
 
     def keep(self, receipt: Receipt) -> None:
-        """One more request is over. It can be found from the end of this turn on: nobody waits for it before."""
+        """One more request is over. Its receipt can be found from the end of this turn on: nobody waits for it before."""
         if not self._over:
             self._mesh.later(self._keep_all)
         self._over.append(receipt)
@@ -46,7 +52,8 @@ class Receipts:
         over, self._over = self._over, []
         now_s = time.monotonic()
         for receipt in over:
-            receipt.keep_best(_MAX_CANDIDATES)
+            receipt.candidates = receipt.candidates[:_MAX_CANDIDATES]
+            receipt.prefill_candidates = receipt.prefill_candidates[:_MAX_CANDIDATES]
             receipt.ended_s = now_s
             self._kept.append(receipt)
             if receipt.outcome != OK:
@@ -55,34 +62,17 @@ class Receipts:
             self._mesh.counters.add("requests_done")
             times = receipt.phases_ms
             for histogram, took_ms in zip(self._observed, (receipt.total_ms, times.route, times.queue, times.prefill), strict=True):
-                # in line, as the loop runs four times for each request
+                # in line, as this runs four times for each request
                 histogram.counts[bisect_left(BUCKETS_S, took_ms / 1000)] += 1
                 histogram.sum_s += took_ms / 1000
-        if self.on_kept is not None:
+        if self._on_kept is not None:
             for receipt in over:
-                self.on_kept(receipt)
-
-    def _on_find(self, call: IncomingCall) -> None:
-        """By the mesh's name or the client's; the latest, if several are called the same. The end is None if there is none."""
-        name: str = call.body
-        kept = self._kept
-        for receipt in reversed(kept):
-            if receipt.request_id == name or receipt.client_id == name:
-                call.end(self._render(receipt))
-                return
-        call.end(None)
-
-    def _on_latest(self, call: IncomingCall) -> None:
-        call.end(self._render(self._kept[-1]) if self._kept else None)
+                self._on_kept(receipt)
 
     def _on_recent(self, call: IncomingCall) -> None:
-        """The mesh's names of the last ones, and how many seconds ago each ended; the latest first."""
         now_s = time.monotonic()
-        latest = itertools.islice(reversed(self._kept), MAX_RECENT)
+        latest = itertools.islice(reversed(self._kept), _MAX_RECENT)
         call.end([(receipt.request_id, round(now_s - receipt.ended_s, 3)) for receipt in latest])
-
-    def _render(self, receipt: Receipt) -> dict[str, Any]:
-        return {**receipt.to_wire(), "ended_ago_s": round(time.monotonic() - receipt.ended_s, 3)}
 
 
 class Fronts:
@@ -91,21 +81,109 @@ class Fronts:
     def __init__(self, mesh: Mesh, num_kept: int) -> None:
         self._mesh = mesh
         self._kept: deque[Front] = deque(maxlen=num_kept)
+        self.keep: Callable[[Front], None] = self._kept.append
+        """To be called when a request is over."""
         mesh.serve(FRONT_OF_RECEIPT, self._on_find)
 
-    def keep(self, front: Front) -> None:
-        """One more request is over."""
-        self._kept.append(front)
-
     def _on_find(self, call: IncomingCall) -> None:
-        """The end is None, or `processor`, `front` (for `with_front`), and `receipt`: what a frontend alone knows."""
-        name: str = call.body
-        for front in reversed(self._kept):
-            if front.request_id == name or front.client_id == name:
-                call.end(self._render(front))
-                return
-        call.end(None)
+        front = _find(self._kept, call.body)
+        if front is None:
+            call.end(None)
+        else:
+            part, receipt = front.to_wire(self._mesh.own.name), front.receipt()
+            call.end({"processor": front.processor, "front": part, "receipt": _rendered(receipt)})
 
-    def _render(self, front: Front) -> dict[str, Any]:
-        receipt = {**front.receipt().to_wire(), "ended_ago_s": round(time.monotonic() - front.ended_s, 3)}
-        return {"processor": front.processor, "front": front.to_wire(self._mesh.own.name), "receipt": receipt}
+
+def _find(kept: deque[Kept], name: str) -> Kept | None:
+    """By the mesh's name or the client's; the latest, if several have the same name."""
+    return next((found for found in reversed(kept) if name in (found.request_id, found.client_id)), None)
+
+
+def _rendered(receipt: Receipt | None) -> dict[str, Any] | None:
+    if receipt is None:
+        return None
+    return {**receipt.to_wire(), "ended_ago_s": round(time.monotonic() - receipt.ended_s, 3)}
+
+
+# --- a receipt, wherever it is
+
+
+async def find_receipt(mesh: Mesh, name: str) -> dict[str, Any]:
+    """Of the request of this name, the mesh's or the client's own. Raises RequestNotFound.
+
+    The mesh's name begins with the frontend that took the request in, and that one knows the processor. Without it, all processors
+    are asked. Of what got to none, or to one that is gone, the frontend knows its own part.
+    """
+    front = await _front_of(mesh, name)
+    known = [front["processor"]] if front is not None and front.get("processor") else _with_role(mesh, "processor")
+    found = _latest(await _ask_all(mesh, known, RECEIPT, name))
+    if found is None:
+        fronts = [front] if front is not None else await _ask_all(mesh, _with_role(mesh, "frontend"), FRONT_OF_RECEIPT, name)
+        found = _latest(answer.get("receipt") for answer in fronts if answer is not None)
+        if found is None:
+            words = "it is still under way, or not among the last that are kept"
+            raise RequestNotFound(f"no receipt of a request {name!r}: {words}", param="id")
+    return await _completed(mesh, found, front)
+
+
+async def latest_receipt(mesh: Mesh) -> dict[str, Any]:
+    """Of the request that ended last. Raises RequestNotFound if none did."""
+    found = _latest(await _ask_all(mesh, _with_role(mesh, "processor"), LATEST_RECEIPT, None))
+    if found is None:
+        raise RequestNotFound("no processor of this mesh has a receipt: nothing was asked yet, or they run with --no-observe", param="id")
+    return await _completed(mesh, found, None)
+
+
+async def recent_requests(mesh: Mesh) -> list[str]:
+    """Names of those that ended last, the latest first; up to as many as one processor lists."""
+    answers = await _ask_all(mesh, _with_role(mesh, "processor"), RECENT_RECEIPTS, None)
+    entries = [entry for answer in answers for entry in (answer or ())[:_MAX_RECENT]]
+    return [name for name, _ in sorted(entries, key=itemgetter(1))][:_MAX_RECENT]
+
+
+async def _completed(mesh: Mesh, receipt: dict[str, Any], front: dict[str, Any] | None) -> dict[str, Any]:
+    """With the part of the frontend that took the request in, if there was one and it is still there."""
+    if front is None:
+        front = await _front_of(mesh, receipt["request_id"])
+    part = front.get("front") if front is not None else None
+    return with_front(receipt, part) if isinstance(part, dict) else receipt
+
+
+async def _front_of(mesh: Mesh, request_id: str) -> dict[str, Any] | None:
+    owner = mesh.info_of(request_id.partition("-")[0])
+    if owner is None or "frontend" not in owner.roles:
+        return None
+    (answer,) = await _ask_all(mesh, [owner.incarnation], FRONT_OF_RECEIPT, request_id)
+    found: dict[str, Any] | None = answer
+    return found
+
+
+def _with_role(mesh: Mesh, role: str) -> list[str]:
+    """Draining peers too: they still have their receipts."""
+    infos = [mesh.own, *(member.info for member in mesh.links.membership.listed())]
+    return [info.incarnation for info in infos if role in info.roles]
+
+
+def _latest(answers: Iterable[Any]) -> dict[str, Any] | None:
+    """By how long ago each says that it ended, on its own clock."""
+    return min(filter(_is_receipt, answers), key=lambda receipt: float(receipt["ended_ago_s"]), default=None)
+
+
+def _is_receipt(answer: Any) -> bool:
+    """What others send is checked here, once, so that what is shown needs no doubts. Fields that a newer peer added are shown too."""
+    try:
+        return ReceiptForm.from_wire(answer).phases_ms.keys() >= set(PHASES)
+    except ProtocolError:
+        return False
+
+
+async def _ask_all(mesh: Mesh, peers: list[str], method: Method, body: Any) -> list[Any]:
+    """None from a peer that is lost, does not answer, or keeps nothing."""
+
+    async def ask(peer: str) -> Any:
+        try:
+            return await mesh.call(peer, method, body, _TIMEOUT_S)
+        except MeshserveError:
+            return None
+
+    return await asyncio.gather(*map(ask, peers))

@@ -82,13 +82,6 @@ class Receipt:
         """By role, in a dictionary of its own."""
         return {"frontend": None, "processor": self.processor, "router": self.router, "decode": self.decode, "prefill": self.prefill}
 
-    def keep_best(self, num_candidates: int) -> None:
-        """For those who keep many: a mesh may have hundreds of workers."""
-        if len(self.candidates) > num_candidates:
-            self.candidates = self.candidates[:num_candidates]
-        if len(self.prefill_candidates) > num_candidates:
-            self.prefill_candidates = self.prefill_candidates[:num_candidates]
-
     def to_wire(self) -> dict[str, Any]:
         """The receipt as clients see it, but for the frontend's part."""
         found: dict[str, Any] = {
@@ -182,10 +175,6 @@ class Front:
     """As the processor got it, if this frontend has a span of its own in the trace."""
     outcome: str = OK
     error: str = ""
-
-    def set_out(self, client_id: str, model: str, now_s: float) -> None:
-        """The request is read, and looks for its place in the mesh."""
-        self.client_id, self.model, self.asked_s = client_id, model, now_s
 
     def failed(self, error: MeshserveError) -> None:
         """It ended in this."""

@@ -1,6 +1,6 @@
 """What a peer tells those that watch the mesh: its state when asked, and what happens on it."""
 
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from meshserve.telemetry import BUCKETS_S
 from meshserve.wire.structs import Count, FrozenMap, FrozenRow, Map, Meta, field
@@ -58,6 +58,29 @@ class PeerStatus(Map, omit_defaults=False):
     """Streams that are open now, by method, watches among them."""
     histograms: _HistogramRows = field(default_factory=dict)
     histograms_by_worker: dict[str, _HistogramRows] = field(default_factory=dict)
+
+
+class ReceiptForm(Map):
+    """What a receipt must have to be shown. Receipts travel as plain data, which may have more fields."""
+
+    request_id: str
+    client_id: str
+    model: str
+    policy: str
+    outcome: str
+    traceparent: str
+    peers: dict[str, Any]
+    """Names, by role."""
+    tokens: dict[str, int]
+    kv: dict[str, int]
+    total_ms: float
+    phases_ms: dict[str, float]
+    ended_ago_s: float
+    candidates: list[dict[str, Any]]
+    attempts: list[dict[str, Any]]
+    prefill_candidates: list[dict[str, Any]] = field(default_factory=list)
+    choices: list[dict[str, Any]] = field(default_factory=list)
+    handoff: dict[str, Any] | None = None
 
 
 # --- the event feed

@@ -13,7 +13,7 @@ from meshserve.cli.top.rates import Activity, Samples, sparkline
 from meshserve.cli.trace.waterfall import waterfall
 from meshserve.errors import RequestNotFound
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipt_finding import find_receipt, recent_requests
+from meshserve.observe.receipt_store import find_receipt, recent_requests
 from meshserve.observe.status import list_peers
 from meshserve.telemetry import Histogram
 

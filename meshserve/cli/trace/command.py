@@ -30,7 +30,7 @@ async def _trace(settings: dict[str, Any], request_id: str | None, as_json: bool
     from meshserve.cli.columns import Output
     from meshserve.cli.observing import observer, settle, wait_for
     from meshserve.cli.trace.waterfall import waterfall
-    from meshserve.observe.receipt_finding import find_receipt, latest_receipt
+    from meshserve.observe.receipt_store import find_receipt, latest_receipt
 
     async with observer(mesh_config(settings)) as mesh:
         await wait_for(mesh, lambda: any(member.is_callable for member in mesh.links.membership.listed()), "found no peer")

@@ -130,7 +130,7 @@ class Completions:
         front, headers, api = exchange.front, exchange.headers, exchange.api
         timeout_s = request_timeout_s(headers.get(b"x-request-timeout"), self._config.request_timeout_s)
         request = self._marked(request, headers, front)
-        front.set_out(request.client_id, request.model, time.monotonic())
+        front.client_id, front.model, front.asked_s = request.client_id, request.model, time.monotonic()
         writer = api.writer(Reply(api.response_id(front.request_id), int(time.time()), request, options))
         exchange.go(request, writer, front.began_s + timeout_s)
 

@@ -16,7 +16,7 @@ from meshserve.config import ServeConfig
 from meshserve.errors import InvalidRequest, MeshserveError, ModelNotFound
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.mesh_feed import MeshFeed
-from meshserve.observe.receipt_finding import find_receipt
+from meshserve.observe.receipt_store import find_receipt
 from meshserve.observe.status import list_peers
 from meshserve.roles.frontend import apis, shapes
 from meshserve.roles.frontend.asgi import Receive, Scope, Send, error_headers
