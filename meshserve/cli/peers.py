@@ -6,19 +6,32 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.text import Text
 
+from meshserve.cli.columns import Column, Output, duration, plain, table
 from meshserve.cli.options import mesh_config, mesh_options, option
 from meshserve.cli.running import execute
 
 if TYPE_CHECKING:
-    from rich.text import Text
-
     from meshserve.mesh.mesh import Mesh
 
 _WATCH_INTERVAL_S = 1.0
 _MAX_REFUSED, _MAX_GONE = 6, 6
 _NARROW = 110
 _SHORT_ROLES = {"frontend": "front", "processor": "proc", "router": "route"}
+_COLUMNS = (
+    Column("NAME"),
+    Column("ROLES", 1),
+    Column("MODEL", 8),
+    Column("ADDRESS", 2),
+    Column("STATE"),
+    Column("SINCE", 6, is_number=True),
+    Column("VERSION", 9),
+    Column("LOAD", 4, is_number=True),
+    Column("QUEUE", 4, is_number=True),
+    Column("BLOCKS", 5, is_number=True),
+    Column("RTT", 3, is_number=True),
+)
 STATE_STYLES = {"alive": "green", "suspect": "yellow", "draining": "cyan"}
 
 
@@ -49,7 +62,9 @@ async def _show(settings: dict[str, Any], as_json: bool, is_watching: bool) -> i
         if as_json:
             click.echo(json.dumps(view.found, indent=1))
         else:
-            view.print()
+            console = Output(highlight=False, soft_wrap=True)
+            for line in view.draw(console.width if console.is_terminal else None, None):
+                console.print(line)
         return 0 if view.found else 1
 
 
@@ -67,30 +82,19 @@ class PeersView:
 
         self.found = await list_peers(self._mesh)
 
-    def print(self) -> None:
-        """Once."""
-        from meshserve.cli.columns import Output
-
-        console = Output(highlight=False, soft_wrap=True)
-        for line in self.draw(console.width if console.is_terminal else None, None):
-            console.print(line)
-
     def on_key(self, key: str) -> bool:
         """Scroll."""
         steps = {"up": -1, "k": -1, "down": 1, "j": 1, "page-up": -10, "page-down": 10, "home": -len(self.found), "end": len(self.found)}
         self._first = max(0, min(len(self.found) - 1, self._first + steps.get(key, 0)))
         return False
 
-    def draw(self, width: int | None, height: int | None) -> "list[Text]":
+    def draw(self, width: int | None, height: int | None) -> list[Text]:
         """The table, then who was refused and who is gone, as far as there is room."""
-        from rich.text import Text
-
-        from meshserve.cli.columns import plain
-
         mesh = self._mesh.own.mesh
         if not self.found:
             return [Text(f"no peer of mesh {mesh!r} found; try --peer HOST with the address of one, or `meshserve doctor`")]
-        notes = [Text(plain(note), "dim") for note in [*refused_lines(self.found), *self._gone_lines()]]
+        own = self._mesh.links.sightings.to_wire(self._mesh.now_s())["gone"]
+        notes = [Text(plain(note), "dim") for note in [*refused_lines(self.found), *gone_lines(self.found, own)]]
         head, *rows = peer_lines(self.found, width)
         if height is None:
             return [head, *rows, *([Text(), *notes] if notes else [])]
@@ -104,28 +108,9 @@ class PeersView:
         foot = Text(f"mesh {mesh}: {count}{more}   q quits", "reverse")
         return [*lines, *([Text()] * (height - len(lines) - 1)), foot]
 
-    def _gone_lines(self) -> list[str]:
-        own = self._mesh.links.sightings.to_wire(self._mesh.now_s())["gone"]
-        return gone_lines(self.found, own)
 
-
-def peer_lines(found: list[dict[str, Any]], width: int | None) -> "list[Text]":
+def peer_lines(found: list[dict[str, Any]], width: int | None) -> list[Text]:
     """The table's head, and a line for each peer as `list_peers` gives them."""
-    from meshserve.cli.columns import Column, duration, table
-
-    columns = (
-        Column("NAME"),
-        Column("ROLES", 1),
-        Column("MODEL", 8),
-        Column("ADDRESS", 2),
-        Column("STATE"),
-        Column("SINCE", 6, is_number=True),
-        Column("VERSION", 9),
-        Column("LOAD", 4, is_number=True),
-        Column("QUEUE", 4, is_number=True),
-        Column("BLOCKS", 5, is_number=True),
-        Column("RTT", 3, is_number=True),
-    )
     is_narrow = width is not None and width < _NARROW
     rows = []
     for peer in found:
@@ -146,13 +131,11 @@ def peer_lines(found: list[dict[str, Any]], width: int | None) -> "list[Text]":
                 f"{peer['rtt_ms']:.1f} ms" if peer["rtt_ms"] is not None else "-",
             )
         )
-    return table(columns, rows, width)
+    return table(_COLUMNS, rows, width)
 
 
 def refused_lines(found: Iterable[dict[str, Any]]) -> list[str]:
     """Strangers that peers did not let in: who, why, how often; the latest first."""
-    from meshserve.cli.columns import duration
-
     merged: dict[tuple[str, str], tuple[float, int, set[str]]] = {}
     for peer in found:
         for entry in peer["refused"]:
@@ -167,8 +150,6 @@ def refused_lines(found: Iterable[dict[str, Any]]) -> list[str]:
 
 def gone_lines(found: Iterable[dict[str, Any]], own: Iterable[dict[str, Any]]) -> list[str]:
     """Incarnations that have ended, by what peers and we ourselves saw of it; the latest first."""
-    from meshserve.cli.columns import duration
-
     listed = {peer["incarnation"] for peer in found}
     merged: dict[str, dict[str, Any]] = {}
     for entry in [*own, *(entry for peer in found for entry in peer["gone"])]:

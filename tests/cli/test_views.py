@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
+from meshserve.cli.activities import Samples, sparkline
 from meshserve.cli.columns import Column, duration, plain, table
 from meshserve.cli.logs import JsonFormatter, PlainFormatter, RepeatLimit
 from meshserve.cli.peers import gone_lines, refused_lines
 from meshserve.cli.terminal import parse_keys
-from meshserve.cli.top.rates import Samples, sparkline
 from meshserve.telemetry import BUCKETS_S, Counters, Histogram, Histograms, added_up, log_event
 
 COLUMNS = (Column("NAME"), Column("ROLES", 1), Column("LOAD", 2, is_number=True), Column("RTT", 3, is_number=True))

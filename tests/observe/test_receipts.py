@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
-from meshserve.cli.trace.waterfall import waterfall
+from meshserve.cli.trace import waterfall
 from meshserve.observe.otlp import MAX_PHASE_SPANS, export_body, receipt_spans
 from meshserve.observe.receipts import PHASES, Front, PhaseTimes, Receipt, after_first_token, merged, partition, with_front
 from meshserve.roles.processor.accounting import Account

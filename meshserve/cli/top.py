@@ -1,24 +1,45 @@
-"""How `top` looks, and what its keys do."""
+"""`meshserve top`: what every peer is doing, live; what its keys do."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import click
 from rich.text import Text
 
+from meshserve.cli.activities import Activity, Samples, sparkline
 from meshserve.cli.columns import Cell, Column, duration, plain, table
+from meshserve.cli.options import mesh_config, mesh_options, option
 from meshserve.cli.peers import STATE_STYLES
-from meshserve.cli.top.rates import Activity, Samples, sparkline
-from meshserve.cli.trace.waterfall import waterfall
+from meshserve.cli.running import execute
+from meshserve.cli.trace import waterfall
 from meshserve.errors import RequestNotFound
-from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipt_store import find_receipt, recent_requests
-from meshserve.observe.status import list_peers
 from meshserve.telemetry import Histogram
+
+if TYPE_CHECKING:
+    from meshserve.mesh.mesh import Mesh
 
 _BAR_CELLS = 10
 _PAGE = 10
+
+
+@click.command()
+@option("--interval", type=click.FloatRange(0.2, 60), default=1.0, help="Seconds between two looks.")
+@mesh_options
+def top(interval: float, **settings: Any) -> None:
+    """Watch what every peer is doing: batch, queue, cache, tokens a second, latencies. `q` quits."""
+    execute(settings, lambda: _top(settings, interval))
+
+
+async def _top(settings: dict[str, Any], interval_s: float) -> int:
+    from meshserve.cli.observing import observer, settle
+    from meshserve.cli.terminal import run_view
+
+    async with observer(mesh_config(settings)) as mesh:
+        await settle(mesh)
+        await run_view(TopView(mesh), interval_s)
+    return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +113,7 @@ _FIELDS = (
 class TopView:
     """Activities of all peers, sorted; or everything about one."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: "Mesh") -> None:
         self._mesh = mesh
         self._samples = Samples()
         self._activities: list[Activity] = []
@@ -110,11 +131,15 @@ class TopView:
 
     async def refresh(self) -> None:
         """Ask every peer."""
+        from meshserve.observe.status import list_peers
+
         self._activities = self._samples.add(await list_peers(self._mesh), time.monotonic())
         if self._is_trace_due:
             await self._find_trace()
 
     async def _find_trace(self) -> None:
+        from meshserve.observe.receipt_store import find_receipt, recent_requests
+
         self._is_trace_due = False
         if not self._recent:
             self._recent = await recent_requests(self._mesh)

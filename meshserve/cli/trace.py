@@ -1,31 +1,35 @@
-"""How a receipt looks on a terminal: its path, its phases one after the other, attempts, and candidates with their reasons. Pure."""
+"""`meshserve trace`: one receipt as lines: the path of the request, a waterfall of its phases, attempts, and candidates with reasons."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
+import click
 from rich.text import Text
 
-from meshserve.cli.columns import Cell, Column, duration, plain, table
-from meshserve.observe.receipts import OK, PHASES
+from meshserve.cli.columns import Cell, Column, Output, duration, plain, table
+from meshserve.cli.options import mesh_config, mesh_options
+from meshserve.cli.running import execute, leave
+from meshserve.errors import UsageError
+from meshserve.observe.receipts import OK
 
 _PLAIN_WIDTH = 100
-"""Of the bars where there is no terminal to fill."""
+"""Of the bars without a terminal."""
 _NARROWEST_BAR = 10
 _PARTS = " ▏▎▍▌▋▊▉█"
-_NO_PHASE = Text("nothing took time", "dim")
 
-_COLOURS = {
-    "http": "bright_black",
-    "process": "blue",
-    "route": "magenta",
-    "queue": "yellow",
-    "prefill": "green",
-    "kv_transfer": "cyan",
-    "decode": "bright_green",
-    "network": "bright_blue",
-    "other": "red",
+_PHASES = {
+    "http": ("bright_black", "frontend"),
+    "process": ("blue", "processor"),
+    "route": ("magenta", "router"),
+    "queue": ("yellow", "decode"),
+    "prefill": ("green", "prefill"),
+    "kv_transfer": ("cyan", "prefill"),
+    "decode": ("bright_green", "decode"),
+    "network": ("bright_blue", ""),
+    "other": ("red", ""),
 }
-_WHERE = {"http": "frontend", "process": "processor", "route": "router", "queue": "decode", "prefill": "prefill", "kv_transfer": "prefill"}
+"""Colour, and the role that works in this phase."""
 _FIGURES = (
     Column("LOAD", 3, is_number=True),
     Column("CACHED", 2, is_number=True),
@@ -34,14 +38,42 @@ _FIGURES = (
     Column("WHY"),
 )
 _CANDIDATES = (("DECODE", "candidates"), ("PREFILL", "prefill_candidates"))
-_ATTEMPTS = (
-    Column("ATTEMPT BY"),
-    Column("WORK"),
-    Column("ms", is_number=True),
-    Column("BLOCKS", 1, is_number=True),
-    Column("MB", 1, is_number=True),
-    Column("OUTCOME"),
-)
+_ATTEMPT_FIGURES = (Column("ms", is_number=True), Column("BLOCKS", 1, is_number=True), Column("MB", 1, is_number=True))
+_ATTEMPTS = (Column("ATTEMPT BY"), Column("WORK"), *_ATTEMPT_FIGURES, Column("OUTCOME"))
+
+
+@click.command()
+@click.argument("request_id", required=False)
+@click.option("--last", "is_last", is_flag=True, help="The request that ended last, whoever asked.")
+@click.option("--json", "as_json", is_flag=True, help="The receipt as JSON.")
+@mesh_options
+def trace(request_id: str | None, is_last: bool, as_json: bool, **settings: Any) -> None:
+    """Show who served a request, why, and where its time went.
+
+    REQUEST_ID is the x-request-id of its response: the mesh's own, or what the client called it. The last 1,000 requests of each
+    processor are known, with those that failed or were cancelled.
+    """
+    if (request_id is None) != is_last:
+        leave(UsageError("name one request by its x-request-id, or ask for --last"))
+    execute(settings, lambda: _trace(settings, request_id, as_json))
+
+
+async def _trace(settings: dict[str, Any], request_id: str | None, as_json: bool) -> int:
+    from meshserve.cli.observing import observer, settle, wait_for
+    from meshserve.observe.receipt_store import find_receipt, latest_receipt
+
+    async with observer(mesh_config(settings)) as mesh:
+        await wait_for(mesh, lambda: any(member.is_callable for member in mesh.links.membership.listed()), "found no peer")
+        await settle(mesh)
+        receipt = await (latest_receipt(mesh) if request_id is None else find_receipt(mesh, request_id))
+    if as_json:
+        click.echo(json.dumps(receipt, indent=1))
+        return 0
+    console = Output(highlight=False, soft_wrap=True)
+    width, height = (console.width, console.height - 1) if console.is_terminal else (None, None)
+    for line in waterfall(receipt, width, height):
+        console.print(line)
+    return 0
 
 
 def waterfall(receipt: Mapping[str, Any], width: int | None, height: int | None = None) -> list[Text]:
@@ -113,24 +145,25 @@ def _path(peers: Mapping[str, Any]) -> str:
 def _phases(receipt: Mapping[str, Any], width: int | None) -> list[Text]:
     """Each phase begins where the one before it ended; http, network and other are sums of several places on the path."""
     total_ms, phases = receipt["total_ms"], receipt["phases_ms"]
-    spent = [(phase, float(phases[phase])) for phase in PHASES if phases[phase] > 0]
+    spent = [(phase, float(phases[phase])) for phase in _PHASES if phases[phase] > 0]
     if not spent or total_ms <= 0:
-        return [_NO_PHASE]
-    names = {phase: plain(_peer(receipt["peers"], phase)) for phase, _ in spent}
+        return [Text("nothing took time", "dim")]
+    names = {phase: plain(_peer(receipt["peers"], _PHASES[phase][1])) for phase, _ in spent}
     widest = min(max(map(len, names.values())), 24)
     head = 12 + 10 + widest + 2
     room = max(_NARROWEST_BAR, (width or _PLAIN_WIDTH) - head - 1)
     lines, before_ms = [], 0.0
     for phase, took_ms in spent:
         line = Text.assemble(f"{phase:12}", f"{took_ms:9.3f} ", (f"{names[phase][:widest]:{widest}}  ", "dim"))
-        line.append(_bar(before_ms / total_ms, took_ms / total_ms, room), _COLOURS[phase])
+        line.append(_bar(before_ms / total_ms, took_ms / total_ms, room), _PHASES[phase][0])
         lines.append(line)
         before_ms += took_ms
     return lines
 
 
-def _peer(peers: Mapping[str, Any], phase: str) -> str:
-    return str(peers.get(_WHERE.get(phase, "")) or (peers.get("decode") if phase in ("prefill", "decode") else "") or "")
+def _peer(peers: Mapping[str, Any], role: str) -> str:
+    """A prompt that was not handed over was prefilled by the decode worker."""
+    return str(peers.get(role) or (peers.get("decode") if role == "prefill" else "") or "")
 
 
 def _bar(start: float, share: float, room: int) -> str:

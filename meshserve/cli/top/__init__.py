@@ -1,1 +1,0 @@
-"""`meshserve top`: what every peer is doing, live."""

@@ -1,1 +1,0 @@
-"""`meshserve trace`: who served a request, why, and where its time went."""
