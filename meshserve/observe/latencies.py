@@ -9,7 +9,7 @@ from meshserve.telemetry import Histogram
 WINDOW_S = 30
 """Of percentiles: a few requests make none."""
 _NAMES = ("ttft", "itl")
-Counts = Mapping[str, Mapping[str, list[int]]]
+Counts = dict[str, dict[str, list[int]]]
 """Of a processor's histograms, by worker and name: the counts of their buckets."""
 
 

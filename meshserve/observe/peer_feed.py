@@ -175,7 +175,7 @@ class Digest:
         counts, self._counts = self._counts, defaultdict(int)
         ttft_ms, self._ttft_ms = self._ttft_ms, []
         itl_ms, self._itl_ms = self._itl_ms, []
-        timed = [FeedEvent(round((now_s - at_s) * 1000, 1), *event) for at_s, *event in events]
+        timed = [FeedEvent(round((now_s - at_s) * 1000, 1), event, request_id, details) for at_s, event, request_id, details in events]
         batch = {"events": timed, "counts": dict(counts), "ttft_ms": ttft_ms, "itl_ms": itl_ms}
         return {key: value for key, value in batch.items() if value}
 

@@ -1,8 +1,10 @@
 """The doctor's command, and how its findings look."""
 
+import ipaddress
 import json
 import sys
 import time
+from dataclasses import asdict
 from typing import Any
 
 import click
@@ -32,23 +34,19 @@ async def _examine(settings: dict[str, Any], as_json: bool) -> int:
     facts = await gather(mesh_config(settings))
     findings = diagnose(facts)
     if as_json:
-        click.echo(json.dumps(_as_json(facts, findings, time.monotonic() - began_s), indent=1))
+        verdict = {"mesh": facts.mesh, "ok": not is_wrong(findings), "took_s": round(time.monotonic() - began_s, 3)}
+        click.echo(json.dumps({**verdict, "findings": [asdict(found) for found in findings], **_facts(facts)}, indent=1))
     else:
         _print(findings)
     return 1 if is_wrong(findings) else 0
 
 
-def _as_json(facts: Any, findings: list[Any], took_s: float) -> dict[str, Any]:
-    from meshserve.cli.doctor.gathering import interfaces_for_people
-
+def _facts(facts: Any) -> dict[str, Any]:
+    outside = [local for local in facts.interfaces if not ipaddress.ip_address(local.address).is_loopback]
     sources = [("", facts.knocks), *((peer.label, peer.knocks or ()) for peer in facts.peers)]
     labels = {peer.incarnation: peer.label for peer in facts.peers}
     return {
-        "mesh": facts.mesh,
-        "ok": all(finding.severity == "info" for finding in findings),
-        "took_s": round(took_s, 3),
-        "findings": [finding.to_json() for finding in findings],
-        "interfaces": interfaces_for_people(facts.interfaces),
+        "interfaces": [{"interface": local.interface, "address": local.address, "network": local.network} for local in outside],
         "peers": [
             {
                 "name": peer.label,

@@ -1,7 +1,6 @@
 """What `doctor` looks at: this machine, the network, and every peer's own view of it. Takes eight seconds at most."""
 
 import asyncio
-import ipaddress
 import socket
 from dataclasses import replace
 from typing import NamedTuple
@@ -10,7 +9,7 @@ from meshserve.cli.doctor.multicast import ask_by_multicast
 from meshserve.cli.doctor.path_mtu import probe_paths
 from meshserve.cli.observing import settle
 from meshserve.config import FIRST_PORT, PORTS_PER_PEER, MeshConfig
-from meshserve.mesh.addresses import LocalAddress, choose_addresses, local_addresses, parse_host_port, resolve
+from meshserve.mesh.addresses import choose_addresses, local_addresses, parse_host_port, resolve
 from meshserve.mesh.handshake import DialFailed
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.probing import Outcome, knock, security_of
@@ -234,15 +233,11 @@ def _is_own_of(found: tuple[str, int], members: dict[str, PeerFacts]) -> bool:
 async def _meet_any(mesh: Mesh, known: _Heard) -> Stranger | PeerInfo | None:
     """At the first of its addresses that is open; else what the last one said."""
     met: Stranger | PeerInfo | None = None
-    for address in sorted(known.addresses[:4], key=_is_ipv6):
+    for address in sorted(known.addresses[:4], key=lambda address: ":" in address):  # IPv4 first
         met = await _meet_one(mesh, address, known.port)
         if isinstance(met, PeerInfo) or met.outcome == Outcome.OPEN:
             return met
     return met
-
-
-def _is_ipv6(address: str) -> bool:
-    return ":" in address
 
 
 async def _meet_one(mesh: Mesh, address: str, port: int) -> Stranger | PeerInfo:
@@ -258,12 +253,3 @@ async def _meet_one(mesh: Mesh, address: str, port: int) -> Stranger | PeerInfo:
         return replace(stranger, kind=kind, reason=error.message)
     except TimeoutError:
         return replace(stranger, reason="it does not answer our hello")
-
-
-def interfaces_for_people(interfaces: tuple[LocalAddress, ...]) -> list[dict[str, str]]:
-    """For `--json`."""
-    return [
-        {"interface": local.interface, "address": local.address, "network": local.network}
-        for local in interfaces
-        if not ipaddress.ip_address(local.address).is_loopback
-    ]

@@ -2,9 +2,8 @@
 
 import ipaddress
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
 
 from meshserve.config import FIRST_PORT
 from meshserve.mesh.addresses import LocalAddress
@@ -177,10 +176,8 @@ def is_open(outcome: str | None) -> bool:
 
 # --- findings
 
-PORTS = f"{FIRST_PORT}-{FIRST_PORT + 99}/tcp"
-"""What a firewall has to let in."""
-MULTICAST_PORT = "5353/udp"
-"""The same for mDNS."""
+PORTS, MULTICAST_PORT = f"{FIRST_PORT}-{FIRST_PORT + 99}/tcp", "5353/udp"
+"""What a firewall has to let in: for peers, and for mDNS."""
 
 
 class Severity(StrEnum):
@@ -203,10 +200,6 @@ class Finding:
     cause: str
     seen: str = ""
     advice: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        """For `--json`."""
-        return asdict(self)
 
 
 def error(code: str, cause: str, seen: str, advice: str) -> Finding:
