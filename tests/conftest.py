@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
-from tests.harness import Lan, wait_until
+from tests.harness import Lan, pressure, wait_until
 from tests.harness.leaks import inventory, left_since, prepare
 from tests.harness.rights import missing_right
 
@@ -17,15 +17,23 @@ LEAVE_S = 2.0
 def pytest_configure() -> None:
     """Start what lasts as long as the process before any test is compared with it. Examples of laws may take as long as they take."""
     prepare()
-    settings.register_profile("unhurried", settings(), deadline=None)
-    settings.load_profile("unhurried")
+    pressure.watch()
+    settings.register_profile("dev", deadline=None)
+    # CI looks at the same examples each time, so that it fails for a change and not for a draw
+    settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+    settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use the fixture `lan`."""
+    """Mark the tests that use the fixture `lan`, and say which tests one worker of `pytest -n` runs one after the other.
+
+    The tests of a file share what they start. Of LANs there is one at a time: two would keep each other from the cores.
+    """
     for item in items:
         if "lan" in getattr(item, "fixturenames", ()):
             item.add_marker("lan")
+        is_lan = item.get_closest_marker("lan") is not None
+        item.add_marker(pytest.mark.xdist_group("lan" if is_lan else item.path.name))
 
 
 @pytest.hookimpl(tryfirst=True)

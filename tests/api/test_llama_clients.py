@@ -246,7 +246,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clients]:
     from tests.engines.tiny_models import make_model
 
     path = make_model(tmp_path_factory.mktemp("tiny") / "tiny.gguf")
-    with llama_clients(path, mesh="tiny-clients", timeout_s=30.0) as made:
+    with llama_clients(path, mesh="tiny-clients", timeout_s=60.0) as made:
         yield made
 
 

@@ -79,7 +79,7 @@ def test_a_sweep_names_a_knee_and_its_rule(mesh: dict[str, str], tmp_path: Path)
 
 def num_answered(mesh: dict[str, str]) -> float:
     """By the mesh, since its start."""
-    with urllib.request.urlopen(f"{mesh['http']}/metrics", timeout=5) as response:
+    with urllib.request.urlopen(f"{mesh['http']}/metrics", timeout=60.0) as response:
         found = re.search(r"^meshserve_requests_done_total\{.*\} (\S+)$", response.read().decode(), re.MULTILINE)
     return float(found[1]) if found else 0.0
 

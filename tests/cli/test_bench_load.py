@@ -5,6 +5,7 @@ import itertools
 import os
 import random
 import signal
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from meshserve.cli.bench.texts import Scale
 from meshserve.cli.bench.workload import Shape, Workload
 from tests.cli.bench_server import Asked, Part, Script, Server, serving, tokens, whole
 from tests.harness import run_async, until
+from tests.harness.pressure import allowance_s
 
 JOB = Job((("user", "hello"),), 2)
 
@@ -135,7 +137,7 @@ def test_ctrl_c_ends_the_load_with_what_there_is(rate: float | None) -> None:
                 running = asyncio.create_task(load.run())
                 await until(lambda: tally.num_done >= 3, 10.0, "three answers")
                 os.kill(os.getpid(), signal.SIGINT)
-                await asyncio.wait_for(running, 5.0)
+                await asyncio.wait_for(running, 60.0)
             assert stop.is_asked and signal.getsignal(signal.SIGINT) is signal.default_int_handler
             await target.close()
             return tally, load
@@ -152,7 +154,7 @@ def test_a_load_that_was_stopped_before_it_began_asks_nothing() -> None:
             await target.open()
             load = Load(target, Plan(clients=constant_level(1), duration_s=60.0), itertools.repeat(JOB), None, Tally(Goal()))
             load.stop()
-            await asyncio.wait_for(load.run(), 5.0)
+            await asyncio.wait_for(load.run(), 60.0)
             await target.close()
             assert not server.asked
 
@@ -180,7 +182,9 @@ def test_each_turn_of_a_conversation_carries_the_answers_before_it() -> None:
 
 
 def test_arrivals_come_when_they_are_due() -> None:
+    began_s = time.monotonic()
     tally, _ = run(lambda asked: tokens(2), Plan(num_requests=100), rate=200)
+    late_s = allowance_s(began_s)
     assert tally.num_done == 100
-    assert tally.window_s == pytest.approx(0.5, abs=0.2)
-    assert tally.times["queue"].quantile_ms(0.5) < 5
+    assert 0.3 <= tally.window_s <= 0.7 + late_s
+    assert tally.times["queue"].quantile_ms(0.5) < 5 + late_s * 1000

@@ -13,7 +13,7 @@ def test_a_dummy_peer_loads_no_library_of_real_models() -> None:
     with Process([command[0], "-X", "importtime", *command[1:]]) as process:
         url = process.ready(30.0)["http"]
         body = {"model": "dummy", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}
-        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30.0).status_code == 200
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60.0).status_code == 200
         process.terminate()
         assert process.wait(20.0) == 0
         loaded = {line.text.rpartition("|")[2].strip().split(".")[0] for line in process.stderr if line.text.startswith("import time:")}

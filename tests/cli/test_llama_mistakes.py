@@ -127,7 +127,7 @@ def test_a_library_of_another_version_is_refused_with_the_command_that_installs_
 @pytest.fixture(scope="module")
 def untemplated(files: Path) -> Iterator[Clients]:
     """Clients of a mesh whose model has no chat template."""
-    with llama_clients(files / "untemplated.gguf", mesh=MESH, timeout_s=30.0) as made:
+    with llama_clients(files / "untemplated.gguf", mesh=MESH, timeout_s=60.0) as made:
         yield made
 
 

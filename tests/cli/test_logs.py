@@ -22,7 +22,7 @@ def events(process: Process) -> list[dict[str, Any]]:
 
 
 def complete(url: str, answers: list[tuple[int, str]]) -> None:
-    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=20.0)
+    connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=60.0)
     connection.request("POST", "/v1/completions", json.dumps({"model": "dummy", "prompt": "hi", "max_tokens": 1000}))
     response = connection.getresponse()
     answers.append((response.status, response.getheader("x-request-id") or ""))

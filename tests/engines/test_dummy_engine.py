@@ -1,6 +1,7 @@
 """The dummy engine on a real event loop."""
 
 import asyncio
+import time
 from itertools import pairwise
 from typing import Any
 
@@ -20,6 +21,7 @@ from tests.engines.dummy_harness import (
     running_engine,
     tokens_of,
 )
+from tests.harness.pressure import allowance_s
 
 
 def test_another_worker_continues_at_any_position_with_the_same_tail() -> None:
@@ -204,12 +206,13 @@ def test_a_preempted_prefill_gives_no_block_out_twice() -> None:
 def test_timed_steps_take_their_time_and_do_not_drift() -> None:
     async def run() -> None:
         async with running_engine(step_ms=4, prefill_tokens_per_s=500) as engine:
-            sink = GenerationRecord()
+            sink, began_s = GenerationRecord(), time.monotonic()
             engine.generate(a_request(tokens_of(10), max_tokens=21), sink)
             await sink.end()
             assert sink.stats is not None
-            assert 20 <= sink.stats.prefill_ms < 500
-            assert 79 <= sink.stats.decode_ms < 500  # 80 on an idle machine
+            most_ms = 500 + 1000 * allowance_s(began_s)
+            assert 20 <= sink.stats.prefill_ms < most_ms
+            assert 79 <= sink.stats.decode_ms < most_ms  # 80 on an idle machine
 
     asyncio.run(run())
 

@@ -29,7 +29,7 @@ class Response(NamedTuple):
         return json.loads(self.body)
 
 
-def connect(netns: str, host: str, port: int, timeout_s: float = 10.0) -> socket.socket:
+def connect(netns: str, host: str, port: int, timeout_s: float = 60.0) -> socket.socket:
     """Open a TCP connection from inside the namespace `netns`.
 
     Raises:

@@ -25,7 +25,7 @@ T = TypeVar("T")
 BRIDGE = "br0"
 INTERFACE = "eth0"
 MAX_HOSTS = 250
-HTTP_TIMEOUT_S = 10.0
+HTTP_TIMEOUT_S = 60.0
 
 # IPv6 finds its neighbours by ICMPv6 multicast: without that, unicast would stop too
 MULTICAST_RULES = (

@@ -13,7 +13,7 @@ T = TypeVar("T")
 GRACE_S = 1.0
 
 
-def run_async(coroutine: Coroutine[Any, Any, T], deadline_s: float = 60.0) -> T:
+def run_async(coroutine: Coroutine[Any, Any, T], deadline_s: float = 120.0) -> T:
     """Run `coroutine` on a uvloop event loop of its own and return its result.
 
     Raises:

@@ -19,7 +19,7 @@ PREFIX = "msh"
 DIRECTORY = Path("/run/netns")
 CLONE_NEWNET = 0x40000000
 ENTER_DEADLINE_S = 60.0
-TOOL_DEADLINE_S = 10.0
+TOOL_DEADLINE_S = 60.0
 
 
 class ToolError(Exception):

@@ -1,14 +1,44 @@
-"""Waiting for conditions with deadlines, and pacing: the one place where a test lets time pass."""
+"""Waiting for conditions with deadlines, and pacing: the one place where a test lets time pass.
+
+A deadline counts the time in which the machine had a core for everybody: time in which some task waited for one is
+added, up to `MOST_PATIENCE` times the deadline. So load cannot break a wait, and a condition that never comes ends it.
+"""
 
 import asyncio
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
 
 POLL_S = 0.01
+MOST_PATIENCE = 8
+_PRESSURE = Path("/proc/pressure/cpu")
+
+
+def stalled_s() -> float:
+    """Seconds since the machine's start in which some task waited for a core; 0 where the kernel does not say."""
+    try:
+        some = _PRESSURE.read_text().split("\n", 1)[0]
+    except OSError:
+        return 0.0
+    return int(some.rpartition("total=")[2]) / 1e6
+
+
+class Deadline:
+    """`seconds` from now on, and what the machine stalls meanwhile."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._began_s, self._stalled_s = seconds, time.monotonic(), stalled_s()
+
+    def is_over(self) -> bool:
+        """Whether that time has passed."""
+        passed_s = time.monotonic() - self._began_s
+        if passed_s < self._seconds:
+            return False
+        return passed_s >= self._seconds + min(stalled_s() - self._stalled_s, self._seconds * (MOST_PATIENCE - 1))
 
 
 def pace(seconds: float) -> None:
@@ -39,10 +69,10 @@ def wait_until(condition: Callable[[], T | None], deadline_s: float, what: str) 
     Raises:
         AssertionError: no true answer within `deadline_s` seconds; the message names `what` was waited for.
     """
-    end = time.monotonic() + deadline_s
+    deadline = Deadline(deadline_s)
     while True:
         # asked once more at the deadline itself: on a busy machine one pause may outlast it
-        is_last = time.monotonic() >= end
+        is_last = deadline.is_over()
         if answer := condition():
             return answer
         if is_last:
@@ -69,9 +99,9 @@ async def until_awaited(condition: Callable[[], Awaitable[T | None]], deadline_s
     Raises:
         AssertionError: no true answer within `deadline_s` seconds; the message names `what` was waited for.
     """
-    end = time.monotonic() + deadline_s
+    deadline = Deadline(deadline_s)
     while True:
-        is_last = time.monotonic() >= end
+        is_last = deadline.is_over()
         if answer := await condition():
             return answer
         if is_last:

@@ -35,7 +35,7 @@ class LanMesh:
     def complete(self, prompt: str, max_tokens: int = 24, **fields: Any) -> dict[str, Any]:
         """One completion with its receipt; anything but success fails the test."""
         body = {"model": "dummy", "prompt": prompt, "max_tokens": max_tokens, "meshserve": {"receipt": True}, **fields}
-        response = self.front.post_json(f"{HTTP}/v1/completions", body, timeout_s=30.0)
+        response = self.front.post_json(f"{HTTP}/v1/completions", body, timeout_s=60.0)
         assert response.status == 200, response.body
         answer: dict[str, Any] = response.json()
         return answer

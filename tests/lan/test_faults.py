@@ -5,6 +5,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.harness import Lan, wait_until
+from tests.harness.pressure import allowance_s
 from tests.lan.meshes import HTTP, READY_S, LanMesh, start_aggregated, text_of
 
 NOTICED_S = 0.2
@@ -21,7 +22,7 @@ def test_a_killed_worker_is_noticed_at_once_and_the_other_serves_on(lan: Lan) ->
     mesh = start_aggregated(lan)
     killed_at = time.monotonic()
     mesh.decode[1].kill()
-    assert noticed_after_s(mesh, killed_at, "^1 decode") <= NOTICED_S
+    assert noticed_after_s(mesh, killed_at, "^1 decode") <= NOTICED_S + allowance_s(killed_at)
     (survivor,) = mesh.names(mesh.decode[:1])
     answers = [mesh.complete(f"prompt {number}") for number in range(4)]
     assert {answer["meshserve"]["peers"]["decode"] for answer in answers} == {survivor}
@@ -31,7 +32,7 @@ def test_a_stopped_worker_gets_no_new_work_after_the_failure_timeout_and_is_used
     mesh = start_aggregated(lan)
     stopped_at = time.monotonic()
     mesh.decode[1].stop()
-    assert noticed_after_s(mesh, stopped_at, "^1 decode") <= FAILURE_TIMEOUT_S + 0.3
+    assert noticed_after_s(mesh, stopped_at, "^1 decode") <= FAILURE_TIMEOUT_S + 0.3 + allowance_s(stopped_at)
     (survivor,) = mesh.names(mesh.decode[:1])
     answers = [mesh.complete(f"prompt {number}") for number in range(4)]
     assert {answer["meshserve"]["peers"]["decode"] for answer in answers} == {survivor}
@@ -44,7 +45,7 @@ def test_what_had_not_started_on_a_stopped_worker_is_served_elsewhere(lan: Lan) 
     mesh.decode[1].stop()
     began = time.monotonic()
     answers = mesh.complete_all([f"prompt {number}" for number in range(8)], num_at_once=8)
-    assert time.monotonic() - began < FAILURE_TIMEOUT_S + 1.0
+    assert time.monotonic() - began < FAILURE_TIMEOUT_S + 1.0 + allowance_s(began)
     assert len(answers) == 8
     rerouted = [answer for answer in answers if answer["meshserve"]["attempts"]]
     assert rerouted and all(attempt["role"] == "decode" for answer in rerouted for attempt in answer["meshserve"]["attempts"])
@@ -56,7 +57,7 @@ def test_a_stream_that_had_started_on_a_killed_worker_ends_in_a_clear_error_and_
 
     def follow(number: int) -> None:
         body = {"model": "dummy", "prompt": f"stream {number}", "max_tokens": 200, "stream": True, "ignore_eos": True}
-        with mesh.front.stream("POST", f"{HTTP}/v1/completions", body, timeout_s=20.0) as received:
+        with mesh.front.stream("POST", f"{HTTP}/v1/completions", body, timeout_s=60.0) as received:
             for line in received:
                 lines[number].append(line)
 

@@ -20,6 +20,7 @@ from bench.pairing import ratio_of
 from meshserve.config import ServeConfig
 from tests.harness import Lan, Process, meshserve_command, pace, wait_until
 from tests.harness.held import held
+from tests.harness.pressure import allowance_s
 from tests.harness.records import Event, Record
 from tests.lan.meshes import HTTP, READY_S, LanMesh, long_prompts
 from tests.lan.test_handoff_faults import all_free, leave_after, num_events, wait_for_event
@@ -65,7 +66,7 @@ def test_row_12_a_client_that_leaves_is_struck_out_at_every_hop(lan: Lan, path: 
             wait_until(lambda count=count: num_events(path, "struck") == count, READY_S, "the other's ticket was struck out")  # type: ignore[misc]
             struck = Record(path).of("struck")
             print(f"struck out {(struck[-1].at_s - closed_at) * 1000:.1f} ms after its client left")
-            assert struck[-1].at_s - closed_at <= 0.1
+            assert struck[-1].at_s - closed_at <= 0.1 + allowance_s(closed_at, struck[-1].at_s)
             running.result()
     record = Record(path)
     record.check()
@@ -81,7 +82,7 @@ def test_row_13_a_client_that_leaves_midway_frees_everything_at_every_hop(lan: L
             wait_until(lambda: all_free(mesh), READY_S, "all blocks are free")
             took_s = time.monotonic() - closed_at
             print(f"all was free {took_s * 1000:.0f} ms after a client left at an event {kind}, streamed: {is_streamed}")
-            assert took_s <= 1.0
+            assert took_s <= 1.0 + allowance_s(closed_at)
     wait_until(lambda: not held(mesh.peers()), READY_S, "nothing is held anywhere")
     Record(path).check()
 
@@ -124,7 +125,7 @@ def test_a_request_is_cancelled_by_way_of_any_frontend(lan: Lan, path: Path) -> 
             assert (answer.status, answer.json()) == (200, {"cancelled": submit.request})
             assert running.result().status == 499
         wait_until(lambda: all_free(mesh), READY_S, "the worker is free")
-        assert time.monotonic() - cancelled_at <= 1.0
+        assert time.monotonic() - cancelled_at <= 1.0 + allowance_s(cancelled_at)
     assert other.http("DELETE", f"{HTTP}/mesh/requests/by-its-label").status == 404
     Record(path).check()
 
@@ -193,7 +194,7 @@ class SlowClients:
     def _connect(port: int, kind: str) -> socket.socket:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.settimeout(20.0)
+        connection.settimeout(60.0)
         connection.connect(("127.0.0.1", port))
         connection.sendall(SLOW[kind])
         return connection
@@ -236,12 +237,12 @@ def test_row_22_five_hundred_slow_clients_are_closed_by_deadline_and_hold_no_wor
         wait_until(lambda: running(apart.port) >= 10, READY_S, "those who do not read are served")
         began_at = time.monotonic()
         served = ask(apart.port, b"POST /v1/completions", completion())
-        assert served.startswith(b"HTTP/1.1 200") and time.monotonic() - began_at < 1.0, "others are served meanwhile"
+        assert served.startswith(b"HTTP/1.1 200") and time.monotonic() - began_at < 1.0 + allowance_s(began_at), "others are served"
         told = list(clients.drain())
         wait_until(lambda: num_connections(apart.front) <= before, 15.0, "all connections are gone")
         took_s = time.monotonic() - clients.opened_at
         print(f"500 slow clients were gone after {took_s:.1f} s")
-        assert took_s <= SLOW_CLOSED_S
+        assert took_s <= SLOW_CLOSED_S + allowance_s(clients.opened_at)
         for kind, text in told:
             assert text == b"" if kind == "nothing" else text.startswith(b"HTTP/1.1 408 "), kind
         wait_until(lambda: running(apart.port) == 0, 5.0, "no worker works for them")

@@ -64,6 +64,6 @@ def test_a_prompt_that_no_pool_can_hold_is_refused_with_503_and_holds_nothing(la
     mesh = start_disaggregated(lan, "--engine-opt", "num_blocks=20")
     mesh.wait_until_all_meet()
     body = {"model": "dummy", "prompt": long_prompts(1)[0], "max_tokens": 4}
-    response = mesh.front.post_json(f"{HTTP}/v1/completions", body, timeout_s=30.0)
+    response = mesh.front.post_json(f"{HTTP}/v1/completions", body, timeout_s=60.0)
     assert response.status == 503 and response.json()["error"]["code"] == "pool_full"
     assert not any(peer["load"]["used_blocks"] for peer in mesh.peers() if peer["load"])

@@ -6,6 +6,7 @@ import time
 import pytest
 
 from tests.harness import Host, Lan, Process, wait_until
+from tests.harness.pressure import allowance_s
 from tests.lan.meshes import HTTP, READY_S, LanMesh, start_aggregated
 
 JOIN_S = 1.0
@@ -24,16 +25,18 @@ def test_a_decode_worker_can_be_routed_to_within_a_second_of_its_start(lan: Lan,
     for role in ("decode", "prefill", "prefill"):
         host.run("--role", role).ready(READY_S)
     frontend.wait_for_line("^1 decode, 2 prefill", READY_S)
-    times_s = []
+    times_s: list[float] = []
+    allowances_s: list[float] = []
     for _ in range(count):
         worker = host.run("--role", "decode")
         times_s.append(routed_after_s(frontend, worker.started_at, 2))
+        allowances_s.append(allowance_s(worker.started_at))
         ended_at = time.monotonic()
         worker.terminate()
         assert worker.wait() == 0
         frontend.wait_for_line("^1 decode", READY_S, ended_at)
     print(f"routed to after {statistics.median(times_s):.3f} s (median of {count}, longest {max(times_s):.3f} s)")
-    assert statistics.median(times_s) <= JOIN_S
+    assert statistics.median(took_s - more_s for took_s, more_s in zip(times_s, allowances_s, strict=True)) <= JOIN_S
 
 
 def knows(host: Host, count: int) -> bool:
@@ -48,7 +51,7 @@ def test_with_multicast_blocked_one_peer_option_joins_the_whole_mesh(lan: Lan) -
     worker.ready(READY_S)
     ready_at = time.monotonic()
     wait_until(lambda: len(mesh.peers()) == 4, 2.0, "the whole mesh knows the newcomer")
-    assert routed_after_s(mesh.frontend, worker.started_at, 3) < ready_at - worker.started_at + 2.0
+    assert routed_after_s(mesh.frontend, worker.started_at, 3) < ready_at - worker.started_at + 2.0 + allowance_s(ready_at)
 
 
 def test_two_meshes_on_one_lan_never_mix(lan: Lan) -> None:
@@ -87,7 +90,7 @@ def test_a_worker_that_comes_back_under_its_name_and_port_replaces_the_old_one(l
     mesh.decode[1].kill()
     mesh.frontend.wait_for_line("^1 decode", READY_S)
     again = lan.hosts[1].run("--role", "decode")
-    assert routed_after_s(mesh.frontend, again.started_at, 2) < 2.0
+    assert routed_after_s(mesh.frontend, again.started_at, 2) < 2.0 + allowance_s(again.started_at)
     assert len(mesh.peers()) == 3
     names = {mesh.complete(f"prompt {number}")["meshserve"]["peers"]["decode"] for number in range(4)}
     assert again.ready(READY_S)["name"] in names

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.harness import Lan, wait_until
+from tests.harness.pressure import allowance_s
 from tests.harness.records import Record
 from tests.lan.meshes import HTTP, READY_S, LanMesh
 
@@ -35,6 +36,8 @@ class Asked:
     label: str
     took_ms: float
     status: int
+    stalled_ms: float
+    """Of its time, what the machine may have kept somebody waiting for a core."""
 
 
 @dataclass
@@ -71,16 +74,17 @@ class Scene:
         body = {"model": "dummy", **fields}
         began_s = time.monotonic()
         status = self._cancelled(body, headers) if kind == "cancelled" else self._completed(body, headers)
-        asked = Asked(kind, label, (time.monotonic() - began_s) * 1000, status)
+        took_ms = (time.monotonic() - began_s) * 1000
+        asked = Asked(kind, label, took_ms, status, allowance_s(began_s) * 1000)
         self.asked.append(asked)
         return asked
 
     def _completed(self, body: dict[str, Any], headers: dict[str, str]) -> int:
-        return self.mesh.front.http("POST", f"{HTTP}/v1/completions", body, headers, timeout_s=30.0).status
+        return self.mesh.front.http("POST", f"{HTTP}/v1/completions", body, headers, timeout_s=60.0).status
 
     def _cancelled(self, body: dict[str, Any], headers: dict[str, str]) -> int:
         body = {**body, "stream": True, "max_tokens": 10_000}
-        with self.mesh.front.stream("POST", f"{HTTP}/v1/completions", body, headers, timeout_s=30.0) as lines:
+        with self.mesh.front.stream("POST", f"{HTTP}/v1/completions", body, headers, timeout_s=60.0) as lines:
             assert next(iter(lines)).startswith("data: ")
         return 499
 
@@ -189,13 +193,13 @@ def check_idle(scene: Scene, receipts: dict[str, dict[str, Any]]) -> None:
 
     A machine that is busy with something else stops a peer now and then for longer, wherever it stands.
     """
-    other_ms = sorted(receipts[asked.label]["phases_ms"]["other"] for asked in scene.asked)
+    other_ms = sorted(receipts[asked.label]["phases_ms"]["other"] - asked.stalled_ms for asked in scene.asked)
     high_ms = other_ms[int(len(other_ms) * 0.95)]
     beyond_ms = [asked.took_ms - receipts[asked.label]["total_ms"] for asked in scene.asked if asked.kind != "cancelled"]
     print(f"other: median {statistics.median(other_ms):.3f} ms, 95 % {high_ms:.3f} ms, worst {other_ms[-1]:.3f} ms")
     print(f"client less frontend: median {statistics.median(beyond_ms):.3f} ms; {len(receipts)} requests")
     assert high_ms <= OTHER_MS, max(receipts.values(), key=lambda receipt: float(receipt["phases_ms"]["other"]))
-    assert statistics.median(beyond_ms) < 20
+    assert statistics.median(beyond_ms) < 20 + statistics.median(asked.stalled_ms for asked in scene.asked)
 
 
 def test_receipts_of_all_kinds_add_up_and_name_who_served_them(lan: Lan, tmp_path: Path) -> None:

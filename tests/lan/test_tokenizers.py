@@ -17,7 +17,7 @@ HI = [{"role": "user", "content": "say something"}]
 
 def ask(host: Host, model: str, **fields: Any) -> dict[str, Any]:
     """One greedy chat."""
-    response = host.post_json(f"{HTTP}/v1/chat/completions", {"model": model, "messages": HI, "max_tokens": 20, **fields}, timeout_s=20.0)
+    response = host.post_json(f"{HTTP}/v1/chat/completions", {"model": model, "messages": HI, "max_tokens": 20, **fields}, timeout_s=60.0)
     assert response.status == 200, response.body
     answer: dict[str, Any] = response.json()
     return answer

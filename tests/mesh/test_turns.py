@@ -28,7 +28,7 @@ def test_what_is_left_for_the_end_of_a_turn_comes_in_its_order_and_a_mistake_tak
             transport.turn.afterwards(lambda: seen.append("second"))
             transport.loopback.send([ITEM, 1, "between roles"])
             assert not seen and not took
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(60.0):
                 while "later" not in seen:
                     await asyncio.sleep(0)
             transport.close()

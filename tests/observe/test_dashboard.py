@@ -44,7 +44,7 @@ class Shown:
     def ask_when_quiet(self, prompt: str) -> str:
         """A prompt by some other client, when nothing else is told in words; returns the request's name."""
         self.page.wait_for("document.getElementById('narrator').dataset.request === undefined", STORY_S)
-        answer = httpx.post(f"{self.url}/v1/completions", json={"model": "dummy", "prompt": prompt, "max_tokens": 12}, timeout=30.0)
+        answer = httpx.post(f"{self.url}/v1/completions", json={"model": "dummy", "prompt": prompt, "max_tokens": 12}, timeout=60.0)
         assert answer.status_code == 200, answer.text
         return str(answer.headers["x-request-id"])
 
@@ -138,7 +138,7 @@ def test_the_prompt_box_shows_text_then_the_waterfall_and_keys_do_all_of_it(show
 @needs_chromium
 def test_a_workers_details_say_how_long_its_clients_wait(shown: Shown) -> None:
     body = {"model": "dummy", "prompt": "A prompt", "max_tokens": 12, "meshserve": {"receipt": True}}
-    worker = httpx.post(f"{shown.url}/v1/completions", json=body, timeout=30.0).json()["meshserve"]["peers"]["decode"]
+    worker = httpx.post(f"{shown.url}/v1/completions", json=body, timeout=60.0).json()["meshserve"]["peers"]["decode"]
     shown.page.evaluate(f"[...document.querySelectorAll('#peers button')].find((peer) => peer.textContent.includes('{worker}')).click()")
     facts = "[...document.querySelectorAll('#detail dt')].map((name) => [name.textContent, name.nextSibling.textContent])"
     shown.page.wait_for(f"{facts}.filter(([name, value]) => /token/.test(name) && value.startsWith('p50')).length === 2", 5.0)
@@ -152,7 +152,7 @@ def test_a_workers_details_say_how_long_its_clients_wait(shown: Shown) -> None:
 @needs_chromium
 def test_a_request_that_failed_says_why_when_it_is_opened(shown: Shown) -> None:
     body = {"model": "dummy", "prompt": "A prompt", "max_tokens": 100_000}
-    answer = httpx.post(f"{shown.url}/v1/completions", json=body, timeout=30.0)
+    answer = httpx.post(f"{shown.url}/v1/completions", json=body, timeout=60.0)
     assert answer.status_code == 503, answer.text
     row = f"document.querySelector('#requests [data-request=\"{answer.headers['x-request-id']}\"][data-state=failed] button')"
     shown.page.wait_for(f"{row} !== null", 5.0)
@@ -284,7 +284,7 @@ def test_the_files_are_served_by_name_and_nothing_else_is() -> None:
 def test_a_peer_stops_at_once_though_somebody_reads_its_events() -> None:
     with start("all", "alone", "--http", "127.0.0.1:0") as peer:
         url = peer.ready(20.0)["http"]
-        with httpx.stream("GET", f"{url}/mesh/events", timeout=10.0) as stream:
+        with httpx.stream("GET", f"{url}/mesh/events", timeout=60.0) as stream:
             assert stream.headers["content-type"].startswith("text/event-stream")
             assert httpx.head(f"{url}/mesh/events").status_code == 200 and httpx.post(f"{url}/mesh/events").status_code == 405
             lines = stream.iter_lines()

@@ -71,7 +71,7 @@ def served() -> Iterator[Served]:
             front.wait_for_line("^2 decode, 0 prefill ready", READY_S)
         no_pool = httpx.Limits(max_keepalive_connections=0)  # a test leaves no connection to the next
         clients = [
-            stack.enter_context(httpx.Client(base_url=front.ready(READY_S)["http"], timeout=20.0, limits=no_pool)) for front in fronts
+            stack.enter_context(httpx.Client(base_url=front.ready(READY_S)["http"], timeout=60.0, limits=no_pool)) for front in fronts
         ]
         mesh = Served(seed, clients, workers)
         served_by = [mesh.ask(client) for client in clients for _ in range(NUM_ASKED)]
@@ -116,7 +116,7 @@ def test_a_worker_that_died_mid_stream_stays_in_the_sums_and_its_own_series_end(
     before = served.metric(f"{of_all}_count")
     body = {"model": "dummy", "prompt": "Hello", "max_tokens": 50_000, "ignore_eos": True, "stream": True}
     with ExitStack() as stack:
-        client = stack.enter_context(httpx.Client(base_url=served.fronts[0].base_url, timeout=20.0))
+        client = stack.enter_context(httpx.Client(base_url=served.fronts[0].base_url, timeout=60.0))
         for _ in STEP_MS:  # one at each worker
             lines = stack.enter_context(client.stream("POST", "/v1/completions", json=body)).iter_lines()
             assert sum("text" in next(lines) for _ in range(12)) >= 6

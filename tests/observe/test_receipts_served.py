@@ -94,7 +94,7 @@ class Served:
 
 def client_of(peer: Process) -> httpx.Client:
     """Keeps no connection: one that is made anew within a test looks like one that the test left behind."""
-    return httpx.Client(base_url=peer.ready(READY_S)["http"], timeout=10.0, limits=httpx.Limits(max_keepalive_connections=0))
+    return httpx.Client(base_url=peer.ready(READY_S)["http"], timeout=60.0, limits=httpx.Limits(max_keepalive_connections=0))
 
 
 @pytest.fixture(scope="module")
@@ -297,7 +297,7 @@ def test_top_shows_the_last_request(served: Served, tmp_path: Path) -> None:
 def test_without_observing_nothing_is_kept_and_receipts_in_answers_still_come() -> None:
     options = ("--interface", "127.0.0.1", "--no-mdns", "--mesh", "blind", "--http", "127.0.0.1:0", "--no-observe")
     with Process(meshserve_command("run", "--role", "all", *options)) as peer:
-        with httpx.Client(base_url=peer.ready(READY_S)["http"], timeout=10.0) as client:
+        with httpx.Client(base_url=peer.ready(READY_S)["http"], timeout=60.0) as client:
             body = {"model": "dummy", "prompt": "Hello", "max_tokens": 4, "meshserve": {"receipt": True}}
             receipt = client.post("/v1/completions", json=body).json()["meshserve"]
             assert receipt["peers"]["decode"] and sum(receipt["phases_ms"].values()) == pytest.approx(receipt["total_ms"], abs=0.001)

@@ -19,7 +19,7 @@ class Front(NamedTuple):
     url: str
     client: httpx.Client
 
-    def raw(self, data: bytes, timeout_s: float = 10.0) -> bytes:
+    def raw(self, data: bytes, timeout_s: float = 60.0) -> bytes:
         """Send these bytes and return everything until the other side closes, or is silent."""
         with self.connect(timeout_s) as connection:
             connection.sendall(data)
@@ -28,7 +28,7 @@ class Front(NamedTuple):
                 parts.append(part)
             return b"".join(parts)
 
-    def connect(self, timeout_s: float = 10.0) -> socket.socket:
+    def connect(self, timeout_s: float = 60.0) -> socket.socket:
         host, port = self.url.rpartition("/")[2].split(":")
         return socket.create_connection((host, int(port)), timeout_s)
 
@@ -42,7 +42,7 @@ def started(*options: str, headers: dict[str, str] | None = None) -> Iterator[Fr
     with Process(meshserve_command(*ALL_ROLES, *options)) as process:
         url = process.ready()["http"]
         no_pool = httpx.Limits(max_keepalive_connections=0)  # a test leaves no connection to the next
-        with httpx.Client(base_url=url, timeout=10.0, headers=headers, limits=no_pool) as client:
+        with httpx.Client(base_url=url, timeout=60.0, headers=headers, limits=no_pool) as client:
             yield Front(process, url, client)
         process.terminate()
         assert process.wait() == 0

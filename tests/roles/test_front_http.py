@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from tests.harness import Process, meshserve_command, run_command, wait_until
+from tests.harness.pressure import allowance_s
 from tests.roles.fronts import ALL_ROLES, BODY, Front, error_of, started
 
 KEYS = ("--api-key", "secret", "--api-key", "other")
@@ -218,9 +219,9 @@ def test_row_23_what_is_too_large_or_no_http_is_refused_in_words_that_arrive(fro
 
 
 def test_a_client_that_sends_a_huge_body_whole_before_it_reads_gets_its_413(front: Front) -> None:
-    response = httpx.post(f"{front.url}/v1/completions", content=b"x" * 20_000_000, timeout=20.0)
+    response = httpx.post(f"{front.url}/v1/completions", content=b"x" * 20_000_000, timeout=60.0)
     assert response.status_code == 413
-    streamed = httpx.post(f"{front.url}/v1/completions", content=iter([b"x" * 100_000] * 100), timeout=20.0)
+    streamed = httpx.post(f"{front.url}/v1/completions", content=iter([b"x" * 100_000] * 100), timeout=60.0)
     assert streamed.status_code == 413
 
 
@@ -237,7 +238,7 @@ def test_a_deadline_ends_a_request_with_504_and_a_stream_with_an_error_event(fro
     began_s = time.monotonic()
     response = front.client.post("/v1/completions", json=LONG, headers={"x-request-timeout": "0.5"})
     assert response.status_code == 504 and error_of(response)["code"] == "deadline_exceeded"
-    assert 0.5 <= time.monotonic() - began_s < 2.0
+    assert 0.5 <= time.monotonic() - began_s < 2.0 + allowance_s(began_s)
     streamed = front.client.post("/v1/completions", json={**LONG, "stream": True}, headers={"x-request-timeout": "0.5"})
     events = [line for line in streamed.text.split("\n\n") if line]
     assert "[DONE]" not in streamed.text and json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
@@ -253,7 +254,7 @@ def test_a_request_is_cancelled_by_its_id_or_its_label(front: Front, is_streamed
     headers = {"x-request-id": "my-label"} if by_label else {}
 
     def ask() -> httpx.Response:
-        return httpx.post(f"{front.url}/v1/completions", json={**LONG, "stream": is_streamed}, headers=headers, timeout=30.0)
+        return httpx.post(f"{front.url}/v1/completions", json={**LONG, "stream": is_streamed}, headers=headers, timeout=60.0)
 
     probe = front.client.post("/v1/completions", json=BODY).headers["x-request-id"]
     with ThreadPoolExecutor(1) as pool:
@@ -275,7 +276,7 @@ def test_a_request_is_cancelled_by_its_id_or_its_label(front: Front, is_streamed
 
 def test_a_label_that_several_requests_have_names_none_of_them(front: Front) -> None:
     def ask(_: int) -> int:
-        return httpx.post(f"{front.url}/v1/completions", json=LONG, headers={"x-request-id": "twin"}, timeout=30.0).status_code
+        return httpx.post(f"{front.url}/v1/completions", json=LONG, headers={"x-request-id": "twin"}, timeout=60.0).status_code
 
     with ThreadPoolExecutor(2) as pool:
         running = [pool.submit(ask, number) for number in range(2)]
@@ -317,7 +318,7 @@ def test_workers_with_long_queues_refuse_and_the_next_is_asked_until_none_is_lef
 
             def ask(number: int) -> httpx.Response:
                 body = {**BODY, "prompt": f"{number} asks", "max_tokens": 50, "ignore_eos": True, "meshserve": {"receipt": True}}
-                return httpx.post(f"{ready['http']}/v1/completions", json=body, timeout=30.0)
+                return httpx.post(f"{ready['http']}/v1/completions", json=body, timeout=60.0)
 
             with ThreadPoolExecutor(10) as pool:
                 answers = list(pool.map(ask, range(10)))

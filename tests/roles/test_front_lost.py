@@ -69,7 +69,7 @@ def test_row_14_all_who_wait_for_a_place_are_told_when_the_processor_dies() -> N
         peer = ready["address"].removeprefix("tcp://")
         with Process(meshserve_command("run", "--role", "processor", "--peer", peer, *MESH)) as processor:
             processor.ready()
-            with httpx.Client(base_url=ready["http"], timeout=10.0) as client:
+            with httpx.Client(base_url=ready["http"], timeout=60.0) as client:
                 wait_until(lambda: client.get("/ready").status_code == 200, 10.0, "the front is ready")
                 assert client.post("/v1/completions", json=BODY).status_code == 200  # by then it knows how many places there are
                 with clients(ready["http"]) as waiting:

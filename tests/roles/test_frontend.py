@@ -24,7 +24,7 @@ ROUTES: dict[str, dict[str, Any]] = {
 @asynccontextmanager
 async def reached() -> AsyncIterator[tuple[Scene, httpx.AsyncClient]]:
     """A frontend in front of a scene, and a client that keeps no connection."""
-    async with served() as (found, url), httpx.AsyncClient(base_url=url, timeout=10.0, headers={"connection": "close"}) as client:
+    async with served() as (found, url), httpx.AsyncClient(base_url=url, timeout=60.0, headers={"connection": "close"}) as client:
         yield found, client
 
 

@@ -56,7 +56,7 @@ async def meshed() -> AsyncIterator[httpx.AsyncClient]:
         try:
             await until(lambda: bool(peer.mesh.peers_with("prefill")), DEADLINE_S, "they have met")
             assert peer.http_url is not None
-            async with httpx.AsyncClient(base_url=peer.http_url, timeout=10.0) as client:
+            async with httpx.AsyncClient(base_url=peer.http_url, timeout=60.0) as client:
                 yield client
         finally:
             await prefill.stop()

@@ -64,7 +64,7 @@ async def mesh(local: dict[str, str], remote: dict[str, str], floor: int | None 
         try:
             await until(lambda: bool(peer.mesh.peers_with("prefill")), DEADLINE_S, "they have met")
             assert peer.http_url is not None
-            async with httpx.AsyncClient(base_url=peer.http_url, timeout=30.0) as client:
+            async with httpx.AsyncClient(base_url=peer.http_url, timeout=60.0) as client:
                 yield Asked(client)
         finally:
             await prefill.stop()

@@ -15,7 +15,7 @@ ALL_ROLES = ("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns", "-
 def client() -> Iterator[httpx.Client]:
     with Process(meshserve_command(*ALL_ROLES, "--mesh", "http-test")) as peer:
         url = peer.ready()["http"]
-        with httpx.Client(base_url=url, timeout=10.0) as made:
+        with httpx.Client(base_url=url, timeout=60.0) as made:
             yield made
         peer.terminate()
         assert peer.wait() == 0
@@ -103,7 +103,7 @@ def test_a_prompt_over_the_context_length_is_refused(client: httpx.Client) -> No
 def test_a_model_answers_to_each_name_it_is_served_under_and_to_no_other() -> None:
     with Process(meshserve_command(*ALL_ROLES, "--mesh", "http-names", "--served-model-name", "org/chat, small")) as peer:
         url = peer.ready()["http"]
-        with httpx.Client(base_url=url, timeout=10.0) as client:
+        with httpx.Client(base_url=url, timeout=60.0) as client:
             assert [entry["id"] for entry in client.get("/v1/models").json()["data"]] == ["org/chat", "small"]
             for name in ("org/chat", "small"):
                 assert client.get(f"/v1/models/{name}").json()["id"] == name
@@ -118,7 +118,7 @@ def test_a_model_answers_to_each_name_it_is_served_under_and_to_no_other() -> No
 def test_an_api_key_guards_all_routes_but_health_and_ready() -> None:
     with Process(meshserve_command(*ALL_ROLES, "--mesh", "http-keys", "--api-key", "secret")) as peer:
         url = peer.ready()["http"]
-        with httpx.Client(base_url=url, timeout=10.0) as client:
+        with httpx.Client(base_url=url, timeout=60.0) as client:
             assert client.get("/health").status_code == client.get("/ready").status_code == 200
             for headers in ({}, {"authorization": "Bearer wrong"}):
                 refused = client.get("/v1/models", headers=headers)

@@ -18,6 +18,7 @@ from meshserve.mesh.tasks import TaskOwner
 from meshserve.roles.processor.text_process import TextProcess, load_request
 from tests.engines.trained import CHAT, files_of
 from tests.harness import run_async
+from tests.harness.pressure import allowance_s
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -89,7 +90,7 @@ def test_a_hostile_template_ends_in_an_error_and_the_next_request_is_served(name
         attack, bystander = await asyncio.gather(rendered(process, "attack"), rendered(process), return_exceptions=True)
         assert isinstance(attack, InvalidRequest) and bystander == "fine"
         assert "too long" in attack.message or "too much memory" in attack.message or "does not take" in attack.message
-        assert time.monotonic() - began < 40, "a second of processor time, on a machine that others use too"
+        assert time.monotonic() - began < 40 + allowance_s(began), "a second of processor time"
 
     with_process(body, template)
 

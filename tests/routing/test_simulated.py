@@ -126,9 +126,9 @@ def test_round_robin_reproduces_the_reference(workers: int, speed: float, reuse:
     ("workers", "speed", "pooled", "reuse", "ttft", "latency"), [(4, 1.0, 0.385, 0.95, 0.62, 0.83), (8, 2.0, 0.541, 0.96, 0.51, 0.77)]
 )
 def test_kv_comes_close_to_one_pooled_cache(workers: int, speed: float, pooled: float, reuse: float, ttft: float, latency: float) -> None:
-    began_s = time.monotonic()
+    began_s = time.process_time()
     ours = replayed(workers, speed, "kv")
-    took_s = time.monotonic() - began_s
+    took_s = time.process_time() - began_s
     theirs = replayed(workers, speed, "round-robin")
     ratios = ours.prefix_reuse / pooled, ours.ttft_ms.mean / theirs.ttft_ms.mean, ours.latency_ms.mean / theirs.latency_ms.mean
     print(f"{workers} workers: reuse/pooled {ratios[0]:.3f}, TTFT {ratios[1]:.3f}x, latency {ratios[2]:.3f}x, in {took_s:.0f} s")
