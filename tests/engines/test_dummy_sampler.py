@@ -133,7 +133,7 @@ def test_nothing_is_drawn_that_is_less_likely_than_min_p_of_the_best(
 
 def test_probabilities_over_the_whole_vocabulary_sum_to_one() -> None:
     for context in range(0, 2**64, 2**58 + 977):
-        for position in range(26):
+        for position in range(0, 26, 3):
             every = (Sampler(Sampling(logprobs=0)).rate(context, position, token)[0] for token in range(VOCAB_SIZE))
             assert fsum(map(exp, every)) == pytest.approx(1, abs=1e-12)
 

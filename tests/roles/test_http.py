@@ -11,14 +11,19 @@ from tests.harness import Process, meshserve_command
 ALL_ROLES = ("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0")
 
 
+@pytest.fixture(scope="module")
+def peer() -> Iterator[Process]:
+    with Process(meshserve_command(*ALL_ROLES, "--mesh", "http-test")) as started:
+        started.ready()
+        yield started
+        started.terminate()
+        assert started.wait() == 0
+
+
 @pytest.fixture
-def client() -> Iterator[httpx.Client]:
-    with Process(meshserve_command(*ALL_ROLES, "--mesh", "http-test")) as peer:
-        url = peer.ready()["http"]
-        with httpx.Client(base_url=url, timeout=60.0) as made:
-            yield made
-        peer.terminate()
-        assert peer.wait() == 0
+def client(peer: Process) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=peer.ready()["http"], timeout=60.0) as made:
+        yield made
 
 
 def test_completions_and_chats_streamed_and_not_say_the_same(client: httpx.Client) -> None:

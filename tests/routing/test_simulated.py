@@ -27,14 +27,16 @@ def replayed(workers: int, speed: float, policy: str) -> Summary:
     return replay.summary_of(replay.replay(requests, Cluster(workers, 2048, 512, PROFILES["reference"]), policy))
 
 
+@pytest.mark.parametrize("num_requests", [200, pytest.param(400, marks=pytest.mark.full)])
 @pytest.mark.parametrize("workload", WORKLOADS)
-def test_kv_is_as_good_as_least_loaded_where_nothing_is_shared_and_better_where_something_is(workload: str) -> None:
-    found = compare(Setting(workload, 4, 1024, 1.0), num_requests=400)
+def test_kv_is_as_good_as_least_loaded_where_nothing_is_shared_and_better_where_something_is(workload: str, num_requests: int) -> None:
+    found = compare(Setting(workload, 4, 1024, 1.0), num_requests)
     assert found.ttft_ratio <= (0.85 if workload in SHARING else 1.02)
 
 
-def test_a_hot_prefix_is_spread_over_the_workers_at_heavy_load() -> None:
-    found = compare(Setting("hot-prefix", 16, 2048, 2.0), num_requests=800)
+@pytest.mark.parametrize("num_requests", [400, pytest.param(800, marks=pytest.mark.full)])
+def test_a_hot_prefix_is_spread_over_the_workers_at_heavy_load(num_requests: int) -> None:
+    found = compare(Setting("hot-prefix", 16, 2048, 2.0), num_requests)
     assert found.max_share <= 2.0 and found.ttft_ratio <= 1.05
 
 
