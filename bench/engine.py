@@ -45,12 +45,18 @@ class BenchReservation:
         """Nothing is missing."""
         return not self._missing
 
-    def write(self, index: int, payload: bytes | memoryview, on_done: Callable[[MeshserveError | None], None]) -> None:
-        """Take in block `index`. Raises BlockRefused if it is not missing or its length is wrong."""
-        if index not in self._missing or len(payload) != len(self._buffers[0]):
-            raise BlockRefused(f"block {index} does not fit")
-        self._missing.discard(index)
-        self._buffers[index % len(self._buffers)][:] = payload
+    def write(
+        self,
+        blocks: Sequence[tuple[int, bytes | memoryview]],
+        on_done: Callable[[MeshserveError | None], None],
+    ) -> None:
+        """Take in blocks. Raises BlockRefused if one is not missing or its length is wrong."""
+        for index, payload in blocks:
+            if index not in self._missing or len(payload) != len(self._buffers[0]):
+                raise BlockRefused(f"block {index} does not fit")
+        for index, payload in blocks:
+            self._missing.discard(index)
+            self._buffers[index % len(self._buffers)][:] = payload
         on_done(None)
 
     def release(self) -> None:
@@ -97,9 +103,10 @@ class BenchEngine:
     def prefill(self, request_id: str, tokens: "array[int]", first_block: int, sink: PrefillSink) -> None:
         """Give out the blocks."""
         self._on_prefill(request_id)
-        for index in range(first_block, len(tokens) // self.kv_layout.block_size):
-            sink.on_block(index, self.kv_layout.block_size, self._payloads[index % _NUM_PAYLOADS])
-        sink.on_finish(0)
+        indexes = range(first_block, len(tokens) // self.kv_layout.block_size)
+        size, payloads = self.kv_layout.block_size, self._payloads
+        sink.on_blocks([(index, size, payloads[index % _NUM_PAYLOADS]) for index in indexes])
+        sink.on_prefilled(0)
 
     def cancel(self, request_id: str) -> None:
         """Nothing runs for long."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bench.processes import answer_until_told
 from meshserve.engines.llama import LlamaEngine
-from meshserve.engines.protocol import EngineOptions
+from meshserve.engines.protocol import EngineOptions, KVBlock
 from meshserve.errors import MeshserveError
 
 
@@ -19,14 +19,14 @@ class _Sink:
     def __init__(self, is_done: "asyncio.Future[None]") -> None:
         self._is_done = is_done
 
-    def on_block(self, index: int, num_tokens: int, payload: bytes) -> None:
+    def on_blocks(self, blocks: list[KVBlock]) -> None:
         """There are none: it asks for blocks beyond the prompt's last."""
 
-    def on_finish(self, num_cached_tokens: int) -> None:
+    def on_prefilled(self, num_cached_tokens: int) -> None:
         """All tokens are computed."""
         self._is_done.set_result(None)
 
-    def on_error(self, error: MeshserveError) -> None:
+    def on_prefill_failed(self, error: MeshserveError) -> None:
         """None will be."""
         self._is_done.set_exception(error)
 

@@ -71,16 +71,21 @@ class GenerationSink(Protocol):
         """The sequence ended without its output."""
 
 
+KVBlock = tuple[int, int, bytes]
+"""A block that was computed: its index in the prompt, its number of tokens, its payload."""
+
+
 class PrefillSink(Protocol):
-    """Who receives the KV blocks of one prompt. Exactly one of `on_finish` and `on_error` is called, last, unless it is cancelled."""
+    """Receives the KV blocks of one prompt. Exactly one of `on_prefilled` and `on_prefill_failed` is
+    called, last, unless the prefill is cancelled."""
 
-    def on_block(self, index: int, num_tokens: int, payload: bytes) -> None:
-        """Block `index` of the prompt, with `num_tokens` tokens, at the end of the step that computed it, in ascending order."""
+    def on_blocks(self, blocks: list[KVBlock]) -> None:
+        """The blocks that one step completed, at its end: never none, each once, ascending."""
 
-    def on_finish(self, num_cached_tokens: int) -> None:
+    def on_prefilled(self, num_cached_tokens: int) -> None:
         """All blocks were delivered; `num_cached_tokens` of the prompt's tokens were prefix hits."""
 
-    def on_error(self, error: MeshserveError) -> None:
+    def on_prefill_failed(self, error: MeshserveError) -> None:
         """No more blocks will come."""
 
 
@@ -119,11 +124,18 @@ class Reservation(Protocol):
     def is_complete(self) -> bool:
         """All blocks are written, and the engine has them."""
 
-    def write(self, index: int, payload: bytes | memoryview, on_done: Callable[[MeshserveError | None], None]) -> None:
-        """Take in block `index`, in any order, once. `on_done` is called once, perhaps within this call, unless it raises: with None
-        when the engine has the block, with the error if it could not take it, or failed as a whole.
+    def write(
+        self,
+        blocks: Sequence[tuple[int, bytes | memoryview]],
+        on_done: Callable[[MeshserveError | None], None],
+    ) -> None:
+        """Take in blocks, given as index and payload: in any order, each once, all or none.
 
-        Raises BlockRefused if the block is not missing, or its payload is not what this place demands; it is missing then as before.
+        `on_done` is called once, perhaps within this call, unless it raises: with None when the engine
+        has the blocks, with the error if it could not take one of them, or failed as a whole.
+
+        Raises BlockRefused if a block is not missing, or its payload is not what its place demands. All
+        blocks of the call are missing then as before, and after an error.
         """
 
     def release(self) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import xxhash
 
+from meshserve.engines.protocol import KVBlock
 from meshserve.errors import BlockRefused
 from meshserve.wire.handoff import BlockMark, BulkHeader, Claim
 
@@ -12,9 +13,8 @@ BURST_S = 0.002
 """What a limited link may be ahead of its rate: timers have steps of a millisecond, and the rate must be reached all the same."""
 
 
-def checksum(payload: bytes | memoryview) -> bytes:
-    """xxh3, 64 bits: catches every truncation and flip that TCP's checksum lets through, at memory speed."""
-    return xxhash.xxh3_64_digest(payload)
+checksum = xxhash.xxh3_64_digest
+"""Of a payload: 64 bits catch every truncation and flip that TCP's checksum lets through, at memory speed."""
 
 
 def check_blocks(header: BulkHeader, payloads: Sequence[bytes | memoryview]) -> None:
@@ -43,36 +43,43 @@ class BlockWindow:
 
     def __init__(self, window_bytes: int, max_message_bytes: int, max_blocks_per_message: int) -> None:
         self._window_bytes, self._max_message_bytes, self._max_blocks = window_bytes, max_message_bytes, max_blocks_per_message
-        self._ready: deque[tuple[int, int, bytes]] = deque()
+        self._ready: deque[KVBlock] = deque()
         self._unacknowledged_bytes = 0
-        self.num_blocks = self.num_bytes = 0
+        self.num_bytes = 0
         """Sent in all."""
 
-    def add(self, index: int, num_tokens: int, payload: bytes) -> None:
-        """The next block is computed."""
-        self._ready.append((index, num_tokens, payload))
+    def add(self, blocks: Sequence[KVBlock]) -> None:
+        """The next blocks are computed."""
+        self._ready.extend(blocks)
 
     @property
     def can_send(self) -> bool:
-        """Whether :meth:`take` has something now: a block is ready and the window has room, or is empty."""
-        unacknowledged = self._unacknowledged_bytes
-        return bool(self._ready) and (not unacknowledged or unacknowledged + len(self._ready[0][2]) <= self._window_bytes)
+        """Whether :meth:`take` has something now."""
+        sent_bytes = self._unacknowledged_bytes
+        return bool(self._ready) and (not sent_bytes or sent_bytes + len(self._ready[0][2]) <= self._window_bytes)
 
-    def take(self) -> list[tuple[BlockMark, bytes]]:
-        """What may go out now as one message; empty if the window is full or nothing is ready. A block wider than a bound goes alone."""
-        taken: list[tuple[BlockMark, bytes]] = []
-        message_bytes = 0
-        while self.can_send and len(taken) < self._max_blocks:
-            index, num_tokens, payload = self._ready[0]
-            if taken and message_bytes + len(payload) > self._max_message_bytes:
+    def take(self) -> tuple[list[BlockMark], list[bytes]]:
+        """What may go out now as one message; nothing if the window is full or nothing is ready.
+
+        A block that is wider than a bound goes alone.
+        """
+        marks: list[BlockMark] = []
+        payloads: list[bytes] = []
+        num_bytes, ready = 0, self._ready
+        while ready and len(payloads) < self._max_blocks:
+            index, num_tokens, payload = ready[0]
+            sent_bytes, size_bytes = self._unacknowledged_bytes, len(payload)
+            if sent_bytes and sent_bytes + size_bytes > self._window_bytes:
                 break
-            self._ready.popleft()
-            taken.append((BlockMark(index, num_tokens, checksum(payload)), payload))
-            message_bytes += len(payload)
-            self._unacknowledged_bytes += len(payload)
-        self.num_blocks += len(taken)
-        self.num_bytes += message_bytes
-        return taken
+            if payloads and num_bytes + size_bytes > self._max_message_bytes:
+                break
+            ready.popleft()
+            marks.append(BlockMark(index, num_tokens, checksum(payload)))
+            payloads.append(payload)
+            num_bytes += size_bytes
+            self._unacknowledged_bytes += size_bytes
+        self.num_bytes += num_bytes
+        return marks, payloads
 
     def acknowledged(self, num_bytes: int) -> None:
         """The receiver has taken so much."""

@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from meshserve.engines.protocol import KVBlock
 from meshserve.errors import Gone, MeshserveError
 from meshserve.handoff.queue import JobKey
 from meshserve.handoff.sending import Transfer
@@ -26,8 +27,8 @@ class ClaimedPrompts(Protocol):
     def ended(self, job: "ClaimedPrompt", outcome: str) -> None:
         """Its claim ended otherwise."""
 
-    def computed(self, job: "ClaimedPrompt", index: int, num_tokens: int, payload: bytes) -> None:
-        """The engine gives out a block."""
+    def computed(self, job: "ClaimedPrompt", blocks: list[KVBlock]) -> None:
+        """The engine gives out blocks."""
 
     def all_computed(self, job: "ClaimedPrompt", num_cached_tokens: int) -> None:
         """The engine has given out all."""
@@ -58,7 +59,7 @@ class ClaimedPrompt:
     is_granted: bool = False
     """The claim got its task. Until then, what was begun on an offer keeps its blocks."""
     has_failed: bool = False
-    kept: list[tuple[int, int, bytes]] = field(default_factory=list)
+    kept: list[KVBlock] = field(default_factory=list)
     """Blocks that are computed and not yet sent: index, tokens, payload."""
     waited_ms: float = 0.0
     """As an offer."""
@@ -93,11 +94,11 @@ class EngineSink:
     def __init__(self, job: ClaimedPrompt) -> None:
         self._job = job
 
-    def on_block(self, index: int, num_tokens: int, payload: bytes) -> None:
-        self._job.provider.computed(self._job, index, num_tokens, payload)
+    def on_blocks(self, blocks: list[KVBlock]) -> None:
+        self._job.provider.computed(self._job, blocks)
 
-    def on_finish(self, num_cached_tokens: int) -> None:
+    def on_prefilled(self, num_cached_tokens: int) -> None:
         self._job.provider.all_computed(self._job, num_cached_tokens)
 
-    def on_error(self, error: MeshserveError) -> None:
+    def on_prefill_failed(self, error: MeshserveError) -> None:
         self._job.provider.engine_failed(self._job)

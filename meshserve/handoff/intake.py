@@ -15,7 +15,7 @@ from meshserve.kv.hashes import prefix_hashes
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.wire.generation import GenerateRequest
-from meshserve.wire.handoff import Acknowledgement, BlockMark, BulkHeader
+from meshserve.wire.handoff import Acknowledgement, BulkHeader
 
 
 @dataclass(slots=True)
@@ -27,12 +27,8 @@ class RunningTask:
     on_done: Callable[[HandoffResult], None]
     on_lost: Callable[[str], None]
     reservation: Reservation | None = None
-    missing: set[int] = field(default_factory=set)
-    """Blocks that did not come yet."""
     prefix_hashes: list[int] = field(default_factory=list)
     """Of the prompt's blocks but for its last token, once a block has come."""
-    num_tokens: int = 0
-    """Of the blocks that came and that the engine has."""
     claim: IncomingCall | None = None
     offered_block: int | None = None
     """The first that is missing here, of a prompt that may be offered."""
@@ -41,24 +37,6 @@ class RunningTask:
     computed_ms: float = 0.0
     names: dict[str, str] = field(default_factory=dict)
     """Of the peers that claimed, as a dead one's is soon forgotten."""
-
-
-@dataclass(slots=True)
-class _Message:
-    """Blocks that came together, on their way into the engine."""
-
-    header: BulkHeader
-    acknowledgement: Acknowledgement
-    answer: Callable[[Acknowledgement], None]
-    num_waiting: int
-    is_late: bool = False
-    """All that was to be done at once is done: what the engine says from now on comes by itself."""
-
-    def block_taken(self) -> None:
-        """The engine has one of them; with the last one the sender may send more."""
-        self.num_waiting -= 1
-        if not self.num_waiting:
-            self.answer(self.acknowledgement)
 
 
 class Attempts(Protocol):
@@ -84,21 +62,22 @@ class BlockIntake:
         self, running: RunningTask, header: BulkHeader, payloads: Sequence[bytes | memoryview], answer: Callable[[Acknowledgement], None]
     ) -> None:
         """Blocks of the running attempt: all of them, or the attempt has failed. They are acknowledged once the engine has them."""
-        size_bytes = sum(map(len, payloads))
-        message = _Message(header, Acknowledgement(header.request_id, header.attempt, size_bytes), answer, len(payloads))
+        size_bytes, reservation = sum(map(len, payloads)), running.reservation
+        assert reservation is not None, "a claim was granted"
         running.task.received(len(payloads), size_bytes)  # now: the attempt may be over when the engine has them
+        acknowledge = partial(answer, Acknowledgement(header.request_id, header.attempt, size_bytes))
         try:
             self._check_tokens(running, header)
             check_blocks(header, payloads)
-            for mark, payload in zip(header.marks, payloads, strict=True):
-                self._take_block(running, message, mark, payload)
+            blocks = self._missing_of(reservation, header, payloads)
+            running.task.renew(header.prefill_peer, header.attempt, time.monotonic())
+            running.computed_ms = header.computed_ms
+            if blocks:
+                reservation.write(blocks, partial(self._written, running, header, blocks, acknowledge))
+            else:
+                acknowledge()
         except BlockRefused as error:
             self._refuse(running, header, error, len(payloads))
-            return
-        message.is_late = True
-        running.task.renew(header.prefill_peer, header.attempt, time.monotonic())
-        running.computed_ms = header.computed_ms
-        self._attempts.complete_if_all_came(running)
 
     def _check_tokens(self, running: RunningTask, header: BulkHeader) -> None:
         """Raises BlockRefused for blocks of another layout, or of other tokens than the prompt has up to the last of them."""
@@ -111,36 +90,44 @@ class BlockIntake:
         if 0 <= last < len(running.prefix_hashes) and running.prefix_hashes[last] != header.prefix_hash:
             raise BlockRefused(f"block {last} is of other tokens than the prompt's")
 
-    def _take_block(self, running: RunningTask, message: "_Message", mark: BlockMark, payload: bytes | memoryview) -> None:
-        reservation = running.reservation
-        assert reservation is not None
-        if not 0 <= mark.index * self._engine.kv_layout.block_size < reservation.num_tokens:
-            raise BlockRefused(f"there is no block {mark.index} in this prompt")
-        if mark.index not in running.missing:
-            self._mesh.counters.add("kv_blocks_double")
-            message.block_taken()
-            return  # an earlier attempt brought it already, and its checksum was right
-        reservation.write(mark.index, payload, partial(self._written, running, message, mark.index, len(payload)))
-        running.missing.discard(mark.index)
+    def _missing_of(
+        self, reservation: Reservation, header: BulkHeader, payloads: Sequence[bytes | memoryview]
+    ) -> list[tuple[int, bytes | memoryview]]:
+        """Those that an earlier attempt did not bring, with a right checksum. Raises BlockRefused for what is beyond the prompt."""
+        missing, num_tokens, size = set(reservation.missing()), reservation.num_tokens, self._engine.kv_layout.block_size
+        blocks = []
+        for mark, payload in zip(header.marks, payloads, strict=True):
+            if not 0 <= mark.index * size < num_tokens:
+                raise BlockRefused(f"there is no block {mark.index} in this prompt")
+            if mark.index in missing:
+                missing.discard(mark.index)
+                blocks.append((mark.index, payload))
+        if len(blocks) < len(payloads):
+            self._mesh.counters.add("kv_blocks_double", len(payloads) - len(blocks))
+        return blocks
 
-    def _written(self, running: RunningTask, message: "_Message", index: int, size_bytes: int, error: MeshserveError | None) -> None:
-        """The engine has a block, or cannot take it; perhaps some time after the block came, when the attempt may be over."""
-        if not self._attempts.is_running(running) or running.reservation is None:
+    def _written(
+        self,
+        running: RunningTask,
+        header: BulkHeader,
+        blocks: list[tuple[int, bytes | memoryview]],
+        acknowledge: Callable[[], None],
+        error: MeshserveError | None,
+    ) -> None:
+        """The engine has the blocks, or cannot take them; perhaps some time after they came, when the attempt may be over."""
+        if not self._attempts.is_running(running):
             return
         if error is not None:
-            running.missing.add(index)
-            self._refuse(running, message.header, error, 1)
+            self._refuse(running, header, error, len(blocks))
             return
-        header = message.header
-        running.num_tokens += running.reservation.tokens_in(index)
-        self._mesh.counters.add("kv_blocks_received")
-        self._mesh.counters.add("kv_bytes_received", size_bytes)
+        self._mesh.counters.add("kv_blocks_received", len(blocks))
+        self._mesh.counters.add("kv_bytes_received", sum([len(payload) for _, payload in blocks]))
         if self._mesh.event_log.follows(running.task.request_id):
-            details = {"attempt": header.attempt, "peer_sending": header.prefill_peer, "index": index}
-            self._mesh.event_log.note("block", running.task.request_id, **details)
-        message.block_taken()
-        if message.is_late:  # nobody else asks
-            self._attempts.complete_if_all_came(running)
+            details = {"attempt": header.attempt, "peer_sending": header.prefill_peer}
+            for index, _ in blocks:
+                self._mesh.event_log.note("block", running.task.request_id, **details, index=index)
+        acknowledge()
+        self._attempts.complete_if_all_came(running)
 
     def _refuse(self, running: RunningTask, header: BulkHeader, error: MeshserveError, num_blocks: int) -> None:
         self._mesh.counters.add("kv_blocks_refused", num_blocks)

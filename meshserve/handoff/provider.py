@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from meshserve.config import HandoffConfig
-from meshserve.engines.protocol import Engine
+from meshserve.engines.protocol import Engine, KVBlock
 from meshserve.errors import MeshserveError, PeerLost, ProtocolError
 from meshserve.handoff.blocks import checksum
 from meshserve.handoff.claimed import ClaimedPrompt, EngineSink
@@ -186,8 +186,7 @@ class PrefillProvider:
         assert self._sender is not None
         kept, job.kept = job.kept, []
         job.transfer, job.acknowledged_s = self._open_transfer(job), time.monotonic()
-        for index, num_tokens, payload in kept:
-            self._sender.add(job.transfer, index, num_tokens, payload, job.computed_ms)
+        self._sender.add(job.transfer, kept, job.computed_ms)
 
     def _begin_again(self, job: ClaimedPrompt, tokens: "array[int]", attempt: int, first_block: int) -> None:
         self._engine.cancel(job.engine_id)
@@ -225,16 +224,16 @@ class PrefillProvider:
         if self._mesh.event_log.is_on and job.attempt:
             self._mesh.event_log.note(event, job.ticket.request_id, decode=job.ticket.decode_peer, attempt=job.attempt, **details)
 
-    def computed(self, job: ClaimedPrompt, index: int, num_tokens: int, payload: bytes) -> None:
-        """The engine gives out a block: it leaves while the next one is computed."""
+    def computed(self, job: ClaimedPrompt, blocks: list[KVBlock]) -> None:
+        """The engine gives out the blocks of a step: they leave while the next step is computed."""
         now_s = time.monotonic()
         job.acknowledged_s = job.acknowledged_s or now_s
         job.computed_ms = (now_s - job.began_s) * 1000
-        self._queue.computed(job.key, num_tokens, now_s)
+        self._queue.computed(job.key, sum([num_tokens for _, num_tokens, _ in blocks]), now_s)
         if job.transfer is not None and self._sender is not None:
-            self._sender.add(job.transfer, index, num_tokens, payload, job.computed_ms)
+            self._sender.add(job.transfer, blocks, job.computed_ms)
         else:
-            job.kept.append((index, num_tokens, payload))
+            job.kept += blocks
         self.pump()
 
     def all_computed(self, job: ClaimedPrompt, num_cached_tokens: int) -> None:

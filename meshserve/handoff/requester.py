@@ -211,7 +211,7 @@ class PrefillRequester:
             lost_peers=[running.names[peer] for peer in task.lost_peers],
             num_blocks=sum(attempt.num_blocks for attempt in task.attempts),
             num_bytes=sum(attempt.num_bytes for attempt in task.attempts),
-            num_tokens=running.num_tokens,
+            num_tokens=running.reservation.num_tokens - running.reservation.num_cached_tokens if is_done and running.reservation else 0,
             queue_ms=((last.claimed_s if last else time.monotonic()) - task.created_s) * 1000,
             prefill_ms=min(running.computed_ms, took_ms),
             transfer_ms=max(0.0, took_ms - running.computed_ms),
@@ -242,14 +242,15 @@ class PrefillRequester:
         self._note(running, "claim", attempt=running.task.attempt, peer_claiming=call.peer)
         if running.reservation is None and not self._reserve(running):
             return
-        running.missing = set(running.reservation.missing()) if running.reservation is not None else set()
+        assert running.reservation is not None, "made just now, or for an earlier attempt"
         attempt = running.task.attempt
         call.on_cancel = lambda: self._claim_ended(running, call, attempt)
-        if running.missing and claim.header is not None:
+        if claim.header is not None and running.reservation.missing():
             self._take_brought(running, call.peer, claim.header, claim.payloads)
         self.complete_if_all_came(running)
-        if running.missing and running.task.is_current(call.peer, attempt):
-            call.send(Grant(running.request.tokens[:-1], attempt, min(running.missing)))
+        missing = running.reservation.missing()
+        if missing and running.task.is_current(call.peer, attempt):
+            call.send(Grant(running.request.tokens[:-1], attempt, missing[0]))
 
     def _take_brought(self, running: RunningTask, peer: str, header: BulkHeader, payloads: Sequence[bytes]) -> None:
         """The blocks of a claim that was granted. Those of another attempt are left, and the claim is as good as any."""
@@ -300,7 +301,7 @@ class PrefillRequester:
 
     def complete_if_all_came(self, running: RunningTask) -> None:
         """The engine has one block more: perhaps that was the last one."""
-        if not running.missing and running.reservation is not None and running.reservation.is_complete:
+        if running.reservation is not None and running.reservation.is_complete:
             self._carry_out(running, running.task.complete(time.monotonic()))
 
     def attempt_failed(self, running: RunningTask, peer: str, attempt: int, reason: str, is_peer_dead: bool = False) -> None:

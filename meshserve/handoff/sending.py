@@ -6,6 +6,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from meshserve.engines.protocol import KVBlock
 from meshserve.errors import PeerLost
 from meshserve.handoff.blocks import BlockWindow, RateLimit
 from meshserve.mesh.mesh import Mesh
@@ -46,9 +47,9 @@ class BlockSender:
         window = BlockWindow(self._window_bytes, self._message_bytes, MAX_PAYLOADS)
         return Transfer(decode_peer, request_id, attempt, window, layout, prefix_hashes)
 
-    def add(self, transfer: Transfer, index: int, num_tokens: int, payload: bytes, computed_ms: float) -> None:
-        """The next block is computed, `computed_ms` after the attempt began."""
-        transfer.window.add(index, num_tokens, payload)
+    def add(self, transfer: Transfer, blocks: list[KVBlock], computed_ms: float) -> None:
+        """The next blocks are computed, `computed_ms` after the attempt began."""
+        transfer.window.add(blocks)
         transfer.computed_ms = computed_ms
         self._stand_in_line(transfer)
 
@@ -84,18 +85,17 @@ class BlockSender:
 
     def _send_one(self, transfer: Transfer) -> int:
         """One message of this attempt; returns its size in bytes."""
-        taken = transfer.window.take()
-        marks = tuple(mark for mark, _ in taken)
+        marks, payloads = transfer.window.take()
         label = transfer.decode_peer, self._mesh.incarnation, transfer.request_id, transfer.attempt
         prefix_hash = transfer.prefix_hashes[marks[-1].index]
-        header = BulkHeader(*label, marks, transfer.computed_ms, transfer.layout, prefix_hash)
+        header = BulkHeader(*label, tuple(marks), transfer.computed_ms, transfer.layout, prefix_hash)
         try:
-            self._bulk.send(transfer.decode_peer, header, [payload for _, payload in taken])
+            self._bulk.send(transfer.decode_peer, header, payloads)
         except PeerLost:
             transfer.is_over = True  # the claim's stream to that peer ends too, and with it the attempt
             return 0
-        size_bytes = sum(len(payload) for _, payload in taken)
-        self._mesh.counters.add("kv_blocks_sent", len(taken))
+        size_bytes = sum(map(len, payloads))
+        self._mesh.counters.add("kv_blocks_sent", len(payloads))
         self._mesh.counters.add("kv_bytes_sent", size_bytes)
         if self._mesh.event_log.follows(transfer.request_id):
             self._note(transfer, [mark.index for mark in marks])

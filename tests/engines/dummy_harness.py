@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meshserve.engines.dummy import DummyEngine
-from meshserve.engines.protocol import EngineOptions, GenerationStats
+from meshserve.engines.protocol import EngineOptions, GenerationStats, KVBlock
 from meshserve.errors import MeshserveError
 from meshserve.wire.generation import GenerateRequest, Sampling, TokenLogprobs
 
@@ -70,16 +70,18 @@ class PrefillRecord:
     error: MeshserveError | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def on_block(self, index: int, num_tokens: int, payload: bytes) -> None:
-        assert all(earlier < index for earlier in self.blocks)
-        self.blocks[index], self.num_tokens[index] = payload, num_tokens
+    def on_blocks(self, blocks: list[KVBlock]) -> None:
+        assert blocks
+        for index, num_tokens, payload in blocks:
+            assert all(earlier < index for earlier in self.blocks)
+            self.blocks[index], self.num_tokens[index] = payload, num_tokens
 
-    def on_finish(self, num_cached_tokens: int) -> None:
+    def on_prefilled(self, num_cached_tokens: int) -> None:
         assert not self.ended.is_set()
         self.num_cached_tokens = num_cached_tokens
         self.ended.set()
 
-    def on_error(self, error: MeshserveError) -> None:
+    def on_prefill_failed(self, error: MeshserveError) -> None:
         self.error = error
         self.ended.set()
 

@@ -111,7 +111,9 @@ class _TakesLongBlocks(_Echo):
     def reserve(self, request: GenerateRequest) -> object:
         reservation = self._engine.reserve(request)
         write = reservation.write
-        reservation.write = lambda index, payload, on_done: write(index, payload[:96], on_done)  # type: ignore[method-assign]
+        reservation.write = lambda blocks, on_done: write(  # type: ignore[method-assign]
+            [(index, payload[:96]) for index, payload in blocks], on_done
+        )
         return reservation
 
 

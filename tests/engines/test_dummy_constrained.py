@@ -150,7 +150,7 @@ def test_other_prompts_seeds_choices_and_kv_give_other_documents() -> None:
             prompt = tokens_of(9)
             reservation = other.reserve(a_request(prompt))
             for index, payload in (await prefilled(engine, prompt[:-1])).blocks.items():
-                reservation.write(index, bytes([payload[0] ^ 1, *payload[1:]]), written)
+                reservation.write([(index, bytes([payload[0] ^ 1, *payload[1:]]))], written)
             sink = GenerationRecord()
             other.generate(a_document_request(prompt), sink, reservation)
             assert text_of(await sink.end()) != texts[0]

@@ -28,7 +28,7 @@ async def handed_over(
                 if flip == position:
                     payload[len(payload) // 2] ^= 1
                 assert len(payload) == reservation.tokens_in(index) * kv_bytes
-                reservation.write(index, memoryview(payload), written)
+                reservation.write([(index, memoryview(payload))], written)
         sink = GenerationRecord()
         decode.generate(a_request(tokens), sink, reservation)
         reservation.release()
@@ -68,18 +68,18 @@ def test_a_reservation_refuses_what_it_did_not_ask_for() -> None:
             reservation = engine.reserve(a_request(tokens_of(9)))
             assert (reservation.num_tokens, reservation.num_cached_tokens, list(reservation.missing())) == (8, 0, [0, 1])
             with pytest.raises(BlockRefused, match="not missing"):
-                reservation.write(2, bytes(96), written)
+                reservation.write([(2, bytes(96))], written)
             with pytest.raises(BlockRefused, match="95 bytes instead of 96"):
-                reservation.write(0, bytes(95), written)
-            reservation.write(0, bytes(96), written)
+                reservation.write([(0, bytes(95))], written)
+            reservation.write([(0, bytes(96))], written)
             with pytest.raises(BlockRefused, match="not missing"):
-                reservation.write(0, bytes(96), written)
+                reservation.write([(0, bytes(96))], written)
             with pytest.raises(BlockRefused, match="1 blocks"):
                 engine.generate(a_request(tokens_of(9)), GenerationRecord(), reservation)
             reservation.release()
             reservation.release()
             with pytest.raises(BlockRefused, match="ended"):
-                reservation.write(1, bytes(96), written)
+                reservation.write([(1, bytes(96))], written)
             assert engine.load().used_blocks == 0
 
     asyncio.run(run())
@@ -91,7 +91,7 @@ def test_blocks_taken_from_a_reservation_are_cached_for_the_next_prompt() -> Non
         async with running_engine() as prefill, running_engine() as decode:
             reservation = decode.reserve(a_request(tokens))
             for index, payload in (await prefilled(prefill, tokens[:-1])).blocks.items():
-                reservation.write(index, payload, written)
+                reservation.write([(index, payload)], written)
             assert decode.num_cached_tokens(a_request(tokens)) == 0
             sink = GenerationRecord()
             decode.generate(a_request(tokens), sink, reservation)
@@ -126,7 +126,7 @@ def test_two_reservations_that_fill_the_pool_both_come_to_their_end() -> None:
                 tokens = tokens_of(9, seed)
                 reservation = decode.reserve(a_request(tokens))
                 for index, payload in (await prefilled(prefill, tokens[:-1])).blocks.items():
-                    reservation.write(index, payload, written)
+                    reservation.write([(index, payload)], written)
                 sinks.append(GenerationRecord())
                 decode.generate(a_request(tokens, f"r{seed}", max_tokens=12), sinks[-1], reservation)
             for seed, sink in enumerate(sinks):

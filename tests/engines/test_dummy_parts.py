@@ -138,7 +138,7 @@ def test_a_cursor_opened_anywhere_goes_on_as_if_it_had_never_stopped(tokens: lis
     assert after.context == before.context
     after.extend(tokens[stop:])
     assert after.context == unbroken.context
-    assert [one.read(block, 4) for block in blocks] == [other.read(block, 4) for block in blocks]
+    assert one.read([(block, 4) for block in blocks]) == other.read([(block, 4) for block in blocks])
 
 
 def test_a_block_that_nobody_wrote_gives_another_context() -> None:
@@ -151,13 +151,13 @@ def test_a_block_that_nobody_wrote_gives_another_context() -> None:
 def test_rows_that_came_from_elsewhere_are_kept_to_the_byte_and_go_on_from_there(payload: bytes, token: int) -> None:
     contents = KVContents(4, 32, "m")
     Cursor(contents, [0], 0).extend([token] * 4)
-    own = contents.read(0, 4)
-    contents.write(0, payload)
+    own = contents.read([(0, 4)])[0]
+    contents.write([(0, payload)])
     cursor = Cursor(contents, [0, 1], 3)
     cursor.append(token)
-    held = contents.read(0, 4)
+    held = contents.read([(0, 4)])[0]
     assert held[:96] == payload and len(held) == 128
-    contents.digest([0], 0)
+    contents.digest([0], 0, 1, {})
     assert Cursor(contents, [0, 1], 4).context == cursor.context
-    contents.write(0, own)
-    assert contents.read(0, 4) == own
+    contents.write([(0, own)])
+    assert contents.read([(0, 4)])[0] == own

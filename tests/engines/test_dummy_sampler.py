@@ -278,7 +278,7 @@ def test_a_prompt_is_rated_alike_computed_here_cached_handed_over_or_preempted()
             assert cached.stats.num_cached_tokens == 20
             reservation = other.reserve(a_request(prompt))
             for index, payload in (await prefilled(one, prompt[:-1])).blocks.items():
-                reservation.write(index, payload, written)
+                reservation.write([(index, payload)], written)
             other.generate(request, moved, reservation)
             first = GenerationRecord()
             small.generate(a_request(tokens_of(8, seed=1), "first", max_tokens=30), first)
@@ -311,7 +311,7 @@ def test_a_corrupted_block_gives_a_prompt_other_ratings() -> None:
             await right.end()
             reservation = other.reserve(a_request(prompt))
             for index, payload in (await prefilled(one, prompt[:-1])).blocks.items():
-                reservation.write(index, bytes([payload[0] ^ (index == 1), *payload[1:]]), written)
+                reservation.write([(index, bytes([payload[0] ^ (index == 1), *payload[1:]]))], written)
             other.generate(a_request(prompt, prompt_logprobs=3), wrong, reservation)
             await wrong.end()
             assert right.prompt_logprobs is not None

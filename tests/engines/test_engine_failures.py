@@ -65,7 +65,7 @@ class FaultyRunner(DummyRunner):
     def overdue_s(self) -> float:
         return time.monotonic() - self.hangs_since if self.hangs_since else super().overdue_s()
 
-    def write_block(self, reservation: BlockReservation, index: int, payload: bytes, on_done: WriteDone) -> None:
+    def write_blocks(self, reservation: BlockReservation, blocks: list[tuple[int, bytes]], on_done: WriteDone) -> None:
         """Never done: the fault comes first."""
 
 
@@ -87,7 +87,7 @@ def test_all_requests_of_an_engine_that_fails_end_and_it_starts_again(fault: str
         await engine.start()
         known = set(engine.watch_blocks(lambda stored, evicted: known.update(stored) or known.difference_update(evicted)))  # type: ignore[func-returns-value]
         reservation = engine.reserve(a_request(tokens_of(9, seed=2), "late"))
-        reservation.write(0, bytes(96), written.append)
+        reservation.write([(0, bytes(96))], written.append)
         one, two, three = GenerationRecord(), GenerationRecord(), PrefillRecord()
         engine.generate(a_request(tokens_of(9), "one"), one)
         engine.generate(a_request(tokens_of(200, seed=1), "two"), two)
@@ -111,8 +111,8 @@ def test_all_requests_of_an_engine_that_fails_end_and_it_starts_again(fault: str
 class FailsAtItsEnd(PrefillRecord):
     """Takes all blocks, and raises when it is told that there are no more."""
 
-    def on_finish(self, num_cached_tokens: int) -> None:
-        super().on_finish(num_cached_tokens)
+    def on_prefilled(self, num_cached_tokens: int) -> None:
+        super().on_prefilled(num_cached_tokens)
         raise RuntimeError("the receiver is broken")
 
 

@@ -65,15 +65,15 @@ def test_anything_else_is_no_header_and_no_ticket(data: object) -> None:
 def test_the_window_is_never_exceeded_and_all_blocks_leave_once_in_order(sizes: list[int], window_bytes: int, rng: object) -> None:
     window = BlockWindow(window_bytes, 50, 4)
     for index, size in enumerate(sizes):
-        window.add(index, size, bytes(size))
+        window.add([(index, size, bytes(size))])
     sent: list[int] = []
     on_the_way: list[int] = []
     while not window.is_drained:
-        taken = window.take()
-        on_the_way += [len(payload) for _, payload in taken]
-        sent += [mark.index for mark, _ in taken]
-        assert len(taken) <= 1 or sum(len(payload) for _, payload in taken) <= 50
-        assert len(taken) <= 4 and (sum(on_the_way) <= window_bytes or len(on_the_way) == 1)
+        marks, payloads = window.take()
+        on_the_way += map(len, payloads)
+        sent += [mark.index for mark in marks]
+        assert len(payloads) <= 1 or sum(map(len, payloads)) <= 50
+        assert len(marks) == len(payloads) <= 4 and (sum(on_the_way) <= window_bytes or len(on_the_way) == 1)
         if on_the_way:
             window.acknowledged(on_the_way.pop(0))
     assert sent == list(range(len(sizes))) and window.num_bytes == sum(sizes)

@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Callable, Iterator
 
 from meshserve.engines.llama import LlamaEngine
-from meshserve.engines.protocol import EngineOptions, PrefillSink
+from meshserve.engines.protocol import EngineOptions, KVBlock, PrefillSink
 from meshserve.errors import MeshserveError
 
 Lie = Callable[[bytes, bytes], bytes]
@@ -38,12 +38,15 @@ class _LyingSink:
     def __init__(self, sink: PrefillSink, lie: Lie) -> None:
         self._sink, self._lie, self._previous = sink, lie, b""
 
-    def on_block(self, index: int, num_tokens: int, payload: bytes) -> None:
-        self._sink.on_block(index, num_tokens, self._lie(payload, self._previous) if index == 1 else payload)
-        self._previous = payload
+    def on_blocks(self, blocks: list[KVBlock]) -> None:
+        told = []
+        for index, num_tokens, payload in blocks:
+            told.append((index, num_tokens, self._lie(payload, self._previous) if index == 1 else payload))
+            self._previous = payload
+        self._sink.on_blocks(told)
 
-    def on_finish(self, num_cached_tokens: int) -> None:
-        self._sink.on_finish(num_cached_tokens)
+    def on_prefilled(self, num_cached_tokens: int) -> None:
+        self._sink.on_prefilled(num_cached_tokens)
 
-    def on_error(self, error: MeshserveError) -> None:
-        self._sink.on_error(error)
+    def on_prefill_failed(self, error: MeshserveError) -> None:
+        self._sink.on_prefill_failed(error)

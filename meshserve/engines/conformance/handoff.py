@@ -118,7 +118,7 @@ async def unfit_payloads_are_refused(subject: Subject) -> None:
 
 
 def _demand_refused(reservation: Reservation, index: int, payload: bytes) -> None:
-    error = refusal_of(lambda: reservation.write(index, payload, _nobody))
+    error = refusal_of(lambda: reservation.write([(index, payload)], _nobody))
     demand(isinstance(error, BlockRefused), f"{len(payload)} unfit bytes for block {index} are refused: {error!r}")
 
 
@@ -150,6 +150,26 @@ async def a_block_is_taken_once(subject: Subject) -> None:
         _demand_refused(reservation, 1, blocks[1][1])
         reservation.release()
         _demand_refused(reservation, 0, blocks[0][1])
+
+
+async def blocks_of_one_write_are_taken_together(subject: Subject) -> None:
+    """All of them or none: with an unfit one, or one that comes twice, all are missing as before."""
+    async with subject.trial() as source, subject.trial() as target:
+        target.demand_handoff()
+        prompt = subject.prompt(2 * target.block_size + 3)
+        blocks = [(index, payload) for index, (_, payload) in (await source.prefill(prompt[:-1]).end()).items()]
+        request = target.request(prompt)
+        reservation = target.engine.reserve(request)
+        missing = list(reservation.missing())
+        unfit = [*blocks[:-1], (blocks[-1][0], blocks[-1][1][:-1])]
+        for refused in (unfit, [*blocks, blocks[0]], [*blocks, (len(blocks), blocks[0][1])]):
+            error = refusal_of(lambda refused=refused: reservation.write(refused, _nobody))  # type: ignore[misc]
+            demand(isinstance(error, BlockRefused), f"a write with an unfit block is refused: {error!r}")
+            demand(list(reservation.missing()) == missing, "none of its blocks is taken")
+        demand(await target.write_all(reservation, blocks) is None, "fit blocks are taken after them")
+        demand(reservation.is_complete, "a reservation is complete once all blocks are written")
+        tokens = await target.generate(request, reservation).end()
+        demand(subject.promise < Promise.PATHS or tokens == await source.output(prompt), "refused payloads change nothing")
 
 
 async def a_generation_needs_all_blocks(subject: Subject) -> None:
@@ -193,7 +213,7 @@ async def _release_twice(source: Trial, target: Trial, prompt: "array[int]", num
     demand(target.engine.load().used_blocks > 0, "a reservation holds blocks")
     blocks = await source.prefill(prompt[:-1]).end()
     for index in list(reservation.missing())[:num_written]:
-        reservation.write(index, blocks[index][1], _nobody)  # it may be released before the block is in
+        reservation.write([(index, blocks[index][1])], _nobody)  # it may be released before the block is in
     for _ in range(2):
         reservation.release()
         demand(target.engine.load().used_blocks == 0, "a released reservation holds nothing")
@@ -238,6 +258,7 @@ HANDOFF_CHECKS = (
     unfit_payloads_are_refused,
     a_block_of_another_place_hurts_nobody,
     a_block_is_taken_once,
+    blocks_of_one_write_are_taken_together,
     a_generation_needs_all_blocks,
     a_release_gives_back_once,
     nobody_is_reserved_room_that_others_wait_for,

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 
-from meshserve.engines.protocol import GenerationStats
+from meshserve.engines.protocol import GenerationStats, KVBlock
 from meshserve.errors import MeshserveError
 from meshserve.wire.generation import GenerateRequest, TokenLogprobs
 
@@ -133,23 +133,33 @@ class Blocks(Recorder):
     def __init__(self, num_tokens: int, first_block: int, block_size: int, deadline_s: float, on_call: Callable[[], None] | None) -> None:
         super().__init__("", deadline_s, on_call)
         self.found: dict[int, tuple[int, bytes]] = {}
-        self.num_cached_tokens = 0
+        self.num_calls = self.num_cached_tokens = 0
         self._num_tokens, self._block_size, self._first = num_tokens, block_size, first_block
         self._next = first_block
 
-    def on_block(self, index: int, num_tokens: int, payload: bytes) -> None:
-        """The next one, with as many tokens as it has."""
-        self.found[index] = (num_tokens, payload)
-        expected = min(self._block_size, self._num_tokens - index * self._block_size)
-        is_kept = index == self._next and num_tokens == expected and isinstance(payload, bytes) and len(payload) > 0
-        self._next = index + 1
-        self._note(is_kept, f"blocks come once each, ascending, with all their tokens: {index} with {num_tokens} of {expected} tokens")
+    def on_blocks(self, blocks: list[KVBlock]) -> None:
+        """The next ones, with as many tokens as they have."""
+        self.num_calls += 1
+        for index, num_tokens, payload in blocks:
+            self.found[index] = (num_tokens, payload)
+            expected = min(self._block_size, self._num_tokens - index * self._block_size)
+            is_kept = index == self._next and num_tokens == expected and isinstance(payload, bytes) and len(payload) > 0
+            if not is_kept:
+                self._broken.append(
+                    f"blocks come once each, ascending, with all their tokens: {index} with {num_tokens} of {expected} tokens"
+                )
+            self._next = index + 1
+        self._note(blocks, "a call brings at least one block")
 
-    def on_finish(self, num_cached_tokens: int) -> None:
+    def on_prefilled(self, num_cached_tokens: int) -> None:
         """The end."""
         self.num_cached_tokens = num_cached_tokens
         end = max(self._first, -(-self._num_tokens // self._block_size))
         self._note(self._next == end, f"all blocks come before the end: {self._next} is the next of {end}", is_end=True)
+
+    def on_prefill_failed(self, error: MeshserveError) -> None:
+        """The end too."""
+        self.on_error(error)
 
     async def end(self) -> dict[int, tuple[int, bytes]]:
         """All blocks, as numbers of tokens and payloads. Raises the error that it ended with."""

@@ -131,8 +131,12 @@ class Trial:
 
     async def write(self, reservation: Reservation, index: int, payload: bytes) -> MeshserveError | None:
         """Write a block; returns what its `on_done` was told. Raises what `write` raises."""
+        return await self.write_all(reservation, [(index, payload)])
+
+    async def write_all(self, reservation: Reservation, blocks: Sequence[tuple[int, bytes]]) -> MeshserveError | None:
+        """The same for several at once."""
         told: asyncio.Future[MeshserveError | None] = asyncio.get_running_loop().create_future()
-        reservation.write(index, payload, told.set_result)  # a second call raises
+        reservation.write(blocks, told.set_result)  # a second call raises
         return await self._wait(told)
 
     async def hand_over(self, source: "Trial", request: GenerateRequest, *, is_backwards: bool = False) -> Reservation:

@@ -13,7 +13,7 @@ from meshserve.engines.core.request import END, EngineRequest, Generation, Prefi
 from meshserve.engines.core.reservation import BlockReservation
 from meshserve.engines.core.runner import ModelRunner, StepResult
 from meshserve.engines.core.scheduler import Outcome, Scheduler, Step
-from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, GenerationSink, PrefillSink, Reservation
+from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, GenerationSink, KVBlock, PrefillSink, Reservation
 from meshserve.errors import BlockRefused, EngineFailed, InvalidRequest, MeshserveError, PoolFull, Unsupported
 from meshserve.kv.hashes import block_hashes
 from meshserve.wire.card import KVLayout, ModelCard
@@ -100,7 +100,7 @@ class CoreEngine:
         if self._scheduler.is_waiting_for_room:
             raise PoolFull("others wait for room already")
         hashes, size = self._hashes(request), self.kv_layout.block_size
-        reservation = BlockReservation(request, hashes, self._pool, size, self.runner.write_block, self._release)
+        reservation = BlockReservation(request, hashes, self._pool, size, self.runner.write_blocks, self._release)
         self._reservations[reservation] = None
         try:
             self.runner.share_prefix(reservation)
@@ -121,7 +121,7 @@ class CoreEngine:
         if not isinstance(reservation, BlockReservation) or not reservation.is_open or reservation.tokens != request.tokens:
             raise BlockRefused("the reservation is not for this request, or has ended")
         if not reservation.is_complete:
-            raise BlockRefused(f"{len(reservation.unwritten)} blocks of the reservation were never written")
+            raise BlockRefused(f"{reservation.num_unwritten} blocks of the reservation were never written")
         generation.num_cached = reservation.num_cached_tokens
         self._add(generation, reservation.blocks)
         self.runner.take_over(reservation, generation)
@@ -234,7 +234,7 @@ class CoreEngine:
         for reservation in reservations:
             reservation.release()
         self._pool.evict_idle()
-        return [*(reservation.fail for reservation in reservations), *(request.sink.on_error for request in requests)]
+        return [*(reservation.fail for reservation in reservations), *(request.fail for request in requests)]
 
     def _fail(self, exc: Exception) -> None:
         """The model runner failed, raised, or brought a result that cannot be: what is computed and what is not is unknown. All requests
@@ -314,13 +314,16 @@ class CoreEngine:
             self._wake()
 
     def _give_out_prefills(self, outcome: Outcome[Any], result: StepResult) -> None:
-        for prefill, *block in result.blocks:
+        blocks_of: dict[Prefill, list[KVBlock]] = {}
+        for prefill, index, num_tokens, payload in result.blocks:
+            blocks_of.setdefault(prefill, []).append((index, num_tokens, payload))
+        for prefill, blocks in blocks_of.items():
             if prefill.is_live:  # else cancelled meanwhile, or its sink raised
-                self._tell(prefill, prefill.sink.on_block, *block)
+                self._tell(prefill, prefill.sink.on_blocks, blocks)
         for prefill in outcome.prefilled:
             if prefill.is_live:
                 self._end(prefill)
-                self._tell(prefill, prefill.sink.on_finish, prefill.num_cached or 0)
+                self._tell(prefill, prefill.sink.on_prefilled, prefill.num_cached or 0)
 
     def _give_out_tokens(self, outcome: Outcome[Any], result: StepResult, now: float) -> None:
         logprobs = result.logprobs
@@ -354,7 +357,7 @@ class CoreEngine:
         """A sink raised, or its sampler: its sequence ends, the others go on."""
         if request.is_live:
             self._end(request)
-            request.sink.on_error(EngineFailed(f"the output could not be given out: {exc}"))
+            request.fail(EngineFailed(f"the output could not be given out: {exc}"))
 
     def _report_blocks(self) -> None:
         """Tell the listener what changed since the last time, once a turn."""

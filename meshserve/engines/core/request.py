@@ -4,13 +4,12 @@ And what a request may ask of any engine: sampling parameters and lengths within
 """
 
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from meshserve.engines.core.scheduler import Sequence
 from meshserve.engines.protocol import GenerationSink, GenerationStats, PrefillSink
-from meshserve.errors import ContextLengthExceeded, InvalidRequest
+from meshserve.errors import ContextLengthExceeded, InvalidRequest, MeshserveError
 from meshserve.wire.generation import GenerateRequest, Sampling, TokenLogprobs
 
 END = -1
@@ -35,6 +34,10 @@ class EngineRequest(Sequence):
     """Until it ended or was cancelled: only then may its sink be called."""
     state: Any = None
     """The model runner's own, from the step that admits the request on."""
+
+    def fail(self, error: MeshserveError) -> None:
+        """Tell the sink that the sequence ended without all of its output."""
+        raise NotImplementedError
 
 
 class Generation(EngineRequest):
@@ -61,6 +64,10 @@ class Generation(EngineRequest):
         """Of the next token in the whole output, while the step that produces it runs."""
         return self.first_position + self.num_generated
 
+    def fail(self, error: MeshserveError) -> None:
+        """Tell the sink."""
+        self.sink.on_error(error)
+
     def stats(self, now: float) -> GenerationStats:
         """What was measured, if the last token came at `now`."""
         assert self.started_at is not None and self.first_token_at is not None, "it has produced tokens"
@@ -78,17 +85,23 @@ class Prefill(EngineRequest):
         super().__init__(len(tokens), hashes, 0, request_id=request_id, tokens=tokens, sink=sink)
         self.next_block = first_block
 
-    def completed_blocks(self, num_computed: int, block_size: int) -> Iterator[tuple[int, int]]:
-        """Takes the blocks to be given out once so many tokens are computed, as (index, number of tokens), a partial last one among them.
+    def fail(self, error: MeshserveError) -> None:
+        """Tell the sink."""
+        self.sink.on_prefill_failed(error)
 
-        Each is yielded once: the model runner reads it then, and the step's result brings it.
+    def completed_blocks(self, num_computed: int, block_size: int) -> list[tuple[int, int]]:
+        """The blocks to be given out once `num_computed` tokens are computed, as (index, number of tokens), a partial last one among them.
+
+        Each is returned once: the model runner reads it then, and the step's result brings it.
         """
+        blocks = []
         while (start := self.next_block * block_size) < num_computed:
             num_tokens = min(block_size, self.num_tokens - start)
             if start + num_tokens > num_computed:
                 break
+            blocks.append((self.next_block, num_tokens))
             self.next_block += 1
-            yield self.next_block - 1, num_tokens
+        return blocks
 
 
 def check_request(request: GenerateRequest, vocab_size: int, context_length: int) -> None:

@@ -77,9 +77,15 @@ class ModelRunner(Protocol):
     def share_prefix(self, reservation: BlockReservation) -> None:
         """A reservation was made: its first blocks are cached ones, the others will be written. Raises PoolFull without room for it."""
 
-    def write_block(self, reservation: BlockReservation, index: int, payload: bytes, on_done: WriteDone) -> None:
-        """Take in block `index` of a reservation. Raises BlockRefused, before anything is changed, for a payload that is not what this
-        layout, index and number of tokens demand; what the library says of it comes with `on_done`, perhaps within this call."""
+    def write_blocks(
+        self, reservation: BlockReservation, blocks: list[tuple[int, bytes]], on_done: WriteDone
+    ) -> None:
+        """Take in blocks of a reservation, given as index and payload: all or none.
+
+        Raises BlockRefused, before anything is changed, if a payload is not what the layout, its index
+        and its number of tokens demand. What the library says of the blocks comes with `on_done`, perhaps
+        within this call.
+        """
 
     def overdue_s(self) -> float:
         """How long the next sign of progress is overdue by the runner's own expectation; 0 without work. A step that is overdue by

@@ -15,7 +15,7 @@ and words that do not fit come up only where a bias or a penalty says so.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
 from math import exp, inf, log
@@ -47,27 +47,44 @@ class KVContents:
         self.digests: dict[int, int] = {}
         """Of whole blocks, each with all that stands before it."""
 
-    def read(self, block: int, num_tokens: int) -> bytes:
-        """The block's first `num_tokens` rows."""
-        return self._rows(self.seeds_of(block, num_tokens))
+    def read(self, blocks: Iterable[tuple[int, int]]) -> list[bytes]:
+        """The first rows of each of these blocks, given as block and number of rows; rows that nobody wrote are zeros."""
+        repeats, size, payloads = self.repeats, self.kv_bytes_per_token, []
+        for block, num_rows in blocks:
+            held, rows = self.seeds.get(block, b""), []
+            if isinstance(held, list):
+                for seed in held[:num_rows]:
+                    rows.append((seed * repeats)[:size])
+            else:
+                for start in range(0, min(len(held), num_rows * _SEED_BYTES), _SEED_BYTES):
+                    rows.append((held[start : start + _SEED_BYTES] * repeats)[:size])
+            payloads.append(b"".join(rows).ljust(num_rows * size, b"\0"))
+        return payloads
 
-    def write(self, block: int, payload: bytes) -> None:
-        """Take in rows that were computed elsewhere. They are visible once :meth:`digest` was called."""
-        self.digests.pop(block, None)
-        size = self.kv_bytes_per_token
-        seed_bytes, starts = min(size, _SEED_BYTES), range(0, len(payload), size)
-        seeds = [payload[start : start + seed_bytes] for start in starts]
-        if self._rows(seeds) != payload:
-            seeds = [payload[start : start + size] for start in starts]
-        self.seeds[block] = _joined(seeds)
+    def write(self, blocks: Iterable[tuple[int, bytes]]) -> None:
+        """Take in rows that were computed elsewhere, given as block and payload. They are visible once :meth:`digest` was called."""
+        repeats, size = self.repeats, self.kv_bytes_per_token
+        for block, payload in blocks:
+            self.digests.pop(block, None)
+            seeds = []
+            for start in range(0, len(payload), size):
+                row = payload[start : start + size]
+                seed = row[:_SEED_BYTES]
+                seeds.append(seed if (seed * repeats)[:size] == row else row)
+            joined = b"".join(seeds)
+            self.seeds[block] = joined if len(joined) == len(seeds) * _SEED_BYTES else seeds
 
-    def digest(self, blocks: list[int], index: int, rows: bytes | None = None) -> None:
-        """Digest block `index` of a sequence's blocks, which is full, from what it holds and from the digest before it.
+    def digest(self, blocks: list[int], first: int, end: int, written: Mapping[int, bytes]) -> None:
+        """Digest blocks `first` to `end` - 1 of a sequence's blocks, which are full, each from what it holds and the digest before it.
 
-        `rows` is what it holds, from one who wrote it just now.
+        `written` has the rows of those that were written just now, by index.
         """
-        held = self.read(blocks[index], self.block_size) if rows is None else rows
-        self.digests[blocks[index]] = xxhash.xxh3_64_intdigest(held, self.parent(blocks, index))
+        parent = self.parent(blocks, first)
+        for index in range(first, end):
+            rows = written.get(index)
+            if rows is None:
+                rows = self.read([(blocks[index], self.block_size)])[0]
+            parent = self.digests[blocks[index]] = xxhash.xxh3_64_intdigest(rows, parent)
 
     def parent(self, blocks: list[int], index: int) -> int:
         """The digest of all that stands before block `index` of a sequence's blocks."""
@@ -78,7 +95,7 @@ class KVContents:
         size, row_bytes = self.block_size, self.kv_bytes_per_token
         for first in range(start - start % size, end, size):
             context = self.parent(blocks, first // size)
-            rows = self.read(blocks[first // size], size)
+            rows = self.read([(blocks[first // size], size)])[0]
             hasher = xxhash.xxh3_64(seed=context)
             for index in range(min(size, end - first)):
                 if first + index >= start:
@@ -92,17 +109,6 @@ class KVContents:
         if isinstance(found, bytes):
             found = [found[start : start + _SEED_BYTES] for start in range(0, min(len(found), num_rows * _SEED_BYTES), _SEED_BYTES)]
         return found[:num_rows] + [bytes(_SEED_BYTES)] * (num_rows - len(found))
-
-    def _rows(self, seeds: list[bytes]) -> bytes:
-        rows, size = [seed * self.repeats for seed in seeds], self.kv_bytes_per_token
-        joined = b"".join(rows)
-        return joined if len(joined) == len(rows) * size else b"".join([row[:size] for row in rows])
-
-
-def _joined(seeds: list[bytes]) -> bytes | list[bytes]:
-    """In one piece, unless a row among them is its own seed."""
-    joined = b"".join(seeds)
-    return joined if len(joined) == len(seeds) * _SEED_BYTES else seeds
 
 
 class Cursor:
@@ -140,7 +146,7 @@ class Cursor:
             self._resume(blocks[index], num_rows)
 
     def _resume(self, block: int, num_rows: int) -> None:
-        self._hasher = xxhash.xxh3_64(self._contents.read(block, num_rows), seed=self.context)
+        self._hasher = xxhash.xxh3_64(self._contents.read([(block, num_rows)])[0], seed=self.context)
         self.context = self._hasher.intdigest()
         self._seeds = self._contents.seeds[block] = self._contents.seeds_of(block, num_rows)
         self._block_end = self.num_tokens - num_rows + self._block_size
@@ -186,7 +192,9 @@ class Cursor:
 
     def _complete_block(self) -> None:
         contents, block = self._contents, self._blocks[self.num_tokens // self._block_size - 1]
-        contents.seeds[block], contents.digests[block] = _joined(self._seeds), self.context
+        joined = b"".join(self._seeds)  # in one piece, unless a row among them is its own seed
+        contents.seeds[block] = joined if len(joined) == self._block_size * _SEED_BYTES else self._seeds
+        contents.digests[block] = self.context
         self._hasher = None
 
 

@@ -169,8 +169,10 @@ class DummyRunner:
         if end > cursor.num_tokens:
             cursor.extend(request.tokens[cursor.num_tokens : end])
         if isinstance(request, Prefill):
-            for index, num_tokens in request.completed_blocks(end, self._contents.block_size):
-                self._result.blocks.append((request, index, num_tokens, self._contents.read(request.blocks[index], num_tokens)))
+            completed = request.completed_blocks(end, self._contents.block_size)
+            payloads = self._contents.read([(request.blocks[index], count) for index, count in completed])
+            for (index, num_tokens), payload in zip(completed, payloads, strict=True):
+                self._result.blocks.append((request, index, num_tokens, payload))
         elif isinstance(request, Generation) and request.prompt_logprobs is not None:
             self._rate(request, request.prompt_logprobs, min(end, request.num_tokens))
 
@@ -222,21 +224,27 @@ class DummyRunner:
     def take_over(self, reservation: BlockReservation, generation: Generation) -> None:
         """Blocks go over by their numbers."""
 
-    def write_block(self, reservation: BlockReservation, index: int, payload: bytes, on_done: WriteDone) -> None:
+    def write_blocks(
+        self, reservation: BlockReservation, blocks: list[tuple[int, bytes]], on_done: WriteDone
+    ) -> None:
         """Taken in within the call. Raises BlockRefused for a wrong length."""
-        expected_bytes = reservation.tokens_in(index) * self._contents.kv_bytes_per_token
-        if len(payload) != expected_bytes:
-            raise BlockRefused(f"block {index} has {len(payload)} bytes instead of {expected_bytes}")
-        self._contents.write(reservation.blocks[index], payload)
-        self._digest_what_is_complete(reservation, index, payload)
+        size, row_bytes = self._contents.block_size, self._contents.kv_bytes_per_token
+        for index, payload in blocks:
+            expected_bytes = min(size, reservation.num_tokens - index * size) * row_bytes
+            if len(payload) != expected_bytes:
+                raise BlockRefused(f"block {index} has {len(payload)} bytes instead of {expected_bytes}")
+        self._contents.write([(reservation.blocks[index], payload) for index, payload in blocks])
+        self._digest_what_is_complete(reservation, dict(blocks))
         on_done(None)
 
-    def _digest_what_is_complete(self, reservation: BlockReservation, written: int, rows: bytes) -> None:
+    def _digest_what_is_complete(self, reservation: BlockReservation, written: dict[int, bytes]) -> None:
         """A digest needs that of the block before: what came ahead of its turn waits. A partial last block is digested by its reader."""
-        num_full, missing = reservation.num_tokens // self._contents.block_size, {*reservation.missing()}
-        while reservation.state < num_full and reservation.state not in missing:
-            self._contents.digest(reservation.blocks, reservation.state, rows if reservation.state == written else None)
-            reservation.state += 1
+        first, num_full = reservation.state, reservation.num_tokens // self._contents.block_size
+        missing = reservation.missing()
+        end = min(missing[0], num_full) if missing else num_full
+        if end > first:
+            self._contents.digest(reservation.blocks, first, end, written)
+            reservation.state = end
 
 
 class DummyEngine(CoreEngine):

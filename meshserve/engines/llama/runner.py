@@ -229,28 +229,51 @@ class LlamaRunner:
             operations = self._slots.take_operations()
             self._thread.submit(lambda context: context.operate(operations), lambda done: None)
 
-    def write_block(self, reservation: BlockReservation, index: int, payload: bytes, on_done: WriteDone) -> None:
-        """Check a block now, and have the engine's thread import it. Raises BlockRefused before llama.cpp sees anything of it."""
+    def write_blocks(
+        self, reservation: BlockReservation, blocks: list[tuple[int, bytes]], on_done: WriteDone
+    ) -> None:
+        """Check blocks now, and have the engine's thread import them. Raises BlockRefused before llama.cpp sees anything of them."""
         if self._thread is None or self._block_format is None:
             raise BlockRefused("this engine takes no blocks")
         pieces = self._pieces.get(reservation)
-        if pieces is None:
-            first, num_tokens = index * self._options.block_size, reservation.tokens_in(index)
-            self._block_format.check(payload, first, num_tokens)
-        elif pieces.add(index, payload):
-            first, num_tokens = 0, reservation.num_tokens
-        else:
-            on_done(None)
+        if pieces is not None:
+            if pieces.add(blocks):
+                whole = pieces
+                self._import(reservation, [(0, reservation.num_tokens)], lambda: [whole.joined()], on_done)
+            else:
+                on_done(None)
             return
+        ranges = [(index * self._options.block_size, reservation.tokens_in(index)) for index, _ in blocks]
+        payloads = [payload for _, payload in blocks]
+        for payload, (first, num_tokens) in zip(payloads, ranges, strict=True):
+            self._block_format.check(payload, first, num_tokens)
+        self._import(reservation, ranges, lambda: payloads, on_done)
+
+    def _import(
+        self,
+        reservation: BlockReservation,
+        ranges: list[tuple[int, int]],
+        read: Callable[[], list[bytes]],
+        on_done: WriteDone,
+    ) -> None:
+        """Have the engine's thread write payloads to these places, given as first position and number of tokens."""
+        assert self._thread is not None, "blocks are checked first"
         slot: Slot = reservation.state
         operations, sequence = self._slots.take_operations(), slot.number
-        slot.num_written = first + num_tokens if slot.num_written == first else None
+        for first, num_tokens in ranges:
+            slot.num_written = first + num_tokens if slot.num_written == first else None
 
         def write(context: LlamaContext) -> MeshserveError | None:
             context.operate(operations)
+            written: list[tuple[int, int]] = []
             try:
-                context.import_block(sequence, first, num_tokens, payload if pieces is None else pieces.joined())
+                for (first, num_tokens), payload in zip(ranges, read(), strict=True):
+                    context.import_block(sequence, first, num_tokens, payload)
+                    written.append((first, num_tokens))
             except MeshserveError as error:
+                # all or none: what is written again must not have its cells twice
+                for first, num_tokens in written:
+                    context.remove(sequence, first, first + num_tokens)
                 return error if isinstance(error, BlockRefused) else BlockRefused(error.message)
             return None
 

@@ -5,7 +5,7 @@ given out with the step that computes that token, and in pieces, because a messa
 """
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import xxhash
 
@@ -35,11 +35,15 @@ class StatePieces:
         self._lengths = [_HEAD.size + end - begin for begin, end in _bounds(size_bytes, num_pieces)]
         self._pieces: dict[int, bytes] = {}
 
-    def add(self, index: int, piece: bytes) -> bool:
-        """Keep a piece, in any order, or one again; returns whether all are here. Raises BlockRefused for bytes that are not this piece."""
-        if len(piece) != self._lengths[index] or _HEAD.unpack_from(piece)[0] != index:
-            raise BlockRefused(f"it is not piece {index} of a state in {len(self._lengths)} pieces")
-        self._pieces[index] = piece
+    def add(self, pieces: Sequence[tuple[int, bytes]]) -> bool:
+        """Keep pieces, given as index and bytes, in any order, or some again; returns whether all are here.
+
+        Raises BlockRefused, and keeps none, if one has bytes that are not this piece.
+        """
+        for index, piece in pieces:
+            if len(piece) != self._lengths[index] or _HEAD.unpack_from(piece)[0] != index:
+                raise BlockRefused(f"it is not piece {index} of a state in {len(self._lengths)} pieces")
+        self._pieces.update(pieces)
         return len(self._pieces) == len(self._lengths)
 
     def joined(self) -> bytes:
