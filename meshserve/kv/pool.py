@@ -129,16 +129,22 @@ class BlockPool:
             self._free.append(block)
         return True
 
-    def register(self, block: int, block_hash: int) -> bool:
-        """Make a full, held block known under its hash. The first one wins: False if another block, or this one, has a name already."""
-        assert block in self._holders, "only a held block can be registered"
-        if block_hash in self._block_of or block in self._hash_of:
-            return False
-        self._block_of[block_hash] = block
-        self._hash_of[block] = block_hash
-        if self._is_recording and self._evicted.pop(block_hash, 0) == 0:
-            self._stored[block_hash] = None
-        return True
+    def register(self, blocks: Sequence[int], hashes: Sequence[int]) -> int:
+        """Make full, held blocks known under their hashes; returns how many became known.
+
+        The first one wins: a block that has a hash already, or whose hash is another block's, is passed over.
+        """
+        block_of, hash_of, num_registered = self._block_of, self._hash_of, 0
+        for block, block_hash in zip(blocks, hashes, strict=True):
+            assert block in self._holders, "only a held block can be registered"
+            if block_hash in block_of or block in hash_of:
+                continue
+            block_of[block_hash] = block
+            hash_of[block] = block_hash
+            num_registered += 1
+            if self._is_recording and self._evicted.pop(block_hash, 0) == 0:
+                self._stored[block_hash] = None
+        return num_registered
 
     def evict_idle(self) -> None:
         """Forget all blocks that nobody holds: their contents are lost."""

@@ -26,7 +26,7 @@ class Owner:
 
     def compute(self, pool: BlockPool) -> None:
         for block, block_hash in zip(self.blocks, self.hashes, strict=False):
-            pool.register(block, block_hash)
+            pool.register([block], [block_hash])
 
     def end(self, pool: BlockPool) -> None:
         blocks, self.blocks = self.blocks, []

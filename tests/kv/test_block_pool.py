@@ -12,7 +12,7 @@ from meshserve.kv.pool import BlockPool
 def idle_chain(pool: BlockPool, hashes: list[int]) -> list[int]:
     blocks = pool.allocate(len(hashes))
     for block, block_hash in zip(blocks, hashes, strict=True):
-        pool.register(block, block_hash)
+        pool.register([block], [block_hash])
     pool.release(blocks)
     return blocks
 
@@ -34,8 +34,8 @@ def test_lookup_stops_at_the_first_hash_that_is_not_there() -> None:
 def test_the_first_block_registered_under_a_hash_keeps_it() -> None:
     pool = BlockPool(4)
     one, other = pool.allocate(2)
-    assert pool.register(one, 7)
-    assert not pool.register(other, 7)
+    assert pool.register([one], [7])
+    assert not pool.register([other], [7])
     pool.release([one, other])
     assert pool.lookup([7]) == [one]
     assert pool.num_idle == 1
@@ -107,7 +107,7 @@ class PoolWalk(RuleBasedStateMachine):
     def register(self, data: st.DataObject, block_hash: int) -> None:
         block = data.draw(st.sampled_from([block for blocks in self.held for block in blocks]))
         was_known = bool(self.pool.lookup([block_hash]))
-        if self.pool.register(block, block_hash):
+        if self.pool.register([block], [block_hash]):
             assert not was_known
             assert self.pool.lookup([block_hash]) == [block]
 

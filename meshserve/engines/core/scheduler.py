@@ -318,5 +318,6 @@ class Scheduler(Generic[S]):
 
     def _register(self, sequence: S, first_block: int) -> None:
         """Offer the full prompt blocks from this one on to the prefix cache."""
-        for index in range(first_block, min(sequence.num_computed // self.block_size, len(sequence.hashes))):
-            self.pool.register(sequence.blocks[index], sequence.hashes[index])
+        end = min(sequence.num_computed // self.block_size, len(sequence.hashes))
+        if end > first_block:
+            self.pool.register(sequence.blocks[first_block:end], sequence.hashes[first_block:end])
