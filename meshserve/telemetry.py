@@ -1,4 +1,4 @@
-"""What every floor may report to: counts, durations, stopwatches, an event log. It knows nobody, and costs next to nothing."""
+"""What every floor may report to: counters, gauges, histograms, phases of a request, an event log. Costs next to nothing."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 
 
 def log_event(logger: logging.Logger, event: str, text: str, **fields: Any) -> None:
-    """One line at level info on something worth a person's time; with `--log-json`, `event` and the fields stand beside the text."""
+    """Logs one line at level info; with `--log-json`, `event` and the fields stand beside the text."""
     logger.info("%s", text, extra={"event": event, "fields": fields})
 
 
@@ -30,7 +30,7 @@ class Counters:
         self._derived: dict[str, Callable[[], int]] = {}
 
     def derive(self, name: str, count: Callable[[], int]) -> None:
-        """Whoever counts `name` anyway is asked for it when somebody looks: counting costs nothing then."""
+        """Registers a counter whose value is computed when it is read: counting costs nothing then."""
         self._derived[name] = count
 
     def add(self, name: str, amount: int = 1) -> None:
@@ -38,23 +38,23 @@ class Counters:
         self._values[name] += amount
 
     def snapshot(self) -> Mapping[str, int]:
-        """All counts that were ever added to, and those derived."""
+        """All counters that were ever added to, and the derived ones."""
         return {**self._values, **{name: count() for name, count in self._derived.items()}}
 
 
 class Gauges:
-    """What is held at this moment, by name: whoever holds it is asked when somebody looks, and pays nothing otherwise."""
+    """Named gauges of what a peer holds at this moment. Each is computed when it is read, and costs nothing otherwise."""
 
     def __init__(self) -> None:
-        self._levels: dict[str, Callable[[], int]] = {}
+        self._derived: dict[str, Callable[[], int]] = {}
 
     def derive(self, name: str, level: Callable[[], int]) -> None:
         """So many of `name`, e.g. `connections`, are held now."""
-        self._levels[name] = level
+        self._derived[name] = level
 
     def snapshot(self) -> dict[str, int]:
-        """All levels."""
-        return {name: level() for name, level in self._levels.items()}
+        """All gauges."""
+        return {name: level() for name, level in self._derived.items()}
 
 
 class Histogram:
@@ -191,7 +191,7 @@ def added_up(snapshots: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class Listener(Protocol):
-    """Who is told of an event log's events as they happen. It must not block."""
+    """Receives the events of an event log as they happen. It must not block."""
 
     def heard(self, event: str, request_id: str, details: dict[str, Any]) -> None:
         """One event of a request."""
@@ -201,11 +201,11 @@ class Listener(Protocol):
 
 
 class EventLog:
-    """What happened to each request on this peer: for tests, for people who look for a fault, and for those who watch the mesh.
+    """What happened to each request on this peer: for tests, for people who look for a fault, and for the event feed.
 
-    It has two consumers, a file and a listener; with neither it is off and keeps nothing: callers ask `is_on` before they make up an
-    event. In the file an event is one line of JSON, and is there when `note` returns, so that a killed process takes none with it.
-    Times are of the host's monotonic clock, which all its processes share.
+    The log has two consumers, a file and a listener. Without either it is off and keeps nothing: callers ask `is_on` before they make
+    an event. In the file an event is one line of JSON, and is there when `note` returns, so that a killed process loses none. Times are
+    of the host's monotonic clock, which all its processes share.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -219,13 +219,13 @@ class EventLog:
         self._peer = peer
 
     def listen(self, listener: Listener | None) -> None:
-        """Tell this one of every event from now on; None: nobody any more."""
+        """Every event from now on goes to this listener; None: to nobody."""
         self._listener = listener
         self.is_on = listener is not None or self._descriptor >= 0
 
     def follows(self, request_id: str) -> bool:
-        """Whether anybody wants the steps of this request too. Asked once its beginning was noted; most requests under load are not
-        followed, and need not pay for it."""
+        """Whether the steps of this request are wanted. To be asked after its beginning was noted: under load most requests are not
+        followed, and need not make events of their steps."""
         return self.is_on and (self._descriptor >= 0 or (self._listener is not None and self._listener.follows(request_id)))
 
     def note(self, event: str, request_id: str, **details: Any) -> None:

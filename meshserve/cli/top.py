@@ -271,7 +271,7 @@ def details(activity: Activity) -> list[str]:
     peer = activity.peer
     lines = [
         f"{peer['name']}  {','.join(peer['roles'])}  {peer['state']} since {duration(peer['since_s'])}",
-        f"incarnation {peer['incarnation']}  version {peer['version']}  model {peer['model'] or '-'}",
+        f"instance id {peer['incarnation']}  version {peer['version']}  model {peer['model'] or '-'}",
         f"address {peer['address']}  advertised {', '.join(peer['addresses'])}  {peer['http'] or ''}".rstrip(),
         f"other peers that it reaches: {peer['num_reached']}  round trip {_milliseconds(peer['rtt_ms'])} ms",
         "",

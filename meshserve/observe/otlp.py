@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from meshserve import __version__
@@ -172,7 +173,7 @@ def receipt_spans(receipt: Receipt, ended_ns: int, own: TraceContext, parent_id:
 
 
 def _phases(receipt: Receipt, began_ns: int, own: TraceContext, ids: Iterator[str]) -> Iterator[Span]:
-    phases_ms, peers = partition(receipt.phases_ms.to_dict(), receipt.total_ms), receipt.peers
+    phases_ms, peers = partition(asdict(receipt.phases_ms), receipt.total_ms), receipt.peers
     for phase, role in _PHASES:
         took_ns = int(phases_ms[phase] * _NS_PER_MS)
         if took_ns:

@@ -1,12 +1,12 @@
 """The receipt of a request: who served it, why, and where the time went. Pure.
 
-Phases partition the critical path. Each is measured on one peer's monotonic clock, `network` by subtracting what the callee
-measured from what its caller did, so no clocks need to agree; `other` is what is left. What was waited for and came to nothing (an
-attempt at a worker that was lost, or was full) is `queue`: waiting for the work that counts.
+Phases partition the critical path. Each is measured on one peer's monotonic clock, so no clocks need to agree: `network` is what the
+caller measured less what the callee did, and `other` is what is left. The time of an attempt that came to nothing, at a worker that was
+lost or full, is `queue`: the request waited for the attempt that counts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from meshserve.errors import MeshserveError
@@ -33,16 +33,13 @@ class PhaseTimes:
     decode: float = 0.0
     network: float = 0.0
 
-    def to_dict(self) -> dict[str, float]:
-        """By phase."""
-        return {phase: getattr(self, phase) for phase in PHASES[:-1]}
-
 
 @dataclass(slots=True)
 class Receipt:
-    """Filled by the processor as the request goes along, by what the peers on its path return.
+    """The processor fills in the receipt as the request goes along, from what the peers on the path return.
 
-    A thousand are kept, and each lies cold when it is let go: so it is of few objects, and what is empty is shared.
+    A processor keeps a thousand. To free one that is no longer in the CPU's caches takes a cache miss for each object: so a receipt is
+    of few objects, and what is empty is shared.
     """
 
     request_id: str
@@ -55,7 +52,7 @@ class Receipt:
     prefill: str | None = None
     """Names of the peers that served it; the frontend adds its own."""
     candidates: Sequence[Candidate] = ()
-    """Worded when somebody wants to see them."""
+    """As the router sent them; rendered when the receipt is shown."""
     prefill_candidates: Sequence[Candidate] = ()
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
@@ -101,15 +98,15 @@ class Receipt:
             "error": self.error,
             "traceparent": self.traceparent,
             "total_ms": round(self.total_ms, 3),
-            "phases_ms": partition(self.phases_ms.to_dict(), self.total_ms),
+            "phases_ms": partition(asdict(self.phases_ms), self.total_ms),
         }
         return {**found, "choices": list(self.choices)} if self.choices else found
 
 
 def partition(phases_ms: Mapping[str, float], total_ms: float) -> dict[str, float]:
-    """All phases, in whole microseconds: none is negative, and together they are `total_ms` rounded to one.
+    """All phases, in whole microseconds: none is negative, and their sum is `total_ms` rounded to a microsecond.
 
-    What is not measured is `other`. Should others' clocks have run faster than ours, the last phases are cut.
+    What is not measured is `other`. If the clocks of other peers ran faster than ours, the last phases are cut.
     """
     left_us = max(0, round(milliseconds(total_ms) * 1000))
     found = {}
@@ -121,7 +118,7 @@ def partition(phases_ms: Mapping[str, float], total_ms: float) -> dict[str, floa
 
 
 def after_first_token(first_ms: PhaseTimes, waited_ms: float, own_ms: PhaseTimes) -> PhaseTimes:
-    """The phases of a later answer to a prompt, which waited so long for the first token of the first answer: that one's, then its own."""
+    """The phases of a later answer to a prompt: those of the first answer for as long as this one waited for it, then its own."""
     found, left_ms = replace(own_ms), waited_ms
     for phase in _BEFORE_FIRST_TOKEN:
         taken_ms = min(left_ms, getattr(first_ms, phase))
@@ -153,21 +150,21 @@ def _choices(receipts: Sequence[Receipt]) -> Iterable[dict[str, Any]]:
 
 @dataclass(slots=True)
 class Front:
-    """A frontend's part of a request, on its own clock. What was not reached has the time of what came after it."""
+    """A frontend's part of a request, on the frontend's monotonic clock. A step that was not reached has the time of the next one."""
 
     request_id: str
     client_id: str
     began_s: float
     asked_s: float = 0.0
-    """It asked for its place in the mesh."""
+    """The request asked for an admission slot."""
     passed_s: float = 0.0
-    """It was passed on to the processor."""
+    """The request was passed on to a processor."""
     answered_s: float = 0.0
-    """Nothing more came from there."""
+    """The last item came from the processor."""
     ended_s: float = 0.0
-    """All that was left was to write the end of the response, or nobody waited for it any more."""
+    """Only the end of the response was left to write, or the client had left."""
     processor: str = ""
-    """Incarnation; empty if it got to none."""
+    """Incarnation; empty if the request got to no processor."""
     model: str = ""
     traceparent: str = ""
     """As the client sent it."""
@@ -177,7 +174,7 @@ class Front:
     error: str = ""
 
     def failed(self, error: MeshserveError) -> None:
-        """It ended in this."""
+        """The request ended in this error."""
         self.outcome, self.error = error.code, error.message
 
     def to_wire(self, name: str) -> dict[str, Any]:
@@ -201,7 +198,7 @@ class Front:
 
 
 def with_front(receipt: dict[str, Any], front: Mapping[str, Any]) -> dict[str, Any]:
-    """The receipt as clients see it: its total is now what the frontend measured, which adds `http`, its queue and a hop of `network`."""
+    """The receipt as clients see it. The total is what the frontend measured, which adds `http`, the frontend's queue and a hop."""
     phases = dict(receipt["phases_ms"])
     total_ms = milliseconds(front.get("total_ms"))
     phases["http"] = milliseconds(front.get("http_ms"))

@@ -90,7 +90,7 @@ def test_top_sorts_selects_and_shows_everything_of_a_peer(mesh: dict[str, Proces
         shown.wait_for("BATCH")
         shown.press("Left", "Left", "Left", "r", "Down")
         shown.press("Enter")
-        details = "\n".join(shown.wait_for("incarnation"))
+        details = "\n".join(shown.wait_for("instance id"))
         assert "front  frontend,processor,router  alive since" in details and "esc back" in details
         shown.press("Escape")
         shown.wait_for("↑PEER")

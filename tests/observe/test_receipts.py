@@ -1,6 +1,7 @@
 """Receipts as arithmetic: phases partition the time whatever peers say, and what is kept, drawn and exported of them."""
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_a_frontends_part_adds_up_wherever_its_request_ended(gaps_s: list[float]
 
 @given(phases, phases, times)
 def test_a_later_answers_wait_is_what_the_first_one_did_then(first: dict[str, float], own: dict[str, float], waited_ms: float) -> None:
-    found = after_first_token(PhaseTimes(**first), waited_ms, PhaseTimes(**own)).to_dict()
+    found = asdict(after_first_token(PhaseTimes(**first), waited_ms, PhaseTimes(**own)))
     assert sum(found.values()) == pytest.approx(sum(own.values()) + waited_ms)
     assert all(found[phase] >= value for phase, value in own.items())
 

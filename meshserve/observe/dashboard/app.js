@@ -1,4 +1,4 @@
-// The page put together: what is known (store) and what shows it.
+// Puts the page together: the store, and the parts that show what is in it.
 
 import { Charts } from "./charts.js";
 import { Detail } from "./detail.js";
@@ -10,7 +10,7 @@ import { Store } from "./store.js";
 import { Topology } from "./topology.js";
 
 const MAX_LOG = 30;
-const WORDS = { alive: "is back", suspect: "fell silent: no new work until it speaks", draining: "takes no new work: it is leaving", dead: "died", left: "left" };
+const WORDS = { alive: "is back", suspect: "is silent: it gets no new work until it answers", draining: "is draining: it takes no new work", dead: "died", left: "left" };
 
 const store = new Store();
 const detail = new Detail(store);
@@ -79,7 +79,7 @@ function setTheme(theme) {
   try {
     localStorage.setItem("meshserve-theme", theme);
   } catch {
-    // a browser that keeps nothing shows its own choice next time
+    // without storage the browser's own preference decides next time
   }
   player.readColours();
   charts.draw();
@@ -89,7 +89,7 @@ try {
   const kept = localStorage.getItem("meshserve-theme");
   if (kept === "light" || kept === "dark") setTheme(kept);
 } catch {
-  // as above
+  // no storage
 }
 
 document.documentElement.dataset.ready = "";

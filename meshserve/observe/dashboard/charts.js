@@ -82,7 +82,7 @@ export class Charts {
     context.lineJoin = "round";
     let began = null;
     const close = (lastX, lastY) => {
-      if (lastX - began < 1) context.arc(lastX, lastY, 1.5, 0, 2 * Math.PI); // a second alone, between such as nothing was measured in
+      if (lastX - began < 1) context.arc(lastX, lastY, 1.5, 0, 2 * Math.PI); // a lone second, between seconds without a measurement
       context.stroke();
       context.globalAlpha = 0.12;
       context.lineTo(lastX, height - 1);

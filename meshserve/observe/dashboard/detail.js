@@ -35,7 +35,7 @@ export class Detail {
     if (this.dialog.open && this.shownStory === story) this.renderStory(story);
   }
 
-  // A request that is looked at while it runs goes on before one's eyes.
+  // While a running request is shown, each of its events shows it anew.
   follow(story) {
     if (story !== this.shownStory || !this.dialog.open || this.isDue) return;
     this.isDue = true;
@@ -55,7 +55,7 @@ export class Detail {
       this.open(`Request ${story.number}`, ...parts.filter(Boolean));
       return;
     }
-    const words = [story.promptTokens === null ? null : plural(story.promptTokens, "prompt token"), plural(story.tokens, "token"), story.outcome ?? "under way", story.totalMs ? duration(story.totalMs) : null];
+    const words = [story.promptTokens === null ? null : plural(story.promptTokens, "prompt token"), plural(story.tokens, "token"), story.outcome ?? "running", story.totalMs ? duration(story.totalMs) : null];
     const candidates = story.candidates.length ? [candidatesTable(story.candidates, `Candidates (policy ${story.policy})`)] : [];
     this.open(`Request ${story.number}`, el("p", { className: "muted" }, words.filter(Boolean).join(" · ")), nameOf(story.id), seen(story, this.store), ...candidates);
   }
@@ -70,12 +70,12 @@ export class Detail {
     if (!peer) return;
     const load = this.store.loads.get(peer.id);
     const rtt = this.store.roundTrips[peer.id];
-    const rows = [["State", peer.state], ["Roles", peer.roles.join(", ")], ["Model", peer.model ?? "–"], ["Address", peer.address], ["Round trip", peer.id === this.store.frontend ? "this peer serves the page" : duration(rtt)], ["Version", peer.version], ["Incarnation", peer.id]];
-    if (load) rows.splice(3, 0, ["Running", count(load.num_running)], ["Waiting", count(load.num_waiting)], ["Tickets queued", count(load.num_tickets)], ["KV blocks held", kvWords(peer, load)]);
+    const rows = [["State", peer.state], ["Roles", peer.roles.join(", ")], ["Model", peer.model ?? "–"], ["Address", peer.address], ["Round trip", peer.id === this.store.frontend ? "this peer serves the page" : duration(rtt)], ["Version", peer.version], ["Instance id", peer.id]];
+    if (load) rows.splice(3, 0, ["Running", count(load.num_running)], ["Waiting", count(load.num_waiting)], ["Tickets queued", count(load.num_tickets)], ["KV blocks", kvWords(peer, load)]);
     if (peer.roles.includes("decode")) rows.splice(load ? 7 : 3, 0, ["Time to first token", medianAndHigh(this.store.latencies.get(peer.id)?.ttft_ms)], ["Between tokens", medianAndHigh(this.store.latencies.get(peer.id)?.itl_ms)]);
     const served = [...this.store.stories.values()].filter((story) => [story.front, story.decode, story.prefill].includes(peer.id)).slice(-5).reverse();
-    const lines = served.map((story) => el("li", {}, `${story.number} · ${plural(story.tokens, "token")} · ${story.outcome ?? "under way"}`));
-    const recent = lines.length ? [el("h3", {}, "Requests seen here"), el("ol", { className: "plain" }, ...lines)] : [];
+    const lines = served.map((story) => el("li", {}, `${story.number} · ${plural(story.tokens, "token")} · ${story.outcome ?? "running"}`));
+    const recent = lines.length ? [el("h3", {}, "Requests served here"), el("ol", { className: "plain" }, ...lines)] : [];
     this.open(peer.name, el("dl", { className: "facts" }, ...rows.flatMap(([name, value]) => [el("dt", {}, name), el("dd", {}, value)])), ...recent);
   }
 }

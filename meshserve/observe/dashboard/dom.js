@@ -1,4 +1,4 @@
-// Making elements and words. Data only ever becomes text: nothing here parses HTML.
+// Makes elements and texts. Data only ever becomes text: nothing here parses HTML.
 
 export function el(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
@@ -14,7 +14,7 @@ export function el(tag, properties = {}, ...children) {
 export const $ = (id) => document.getElementById(id);
 
 export function setText(element, text) {
-  // a text that stays is not written: the page would be laid out again for nothing
+  // an unchanged text is not written: that would cost a layout of the page
   if (element.textContent !== text) element.textContent = text;
 }
 
@@ -46,7 +46,7 @@ export function bytes(size) {
 
 export const isStill = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
-// Arrow keys in a list of buttons: one of them is in the tab order, the arrows move on.
+// Arrow keys in a list of buttons: one button is in the tab order, and the arrows move the focus to others.
 export function roam(list) {
   list.addEventListener("keydown", (event) => {
     const forward = ["ArrowDown", "ArrowRight"].includes(event.key);

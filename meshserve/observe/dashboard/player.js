@@ -1,4 +1,4 @@
-// Requests on their way, in slow motion: a few at a time, each step long enough to be followed. One of them is told in words.
+// Shows requests in slow motion: a few at a time, each step long enough to be followed, and one of them in words.
 
 import { $, bytes, count, duration, isStill, plural, setText } from "./dom.js";
 
@@ -7,7 +7,7 @@ const MAX_QUEUED = 3;
 const GATHER_MS = 500;
 const SETTLE_MS = 600;
 const MAX_AGE_MS = 30000;
-// Whoever presents may want it slower or faster: `/?pace=2` takes twice the time.
+// A presenter may want it slower or faster: `/?pace=2` takes twice the time.
 const PACE = Math.min(10, Math.max(0.1, Number(new URLSearchParams(location.search).get("pace")) || 1));
 const paced = (ms) => ms * PACE;
 const MOVE_MS = { prompt: paced(750), ask: paced(500), ticket: paced(750), claim: paced(650), blocks: paced(1300), tokens: paced(850) };
@@ -50,7 +50,7 @@ export class Player {
     else if (this.queue.length < MAX_QUEUED) this.queue.push(story);
   }
 
-  // A request of this page's own is the one that is told.
+  // A request that this page sent is the one that is told in words.
   prefer(story) {
     if (this.spotlight === story || (story.numPlayed && !this.shown.includes(story))) return;
     this.queue = this.queue.filter((queued) => queued !== story);
@@ -90,7 +90,7 @@ export class Player {
       if (isOver) this.end(story);
       else this.wait(story, 120);
     } else if (event.kind === "result" && performance.now() - story.endedAt < SETTLE_MS) {
-      this.wait(story, 120); // word of earlier steps may still come from other peers
+      this.wait(story, 120); // events of earlier steps may still arrive from other peers
     } else {
       story.numPlayed += 1;
       const ms = this[event.kind]?.(story, event) ?? 0;
@@ -130,13 +130,13 @@ export class Player {
     const names = details.peers.map((id) => this.name(id));
     const where = names.length > 2 ? plural(names.length, "prefill worker") : names.join(" and ");
     const again = details.attempt > 1 ? `Attempt ${details.attempt}: ` : "";
-    this.tell(story, "ticket", `${again}${this.name(peer)} does not prefill this itself: it sends a ticket to ${where}.`);
+    this.tell(story, "ticket", `${again}${this.name(peer)} hands the prefill over: it sends a ticket to ${where}.`);
     for (const id of details.peers.slice(0, 6)) this.move(story, peer, id, "ticket", "ticket", MOVE_MS.ticket);
     return MOVE_MS.ticket + REST_MS;
   }
 
   claim(story, { peer, details }) {
-    this.tell(story, "claim", `${this.name(details.peer_claiming)} has a slot free and claims the prompt. First claim wins.`);
+    this.tell(story, "claim", `${this.name(details.peer_claiming)} has a slot free and claims the prompt. The first claim gets it.`);
     this.move(story, details.peer_claiming, peer, "claim", "claim", MOVE_MS.claim);
     return MOVE_MS.claim + REST_MS;
   }
@@ -157,7 +157,7 @@ export class Player {
   }
 
   attempt_failed(story, { peer, details }) {
-    this.tell(story, "ticket", `Attempt ${details.attempt} on ${this.name(details.peer_failing)} came to nothing (${details.outcome}); another is made.`);
+    this.tell(story, "ticket", `Attempt ${details.attempt} on ${this.name(details.peer_failing)} failed (${details.outcome}); the next one follows.`);
     this.pulse(story, details.peer_failing, "bad", paced(1200));
     this.topology.lightLink(peer, details.peer_failing, "bad", paced(1200));
     return paced(1200);
@@ -165,7 +165,7 @@ export class Player {
 
   handoff_ended(story, { peer, details }) {
     if (details.state !== "local") return 0;
-    this.tell(story, "claim", `Nobody took it in time: ${this.name(peer)} prefills it after all.`);
+    this.tell(story, "claim", `No prefill worker claimed the prompt in time: ${this.name(peer)} prefills it itself.`);
     return paced(1000);
   }
 
@@ -173,7 +173,7 @@ export class Player {
     const total = details.count + this.takeAll(story, "tokens");
     const isLocal = !story.prefill && !story.isTold;
     story.isTold = true;
-    const first = isLocal ? `Short or cached enough: ${this.name(story.decode)} prefills it itself and generates. ` : `${this.name(story.decode)} has the whole KV cache and generates. `;
+    const first = isLocal ? `The prompt is short, or its prefix is cached: ${this.name(story.decode)} prefills it itself and generates. ` : `${this.name(story.decode)} has the whole KV cache and generates. `;
     this.tell(story, "tokens", `${first}${plural(Math.max(total, story.outcome ? story.tokens : total), "token")} stream back.`);
     this.pulse(story, story.decode, "tokens", paced(1200));
     const entry = this.entryOf(story);
@@ -191,12 +191,12 @@ export class Player {
     const slow = story.totalMs && story.totalMs < 2000 ? ` (shown in slow motion)` : "";
     const cached = story.cached ? ` ${count(story.cached)} of ${plural(story.promptTokens, "prompt token")} came from the cache.` : "";
     if (story.outcome === "ok") this.tell(story, "done", `Done: ${plural(story.tokens, "token")}${took}${slow}.${cached}`);
-    else this.tell(story, "failed", story.outcome === "cancelled" ? "The client has left: cancelled at every hop." : `Failed: ${story.outcome}.`);
+    else this.tell(story, "failed", story.outcome === "cancelled" ? "The client left: the request is cancelled on every peer." : `Failed: ${story.outcome}.`);
     this.later(story === this.spotlight ? paced(1800) : paced(300), () => this.end(story));
     return Infinity;
   }
 
-  // Counts of the same kind that have come meanwhile are shown in one go.
+  // Counts of one kind that have arrived in the meantime are shown together.
   takeAll(story, kind) {
     let total = 0;
     while (story.events[story.numPlayed]?.kind === kind) {
@@ -280,7 +280,7 @@ export class Player {
     context.globalAlpha = 1;
   }
 
-  // Beside what moves, and within the gap between the two cards, so that it hides neither.
+  // Beside the moving part, and within the gap between the two cards, so that the label hides neither.
   drawLabel(text, { x, y }, colour, [a, , , d]) {
     const context = this.context;
     context.font = this.font;

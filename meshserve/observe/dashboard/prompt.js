@@ -1,5 +1,5 @@
-// The prompt box: a prompt as any client would send it, its text as it comes, then its receipt. To real models it is a chat: they answer
-// as they were taught to, and not as a text would go on.
+// The prompt box: sends a prompt as any client would, shows the text as it arrives, then the receipt. Real models get a chat: they were
+// trained to answer one, not to continue a text.
 
 import { $, el, isStill } from "./dom.js";
 import { pathOf, summary, waterfall } from "./waterfall.js";

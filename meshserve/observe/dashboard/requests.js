@@ -1,4 +1,4 @@
-// The list of requests: some of all, newest first, and this page's own always.
+// The list of requests, newest first: a sample of all, and every request that this page sent.
 
 import { $, count, duration, el, keepOneInTabOrder, plural, roam, setText } from "./dom.js";
 
@@ -21,7 +21,7 @@ export class Requests {
     if (this.rows.has(story.id)) this.dirtyLater(story);
   }
 
-  // All of a few, and two a second of many: rows that rush by are of no use to anybody.
+  // All requests while there are few, two a second under load: nobody can read rows that rush by.
   hasRoom() {
     const now = performance.now();
     this.room = Math.min(MAX_AT_ONCE, this.room + (now - this.roomAt) / PAUSE_MS);

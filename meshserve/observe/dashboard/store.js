@@ -1,4 +1,4 @@
-// What the page knows of the mesh, fed by /mesh/events. Everything here is bounded.
+// The state of the mesh as /mesh/events reports it. Everything here is bounded.
 
 const MAX_STORIES = 80;
 const MAX_POINTS = 120;
@@ -8,7 +8,7 @@ const JITTER_MS = 250;
 
 const RANK = ["submit", "routed", "accepted", "ticket", "claim", "prefill_begun", "blocks", "attempt_failed", "handoff_ended", "tokens", "result"];
 
-// Peers' clocks are not compared: what they say happened at about the same time is put in the order in which it must have been.
+// Peers' clocks differ a little: events at about the same time are put in the order of a request's steps.
 function isBefore(one, other) {
   const apart = one.at - other.at;
   if (Math.abs(apart) > JITTER_MS) return apart < 0;
@@ -96,8 +96,8 @@ export class Store extends EventTarget {
     if (this.source.readyState === EventSource.CLOSED) this.reopen();
   }
 
-  // A browser does not try again by itself after an answer that is no stream of events. One of them is that a key is asked for, when a
-  // frontend with keys was started again: then the page, asked for anew, is the form.
+  // A browser does not reconnect by itself after an answer that is not an event stream. After a restart, a frontend with keys answers 401:
+  // then the page is loaded again, which shows the login form.
   async reopen() {
     const answer = await fetch("/mesh/events", { method: "HEAD" }).catch(() => null);
     if (answer?.status === 401) location.reload();
@@ -179,7 +179,7 @@ export class Store extends EventTarget {
     }
   }
 
-  // A request that this page sent itself. Word of it may come sooner or later than its answer.
+  // A request that this page sent. Its first event may arrive before or after its answer.
   claim(id) {
     this.mine.add(id);
     for (const old of this.mine) if (this.mine.size > MAX_STORIES) this.mine.delete(old);
@@ -187,7 +187,7 @@ export class Store extends EventTarget {
     if (story) this.tell("story", { story: Object.assign(story, { isMine: true }), isNew: false });
   }
 
-  // A request of this page's own: its receipt tells its story, whether or not it was among those that are followed.
+  // Of a request that this page sent: its receipt tells its story even if no peer followed it.
   addReceipt(receipt) {
     let story = this.stories.get(receipt.request_id);
     const isNew = !story;

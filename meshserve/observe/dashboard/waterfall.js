@@ -52,17 +52,17 @@ export function pathOf(receipt) {
 
 export function summary(receipt) {
   const { tokens, kv } = receipt;
-  const parts = [`${duration(receipt.total_ms)} in all`, `${count(tokens.prompt)} → ${plural(tokens.completion, "token")}`, `${count(tokens.cached)} cached`];
+  const parts = [`${duration(receipt.total_ms)} in total`, `${count(tokens.prompt)} → ${plural(tokens.completion, "token")}`, `${count(tokens.cached)} cached`];
   if (kv.blocks) parts.push(`${plural(kv.blocks, "KV block")} moved (${bytes(kv.bytes)})`);
   return el("p", { className: "muted" }, parts.join(" · "));
 }
 
-// What it is called, for `meshserve trace`, logs and clients.
+// The request's id, for `meshserve trace`, logs and clients.
 export function nameOf(id, label) {
-  return el("p", { className: "muted name" }, el("code", {}, id), label ? ` · its client calls it ${label}` : null);
+  return el("p", { className: "muted name" }, el("code", {}, id), label ? ` · the client's label: ${label}` : null);
 }
 
-// How it ended, where that was no success.
+// The error that the request ended in.
 export function failure({ outcome, error }) {
   if (!outcome || outcome === "ok") return null;
   return el("p", { className: "failure" }, el("b", {}, outcome), error && error !== outcome ? `: ${error}` : null);
@@ -96,7 +96,7 @@ const SEEN = {
   result: (event) => (event.details.outcome === "ok" ? "complete" : event.details.outcome),
 };
 
-// Without a receipt: each step that was seen, and when, by the clock of the frontend that saw it.
+// Without a receipt: the events of the request, by the clock of the frontend that received them.
 export function seen(story, store) {
   const last = Math.max(...story.events.map((event) => event.at), story.at + 0.001);
   const rows = [];
@@ -111,5 +111,5 @@ export function seen(story, store) {
     mark.style.width = "2%";
     return el("li", {}, el("span", { className: "ms" }, `+${duration(Math.max(0, event.at - story.at))}`), el("span", { className: "track" }, mark), el("span", {}, SEEN[kind]?.(event, store) ?? kind));
   });
-  return el("section", {}, el("h3", {}, "As it was seen"), el("ol", { className: "waterfall seen" }, ...items));
+  return el("section", {}, el("h3", {}, "Events, as they arrived"), el("ol", { className: "waterfall seen" }, ...items));
 }
