@@ -228,4 +228,4 @@ def test_two_peers_of_one_name_are_named(hosts: list[Host]) -> None:
     for host in hosts[1:]:
         start(host, "decode", "--name", "twin")
     found = examine(hosts[0])
-    assert set(found) == {"same_name"} and "2 peers are called twin" in found["same_name"]["cause"]
+    assert set(found) == {"same_name"} and "2 peers have the name twin" in found["same_name"]["cause"]

@@ -7,7 +7,6 @@ from enum import StrEnum
 
 from meshserve.config import FIRST_PORT
 from meshserve.mesh.addresses import LocalAddress
-from meshserve.mesh.probing import Outcome
 from meshserve.wire.hello import NetworkView, PortKnock
 
 HERE = ""
@@ -41,7 +40,7 @@ class PathMtu:
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A port of the range of peers that somebody on this machine listens at."""
+    """A port in the range of peers at which a process of this machine listens."""
 
     address: str
     port: int
@@ -51,7 +50,7 @@ class Listener:
 
 @dataclass(frozen=True, slots=True)
 class Stranger:
-    """Somebody at an address who does not become a member of the mesh: announced, named by `--peer`, or listening here."""
+    """What answers at an address and is no member of the mesh: announced, named by `--peer`, or listening on this machine."""
 
     address: str
     port: int
@@ -75,29 +74,29 @@ class PeerFacts:
 
     incarnation: str
     name: str
-    """As it calls itself; empty if it never said."""
+    """Empty if the peer never said hello."""
     addresses: tuple[str, ...]
     port: int
     roles: tuple[str, ...] = ()
     version: str = ""
     view: NetworkView | None = None
-    """None: it could not be asked."""
+    """None: the peer could not be asked."""
     knocks: tuple[PortKnock, ...] | None = None
-    """What its own connection attempts to others met; None: it could not be asked."""
+    """Outcomes of its own connection attempts to other peers; None: the peer could not be asked."""
     carries_large: bool | None = None
     clock_offset_s: float = 0.0
     """Of its wall clock to ours."""
     path: PathMtu | None = None
-    """None: nothing could be found out about the way there."""
+    """None: the path could not be measured."""
     is_alive: bool = True
-    """It said hello to somebody, or announced itself just now; else it is known only by old hearsay."""
+    """It said hello to some peer, or announced itself just now; otherwise it is known by old hearsay only."""
     is_young: bool = False
-    """It has just started: its announcement may still be on its way, and others' to it."""
+    """It has just started: announcements may still be on their way."""
 
     @property
     def label(self) -> str:
         """For people."""
-        return self.name or f"the peer at {place(self.addresses[0] if self.addresses else '?', self.port)}"
+        return self.name or f"the peer at {self.place}"
 
     @property
     def place(self) -> str:
@@ -107,7 +106,7 @@ class PeerFacts:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All of it. Whatever could not be found out is empty."""
+    """All that was found out; the rest is empty."""
 
     mesh: str
     has_key: bool = False
@@ -132,7 +131,7 @@ class Facts:
     """Names of other meshes that mDNS tells of, with places of their peers."""
 
     def is_here(self, peer: PeerFacts) -> bool:
-        """Whether it runs on this machine. Addresses of container bridges are alike on many, so all of its must be ours."""
+        """Whether the peer runs on this machine. Many machines have container bridges of one address, so all its addresses must be ours."""
         own = {local.address for local in self.interfaces}
         return bool(peer.addresses) and all(address in own or is_loopback(address) for address in peer.addresses)
 
@@ -153,7 +152,7 @@ def place(address: str, port: int) -> str:
 
 
 def is_loopback(address: str) -> bool:
-    """Only its own machine can reach it."""
+    """Whether only its own machine can reach it."""
     try:
         return ipaddress.ip_address(address).is_loopback
     except ValueError:
@@ -161,17 +160,12 @@ def is_loopback(address: str) -> bool:
 
 
 def is_within(address: str, networks: tuple[str, ...]) -> bool:
-    """Whether somebody in these networks needs no router to get there."""
+    """Whether an address can be reached from these networks without a router."""
     try:
         parsed = ipaddress.ip_address(address)
         return any(parsed in ipaddress.ip_network(network) for network in networks)
     except ValueError:
         return False
-
-
-def is_open(outcome: str | None) -> bool:
-    """Whether a connection came about."""
-    return outcome == Outcome.OPEN
 
 
 # --- findings
@@ -203,17 +197,17 @@ class Finding:
 
 
 def error(code: str, cause: str, seen: str, advice: str) -> Finding:
-    """One that explains why peers do not see each other."""
+    """A finding that explains why peers do not see each other."""
     return Finding(code, Severity.ERROR, cause, seen, advice)
 
 
 def warning(code: str, cause: str, seen: str, advice: str) -> Finding:
-    """One that should be mended."""
+    """A finding that should be mended."""
     return Finding(code, Severity.WARNING, cause, seen, advice)
 
 
 def info(code: str, cause: str, seen: str = "", advice: str = "") -> Finding:
-    """One to know."""
+    """A finding to know."""
     return Finding(code, Severity.INFO, cause, seen, advice)
 
 

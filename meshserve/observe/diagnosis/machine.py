@@ -29,7 +29,7 @@ def judge_machine(facts: Facts) -> Iterator[Finding]:
     if facts.has_key:
         yield info("key", f"this mesh is closed by the key {facts.fingerprint}")
     else:
-        yield info("open_mesh", "no key: the mesh is open to everybody on this network", advice="`meshserve key new FILE` makes one.")
+        yield info("open_mesh", "no key: the mesh is open to every machine on this network", advice="`meshserve key new FILE` makes one.")
 
 
 def _interfaces(facts: Facts) -> Iterator[Finding]:
@@ -51,7 +51,7 @@ def _described(local: LocalAddress) -> str:
 
 def _mdns(facts: Facts) -> Iterator[Finding]:
     if not facts.use_mdns:
-        yield info("mdns_off", "--no-mdns: nobody was looked for by multicast")
+        yield info("mdns_off", "--no-mdns: no peer was looked for by multicast")
         return
     if facts.mdns not in ("on", "off"):
         yield warning("mdns_fails", "mDNS does not work on this machine", facts.mdns, _PEER_HINT)
@@ -78,7 +78,7 @@ def _is_deaf(multicast: tuple[Multicast, ...]) -> bool:
 def _ports(facts: Facts) -> Iterator[Finding]:
     others = sorted({listener.port for listener in facts.listeners if listener.security is None})
     if others:
-        text = f"something that is no peer listens on this machine at {', '.join(map(str, others))}"
+        text = f"a program other than meshserve listens on this machine at {', '.join(map(str, others))}"
         yield info("port_taken", text, advice="Peers take the next free ports, unless --port says otherwise.")
     if facts.next_port is None or facts.next_port > FIRST_PORT + 96:
         yield warning(
@@ -92,7 +92,7 @@ def _ports(facts: Facts) -> Iterator[Finding]:
 
 
 def judge_alone(facts: Facts) -> Iterator[Finding]:
-    """Nobody there, or nobody but on this machine: the reasons that lie here. A --peer where nobody is is told of in any case."""
+    """No peer, or none on other machines: the reasons that lie on this machine. Also each --peer that does not answer."""
     for seed in facts.strangers:
         if seed.is_seed and seed.outcome != "open":
             judged = warning if facts.elsewhere() else error
@@ -119,11 +119,11 @@ def judge_alone(facts: Facts) -> Iterator[Finding]:
 
 
 _WORDS = {
-    "refused": "that machine answers, and nobody listens at this port",
-    "timeout": "no answer at all",
-    "unreachable": "there is no way there",
+    "refused": "that machine answers, and nothing listens at this port",
+    "timeout": "no answer",
+    "unreachable": "there is no route to it",
     "forbidden": "this machine's own firewall does not let it out",
-    "reset": "the connection was cut",
+    "reset": "the connection was closed at once",
 }
 _SEED_ADVICE = f"Compare with the address in the ready line of that peer; let {PORTS} through its machine's firewall."
 

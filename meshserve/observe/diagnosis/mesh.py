@@ -1,25 +1,14 @@
-"""What is wrong with the mesh as a whole: who hears whom by multicast, names, versions, clocks, what is missing."""
+"""The mesh as a whole: which peers hear which by multicast, names, versions, clocks, missing roles."""
 
 from collections import defaultdict
 from collections.abc import Iterator
 
-from meshserve.observe.diagnosis.facts import (
-    MULTICAST_PORT,
-    Facts,
-    Finding,
-    PathMtu,
-    PeerFacts,
-    count,
-    error,
-    info,
-    names,
-    warning,
-)
+from meshserve.observe.diagnosis.facts import MULTICAST_PORT, Facts, Finding, PathMtu, PeerFacts, count, error, info, names, warning
 
 _NEEDED = {
-    "frontend": "nobody takes HTTP requests",
-    "processor": "nobody can take a request",
-    "decode": "nobody can generate",
+    "frontend": "no peer takes HTTP requests",
+    "processor": "no peer can process a request",
+    "decode": "no peer can generate tokens",
 }
 
 
@@ -40,7 +29,7 @@ def judge_mesh(facts: Facts) -> Iterator[Finding]:
 
 
 def _multicast(facts: Facts, peers: list[PeerFacts]) -> Iterator[Finding]:
-    """Whoever hears nobody on other machines is cut off, if somebody there announces itself."""
+    """Multicast is blocked for a peer that hears no other machine although peers there announce themselves."""
     known = {peer.incarnation: peer for peer in peers}
     speaking = [peer for peer in peers if peer.view is not None and peer.view.mdns == "on" and not peer.is_young]
     deaf, num_asked = [], 0
@@ -66,7 +55,7 @@ def _multicast_finding(facts: Facts, deaf: list[PeerFacts], is_deaf_here: bool, 
     elsewhere = [f"the machine of {peer.label} ({peer.place})" for peer in deaf if not facts.is_here(peer)]
     here = ["this machine"] if is_deaf_here or len(elsewhere) < len(deaf) else []
     where = "this network" if is_everybody else names([*here, *elsewhere])
-    seen = "peers on other machines are there and announce themselves, and mDNS told of none of them there"
+    seen = "peers on other machines announce themselves, and none of the announcements arrived there"
     reached = next((peer for peer in facts.elsewhere() if peer not in deaf), None)
     joining = f"Start peers there with --peer {reached.place if reached else 'ADDRESS'}, which joins the whole mesh without multicast"
     letting = f"or let {MULTICAST_PORT} through the firewall (`ufw allow {MULTICAST_PORT}`; guest Wi-Fi and client isolation block it)"
@@ -79,7 +68,7 @@ def _unheard(facts: Facts, speaking: list[PeerFacts]) -> Iterator[Finding]:
         heard_by = [peer for peer in listeners if peer.view is not None and speaker.incarnation in peer.view.heard]
         is_heard_here = facts.is_here(speaker) or not facts.use_mdns or speaker.incarnation in facts.heard
         if len(listeners) > 1 and not heard_by and not is_heard_here:
-            cause = f"multicast from {speaker.label} ({speaker.place}) reaches nobody"
+            cause = f"multicast from {speaker.label} ({speaker.place}) reaches no peer"
             yield warning("multicast_blocked", cause, f"{names(peer.label for peer in listeners)} hear others", _advice(facts, speaker))
 
 
@@ -95,7 +84,7 @@ def _names(peers: list[PeerFacts]) -> Iterator[Finding]:
     for name, found in by_name.items():
         if name and len(found) > 1:
             seen = f"at {names(peer.place for peer in found)}"
-            cause = f"{len(found)} peers are called {name}"
+            cause = f"{len(found)} peers have the name {name}"
             yield warning("same_name", cause, seen, "Give each its own --name, or leave it out: then each gets one of its own.")
 
 
@@ -116,7 +105,7 @@ def _versions(peers: list[PeerFacts]) -> Iterator[Finding]:
             by_version[peer.version].append(peer.label)
     if len(by_version) > 1:
         text = "; ".join(f"{version}: {names(labels)}" for version, labels in sorted(by_version.items()))
-        yield info("versions", f"peers of several versions, which go together: {text}")
+        yield info("versions", f"peers of several versions, which work together: {text}")
 
 
 def _clocks(peers: list[PeerFacts]) -> Iterator[Finding]:

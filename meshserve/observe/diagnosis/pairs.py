@@ -4,20 +4,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
 from meshserve.mesh.probing import Outcome
-from meshserve.observe.diagnosis.facts import (
-    HERE,
-    PORTS,
-    Facts,
-    Finding,
-    PeerFacts,
-    count,
-    error,
-    info,
-    is_open,
-    is_within,
-    names,
-    warning,
-)
+from meshserve.observe.diagnosis.facts import HERE, PORTS, Facts, Finding, PeerFacts, count, error, info, is_within, names, warning
 from meshserve.observe.reach import PORT_NAMES
 from meshserve.wire.hello import PortKnock
 
@@ -25,8 +12,8 @@ _MOST_TELLING = (Outcome.OPEN, Outcome.REFUSED, Outcome.RESET, Outcome.FORBIDDEN
 _WORDS = {
     Outcome.REFUSED: "connections are refused",
     Outcome.TIMEOUT: "connections get no answer",
-    Outcome.UNREACHABLE: "there is no way there",
-    Outcome.RESET: "connections are cut",
+    Outcome.UNREACHABLE: "there is no route to it",
+    Outcome.RESET: "connections are closed at once",
     Outcome.FORBIDDEN: "the sending machine's own firewall forbids it",
 }
 
@@ -39,7 +26,7 @@ class _Source:
     label: str
     networks: tuple[str, ...]
     own: frozenset[str]
-    """Addresses of its machine: at one of these it meets itself, whoever else may have it too."""
+    """Addresses of its machine: a connection to one of these stays there, even if another machine has the same address."""
     heard: Collection[str]
     knocks: tuple[PortKnock, ...]
     calls: dict[str, str] = field(default_factory=dict)
@@ -78,9 +65,9 @@ class _Table:
         return self.facts.on_one_machine(self.peers[source.incarnation], target)
 
     def gets_back(self, target: PeerFacts, source: _Source) -> bool:
-        """Whether the target, for its part, reaches the source: it says so, or the source had a hello from it."""
+        """Whether the target reaches the source: it reports so, or the source had a hello from it."""
         own = self.sources.get(target.incarnation)
-        if own is not None and is_open(own.calls.get(source.incarnation)):
+        if own is not None and own.calls.get(source.incarnation) == Outcome.OPEN:
             return True
         return any(found.target == target.incarnation and found.name for found in source.knocks)
 
@@ -127,13 +114,13 @@ def _judge_target(table: _Table, target: PeerFacts) -> Finding | None:
         advice = f"Its firewall rejects {PORTS}; or its ready line names another port than others were told."
     else:
         advice = f"Let {PORTS} through the firewall of its machine (`ufw allow {PORTS.replace('-', ':')}`); guest Wi-Fi may forbid it."
-    return error("port_blocked", f"nobody can connect to {who}, though it runs", seen, advice)
+    return error("port_blocked", f"no peer can connect to {who}, though it runs", seen, advice)
 
 
 def _gone(target: PeerFacts, outcomes: set[str]) -> Finding:
     if outcomes == {Outcome.REFUSED}:
-        return info("stale", f"{target.label} has ended: nobody listens there any more; it is forgotten by itself")
-    cause = f"{target.label} was there once and answers nobody"
+        return info("stale", f"{target.label} has ended: nothing listens there any more, and the mesh forgets it by itself")
+    cause = f"{target.label} was in the mesh before and does not answer"
     return info("stale", cause, advice="Its machine is off, asleep, or behind a firewall.")
 
 
@@ -173,7 +160,7 @@ def _judge_each_pair(table: _Table, cut_off: set[str]) -> Iterator[Finding]:
             outcome = source.calls.get(target.incarnation)
             pair = frozenset((_machine(table, source.incarnation), _machine(table, target.incarnation)))
             is_cut_off = target.incarnation in cut_off or source.incarnation in cut_off
-            if outcome is None or is_open(outcome) or pair in done or is_cut_off or not target.is_alive:
+            if outcome is None or outcome == Outcome.OPEN or pair in done or is_cut_off or not target.is_alive:
                 continue
             done.add(pair)
             yield _judge_pair(table, source, target, outcome)
@@ -216,7 +203,7 @@ def _judge_other_ports(table: _Table, target: PeerFacts) -> Iterator[Finding]:
             for found in source.knocks
             if (found.target, found.offset) == (target.incarnation, offset)
         }
-        closed = {label: outcome for label, outcome in at_port.items() if not is_open(outcome)}
+        closed = {label: outcome for label, outcome in at_port.items() if outcome != Outcome.OPEN}
         if closed:
             yield error(
                 "port_blocked",
@@ -233,7 +220,7 @@ def _judge_unknown(table: _Table, target: PeerFacts) -> Iterator[Finding]:
     unaware = [source for source in table.others(target) if source.incarnation != HERE and target.incarnation not in source.calls]
     if not unaware:
         return
-    seen = f"{names(source.label for source in unaware)} know nothing of it"
+    seen = f"{names(source.label for source in unaware)} have not heard of it"
     if _advertises_wrongly(target, unaware):
         yield _wrong_interface(target, unaware, seen)
         return

@@ -1,30 +1,22 @@
-"""Who is there and does not become a member: other keys, other meshes, other versions."""
+"""What answers and does not become a member: peers with other keys, of other meshes, of other versions."""
 
 import difflib
 from collections import defaultdict
 from collections.abc import Iterator
 
-from meshserve.observe.diagnosis.facts import (
-    Facts,
-    Finding,
-    Stranger,
-    error,
-    info,
-    is_open,
-    names,
-    warning,
-)
+from meshserve.mesh.probing import Outcome
+from meshserve.observe.diagnosis.facts import Facts, Finding, Stranger, error, info, names, warning
 
 
 def judge_strangers(facts: Facts) -> Iterator[Finding]:
     """By cause, not by peer: one wrong key file is one finding."""
-    met = [stranger for stranger in facts.strangers if is_open(stranger.outcome)]
+    met = [stranger for stranger in facts.strangers if stranger.outcome == Outcome.OPEN]
     yield from _keys(facts, [stranger for stranger in met if stranger.kind == "key"])
     silent = [stranger for stranger in met if stranger.security is not None and not stranger.kind]
     if silent:
         yield error(
             "no_answer",
-            f"connections to {names(stranger.place for stranger in silent)} come about, and our hello gets no answer",
+            f"connections to {names(stranger.place for stranger in silent)} succeed, but our hello gets no answer",
             silent[0].reason,
             "Restart that peer, if it hangs; if not, only short packets get there: lower the MTU, `ip link set dev NAME mtu 1280`.",
         )
@@ -42,22 +34,22 @@ def _keys(facts: Facts, met: list[Stranger]) -> Iterator[Finding]:
     if closed and facts.has_key:
         yield error(
             "key_differs",
-            f"another key than {facts.fingerprint} at {names(closed)}",
-            "they speak CURVE and cut the connection at our key",
+            f"a key other than {facts.fingerprint} at {names(closed)}",
+            "they use CURVE and close a connection with our key",
             "Copy one key file to every machine; `meshserve key show FILE` must print the same everywhere.",
         )
     elif closed:
         yield error(
             "key_missing",
             f"a key at {names(closed)}, and none was given to this command",
-            "they speak CURVE",
+            "they use CURVE",
             "Use their --key-file here too, with `doctor` and with every peer of the mesh.",
         )
     if opened and facts.has_key:
         yield error(
             "key_absent",
             f"no key at {names(opened)}, and this mesh has one",
-            "they speak plain ZeroMQ",
+            "they use ZeroMQ without a key",
             "Start them with --key-file and a copy of the same file, or leave it out everywhere.",
         )
 
@@ -72,7 +64,7 @@ def _meshes(facts: Facts, refused: list[Stranger]) -> Iterator[Finding]:
     announced = {place for places in facts.other_meshes.values() for place in places}
     by_reason = defaultdict(list)
     for stranger in refused:
-        if stranger.place not in announced:  # else it is listed below, with the name of its mesh
+        if stranger.place not in announced:  # the announced ones are listed below, with the name of their mesh
             by_reason[stranger.reason].append(stranger)
     for reason, found in by_reason.items():
         is_meant = any(stranger.is_seed for stranger in found) or not any(peer.is_alive for peer in facts.peers)
