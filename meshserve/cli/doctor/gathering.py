@@ -1,9 +1,8 @@
-"""What `doctor` looks at: this machine, the network, and every peer's own view of it. Takes eight seconds at most."""
+"""Gathers the facts for `doctor`: of this machine, the network, and every peer's own view of it. Takes eight seconds at most."""
 
 import asyncio
 import socket
 from dataclasses import replace
-from typing import NamedTuple
 
 from meshserve.cli.doctor.multicast import ask_by_multicast
 from meshserve.cli.doctor.path_mtu import probe_paths
@@ -27,17 +26,7 @@ _GROW_S, _GROWN_S, _ASK_AGAIN_S = 1.5, 3.5, 0.25
 _YOUNG_S = 3.0
 """An announcement takes a second or two, and as long again on a machine that is busy."""
 _LARGE_AT_ONCE, _LARGE_AFTER_S = 8, 0.05
-"""The other question must be on its way before a message that may block the connection for good."""
-
-
-class _Heard(NamedTuple):
-    """Somebody known by hearsay only: mDNS, or what peers tell."""
-
-    name: str
-    addresses: tuple[str, ...]
-    port: int
-    is_fresh: bool
-    """It said something just now: announced itself to us, or said hello to somebody."""
+"""The question for a peer's knocks must be on its way before a long message, which may block the connection for good."""
 
 
 async def gather(config: MeshConfig) -> Facts:
@@ -71,7 +60,7 @@ async def gather(config: MeshConfig) -> Facts:
 
 
 async def _until_grown(mesh: Mesh) -> None:
-    """Peers that have just started need a moment to hear of all others and be heard of: that is no fault."""
+    """Waits until peers that have just started have heard of each other: a moment of ignorance is no fault."""
     until_s = mesh.now_s() + _GROW_S
     num_known = -1
     while mesh.now_s() < until_s:
@@ -135,12 +124,11 @@ async def _resolved(seeds: tuple[str, ...]) -> list[tuple[str, int]]:
 
 
 async def _of_the_mesh(mesh: Mesh, seeds: list[tuple[str, int]], listeners: list[Listener]) -> Facts:
-    places = mesh.links.membership.places()
-    asked, knocks = await asyncio.gather(_peers(mesh), knock_at(places))
-    members = {peer.incarnation: peer for peer in asked}
-    heard = _hearsay(mesh, [*knocks, *(found for peer in asked for found in peer.knocks or ())], set(members))
+    asked, knocks = await asyncio.gather(_peers(mesh), knock_at(mesh.links.membership.places()))
+    told = [*knocks, *(found for peer in asked for found in peer.knocks or ())]
     own = [parse_host_port(place, FIRST_PORT) for place in _own_seeds(listeners)]
-    hearsay, strangers = await _meet(mesh, members, heard, [*seeds, *own])
+    hearsay = _hearsay(mesh, told, {peer.incarnation for peer in asked})
+    hearsay, strangers = await _meet(mesh, asked, hearsay, [*seeds, *own])
     other_meshes: dict[str, tuple[str, ...]] = {}
     for said in mesh.links.sightings.announcements.values():
         if said.mesh != mesh.own.mesh and said.hint.addresses:
@@ -174,8 +162,12 @@ async def _peers(mesh: Mesh) -> list[PeerFacts]:
     return [replace(peer, path=by_peer.get(peer.incarnation), is_young=peer.incarnation in young) for peer in asked]
 
 
+def _facts_of(info: PeerInfo) -> PeerFacts:
+    return PeerFacts(info.incarnation, info.name, info.addresses, info.port, info.roles, info.version)
+
+
 async def _peer(mesh: Mesh, info: PeerInfo, large_limit: asyncio.Semaphore) -> PeerFacts:
-    facts = PeerFacts(info.incarnation, info.name, info.addresses, info.port, info.roles, info.version)
+    facts = _facts_of(info)
     answer = await ask_view(mesh, info.incarnation, _VIEW_TIMEOUT_S)
     if answer is None:
         return facts
@@ -191,56 +183,49 @@ async def _peer(mesh: Mesh, info: PeerInfo, large_limit: asyncio.Semaphore) -> P
     return replace(facts, view=view, knocks=own, carries_large=carries_large, clock_offset_s=clock_offset_s)
 
 
-def _hearsay(mesh: Mesh, knocks: list[PortKnock], members: set[str]) -> dict[str, _Heard]:
-    """By incarnation: those that mDNS or a peer tells of, and that are no members to us."""
+def _hearsay(mesh: Mesh, knocks: list[PortKnock], members: set[str]) -> list[PeerFacts]:
+    """Peers that mDNS or a member tells of, and that are no members to us. Alive are those that announced themselves to us, or said hello
+    to a member."""
     heard = {
-        incarnation: _Heard("", said.hint.addresses, said.hint.port, True)
+        incarnation: PeerFacts(incarnation, "", said.hint.addresses, said.hint.port)
         for incarnation, said in mesh.links.sightings.announcements.items()
         if said.mesh == mesh.own.mesh
     }
     for found in knocks:
         if found.offset == 0:
-            known = heard.get(found.target, _Heard("", (), found.port, False))
+            known = heard.get(found.target, PeerFacts(found.target, "", (), found.port, is_alive=False))
             addresses = tuple(dict.fromkeys((*known.addresses, found.address)))[:_MAX_OWN_ADDRESSES]
-            heard[found.target] = _Heard(known.name or found.name, addresses, known.port, known.is_fresh or bool(found.name))
-    return {incarnation: known for incarnation, known in list(heard.items())[:_MAX_STRANGERS] if incarnation not in members}
+            is_alive = known.is_alive or bool(found.name)
+            heard[found.target] = replace(known, name=known.name or found.name, addresses=addresses, is_alive=is_alive)
+    return [peer for peer in list(heard.values())[:_MAX_STRANGERS] if peer.incarnation not in members]
 
 
 async def _meet(
-    mesh: Mesh, members: dict[str, PeerFacts], heard: dict[str, _Heard], places: list[tuple[str, int]]
+    mesh: Mesh, members: list[PeerFacts], hearsay: list[PeerFacts], places: list[tuple[str, int]]
 ) -> tuple[list[PeerFacts], list[Stranger]]:
-    """Say hello to all who are no members: some cannot be reached, which pairs tell more of; some refuse, and say why."""
-    at_members = {(address, peer.port) for peer in members.values() for address in peer.addresses}
-    new = [found for found in dict.fromkeys(places) if found not in at_members and not _is_own_of(found, members)][:_MAX_STRANGERS]
-    met_heard = await asyncio.gather(*(_meet_any(mesh, known) for known in heard.values()))
-    met_places = await asyncio.gather(*(_meet_one(mesh, *found) for found in new))
-    hearsay, strangers = [], [met for met in met_places if isinstance(met, Stranger)]
-    for (incarnation, known), met in zip(heard.items(), met_heard, strict=True):
+    """Say hello to all peers that are no members. Those that cannot be reached stay hearsay; those that refuse are strangers."""
+    taken = {(address, peer.port) for peer in members for address in peer.addresses}
+    ports = {peer.port for peer in members}
+    # a peer that listens on all addresses listens on the loopback too
+    new = [found for found in dict.fromkeys(places) if found not in taken and not (is_loopback(found[0]) and found[1] in ports)]
+    met_heard = await asyncio.gather(*(_meet_peer(mesh, peer) for peer in hearsay))
+    met_places = await asyncio.gather(*(_meet_at(mesh, *found) for found in new[:_MAX_STRANGERS]))
+    strangers = [met for met in (*met_places, *met_heard) if isinstance(met, Stranger)]
+    return [met for met in met_heard if isinstance(met, PeerFacts)], list({found.place: found for found in strangers}.values())
+
+
+async def _meet_peer(mesh: Mesh, peer: PeerFacts) -> Stranger | PeerFacts:
+    """What answers at the first of its addresses that is open; if none is, what is known of the peer."""
+    for address in sorted(peer.addresses[:4], key=lambda address: ":" in address):  # IPv4 first
+        met = await _meet_at(mesh, address, peer.port)
         if isinstance(met, PeerInfo):
-            hearsay.append(PeerFacts(incarnation, met.name, met.addresses, met.port, met.roles, met.version))
-        elif met is None or met.outcome != Outcome.OPEN:
-            hearsay.append(PeerFacts(incarnation, known.name, known.addresses, known.port, is_alive=known.is_fresh))
-        else:
-            strangers.append(met)
-    return hearsay, list({found.place: found for found in strangers}.values())
-
-
-def _is_own_of(found: tuple[str, int], members: dict[str, PeerFacts]) -> bool:
-    """A peer that listens everywhere listens at the loopback too."""
-    return is_loopback(found[0]) and any(peer.port == found[1] for peer in members.values())
-
-
-async def _meet_any(mesh: Mesh, known: _Heard) -> Stranger | PeerInfo | None:
-    """At the first of its addresses that is open; else what the last one said."""
-    met: Stranger | PeerInfo | None = None
-    for address in sorted(known.addresses[:4], key=lambda address: ":" in address):  # IPv4 first
-        met = await _meet_one(mesh, address, known.port)
-        if isinstance(met, PeerInfo) or met.outcome == Outcome.OPEN:
+            return replace(_facts_of(met), incarnation=peer.incarnation)
+        if met.outcome == Outcome.OPEN:
             return met
-    return met
+    return peer
 
 
-async def _meet_one(mesh: Mesh, address: str, port: int) -> Stranger | PeerInfo:
+async def _meet_at(mesh: Mesh, address: str, port: int) -> Stranger | PeerInfo:
     stranger = Stranger(address, port, (await knock(address, port, _KNOCK_TIMEOUT_S)).outcome)
     if stranger.outcome != Outcome.OPEN:
         return stranger
