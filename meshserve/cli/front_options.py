@@ -1,62 +1,64 @@
 """Options of `run` about the HTTP side: keys, TLS, pages, limits."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from meshserve.cli.options import Command, option
+from meshserve.cli.options import option, pick, together
 from meshserve.config import FrontConfig, ServeConfig
 from meshserve.errors import StartupFailed, UsageError
 
 _FRONT, _SERVE = FrontConfig(), ServeConfig()
-_KEYS_ELSEWHERE = "on all routes but /health and /ready"
 
-_FRONT_OPTIONS: list[Callable[[Any], Any]] = [
+front_options = together(
     option(
         "--api-key",
         "api_keys",
         multiple=True,
         metavar="KEY",
-        envvar="MESHSERVE_API_KEY",
-        help=f"Asked of HTTP clients, {_KEYS_ELSEWHERE}; repeatable.",
+        help="Asked of HTTP clients, on all routes but /health and /ready; repeatable.",
     ),
     option(
         "--api-key-file",
         type=click.Path(),
-        default=None,
         metavar="FILE",
         help="More of them, one a line, `#` begins a comment; `ps` shows none of these.",
     ),
-    option("--tls-cert", type=click.Path(), default=None, metavar="FILE", help="Serve HTTPS with this certificate (PEM, with its chain)."),
-    option("--tls-key", type=click.Path(), default=None, metavar="FILE", help="The certificate's private key (PEM, not encrypted)."),
+    option("--tls-cert", type=click.Path(), metavar="FILE", help="Serve HTTPS with this certificate (PEM, with its chain)."),
+    option("--tls-key", type=click.Path(), metavar="FILE", help="The certificate's private key (PEM, not encrypted)."),
     option(
         "--cors-origin",
         "cors_origins",
         multiple=True,
         metavar="ORIGIN",
-        envvar="MESHSERVE_CORS_ORIGIN",
         help="Pages from here may ask, e.g. https://chat.example.org, or * for all; repeatable.  [default: none]",
-        show_default=False,
     ),
     option(
         "--allow-host",
         "allowed_hosts",
         multiple=True,
         metavar="NAME",
-        envvar="MESHSERVE_ALLOW_HOST",
         help="Another name for a frontend on loopback without keys, e.g. behind a proxy; repeatable.",
     ),
     option(
         "--request-timeout",
+        "request_timeout_s",
         type=click.FloatRange(0, min_open=True),
         default=_SERVE.request_timeout_s,
         help="Seconds for a whole request; x-request-timeout may ask for less.",
     ),
-    option("--max-queue", type=click.IntRange(0), default=_FRONT.max_queued, help="Requests that wait here for a place in the mesh."),
+    option(
+        "--max-queue",
+        "max_queued",
+        type=click.IntRange(0),
+        default=_FRONT.max_queued,
+        help="Requests that wait here for a place in the mesh.",
+    ),
     option(
         "--max-wait",
+        "max_wait_s",
         type=click.FloatRange(0),
         default=_FRONT.max_wait_s,
         help="Seconds that a request waits for its place before it is refused.",
@@ -75,32 +77,16 @@ _FRONT_OPTIONS: list[Callable[[Any], Any]] = [
         default=_FRONT.max_connections_per_address,
         help="Of them, of one address.",
     ),
-]
+)
 
 
-def front_options(command: Command) -> Command:
-    """Add them to a command."""
-    for add in reversed(_FRONT_OPTIONS):
-        command = add(command)
-    return command
-
-
-def front_config(settings: dict[str, Any]) -> FrontConfig:
-    """What they said, but for keys and what concerns other roles too. Raises UsageError."""
+def front_config(settings: Mapping[str, Any]) -> FrontConfig:
+    """The config by the values of :func:`front_options`. Raises UsageError."""
     if (settings["tls_cert"] is None) != (settings["tls_key"] is None):
         raise UsageError("--tls-cert and --tls-key go together")
     for origin in settings["cors_origins"]:
         _check_origin(origin)
-    return FrontConfig(
-        cors_origins=settings["cors_origins"],
-        allowed_hosts=settings["allowed_hosts"],
-        tls_cert=settings["tls_cert"],
-        tls_key=settings["tls_key"],
-        max_queued=settings["max_queue"],
-        max_wait_s=settings["max_wait"],
-        max_connections=settings["max_connections"],
-        max_connections_per_address=settings["max_connections_per_address"],
-    )
+    return pick(FrontConfig, settings)
 
 
 def _check_origin(origin: str) -> None:
@@ -109,8 +95,11 @@ def _check_origin(origin: str) -> None:
         raise UsageError(f"--cors-origin {origin!r} is not an origin like https://chat.example.org, nor *")
 
 
-def api_keys(settings: dict[str, Any]) -> tuple[str, ...]:
-    """From the command line and from the file. Raises UsageError for an empty one: it would leave the door open by accident."""
+def api_keys(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Keys of the command line and of the file. Raises UsageError; StartupFailed for the file.
+
+    An empty key is refused: it would admit everybody by accident.
+    """
     keys = [*settings["api_keys"]]
     if not all(key.strip() for key in keys):
         raise UsageError("--api-key is empty: name a key, or leave the option out to serve everybody")

@@ -17,7 +17,7 @@ _TIMEOUT_S = 600.0
 @click.command()
 @click.argument("prompt")
 @option("--max-tokens", type=click.IntRange(1), default=64, help="At most so many tokens.")
-@option("--model", default=None, help="Which model.  [default: the first that is served]", show_default=False)
+@option("--model", help="Which model.  [default: the first that is served]")
 @click.option("--receipt", is_flag=True, help="Then print who served it, why, and where the time went, as JSON to stderr.")
 @mesh_options
 def generate(prompt: str, max_tokens: int, model: str | None, receipt: bool, **settings: Any) -> None:

@@ -1,14 +1,14 @@
 """Options of `run` about what a worker serves: engine, model, names."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from meshserve.cli.options import Command, option
+from meshserve.cli.options import option, together
 from meshserve.cli.running import declare
 from meshserve.config import KV_TYPES, ServeConfig
 from meshserve.engines.models.specs import SHORT_NAMES, is_real_model
@@ -27,49 +27,34 @@ _REAL_MODELS = f"a .gguf file, hf:ORG/REPO or {' or '.join(SHORT_NAMES)}"
 _SERVE = ServeConfig()
 _MAX_NAME_LETTERS = 255
 
-_MODEL_OPTIONS: list[Callable[[Any], Any]] = [
+model_options = together(
     option(
         "--engine",
-        default=None,
         metavar="NAME",
         help=f"An installed engine, or module:Class.  [default: {LLAMA} for a real model, else {_SERVE.engine}]",
-        show_default=False,
     ),
-    option("--model", default=None, metavar="SPEC", help=f"{MODEL_HELP}  [default: the engine's]", show_default=False),
+    option("--model", metavar="SPEC", help=f"{MODEL_HELP}  [default: the engine's]"),
     option(
         "--served-model-name",
-        default=None,
         metavar="NAME[,NAME]",
         help="What clients call the model; it answers to each of these names alone.  [default: the model's own]",
-        show_default=False,
     ),
     option(
         "--kv-cache-tokens",
         type=click.IntRange(1),
-        default=None,
         help="Tokens of all sequences together that the KV cache holds.  [default: as fits into memory]",
-        show_default=False,
     ),
     option(
         "--kv-type",
         type=click.Choice(KV_TYPES, case_sensitive=False),
-        default=None,
         help="Elements of the KV cache.  [default: q8_0]",
-        show_default=False,
     ),
     option("--engine-opt", "engine_options", multiple=True, metavar="KEY=VALUE", help="An option of the engine; repeatable."),
-]
+)
 
 
-def model_options(command: Command) -> Command:
-    """The options that :func:`model_settings` reads."""
-    for add in reversed(_MODEL_OPTIONS):
-        command = add(command)
-    return command
-
-
-def model_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """What they say, by the fields of :class:`ServeConfig`. Raises UsageError."""
+def model_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of :class:`ServeConfig` that are no option's value as it is. Raises UsageError."""
     if settings["model"] == "":
         engine_for("")  # whatever the engine
     options = []
@@ -80,11 +65,8 @@ def model_settings(settings: dict[str, Any]) -> dict[str, Any]:
         options.append((key, value))
     return {
         "engine": settings["engine"] or engine_for(settings["model"]),
-        "model": settings["model"],
         "served_model_names": _names(settings["served_model_name"]),
         "engine_options": tuple(options),
-        "kv_cache_tokens": settings["kv_cache_tokens"],
-        "kv_type": settings["kv_type"],
     }
 
 

@@ -1,79 +1,83 @@
-"""Options that commands share. Every one can be set in the environment as MESHSERVE_ and its name."""
+"""Options that commands share. Each can be set in the environment as MESHSERVE_ and its name.
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+An option's value is stored under the name of the config field that it sets: :func:`pick`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from meshserve.config import MeshConfig, TransportConfig
 from meshserve.errors import UsageError
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
 Command = TypeVar("Command", bound=Callable[..., Any])
+Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def option(*names: str, **settings: Any) -> Callable[[Command], Command]:
     """click's option, with its variable in the environment and its default in the help."""
     long_name = next(name for name in names if name.startswith("--"))
-    settings.setdefault("envvar", "MESHSERVE_" + long_name.split("/")[0].lstrip("-").replace("-", "_").upper())
-    settings.setdefault("show_default", True)
-    return click.option(*names, **settings)
+    variable = long_name.split("/")[0].lstrip("-").replace("-", "_").upper()
+    return click.option(*names, envvar=f"MESHSERVE_{variable}", **{"show_default": True, **settings})
 
 
-_MESH_OPTIONS = [
+def together(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    """One decorator for several options, in the order in which the help shows them."""
+
+    def add_all(command: Command) -> Command:
+        for add in reversed(options):
+            command = add(command)
+        return command
+
+    return add_all
+
+
+def pick(kind: type[Config], settings: Mapping[str, Any]) -> Config:
+    """The config whose fields are named like options, with the values of these."""
+    names = (field.name for field in fields(kind))
+    return kind(**{name: settings[name] for name in names if name in settings})
+
+
+mesh_options = together(
     option("--mesh", default="default", help="Only peers of the same mesh see each other."),
-    option("--name", default=None, help="What people call this peer.  [default: HOST-xxxx]", show_default=False),
-    option("--interface", default=None, help="Use only this interface or address.  [default: all]", show_default=False),
+    option("--name", help="What people call this peer.  [default: HOST-xxxx]"),
+    option("--interface", help="Use only this interface or address.  [default: all]"),
     option(
         "--port",
         type=click.IntRange(1, 65532),
-        default=None,
         help="First of four ports in a row.  [default: the first free four from 7800]",
     ),
     option(
         "--peer",
-        "peers",
+        "seeds",
         multiple=True,
         metavar="HOST[:PORT]",
-        envvar="MESHSERVE_PEER",
         help="A peer to join through, where mDNS does not reach.",
     ),
     option("--no-mdns", is_flag=True, help="Neither announce this peer by mDNS nor look for others."),
-    option("--key-file", type=click.Path(), default=None, help="Admit only peers with the same key; see `meshserve key`."),
+    option("--key-file", type=click.Path(), help="Admit only peers with the same key; see `meshserve key`."),
     option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="warning", help="What goes to stderr."),
     option("--log-json", is_flag=True, help="Log lines as JSON."),
-]
+)
 
 
-def mesh_options(command: Command) -> Command:
-    """The options of all commands that join a mesh."""
-    for add in reversed(_MESH_OPTIONS):
-        command = add(command)
-    return command
-
-
-def mesh_config(settings: dict[str, Any], roles: tuple[str, ...] = ()) -> MeshConfig:
-    """What :func:`mesh_options` said."""
+def mesh_config(settings: Mapping[str, Any], roles: tuple[str, ...] = ()) -> MeshConfig:
+    """The config by the values of :func:`mesh_options`. Raises UsageError."""
     for name in ("mesh", "name"):
         text = settings[name]
         if text is not None and (not 0 < len(text) <= 63 or not text.isprintable() or " " in text):
             raise UsageError(f"--{name} {text!r}: up to 63 printable characters, without spaces")
-    failure_timeout_s = settings.get("failure_timeout")
-    return MeshConfig(
-        mesh=settings["mesh"],
-        name=settings["name"],
-        roles=roles,
-        interface=settings["interface"],
-        port=settings["port"],
-        seeds=tuple(settings["peers"]),
-        use_mdns=not settings["no_mdns"],
-        key_file=settings["key_file"],
-        transport=TransportConfig(bulk_bytes_per_s=settings.get("bulk_limit_mb_per_s", 0.0) * 1e6),
-        **(
-            {}
-            if failure_timeout_s is None
-            else {"failure_timeout_s": failure_timeout_s, "heartbeat_interval_s": min(0.3, failure_timeout_s / 5)}
-        ),
-    )
+    found = {**settings, "roles": roles, "use_mdns": not settings["no_mdns"]}
+    if "failure_timeout_s" in settings:
+        found["heartbeat_interval_s"] = min(0.3, settings["failure_timeout_s"] / 5)
+    if "bulk_limit_mb_per_s" in settings:
+        found["transport"] = TransportConfig(bulk_bytes_per_s=settings["bulk_limit_mb_per_s"] * 1e6)
+    return pick(MeshConfig, found)
 
 
 def parse_roles(values: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:

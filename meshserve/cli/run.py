@@ -11,7 +11,7 @@ import click
 
 from meshserve.cli.front_options import api_keys, front_config, front_options
 from meshserve.cli.model_options import model_options, model_settings, say_dummy, with_model
-from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles
+from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles, pick
 from meshserve.cli.running import declare, execute, leave
 from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
 from meshserve.errors import MeshserveError, UsageError
@@ -26,7 +26,6 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
     "roles",
     multiple=True,
     metavar="ROLE",
-    envvar="MESHSERVE_ROLE",
     help=f"{', '.join(ROLES)}, or all; repeatable or comma-separated.",
 )
 @option("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="Where the frontend listens; port 0 takes a free one.")
@@ -42,11 +41,18 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
 @option("--max-prefill-queue", type=click.IntRange(0), default=_HANDOFF.max_prefill_queue, help="No hand-over to a queue as long as this.")
 @option(
     "--failure-timeout",
+    "failure_timeout_s",
     type=click.FloatRange(0.1, 60),
     default=_MESH.failure_timeout_s,
     help="Seconds of silence until a peer gets no new work.",
 )
-@option("--drain-timeout", type=click.FloatRange(0), default=_SERVE.drain_timeout_s, help="Seconds that running requests get to finish.")
+@option(
+    "--drain-timeout",
+    "drain_timeout_s",
+    type=click.FloatRange(0),
+    default=_SERVE.drain_timeout_s,
+    help="Seconds that running requests get to finish.",
+)
 @option(
     "--bulk-limit",
     "bulk_limit_mb_per_s",
@@ -54,9 +60,9 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
     default=0.0,
     help="Megabytes of KV that this peer sends in a second, so that tokens stay smooth on a slow link; 0 is no limit.",
 )
-@option("--record", type=click.Path(), default=None, metavar="FILE", help="Append what happens to each request, as lines of JSON.")
+@option("--record", type=click.Path(), metavar="FILE", help="Append what happens to each request, as lines of JSON.")
 @option("--no-observe", is_flag=True, help="No spans and no metrics.")
-@option("--otlp", "otlp_url", default=None, metavar="URL", help="Send spans to the OpenTelemetry collector here, as OTLP over HTTP.")
+@option("--otlp", "otlp_url", metavar="URL", help="Send spans to the OpenTelemetry collector here, as OTLP over HTTP.")
 @mesh_options
 def run(**settings: Any) -> None:
     """Run one peer of a mesh, with one or more roles."""
@@ -79,23 +85,18 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
     host, _, port = settings["http"].rpartition(":")
     if not host or not port.isdigit() or int(port) > 65_535:
         raise UsageError(f"--http {settings['http']!r} is not HOST:PORT")
-    handoff = HandoffConfig(max_local_prefill_tokens=settings["max_local_prefill_tokens"], max_prefill_queue=settings["max_prefill_queue"])
-    return ServeConfig(
-        http_host=host.strip("[]"),
-        http_port=int(port),
-        api_keys=api_keys(settings),
-        policy=settings["policy"],
-        request_timeout_s=settings["request_timeout"],
-        drain_timeout_s=settings["drain_timeout"],
-        max_decode_queue=settings["max_decode_queue"],
-        max_body_bytes=settings["max_body_bytes"],
-        record=settings["record"],
-        observe=not settings["no_observe"],
-        otlp_url=_otlp_url(settings),
-        handoff=handoff,
-        front=front_config(settings),
+    found = {
+        **settings,
         **model_settings(settings),
-    )
+        "http_host": host.strip("[]"),
+        "http_port": int(port),
+        "api_keys": api_keys(settings),
+        "observe": not settings["no_observe"],
+        "otlp_url": _otlp_url(settings),
+        "handoff": pick(HandoffConfig, settings),
+        "front": front_config(settings),
+    }
+    return pick(ServeConfig, found)
 
 
 def _otlp_url(settings: dict[str, Any]) -> str | None:

@@ -15,7 +15,6 @@ import termios
 import time
 import tty
 from collections import deque
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from rich.console import Console
@@ -147,12 +146,7 @@ class _Terminal:
         self._console.show_cursor(False)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for number in (signal.SIGWINCH, signal.SIGINT, signal.SIGTERM):
             self._loop.remove_signal_handler(number)
         self._console.show_cursor(True)

@@ -6,22 +6,20 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
-from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from meshserve.cli.bench.options import GroupedCommand, bench_options
+from meshserve.cli.bench.outcome import Outcome, measure
+from meshserve.cli.bench.report.page import page
+from meshserve.cli.bench.settings import Settings, read_settings
+from meshserve.cli.bench.stopping import EXIT_CODE, Stop
+from meshserve.cli.bench.sweep import parse_sweep
 from meshserve.cli.options import mesh_config, mesh_options
 from meshserve.cli.running import execute, leave
 from meshserve.errors import StartupFailed, UsageError
-
-if TYPE_CHECKING:
-    from meshserve.cli.bench.outcome import Outcome
-    from meshserve.cli.bench.settings import Settings
-    from meshserve.cli.bench.stopping import Stop
-    from meshserve.cli.bench.sweep import Sweep
 
 _DURATION_S, _TURN_S, _STEP_S = 10.0, 2.0, 5.0
 
@@ -41,83 +39,60 @@ def bench(context: click.Context, /, **options: Any) -> None:
     meshserve bench --compare http://one:8000 http://other:8000 --concurrency 4
     """
     try:
-        plan = _Course(context, options)
+        _check_files(options)
+        sides = _sides(context, options)
     except UsageError as error:
         leave(error)
-    execute(options, plan.run)
+    execute(options, lambda: _run(options, sides))
 
 
-class _Course:
-    """What is to be run, checked before anything is."""
+def _sides(context: click.Context, options: Mapping[str, Any]) -> list[tuple[str, Settings]]:
+    """What is run, by its label: one load, two of a comparison, or steps. Raises UsageError."""
+    if options["compare"] and options["sweep"]:
+        raise UsageError("--compare and --sweep: one at a time")
+    if options["compare"]:
+        if options["url"]:
+            raise UsageError("--compare names its targets itself: without URL")
+        specs = [(spec, _with_overrides(context, options, spec)) for spec in options["compare"]]
+        return [(_without_key(spec), read_settings(found, _TURN_S)) for spec, found in specs]
+    if not options["sweep"]:
+        return [("run", read_settings(options, _DURATION_S))]
+    sweep = parse_sweep(options["sweep"])
+    given = [name for name in ("concurrency", "rate", "ramp") if options[name] is not None]
+    if given:
+        raise UsageError(f"--sweep says what the load is: without --{given[0]}")
+    return [
+        (f"{sweep.name} {step:g}", read_settings({**options, sweep.name: step}, _STEP_S))
+        for step in sweep.steps
+    ]
 
-    def __init__(self, context: click.Context, options: Mapping[str, Any]) -> None:
-        from meshserve.cli.bench.settings import read_settings
-        from meshserve.cli.bench.sweep import parse_sweep
 
-        self._options = options
-        _check_files(options)
-        self.sweep: Sweep | None = None
-        self.sides: list[tuple[str, Settings]] = []
-        if options["compare"] and options["sweep"]:
-            raise UsageError("--compare and --sweep: one at a time")
-        if options["compare"]:
-            if options["url"]:
-                raise UsageError("--compare names its targets itself: without URL")
-            for spec in options["compare"]:
-                self.sides.append((_without_key(spec), read_settings(_with_overrides(context, options, spec), _TURN_S)))
-            return
-        if options["sweep"]:
-            self.sweep = parse_sweep(options["sweep"])
-            given = [name for name in ("concurrency", "rate", "ramp") if options[name] is not None]
-            if given:
-                raise UsageError(f"--sweep says what the load is: without --{given[0]}")
-            for step in self.sweep.steps:
-                self.sides.append((f"{self.sweep.name} {step:g}", read_settings({**options, self.sweep.name: step}, _STEP_S)))
-            return
-        self.sides.append(("run", read_settings(options, _DURATION_S)))
+async def _run(options: Mapping[str, Any], sides: list[tuple[str, Settings]]) -> int:
+    """Returns the exit code: 1 if nothing was answered, that of Ctrl-C if there was one."""
+    stop = Stop()
+    kind = next((name for name in ("compare", "sweep") if options[name]), "run")
+    is_keeping_rows = options["csv_file"] is not None
+    outcome = await measure(kind, sides, options["pairs"], mesh_config(options), stop, is_keeping_rows)
+    _write(outcome, options)
+    if stop.is_asked:
+        return EXIT_CODE
+    return 0 if outcome.is_answered else 1
 
-    async def run(self) -> int:
-        """Runs it, and gives the exit code: 1 if nothing was answered, that of Ctrl-C if there was one."""
-        from meshserve.cli.bench.stopping import EXIT_CODE, Stop
 
-        stop = Stop()
-        outcome = await self._outcome(stop)
-        self._write(outcome)
-        if stop.is_asked:
-            return EXIT_CODE
-        return 0 if outcome.is_answered else 1
-
-    async def _outcome(self, stop: "Stop") -> "Outcome":
-        from meshserve.cli.bench.live import Live
-        from meshserve.cli.bench.outcome import Course, run_comparison, run_once, run_sweep
-
-        options, mesh = self._options, mesh_config(dict(self._options))
-        async with AsyncExitStack() as stack:
-            live = stack.enter_context(Live(2 * options["pairs"] if options["compare"] else len(self.sides)))
-            course = Course(stack, mesh, live, stop, options["csv_file"] is not None)
-            if options["compare"]:
-                return await run_comparison(course, self.sides, options["pairs"])
-            if self.sweep is not None:
-                return await run_sweep(course, self.sides)
-            return await run_once(course, self.sides[0][1])
-
-    def _write(self, outcome: "Outcome") -> None:
-        """What is printed first: figures are not lost where a file cannot be written after all. Raises StartupFailed then."""
-        options = self._options
-        if options["as_json"]:
-            click.echo(json.dumps(outcome.to_dict(), indent=1))
-        else:
-            outcome.print()
-        try:
-            if options["csv_file"]:
-                with Path(options["csv_file"]).open("w", newline="") as file:
-                    outcome.write_rows(file)
-            if options["report"]:
-                from meshserve.cli.bench.report.page import page
-
-                Path(options["report"]).write_text(page(outcome, _command_line()))
-        except OSError as exc:
-            raise StartupFailed(f"the figures cannot be written: {exc}") from exc
+def _write(outcome: Outcome, options: Mapping[str, Any]) -> None:
+    """Print first, so that no figures are lost if a file cannot be written. Raises StartupFailed."""
+    if options["as_json"]:
+        click.echo(json.dumps(outcome.to_dict(), indent=1))
+    else:
+        outcome.print()
+    try:
+        if options["csv_file"]:
+            with Path(options["csv_file"]).open("w", newline="") as file:
+                outcome.write_rows(file)
+        if options["report"]:
+            Path(options["report"]).write_text(page(outcome, _command_line()))
+    except OSError as exc:
+        raise StartupFailed(f"the figures cannot be written: {exc}") from exc
 
 
 def _check_files(options: Mapping[str, Any]) -> None:
@@ -166,8 +141,8 @@ def _override(context: click.Context, found: dict[str, Any], name: str, text: st
     for parameter in context.command.params:
         if f"--{name.lstrip('-')}" in parameter.opts and parameter.name in _OVERRIDABLE:
             try:
-                found[parameter.name] = parameter.type_cast_value(context, text)
-            except click.BadParameter as exc:
+                found[parameter.name] = parameter.process_value(context, text)
+            except click.UsageError as exc:
                 raise UsageError(f"--compare: {name}={text}: {exc.message}") from exc
             if parameter.name in _LEVELS:
                 found.update(dict.fromkeys(_LEVELS - {parameter.name}))
@@ -177,6 +152,7 @@ def _override(context: click.Context, found: dict[str, Any], name: str, text: st
 
 _LEVELS = frozenset(("concurrency", "rate", "ramp"))
 _OVERRIDABLE = _LEVELS | {
-    "endpoint", "model", "api_key", "stream", "extra", "insecure", "timeout", "arrival", "num_requests", "duration", "max_open",
-    "prompt_tokens", "output_tokens", "ignore_eos", "shared_prefix_tokens", "num_prefixes", "turns", "think_time", "receipt_every",
+    "endpoint", "model", "api_key", "is_stream", "extra", "insecure", "timeout_s", "arrival",
+    "num_requests", "duration_s", "max_open", "prompt_tokens", "output_tokens", "ignore_eos",
+    "num_shared_tokens", "num_prefixes", "num_turns", "think_s", "receipt_every",
 }  # fmt: skip

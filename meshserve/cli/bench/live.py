@@ -3,13 +3,11 @@
 import asyncio
 import math
 import time
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
-from rich.text import Text
 
 from meshserve.cli.bench.load import Load, Plan
 from meshserve.cli.bench.tally import Tally
@@ -19,52 +17,49 @@ _WIDE = 110
 """Columns of a terminal in which a long label has room."""
 
 
-class _Figures(ProgressColumn):
-    """What the run shows so far."""
-
-    def render(self, task: Task) -> Text:
-        return Text(str(task.fields.get("figures", "")), "cyan")
-
-
 class Live:
-    """Nothing is shown where stderr is no terminal."""
+    """Nothing is shown if stderr is no terminal."""
 
     def __init__(self, num_runs: int = 1) -> None:
-        self._console = Console(stderr=True)
-        self._is_shown = self._console.is_terminal
-        is_narrow = self._console.width < _WIDE
+        console = Console(stderr=True)
+        self._is_shown = console.is_terminal
+        is_narrow = console.width < _WIDE
         self._label_chars = 16 if is_narrow else 40
-        bar = BarColumn(bar_width=8 if is_narrow else 24)
-        figures = _Figures(table_column=Column(no_wrap=True, overflow="ellipsis"))
-        columns = (TextColumn("{task.description}"), bar, TextColumn("{task.percentage:>3.0f}%"), figures)
-        self._progress = Progress(*columns, console=self._console, auto_refresh=False, transient=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=8 if is_narrow else 24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn(
+                "[cyan]{task.fields[figures]}",
+                table_column=Column(no_wrap=True, overflow="ellipsis"),
+            ),
+            console=console,
+            auto_refresh=False,
+            transient=True,
+        )
         self._task = self._progress.add_task("asking the target", total=num_runs, figures="")
         self._num_runs, self._num_begun = num_runs, 0
-        self._plan = Plan()
-        self._num_planned: int | None = None
-        self._load: Load | None = None
-        self._tally: Tally | None = None
+        self._watched: tuple[Plan, int | None, Load, Tally] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self, label: str, plan: Plan, num_planned: int | None = None) -> None:
-        """The next run; `num_planned` is how many requests there are, where a trace says so."""
+    def watch(self, label: str, plan: Plan, num_planned: int | None, load: Load, tally: Tally) -> None:
+        """Follow the next run; `num_planned` is the number of requests, if a trace has it."""
         self._num_begun += 1
-        self._plan, self._num_planned = plan, plan.num_requests or num_planned
+        self._watched = plan, plan.num_requests or num_planned, load, tally
         count = f"{self._num_begun}/{self._num_runs} " if self._num_runs > 1 else ""
         self._progress.update(self._task, description=f"{count}{label}"[: self._label_chars])
-
-    def watch(self, load: Load, tally: Tally) -> None:
-        """Follow this run."""
-        self._load, self._tally = load, tally
         if self._is_shown and self._timer is None:
             self._draw()
 
     def _draw(self) -> None:
         self._timer = asyncio.get_running_loop().call_later(_REFRESH_S, self._draw)
-        if self._load is None or self._tally is None:
+        if self._watched is None:
             return
-        done = self._num_begun - 1 + share_done(self._plan.duration_s, self._num_planned, self._tally, time.monotonic())
-        self._progress.update(self._task, completed=done, figures=_line(self._load, self._tally))
+        plan, num_requests, load, tally = self._watched
+        done = share_done(plan.duration_s, num_requests, tally, time.monotonic())
+        self._progress.update(
+            self._task, completed=self._num_begun - 1 + done, figures=_line(load, tally)
+        )
         self._progress.refresh()
 
     def __enter__(self) -> Self:
@@ -72,7 +67,7 @@ class Live:
             self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._progress.stop()

@@ -1,16 +1,56 @@
 """The options of `meshserve bench`, in groups, so that `--help` can be read."""
 
+import json
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
 
-from meshserve.cli.bench.arrivals import ARRIVALS
-from meshserve.cli.bench.distributions import FORMS
+from meshserve.cli.bench.arrivals import ARRIVALS, parse_ramp
+from meshserve.cli.bench.distributions import FORMS, parse_lengths
 from meshserve.cli.bench.exchange import PATHS
-from meshserve.cli.options import Command, option
+from meshserve.cli.options import option, together
+from meshserve.errors import UsageError
 
 _MESH_GROUP = "The mesh, where no URL is given"
+
+
+def _parsed(parse: Callable[[str], Any]) -> Callable[..., Any]:
+    """A callback for an option whose value is what `parse` makes of its text."""
+
+    def convert(context: click.Context, parameter: click.Parameter, text: str | None) -> Any:
+        try:
+            return None if text is None else parse(text)
+        except UsageError as error:
+            raise click.UsageError(error.message, context) from error
+
+    return convert
+
+
+def _parse_warmup(text: str) -> tuple[int, float]:
+    """A number of requests, as `20`, and seconds, as `2s`: one of them is 0."""
+    try:
+        if text.endswith("s"):
+            number, seconds = 0, float(text[:-1])
+        else:
+            number, seconds = int(text), 0.0
+    except ValueError:
+        number, seconds = -1, 0.0
+    if not (0 <= number <= 1_000_000 and 0 <= seconds <= 86_400):
+        raise UsageError(f"--warmup {text!r} is neither a number of requests nor seconds, as 2s")
+    return number, seconds
+
+
+def _parse_fields(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except ValueError as exc:
+        raise UsageError(f"--extra is not JSON: {exc}") from exc
+    if not isinstance(found, dict):
+        raise UsageError("--extra is not a JSON object")
+    return found
 
 
 class GroupedOption(click.Option):
@@ -38,93 +78,102 @@ class GroupedCommand(click.Command):
                 formatter.write_dl(records, col_max=34)
 
 
-def _in(group: str) -> Callable[..., Callable[[Command], Command]]:
-    """Options of one group."""
-
-    def add(*names: str, **settings: Any) -> Callable[[Command], Command]:
-        return option(*names, cls=GroupedOption, group=group, **settings)
-
-    return add
-
-
-_target, _load, _prompts, _kind, _output = (_in(group) for group in ("Target", "Load", "Prompts and answers", "What to find out", "Output"))
+_target, _load, _prompts, _kind, _output = (
+    partial(option, cls=GroupedOption, group=group)
+    for group in ("Target", "Load", "Prompts and answers", "What to find out", "Output")
+)
 _rate = click.FloatRange(0, 1e6, min_open=True)
 _seconds = click.FloatRange(0, 86_400)
 
-_OPTIONS = [
+_lengths = _parsed(parse_lengths)
+
+bench_options = together(
     _target("--endpoint", type=click.Choice(list(PATHS)), default="completions", help="Which API."),
-    _target("--model", default=None, metavar="NAME", help="[default: the first of /v1/models]", show_default=False),
-    _target("--api-key", default=None, metavar="KEY", help="Sent as a bearer token."),
-    _target("--stream/--no-stream", "stream", default=True, help="Without a stream there is no time to the first token but the last's."),
-    _target("--extra", default=None, metavar="JSON", help='More fields of each request, as {"temperature": 0}.'),
+    _target("--model", metavar="NAME", help="[default: the first of /v1/models]"),
+    _target("--api-key", metavar="KEY", help="Sent as a bearer token."),
+    _target("--stream/--no-stream", "is_stream", default=True, help="Without a stream there is no time to the first token but the last's."),
+    _target("--extra", callback=_parsed(_parse_fields), metavar="JSON", help='More fields of each request, as {"temperature": 0}.'),
     _target("--insecure", is_flag=True, help="Do not check the server's certificate."),
-    _target("--timeout", type=click.FloatRange(0.1, 86_400), default=120.0, metavar="S", help="For one request."),
-    _load("--concurrency", type=click.IntRange(1, 100_000), default=None, metavar="N", help="Closed loop: N clients.  [default: 1]"),
+    _target("--timeout", "timeout_s", type=click.FloatRange(0.1, 86_400), default=120.0, metavar="S", help="For one request."),
+    _load("--concurrency", type=click.IntRange(1, 100_000), metavar="N", help="Closed loop: N clients.  [default: 1]"),
     _load(
         "--rate",
         type=_rate,
-        default=None,
         metavar="R",
         help="Open loop: R requests a second (conversations, with --turns). Latency counts from the time each was due.",
     ),
     _load("--arrival", type=click.Choice(ARRIVALS), default="poisson", help="Of an open loop."),
     _load(
         "--ramp",
-        default=None,
+        callback=_parsed(parse_ramp),
         metavar="NAME=FROM:TO:S",
         help="rate or concurrency that goes from FROM to TO in S seconds, and stays there.",
     ),
-    _load("--trace", type=click.Path(), default=None, metavar="FILE", help="Arrivals, lengths and shared blocks of a Mooncake trace."),
+    _load("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Arrivals, lengths and shared blocks of a Mooncake trace."),
     _load("--speed", type=_rate, default=1.0, metavar="X", help="Play the trace X times as fast."),
-    _load("--requests", "num_requests", type=click.IntRange(1), default=None, metavar="N", help="Measure so many."),
+    _load("--requests", "num_requests", type=click.IntRange(1), metavar="N", help="Measure so many."),
     _load(
         "--duration",
+        "duration_s",
         type=click.FloatRange(0.1, 86_400),
-        default=None,
         metavar="S",
         help="Measure so long.  [default: 10, where nothing else ends it; 2 a turn of --compare; 5 a step of --sweep]",
     ),
-    _load("--warmup", default="1s", metavar="N|Ss", help="Left out of all figures: the first N requests, or S seconds (as 2s)."),
+    _load(
+        "--warmup",
+        callback=_parsed(_parse_warmup),
+        default="1s",
+        metavar="N|Ss",
+        help="Left out of all figures: the first N requests, or S seconds (as 2s).",
+    ),
     _load("--max-open", type=click.IntRange(1, 1_000_000), default=10_000, metavar="N", help="Open loop: so many under way at most."),
     _load("--seed", type=int, default=0, metavar="N", help="Of prompts, lengths and arrivals."),
-    _prompts("--prompt-tokens", default="256", metavar="LENGTH", help=f"{FORMS}; of each turn, without the shared prefix."),
-    _prompts("--output-tokens", default="64", metavar="LENGTH", help="The same; goes out as max_tokens."),
+    _prompts(
+        "--prompt-tokens",
+        callback=_lengths,
+        default="256",
+        metavar="LENGTH",
+        help=f"{FORMS}; of each turn, without the shared prefix.",
+    ),
+    _prompts("--output-tokens", callback=_lengths, default="64", metavar="LENGTH", help="The same; goes out as max_tokens."),
     _prompts("--ignore-eos", is_flag=True, help="Ask for all of them, whatever the model says."),
-    _prompts("--shared-prefix-tokens", type=click.IntRange(0, 1_000_000), default=0, metavar="N", help="Which prompts have in common."),
+    _prompts(
+        "--shared-prefix-tokens",
+        "num_shared_tokens",
+        type=click.IntRange(0, 1_000_000),
+        default=0,
+        metavar="N",
+        help="Which prompts have in common.",
+    ),
     _prompts("--num-prefixes", type=click.IntRange(1, 100_000), default=1, metavar="N", help="So many such prefixes, drawn evenly."),
     _prompts(
-        "--turns", type=click.IntRange(1, 1000), default=1, metavar="N", help="Conversations: each prompt has all that was said before."
+        "--turns",
+        "num_turns",
+        type=click.IntRange(1, 1000),
+        default=1,
+        metavar="N",
+        help="Conversations: each prompt has all that was said before.",
     ),
-    _prompts("--think-time", type=_seconds, default=0.0, metavar="S", help="Between an answer and the next turn."),
+    _prompts("--think-time", "think_s", type=_seconds, default=0.0, metavar="S", help="Between an answer and the next turn."),
     _prompts(
         "--chars-per-token",
         type=click.FloatRange(0.1, 100),
-        default=None,
         metavar="X",
         help="[default: what the target counts in two probes]",
-        show_default=False,
     ),
-    _kind("--target-ttft-ms", type=_rate, default=None, metavar="MS", help="Goodput: requests whose first token comes in time ..."),
-    _kind("--target-itl-ms", type=_rate, default=None, metavar="MS", help="... and the others too, on average over the request."),
+    _kind("--target-ttft-ms", type=_rate, metavar="MS", help="Goodput: requests whose first token comes in time ..."),
+    _kind("--target-itl-ms", type=_rate, metavar="MS", help="... and the others too, on average over the request."),
     _kind(
         "--compare",
         nargs=2,
-        default=None,
         metavar="A B",
         help="Each a URL, `mesh`, and options as NAME=VALUE with spaces between: "
         "'http://127.0.0.1:8000 concurrency=8'. What they do not name is as the other options say.",
     ),
     _kind("--pairs", type=click.IntRange(6, 1000), default=10, metavar="N", help="Turns of A and of B."),
-    _kind("--sweep", default=None, metavar="NAME=N,N,..", help="concurrency or rate in steps; says where the knee is."),
+    _kind("--sweep", metavar="NAME=N,N,..", help="concurrency or rate in steps; says where the knee is."),
     _kind("--receipt-every", type=click.IntRange(0), default=10, metavar="N", help="Of a mesh, for the time in each phase; 0: never."),
     _output("--json", "as_json", is_flag=True, help="One JSON object instead of tables; docs/measuring.md has its fields."),
-    _output("--report", type=click.Path(dir_okay=False), default=None, metavar="FILE", help="Plots and tables in one HTML file."),
-    _output("--csv", "csv_file", type=click.Path(dir_okay=False), default=None, metavar="FILE", help="A line for each measured request."),
-]
-
-
-def bench_options(command: Command) -> Command:
-    """All but those of the mesh."""
-    for add in reversed(_OPTIONS):
-        command = add(command)
-    return command
+    _output("--report", type=click.Path(dir_okay=False), metavar="FILE", help="Plots and tables in one HTML file."),
+    _output("--csv", "csv_file", type=click.Path(dir_okay=False), metavar="FILE", help="A line for each measured request."),
+)

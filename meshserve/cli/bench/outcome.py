@@ -11,13 +11,11 @@ from typing import Any, TextIO
 from meshserve import __version__
 from meshserve.cli.bench.compare import Compared, all_times, alternate, compare_runs, left_out
 from meshserve.cli.bench.live import Live
-from meshserve.cli.bench.load import Load
 from meshserve.cli.bench.session import CSV_COLUMNS, Run, Session
 from meshserve.cli.bench.settings import Settings
 from meshserve.cli.bench.stopping import Stop
 from meshserve.cli.bench.sweep import RULE, Knee, find_knee, power
 from meshserve.cli.bench.tables import console, print_comparison, print_findings, print_run, print_sweep
-from meshserve.cli.bench.tally import Tally
 from meshserve.config import MeshConfig
 from meshserve.telemetry import Histogram
 
@@ -114,73 +112,66 @@ class Outcome:
         print_findings(out, self.main_notes)
 
 
-@dataclass(frozen=True, slots=True)
-class Course:
-    """What all runs of a command have in common. Connections are closed by the stack's owner, before figures are shown."""
-
-    stack: AsyncExitStack
-    mesh: MeshConfig
-    live: Live
-    stop: Stop
-    is_keeping_rows: bool
-
-    async def opened(self, settings: Settings) -> Session:
-        """A target that is ready. Raises StartupFailed."""
-        session = Session(settings, self.mesh)
-        self.stack.push_async_callback(session.close)
-        await session.open()
-        return session
-
-    async def run(self, session: Session, label: str, shown: str, settings: Settings) -> Run:
-        """One of the runs."""
-        self.live.begin(shown, settings.plan, session.num_planned)
-
-        def watch(load: Load, tally: Tally) -> None:
-            self.live.watch(load, tally)
-            self.stop.watch(load)
-
-        return await session.run(label, settings, watch, self.is_keeping_rows)
+Sides = Sequence[tuple[str, Settings]]
+"""Loads with their labels."""
 
 
-async def run_once(course: Course, settings: Settings) -> Outcome:
-    """One run. Raises StartupFailed if the target cannot be used."""
-    session = await course.opened(settings)
-    with course.stop:
-        return Outcome("run", [await course.run(session, "run", "", settings)], [session])
+async def measure(
+    kind: str,
+    sides: Sides,
+    num_pairs: int,
+    mesh: MeshConfig,
+    stop: Stop,
+    is_keeping_rows: bool,
+) -> Outcome:
+    """All runs of a command. Raises StartupFailed if a target cannot be used."""
+    num_runs = 2 * num_pairs if kind == "compare" else len(sides)
+    async with AsyncExitStack() as stack:
+        live = stack.enter_context(Live(num_runs))
+        sessions = []
+        # the steps of a sweep go to one target, over the same connections
+        for _, settings in sides if kind == "compare" else sides[:1]:
+            session = Session(settings, mesh, live, stop, is_keeping_rows)
+            stack.push_async_callback(session.close)
+            await session.open()
+            sessions.append(session)
+        with stop:
+            if kind == "compare":
+                return await _compare(sessions, sides, num_pairs, stop)
+            if kind == "sweep":
+                return await _sweep(sessions[0], sides, stop)
+            return Outcome(kind, [await sessions[0].run("run", "", sides[0][1])], sessions)
 
 
-async def run_sweep(course: Course, steps: Sequence[tuple[str, Settings]]) -> Outcome:
-    """A run for each step, on the same connections. Raises StartupFailed if the target cannot be used."""
-    session = await course.opened(steps[0][1])
+async def _sweep(session: Session, steps: Sides, stop: Stop) -> Outcome:
     runs: list[Run] = []
-    with course.stop:
-        for label, settings in steps:
-            runs.append(await course.run(session, label, label, settings))
-            if course.stop.is_asked:
-                break
-    if course.stop.is_asked and len(runs) > 1 and not runs[-1].tally.num_done:
+    for label, settings in steps:
+        runs.append(await session.run(label, label, settings))
+        if stop.is_asked:
+            break
+    if stop.is_asked and len(runs) > 1 and not runs[-1].tally.num_done:
         del runs[-1]
-    interruption = f"interrupted: {len(runs)} of {len(steps)} steps are shown" if course.stop.is_asked else ""
-    return Outcome("sweep", runs, [session], knee=find_knee([run.tally for run in runs]), interruption=interruption)
+    knee = find_knee([run.tally for run in runs])
+    told = f"interrupted: {len(runs)} of {len(steps)} steps are shown" if stop.is_asked else ""
+    return Outcome("sweep", runs, [session], knee=knee, interruption=told)
 
 
-async def run_comparison(course: Course, sides: Sequence[tuple[str, Settings]], num_pairs: int) -> Outcome:
-    """Turns of both, in pairs. Raises StartupFailed if a target cannot be used."""
-    sessions = [await course.opened(settings) for _, settings in sides]
-    a, b = (_turns(course, name, session) for name, session in zip("AB", sessions, strict=True))
-    with course.stop:
-        pairs = await alternate(a, b, num_pairs, sides[0][1].seed, lambda: course.stop.is_asked)
-    interruption = f"interrupted after {len(pairs)} of {num_pairs} pairs" if course.stop.is_asked else ""
+async def _compare(sessions: list[Session], sides: Sides, num_pairs: int, stop: Stop) -> Outcome:
+    a, b = (_turns(name, session) for name, session in zip("AB", sessions, strict=True))
+    pairs = await alternate(a, b, num_pairs, sides[0][1].seed, lambda: stop.is_asked)
     tallies = [(one.tally, other.tally) for one, other in pairs]
-    specs = tuple(spec for spec, _ in sides)
-    runs = [run for pair in pairs for run in pair]
-    return Outcome("compare", runs, sessions, specs, compare_runs(tallies), left_out(tallies), interruption=interruption)
+    return Outcome(
+        "compare",
+        [run for pair in pairs for run in pair],
+        sessions,
+        tuple(label for label, _ in sides),
+        compare_runs(tallies),
+        left_out(tallies),
+        interruption=f"interrupted after {len(pairs)} of {num_pairs} pairs" if stop.is_asked else "",
+    )
 
 
-def _turns(course: Course, name: str, session: Session) -> Callable[[], Awaitable[Run]]:
+def _turns(name: str, session: Session) -> Callable[[], Awaitable[Run]]:
     numbers = itertools.count(1)
-
-    async def turn() -> Run:
-        return await course.run(session, f"{name}{next(numbers)}", f"{name} {session.target.name}", session.settings)
-
-    return turn
+    shown = f"{name} {session.target.name}"
+    return lambda: session.run(f"{name}{next(numbers)}", shown, session.settings)

@@ -1,16 +1,18 @@
 """A target that is open, and runs on it: connections and what was learnt of the target stay from one run to the next."""
 
 import gc
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from meshserve.cli.bench.exchange import Exchange, Job, Target
 from meshserve.cli.bench.http_target import HttpTarget
+from meshserve.cli.bench.live import Live
 from meshserve.cli.bench.load import Load
 from meshserve.cli.bench.mesh_target import MeshTarget
 from meshserve.cli.bench.selfcheck import findings
 from meshserve.cli.bench.settings import Settings
+from meshserve.cli.bench.stopping import Stop
 from meshserve.cli.bench.tally import Second, Tally
 from meshserve.cli.bench.texts import PROBE_CHARS, Scale, Texts
 from meshserve.cli.bench.trace import TraceLine, read_trace_file
@@ -18,9 +20,6 @@ from meshserve.cli.bench.workload import Workload, trace_jobs
 from meshserve.config import MeshConfig
 
 CSV_COLUMNS = ("due_s", "queue_ms", "ttft_ms", "tpot_ms", "e2e_ms", "prompt_tokens", "output_tokens", "error", "run")
-
-Watcher = Callable[[Load, Tally], None]
-"""Told of a run at its start; looks at it as it goes on."""
 
 
 @dataclass(slots=True)
@@ -34,8 +33,6 @@ class Run:
     tally: Tally
     generator: dict[str, Any]
     findings: list[str] = field(default_factory=list)
-    is_stopped: bool = False
-    """By its user, before its end."""
 
     @property
     def advice(self) -> list[str]:
@@ -77,18 +74,16 @@ def _second(second: Second) -> dict[str, Any]:
 class Session:
     """Opened once, used for any number of runs one after the other, closed once."""
 
-    def __init__(self, settings: Settings, mesh: MeshConfig) -> None:
-        self.settings = settings
+    def __init__(
+        self, settings: Settings, mesh: MeshConfig, live: Live, stop: Stop, is_keeping_rows: bool
+    ) -> None:
+        self.settings, self._live, self._stop = settings, live, stop
+        self._is_keeping_rows = is_keeping_rows
         self.target: Target = _target(settings, mesh)
         self._scale = Scale()
         self._lines: list[TraceLine] = read_trace_file(settings.trace, settings.speed) if settings.trace is not None else []
         self._num_runs = 0
         self._rows: list[tuple[str, Exchange]] = []
-
-    @property
-    def num_planned(self) -> int | None:
-        """Requests of the trace; None without one."""
-        return len(self._lines) or None
 
     async def open(self) -> None:
         """Connect, and learn how long the target's tokens are. Raises StartupFailed."""
@@ -104,21 +99,20 @@ class Session:
         short, long = [await self.target.count_tokens(texts.make("probe", size)) for size in PROBE_CHARS]
         return Scale.from_probes(short, long) if short is not None and long is not None else None
 
-    async def run(self, label: str, settings: Settings | None = None, watch: Watcher | None = None, is_keeping_rows: bool = False) -> Run:
-        """One run. Prompts differ from run to run, or a cache would know those of the second."""
-        settings = settings or self.settings
+    async def run(self, label: str, shown: str, settings: Settings) -> Run:
+        """One run, `shown` beside the progress bar. Prompts are new: the target may know the last run's."""
         seed = settings.seed + 1_000_003 * self._num_runs
         self._num_runs += 1
         workload = Workload(settings.shape, self._scale, seed)
         jobs: Iterable[Job] = trace_jobs(self._lines, self._scale, seed) if self._lines else workload
         if settings.plan.clients is not None and self._lines:
-            jobs = _without_times(jobs)
+            jobs = (replace(job, due_s=None) for job in jobs)
         tally = Tally(settings.goal)
         next_turn = workload.next_turn if settings.shape.num_turns > 1 else None
-        keep = (lambda exchange: self._rows.append((label, exchange))) if is_keeping_rows else None
+        keep = (lambda exchange: self._rows.append((label, exchange))) if self._is_keeping_rows else None
         load = Load(self.target, settings.plan, jobs, settings.dues(seed), tally, next_turn, keep)
-        if watch is not None:
-            watch(load, tally)
+        self._live.watch(shown, settings.plan, len(self._lines) or None, load, tally)
+        self._stop.watch(load)
         gc.collect()
         gc.freeze()  # a full collection over what is there for good would be a stall of the generator's own
         try:
@@ -129,7 +123,7 @@ class Session:
         found = findings(check.cpu_share, check.late, check.lag, tally)
         if load.is_stopped:
             found.insert(0, _interruption(tally, load.num_left))
-        return Run(label, settings.load, self.target.name, self.target.model, tally, check.to_dict(), found, load.is_stopped)
+        return Run(label, settings.load, self.target.name, self.target.model, tally, check.to_dict(), found)
 
     def rows(self) -> list[list[Any]]:
         """The measured requests of all runs that kept theirs, with the columns of :data:`CSV_COLUMNS`."""
@@ -146,10 +140,6 @@ def _target(settings: Settings, mesh: MeshConfig) -> Target:
     if settings.url is not None:
         return HttpTarget(settings.url, http)
     return MeshTarget(mesh, http.endpoint, http.model, http.ignore_eos, settings.plan.timeout_s, http.extra)
-
-
-def _without_times(jobs: Iterable[Job]) -> Iterable[Job]:
-    return (Job(job.messages, job.max_tokens) for job in jobs)
 
 
 def _row(row: Exchange, began_s: float) -> list[Any]:

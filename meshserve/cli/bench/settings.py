@@ -1,18 +1,17 @@
 """What the options of `meshserve bench` say, as one value. Pure."""
 
-import json
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from meshserve.cli.bench.arrivals import Level, constant_level, due_times, parse_ramp
-from meshserve.cli.bench.distributions import parse_lengths
+from meshserve.cli.bench.arrivals import Level, constant_level, due_times
 from meshserve.cli.bench.http_target import HttpSettings
 from meshserve.cli.bench.load import Plan
 from meshserve.cli.bench.tally import Goal
 from meshserve.cli.bench.workload import Shape
+from meshserve.cli.options import pick
 from meshserve.errors import UsageError
 
 
@@ -55,40 +54,27 @@ class Settings:
 
 
 def read_settings(options: Mapping[str, Any], default_duration_s: float) -> Settings:
-    """From options as click gives them. Raises UsageError for what does not go together."""
-    clients, rate = _levels(options)
-    is_traced = options["trace"] is not None
-    is_conversing = options["turns"] > 1
+    """From options as click gives them. Raises UsageError for options that exclude each other."""
+    is_traced, is_conversing = options["trace"] is not None, options["num_turns"] > 1
     if is_traced and is_conversing:
         raise UsageError("--trace has its own prompts: without --turns")
-    num_requests, duration_s = options["num_requests"], options["duration"]
-    if num_requests is None and duration_s is None and not is_traced:
-        duration_s = default_duration_s
-    num_warmup, warmup_s = _warmup(options["warmup"])
-    plan = Plan(
-        clients=clients,
-        num_requests=num_requests,
-        duration_s=duration_s,
-        num_warmup=num_warmup,
-        warmup_s=warmup_s,
-        max_open=options["max_open"],
-        timeout_s=options["timeout"],
-        think_s=options["think_time"],
-        receipt_every=options["receipt_every"],
-    )
-    return Settings(
-        url=options["url"],
-        plan=plan,
-        rate=rate,
-        arrival=options["arrival"],
-        shape=_shape(options),
-        trace=Path(options["trace"]) if is_traced else None,
-        speed=options["speed"],
-        http=_http(options, is_conversing),
-        goal=Goal(_seconds(options["target_ttft_ms"]), _seconds(options["target_itl_ms"])),
-        seed=options["seed"],
-        chars_per_token=options["chars_per_token"],
-    )
+    clients, rate = _levels(options)
+    num_warmup, warmup_s = options["warmup"]
+    found = {
+        **options,
+        "clients": clients,
+        "rate": rate,
+        "num_warmup": num_warmup,
+        "warmup_s": warmup_s,
+        "is_keeping_text": is_conversing,
+        "is_checking_certificates": not options["insecure"],
+        "extra": options["extra"] or {},
+    }
+    if options["num_requests"] is None and options["duration_s"] is None and not is_traced:
+        found["duration_s"] = default_duration_s
+    goal = Goal(_seconds(options["target_ttft_ms"]), _seconds(options["target_itl_ms"]))
+    plan, shape, http = pick(Plan, found), pick(Shape, found), pick(HttpSettings, found)
+    return pick(Settings, {**found, "plan": plan, "shape": shape, "http": http, "goal": goal})
 
 
 def _levels(options: Mapping[str, Any]) -> tuple[Level | None, Level | None]:
@@ -97,7 +83,7 @@ def _levels(options: Mapping[str, Any]) -> tuple[Level | None, Level | None]:
     if len(given) > 1:
         raise UsageError(f"--{given[0]} and --{given[1]}: one of them says what the load is")
     if options["ramp"] is not None:
-        name, level = parse_ramp(options["ramp"])
+        name, level = options["ramp"]
         return (level, None) if name == "concurrency" else (None, level)
     if options["rate"] is not None:
         if options["trace"] is not None:
@@ -106,49 +92,6 @@ def _levels(options: Mapping[str, Any]) -> tuple[Level | None, Level | None]:
     if options["trace"] is not None and options["concurrency"] is None:
         return None, None
     return constant_level(options["concurrency"] or 1), None
-
-
-def _warmup(text: str) -> tuple[int, float]:
-    """`20` requests or `2s`."""
-    try:
-        if text.endswith("s"):
-            number, seconds = 0, float(text[:-1])
-        else:
-            number, seconds = int(text), 0.0
-    except ValueError:
-        number, seconds = -1, 0.0
-    if not (0 <= number <= 1_000_000 and 0 <= seconds <= 86_400):
-        raise UsageError(f"--warmup {text!r} is neither a number of requests nor seconds, as 2s")
-    return number, seconds
-
-
-def _shape(options: Mapping[str, Any]) -> Shape:
-    return Shape(
-        parse_lengths(options["prompt_tokens"]),
-        parse_lengths(options["output_tokens"]),
-        options["shared_prefix_tokens"],
-        options["num_prefixes"],
-        options["turns"],
-    )
-
-
-def _http(options: Mapping[str, Any], is_conversing: bool) -> HttpSettings:
-    try:
-        extra = json.loads(options["extra"]) if options["extra"] else {}
-    except ValueError as exc:
-        raise UsageError(f"--extra is not JSON: {exc}") from exc
-    if not isinstance(extra, dict):
-        raise UsageError("--extra is not a JSON object")
-    return HttpSettings(
-        endpoint=options["endpoint"],
-        model=options["model"],
-        api_key=options["api_key"],
-        is_stream=options["stream"],
-        ignore_eos=options["ignore_eos"],
-        is_keeping_text=is_conversing,
-        is_checking_certificates=not options["insecure"],
-        extra=extra,
-    )
 
 
 def _seconds(milliseconds: float | None) -> float | None:

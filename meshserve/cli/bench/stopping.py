@@ -2,7 +2,6 @@
 
 import asyncio
 import signal
-from types import TracebackType
 from typing import Self
 
 from meshserve.cli.bench.load import Load
@@ -40,5 +39,5 @@ class Stop:
             self._loop.remove_signal_handler(signal.SIGINT)  # and Python's own, KeyboardInterrupt, is back
             self._loop = None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._leave()

@@ -34,14 +34,14 @@ _SHORT_PAUSE_S = 0.1
 """The same without an audience: routers have heard by then what workers hold."""
 _HTTP = "127.0.0.1:8000"
 _DECIDED_HERE = {"name": "--name", "port": "--port"}
-_OF_THE_LAN = {"interface": "--interface", "peers": "--peer", "no_mdns": "--no-mdns"}
+_OF_THE_LAN = {"interface": "--interface", "seeds": "--peer", "no_mdns": "--no-mdns"}
 
 
 @click.command()
 @option("--decode", type=click.IntRange(1, 16), default=2, help="Decode workers.")
 @option("--prefill", type=click.IntRange(0, 16), default=1, help="Prefill workers; 0 is the aggregated deployment.")
-@option("--http", default=None, metavar="HOST:PORT", help=f"Where to listen.  [default: {_HTTP}, or a free port]", show_default=False)
-@option("--model", default=None, metavar="SPEC", help=f"{MODEL_HELP}  [default: the dummy engine's]", show_default=False)
+@option("--http", metavar="HOST:PORT", help=f"Where to listen.  [default: {_HTTP}, or a free port]")
+@option("--model", metavar="SPEC", help=f"{MODEL_HELP}  [default: the dummy engine's]")
 @click.option("--once", is_flag=True, help="End after the prompts.")
 @click.option("--lan", is_flag=True, help="Open the mesh and its HTTP side to this network.")
 @mesh_options
@@ -155,7 +155,7 @@ def _common_options(settings: dict[str, Any]) -> list[str]:
     else:
         options += ["--interface", settings["interface"]] if settings["interface"] else []
         options += ["--no-mdns"] if settings["no_mdns"] else []
-        options += [part for address in settings["peers"] for part in ("--peer", address)]
+        options += [part for address in settings["seeds"] for part in ("--peer", address)]
     if settings["log_json"]:
         options.append("--log-json")
     if settings["key_file"]:
