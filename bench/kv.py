@@ -33,7 +33,6 @@ from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import TaskState
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.wire.generation import GenerateRequest
 from meshserve.wire.messages import Method
 
@@ -48,12 +47,8 @@ class _Prefill:
     """The prefill peer's side: a provider, and a stream of small items for whoever asks."""
 
     def __init__(self, mesh: Mesh, engine: BenchEngine) -> None:
-        pipeline = Pipeline(mesh)
-        provider = PrefillProvider(mesh, pipeline, engine, HandoffConfig())
-        bulk = Bulk(mesh, provider.acknowledged, provider.bulk_lost)
-        provider.use(bulk)
+        self.close = PrefillProvider(mesh, engine, HandoffConfig()).close
         mesh.serve(_STREAM, self._stream)
-        self._closers = (provider.close, bulk.close, pipeline.close)
         self._mesh = mesh
 
     def _stream(self, call: IncomingCall) -> None:
@@ -64,10 +59,6 @@ class _Prefill:
             call.end()
 
         self._mesh.tasks.spawn(send())
-
-    def close(self) -> None:
-        for close in self._closers:
-            close()
 
 
 def prefill_peer(pipe: Connection, kv_bytes_per_token: int, bulk_bytes_per_s: float) -> None:
@@ -118,16 +109,8 @@ class _Decode:
         self._num_requests = 0
 
     def build(self, mesh: Mesh, engine: BenchEngine) -> Callable[[], None]:
-        pipeline = Pipeline(mesh)
-        bulk = Bulk(mesh, lambda peer, answer: None, lambda peer, reason: None)
-        self.requester = PrefillRequester(mesh, pipeline, bulk, engine, HandoffConfig())
-
-        def close() -> None:
-            self.requester.close()
-            bulk.close()
-            pipeline.close()
-
-        return close
+        self.requester = PrefillRequester(mesh, engine, HandoffConfig())
+        return self.requester.close
 
     async def hand_over(self, num_blocks: int) -> float:
         """Seconds until all blocks of a prompt of this length are here."""
@@ -140,6 +123,10 @@ class _Decode:
         result = await done
         assert result.state is TaskState.DONE and result.num_blocks == num_blocks, result
         return time.monotonic() - began_s
+
+    def cancel(self) -> None:
+        """Give up the latest prompt, if it is under way."""
+        self.requester.cancel(f"r{self._num_requests}")
 
 
 class _Gaps:
@@ -250,7 +237,7 @@ async def _bulk_running(mesh: Mesh, decode: _Decode) -> AsyncIterator[Callable[[
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        decode.requester.close()  # what is under way ends with it, and the next pair starts clean
+        decode.cancel()  # so that the next pair starts clean
 
 
 def _p99(values: list[float]) -> float:

@@ -40,7 +40,6 @@ from meshserve.handoff.requester import PrefillRequester
 from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import TaskState
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.wire.generation import GenerateRequest
 
 _BLOCK_TOKENS = 16
@@ -76,17 +75,7 @@ def prefill_peer(pipe: Connection, is_timed: bool) -> None:
         await engine.start()
 
         def build(mesh: Mesh) -> Callable[[], None]:
-            pipeline = Pipeline(mesh)
-            provider = PrefillProvider(mesh, pipeline, engine, HandoffConfig())
-            bulk = Bulk(mesh, provider.acknowledged, provider.bulk_lost)
-            provider.use(bulk)
-
-            def close() -> None:
-                provider.close()
-                bulk.close()
-                pipeline.close()
-
-            return close
+            return PrefillProvider(mesh, engine, HandoffConfig()).close
 
         async def answer(question: Any) -> dict[str, float]:
             return begun
@@ -115,16 +104,8 @@ class _Decode:
         self.requester: PrefillRequester
 
     def build(self, mesh: Mesh) -> Callable[[], None]:
-        pipeline = Pipeline(mesh)
-        bulk = Bulk(mesh, lambda peer, answer: None, lambda peer, reason: None)
-        self.requester = PrefillRequester(mesh, pipeline, bulk, self.engine, HandoffConfig(max_prefill_queue=1 << 20))
-
-        def close() -> None:
-            self.requester.close()
-            bulk.close()
-            pipeline.close()
-
-        return close
+        self.requester = PrefillRequester(mesh, self.engine, HandoffConfig(max_prefill_queue=1 << 20))
+        return self.requester.close
 
     async def hand_over(self, num_tokens: int) -> tuple[str, _Outcome]:
         """Have a prompt of so many tokens prefilled; no two prompts share a prefix."""

@@ -17,7 +17,6 @@ from meshserve.handoff.requester import PrefillRequester
 from meshserve.mesh.files import offer_files
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.mesh.transport.sockets import endpoint
 from meshserve.observe.peer_feed import FeedSource
 from meshserve.observe.receipt_store import Receipts
@@ -136,31 +135,25 @@ class Peer:
         engine.on_failure = self._engine_failed
         self._closers.push_async_callback(engine.close)
         offer_files(self.mesh, engine.files)
-        reporter = WorkerReporter(self.mesh, engine)
-        pipeline = Pipeline(self.mesh)
-        self._closers.callback(pipeline.close)
-        provider = PrefillProvider(self.mesh, pipeline, engine, self._config.handoff) if "prefill" in self._roles else None
-        bulk = Bulk(self.mesh, *((provider.acknowledged, provider.bulk_lost) if provider else (_ignore, _ignore)))
-        self._closers.callback(bulk.close)
+        config, roles = self._config, self._roles
+        provider = PrefillProvider(self.mesh, engine, config.handoff) if "prefill" in roles else None
+        requester = PrefillRequester(self.mesh, engine, config.handoff) if "decode" in roles else None
+        reporter = self._reporter = WorkerReporter(self.mesh, engine, provider, requester)
         if provider is not None:
-            provider.use(bulk)
             from meshserve.roles.prefill import PrefillRole
 
             prefill = PrefillRole(provider, reporter)
             self._closers.callback(provider.close)
             self._is_idle.append(lambda: prefill.is_idle)
             self._on_drain.append(prefill.drain)
-        if "decode" in self._roles:
+        if requester is not None:
             from meshserve.roles.decode import DecodeRole
 
-            requester = PrefillRequester(self.mesh, pipeline, bulk, engine, self._config.handoff)
-            config = self._config
             decode = DecodeRole(self.mesh, engine, requester, reporter, config.handoff, config.max_decode_queue, config.observe)
             self._closers.callback(requester.close)
             self._is_idle.append(lambda: decode.is_idle)
             self._on_engine_failure = requester.engine_failed
         self._closers.callback(reporter.close)
-        self._reporter = reporter
 
     def _engine_failed(self, error: MeshserveError) -> None:
         """Its requests have ended. Nobody sends more until it runs again: this peer plays its other roles meanwhile."""
@@ -240,7 +233,3 @@ def _open_event_log(path: str | None) -> EventLog:
         return EventLog(path)
     except OSError as error:
         raise StartupFailed(f"--record {path}: cannot write there: {error.strerror}") from error
-
-
-def _ignore(peer: str, what: object) -> None:
-    """A peer without the prefill role sends no blocks, so none of its are answered or lost."""

@@ -53,6 +53,22 @@ class BlockWindow:
         self._ready.extend(blocks)
 
     @property
+    def num_ready(self) -> int:
+        """Blocks that are not sent yet."""
+        return len(self._ready)
+
+    @property
+    def ready_bytes(self) -> int:
+        """Their bytes."""
+        return sum([len(payload) for _, _, payload in self._ready])
+
+    def take_all(self) -> tuple[list[BlockMark], list[bytes]]:
+        """All that is ready, whatever the bounds: to leave with a claim, which is acknowledged as a whole."""
+        ready, self._ready = self._ready, deque()
+        marks = [BlockMark(index, num_tokens, checksum(payload)) for index, num_tokens, payload in ready]
+        return marks, [payload for _, _, payload in ready]
+
+    @property
     def can_send(self) -> bool:
         """Whether :meth:`take` has something now."""
         sent_bytes = self._unacknowledged_bytes

@@ -4,22 +4,24 @@ import asyncio
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine, KVBlock
-from meshserve.errors import MeshserveError, PeerLost, ProtocolError
-from meshserve.handoff.blocks import checksum
-from meshserve.handoff.claimed import ClaimedPrompt, EngineSink
-from meshserve.handoff.queue import JobKey, JobState, PrefillQueue
-from meshserve.handoff.sending import BlockSender, Transfer
+from meshserve.errors import Gone, MeshserveError, PeerLost, ProtocolError
+from meshserve.handoff.blocks import BlockWindow
+from meshserve.handoff.job import Job, JobKey, JobState
+from meshserve.handoff.queue import PrefillQueue
+from meshserve.handoff.sending import BlockSender
 from meshserve.kv.hashes import prefix_hashes
-from meshserve.mesh.calls import IgnoredAnswer, IncomingCall
+from meshserve.mesh.calls import IgnoredAnswer, IncomingCall, OutgoingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.pipeline import Bulk, Pipeline
+from meshserve.mesh.pipeline import BulkSender, receive_tickets
 from meshserve.mesh.transport.bulk import MAX_PAYLOADS
-from meshserve.wire.handoff import MAX_RENEWED, Acknowledgement, BlockMark, BulkHeader, Claim, Grant, NamedAttempt, Renewal, Ticket
+from meshserve.wire.handoff import MAX_RENEWED, Acknowledgement, Claim, Grant, NamedAttempt, Renewal, Ticket
 from meshserve.wire.messages import CLAIM, RENEW, STRIKE
 from meshserve.wire.structs import read
 
@@ -28,329 +30,348 @@ _CLAIM_AFTER_S = 0.002
 """A prompt that was begun on an offer and takes longer than this is claimed at once: its decode worker must know who has it."""
 
 
-class PrefillProvider:
-    """Pulls tickets, claims prompts as the engine comes free, computes them and sends their blocks.
+@dataclass(slots=True, eq=False, kw_only=True)
+class PrefillJob(Job):
+    """A job with its claim and its run in the engine: the sink of both."""
 
-    Deciding is :class:`~meshserve.handoff.queue.PrefillQueue`'s; this carries it out on the mesh and the engine.
-    """
+    provider: "PrefillProvider"
+    call: OutgoingCall | None = None
+    """The claim's stream, once it is open."""
+    claim_timer: asyncio.TimerHandle | None = None
+    """When the prompt is claimed at the latest, if it was begun on an offer."""
+    engine_id: str = ""
+    """Of the run in the engine; "" before it."""
+    num_tokens: int = 0
+    """Of the prompt, once it is known."""
+    began_s: float = 0.0
+    waited_ms: float = 0.0
+    """As an offer."""
+    acknowledged_s: float = 0.0
+    """When the decode worker last took in blocks, or the first were computed."""
+    num_delivered_bytes: int = 0
+    """With the claim."""
+    has_failed: bool = False
+    """In the engine, before the claim was answered."""
 
-    def __init__(self, mesh: Mesh, pipeline: Pipeline, engine: Engine, config: HandoffConfig) -> None:
-        self._mesh, self._engine, self._config = mesh, engine, config
-        self.counters = mesh.counters
-        self._queue = PrefillQueue(config)
-        self._jobs: dict[JobKey, ClaimedPrompt] = {}
-        self._is_closing = False
-        self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
-        self._sender: BlockSender | None = None
-        self.on_queue_changed: Callable[[], None] = lambda: None
-        """Called when prompts come or go."""
-        self.on_queued: Callable[[str], None] = lambda request_id: None
-        """Called with each request of which a ticket is counted in `num_queued` from now on."""
-        mesh.gauges.derive("tickets", lambda: self._queue.num_waiting)
-        mesh.gauges.derive("attempts", lambda: len(self._jobs))
-        pipeline.receive(self._on_ticket)
-        mesh.serve(STRIKE, self._on_strike)
-        mesh.subscribe(self._on_change)
-        mesh.tasks.spawn(self._renew_forever())
+    def take_up(self) -> None:
+        """Begin on the offer that came with the ticket, or claim."""
+        provider, offer, now_s = self.provider, self.ticket.offer, time.monotonic()
+        if offer is None or not provider.queue.may_begin(self.ticket, now_s) or not self._is_within(offer.first_block, offer.tokens):
+            self.claim()
+            return
+        self.waited_ms = (now_s - offer.came_s) * 1000
+        provider.mesh.counters.add("prefills_begun_on_offer")
+        self._begin(offer.tokens, self.ticket.attempt, offer.first_block)
+        if self.call is None and self.state is not JobState.OVER:
+            self.claim_timer = provider.loop.call_later(_CLAIM_AFTER_S, self.claim)
 
-    def use(self, bulk: Bulk) -> None:
-        """Where blocks go out; its answers come to :meth:`acknowledged`, its losses to :meth:`bulk_lost`."""
-        self._sender = BlockSender(self._mesh, bulk)
+    def claim(self) -> None:
+        """Ask for the task, unless that was done: of what was begun already, the same."""
+        if self.call is None and self.state is not JobState.OVER:
+            self._open_claim(Claim(self.ticket.request_id), self.provider.config.attempt_timeout_s)
 
-    @property
-    def num_queued(self) -> int:
-        """Prompts that wait here, claimed or not."""
-        return self._queue.num_waiting + self._queue.num_claimed
-
-    @property
-    def is_idle(self) -> bool:
-        """Nothing claimed is unfinished."""
-        return not self._jobs
-
-    # --- tickets
-
-    def _on_ticket(self, data: Any) -> None:
+    def _open_claim(self, claim: Claim, timeout_s: float) -> None:
+        mesh = self.provider.mesh
         try:
-            ticket = Ticket.from_wire(data)
-        except ProtocolError:
-            self.counters.add("tickets_malformed")
-            return
-        if self._mesh.member(ticket.decode_peer) is None or not self._queue.ticket(ticket, time.monotonic()):
-            self.counters.add("tickets_refused")
-            return
-        self.counters.add("tickets_received")
-        self.on_queued(ticket.request_id)
-        self.pump()
-
-    def _on_strike(self, call: IncomingCall) -> None:
-        self._strike((call.peer, call.body))
-        call.end()
-
-    def _strike(self, key: JobKey) -> None:
-        job = self._jobs.get(key)
-        if self._queue.strike(key):
-            self.counters.add("tickets_struck")
-            self.on_queue_changed()
-            if self._mesh.event_log.is_on:
-                self._mesh.event_log.note("struck", key[1], decode=key[0])
-        elif job is not None and job.call is None:
-            self.ended(job, "struck")
-
-    def pump(self) -> None:
-        """Claim as long as the engine has room."""
-        if not self._queue.num_waiting:
-            return
-        while not self._is_closing and (ticket := self._queue.next_claim(time.monotonic())) is not None:
-            self._take_up(ticket)
-        if self._timer is None and (wait_s := self._queue.claim_in_s(time.monotonic())) is not None:
-            self._timer = self._loop.call_later(wait_s, self._pump_later)
-
-    def _pump_later(self) -> None:
-        self._timer = None
-        self.pump()
-
-    def _take_up(self, ticket: Ticket) -> None:
-        job = ClaimedPrompt(self, ticket)
-        self._jobs[job.key] = job
-        offer, now_s = ticket.offer, time.monotonic()
-        if offer is None or not self._queue.may_begin(ticket, now_s) or not self._is_within(offer.first_block, offer.tokens):
-            self._claim(job)
-            return
-        job.waited_ms = (now_s - offer.came_s) * 1000
-        self.counters.add("prefills_begun_on_offer")
-        self._begin(job, offer.tokens, ticket.attempt, offer.first_block)
-        if job.call is None and job.key in self._jobs:
-            job.claim_timer = self._loop.call_later(_CLAIM_AFTER_S, self._claim, job)
-
-    def _claim(self, job: ClaimedPrompt) -> None:
-        """Ask for the task; of what was begun already, the same."""
-        if job.call is None and job.key in self._jobs:
-            self._open_claim(job, Claim(job.ticket.request_id), self._config.attempt_timeout_s)
-
-    def _deliver(self, job: ClaimedPrompt) -> None:
-        """All was computed on the offer before anybody was asked: the claim brings it."""
-        marks = tuple(BlockMark(index, num_tokens, checksum(payload)) for index, num_tokens, payload in job.kept)
-        payloads = [payload for _, _, payload in job.kept]
-        decode_peer, request_id = job.key
-        label = decode_peer, self._mesh.incarnation, request_id, job.attempt
-        layout, prefix_hash = self._engine.kv_layout.fingerprint, job.prefix_hashes[marks[-1].index] if marks else 0
-        header = BulkHeader(*label, marks, job.computed_ms, layout, prefix_hash)
-        self._queue.delivered(job.key)
-        job.kept, job.num_delivered_bytes = [], sum(map(len, payloads))
-        self._note(job, "blocks_sent", indexes=[mark.index for mark in marks])
-        self._open_claim(job, Claim(request_id, header, payloads, job.waited_ms), self._config.block_timeout_s)
-        if len(self._jobs) == 1:
-            self._mesh.hurry()
-        self.counters.add("kv_blocks_sent", len(payloads))
-        self.counters.add("kv_bytes_sent", job.num_delivered_bytes)
-
-    def _open_claim(self, job: ClaimedPrompt, claim: Claim, timeout_s: float) -> None:
-        try:
-            job.call = self._mesh.open(job.ticket.decode_peer, CLAIM, claim, job, timeout_s)
+            self.call = mesh.open(self.ticket.decode_peer, CLAIM, claim, self, timeout_s)
         except PeerLost:
-            self.ended(job, "decode worker lost")
+            self.end("decode worker lost")
             return
-        self.counters.add("claims_sent")
+        mesh.counters.add("claims_sent")
 
-    # --- one job
+    # --- the claim's answers
 
-    def granted(self, job: ClaimedPrompt, item: Any) -> None:
+    def on_item(self, item: Any) -> None:
         """The claim was the first: the task is ours."""
         try:
             grant: Grant = read(CLAIM.item, item)
             if not self._is_within(grant.first_block, grant.tokens):
                 raise ProtocolError("a task begins within its prompt")
         except ProtocolError:
-            self.counters.add("tasks_malformed")
-            self._give_up(job, "malformed task")
+            self.provider.mesh.counters.add("tasks_malformed")
+            self.give_up("malformed task")
             return
-        tokens, attempt, first_block = grant.tokens, grant.attempt, grant.first_block
-        job.is_granted = True
-        if job.has_failed:
-            self._give_up(job, "engine failed")
-        elif not job.engine_id:
-            self._begin(job, tokens, attempt, first_block)
-        elif self._goes_on(job, attempt, first_block):
-            self._send_kept(job)
+        self.is_granted = True
+        if self.has_failed:
+            self.give_up("engine failed")
+        elif not self.engine_id:
+            self._begin(grant.tokens, grant.attempt, grant.first_block)
+        elif self._goes_on(grant):
+            self.acknowledged_s = time.monotonic()
+            self.provider.sender.line_up(self)
         else:
-            self._begin_again(job, tokens, attempt, first_block)
+            self._begin_again(grant)
 
-    def _goes_on(self, job: ClaimedPrompt, attempt: int, first_block: int) -> bool:
-        """Whether what was begun on an offer is what was granted. What was delivered and not enough is not."""
-        assert job.ticket.offer is not None
-        is_kept = self._queue.state(job.key) is not JobState.DELIVERED
-        return is_kept and attempt == job.attempt and first_block >= job.ticket.offer.first_block
+    def on_end(self, value: Any) -> None:
+        """The decode worker has all blocks."""
+        self.provider.mesh.counters.add("prefills_delivered")
+        if self.state is JobState.DELIVERED:
+            self.note("ack", num_bytes=self.num_delivered_bytes)
+        self.end("delivered")
 
-    def _send_kept(self, job: ClaimedPrompt) -> None:
-        assert self._sender is not None
-        kept, job.kept = job.kept, []
-        job.transfer, job.acknowledged_s = self._open_transfer(job), time.monotonic()
-        self._sender.add(job.transfer, kept, job.computed_ms)
+    def on_error(self, error: MeshserveError) -> None:
+        """The claim ended otherwise."""
+        is_gone = isinstance(error, Gone) and not self.is_granted
+        self.provider.mesh.counters.add("claims_answered_gone" if is_gone else "claims_lost")
+        self.end(error.code)
 
-    def _begin_again(self, job: ClaimedPrompt, tokens: "array[int]", attempt: int, first_block: int) -> None:
-        self._engine.cancel(job.engine_id)
-        self._note(job, "prefill_ended", outcome="granted otherwise")
-        job.kept = []
-        self._queue.granted_otherwise(job.key, time.monotonic())
-        self._begin(job, tokens, attempt, first_block)
+    # --- computing
 
-    def _begin(self, job: ClaimedPrompt, tokens: "array[int]", attempt: int, first_block: int) -> None:
-        assert self._sender is not None
-        layout, job.num_tokens = self._engine.kv_layout, len(tokens)
-        job.prefix_hashes = prefix_hashes(tokens, layout.block_size, self._engine.card.model_hash)
-        num_tokens = job.num_tokens - first_block * self._engine.kv_layout.block_size
-        job.began_s = time.monotonic()
-        if not self._queue.granted(job.key, attempt, num_tokens, job.began_s):
+    def _begin(self, tokens: "array[int]", attempt: int, first_block: int) -> None:
+        provider, layout, self.num_tokens = self.provider, self.provider.engine.kv_layout, len(tokens)
+        self.began_s = time.monotonic()
+        num_tokens = self.num_tokens - first_block * layout.block_size
+        if not provider.queue.granted(self, attempt, num_tokens, self.began_s):
             return
-        job.attempt = attempt
-        if job.is_granted:
-            job.transfer = self._open_transfer(job)
-        job.engine_id = f"{job.ticket.decode_peer}/{job.ticket.request_id}@{attempt}"
-        self._note(job, "prefill_begun", num_tokens=num_tokens)
+        transport = provider.mesh.config.transport
+        self.window = BlockWindow(transport.bulk_window_bytes, transport.bulk_message_bytes, MAX_PAYLOADS)
+        self.layout = layout.fingerprint
+        self.prefix_hashes = prefix_hashes(tokens, layout.block_size, provider.engine.card.model_hash)
+        self.engine_id = f"{self.ticket.decode_peer}/{self.ticket.request_id}@{attempt}"
+        self.note("prefill_begun", num_tokens=num_tokens)
         try:
-            self._engine.prefill(job.engine_id, tokens, first_block, EngineSink(job))
-        except MeshserveError:
-            self.engine_failed(job)
+            provider.engine.prefill(self.engine_id, tokens, first_block, self)
+        except MeshserveError as error:
+            self.on_prefill_failed(error)
 
-    def _open_transfer(self, job: ClaimedPrompt) -> Transfer:
-        assert self._sender is not None
-        return self._sender.open(*job.key, job.attempt, self._engine.kv_layout.fingerprint, job.prefix_hashes)
+    def _goes_on(self, grant: Grant) -> bool:
+        """Whether what was begun on an offer is what was granted. What was delivered and was not enough is not."""
+        assert self.ticket.offer is not None
+        is_here = self.state is not JobState.DELIVERED
+        return is_here and grant.attempt == self.attempt and grant.first_block >= self.ticket.offer.first_block
+
+    def _begin_again(self, grant: Grant) -> None:
+        self.provider.engine.cancel(self.engine_id)
+        self.note("prefill_ended", outcome="granted otherwise")
+        self.provider.queue.granted_otherwise(self, time.monotonic())
+        self._begin(grant.tokens, grant.attempt, grant.first_block)
 
     def _is_within(self, first_block: int, tokens: "array[int]") -> bool:
-        return 0 <= first_block * self._engine.kv_layout.block_size < len(tokens)
+        return 0 <= first_block * self.provider.engine.kv_layout.block_size < len(tokens)
 
-    def _note(self, job: ClaimedPrompt, event: str, **details: Any) -> None:
-        if self._mesh.event_log.is_on and job.attempt:
-            self._mesh.event_log.note(event, job.ticket.request_id, decode=job.ticket.decode_peer, attempt=job.attempt, **details)
-
-    def computed(self, job: ClaimedPrompt, blocks: list[KVBlock]) -> None:
-        """The engine gives out the blocks of a step: they leave while the next step is computed."""
+    def on_blocks(self, blocks: list[KVBlock]) -> None:
+        """Blocks leave while the next step is computed; those of an offer once it is granted."""
         now_s = time.monotonic()
-        job.acknowledged_s = job.acknowledged_s or now_s
-        job.computed_ms = (now_s - job.began_s) * 1000
-        self._queue.computed(job.key, sum([num_tokens for _, num_tokens, _ in blocks]), now_s)
-        if job.transfer is not None and self._sender is not None:
-            self._sender.add(job.transfer, blocks, job.computed_ms)
-        else:
-            job.kept += blocks
-        self.pump()
+        self.acknowledged_s = self.acknowledged_s or now_s
+        self.computed_ms = (now_s - self.began_s) * 1000
+        self.provider.queue.computed(self, sum([num_tokens for _, num_tokens, _ in blocks]), now_s)
+        if self.window is not None:
+            self.window.add(blocks)
+            if self.is_granted:
+                self.provider.sender.line_up(self)
+        self.provider.pump()
 
-    def all_computed(self, job: ClaimedPrompt, num_cached_tokens: int) -> None:
+    def on_prefilled(self, num_cached_tokens: int) -> None:
         """The engine has room again; the blocks may still be on their way."""
-        self.counters.add("prefill_tokens", job.num_tokens)
-        self.counters.add("prefill_tokens_cached", num_cached_tokens)
-        self._queue.all_computed(job.key, num_cached_tokens, time.monotonic())
-        if job.call is None and self._can_deliver(job):
-            self._deliver(job)
+        provider = self.provider
+        provider.mesh.counters.add("prefill_tokens", self.num_tokens)
+        provider.mesh.counters.add("prefill_tokens_cached", num_cached_tokens)
+        provider.queue.all_computed(self, num_cached_tokens, time.monotonic())
+        if self.call is None and self._can_deliver():
+            self._deliver()
         else:
-            self._claim(job)
-        self.pump()
+            self.claim()
+        provider.pump()
 
-    def _can_deliver(self, job: ClaimedPrompt) -> bool:
+    def on_prefill_failed(self, error: MeshserveError) -> None:
+        """The engine cannot, but another worker may. Who is to be told so is known with the grant, if this was begun on an offer."""
+        self.provider.mesh.counters.add("prefills_failed")
+        if self.is_granted:
+            self.give_up("engine failed")
+        else:
+            self.has_failed = True
+            self.claim()
+
+    def _can_deliver(self) -> bool:
         """Little enough for the connection of the calls, and nothing that a limit of the bulk path would hold back."""
-        num_bytes = sum(len(payload) for _, _, payload in job.kept)
-        is_limited = self._mesh.config.transport.bulk_bytes_per_s > 0
-        return not is_limited and len(job.kept) <= MAX_PAYLOADS and num_bytes <= self._config.offer_kv_bytes
+        if self.window is None or self.provider.mesh.config.transport.bulk_bytes_per_s > 0:
+            return False
+        return self.window.num_ready <= MAX_PAYLOADS and self.window.ready_bytes <= self.provider.config.offer_kv_bytes
 
-    def delivered(self, job: ClaimedPrompt) -> None:
-        """The decode worker has all blocks."""
-        self.counters.add("prefills_delivered")
-        if self._queue.state(job.key) is JobState.DELIVERED:
-            self._note(job, "ack", num_bytes=job.num_delivered_bytes)
-        self.ended(job, "delivered")
+    def _deliver(self) -> None:
+        """All was computed on the offer before anybody was asked: the claim brings it."""
+        provider, window = self.provider, self.window
+        assert window is not None, "it can be delivered"
+        self.num_delivered_bytes = window.ready_bytes
+        marks, payloads = window.take_all()
+        provider.queue.delivered(self)
+        claim = Claim(self.ticket.request_id, provider.sender.header(self, marks), payloads, self.waited_ms)
+        provider.sender.count(self, marks, self.num_delivered_bytes)
+        self._open_claim(claim, provider.config.block_timeout_s)
+        if len(provider.queue.jobs) == 1:
+            provider.mesh.hurry()
 
-    def engine_failed(self, job: ClaimedPrompt) -> None:
-        """The engine cannot: another worker may. Who is to be told so is not yet, where it was begun on an offer."""
-        self.counters.add("prefills_failed")
-        if job.is_granted:
-            self._give_up(job, "engine failed")
-        else:
-            job.has_failed = True
-            self._claim(job)
+    # --- its way out, and its end
 
-    def _give_up(self, job: ClaimedPrompt, outcome: str) -> None:
-        if job.call is not None:
-            job.call.cancel()
-        self.ended(job, outcome)
+    def acknowledged(self, num_bytes: int) -> None:
+        """The decode worker has taken in so much."""
+        self.acknowledged_s = time.monotonic()
+        self.note("ack", num_bytes=num_bytes)
+        if self.window is not None:
+            self.window.acknowledged(num_bytes)
+            self.provider.sender.line_up(self)
 
-    def ended(self, job: ClaimedPrompt, outcome: str) -> None:
-        """Delivered, gone, revoked or lost: whatever it was, free what it holds."""
-        state = self._queue.ended(job.key, time.monotonic())
-        if state is None:
+    def overdue_s(self) -> float | None:
+        """How long computing is overdue, and, once all is computed, the blocks' way: slow is not lost, until `block_timeout_s`."""
+        if self.state is JobState.COMPUTING:
+            return self.provider.engine.overdue_s(self.engine_id)
+        if time.monotonic() - self.acknowledged_s <= self.provider.config.block_timeout_s:
+            return 0.0
+        self.give_up("blocks not acknowledged")
+        return None
+
+    def note(self, event: str, **details: Any) -> None:
+        """One event of this job."""
+        log = self.provider.mesh.event_log
+        if log.is_on and self.engine_id:
+            log.note(event, self.ticket.request_id, decode=self.ticket.decode_peer, attempt=self.attempt, **details)
+
+    def give_up(self, outcome: str) -> None:
+        """The decode worker is told so by the end of the claim."""
+        if self.call is not None:
+            self.call.cancel()
+        self.end(outcome)
+
+    def end(self, outcome: str) -> None:
+        """Delivered, gone, revoked or lost: whatever it was, free what the job holds."""
+        provider = self.provider
+        stood = provider.queue.ended(self, time.monotonic())
+        if stood is JobState.OVER:
             return
-        del self._jobs[job.key]
-        if job.claim_timer is not None:
-            job.claim_timer.cancel()
-        self._note(job, "prefill_ended", outcome=outcome)
-        if job.transfer is not None:
-            assert self._sender is not None
-            self._sender.close(job.transfer)
-        if state is JobState.COMPUTING:
-            self._engine.cancel(job.engine_id)
-        self.on_queue_changed()
+        if self.claim_timer is not None:
+            self.claim_timer.cancel()
+        self.note("prefill_ended", outcome=outcome)
+        if stood is JobState.COMPUTING:
+            provider.engine.cancel(self.engine_id)
+        provider.changed()
+        provider.pump()
+
+
+class PrefillProvider:
+    """Pulls tickets, and claims prompts as the engine comes free; each job computes one and sends its blocks.
+
+    Deciding is :class:`~meshserve.handoff.queue.PrefillQueue`'s; this carries it out on the mesh and the engine.
+    """
+
+    def __init__(self, mesh: Mesh, engine: Engine, config: HandoffConfig) -> None:
+        self.mesh, self.engine, self.config = mesh, engine, config
+        self.loop = asyncio.get_running_loop()
+        self.queue = PrefillQueue(config, partial(PrefillJob, provider=self))
+        self._bulk = BulkSender(mesh, self._on_acknowledgement, self._on_bulk_lost)
+        self.sender = BlockSender(mesh, self._bulk)
+        self._is_closing = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._listeners: list[Callable[[str], None]] = []
+        mesh.gauges.derive("tickets", lambda: self.queue.num_waiting)
+        mesh.gauges.derive("attempts", lambda: len(self.queue.jobs))
+        mesh.serve(STRIKE, self._on_strike)
+        mesh.subscribe(self._on_change)
+        mesh.tasks.spawn(self._renew_forever())
+        self._tickets = receive_tickets(mesh, self._on_ticket)
+
+    def subscribe(self, listener: Callable[[str], None]) -> None:
+        """Be called when prompts come or go: with the request of a ticket that is counted in `num_queued` from now on, else with ""."""
+        self._listeners.append(listener)
+
+    def changed(self, request_id: str = "") -> None:
+        """A prompt came, or some went."""
+        for listener in self._listeners:
+            listener(request_id)
+
+    @property
+    def num_queued(self) -> int:
+        """Prompts that wait here, claimed or not."""
+        return self.queue.num_waiting + self.queue.num_claimed
+
+    @property
+    def is_idle(self) -> bool:
+        """Nothing claimed is unfinished."""
+        return not self.queue.jobs
+
+    def _on_ticket(self, data: Any) -> None:
+        counters = self.mesh.counters
+        try:
+            ticket = Ticket.from_wire(data)
+        except ProtocolError:
+            counters.add("tickets_malformed")
+            return
+        if self.mesh.member(ticket.decode_peer) is None or not self.queue.ticket(ticket, time.monotonic()):
+            counters.add("tickets_refused")
+            return
+        counters.add("tickets_received")
+        self.changed(ticket.request_id)
         self.pump()
 
-    # --- blocks
+    def _on_strike(self, call: IncomingCall) -> None:
+        key: JobKey = (call.peer, call.body)
+        job = self.queue.jobs.get(key)
+        if self.queue.strike(key):
+            self.mesh.counters.add("tickets_struck")
+            self.changed()
+            if self.mesh.event_log.is_on:
+                self.mesh.event_log.note("struck", key[1], decode=key[0])
+        elif job is not None and job.call is None:
+            job.end("struck")
+        call.end()
 
-    def acknowledged(self, decode_peer: str, answer: Any) -> None:
-        """The decode worker has taken in so many bytes."""
+    def pump(self) -> None:
+        """Claim as long as the engine has room."""
+        if not self.queue.num_waiting:
+            return
+        while not self._is_closing and (job := self.queue.next_claim(time.monotonic())) is not None:
+            job.take_up()
+        if self._timer is None and (wait_s := self.queue.claim_in_s(time.monotonic())) is not None:
+            self._timer = self.loop.call_later(wait_s, self._pump_later)
+
+    def _pump_later(self) -> None:
+        self._timer = None
+        self.pump()
+
+    def _on_acknowledgement(self, decode_peer: str, answer: Any) -> None:
         try:
             done = Acknowledgement.from_wire(answer)
         except ProtocolError:
-            self.counters.add("bulk_malformed")
+            self.mesh.counters.add("bulk_malformed")
             return
-        job = self._jobs.get((decode_peer, done.request_id))
-        if job is not None and self._queue.is_running(job.key, done.attempt):
-            assert self._sender is not None and job.transfer is not None
-            job.acknowledged_s = time.monotonic()
-            self._sender.acknowledged(job.transfer, done.num_bytes)
-            self._note(job, "ack", num_bytes=done.num_bytes)
+        job = self.queue.jobs.get((decode_peer, done.request_id))
+        if job is not None and job.is_granted and job.is_running(done.attempt):
+            job.acknowledged(done.num_bytes)
 
-    def bulk_lost(self, decode_peer: str, reason: str) -> None:
+    def _on_bulk_lost(self, decode_peer: str, reason: str) -> None:
         """Blocks may be lost with the connection: these attempts are over, and their decode worker decides what next."""
-        for job in [job for job in self._jobs.values() if job.is_granted and job.ticket.decode_peer == decode_peer]:
-            self._give_up(job, "bulk lost")
-
-    # --- others
+        for job in [job for job in self.queue.jobs.values() if job.is_granted and job.ticket.decode_peer == decode_peer]:
+            job.give_up("bulk lost")
 
     def _on_change(self, change: Change, member: Member) -> None:
         if change in (Change.DIED, Change.LEFT):
-            self._queue.peer_gone(member.info.incarnation)
+            self.queue.peer_gone(member.info.incarnation)
 
     async def _renew_forever(self) -> None:
         """Name the attempts that make progress, with how long it is overdue: what a hung engine runs is tried elsewhere."""
         while True:
-            await asyncio.sleep(self._mesh.config.heartbeat_interval_s)
+            await asyncio.sleep(self.mesh.config.heartbeat_interval_s)
             self.pump()  # claims that are not answered no longer keep others waiting
             named: dict[str, list[NamedAttempt]] = {}
-            for job in list(self._jobs.values()):
-                if job.transfer is not None and (overdue_s := self._overdue_s(job)) is not None:
-                    attempt = NamedAttempt(job.ticket.request_id, job.transfer.attempt, overdue_s)
+            for job in list(self.queue.jobs.values()):
+                is_running = job.is_granted and job.is_running(job.attempt)
+                if is_running and (overdue_s := job.overdue_s()) is not None:
+                    attempt = NamedAttempt(job.ticket.request_id, job.attempt, overdue_s)
                     named.setdefault(job.ticket.decode_peer, []).append(attempt)
             for decode_peer, attempts in named.items():
-                if self._mesh.links.channel_to(decode_peer) is not None:
+                if self.mesh.links.channel_to(decode_peer) is not None:
                     renewal = Renewal(attempts[:MAX_RENEWED])
-                    self._mesh.open(decode_peer, RENEW, renewal, IgnoredAnswer(), _RENEW_TIMEOUT_S)
-
-    def _overdue_s(self, job: ClaimedPrompt) -> float | None:
-        """Of its computing; of its blocks' way, once all are computed: slow is not lost, until `block_timeout_s`."""
-        if self._queue.state(job.key) is JobState.COMPUTING:
-            return self._engine.overdue_s(job.engine_id)
-        if time.monotonic() - job.acknowledged_s <= self._config.block_timeout_s:
-            return 0.0
-        self._give_up(job, "blocks not acknowledged")
-        return None
+                    self.mesh.open(decode_peer, RENEW, renewal, IgnoredAnswer(), _RENEW_TIMEOUT_S)
 
     def close(self) -> None:
         """Give up all jobs; their decode workers try elsewhere."""
         self._is_closing = True
-        for job in list(self._jobs.values()):
-            self._give_up(job, "stopped")
+        for job in list(self.queue.jobs.values()):
+            job.give_up("stopped")
         if self._timer is not None:
             self._timer.cancel()
-        if self._sender is not None:
-            self._sender.stop()
+        self.sender.stop()
+        self._bulk.close()
+        self._tickets.close()
 
     def stop_claiming(self) -> None:
         """Draining: what is claimed is finished, what waits is left to others."""

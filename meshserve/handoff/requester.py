@@ -22,7 +22,7 @@ from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revo
 from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IgnoredAnswer, IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.pipeline import Bulk, Pipeline
+from meshserve.mesh.pipeline import TicketSender, receive_bulk
 from meshserve.wire.generation import GenerateRequest
 from meshserve.wire.handoff import Acknowledgement, BulkHeader, Claim, Grant, Renewal, Ticket
 from meshserve.wire.hello import PeerInfo
@@ -39,8 +39,9 @@ _STALL_S = 0.1
 class PrefillRequester:
     """Has prompts prefilled by other peers. Every `start` ends in exactly one call of its `on_done`, unless it is cancelled."""
 
-    def __init__(self, mesh: Mesh, pipeline: Pipeline, bulk: Bulk, engine: Engine, config: HandoffConfig) -> None:
-        self._mesh, self._pipeline, self._engine, self._config = mesh, pipeline, engine, config
+    def __init__(self, mesh: Mesh, engine: Engine, config: HandoffConfig) -> None:
+        self._mesh, self._engine, self._config = mesh, engine, config
+        self._tickets = TicketSender(mesh)
         self._loop = asyncio.get_running_loop()
         self.rates = HandoffRates()
         self._running: dict[str, RunningTask] = {}
@@ -52,7 +53,7 @@ class PrefillRequester:
         mesh.serve(CLAIM, self._on_claim)
         mesh.serve(RENEW, self._on_renew)
         mesh.subscribe(self._on_change)
-        bulk.receive(self._on_bulk)
+        self._bulk = receive_bulk(mesh, self._on_bulk)
 
     @property
     def num_outstanding(self) -> int:
@@ -150,7 +151,7 @@ class PrefillRequester:
         self._mesh.counters.add("tickets_pushed", len(push.peers))
         self._note(running, "ticket", attempt=push.attempt, peers=list(push.peers))
         for peer in push.peers:
-            self._pipeline.push_soon(peer, ticket, partial(self._not_sent, running, peer, push.is_offer))
+            self._tickets.push_soon(peer, ticket, partial(self._not_sent, running, peer, push.is_offer))
 
     def _not_sent(self, running: RunningTask, peer: str, is_offer: bool) -> None:
         self._mesh.counters.add("tickets_not_sent")
@@ -354,3 +355,5 @@ class PrefillRequester:
         self._answers.close()
         if self._timer is not None:
             self._timer.cancel()
+        self._tickets.close()
+        self._bulk.close()

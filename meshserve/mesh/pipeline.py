@@ -1,4 +1,8 @@
-"""The ticket pipeline and the bulk path between peers: one outlet per peer, opened when first needed, closed when the peer goes."""
+"""Tickets and bulk messages from peer to peer, each end an object of its own.
+
+The sending end has one outlet for each peer, opened when first needed, closed when the peer goes. What comes in is plain data, not yet
+checked.
+"""
 
 import logging
 import time
@@ -20,33 +24,31 @@ _RENEW_AFTER_S = 1.0
 """An outlet younger than this may just not be connected yet."""
 
 
-class Pipeline:
-    """Tickets out and in. What comes in is plain data, not yet checked."""
+def receive_tickets(mesh: Mesh, on_ticket: Callable[[Any], None]) -> TicketInlet:
+    """Read this peer's tickets port, until the inlet is closed."""
+    assert mesh.ports is not None
+
+    def on_frames(frames: list[bytes]) -> None:
+        for frame in frames:
+            try:
+                ticket = unpack_body(frame)
+            except ProtocolError:
+                mesh.counters.add("tickets_malformed")
+                continue
+            on_ticket(ticket)
+
+    return TicketInlet(mesh.ports.tickets, on_frames)
+
+
+class TicketSender:
+    """Sends tickets to prefill peers."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._outlets: dict[str, TicketOutlet] = {}
         self._waiting: dict[str, list[tuple[bytes, Callable[[], None]]]] = {}
-        """Tickets that leave at the end of the turn, each with who is told if it cannot."""
-        self._inlet: TicketInlet | None = None
-        self._on_ticket: Callable[[Any], None] | None = None
+        """Tickets that leave at the end of the turn, each with what is called if it cannot."""
         mesh.subscribe(self._on_change)
-
-    def receive(self, on_ticket: Callable[[Any], None]) -> None:
-        """Read this peer's tickets port from now on."""
-        assert self._mesh.ports is not None
-        self._on_ticket = on_ticket
-        self._inlet = TicketInlet(self._mesh.ports.tickets, self._on_frames)
-
-    def _on_frames(self, frames: list[bytes]) -> None:
-        for frame in frames:
-            try:
-                ticket = unpack_body(frame)
-            except ProtocolError:
-                self._mesh.counters.add("tickets_malformed")
-                continue
-            if self._on_ticket is not None:
-                self._on_ticket(ticket)
 
     def connect(self, peer: str) -> None:
         """Have the outlet ready, so that the first ticket need not wait for a connection."""
@@ -84,7 +86,7 @@ class Pipeline:
 
     def _on_change(self, change: Change, member: Member) -> None:
         incarnation = member.info.incarnation
-        if change is Change.CALLABLE and "prefill" in member.info.roles and "decode" in self._mesh.own.roles:
+        if change is Change.CALLABLE and "prefill" in member.info.roles:
             self._drop(incarnation)  # it may have come back at another address
             self.connect(incarnation)
         elif change in (Change.DIED, Change.LEFT):
@@ -96,34 +98,39 @@ class Pipeline:
             outlet.close()
 
     def close(self) -> None:
-        """Close all sockets of this end; tickets that wait are lost."""
+        """Close all sockets; tickets that wait are lost."""
         self._waiting.clear()
         for incarnation in list(self._outlets):
             self._drop(incarnation)
-        if self._inlet is not None:
-            self._inlet.close()
 
 
-class Bulk:
-    """Bulk messages out and in."""
+def receive_bulk(
+    mesh: Mesh, on_bulk: Callable[[Any, list[memoryview], Callable[[Any], None]], None]
+) -> BulkInlet:
+    """Read this peer's bulk port, until the inlet is closed.
+
+    `on_bulk` gets a header, payloads, and a function that sends an answer back to where they came from. It
+    may raise ProtocolError.
+    """
+    assert mesh.ports is not None
+
+    def on_frames(sender: bytes, header: bytes, payloads: list[memoryview]) -> None:
+        try:
+            on_bulk(unpack_body(header), payloads, lambda answer: inlet.answer(sender, pack_body(plain(answer))))
+        except ProtocolError:
+            mesh.counters.add("bulk_malformed")
+
+    inlet = BulkInlet(mesh.ports.bulk, on_frames)
+    return inlet
+
+
+class BulkSender:
+    """Sends bulk messages. `on_answer` gets a peer and its answer, `on_lost` a peer whose connection broke, and why."""
 
     def __init__(self, mesh: Mesh, on_answer: Callable[[str, Any], None], on_lost: Callable[[str, str], None]) -> None:
         self._mesh, self._on_answer, self._on_lost = mesh, on_answer, on_lost
         self._outlets: dict[str, BulkOutlet] = {}
-        self._inlet: BulkInlet | None = None
         mesh.subscribe(self._on_change)
-
-    def receive(self, on_bulk: Callable[[Any, list[memoryview], Callable[[Any], None]], None]) -> None:
-        """Read this peer's bulk port. The callback gets a header, payloads, and what sends an answer back to where they came from."""
-        assert self._mesh.ports is not None
-
-        def on_frames(sender: bytes, header: bytes, payloads: list[memoryview]) -> None:
-            try:
-                on_bulk(unpack_body(header), payloads, lambda answer: inlet.answer(sender, pack_body(plain(answer))))
-            except ProtocolError:
-                self._mesh.counters.add("bulk_malformed")
-
-        inlet = self._inlet = BulkInlet(self._mesh.ports.bulk, on_frames)
 
     def send(self, peer: str, header: Any, payloads: list[bytes]) -> None:
         """One message to a peer. Raises PeerLost if it is not there."""
@@ -154,9 +161,7 @@ class Bulk:
             self._outlets.pop(member.info.incarnation).close()
 
     def close(self) -> None:
-        """Close all sockets of this end."""
+        """Close all sockets."""
         for outlet in self._outlets.values():
             outlet.close()
         self._outlets.clear()
-        if self._inlet is not None:
-            self._inlet.close()

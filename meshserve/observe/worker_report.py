@@ -1,10 +1,12 @@
 """A worker's reports to those that watch it: its load and the KV blocks that it holds to routers, its load alone to frontends."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from meshserve.engines.protocol import Engine
+from meshserve.handoff.provider import PrefillProvider
+from meshserve.handoff.requester import PrefillRequester
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watch import WatchSource
 from meshserve.wire.messages import WORKER_LOADS, WORKER_REPORTS
@@ -26,8 +28,14 @@ _LOAD_INTERVAL_S = 0.1
 class WorkerReporter:
     """One a peer that has an engine, whatever its roles."""
 
-    def __init__(self, mesh: Mesh, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(
+        self,
+        mesh: Mesh,
+        engine: Engine,
+        provider: PrefillProvider | None = None,
+        requester: PrefillRequester | None = None,
+    ) -> None:
+        self._engine, self._provider, self._requester = engine, provider, requester
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._is_slow = False
@@ -37,10 +45,6 @@ class WorkerReporter:
         self._held = dict.fromkeys(engine.watch_blocks(self._on_blocks))
         self._admitted: list[str] = []
         self._kept: list[str] = []
-        self.num_tickets: Callable[[], int] = lambda: 0
-        """How many prompts wait for prefill here; set by whoever keeps the tickets."""
-        self.handoff_ns_per_token: Callable[[], int] = lambda: 0
-        """What a handoff took; set by whoever hands over."""
         self._source = WatchSource(mesh, WORKER_REPORTS, self._snapshot)
         self._loads = WatchSource(mesh, WORKER_LOADS, lambda: [self.load()])
         self._load_timer: asyncio.TimerHandle | None = None
@@ -55,8 +59,8 @@ class WorkerReporter:
             found.used_blocks,
             found.cached_blocks,
             found.num_blocks,
-            self.num_tickets(),
-            handoff_ns_per_token=self.handoff_ns_per_token(),
+            self._provider.num_queued if self._provider is not None else 0,
+            handoff_ns_per_token=self._requester.rates.ns_per_token() if self._requester is not None else 0,
             max_running=found.max_running,
             **self._engine.rates.figures(),
         )

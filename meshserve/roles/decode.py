@@ -169,7 +169,6 @@ class DecodeRole:
     ) -> None:
         self._mesh, self._engine, self._requester, self._reporter = mesh, engine, requester, reporter
         self._choice = HandoffChoice(engine, requester, config)
-        reporter.handoff_ns_per_token = requester.rates.ns_per_token
         self._max_queue, self.is_observed = max_queue, is_observed
         self._mean_gap_s = 0.0
         """Between the ends of two requests, while others wait: how fast a queue moves."""

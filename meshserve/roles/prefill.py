@@ -5,13 +5,17 @@ from meshserve.observe.worker_report import WorkerReporter
 
 
 class PrefillRole:
-    """Pulls tickets for this peer's engine."""
+    """Pulls tickets for this peer's engine, and has its load reported."""
 
     def __init__(self, provider: PrefillProvider, reporter: WorkerReporter) -> None:
-        self._provider = provider
-        reporter.num_tickets = lambda: provider.num_queued
-        provider.on_queue_changed = reporter.changed
-        provider.on_queued = reporter.admitted
+        self._provider, self._reporter = provider, reporter
+        provider.subscribe(self._on_change)
+
+    def _on_change(self, request_id: str) -> None:
+        if request_id:
+            self._reporter.admitted(request_id)
+        else:
+            self._reporter.changed()
 
     @property
     def is_idle(self) -> bool:

@@ -16,7 +16,7 @@ from meshserve.handoff.requester import PrefillRequester
 from meshserve.handoff.result import HandoffResult
 from meshserve.kv.hashes import prefix_hashes
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.pipeline import Bulk, Pipeline
+from meshserve.mesh.pipeline import BulkSender, TicketSender, receive_tickets
 from meshserve.wire.generation import GenerateRequest, Sampling
 from meshserve.wire.handoff import BlockMark, BulkHeader, Claim
 from meshserve.wire.messages import CLAIM, STRIKE
@@ -83,9 +83,8 @@ class Scripted:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh, self.tickets, self.answers = mesh, list[Any](), list[Any]()
-        self.pipeline = Pipeline(mesh)
-        self.pipeline.receive(self.tickets.append)
-        self.bulk = Bulk(mesh, lambda peer, answer: self.answers.append(answer), lambda peer, reason: None)
+        self.inlet = receive_tickets(mesh, self.tickets.append)
+        self.bulk = BulkSender(mesh, lambda peer, answer: self.answers.append(answer), lambda peer, reason: None)
         mesh.serve(STRIKE, lambda call: call.end())
 
     async def claim(self, request_id: str = "r1", body: Any = None) -> ClaimSink:
@@ -125,7 +124,7 @@ class Scripted:
 
     def close(self) -> None:
         self.bulk.close()
-        self.pipeline.close()
+        self.inlet.close()
 
 
 class Decode:
@@ -133,9 +132,9 @@ class Decode:
 
     def __init__(self, mesh: Mesh, engine: DummyEngine) -> None:
         self.mesh, self.engine = mesh, engine
-        self.pipeline = Pipeline(mesh)
-        self.bulk = Bulk(mesh, lambda peer, answer: None, lambda peer, reason: None)
-        self.requester = PrefillRequester(mesh, self.pipeline, self.bulk, engine, HandoffConfig())
+        self.sender = TicketSender(mesh)
+        """For tickets that the requester does not send."""
+        self.requester = PrefillRequester(mesh, engine, HandoffConfig())
         self.results: list[HandoffResult] = []
 
     def start(self) -> None:
@@ -150,8 +149,7 @@ class Decode:
 
     def close(self) -> None:
         self.requester.close()
-        self.bulk.close()
-        self.pipeline.close()
+        self.sender.close()
 
 
 @asynccontextmanager
@@ -213,14 +211,10 @@ async def real_pair(engine: DummyEngine, config: HandoffConfig | None = None) ->
     async with peer("decode", own) as decode_mesh:
         decode = Decode(decode_mesh, own)
         async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
-            pipeline = Pipeline(prefill_mesh)
-            provider = PrefillProvider(prefill_mesh, pipeline, engine, config or HandoffConfig())
-            bulk = Bulk(prefill_mesh, provider.acknowledged, provider.bulk_lost)
-            provider.use(bulk)
+            provider = PrefillProvider(prefill_mesh, engine, config or HandoffConfig())
             await until(lambda: decode_mesh.peers_with("prefill") and prefill_mesh.peers_with("decode"), DEADLINE_S, "both meet")
             yield decode, prefill_mesh, provider
-            for closing in (provider, bulk, pipeline):
-                closing.close()
+            provider.close()
         decode.close()
     await own.close()
     await engine.close()

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from meshserve.config import HandoffConfig
-from meshserve.handoff.queue import JobState, PrefillQueue
+from meshserve.handoff.job import Job, JobState
+from meshserve.handoff.queue import PrefillQueue
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 from meshserve.wire.handoff import Offer, Ticket
 
@@ -45,7 +46,7 @@ class BothEnds(RuleBasedStateMachine):
     def start(self, count: int, num_preferred: int, is_short: bool) -> None:
         self.now_s = 0.0
         self.bag: list[Letter] = []
-        self.queues = {peer: PrefillQueue(CONFIG) for peer in PEERS}
+        self.queues = {peer: PrefillQueue(CONFIG, Job) for peer in PEERS}
         self.running: dict[str, tuple[int, int]] = {}  # by worker: attempt, next block
         self.unclaimed: dict[str, list[int]] = {}  # by worker: blocks that it computed on an offer and keeps
         self.asked: set[str] = set()  # those of them whose claim is on its way
@@ -96,10 +97,10 @@ class BothEnds(RuleBasedStateMachine):
 
     def pump(self, peer: str) -> None:
         queue = self.queues[peer]
-        while (ticket := queue.next_claim(self.now_s)) is not None:
-            if queue.may_begin(ticket, self.now_s):
-                assert queue.granted(KEY, ticket.attempt, NUM_BLOCKS * BLOCK_TOKENS, self.now_s)
-                self.running[peer], self.unclaimed[peer] = (ticket.attempt, 0), []
+        while (job := queue.next_claim(self.now_s)) is not None:
+            if queue.may_begin(job.ticket, self.now_s):
+                assert queue.granted(job, job.ticket.attempt, NUM_BLOCKS * BLOCK_TOKENS, self.now_s)
+                self.running[peer], self.unclaimed[peer] = (job.ticket.attempt, 0), []
                 self.num_begun[peer] += 1
             else:
                 self.bag.append(Letter("claim", peer))
@@ -114,7 +115,12 @@ class BothEnds(RuleBasedStateMachine):
         self.running.pop(peer, None)
         self.unclaimed.pop(peer, None)
         self.asked.discard(peer)
-        self.queues[peer].ended(KEY, self.now_s)
+        self.job_ended(peer)
+
+    def job_ended(self, peer: str) -> None:
+        job = self.queues[peer].jobs.get(KEY)
+        if job is not None:
+            self.queues[peer].ended(job, self.now_s)
         self.pump(peer)
 
     @rule(peer=st.sampled_from(PEERS))
@@ -127,8 +133,7 @@ class BothEnds(RuleBasedStateMachine):
         """The claim's stream ended: revoked, gone or delivered."""
         if letter.attempt == 0 or self.running.get(letter.peer, (letter.attempt, 0))[0] == letter.attempt:
             self.running.pop(letter.peer, None)
-            self.queues[letter.peer].ended(KEY, self.now_s)
-            self.pump(letter.peer)
+            self.job_ended(letter.peer)
 
     @rule(peer=st.sampled_from(PEERS))
     def compute_a_block(self, peer: str) -> None:
@@ -139,15 +144,16 @@ class BothEnds(RuleBasedStateMachine):
             else:
                 self.bag.append(Letter("block", peer, attempt, index))
             self.running[peer] = (attempt, index + 1)
-            self.queues[peer].computed(KEY, BLOCK_TOKENS, self.now_s)
+            self.queues[peer].computed(self.queues[peer].jobs[KEY], BLOCK_TOKENS, self.now_s)
             if index + 1 == NUM_BLOCKS:
                 self.all_computed(peer, attempt)
 
     def all_computed(self, peer: str, attempt: int) -> None:
-        self.queues[peer].all_computed(KEY, 0, self.now_s)
+        job = self.queues[peer].jobs[KEY]
+        self.queues[peer].all_computed(job, 0, self.now_s)
         if peer in self.unclaimed and peer not in self.asked:
             self.asked.add(peer)
-            self.queues[peer].delivered(KEY)
+            self.queues[peer].delivered(job)
             self.bag.append(Letter("claim", peer, attempt, brings_all=True))
 
     # what the decode worker hears
@@ -168,9 +174,10 @@ class BothEnds(RuleBasedStateMachine):
         if kept is not None and not letter.brings_all and letter.attempt == attempt:
             self.bag += [Letter("block", letter.peer, attempt, index) for index in kept]
             return
-        if kept is not None:
-            queue.granted_otherwise(KEY, self.now_s)
-        if queue.granted(KEY, attempt, NUM_BLOCKS * BLOCK_TOKENS, self.now_s):
+        job = queue.jobs.get(KEY)
+        if job is not None and kept is not None:
+            queue.granted_otherwise(job, self.now_s)
+        if job is not None and queue.granted(job, attempt, NUM_BLOCKS * BLOCK_TOKENS, self.now_s):
             self.running[letter.peer] = (attempt, 0)
 
     def on_block(self, letter: Letter) -> None:
@@ -218,10 +225,11 @@ class BothEnds(RuleBasedStateMachine):
             assert queue.num_claimed <= 1 and queue.num_waiting <= 1
             assert self.num_begun[peer] <= 1, "an offer that comes twice is begun once"
             if peer in self.running:
-                assert queue.is_running(KEY, self.running[peer][0])
+                job = queue.jobs[KEY]
+                assert job.is_running(self.running[peer][0])
                 is_all = self.running[peer][1] == NUM_BLOCKS
-                assert queue.state(KEY) in ((JobState.SENDING, JobState.DELIVERED) if is_all else (JobState.COMPUTING,))
-                assert queue.num_claimed == (queue.state(KEY) is not JobState.DELIVERED)
+                assert job.state in ((JobState.SENDING, JobState.DELIVERED) if is_all else (JobState.COMPUTING,))
+                assert queue.num_claimed == (job.state is not JobState.DELIVERED)
 
     def teardown(self) -> None:
         """In the end all is delivered, and nobody holds anything."""

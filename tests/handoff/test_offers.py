@@ -124,7 +124,7 @@ def test_row_9_the_same_offer_ten_times_is_prefilled_once() -> None:
             decode.start()
             await decode.result()
             for _ in range(10):
-                decode.pipeline.push_soon(
+                decode.sender.push_soon(
                     mesh.incarnation, Ticket(decode.mesh.incarnation, "r1", 1, len(PROMPT), offer), lambda: None
                 )
             await until(lambda: mesh.counters.snapshot().get("tickets_received", 0) == 11, DEADLINE_S, "all tickets came")

@@ -6,7 +6,8 @@ import pytest
 
 from meshserve.config import HandoffConfig
 from meshserve.handoff.claiming import ClaimPace
-from meshserve.handoff.queue import JobState, PrefillQueue
+from meshserve.handoff.job import Job, JobState
+from meshserve.handoff.queue import PrefillQueue
 from meshserve.wire.handoff import Ticket
 
 CONFIG = HandoffConfig(prefill_slots=4, prefill_batch_tokens=2000, claim_ahead_ms=5.0)
@@ -68,38 +69,44 @@ def test_small_prompts_are_batched_only_where_many_wait() -> None:
     assert not pace.may_claim(100, 50, 9.0), "no more than the slots"
 
 
+def new_queue(config: HandoffConfig = CONFIG) -> PrefillQueue[Job]:
+    return PrefillQueue(config, Job)
+
+
 def test_a_prompt_goes_from_ticket_to_delivery_and_what_comes_twice_changes_nothing() -> None:
-    queue, key = PrefillQueue(CONFIG), ("d", "r")
-    ticket = Ticket("d", "r", 1, 100)
-    assert queue.ticket(ticket, 0.0) and queue.next_claim(0.0) == ticket and queue.next_claim(0.0) is None
-    assert queue.state(key) is JobState.CLAIMING and queue.ticket(ticket, 0.0) and queue.num_waiting == 0
-    assert queue.granted(key, 1, 96, 0.0) and not queue.granted(key, 1, 96, 0.0)
-    assert queue.is_running(key, 1) and not queue.is_running(key, 2)
-    queue.computed(key, 96, 0.1)
-    queue.all_computed(key, 0, 0.1)
-    assert queue.state(key) is JobState.SENDING
-    assert queue.ended(key, 0.2) is JobState.SENDING and queue.ended(key, 0.2) is None
-    assert queue.num_claimed == 0
+    queue, ticket = new_queue(), Ticket("d", "r", 1, 100)
+    assert queue.ticket(ticket, 0.0)
+    job = queue.next_claim(0.0)
+    assert job is not None and job.ticket == ticket and queue.next_claim(0.0) is None
+    assert queue.jobs == {("d", "r"): job}
+    assert job.state is JobState.CLAIMING and queue.ticket(ticket, 0.0) and queue.num_waiting == 0
+    assert queue.granted(job, 1, 96, 0.0) and not queue.granted(job, 1, 96, 0.0)
+    assert job.is_running(1) and not job.is_running(2)
+    queue.computed(job, 96, 0.1)
+    queue.all_computed(job, 0, 0.1)
+    assert queue.jobs["d", "r"].state is JobState.SENDING
+    assert queue.ended(job, 0.2) is JobState.SENDING and queue.ended(job, 0.2) is JobState.OVER
+    assert queue.num_claimed == 0 and not queue.jobs
 
 
 def test_no_more_is_claimed_while_too_much_is_still_on_its_way_out() -> None:
-    config = HandoffConfig(prefill_slots=2, sending_slots=1)
-    queue = PrefillQueue(config)
+    queue = new_queue(HandoffConfig(prefill_slots=2, sending_slots=1))
     for number in range(5):
         queue.ticket(Ticket("d", f"r{number}", 1, 100), 0.0)
-    for number in range(3):
-        assert queue.next_claim(0.0) is not None
-        queue.granted(("d", f"r{number}"), 1, 96, 0.0)
-        queue.all_computed(("d", f"r{number}"), 0, 0.1)
+    for _ in range(3):
+        job = queue.next_claim(0.0)
+        assert job is not None
+        queue.granted(job, 1, 96, 0.0)
+        queue.all_computed(job, 0, 0.1)
     assert queue.next_claim(0.2) is None
-    queue.ended(("d", "r0"), 0.3)
+    queue.ended(queue.jobs["d", "r0"], 0.3)
     assert queue.next_claim(0.3) is not None
 
 
 def test_tickets_of_a_dead_decode_worker_are_void() -> None:
-    queue = PrefillQueue(CONFIG)
+    queue = new_queue()
     queue.ticket(Ticket("dead", "r1", 1, 100), 0.0)
     queue.ticket(Ticket("other", "r2", 1, 100), 0.0)
     queue.peer_gone("dead")
     claimed = queue.next_claim(0.0)
-    assert claimed is not None and claimed.decode_peer == "other" and queue.num_waiting == 0
+    assert claimed is not None and claimed.ticket.decode_peer == "other" and queue.num_waiting == 0

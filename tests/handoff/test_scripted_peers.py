@@ -13,7 +13,6 @@ from meshserve.errors import Gone
 from meshserve.handoff.blocks import checksum
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.task import TaskState
-from meshserve.mesh.pipeline import Bulk, Pipeline
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.roles.prefill import PrefillRole
 from meshserve.roles.router import RouterRole
@@ -162,10 +161,8 @@ def test_a_routers_reservation_ends_when_the_prefill_worker_reports_the_ticket()
         async with peer("decode", engine) as decode_mesh:
             decode, router = Decode(decode_mesh, engine), RouterRole(decode_mesh, "kv")
             async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
-                pipeline, reporter = Pipeline(prefill_mesh), WorkerReporter(prefill_mesh, engine)
-                provider = PrefillProvider(prefill_mesh, pipeline, engine, HandoffConfig())
-                bulk = Bulk(prefill_mesh, provider.acknowledged, provider.bulk_lost)
-                provider.use(bulk)
+                provider = PrefillProvider(prefill_mesh, engine, HandoffConfig())
+                reporter = WorkerReporter(prefill_mesh, engine, provider)
                 PrefillRole(provider, reporter)
                 await until(lambda: decode_mesh.peers_with("prefill") and prefill_mesh.peers_with("decode"), DEADLINE_S, "both meet")
 
@@ -187,7 +184,7 @@ def test_a_routers_reservation_ends_when_the_prefill_worker_reports_the_ticket()
                     return found == 0
 
                 await until(is_over, RESERVATION_TIMEOUT_S / 2, "the reservation is over before its time")
-                for closing in (provider, bulk, pipeline, reporter, router):
+                for closing in (provider, reporter, router):
                     closing.close()
             decode.close()
         await engine.close()
@@ -202,24 +199,20 @@ def test_row_9_the_same_ticket_ten_times_is_prefilled_once() -> None:
         async with peer("decode", engine) as decode_mesh:
             decode = Decode(decode_mesh, engine)
             async with peer("prefill", counting, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
-                pipeline = Pipeline(prefill_mesh)
-                provider = PrefillProvider(prefill_mesh, pipeline, counting, HandoffConfig())
-                bulk = Bulk(prefill_mesh, provider.acknowledged, provider.bulk_lost)
-                provider.use(bulk)
+                provider = PrefillProvider(prefill_mesh, counting, HandoffConfig())
                 await until(lambda: decode_mesh.peers_with("prefill") and prefill_mesh.peers_with("decode"), DEADLINE_S, "both meet")
                 decode.start()
                 ticket = [decode_mesh.incarnation, "r1", 1, len(PROMPT)]
                 for _ in range(10):
-                    decode.pipeline.push_soon(prefill_mesh.incarnation, ticket, lambda: None)
+                    decode.sender.push_soon(prefill_mesh.incarnation, ticket, lambda: None)
                 await decode.result()
                 for _ in range(10):
-                    decode.pipeline.push_soon(prefill_mesh.incarnation, ticket, lambda: None)
+                    decode.sender.push_soon(prefill_mesh.incarnation, ticket, lambda: None)
                 received = prefill_mesh.counters.snapshot
                 await until(lambda: provider.is_idle and received().get("tickets_received", 0) >= 11, DEADLINE_S, "all tickets came")
                 await until(lambda: provider.num_queued == 0, DEADLINE_S, "none is left")
                 assert counting.num_prefills == 1 and decode.results[0].state is TaskState.DONE
-                for closing in (provider, bulk, pipeline):
-                    closing.close()
+                provider.close()
             decode.close()
         await engine.close()
         await counting.close()
