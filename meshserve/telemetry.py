@@ -86,7 +86,7 @@ class Histogram:
 
     def observe(self, duration_s: float) -> None:
         """One more duration; a negative one counts as 0."""
-        duration_s = max(0.0, duration_s)
+        duration_s = duration_s if duration_s > 0 else 0.0
         self.counts[bisect_left(self.bounds_s, duration_s)] += 1
         self.sum_s += duration_s
         if duration_s > self.most_s:

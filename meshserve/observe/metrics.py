@@ -1,4 +1,4 @@
-"""Metrics of the whole mesh in Prometheus' text format, from what every peer says of itself when asked: one scrape shows all."""
+"""Metrics of the whole mesh in Prometheus' text format, from the status of every peer: one scrape of any frontend shows all peers."""
 
 import re
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.metrics_core import Metric
-from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.registry import Collector
 
 from meshserve.telemetry import BUCKETS_S
 
@@ -27,9 +27,9 @@ _COUNTERS = {
     "prefill_tasks_done": "Prompts prefilled elsewhere.",
     "prefill_tasks_local": "Prompts that were to be prefilled elsewhere, and in the end were not.",
     "prefill_tasks_gave_up": "Prompts that took too many workers down.",
-    "prefill_tasks_cancelled": "Prompts that nobody wanted any more.",
-    "prefill_attempts_failed": "Attempts at a prompt that came to nothing.",
-    "prefill_attempts_revoked": "Attempts that were called off.",
+    "prefill_tasks_cancelled": "Prompts whose request was cancelled.",
+    "prefill_attempts_failed": "Attempts at a prompt that failed.",
+    "prefill_attempts_revoked": "Attempts that the decode worker revoked.",
     "requests_rerouted": "Requests that went to another decode worker.",
     "reservations_refused": "Handoffs that found no room in the decode worker's pool.",
     "kv_blocks_sent": "KV blocks sent.",
@@ -46,9 +46,9 @@ _COUNTERS = {
     "clients_gone": "HTTP clients that left before their answer was complete.",
     "requests_done": "Requests that came to their end, as processors see them.",
     "requests_failed": "Requests that ended in an error, as processors see them.",
-    "requests_left": "Requests that their caller gave up.",
-    "requests_refused": "Requests that found no place in the mesh.",
-    "requests_cancelled": "Requests that were ended by name.",
+    "requests_left": "Requests that their client left.",
+    "requests_refused": "Requests that got no admission slot.",
+    "requests_cancelled": "Requests that a client cancelled by id.",
     "otlp_requests_sent": "Requests whose spans an OpenTelemetry collector took.",
     "otlp_requests_dropped": "Requests whose spans it did not take, or for which there was no room.",
     "tokens_generated": "Tokens generated.",
@@ -58,12 +58,12 @@ _COUNTERS = {
     "prefill_tokens_cached": "Of those, the ones whose KV it had.",
     "strangers_refused": "Connections without the mesh's key.",
 }
-"""Those that every peer shows, at 0 if need be; a counter that is not here shows as soon as it counts."""
+"""Every peer shows these, at 0 if need be. A counter that is not listed here shows as soon as it counts."""
 
 _GAUGES = {
     "num_tickets": ("prefill_queue_depth", "Prompts queued for prefill, claimed or not."),
     "num_running": ("running_sequences", "Sequences in the engine's batch."),
-    "num_waiting": ("waiting_sequences", "Sequences that wait for a place in it."),
+    "num_waiting": ("waiting_sequences", "Sequences that wait for the batch."),
     "waiting_prefill_tokens": ("waiting_prefill_tokens", "Prompt tokens still to be computed."),
     "used_blocks": ("kv_blocks_used", "KV blocks that running sequences hold."),
     "cached_blocks": ("kv_blocks_cached", "KV blocks that can be found again."),
@@ -75,24 +75,24 @@ _HISTOGRAMS = {
     "itl": ("inter_token_latency", "Between the tokens of one step and those of the next, at the processor."),
     "e2e": ("request_duration", "From a request's arrival at its processor to its end, of those that came to it."),
     "route": ("route", "Of a request: until a worker was chosen."),
-    "queue": ("queue", "Of a request: waiting for prefill or for a place in the batch, and for workers that were lost."),
+    "queue": ("queue", "Of a request: waiting for prefill or for the batch, and the time at workers that were lost."),
     "prefill": ("prefill", "Of a request: computing its prompt's KV, wherever that was done."),
     "prefill_wait": ("prefill_wait", "From the first ticket to the claim that got the prompt."),
     "prefill_compute": ("prefill_compute", "Of a prompt that was prefilled elsewhere, by that worker's clock."),
     "kv_transfer": ("kv_transfer", "From the claim to the last block, less what was computing."),
 }
-"""What peers call them, what Prometheus does, and what they are. They show once there was something to observe."""
+"""By the name in the mesh: the name for Prometheus, and the help. A histogram shows once a duration was observed."""
 
 _BY_WORKER = {
     "ttft": ("worker_time_to_first_token", "Of one worker: from its requests' arrival at this processor to their first token."),
     "itl": ("worker_inter_token_latency", "Of one worker: between the tokens of one step and those of the next, at this processor."),
 }
-"""Families of their own, as adding one up over all its labels must count nothing twice. Each processor says its own: a worker's sum over
-processors would fall when one of them leaves. A worker's end with it."""
+"""Families of their own, so that a sum over all labels counts nothing twice. Each processor has series of its own, as a worker's sum over
+processors would fall when a processor leaves. The series of a worker end when the worker does."""
 
 _LABELS = ("peer", "incarnation")
 _NAME = re.compile("[a-z][a-z0-9_]{0,62}")
-"""Of a counter that only peers know, perhaps newer ones."""
+"""Of a counter that is not listed here, as newer peers may have."""
 
 
 class _Mesh(Collector):
@@ -166,6 +166,4 @@ def _cumulated(counts: list[int]) -> list[tuple[str, float]]:
 
 def metrics_text(peers: list[dict[str, Any]]) -> bytes:
     """What `/metrics` answers."""
-    registry = CollectorRegistry()
-    registry.register(_Mesh(peers))
-    return generate_latest(registry)
+    return generate_latest(_Mesh(peers))

@@ -1,4 +1,4 @@
-"""One question by multicast on every interface, and who is heard: what the network itself lets through, whatever the mesh says."""
+"""Asks one question by multicast on every interface, and notes who is heard: what the network lets through, mesh or not."""
 
 import asyncio
 import contextlib
@@ -30,14 +30,14 @@ def question() -> bytes:
 class _Ear(asyncio.DatagramProtocol):
     def __init__(self) -> None:
         self.heard: list[tuple[bytes, str, int]] = []
-        """What, from whom, and on which interface, by its number; 0 where that is not told."""
+        """Payload, sender, and the number of the interface; 0 where the system does not tell it."""
 
     def datagram_received(self, data: bytes, address: tuple[Any, ...]) -> None:
         if len(self.heard) < 10_000:
             self.heard.append((data, address[0].partition("%")[0], address[3] if len(address) > 3 else 0))
 
     def error_received(self, error: Exception) -> None:
-        """Asking says it too."""
+        """The sending socket reports the error."""
 
 
 async def ask_by_multicast(interfaces: Iterable[LocalAddress], own: frozenset[str], listen_s: float) -> list[Multicast]:
@@ -76,14 +76,20 @@ async def _ask(version: int, asked: list[LocalAddress], own: frozenset[str], lis
     return [_outcome(local, asked, errors[local.address], data, ear.heard, own) for local in asked]
 
 
+def _shared(version: int) -> socket.socket:
+    """Other processes listen at the port too: peers, and often a daemon."""
+    made = socket.socket(_FAMILIES[version], socket.SOCK_DGRAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with contextlib.suppress(AttributeError, OSError):
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    return made
+
+
 def _bind(version: int) -> socket.socket:
-    bound = socket.socket(_FAMILIES[version], socket.SOCK_DGRAM)
+    bound = _shared(version)
     try:
         if version == 6:
             bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        with contextlib.suppress(AttributeError, OSError):
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         bound.setblocking(False)
         bound.bind(("", _PORT))
     except BaseException:
@@ -106,13 +112,10 @@ def _join(listening: socket.socket, local: LocalAddress) -> str | None:
 
 
 def _send(local: LocalAddress, data: bytes) -> str | None:
-    """From a socket of the moment: uvloop owns the one that listens."""
+    """From a socket of its own: uvloop owns the one that listens."""
     version = _version(local)
-    with socket.socket(_FAMILIES[version], socket.SOCK_DGRAM) as sending:
+    with _shared(version) as sending:
         try:
-            sending.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            with contextlib.suppress(AttributeError, OSError):
-                sending.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             sending.bind((local.address, _PORT))  # an answer to any other port would come by unicast (RFC 6762, section 6.7)
             if version == 4:
                 sending.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(local.address))
@@ -127,7 +130,7 @@ def _send(local: LocalAddress, data: bytes) -> str | None:
 
 
 def _link_local(local: LocalAddress) -> Iterator[str]:
-    """Ours on this interface, from which other processes of this machine may speak."""
+    """Our link-local address on this interface, from which other processes of this machine may send."""
     if _version(local) == 6:
         with contextlib.suppress(OSError), socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as tried:
             tried.connect((_GROUPS[6], _PORT, 0, socket.if_nametoindex(local.interface)))

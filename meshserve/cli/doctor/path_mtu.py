@@ -1,7 +1,7 @@
-"""How long a packet may be that gets to another machine: UDP that must not be cut up, at a port where nobody listens.
+"""The longest packet that reaches another machine: UDP that must not be fragmented, to a port at which nothing listens.
 
-Whoever has no such port says so (ICMP port unreachable, RFC 792), which is the proof that the packet arrived; it needs no rights, and no
-helper at the other end. A machine whose firewall swallows UDP says nothing, and nothing is concluded. Linux only.
+The other machine answers that the port is unreachable (ICMP, RFC 792), which proves that the packet arrived. That needs no rights, and
+no helper there. If a firewall drops UDP there is no answer, and nothing is concluded. Linux only.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ _NEVER_CUT = {
     socket.AF_INET: ((socket.IPPROTO_IP, 10, 3),),
     socket.AF_INET6: ((socket.IPPROTO_IPV6, 23, 3), (socket.IPPROTO_IPV6, 62, 1)),
 }
-"""IP_MTU_DISCOVER: IP_PMTUDISC_PROBE, which also pays no heed to what the kernel has learnt; IPV6_DONTFRAG (linux/in.h, in6.h)."""
+"""IP_MTU_DISCOVER: IP_PMTUDISC_PROBE, which also ignores the MTU that the kernel has learnt; IPV6_DONTFRAG (linux/in.h, in6.h)."""
 
 
 @dataclass(slots=True)
@@ -76,7 +76,7 @@ def _connected(address: str, port: int) -> socket.socket:
 
 
 def _probe(paths: list[_Path], ports: Mapping[str, int]) -> None:
-    """One packet of each size longer than what got there, the longest first: so answers that a host leaves out are of shorter ones."""
+    """One packet of each size that is longer than the longest so far, longest first: a host that limits its answers omits short ones."""
     with contextlib.ExitStack() as stack:
         poll, sent = select.poll(), {}
         for path in paths:

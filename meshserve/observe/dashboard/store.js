@@ -21,7 +21,7 @@ function isBefore(one, other) {
 export class Story {
   constructor(id, at) {
     Object.assign(this, { id, at, arrived: performance.now(), events: [], numPlayed: 0, isMine: false, receipt: null });
-    Object.assign(this, { front: null, decode: null, prefill: null, promptTokens: null, tokens: 0, blocks: 0, outcome: null, totalMs: null, firstMs: null });
+    Object.assign(this, { front: null, decode: null, prefill: null, promptTokens: null, tokens: 0, blocks: 0, outcome: null, totalMs: null });
     Object.assign(this, { candidates: [], router: null, policy: "", cached: null, endedAt: 0 });
   }
 
@@ -43,14 +43,12 @@ export class Story {
 
   note({ kind, peer, details, at }) {
     if (kind === "submit") Object.assign(this, { front: peer, promptTokens: details.num_tokens, at });
-    else if (kind === "routed") Object.assign(this, { decode: details.decode, candidates: details.candidates, router: details.router, policy: details.policy, numCandidates: details.num_candidates });
+    else if (kind === "routed") Object.assign(this, { decode: details.decode, candidates: details.candidates, router: details.router, policy: details.policy });
     else if (kind === "claim") this.prefill = details.peer_claiming;
     else if (kind === "handoff_ended" && details.state !== "done") this.prefill = null;
     else if (kind === "blocks") this.blocks += details.count;
-    else if (kind === "tokens") {
-      this.tokens += details.count;
-      this.firstMs ??= at - this.at;
-    } else if (kind === "result") {
+    else if (kind === "tokens") this.tokens += details.count;
+    else if (kind === "result") {
       Object.assign(this, { outcome: details.outcome, tokens: details.num_tokens, cached: details.num_cached_tokens, totalMs: at - this.at, endedAt: performance.now() });
     }
   }
@@ -226,6 +224,6 @@ function storyOf(receipt, store) {
   }
   add("tokens", front, { count: tokens.completion });
   add("result", front, { outcome: "ok", num_tokens: tokens.completion, num_cached_tokens: tokens.cached });
-  Object.assign(story, { totalMs: receipt.total_ms, firstMs: null });
+  story.totalMs = receipt.total_ms;
   return story;
 }
