@@ -49,8 +49,11 @@ Event = list[Any]
 
 @dataclass(slots=True)
 class _Story:
+    """The events of one request, from all peers."""
+
     forget_s: float
     is_known: bool = False
+    """Its beginning has arrived, so it is shown."""
     is_over: bool = False
     num_tokens: int = 0
     events: list[Event] = field(default_factory=list)
@@ -84,7 +87,7 @@ class Merge:
     # --- what comes in
 
     def add(self, peer: str, batch: FeedBatch, now_s: float) -> None:
-        """One batch of this peer."""
+        """One batch of this peer. Loads, counts and times add to the second that ends next."""
         for event in batch.events:
             self._add_event([self.time_ms(now_s - event.age_ms / 1000), peer, event.kind, event.request_id, event.details], now_s)
         if batch.counts:
@@ -105,6 +108,7 @@ class Merge:
             if self._can_begin(now_s):
                 self._begin(story or _Story(0.0), event, now_s)
         elif story is None:
+            # the beginning may still arrive from the processor; if it does not, the request is not shown
             if len(self._stories) < _MAX_STORIES:
                 self._stories[request_id] = _Story(now_s + _STRAY_S, events=[event])
         elif story.is_known:
@@ -122,6 +126,7 @@ class Merge:
             self._keep(story, event)
 
     def _can_begin(self, now_s: float) -> bool:
+        """Each processor keeps to the bounds; here the mesh as a whole does, however many processors it has."""
         if now_s - self._second_s >= 1.0:
             self._second_s, self._num_begun = now_s, 0
         self._num_begun += 1
@@ -232,7 +237,7 @@ class Reader:
 
 
 class MeshFeed:
-    """Follows the mesh while it has readers, and tells all of them the same, at most 5 times a second."""
+    """Watches all peers while it has readers. All readers get the same updates, at most 5 a second."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -291,7 +296,6 @@ class MeshFeed:
             state.clear()
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
 
     # --- peers
 
@@ -315,8 +319,7 @@ class MeshFeed:
             self._watchers[incarnation] = Watcher(self._mesh, incarnation, FEED, on_reset=forget, on_change=on_change)
 
     def _forget(self, incarnation: str, state: str) -> None:
-        watcher = self._watchers.pop(incarnation, None)
-        if watcher is not None:
+        if watcher := self._watchers.pop(incarnation, None):
             watcher.close()
         self._merge.forget(incarnation)
         if incarnation in self._peers:
@@ -347,12 +350,13 @@ class MeshFeed:
         }
 
     def _drop_gone(self, now_s: float) -> list[str]:
-        old = [peer for peer, gone_s in self._gone_s.items() if now_s - gone_s > _GONE_S]
-        surplus = [peer for peer in list(self._gone_s)[: max(0, len(self._gone_s) - _MAX_GONE)] if peer not in old]
-        for peer in old + surplus:
+        """Peers that are not shown any more: gone for long, or the first of too many that are gone."""
+        num_surplus = len(self._gone_s) - _MAX_GONE
+        dropped = [peer for rank, (peer, gone_s) in enumerate(self._gone_s.items()) if rank < num_surplus or now_s - gone_s > _GONE_S]
+        for peer in dropped:
             del self._gone_s[peer], self._peers[peer]
             self._changed.pop(peer, None)
-        return old + surplus
+        return dropped
 
     # --- what readers get
 

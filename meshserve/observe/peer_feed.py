@@ -41,9 +41,9 @@ _MAX_CANDIDATES = 6
 
 
 class Sample:
-    """Which requests are followed: a bounded number a second, and on all peers the same ones.
+    """Chooses which requests are followed: a bounded number a second, and the same ones on all peers.
 
-    One of 1, 2, 4, ... is taken, by a hash of the request's name: a peer that sees more of them takes a part of what others take.
+    One request of 1, 2, 4, ... is taken, by a hash of its id: what a busy peer takes, a peer that sees fewer requests takes too.
     """
 
     def __init__(self, max_per_s: int, now_s: float) -> None:
@@ -51,10 +51,11 @@ class Sample:
         self._mask = self._num_seen = self._num_taken = 0
 
     def takes(self, request_id: str, now_s: float) -> bool:
-        """Whether to follow this one, which is new here."""
+        """Whether to follow this request, which is new here."""
         if now_s - self._since_s >= 1.0:
             self._begin_second(now_s)
         self._num_seen += 1
+        # one more bit of the hash must be zero as soon as this second has brought too many, not only in the next second
         if self._num_seen > self._max_per_s * (self._mask + 1):
             self._mask = 2 * self._mask + 1
         if self._num_taken >= self._max_per_s or xxhash.xxh3_64_intdigest(request_id.encode()) & self._mask:
@@ -64,6 +65,7 @@ class Sample:
 
     def _begin_second(self, now_s: float) -> None:
         rate = self._num_seen / (now_s - self._since_s)
+        # a bit fewer only if all requests of the last second would have stayed within the bound
         while self._mask and rate <= self._max_per_s * (self._mask // 2 + 1):
             self._mask //= 2
         self._since_s, self._num_seen, self._num_taken = now_s, 0, 0
@@ -71,6 +73,8 @@ class Sample:
 
 @dataclass(slots=True)
 class _Followed:
+    """A request that is followed on this peer."""
+
     began_s: float
     heard_s: float
     is_submitted_here: bool
@@ -97,7 +101,7 @@ class Digest:
         self._itl_ms: list[float] = []
 
     def heard(self, event: str, request_id: str, details: dict[str, Any]) -> None:
-        """One event of the event log."""
+        """Counts the event, and keeps it if its request is followed."""
         followed = self._followed.get(request_id)
         if event == "result":
             self._count_result(details, is_followed=followed is not None)
@@ -140,8 +144,9 @@ class Digest:
             followed.new_blocks += 1
             followed.sender = details["peer_sending"]
         elif event in _SHOWN:
-            self._show_counts(followed, request_id, now_s)  # what came before is told before
+            self._show_counts(followed, request_id, now_s)  # tokens and blocks of before come before the event
             self._show(now_s, event, request_id, details)
+        # where the request was submitted, roles of this peer end their part before the processor ends the request
         if event == "result" or (event in _ENDS and not followed.is_submitted_here):
             self._end(followed, request_id, now_s)
 
