@@ -8,7 +8,6 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate
 from typing import Any, Protocol
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -132,9 +131,10 @@ class Histogram:
 
     def steps(self) -> Iterator[tuple[float, float]]:
         """The cumulative distribution: (milliseconds, share of durations up to that), rising."""
-        total = self.count
-        for bucket, seen in zip(sorted(self.counts), accumulate(count for _, count in sorted(self.counts.items())), strict=True):
-            yield min(self._bounds_of(bucket)[1], self.most_s) * 1000, seen / total
+        num_seen, total = 0, self.count
+        for bucket, count in sorted(self.counts.items()):
+            num_seen += count
+            yield min(self._bounds_of(bucket)[1], self.most_s) * 1000, num_seen / total
 
     def to_dict(self) -> dict[str, float | int]:
         """For people: milliseconds, and how many; no figures where there is none."""
@@ -168,17 +168,22 @@ class Histograms:
 
     def snapshot(self) -> dict[str, Any]:
         """By name: the row of each that counted something. Neither sum nor counts ever fall, whatever is folded."""
-        whole = added_up([self._own_rows(), *self.snapshot_parts().values()])
-        for name, row in whole.items():  # after a fold the same sum, added up in another order, may round to less
+        whole: defaultdict[str, Histogram] = defaultdict(Histogram)
+        for histograms in (self, *self.parts.values()):
+            for name, histogram in histograms.named.items():
+                whole[name].add(histogram)
+        rows = _rows(whole)
+        for name, row in rows.items():  # after a fold the same sum, added up in another order, may round to less
             row[0] = self._told_s[name] = max(row[0], self._told_s[name])
-        return whole
+        return rows
 
     def snapshot_parts(self) -> dict[str, dict[str, Any]]:
         """The same of each part."""
-        return {of: part._own_rows() for of, part in self.parts.items()}
+        return {of: _rows(part.named) for of, part in self.parts.items()}
 
-    def _own_rows(self) -> dict[str, Any]:
-        return {name: histogram.to_row() for name, histogram in self.named.items() if histogram.counts}
+
+def _rows(named: Mapping[str, Histogram]) -> dict[str, Any]:
+    return {name: histogram.to_row() for name, histogram in named.items() if histogram.counts}
 
 
 def added_up(snapshots: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -187,7 +192,7 @@ def added_up(snapshots: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     for snapshot in snapshots:
         for name, row in snapshot.items():
             total[name].add(Histogram.of_row(row))
-    return {name: histogram.to_row() for name, histogram in total.items()}
+    return _rows(total)
 
 
 class Listener(Protocol):
