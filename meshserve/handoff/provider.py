@@ -199,7 +199,7 @@ class PrefillJob(Job):
         provider.sender.count(self, marks, self.num_delivered_bytes)
         self._open_claim(claim, provider.config.block_timeout_s)
         if len(provider.queue.jobs) == 1:
-            provider.mesh.hurry()
+            provider.mesh.turn.hurry()
 
     # --- its way out, and its end
 
@@ -358,7 +358,7 @@ class PrefillProvider:
                     attempt = NamedAttempt(job.ticket.request_id, job.attempt, overdue_s)
                     named.setdefault(job.ticket.decode_peer, []).append(attempt)
             for decode_peer, attempts in named.items():
-                if self.mesh.links.channel_to(decode_peer) is not None:
+                if self.decode_peer in mesh.links.channels:
                     renewal = Renewal(attempts[:MAX_RENEWED])
                     self.mesh.open(decode_peer, RENEW, renewal, IgnoredAnswer(), _RENEW_TIMEOUT_S)
 

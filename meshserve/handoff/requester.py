@@ -174,7 +174,7 @@ class PrefillRequester:
 
     def _strike(self, running: RunningTask, strike: Strike) -> None:
         for peer in strike.peers:
-            if self._mesh.member(peer) is not None and self._mesh.links.channel_to(peer) is not None:
+            if self._mesh.member(peer) is not None and peer in self._mesh.links.channels:
                 self._mesh.open(peer, STRIKE, running.task.request_id, IgnoredAnswer(), _STRIKE_TIMEOUT_S)
 
     def _finish(self, running: RunningTask, finish: Finish) -> None:
@@ -319,7 +319,7 @@ class PrefillRequester:
         for running in list(self._running.values()):
             task = running.task
             if change in (Change.DIED, Change.LEFT, Change.SUSPECTED):
-                is_cut = change is Change.SUSPECTED and self._mesh.links.channel_to(peer) is None
+                is_cut = change is Change.SUSPECTED and peer not in self._mesh.links.channels
                 is_dead = change is Change.DIED or (is_cut and task.is_offered_to(peer))  # as for a claim that ends so
                 self._carry_out(running, task.peer_gone(peer, now_s, is_dead=is_dead))
             elif change is Change.UPDATED and (member.info.is_draining or not member.info.can_play("prefill")):

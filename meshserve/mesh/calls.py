@@ -1,8 +1,11 @@
 """Request streams: many calls multiplexed over the channels between peers. No sockets, no clock of its own.
 
-A stream is opened with a deadline, carries items from the one who serves it to the one who opened it, and ends in exactly one
-end or error, whatever dies. It is named by its owner's incarnation and a counter. Items of one stream arrive in order, none
-lost, none twice; streams are not ordered among each other.
+A stream is opened with a deadline, carries items from the one who serves it to the one who opened it, and ends in
+exactly one end or error, whatever dies. It is named by its owner's incarnation and a counter. Items of one stream
+arrive in order, none lost, none twice; streams are not ordered among each other.
+
+A stream between two roles of one peer is the same to both, but its messages are neither packed nor read: the table
+calls the other end at the end of the turn of the event loop.
 """
 
 import logging
@@ -11,31 +14,41 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from meshserve.errors import Cancelled, DeadlineExceeded, MeshserveError, Overloaded, PeerLost, ProtocolError, UnknownMethod, from_wire
-from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, ITEMS, OPEN, Envelope
+from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, OPEN, Envelope
 from meshserve.wire.messages import Method
 from meshserve.wire.structs import Message, plain, read
 
 _log = logging.getLogger(__name__)
 
 CONNECTION_CLOSED, PEER_DIED = "connection closed", "it died"
-"""Of the reasons why a stream's peer is lost, those that say that its process is gone. A link that overflowed, was made anew or said
-goodbye says no such thing."""
+"""Of the reasons why a stream's peer is lost, those that say that its process is gone. A link that overflowed, was made
+anew or said goodbye says no such thing."""
 
 
-class Wire(Protocol):
-    """Where a stream's messages go: a channel, as far as streams know one."""
+class Batches(Protocol):
+    """What leaves together: a channel to a peer, or the end of a turn for roles of this one."""
+
+    num_batches: int
+    """Grows when what was sent leaves. Until then an item that is a list may be added to."""
+
+
+class Wire(Batches, Protocol):
+    """A channel, as far as streams know one."""
 
     peer: str
-    is_local: bool
-    """It ends in this very process."""
-    num_batches: int
-    """Grows when what was sent leaves."""
 
     def send(self, message: Envelope) -> None:
         """Send with all else of this turn, or of a few."""
 
     def send_soon(self, message: Envelope) -> None:
         """Send with all else of this turn."""
+
+
+class EndOfTurn(Batches, Protocol):
+    """Where roles of one peer tell each other something."""
+
+    def deliver(self, take: Callable[[Any], None], value: Any) -> None:
+        """Call `take(value)` at the end of this turn, in order."""
 
 
 class Sink(Protocol):
@@ -64,23 +77,12 @@ class IgnoredAnswer:
         pass
 
 
-_CARRYING = (ITEM, ITEMS)
-
 _NOBODY = IgnoredAnswer()
 """Of a stream that ended. A sink mostly holds its call: if the call held it too, only the collector could free both."""
 
 
-def _fail(sink: Sink, error: MeshserveError) -> None:
-    try:
-        sink.on_error(error)
-    except Exception:  # a fault of ours: others' streams must end all the same
-        _log.exception("an error could not be taken in: %s", error.message)
-
-
 class OutgoingCall:
-    """A stream that this peer opened. Garbage as soon as it ended."""
-
-    __slots__ = ("_table", "_wire", "deadline_s", "method", "peer", "sink", "stream")
+    """A stream that this peer opened, to another peer or to itself. Garbage as soon as it ended."""
 
     def __init__(self, table: "CallTable", wire: Wire, stream: int, method: Method, deadline_s: float, sink: Sink) -> None:
         self._table, self._wire, self.stream, self.method, self.deadline_s, self.sink = table, wire, stream, method, deadline_s, sink
@@ -90,56 +92,129 @@ class OutgoingCall:
         """Tell the peer to stop. Nothing more is called on the sink. Harmless after the end."""
         if self._table.outgoing.pop(self.stream, None) is not None:
             self.sink = _NOBODY
-            self._wire.send([CANCEL, self.stream])
+            self._tell_cancelled()
+
+    def _tell_cancelled(self) -> None:
+        self._wire.send([CANCEL, self.stream])
+
+    # --- what comes back
+
+    def take_item(self, item: Any) -> None:
+        """The next item; nobody's, once the sink has cancelled."""
+        try:
+            self.sink.on_item(item)
+        except Exception as error:  # a fault of ours: its stream ends, and nobody else's
+            self.break_off(error)
+
+    def take_items(self, items: list[Any]) -> None:
+        """The next items at once."""
+        on_items = getattr(self.sink, "on_items", None)
+        if on_items is None:
+            for item in items:
+                self.take_item(item)
+            return
+        try:
+            on_items(items)
+        except Exception as error:  # as above
+            self.break_off(error)
+
+    def break_off(self, error: Exception) -> None:
+        """An item could not be taken in."""
+        _log.exception("an item of %s could not be taken in", self.method.name)
+        sink = self.sink
+        self.cancel()
+        _fail(sink, MeshserveError(f"{self.method.name} failed: {type(error).__name__}"))
+
+    def take_end(self, value: Any) -> None:
+        """The stream is complete. Ignored after a cancel or a deadline."""
+        if self._table.outgoing.pop(self.stream, None) is None:
+            return
+        sink, self.sink, answer = self.sink, _NOBODY, self.method.answer
+        if answer is not None and not isinstance(value, Message):  # a message is from this very peer
+            try:
+                value = read(answer, value)
+            except ProtocolError as error:
+                self._table.on_malformed()
+                _fail(sink, error)
+                return
+        try:
+            sink.on_end(value)
+        except Exception as error:  # as above
+            _log.exception("the end of %s could not be taken in", self.method.name)
+            _fail(sink, MeshserveError(f"{self.method.name} failed: {type(error).__name__}"))
+
+    def take_error(self, error: MeshserveError) -> None:
+        """The stream failed. Ignored after a cancel or a deadline."""
+        if self._table.outgoing.pop(self.stream, None) is not None:
+            sink, self.sink = self.sink, _NOBODY
+            _fail(sink, error)
+
+
+def _fail(sink: Sink, error: MeshserveError) -> None:
+    try:
+        sink.on_error(error)
+    except Exception:  # a fault of ours: others' streams must end all the same
+        _log.exception("an error could not be taken in: %s", error.message)
 
 
 class IncomingCall:
-    """A stream that a peer opened here. The handler ends it with `end` or `fail`; what comes after that, or after a cancel, is dropped.
+    """A stream that a peer opened here. The handler ends it with `end` or `fail`; what comes after that, or after a
+    cancel, is dropped."""
 
-    An item that is a list may be added to as long as `wire.num_batches` stays the same.
-    """
-
-    __slots__ = ("_table", "body", "deadline_s", "ended_by", "is_open", "method", "on_cancel", "peer", "stream", "wire")
+    is_local = False
+    """A role of this very peer opened it: what is sent need not be made plain data."""
+    ended_by = ""
+    """What ended the stream if not its handler: `cancel`, `deadline`, `stop`, or why the peer was lost. Set before
+    `on_cancel` is called."""
+    on_cancel: Callable[[], None] | None = None
+    """Called once if the stream ends by anything but this handler."""
 
     def __init__(self, table: "CallTable", wire: Wire, stream: int, method: Method, deadline_s: float, body: Any) -> None:
-        self._table, self.wire, self.stream, self.method, self.deadline_s, self.body = table, wire, stream, method, deadline_s, body
-        self.peer = wire.peer
-        self.is_open = True
-        self.ended_by = ""
-        """What ended the stream if not its handler: `cancel`, `deadline`, `peer lost`, `stop`. Set before `on_cancel` is called."""
-        self.on_cancel: Callable[[], None] | None = None
-        """Called once if the stream ends by anything but this handler: cancelled, past its deadline, or its owner dead."""
+        self._table, self.stream, self.method, self.deadline_s, self.body = table, stream, method, deadline_s, body
+        self.peer, self.is_open = wire.peer, True
+        self.wire: Batches = wire
+        self._send = wire.send
 
     def send(self, item: Any) -> None:
-        """One more item: a message, or plain data."""
+        """One more item: a message, or plain data. A list may be added to until `wire.num_batches` grows."""
         if self.is_open:
-            self.wire.send([ITEM, self.stream, item if self.wire.is_local else plain(item)])
+            self._send([ITEM, self.stream, plain(item)])
 
     def send_all(self, items: list[Any]) -> None:
         """Several items at once, in order. Not to be changed any more."""
-        if not self.is_open:
-            return
-        if self.wire.is_local and len(items) > 1:
-            self.wire.send([ITEMS, self.stream, items])
-            return
         for item in items:
             self.send(item)
 
     def end(self, value: Any = None) -> None:
         """The stream is complete; `value` is its result."""
         if self._close():
-            self.wire.send([END, self.stream, value if self.wire.is_local else plain(value)])
+            self._send([END, self.stream, plain(value)])
 
     def fail(self, error: MeshserveError) -> None:
         """The stream ends in this error."""
         if self._close():
-            self.wire.send([ERROR, self.stream, error.to_wire()])
+            self._send([ERROR, self.stream, error.to_wire()])
 
     def _close(self) -> bool:
         was_open, self.is_open = self.is_open, False
         self._table.incoming.pop((self.peer, self.stream), None)
         self.on_cancel = None  # mostly of something that holds this call
         return was_open
+
+    def begin(self, handler: "Handler") -> None:
+        """Hand the call to its handler. A handler that fails ends its own stream, and nobody else's."""
+        kind = self.method.body
+        if not self.is_open:
+            return  # this peer stops
+        try:
+            if kind is not None and not isinstance(self.body, Message):  # a message is from this very peer
+                self.body = read(kind, self.body)
+            handler(self)
+        except MeshserveError as error:
+            self.fail(error)
+        except Exception as error:
+            _log.exception("%s failed", self.method.name)
+            self.fail(MeshserveError(f"{self.method.name} failed: {type(error).__name__}"))
 
     def abandon(self, ended_by: str, error: MeshserveError | None = None) -> None:
         """End by something else than the handler; its owner is told if there is an error to tell."""
@@ -154,6 +229,42 @@ class IncomingCall:
                 _log.exception("the end of %s could not be taken in", self.method.name)
 
 
+class LocalCall(OutgoingCall, IncomingCall):
+    """A stream between two roles of this peer: its opener and its handler have the same object."""
+
+    is_local = True
+
+    def __init__(
+        self, table: "CallTable", turn: EndOfTurn, stream: int, method: Method, deadline_s: float, body: Any, sink: Sink
+    ) -> None:
+        self._table, self.stream, self.method, self.deadline_s, self.body = table, stream, method, deadline_s, body
+        self.sink, self.peer, self.is_open = sink, table.own, True
+        self.wire = turn
+        self._deliver = turn.deliver
+
+    def send(self, item: Any) -> None:
+        if self.is_open:
+            self._deliver(self.take_item, item)
+
+    def send_all(self, items: list[Any]) -> None:
+        if self.is_open and len(items) > 1:
+            self._deliver(self.take_items, items)
+        elif items:
+            self.send(items[0])
+
+    def end(self, value: Any = None) -> None:
+        if self._close():
+            self._deliver(self.take_end, value)
+
+    def fail(self, error: MeshserveError) -> None:
+        if self._close():
+            # As a peer would hear of it: an error that was raised holds the frames that it passed through.
+            self._deliver(self.take_error, from_wire(error.to_wire()))
+
+    def _tell_cancelled(self) -> None:
+        self._deliver(self.abandon, "cancel")
+
+
 Handler = Callable[[IncomingCall], None]
 
 
@@ -161,79 +272,63 @@ class CallTable:
     """All streams of one peer. Every method takes `now_s` of the same monotonic clock where time matters."""
 
     def __init__(
-        self, max_streams_per_peer: int, describe_peer: Callable[[str], str], on_malformed: Callable[[], None] = lambda: None
+        self, own: str, max_streams_per_peer: int, describe_peer: Callable[[str], str], on_malformed: Callable[[], None]
     ) -> None:
+        """`own` is this peer's incarnation; `on_malformed` is called for an answer that cannot be read."""
+        self.own, self.on_malformed = own, on_malformed
         self.handlers: dict[str, tuple[Method, Handler]] = {}
         """By the method's name."""
         self.outgoing: dict[int, OutgoingCall] = {}
         self.incoming: dict[tuple[str, int], IncomingCall] = {}
         self._next_stream = 1
         self._max_streams = max_streams_per_peer
-        self._describe, self._on_malformed = describe_peer, on_malformed
+        self._describe = describe_peer
 
     def open(self, wire: Wire, method: Method, body: Any, sink: Sink, now_s: float, timeout_s: float) -> OutgoingCall:
-        """Open a stream; what comes back goes to the sink, never before this returns."""
+        """Open a stream to another peer; what comes back goes to the sink, never before this returns."""
         stream = self._next_stream
         self._next_stream += 1
         call = self.outgoing[stream] = OutgoingCall(self, wire, stream, method, now_s + timeout_s, sink)
-        wire.send_soon([OPEN, stream, method.name, int(timeout_s * 1000), body if wire.is_local else plain(body)])
+        wire.send_soon([OPEN, stream, method.name, int(timeout_s * 1000), plain(body)])
+        return call
+
+    def open_here(self, turn: EndOfTurn, method: Method, body: Any, sink: Sink, deadline_s: float) -> OutgoingCall:
+        """Open a stream to a role of this peer: its handler is called at the end of this turn."""
+        stream = self._next_stream
+        self._next_stream += 1
+        call = self.outgoing[stream] = LocalCall(self, turn, stream, method, deadline_s, body, sink)
+        served = self.handlers.get(method.name)
+        if served is None:
+            call.fail(UnknownMethod(f"{method.name} is not served here"))
+        elif self._has_too_many(self.own):
+            call.fail(Overloaded("too many open streams from this peer"))
+        else:
+            self.incoming[self.own, stream] = call
+            turn.deliver(call.begin, served[1])
         return call
 
     def received(self, wire: Wire, message: Envelope, now_s: float) -> None:
         """One message about a stream from a peer that said hello."""
         kind = message[0]
-        if kind in _CARRYING:  # first, as it is nearly all there is
-            call = self.outgoing.get(message[1])
-            if call is not None and call.peer == wire.peer:
-                try:
-                    if kind == ITEM:
-                        call.sink.on_item(message[2])
-                    else:
-                        self._received_all(call, message[2])
-                except Exception as error:  # a fault of ours: its stream ends, and nobody else's
-                    _log.exception("an item of %s could not be taken in", call.method.name)
-                    sink = call.sink
-                    call.cancel()
-                    _fail(sink, MeshserveError(f"{call.method.name} failed: {type(error).__name__}"))
-        elif kind == OPEN:
+        if kind == OPEN:
             self._opened(wire, message, now_s)
         elif kind == CANCEL:
             incoming = self.incoming.get((wire.peer, message[1]))
             if incoming is not None:
                 incoming.abandon("cancel")
         else:
-            self._answered(wire, kind, message)
-
-    def _received_all(self, call: OutgoingCall, items: list[Any]) -> None:
-        on_items = getattr(call.sink, "on_items", None)
-        if on_items is not None:
-            on_items(items)
-            return
-        for item in items:
-            call.sink.on_item(item)  # nobody's, once the sink has cancelled at one of them
-
-    def _answered(self, wire: Wire, kind: int, message: Envelope) -> None:
-        call = self.outgoing.get(message[1])
-        if call is None or call.peer != wire.peer:
-            return  # late, after a cancel or a deadline; or not meant for us
-        del self.outgoing[call.stream]
-        sink, call.sink = call.sink, _NOBODY
-        if kind == ERROR:
-            _fail(sink, from_wire(message[2]))
-            return
-        value, answer = message[2], call.method.answer
-        try:
-            if answer is not None and not isinstance(value, Message):  # a message is from this very peer
-                value = read(answer, value)
-        except ProtocolError as error:
-            self._on_malformed()
-            _fail(sink, error)
-            return
-        try:
-            sink.on_end(value)
-        except Exception as error:  # as above
-            _log.exception("the end of %s could not be taken in", call.method.name)
-            _fail(sink, MeshserveError(f"{call.method.name} failed: {type(error).__name__}"))
+            call = self.outgoing.get(message[1])
+            if call is None or call.peer != wire.peer:
+                return  # late, after a cancel or a deadline; or not meant for us
+            if kind == ITEM:  # nearly all there is: without another call
+                try:
+                    call.sink.on_item(message[2])
+                except Exception as error:  # as in `take_item`
+                    call.break_off(error)
+            elif kind == END:
+                call.take_end(message[2])
+            else:
+                call.take_error(from_wire(message[2]))
 
     def _opened(self, wire: Wire, message: Envelope, now_s: float) -> None:
         _, stream, name, timeout_ms, body = message
@@ -242,24 +337,18 @@ class CallTable:
             wire.send([ERROR, stream, UnknownMethod(f"{name} is not served here").to_wire()])
         elif (wire.peer, stream) in self.incoming:
             wire.send([ERROR, stream, MeshserveError("this stream is open already").to_wire()])
-        elif len(self.incoming) >= self._max_streams and self.num_incoming(wire.peer) >= self._max_streams:
+        elif self._has_too_many(wire.peer):
             wire.send([ERROR, stream, Overloaded("too many open streams from this peer").to_wire()])
         else:
             method, handler = served
-            call = self.incoming[(wire.peer, stream)] = IncomingCall(self, wire, stream, method, now_s + timeout_ms / 1000, body)
-            try:
-                if method.body is not None and not isinstance(body, Message):  # a message is from this very peer
-                    call.body = read(method.body, body)
-                handler(call)
-            except MeshserveError as error:
-                call.fail(error)
-            except Exception as error:  # a fault of ours: its stream ends all the same, and so does nobody else's
-                _log.exception("%s failed", name)
-                call.fail(MeshserveError(f"{name} failed: {type(error).__name__}"))
+            call = IncomingCall(self, wire, stream, method, now_s + timeout_ms / 1000, body)
+            self.incoming[wire.peer, stream] = call
+            call.begin(handler)
 
-    def num_incoming(self, peer: str) -> int:
-        """Streams that this peer has open here."""
-        return sum(owner == peer for owner, _ in self.incoming)
+    def _has_too_many(self, peer: str) -> bool:
+        if len(self.incoming) < self._max_streams:
+            return False
+        return sum(owner == peer for owner, _ in self.incoming) >= self._max_streams
 
     def num_made(self) -> Counter[str]:
         """Streams that this peer has open, by method."""
@@ -281,9 +370,8 @@ class CallTable:
     def peer_lost(self, peer: str, reason: str) -> None:
         """The peer is gone, or its link broke: end all streams with it."""
         for outgoing in [call for call in self.outgoing.values() if call.peer == peer]:
-            if self.outgoing.pop(outgoing.stream, None) is not None:
-                name, sink, outgoing.sink = self._describe(peer), outgoing.sink, _NOBODY
-                _fail(sink, PeerLost(f"{name} was lost: {reason}", peer=name))
+            name = self._describe(peer)
+            outgoing.take_error(PeerLost(f"{name} was lost: {reason}", peer=name))
         self.peer_stopped_listening(peer, reason)
 
     def peer_stopped_listening(self, peer: str, reason: str) -> None:

@@ -5,14 +5,14 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from meshserve.config import FIRST_PORT, ROLES, MeshConfig
 from meshserve.errors import HandshakeRefused, ProtocolError
-from meshserve.mesh.addresses import parse_host_port, resolve
-from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED
+from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, CallTable
 from meshserve.mesh.handshake import DialFailed, Dialler, check_hello
 from meshserve.mesh.membership import Change, Dial, Member, Membership, PeerState
+from meshserve.mesh.network import parse_host_port, resolve
 from meshserve.mesh.sightings import Sightings, describe_stranger
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.channel import Channel
@@ -34,40 +34,24 @@ _GOSSIP_QUIET_INTERVAL_S = 5.0
 _MAX_INBOUND_PER_PEER = 8
 
 
-class LinkOwner(Protocol):
-    """Whom the links report to: the mesh."""
-
-    def stream_message(self, channel: Channel, message: Envelope, now_s: float) -> None:
-        """A message about a request stream, from a peer that said hello."""
-
-    def peer_lost(self, peer: str, reason: str) -> None:
-        """Our connection to it is gone, or the peer itself."""
-
-    def peer_stopped_listening(self, peer: str, reason: str) -> None:
-        """Its connection to us is gone."""
-
-    def ticked(self, now_s: float) -> None:
-        """A tick of the mesh's clock."""
-
-
 class Links:
     """Owns the transport and the membership."""
 
-    def __init__(self, config: MeshConfig, own: PeerInfo, factory: SocketFactory, counters: Counters, owner: LinkOwner) -> None:
-        self._config, self._counters, self._owner = config, counters, owner
+    def __init__(self, config: MeshConfig, own: PeerInfo, factory: SocketFactory, counters: Counters, calls: CallTable) -> None:
+        self._config, self._counters, self._calls = config, counters, calls
         self._loop = asyncio.get_running_loop()
         self._started_s = time.monotonic()
         self.own = own
         self.membership = Membership(own, config, self._started_s)
-        self.transport = Transport(factory, config.transport, counters, self._on_frame, self._on_own, self._on_lost)
-        self.transport.loopback.peer = own.incarnation
+        self.transport = Transport(factory, config.transport, counters, self._on_frame, self._on_lost)
         self.listeners: list[Callable[[Change, Member], None]] = []
         self.refused: dict[str, str] = {}
         """Who could not be joined, and why: for people."""
         self.sightings = Sightings()
         self.mdns = "off"
         """For people: `on`, or why not."""
-        self._dealers: dict[str, Channel] = {}
+        self.channels: dict[str, Channel] = {}
+        """Our own connection to each peer that is up."""
         self._inbound: dict[str, list[Channel]] = {}
         self._broken: set[str] = set()
         self._dialler = Dialler(config, self.transport, self._hello)
@@ -111,24 +95,20 @@ class Links:
     def announce(self, own: PeerInfo) -> None:
         """Tell all peers what changed about this one."""
         self.own = self.membership.own = own
-        for channel in self._dealers.values():
+        for channel in self.channels.values():
             channel.send([frames.HELLO, self._hello(None).to_wire()])
 
     async def close(self) -> None:
         """Say goodbye and give everything back."""
-        for channel in self._dealers.values():
+        for channel in self.channels.values():
             channel.send([frames.GOODBYE, "bye"])
         self.transport.turn.flush()
-        if self._dealers:
+        if self.channels:
             await asyncio.sleep(0.02)  # LINGER is 0: ZeroMQ's own thread gets a moment to send the goodbyes, which nothing depends on
         await self._tasks.close()
         if self._discovery is not None:
             await self._discovery.close()
         self.transport.close()
-
-    def channel_to(self, peer: str) -> Channel | None:
-        """Where calls to this peer go; None if there is no connection to it."""
-        return self.transport.loopback if peer == self.own.incarnation else self._dealers.get(peer)
 
     # --- what comes in
 
@@ -137,7 +117,7 @@ class Links:
         now_s = time.monotonic()
         if channel.peer:
             self._heard(channel.peer, now_s)
-        receive, is_known = self._owner.stream_message, bool(channel.peer)
+        receive, is_known = self._calls.received, bool(channel.peer)
         for message in messages:
             kind = message[0]
             if kind >= frames.OPEN and (is_known or channel.peer):
@@ -150,12 +130,6 @@ class Links:
                 self._counters.add("messages_before_hello")
                 self.transport.lost(channel, "it said no hello")
                 return
-
-    def _on_own(self, messages: list[Envelope]) -> None:
-        """What this peer's roles say to each other."""
-        now_s, receive, loopback = time.monotonic(), self._owner.stream_message, self.transport.loopback
-        for message in messages:
-            receive(loopback, message, now_s)
 
     def _heard(self, peer: str, now_s: float) -> None:
         member = self.membership.members.get(peer)
@@ -176,7 +150,7 @@ class Links:
         elif kind == frames.PONG:
             self._on_pong(channel.peer, message[1])
         elif kind == frames.RESET:
-            if self._dealers.get(channel.peer) is channel:
+            if self.channels.get(channel.peer) is channel:
                 self.transport.lost(channel, f"it was dropped there: {message[1][:80]}")
         elif kind == frames.GOODBYE:
             self._forget(channel.peer, "it left")
@@ -209,7 +183,7 @@ class Links:
         if channel in channels:
             return
         if is_reset:
-            self._owner.peer_stopped_listening(channel.peer, "its link broke")
+            self._calls.peer_stopped_listening(channel.peer, "its link broke")
         while channels and (is_reset or len(channels) >= _MAX_INBOUND_PER_PEER):
             self.transport.drop(channels.pop(0))
         channels.append(channel)
@@ -251,15 +225,15 @@ class Links:
     def _on_lost(self, channel: Channel, reason: str) -> None:
         if not channel.peer:
             self._dialler.lost(channel, reason)
-        elif self._dealers.get(channel.peer) is channel:
-            del self._dealers[channel.peer]
+        elif self.channels.get(channel.peer) is channel:
+            del self.channels[channel.peer]
             self._broken.add(channel.peer)
-            self._owner.peer_lost(channel.peer, reason)
+            self._calls.peer_lost(channel.peer, reason)
             self._tell(self.membership.unlinked(channel.peer, time.monotonic()))
             self._dial_soon()
         elif channel in self._inbound.get(channel.peer, ()):
             self._inbound[channel.peer].remove(channel)
-            self._owner.peer_stopped_listening(channel.peer, CONNECTION_CLOSED)
+            self._calls.peer_stopped_listening(channel.peer, CONNECTION_CLOSED)
 
     # --- what goes out
 
@@ -295,13 +269,13 @@ class Links:
         reached.channel.peer = incarnation
         self._learn(reached.hello)
         self.membership.dial_found(dial.key, incarnation, time.monotonic())
-        if incarnation in self._dealers:
+        if incarnation in self.channels:
             self.transport.drop(reached.channel)
             return
         if reached.channel.is_broken:  # lost again before it could be of use
             self._tell(self.membership.dial_failed(dial.key, False, time.monotonic()))
             return
-        self._dealers[incarnation] = reached.channel
+        self.channels[incarnation] = reached.channel
         self._broken.discard(incarnation)
         self._tell(self.membership.linked(incarnation, reached.address, time.monotonic()))
 
@@ -329,10 +303,10 @@ class Links:
 
     def _forget(self, incarnation: str, reason: str) -> None:
         self._broken.discard(incarnation)
-        dealer = self._dealers.pop(incarnation, None)
+        dealer = self.channels.pop(incarnation, None)
         for channel in [*self._inbound.pop(incarnation, ()), *([dealer] if dealer is not None else [])]:
             self.transport.drop(channel)
-        self._owner.peer_lost(incarnation, reason)
+        self._calls.peer_lost(incarnation, reason)
 
     # --- time
 
@@ -356,23 +330,23 @@ class Links:
             self._tasks.spawn(self._dial(dial))
         number = int(now_s * 1e6)
         for incarnation in actions.pings:
-            channel = self._dealers.get(incarnation)
+            channel = self.channels.get(incarnation)
             if channel is not None:
                 channel.send([frames.PING, number])
                 self._counters.add("pings_sent")
-        self._owner.ticked(now_s)
+        self._calls.expire(now_s)
 
     def _gossip(self) -> None:
         """Tell a few peers whom we know: rumours reach all in a few rounds, at a cost that does not grow with the mesh."""
         fanout = _GOSSIP_FANOUT if self._is_changed else 1
         self._is_changed = False
-        channels = list(self._dealers.values())
+        channels = list(self.channels.values())
         for channel in random.sample(channels, min(fanout, len(channels))):
             channel.send([frames.HELLO, self._hello(None).to_wire()])
             self._counters.add("hellos_sent")
 
     def _warn_if_lonely(self) -> None:
-        if not self._dealers and not self.own.is_observer and set(self.own.roles) != set(ROLES):
+        if not self.channels and not self.own.is_observer and set(self.own.roles) != set(ROLES):
             reasons = f" ({'; '.join(sorted(set(self.refused.values())))})" if self.refused else ""
             _log.warning(
                 "no other peer of mesh %r found yet%s. Are they on this network? Try --peer HOST with the address of one of them.",

@@ -13,11 +13,11 @@ from typing import Any
 from meshserve import __version__
 from meshserve.config import MeshConfig
 from meshserve.errors import Cancelled, MeshserveError, PeerLost
-from meshserve.mesh.addresses import choose_addresses, local_addresses
 from meshserve.mesh.calls import CallTable, Handler, IncomingCall, OutgoingCall, Sink
 from meshserve.mesh.keys import MeshKey, read_key_file
 from meshserve.mesh.links import Links
 from meshserve.mesh.membership import Change, Member
+from meshserve.mesh.network import choose_addresses, local_addresses
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.binding import BoundPorts, bind_port_block
 from meshserve.mesh.transport.sockets import SocketFactory
@@ -95,12 +95,14 @@ class Mesh:
         except BaseException:
             self.factory.close()
             raise
-        self.links = Links(self.config, self._introduction(), self.factory, self.counters, self)
-        self.links.listeners.append(self._forget_able)
+        self.own = self._introduction()
+        max_streams = self.config.transport.max_streams_per_peer
+        self.calls = CallTable(self.incarnation, max_streams, self.name_of, lambda: self.counters.add("answers_malformed"))
+        self.links = Links(self.config, self.own, self.factory, self.counters, self.calls)
+        self.links.listeners.append(lambda change, member: self._changed())
+        self.turn = self.links.transport.turn
         if self.ports is not None:
             self.links.transport.adopt_router(self.ports.calls, self.links.on_stranger)
-        self.calls = CallTable(self.config.transport.max_streams_per_peer, self.name_of, lambda: self.counters.add("answers_malformed"))
-        self.stream_message = self.calls.received
 
     def _introduction(self) -> PeerInfo:
         name = self.config.name or f"{socket.gethostname().split('.')[0]}-{self.incarnation[:4]}"
@@ -109,15 +111,9 @@ class Mesh:
         label = self.incarnation, name, self.config.mesh, self.config.roles
         return PeerInfo(*label, advertised, port, __version__, self._card, self._layout)
 
-    @property
-    def own(self) -> PeerInfo:
-        """What this peer says of itself."""
-        return self.links.own
-
     async def join(self, http: str | None = None) -> None:
         """Find others and be found, from now on until `close`. Returns at once; peers come as they answer."""
-        self.links.announce(replace(self.own, http=http))
-        self._changed()
+        self._announce(replace(self.own, http=http))
         await self.links.join(self._addresses.mdns_interfaces)
 
     def describe(self, layout: KVLayout) -> None:
@@ -126,12 +122,15 @@ class Mesh:
 
     def announce_withdrawn(self, roles: tuple[str, ...]) -> None:
         """Tell all peers which of its roles this peer cannot play now: an engine that failed takes the workers' roles away for a while."""
-        self.links.announce(replace(self.own, withdrawn=roles, layout=self._layout))
-        self._changed()
+        self._announce(replace(self.own, withdrawn=roles, layout=self._layout))
 
     def announce_draining(self) -> None:
         """Tell all peers that this one takes no new work."""
-        self.links.announce(self.own.draining())
+        self._announce(replace(self.own, is_draining=True))
+
+    def _announce(self, own: PeerInfo) -> None:
+        self.own = own
+        self.links.announce(own)
         self._changed()
 
     async def close(self) -> None:
@@ -193,9 +192,6 @@ class Mesh:
         self._able.clear()
         self._serving.clear()
 
-    def _forget_able(self, change: Change, member: Member) -> None:
-        self._changed()
-
     def can_take_work(self, incarnation: str) -> bool:
         """Alive, reachable and not draining; this very peer always is, until it drains."""
         if incarnation == self.incarnation:
@@ -205,9 +201,8 @@ class Mesh:
 
     # --- calls
 
-    def now_s(self) -> float:
-        """The clock of deadlines and measurements: monotonic, this process's own. (uvloop's own clock has steps of a millisecond.)"""
-        return time.monotonic()
+    now_s = staticmethod(time.monotonic)
+    """The clock of deadlines and measurements: monotonic, this process's own. (uvloop's own clock has steps of a millisecond.)"""
 
     def serve(self, method: Method, handler: Handler) -> None:
         """Answer calls of this method. The handler returns at once and ends the call when it is done."""
@@ -236,23 +231,14 @@ class Mesh:
 
     def open(self, peer: str, method: Method, body: Any, sink: Sink, timeout_s: float) -> OutgoingCall:
         """Open a stream to a peer, or to this one. Raises PeerLost at once if there is no connection to it."""
-        channel = self.links.channel_to(peer)
+        now_s = time.monotonic()
+        if peer == self.incarnation:
+            return self.calls.open_here(self.turn, method, body, sink, now_s + timeout_s)
+        channel = self.links.channels.get(peer)
         if channel is None:
             name = self.name_of(peer)
             raise PeerLost(f"no connection to {name}", peer=name)
-        return self.calls.open(channel, method, body, sink, time.monotonic(), timeout_s)
-
-    def after_turn(self, callback: Callable[[], None]) -> None:
-        """Call this once, when this turn's messages between roles of this peer are delivered."""
-        self.links.transport.turn.afterwards(callback)
-
-    def later(self, callback: Callable[[], None]) -> None:
-        """The same for what nobody waits for: it is called when all else of this turn is done."""
-        self.links.transport.turn.later(callback)
-
-    def hurry(self) -> None:
-        """Nothing more comes in this turn: what is for other peers may leave at once."""
-        self.links.transport.turn.hurry()
+        return self.calls.open(channel, method, body, sink, now_s, timeout_s)
 
     async def call(self, peer: str, method: Method, body: Any, timeout_s: float) -> Any:
         """Open a stream and wait for its end value. Raises the MeshserveError it ends in; cancelling cancels the call."""
@@ -263,17 +249,6 @@ class Mesh:
         except asyncio.CancelledError:
             opened.cancel()
             raise
-
-    # --- what the links report
-
-    def peer_lost(self, peer: str, reason: str) -> None:
-        self.calls.peer_lost(peer, reason)
-
-    def peer_stopped_listening(self, peer: str, reason: str) -> None:
-        self.calls.peer_stopped_listening(peer, reason)
-
-    def ticked(self, now_s: float) -> None:
-        self.calls.expire(now_s)
 
 
 def _cancel(task: asyncio.Task[None]) -> None:

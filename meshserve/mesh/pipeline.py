@@ -60,7 +60,7 @@ class TicketSender:
     def push_soon(self, peer: str, ticket: Any, on_not_sent: Callable[[], None]) -> None:
         """At the end of the turn, in one message with others for this peer. `on_not_sent` is called then if it takes none now."""
         if not self._waiting:
-            self._mesh.after_turn(self._push_all)
+            self._mesh.turn.afterwards(self._push_all)
         self._waiting.setdefault(peer, []).append((pack_body(plain(ticket)), on_not_sent))
 
     def _push_all(self) -> None:

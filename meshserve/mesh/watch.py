@@ -12,7 +12,7 @@ from meshserve.errors import MeshserveError, PeerLost, ProtocolError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.wire.messages import Method
-from meshserve.wire.structs import plain, read
+from meshserve.wire.structs import Message, plain, read
 
 _FOREVER_S = 30 * 86_400.0
 _REOPEN_S = 0.05
@@ -27,26 +27,22 @@ class WatchSource:
 
     def __init__(self, mesh: Mesh, method: Method, snapshot: Callable[[], Iterable[Any]]) -> None:
         self._mesh, self._snapshot = mesh, snapshot
-        self._watchers: set[IncomingCall] = set()
+        self.watchers: set[IncomingCall] = set()
+        """While there are none, a change is not worth describing."""
         mesh.serve(method, self._on_open)
 
     def _on_open(self, call: IncomingCall) -> None:
         self._mesh.counters.add("watches_opened")
-        self._watchers.add(call)
-        call.on_cancel = lambda: self._watchers.discard(call)
+        self.watchers.add(call)
+        call.on_cancel = lambda: self.watchers.discard(call)
         for item in self._snapshot():
             call.send(item)
-
-    @property
-    def has_watchers(self) -> bool:
-        """Whether a change is worth describing."""
-        return bool(self._watchers)
 
     def publish(self, change: Any) -> None:
         """One change, to all watchers. It is made plain data once, however many other peers watch."""
         packed = None
-        for call in self._watchers:
-            if call.wire.is_local:
+        for call in self.watchers:
+            if call.is_local:
                 call.send(change)
             else:
                 packed = plain(change) if packed is None else packed
@@ -86,7 +82,8 @@ class Watcher:
         """The snapshot, then changes. What is malformed is counted and left out: the next one may be sound."""
         self._pause_s = _REOPEN_S
         try:
-            change = item if self._method.item is None else read(self._method.item, item)
+            is_read = self._method.item is None or isinstance(item, Message)  # a message is from this very peer
+            change = item if is_read else read(self._method.item, item)
         except ProtocolError:
             self._mesh.counters.add("reports_malformed")
             return

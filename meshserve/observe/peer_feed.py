@@ -216,7 +216,7 @@ class FeedSource:
             yield FeedBatch(latencies=latencies)
 
     def _publish(self) -> None:
-        if not self._source.has_watchers:
+        if not self._source.watchers:
             self.close()
             return
         assert self._digest is not None

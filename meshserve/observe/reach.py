@@ -8,10 +8,9 @@ import asyncio
 import time
 
 from meshserve.errors import MeshserveError
-from meshserve.mesh.addresses import local_addresses
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.probing import Outcome, knock
+from meshserve.mesh.network import Outcome, knock, local_addresses
 from meshserve.wire.hello import MAX_LISTED, NetworkView, PortKnock, PortKnocks
 from meshserve.wire.messages import ECHO, MAX_ECHO_BYTES, REACH, VIEW
 from meshserve.wire.structs import replace

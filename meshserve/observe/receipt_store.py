@@ -45,7 +45,7 @@ class Receipts:
     def keep(self, receipt: Receipt) -> None:
         """One more request is over. Its receipt can be found from the end of this turn on: nobody waits for it before."""
         if not self._over:
-            self._mesh.later(self._keep_all)
+            self._mesh.turn.later(self._keep_all)
         self._over.append(receipt)
 
     def _keep_all(self) -> None:

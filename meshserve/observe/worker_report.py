@@ -68,7 +68,7 @@ class WorkerReporter:
     def admitted(self, request_id: str, is_kept: bool = False) -> None:
         """The engine, or the handoff, or the queue of tickets counts this request from now on. `is_kept`: its prompt, which might have been
         handed over, is computed here."""
-        if self._source.has_watchers:
+        if self._source.watchers:
             self._admitted.append(request_id)
             if is_kept:
                 self._kept.append(request_id)
@@ -76,9 +76,9 @@ class WorkerReporter:
 
     def changed(self) -> None:
         """Something is different: tell the watchers soon."""
-        if (self._timer is None or self._is_slow) and self._source.has_watchers:
+        if (self._timer is None or self._is_slow) and self._source.watchers:
             self._publish_within(_REPORT_INTERVAL_S)
-        if self._load_timer is None and self._loads.has_watchers:
+        if self._load_timer is None and self._loads.watchers:
             self._load_timer = self._loop.call_later(_LOAD_INTERVAL_S, self._publish_load)
 
     def _publish_load(self) -> None:
@@ -92,7 +92,7 @@ class WorkerReporter:
         for block_hash in evicted:
             self._held.pop(block_hash, None)
         self._held.update(dict.fromkeys(stored))
-        if not self._source.has_watchers:  # who comes later starts with what is held then
+        if not self._source.watchers:  # who comes later starts with what is held then
             self._stored, self._evicted = {}, {}
             return
         for block_hash in evicted:
@@ -118,7 +118,7 @@ class WorkerReporter:
         evicted, self._evicted = tuple(self._evicted), {}
         load = self.load()
         self._source.publish(WorkerReport(load, stored, evicted, admitted, kept))
-        if load.num_running and self._source.has_watchers:
+        if load.num_running and self._source.watchers:
             self._publish_within(_RUNNING_INTERVAL_S)
 
     def _snapshot(self) -> Iterable[Any]:

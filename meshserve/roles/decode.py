@@ -255,7 +255,7 @@ class DecodeRole:
         if self._running.get(generation.request.request_id) is generation:
             del self._running[generation.request.request_id]
             if not self._running:
-                self._mesh.hurry()
+                self._mesh.turn.hurry()
             self._note_gap()
             self._num_tokens += generation.num_generated
             self._reporter.changed()

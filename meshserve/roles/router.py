@@ -108,7 +108,7 @@ class RouterRole:
         prompt = Prompt(len(asked.tokens), block_size, hashes)
         question = Question(asked.request_id, prompt, workers.decode, workers.prefill, asked.session)
         found = self.fleet.choose(policy, question, time.monotonic())
-        if self._in_flight.has_watchers and found.reservation is not None:
+        if self._in_flight.watchers and found.reservation is not None:
             self._in_flight.publish(found.reservation)
         call.end(RoutingDecision(self._mesh.own.name, policy, found.decode, found.prefill))
 

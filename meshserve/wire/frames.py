@@ -12,8 +12,6 @@ from meshserve.errors import ProtocolError
 
 HELLO, WELCOME, REFUSED, GOODBYE, PING, PONG, CREDIT, RESET = 0, 1, 2, 3, 4, 5, 6, 7
 OPEN, ITEM, END, ERROR, CANCEL = 10, 11, 12, 13, 14
-ITEMS = 15
-"""Several items of one stream, between roles of one peer. It never crosses the wire, and is refused there."""
 
 Envelope = list[Any]
 """Its kind, then what :data:`_SHAPES` says; bodies, items and answers are messages of :mod:`meshserve.wire.messages`, as plain data."""

@@ -69,10 +69,6 @@ class PeerInfo(FrozenMap, frozen=True):
         """What others may pass on about it."""
         return PeerHint(self.incarnation, self.addresses, self.port)
 
-    def draining(self) -> "PeerInfo":
-        """The same peer, taking no new work from now on."""
-        return replace(self, is_draining=True)
-
 
 class Hello(Map):
     """First message on a link, in both directions; sent again when something about the peer changed.

@@ -1,5 +1,6 @@
 """Request streams: two tables joined in memory."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,13 +19,31 @@ class Wire:
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
-        self.is_local, self.num_batches = False, 0
+        self.num_batches = 0
         self.sent: list[Envelope] = []
 
     def send(self, message: Envelope) -> None:
         self.sent.append(message)
 
     send_soon = send
+
+
+class EndOfTurn:
+    """What roles of one peer tell each other waits for `come`."""
+
+    def __init__(self) -> None:
+        self.num_batches = 0
+        self.told: list[tuple[Callable[[Any], None], Any]] = []
+
+    def deliver(self, take: Callable[[Any], None], value: Any) -> None:
+        self.told.append((take, value))
+
+    def come(self) -> None:
+        """Everything that is told, and what it leads to."""
+        while self.told:
+            told, self.told = self.told, []
+            for take, value in told:
+                take(value)
 
 
 class Record:
@@ -48,11 +67,15 @@ class Record:
 WORK = Method("work")
 
 
+def table_of(own: str, max_streams: int = 10, on_malformed: Callable[[], None] = lambda: None) -> CallTable:
+    return CallTable(own, max_streams, str, on_malformed)
+
+
 class Pair:
     """A caller and a callee."""
 
     def __init__(self, max_streams: int = 10) -> None:
-        self.caller, self.callee = CallTable(max_streams, str), CallTable(max_streams, str)
+        self.caller, self.callee = table_of("caller", max_streams), table_of("callee", max_streams)
         self.there, self.back = Wire("callee"), Wire("caller")
         self.served: list[IncomingCall] = []
         self.callee.handlers[WORK.name] = WORK, self.served.append
@@ -133,17 +156,16 @@ class Batches(Record):
 
 @pytest.mark.parametrize("record", [Record(), Batches()])
 def test_several_items_between_roles_of_one_peer_are_one_message(record: Record) -> None:
-    table, wire = CallTable(10, str), Wire("self")
-    wire.is_local = True
+    table, turn = table_of("self"), EndOfTurn()
     served: list[IncomingCall] = []
     table.handlers[WORK.name] = WORK, served.append
-    table.open(wire, WORK, None, record, 0.0, 10.0)
-    table.received(wire, wire.sent.pop(), 0.0)
+    table.open_here(turn, WORK, None, record, 10.0)
+    assert not served
+    turn.come()
     served[0].send_all([1, 2, 3])
     served[0].send_all([4])
-    assert [message[0] for message in wire.sent] == [frames.ITEMS, frames.ITEM]
-    for message in wire.sent:
-        table.received(wire, message, 0.0)
+    assert len(turn.told) == 2 and not record.items
+    turn.come()
     assert record.items == [1, 2, 3, 4]
     assert not isinstance(record, Batches) or record.sizes == [3]
 
@@ -157,7 +179,7 @@ def test_several_items_for_another_peer_are_messages_that_any_version_reads() ->
     pair.deliver()
     assert record.items == [1, 2]
     with pytest.raises(ProtocolError):
-        frames.unpack(frames.pack([[frames.ITEMS, 1, [1, 2]]]))
+        frames.unpack(frames.pack([[15, 1, [1, 2]]]))  # the number of several items at once, which no frame may hold
 
 
 def test_items_come_in_order_and_then_the_end() -> None:
@@ -226,7 +248,7 @@ def test_a_lost_peer_ends_the_streams_of_both_directions() -> None:
 @pytest.mark.parametrize("answer", [7, None, {"client": "r"}])
 def test_an_answer_that_cannot_be_read_is_counted_and_fails_its_stream_alone(answer: Any) -> None:
     pair, num_malformed = Pair(), []
-    pair.caller = CallTable(10, str, lambda: num_malformed.append(1))
+    pair.caller = table_of("caller", on_malformed=lambda: num_malformed.append(1))
     method = Method("count", answer=list[int])
     pair.callee.handlers[method.name] = method, pair.served.append
     unread, other = pair.open(method), pair.open()
@@ -301,3 +323,41 @@ def test_every_stream_ends_exactly_once_whatever_happens_in_which_order(steps: l
     assert len(record.ends) == (0 if is_cancelled else 1)
     assert record.items == list(range(len(record.items)))
     assert not pair.caller.outgoing
+
+
+@given(STEPS)
+def test_a_stream_between_roles_of_one_peer_keeps_the_same_promises_and_never_calls_back_at_once(steps: list[str]) -> None:
+    table, turn, record = table_of("self"), EndOfTurn(), Record()
+    served: list[IncomingCall] = []
+    abandoned: list[str] = []
+    table.handlers[WORK.name] = WORK, served.append
+    outgoing = table.open_here(turn, WORK, None, record, 5.0)
+    turn.come()
+    (call,) = served
+    call.on_cancel = lambda: abandoned.append(call.ended_by)
+    sent, is_cancelled = 0, False
+    for step in steps:
+        heard = len(record.items), len(record.ends), len(abandoned)
+        if step == "item" and call.is_open:
+            call.send(sent)
+            sent += 1
+        elif step == "end":
+            call.end(None)
+        elif step == "fail":
+            call.fail(InvalidRequest("x"))
+        elif step == "cancel":
+            is_cancelled |= bool(table.outgoing)
+            outgoing.cancel()
+        elif step == "late":
+            table.expire(6.0)
+            continue
+        elif step == "deliver":
+            turn.come()
+            continue
+        assert heard == (len(record.items), len(record.ends), len(abandoned))
+    turn.come()
+    table.expire(6.0)
+    turn.come()
+    assert len(record.ends) == (0 if is_cancelled else 1) and len(abandoned) <= 1
+    assert record.items == list(range(len(record.items)))
+    assert not table.outgoing and not table.incoming

@@ -12,7 +12,7 @@ from meshserve.config import MeshConfig
 from meshserve.errors import ProtocolError
 from meshserve.mesh.membership import Change, Member, PeerState
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.probing import Outcome, knock, security_of
+from meshserve.mesh.network import Outcome, knock, security_of
 from meshserve.mesh.sightings import Sightings, describe_stranger
 from meshserve.observe.reach import ask_reach, ask_view, carries_large_messages
 from meshserve.observe.status import serve_status

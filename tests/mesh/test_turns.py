@@ -10,7 +10,6 @@ from meshserve.mesh.transport.reading import SocketReader
 from meshserve.mesh.transport.sockets import SocketFactory
 from meshserve.mesh.transport.transport import Transport
 from meshserve.telemetry import Counters
-from meshserve.wire.frames import ITEM, Envelope
 from tests.harness import run_async, until
 
 
@@ -20,19 +19,19 @@ def test_what_is_left_for_the_end_of_a_turn_comes_in_its_order_and_a_mistake_tak
     async def check() -> None:
         seen: list[object] = []
         with SocketFactory(TransportConfig(), None, Counters()) as factory:
-            took: list[Envelope] = []
-            transport = Transport(factory, TransportConfig(), Counters(), lambda *_: None, took.extend, lambda *_: None)
+            took: list[str] = []
+            transport = Transport(factory, TransportConfig(), Counters(), lambda *_: None, lambda *_: None)
             transport.turn.later(lambda: seen.append("later"))
             transport.turn.afterwards(lambda: seen.append(list(took)))
             transport.turn.afterwards(lambda: [][0])
             transport.turn.afterwards(lambda: seen.append("second"))
-            transport.loopback.send([ITEM, 1, "between roles"])
+            transport.turn.deliver(took.append, "between roles")
             assert not seen and not took
             async with asyncio.timeout(60.0):
                 while "later" not in seen:
                     await asyncio.sleep(0)
             transport.close()
-        assert seen == [[[ITEM, 1, "between roles"]], "second", "later"]
+        assert seen == [["between roles"], "second", "later"]
 
     run_async(check())
     assert "IndexError" in caplog.text

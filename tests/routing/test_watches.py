@@ -45,7 +45,7 @@ class Followed:
 
     def break_link(self) -> None:
         """The connection over which the router watches is lost."""
-        channel = self.router.links.channel_to(self.worker.incarnation)
+        channel = self.router.links.channels.get(self.worker.incarnation)
         if channel is not None:
             self.router.links.transport.lost(channel, "by the test")
 

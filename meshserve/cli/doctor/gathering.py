@@ -8,10 +8,9 @@ from meshserve.cli.doctor.multicast import ask_by_multicast
 from meshserve.cli.doctor.path_mtu import probe_paths
 from meshserve.cli.observing import settle
 from meshserve.config import FIRST_PORT, PORTS_PER_PEER, MeshConfig
-from meshserve.mesh.addresses import choose_addresses, local_addresses, parse_host_port, resolve
 from meshserve.mesh.handshake import DialFailed
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.probing import Outcome, knock, security_of
+from meshserve.mesh.network import Outcome, choose_addresses, knock, local_addresses, parse_host_port, resolve, security_of
 from meshserve.mesh.transport.reading import KEYS_DIFFER
 from meshserve.observe.diagnosis.facts import Facts, Listener, PeerFacts, Stranger, is_loopback, place
 from meshserve.observe.reach import ask_reach, ask_view, carries_large_messages, knock_at

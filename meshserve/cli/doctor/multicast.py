@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from meshserve.mesh.addresses import LocalAddress, is_virtual
+from meshserve.mesh.network import LocalAddress, is_virtual
 from meshserve.observe.diagnosis.facts import Multicast, is_within
 
 _GROUPS, _PORT = {4: "224.0.0.251", 6: "ff02::fb"}, 5353

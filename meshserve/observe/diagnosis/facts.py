@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from meshserve.config import FIRST_PORT
-from meshserve.mesh.addresses import LocalAddress
+from meshserve.mesh.network import LocalAddress
 from meshserve.wire.hello import NetworkView, PortKnock
 
 HERE = ""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from meshserve.config import FIRST_PORT
-from meshserve.mesh.addresses import LocalAddress, is_virtual
+from meshserve.mesh.network import LocalAddress, is_virtual
 from meshserve.observe.diagnosis.facts import (
     MULTICAST_PORT,
     PORTS,

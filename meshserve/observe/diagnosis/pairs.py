@@ -3,7 +3,7 @@
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from meshserve.mesh.probing import Outcome
+from meshserve.mesh.network import Outcome
 from meshserve.observe.diagnosis.facts import HERE, PORTS, Facts, Finding, PeerFacts, count, error, info, is_within, names, warning
 from meshserve.observe.reach import PORT_NAMES
 from meshserve.wire.hello import PortKnock

@@ -4,7 +4,7 @@ import difflib
 from collections import defaultdict
 from collections.abc import Iterator
 
-from meshserve.mesh.probing import Outcome
+from meshserve.mesh.network import Outcome
 from meshserve.observe.diagnosis.facts import Facts, Finding, Stranger, error, info, names, warning
 
 

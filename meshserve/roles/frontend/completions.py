@@ -46,7 +46,7 @@ class Completions:
         self._turn = itertools.count()
         self._slots = AdmissionSlots(mesh, config.front)
         self.leave = self._slots.leave
-        self.after_turn = mesh.after_turn
+        self.after_turn = mesh.turn.afterwards
         self.counters, self.max_unread = mesh.counters, config.front.max_unread_texts
         self.under_way = UnderWay(mesh)
         self._fronts = Fronts(mesh, config.receipts_kept) if config.observe else None
