@@ -358,7 +358,7 @@ class PrefillProvider:
                     attempt = NamedAttempt(job.ticket.request_id, job.attempt, overdue_s)
                     named.setdefault(job.ticket.decode_peer, []).append(attempt)
             for decode_peer, attempts in named.items():
-                if self.decode_peer in mesh.links.channels:
+                if decode_peer in self.mesh.links.channels:
                     renewal = Renewal(attempts[:MAX_RENEWED])
                     self.mesh.open(decode_peer, RENEW, renewal, IgnoredAnswer(), _RENEW_TIMEOUT_S)
 
