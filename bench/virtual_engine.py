@@ -86,7 +86,7 @@ class SimulatedEngine(Generic[S]):
             scheduler.num_unfinished - len(scheduler.running) + len(self._computed),
             scheduler.waiting_prefill_tokens,
             pool.num_used,
-            pool.num_idle,
+            len(pool.idle),
             pool.num_blocks,
             **(self._rates.figures() | {"handoff_ns_per_token": self._handoff_ns_per_token}),
         )

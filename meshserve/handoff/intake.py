@@ -11,7 +11,7 @@ from meshserve.errors import BlockRefused, MeshserveError
 from meshserve.handoff.blocks import check_blocks
 from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import PrefillTask
-from meshserve.kv.hashes import prefix_hashes
+from meshserve.kv.pool import prefix_hashes
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.wire.generation import GenerateRequest

@@ -15,7 +15,7 @@ from meshserve.handoff.blocks import BlockWindow
 from meshserve.handoff.job import Job, JobKey, JobState
 from meshserve.handoff.queue import PrefillQueue
 from meshserve.handoff.sending import BlockSender
-from meshserve.kv.hashes import prefix_hashes
+from meshserve.kv.pool import prefix_hashes
 from meshserve.mesh.calls import IgnoredAnswer, IncomingCall, OutgoingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh

@@ -40,7 +40,7 @@ class PrefixIndex:
 
     def stored(self, worker: str, hashes: Iterable[int]) -> None:
         """The worker holds these blocks now. Saying so twice changes nothing."""
-        bit = self._bit(worker)
+        bit = self._bits.get(worker) or self._new_bit(worker)
         holders, added = self._holders, 0
         for block_hash in hashes:
             before = holders.get(block_hash)
@@ -51,11 +51,12 @@ class PrefixIndex:
                 holders[block_hash] = before | bit
                 added += 1
         self._num_blocks[worker] += added
-        self._sweep()
+        if self._gone or self._being_swept:
+            self._sweep()
 
     def evicted(self, worker: str, hashes: Iterable[int]) -> list[int]:
         """The worker holds these no longer; returns those that nobody holds any more. Unknown ones are ignored."""
-        bit = self._bit(worker)
+        bit = self._bits.get(worker) or self._new_bit(worker)
         lost, removed = [], 0
         gone = self._gone | self._being_swept
         for block_hash in hashes:
@@ -66,7 +67,8 @@ class PrefixIndex:
                 if not before & ~bit & ~gone:
                     lost.append(block_hash)
         self._num_blocks[worker] -= removed
-        self._sweep()
+        if self._gone or self._being_swept:
+            self._sweep()
         return lost
 
     def forget(self, worker: str) -> None:
@@ -104,20 +106,17 @@ class PrefixIndex:
         else:
             del self._holders[block_hash]
 
-    def _bit(self, worker: str) -> int:
-        if worker not in self._bits:
-            if not self._free_bits:
-                self._free_bits.append(1 << self._num_bits)
-                self._num_bits += 1
-            self._bits[worker] = self._free_bits.pop()
-            self._num_blocks[worker] = 0
-        return self._bits[worker]
+    def _new_bit(self, worker: str) -> int:
+        if not self._free_bits:
+            self._free_bits.append(1 << self._num_bits)
+            self._num_bits += 1
+        bit = self._bits[worker] = self._free_bits.pop()
+        self._num_blocks[worker] = 0
+        return bit
 
     def _sweep(self) -> None:
         """Take the bits of workers that are gone out of some more entries; once through, give them to others."""
         if not self._being_swept:
-            if not self._gone:
-                return
             self._being_swept, self._gone = self._gone, 0
             self._to_sweep = list(self._holders)
         mask, holders = self._being_swept, self._holders

@@ -1,14 +1,53 @@
-"""Paged KV memory by number: which block is held by how many, which can be found by its hash, which goes next.
+"""Paged KV memory by number: which block is held by how many, which can be found by its hash, which goes next. And those hashes:
+a block's hash stands for its whole prefix.
 
 The idea is that of PagedAttention (Kwon et al., "Efficient Memory Management for Large Language Model Serving with
 PagedAttention", SOSP 2023) with vLLM's automatic prefix caching: fixed-size blocks, reference counts, full blocks found again by
 the hash of their prefix, least recently used ones evicted first. The pool knows no bytes and no sequences.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+
+import xxhash
 
 from meshserve.errors import PoolFull
+
+
+def block_hashes(tokens: "array[int]", block_size: int, salt: str) -> list[int]:
+    """Hashes of the full blocks of `tokens`, in order, as non-negative 64-bit integers.
+
+    Each is xxh3_64 over the block's token bytes, seeded with the hash of the block before it, so that equal hashes mean
+    equal prefixes. The first is seeded with the hash of `salt` (the model's hash: equal tokens of two models are not equal KV).
+    A partial last block has no hash. The idea of chained block hashes is that of vLLM's automatic prefix caching.
+    """
+    data = tokens.tobytes()
+    size = block_size * tokens.itemsize
+    digest = xxhash.xxh3_64_intdigest
+    parent = _first_parent(salt)
+    hashes = []
+    for start in range(0, len(data) - size + 1, size):
+        parent = digest(data[start : start + size], parent)
+        hashes.append(parent)
+    return hashes
+
+
+def prefix_hashes(tokens: "array[int]", block_size: int, salt: str) -> list[int]:
+    """The hashes of the full blocks, and after them one for a partial last block: each stands for all
+    tokens up to its block's end.
+    """
+    hashes = block_hashes(tokens, block_size, salt)
+    rest = tokens[len(hashes) * block_size :]
+    if rest:
+        hashes.append(xxhash.xxh3_64_intdigest(rest.tobytes(), hashes[-1] if hashes else _first_parent(salt)))
+    return hashes
+
+
+@lru_cache(64)  # of models: requests of one model have it in common
+def _first_parent(salt: str) -> int:
+    return xxhash.xxh3_64_intdigest(salt.encode())
 
 
 class BlockPool:
@@ -21,19 +60,17 @@ class BlockPool:
         self._holders: dict[int, int] = {}
         self._never_used = 0
         self._free: list[int] = []
-        self._idle: OrderedDict[int, None] = OrderedDict()  # least recently used first; a plain dict pops its head in linear time
+        self.idle: OrderedDict[int, None] = OrderedDict()  # a plain dict pops its head in linear time
+        """Blocks that nobody holds and that can be found by their hash, least recently used first."""
         self._block_of: dict[int, int] = {}
         self._hash_of: dict[int, int] = {}
         self.on_freed: Callable[[Sequence[int]], None] | None = None
         """Called with blocks whose contents are lost: nobody holds them, and no hash finds them any more."""
         self._is_recording = False
+        self.has_changes = False
+        """Whether :meth:`take_changes` has something to return."""
         self._stored: dict[int, None] = {}
         self._evicted: dict[int, None] = {}
-
-    @property
-    def num_idle(self) -> int:
-        """Blocks that nobody holds and that can be found by their hash."""
-        return len(self._idle)
 
     @property
     def num_available(self) -> int:
@@ -80,7 +117,7 @@ class BlockPool:
         """Hold the blocks of `prefix` (as found by :meth:`lookup`) and allocate `num_fresh` more: all of them, or PoolFull and none."""
         if not prefix:
             return self.allocate(num_fresh)
-        idle = self._idle
+        idle = self.idle
         available = self.num_available - sum([block in idle for block in prefix])
         if num_fresh > available:
             raise PoolFull(f"{num_fresh} blocks are needed and {available} of {self.num_blocks} are available")
@@ -89,7 +126,7 @@ class BlockPool:
 
     def retain(self, blocks: Iterable[int]) -> None:
         """Hold each of these blocks once more; they must be held or idle."""
-        holders, idle = self._holders, self._idle  # looked up once: a prompt of 100k tokens has thousands of blocks
+        holders, idle = self._holders, self.idle  # looked up once: a prompt of 100k tokens has thousands of blocks
         for block in blocks:
             if block in holders:
                 holders[block] += 1
@@ -103,7 +140,7 @@ class BlockPool:
 
         The last block is released first: a prefix is worth more than what follows it, so its end is evicted before its start.
         """
-        holders, idle, hash_of = self._holders, self._idle, self._hash_of
+        holders, idle, hash_of = self._holders, self.idle, self._hash_of
         num_free = len(self._free)
         for block in reversed(blocks):
             if holders[block] > 1:
@@ -121,11 +158,11 @@ class BlockPool:
     def evict(self, blocks: Iterable[int]) -> bool:
         """Forget these blocks, if nobody holds any of them; False, and nothing has changed, if somebody does."""
         evicted = list(blocks)
-        if not all(block in self._idle for block in evicted):
+        if not all(block in self.idle for block in evicted):
             return False
         for block in evicted:
             self._forget(block)
-            del self._idle[block]
+            del self.idle[block]
             self._free.append(block)
         return True
 
@@ -144,28 +181,27 @@ class BlockPool:
             num_registered += 1
             if self._is_recording and self._evicted.pop(block_hash, 0) == 0:
                 self._stored[block_hash] = None
+        self.has_changes = self._is_recording
         return num_registered
 
     def evict_idle(self) -> None:
         """Forget all blocks that nobody holds: their contents are lost."""
-        while self._idle:
+        while self.idle:
             self._free.append(self._evict())
 
     def record_changes(self, is_recording: bool) -> None:
         """Whether to keep what :meth:`take_changes` returns; nothing is kept at first, as nobody may ever ask."""
-        self._is_recording = is_recording
+        self._is_recording, self.has_changes = is_recording, False
         self._stored, self._evicted = {}, {}
 
     def take_changes(self) -> tuple[list[int], list[int]]:
         """Hashes stored and hashes evicted since the last call. Net: what came and went between two calls is in neither."""
-        if not self._stored and not self._evicted:
-            return [], []
         changes = list(self._stored), list(self._evicted)
-        self._stored, self._evicted = {}, {}
+        self._stored, self._evicted, self.has_changes = {}, {}, False
         return changes
 
     def _evict(self) -> int:
-        block, _ = self._idle.popitem(last=False)
+        block, _ = self.idle.popitem(last=False)
         self._forget(block)
         return block
 
@@ -174,5 +210,6 @@ class BlockPool:
         del self._block_of[block_hash]
         if self._is_recording and self._stored.pop(block_hash, 0) == 0:
             self._evicted[block_hash] = None
+        self.has_changes = self._is_recording
         if self.on_freed is not None:
             self.on_freed([block])

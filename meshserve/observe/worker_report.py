@@ -66,8 +66,9 @@ class WorkerReporter:
         )
 
     def admitted(self, request_id: str, is_kept: bool = False) -> None:
-        """The engine, or the handoff, or the queue of tickets counts this request from now on. `is_kept`: its prompt, which might have been
-        handed over, is computed here."""
+        """The engine, the handoff or the queue of tickets counts this request from now on. `is_kept`:
+        its prompt, which might have been handed over, is computed here.
+        """
         if self._source.watchers:
             self._admitted.append(request_id)
             if is_kept:
@@ -75,9 +76,11 @@ class WorkerReporter:
         self.changed()
 
     def changed(self) -> None:
-        """Something is different: tell the watchers soon."""
+        """Tell the watchers soon, with all else that changes until then."""
         if (self._timer is None or self._is_slow) and self._source.watchers:
-            self._publish_within(_REPORT_INTERVAL_S)
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer, self._is_slow = self._loop.call_later(_REPORT_INTERVAL_S, self._publish), False
         if self._load_timer is None and self._loads.watchers:
             self._load_timer = self._loop.call_later(_LOAD_INTERVAL_S, self._publish_load)
 
@@ -103,13 +106,6 @@ class WorkerReporter:
                 self._stored[block_hash] = None
         self.changed()
 
-    def _publish_within(self, delay_s: float) -> None:
-        """There is no timer, or one that this brings forward."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._is_slow = delay_s >= _RUNNING_INTERVAL_S
-        self._timer = self._loop.call_later(delay_s, self._publish)
-
     def _publish(self) -> None:
         self._timer = None
         admitted, self._admitted = tuple(self._admitted), []
@@ -119,7 +115,7 @@ class WorkerReporter:
         load = self.load()
         self._source.publish(WorkerReport(load, stored, evicted, admitted, kept))
         if load.num_running and self._source.watchers:
-            self._publish_within(_RUNNING_INTERVAL_S)
+            self._timer, self._is_slow = self._loop.call_later(_RUNNING_INTERVAL_S, self._publish), True
 
     def _snapshot(self) -> Iterable[Any]:
         """Changes that are not published yet are part of it: hearing of them again does no harm."""

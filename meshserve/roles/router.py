@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meshserve.errors import InvalidRequest, NoWorker
-from meshserve.kv.hashes import block_hashes
+from meshserve.kv.pool import block_hashes
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh

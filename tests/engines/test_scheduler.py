@@ -99,7 +99,7 @@ def test_prompt_blocks_stay_cached_and_output_blocks_do_not() -> None:
     scheduler = a_scheduler()
     added(scheduler, 10, 20)
     run_to_end(scheduler, {})
-    assert (scheduler.pool.num_used, scheduler.pool.num_idle, scheduler.pool.hashes()) == (0, 2, hashes(10))
+    assert (scheduler.pool.num_used, len(scheduler.pool.idle), scheduler.pool.hashes()) == (0, 2, hashes(10))
 
 
 def test_what_was_computed_in_one_step_is_found_by_the_next_prompt_while_it_is_still_in_use() -> None:

@@ -14,7 +14,7 @@ from meshserve.handoff.blocks import checksum
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.requester import PrefillRequester
 from meshserve.handoff.result import HandoffResult
-from meshserve.kv.hashes import prefix_hashes
+from meshserve.kv.pool import prefix_hashes
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.pipeline import BulkSender, TicketSender, receive_tickets
 from meshserve.wire.generation import GenerateRequest, Sampling

@@ -5,7 +5,7 @@ from array import array
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshserve.kv.hashes import block_hashes, prefix_hashes
+from meshserve.kv.pool import block_hashes, prefix_hashes
 
 TOKENS = st.lists(st.integers(0, 2**32 - 1), max_size=64).map(lambda found: array("I", found))
 

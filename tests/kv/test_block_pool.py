@@ -38,7 +38,7 @@ def test_the_first_block_registered_under_a_hash_keeps_it() -> None:
     assert not pool.register([other], [7])
     pool.release([one, other])
     assert pool.lookup([7]) == [one]
-    assert pool.num_idle == 1
+    assert len(pool.idle) == 1
 
 
 def test_the_least_recently_used_chain_is_evicted_first_and_from_its_end() -> None:
@@ -131,7 +131,7 @@ class PoolWalk(RuleBasedStateMachine):
         blocks = [self.pool.lookup([block_hash])[0] for block_hash in known]
         assert len(set(blocks)) == len(blocks)
         assert self.pool.num_used == len(held)
-        assert self.pool.num_idle == len(set(blocks) - held)
+        assert len(self.pool.idle) == len(set(blocks) - held)
         assert self.pool.num_used + self.pool.num_available == self.pool.num_blocks
 
 

@@ -10,7 +10,7 @@ from meshserve.engines.conformance.handoff import refusal_of
 from meshserve.engines.conformance.recorders import Output, Recorder, demand
 from meshserve.engines.conformance.subject import Promise, Subject, Trial
 from meshserve.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, MeshserveError, PoolFull, Unsupported
-from meshserve.kv.hashes import block_hashes
+from meshserve.kv.pool import block_hashes
 
 
 async def an_engine_describes_its_model(subject: Subject) -> None:

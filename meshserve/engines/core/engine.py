@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from meshserve.engines.core.rates import StepRates
-from meshserve.engines.core.request import END, EngineRequest, Generation, Prefill, check_length, check_request
+from meshserve.engines.core.request import END, EngineRequest, Generation, Prefill, check_request, too_long
 from meshserve.engines.core.reservation import BlockReservation
 from meshserve.engines.core.runner import ModelRunner, StepResult
-from meshserve.engines.core.scheduler import Outcome, Scheduler, Step
+from meshserve.engines.core.scheduler import Outcome, Scheduler, Stage, Step
 from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, GenerationSink, KVBlock, PrefillSink, Reservation
 from meshserve.errors import BlockRefused, EngineFailed, InvalidRequest, MeshserveError, PoolFull, Unsupported
-from meshserve.kv.hashes import block_hashes
+from meshserve.kv.pool import block_hashes
 from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.generation import GenerateRequest
 
@@ -83,8 +83,7 @@ class CoreEngine:
         if self._loop is None:
             raise EngineFailed("this worker's engine is down")
         check_request(request, self.runner.vocab_size, self.card.context_length)
-        self.runner.check_tokens(request.tokens)
-        self.runner.check(request)
+        self.runner.check(request.tokens, request.sampling)
 
     def num_cached_tokens(self, request: GenerateRequest) -> int:
         """Tokens in cached whole blocks at the prompt's start; at least the last token is always left to compute."""
@@ -133,8 +132,9 @@ class CoreEngine:
         self._check_handoff(tokens)
         if first_block < 0:
             raise InvalidRequest(f"there is no block {first_block}", param="first_block")
-        check_length(len(tokens), 0, self.card.context_length)
-        self.runner.check_tokens(tokens)
+        if len(tokens) > self.card.context_length:
+            raise too_long(len(tokens), 0, self.card.context_length)
+        self.runner.check(tokens, None)
         size, salt = self.kv_layout.block_size, self.card.model_hash
         hashes = block_hashes(tokens, size, salt) if self.runner.shares_prefixes else []
         self._add(Prefill(request_id, tokens, hashes, first_block, sink))
@@ -168,7 +168,7 @@ class CoreEngine:
             scheduler.num_unfinished - num_running,
             scheduler.waiting_prefill_tokens,
             pool.num_used,
-            pool.num_idle,
+            len(pool.idle),
             pool.num_blocks,
             scheduler.max_running,
         )
@@ -184,7 +184,7 @@ class CoreEngine:
         by them."""
         if not self.runner.shares_prefixes:
             return []
-        size, salt, known = self.kv_layout.block_size, self.card.model_hash, vars(request).get("block_hashes")
+        size, salt, known = self._scheduler.block_size, self.card.model_hash, vars(request).get("block_hashes")
         if known is None or known[:2] != (size, salt):
             known = vars(request)["block_hashes"] = size, salt, block_hashes(request.tokens, size, salt)
         return known[2]
@@ -217,7 +217,8 @@ class CoreEngine:
         """Take a request out, and release its blocks; its sink is called no more."""
         request.is_live = False
         del self._requests[request.request_id]
-        self._scheduler.end(request)
+        if request.stage is not Stage.ENDED:  # else the scheduler ended it, with its last token
+            self._scheduler.end(request)
 
     def _end_all(self) -> list[Callable[[MeshserveError], None]]:
         """Take no more steps, and ignore the result of the one in flight. All requests and reservations end, and what is cached is
@@ -244,7 +245,8 @@ class CoreEngine:
         if self._loop is not None:  # else it failed or was closed before
             error = exc if isinstance(exc, MeshserveError) else EngineFailed(f"the engine failed: {exc!r}")
             told = self._end_all()
-            self._report_blocks()
+            if self._pool.has_changes:
+                self._report_blocks()
             for tell in told:
                 with contextlib.suppress(Exception):  # whatever one of them makes of it, the others and the owner are told
                     tell(error)
@@ -263,7 +265,8 @@ class CoreEngine:
         step = self._scheduler.schedule(self._clock())
         if step is None:
             self._was_idle = True
-            self._report_blocks()
+            if self._pool.has_changes:
+                self._report_blocks()
             return
         step.is_first, self._was_idle = self._was_idle, False
         self._step = step
@@ -273,7 +276,8 @@ class CoreEngine:
             self._fail(exc)
             return
         if self._step is step:  # the step goes on beyond this turn
-            self._report_blocks()
+            if self._pool.has_changes:
+                self._report_blocks()
             if self._watchdog is None and self._loop is not None:
                 self._watchdog = self._loop.call_later(HANGS_AFTER_S, self._look_after, None)
 
@@ -309,7 +313,8 @@ class CoreEngine:
             self._fail(exc)
             return
         self._was_idle = not self._scheduler.num_unfinished  # known now: no further turn to find out
-        self._report_blocks()
+        if self._pool.has_changes:
+            self._report_blocks()
         if not self._was_idle:
             self._wake()
 
@@ -361,7 +366,6 @@ class CoreEngine:
 
     def _report_blocks(self) -> None:
         """Tell the listener what changed since the last time, once a turn."""
-        if self._listener is not None:
-            stored, evicted = self._pool.take_changes()
-            if stored or evicted:
-                self._listener(stored, evicted)
+        stored, evicted = self._pool.take_changes()
+        if self._listener is not None and (stored or evicted):
+            self._listener(stored, evicted)

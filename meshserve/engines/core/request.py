@@ -1,6 +1,5 @@
-"""Sequences with what the scheduler does not know of them: tokens, and the sinks of the output. What a model runner adds is `state`.
-
-And what a request may ask of any engine: sampling parameters and lengths within their bounds. What one model cannot do, its runner says.
+"""Requests: sequences with what the scheduler does not know of them (tokens, and the sinks of the
+output), and the bounds of what a request may ask of any engine. What one model cannot do, its runner says.
 """
 
 from array import array
@@ -116,17 +115,18 @@ def check_request(request: GenerateRequest, vocab_size: int, context_length: int
     _check_sampling(sampling, vocab_size)
     if sampling.prompt_logprobs >= 0:
         _check_prompt_logprobs(request, vocab_size)
-    check_length(len(request.tokens) - request.num_generated, sampling.max_tokens, context_length)
+    num_prompt = len(request.tokens) - request.num_generated
+    if num_prompt + sampling.max_tokens > context_length:
+        raise too_long(num_prompt, sampling.max_tokens, context_length)
 
 
-def check_length(num_prompt: int, num_output: int, context_length: int) -> None:
-    """Raises ContextLengthExceeded if the tokens of a prompt and its output are more than the model can take."""
-    if num_prompt + num_output > context_length:
-        raise ContextLengthExceeded(
-            f"This model's maximum context length is {context_length} tokens. However, you requested {num_prompt + num_output} tokens "
-            f"({num_prompt} in the prompt, {num_output} in the completion). Please reduce the length of either.",
-            param="prompt" if num_prompt >= context_length else "max_tokens",
-        )
+def too_long(num_prompt: int, num_output: int, context_length: int) -> ContextLengthExceeded:
+    """The error for a prompt and its output that have more tokens than the model can take."""
+    return ContextLengthExceeded(
+        f"This model's maximum context length is {context_length} tokens. However, you requested {num_prompt + num_output} tokens "
+        f"({num_prompt} in the prompt, {num_output} in the completion). Please reduce the length of either.",
+        param="prompt" if num_prompt >= context_length else "max_tokens",
+    )
 
 
 def _check_sampling(sampling: Sampling, vocab_size: int) -> None:

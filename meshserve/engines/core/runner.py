@@ -11,7 +11,7 @@ from meshserve.engines.core.scheduler import Step, StepLimits
 from meshserve.errors import MeshserveError
 from meshserve.kv.pool import BlockPool
 from meshserve.wire.card import KVLayout, ModelCard
-from meshserve.wire.generation import GenerateRequest, TokenLogprobs
+from meshserve.wire.generation import Sampling, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -59,11 +59,11 @@ class ModelRunner(Protocol):
     async def close(self) -> None:
         """Stop all work at once and give back every resource. Harmless when nothing was started, and when called twice."""
 
-    def check(self, request: GenerateRequest) -> None:
-        """Raises InvalidRequest or Unsupported for what this model cannot do; the general limits were checked before."""
-
-    def check_tokens(self, tokens: "array[int]") -> None:
-        """Raises InvalidRequest for a prompt with a token that the model does not have; it is not empty."""
+    def check(self, tokens: "array[int]", sampling: Sampling | None) -> None:
+        """Raises InvalidRequest for a prompt with a token that the model does not have, InvalidRequest or
+        Unsupported for sampling parameters that this model cannot follow; None for a prompt that is only
+        computed. The general limits were checked before: there is at least one token.
+        """
 
     def prepare(self, generation: Generation, output: Sequence[int]) -> None:
         """Set its `sampler`, if it needs one. `output` is what an earlier worker generated. Raises InvalidRequest if that cannot be."""

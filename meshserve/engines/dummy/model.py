@@ -41,7 +41,7 @@ class KVContents:
         self.kv_bytes_per_token = kv_bytes_per_token
         self.repeats = -(-kv_bytes_per_token // _SEED_BYTES)
         """Of a seed in a row, the last of them perhaps cut."""
-        self._root = xxhash.xxh3_64_intdigest(salt.encode())
+        self.root = xxhash.xxh3_64_intdigest(salt.encode())
         self.seeds: dict[int, bytes | list[bytes]] = {}
         """Of a block's rows; those that nobody wrote are left out."""
         self.digests: dict[int, int] = {}
@@ -88,7 +88,7 @@ class KVContents:
 
     def parent(self, blocks: list[int], index: int) -> int:
         """The digest of all that stands before block `index` of a sequence's blocks."""
-        return self.digests.get(blocks[index - 1], _NOT_WRITTEN) if index else self._root
+        return self.digests.get(blocks[index - 1], _NOT_WRITTEN) if index else self.root
 
     def contexts(self, blocks: list[int], start: int, end: int) -> Iterator[int]:
         """The digest of all rows before token `start`, and before each that follows it, up to `end` - 1: as a cursor found them."""
@@ -139,7 +139,7 @@ class Cursor:
         self.num_tokens = num_tokens
         """Rows that are there."""
         index, num_rows = divmod(num_tokens, self._block_size)
-        self.context = contents.parent(blocks, index)
+        self.context = contents.parent(blocks, index) if num_tokens else contents.root
         self._hasher: xxhash.xxh3_64 | None = None
         """None: the next row begins a block."""
         if num_rows:
@@ -289,7 +289,12 @@ def next_token(context: int, sampling: Sampling, position: int) -> int:
     sequence is a candidate where sentences begin.
     """
     first, size, logits, ending = _SLOTS[position % _PERIOD]
-    if ending is not None and may_end(sampling, position) and _is_end(context, position):
+    if (
+        ending is not None
+        and (not sampling.ignore_eos and position >= sampling.min_tokens)  # `may_end`, without a call
+        and position
+        and (context >> 40) % _EOS_OUT_OF < _EOS_WINS_BELOW
+    ):
         rank = ending.draw(sampling, position) - 1
         if rank < 0:
             return EOS_TOKEN
@@ -305,7 +310,7 @@ def candidates(context: int, position: int, can_end: bool) -> tuple[list[int], L
     first, size, logits, ending = _SLOTS[position % _PERIOD]
     best = first + context % size
     words = [*range(best, first + size), *range(first, best)]
-    if can_end and ending is not None and _is_end(context, position):
+    if can_end and ending is not None and position and (context >> 40) % _EOS_OUT_OF < _EOS_WINS_BELOW:
         return [EOS_TOKEN, *words], ending
     return words, logits
 
@@ -313,7 +318,3 @@ def candidates(context: int, position: int, can_end: bool) -> tuple[list[int], L
 def may_end(sampling: Sampling, position: int) -> bool:
     """Whether the end of sequence may be output number `position`."""
     return not sampling.ignore_eos and position >= sampling.min_tokens
-
-
-def _is_end(context: int, position: int) -> bool:
-    return (context >> 40) % _EOS_OUT_OF < _EOS_WINS_BELOW and position > 0

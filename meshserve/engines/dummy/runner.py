@@ -20,7 +20,7 @@ from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers import EOS_TOKEN
 from meshserve.errors import BlockRefused, MeshserveError
 from meshserve.kv.pool import BlockPool
-from meshserve.wire.generation import GenerateRequest, Sampling, TokenLogprobs
+from meshserve.wire.generation import Sampling, TokenLogprobs
 
 _SLICE_TOKENS = 64
 _SLICE_BYTES = 1 << 18
@@ -77,16 +77,21 @@ class DummyRunner:
         self._loop = self._handle = self._step = self._expected_at = None
         self._slices.clear()
 
-    def check(self, request: GenerateRequest) -> None:
-        """Raises InvalidRequest or Unsupported for a constraint that the output cannot keep to."""
-        constrained_output(request.sampling, self._vocabulary)
-
-    def check_tokens(self, tokens: "array[int]") -> None:
-        """Any number is a token."""
+    def check(self, tokens: "array[int]", sampling: Sampling | None) -> None:
+        """Raises InvalidRequest or Unsupported for a constraint that the output cannot keep to. Any number is a token."""
+        if sampling is not None and (sampling.json_schema or sampling.regex or sampling.choices):
+            constrained_output(sampling, self._vocabulary)
 
     def prepare(self, generation: Generation, output: Sequence[int]) -> None:
-        """A plain request has no sampler of its own."""
-        generation.sampler = sampler_for(generation, output, self._vocabulary)
+        """A plain request has no sampler of its own: its tokens are those of `next_token`."""
+        asked = generation.sampling
+        if (
+            asked.logprobs >= 0
+            or asked.logit_bias
+            or (asked.presence_penalty or asked.frequency_penalty or asked.repetition_penalty != 1)
+            or (asked.json_schema or asked.regex or asked.choices)
+        ):
+            generation.sampler = sampler_for(generation, output, self._vocabulary)
 
     def overdue_s(self) -> float:
         """How long ago the next turn should have come."""
@@ -118,7 +123,12 @@ class DummyRunner:
     def _cut(self, step: Step[EngineRequest]) -> None:
         num_new, num_done = step.num_prompt_tokens, 0
         for request, num_tokens in step.prefills:
-            start, end = self._first_to_visit(request), request.num_computed + num_tokens
+            start, end = request.num_computed, request.num_computed + num_tokens
+            # cached tokens are visited too if they are still to be given out, or rated
+            if isinstance(request, Prefill):
+                start = min(start, request.next_block * self._contents.block_size)
+            elif isinstance(request, Generation) and request.prompt_logprobs is not None:
+                start = min(start, len(request.prompt_logprobs))
             while start < end:
                 stop = min(start + self._slice_tokens, end)
                 num_done += max(0, stop - max(start, request.num_computed))
@@ -126,21 +136,28 @@ class DummyRunner:
                 self._slices.append(_Slice(request, stop, due))
                 start = stop
 
-    def _first_to_visit(self, request: EngineRequest) -> int:
-        """The first token that the step has to do with: cached ones too, if they are still to be given out, or rated."""
-        if isinstance(request, Prefill):
-            return min(request.num_computed, request.next_block * self._contents.block_size)
-        rated = request.prompt_logprobs if isinstance(request, Generation) else None
-        return request.num_computed if rated is None else min(request.num_computed, len(rated))
-
     def _turn(self) -> None:
         self._handle = self._expected_at = None
         if self._step is not None:
             self._advance(self._clock())
 
     def _advance(self, now: float) -> None:
-        delay_s = self._compute_slices(now) if self._slices else 0.0
-        if not self._slices:
+        """Compute the slices that are due and fit into one turn. Then finish the step, or come back
+        for the next slice, or at the end of the step's duration.
+        """
+        slices, ends_at = self._slices, now + _TURN_S
+        delay_s = 0.0
+        for _ in range(min(_TURN_SLICES, len(slices))):
+            request, end, due = slices[0]
+            if due > now:
+                delay_s = due - now
+                break
+            slices.popleft()
+            if request.stage is Stage.RUNNING:  # else cancelled meanwhile: its blocks may be somebody else's by now
+                self._visit(request, end)
+            if slices and self._clock() > ends_at:
+                break
+        if not slices:
             delay_s = max(0.0, self._due - now)
             if not delay_s:
                 self._finish(now)
@@ -148,20 +165,6 @@ class DummyRunner:
         assert self._loop is not None, "steps come after the start"
         self._expected_at = now + delay_s
         self._handle = self._loop.call_later(delay_s, self._turn) if delay_s > 0 else self._loop.call_soon(self._turn)
-
-    def _compute_slices(self, now: float) -> float:
-        """Compute what is due and fits into one turn. Seconds until the next one that is left over is due."""
-        slices, ends_at = self._slices, now + _TURN_S
-        for _ in range(min(_TURN_SLICES, len(slices))):
-            request, end, due = slices[0]
-            if due > now:
-                return due - now
-            slices.popleft()
-            if request.stage is Stage.RUNNING:  # else cancelled meanwhile: its blocks may be somebody else's by now
-                self._visit(request, end)
-            if slices and self._clock() > ends_at:
-                break
-        return 0.0
 
     def _visit(self, request: EngineRequest, end: int) -> None:
         """Compute what is not computed yet of the tokens before `end`, read what is to be given out, rate what is to be rated."""
@@ -190,7 +193,8 @@ class DummyRunner:
         step, result = self._step, self._result
         assert step is not None and self._on_result is not None
         self._step, result.duration_s = None, now - self._began
-        self._sample(step.decodes, result)
+        if step.decodes:
+            self._sample(step.decodes, result)
         for request, num_tokens in step.prefills:
             if request.max_new_tokens and num_tokens == request.num_pending:
                 self._sample([request], result)

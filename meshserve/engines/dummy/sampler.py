@@ -172,16 +172,12 @@ class Sampler:
         return 0
 
 
-def sampler_for(generation: Generation, output: Sequence[int], vocabulary: VocabularyMap) -> Sampler | None:
-    """None for a plain request, whose tokens `next_token` gives.
-
-    `output` is what an earlier worker generated. Raises InvalidRequest if it could not have come from this request.
+def sampler_for(generation: Generation, output: Sequence[int], vocabulary: VocabularyMap) -> Sampler:
+    """The sampler of a request that is written in `vocabulary`. `output` is what an earlier worker
+    generated. Raises InvalidRequest if it could not have come from this request.
     """
     sampling = generation.sampling
-    is_bent = sampling.logit_bias or sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1
     constrained = constrained_output(sampling, vocabulary)
-    if sampling.logprobs < 0 and not is_bent and constrained is None:
-        return None
     to_own = vocabulary.to_own
     bias = tuple([(to_own(token), value) for token, value in sampling.logit_bias])
     own_output = map(vocabulary.to_byte if constrained is not None else to_own, output)

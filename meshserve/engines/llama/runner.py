@@ -24,7 +24,7 @@ from meshserve.engines.thread import EngineThread
 from meshserve.errors import BlockRefused, InvalidRequest, MeshserveError, PoolFull, StartupFailed, Unsupported
 from meshserve.kv.pool import BlockPool
 from meshserve.wire.card import KVLayout
-from meshserve.wire.generation import GenerateRequest, Sampling
+from meshserve.wire.generation import Sampling
 from meshserve.wire.structs import replace
 
 _CLOSE_TIMEOUT_S = 5.0
@@ -119,16 +119,16 @@ class LlamaRunner:
         if thread is not None:
             await thread.close(_CLOSE_TIMEOUT_S)
 
-    def check(self, request: GenerateRequest) -> None:
-        """Raises Unsupported for what is not done with a real model, InvalidRequest for a malformed constraint."""
-        if request.sampling.prompt_logprobs >= 0:
-            raise Unsupported("log probabilities of the prompt are not supported by this engine", param="logprobs")
-        self._constraint_of(request.sampling)
-
-    def check_tokens(self, tokens: "array[int]") -> None:
-        """Raises InvalidRequest for a token beyond the vocabulary: llama.cpp would refuse the whole step."""
+    def check(self, tokens: "array[int]", sampling: Sampling | None) -> None:
+        """Raises Unsupported for what is not done with a real model, InvalidRequest for a malformed
+        constraint, and for a token beyond the vocabulary: llama.cpp would refuse the whole step.
+        """
         if (largest := max(tokens)) >= self.vocab_size:
             raise InvalidRequest(f"the prompt has the token {largest}; there are 0 to {self.vocab_size - 1}", param="prompt")
+        if sampling is not None:
+            if sampling.prompt_logprobs >= 0:
+                raise Unsupported("log probabilities of the prompt are not supported by this engine", param="logprobs")
+            self._constraint_of(sampling)
 
     def _constraint_of(self, sampling: Sampling) -> Constraint | None:
         if not sampling.json_schema and not sampling.regex and not sampling.choices:
