@@ -39,7 +39,7 @@ class Job:
     is_granted: bool = False
     """The claim got its task. Until then, the blocks of what was begun on an offer stay here."""
     prefix_hashes: list[int] = field(default_factory=list)
-    """Of the prompt's blocks, see :func:`~meshserve.kv.hashes.prefix_hashes`."""
+    """Of the prompt's blocks, see :func:`~meshserve.kv.pool.prefix_hashes`."""
     window: BlockWindow | None = None
     """Blocks that are computed, or on their way; None before the engine got the prompt, and once the decode worker cannot be reached."""
     layout: str = ""
