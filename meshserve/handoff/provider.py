@@ -19,8 +19,8 @@ from meshserve.kv.pool import prefix_hashes
 from meshserve.mesh.calls import IgnoredAnswer, IncomingCall, OutgoingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.pipeline import BulkSender, receive_tickets
-from meshserve.mesh.transport.bulk import MAX_PAYLOADS
+from meshserve.mesh.transport.bulk import MAX_PAYLOADS, BulkSender
+from meshserve.mesh.transport.tickets import receive_tickets
 from meshserve.wire.handoff import MAX_RENEWED, Acknowledgement, Claim, Grant, NamedAttempt, Renewal, Ticket
 from meshserve.wire.messages import CLAIM, RENEW, STRIKE
 from meshserve.wire.structs import read

@@ -22,7 +22,8 @@ from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revo
 from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IgnoredAnswer, IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.pipeline import TicketSender, receive_bulk
+from meshserve.mesh.transport.bulk import BulkReceiver
+from meshserve.mesh.transport.tickets import TicketSender
 from meshserve.wire.generation import GenerateRequest
 from meshserve.wire.handoff import Acknowledgement, BulkHeader, Claim, Grant, Renewal, Ticket
 from meshserve.wire.hello import PeerInfo
@@ -53,7 +54,7 @@ class PrefillRequester:
         mesh.serve(CLAIM, self._on_claim)
         mesh.serve(RENEW, self._on_renew)
         mesh.subscribe(self._on_change)
-        self._bulk = receive_bulk(mesh, self._on_bulk)
+        self._bulk = BulkReceiver(mesh, self._on_bulk)
 
     @property
     def num_outstanding(self) -> int:

@@ -8,7 +8,7 @@ from meshserve.errors import PeerLost
 from meshserve.handoff.blocks import RateLimit
 from meshserve.handoff.job import Job, JobState
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.pipeline import BulkSender
+from meshserve.mesh.transport.bulk import BulkSender
 from meshserve.wire.handoff import BlockMark, BulkHeader
 
 

@@ -19,8 +19,7 @@ from meshserve.mesh.links import Links
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.network import choose_addresses, local_addresses
 from meshserve.mesh.tasks import TaskOwner
-from meshserve.mesh.transport.binding import BoundPorts, bind_port_block
-from meshserve.mesh.transport.sockets import SocketFactory
+from meshserve.mesh.transport.sockets import BoundPorts, SocketFactory, bind_port_block
 from meshserve.telemetry import Counters, EventLog, Gauges, Histograms
 from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.hello import PeerInfo
@@ -87,8 +86,8 @@ class Mesh:
         self._loop = asyncio.get_running_loop()
         self._addresses = choose_addresses(self.config.interface, local_addresses())
         self.key = read_key_file(Path(self.config.key_file)) if self.config.key_file else None
-        self.factory = SocketFactory(self.config.transport, self.key, self.counters)
-        self.factory.set_silence_limit(self.config.failure_timeout_s + self.config.death_timeout_s)
+        silence_limit_s = self.config.failure_timeout_s + self.config.death_timeout_s
+        self.factory = SocketFactory(self.config.transport, self.key, self.counters, silence_limit_s)
         try:
             if self.config.roles:
                 self.ports = bind_port_block(self.factory, self._addresses.bind_hosts, self.config.port)

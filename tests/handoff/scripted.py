@@ -16,7 +16,8 @@ from meshserve.handoff.requester import PrefillRequester
 from meshserve.handoff.result import HandoffResult
 from meshserve.kv.pool import prefix_hashes
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.pipeline import BulkSender, TicketSender, receive_tickets
+from meshserve.mesh.transport.bulk import BulkSender
+from meshserve.mesh.transport.tickets import TicketSender, receive_tickets
 from meshserve.wire.generation import GenerateRequest, Sampling
 from meshserve.wire.handoff import BlockMark, BulkHeader, Claim
 from meshserve.wire.messages import CLAIM, STRIKE

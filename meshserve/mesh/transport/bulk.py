@@ -1,18 +1,24 @@
-"""The bulk sockets: KV blocks on a connection of their own, so that tokens never wait behind them.
+"""Bulk messages: KV blocks on a connection of their own, so that tokens never wait behind them.
 
-A message is a header and payload frames, from a DEALER to the receiving peer's ROUTER; short answers come back. Payloads are
-handed to ZeroMQ without a copy; the receiver copies once, from ZeroMQ's memory into its pool.
+A message is a header and payload frames, from a DEALER to the receiving peer's ROUTER; short answers come back.
+Payloads are handed to ZeroMQ without a copy; the receiver copies once, from ZeroMQ's memory into its pool.
 """
 
 import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import zmq
 
+from meshserve.errors import PeerLost, ProtocolError
+from meshserve.mesh.membership import Change, Member
+from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.reading import BufferReader, ConnectionMonitor, SocketReader
-from meshserve.mesh.transport.sockets import SocketFactory, endpoint
+from meshserve.mesh.transport.sockets import BULK_OFFSET, SocketFactory, endpoint
+from meshserve.wire.frames import pack_body, unpack_body
+from meshserve.wire.structs import plain
 
 MAX_PAYLOADS = 64
 """Payload frames in one message."""
@@ -22,24 +28,34 @@ _MAX_BULK_READS_PER_TURN = 1
 """Bulk messages are big: between two of them the loop looks after the tokens."""
 _RETRY_S = 0.002
 
+OnBulk = Callable[[Any, list[memoryview], Callable[[Any], None]], None]
+"""Called with a header (plain data), payloads, and a function that sends an answer back to where they came from. It may
+raise ProtocolError."""
 
-class BulkInlet:
-    """Reads this peer's bulk ROUTER."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]", on_bulk: Callable[[bytes, bytes, list[memoryview]], None]) -> None:
-        self._socket, self._on_bulk = socket, on_bulk
-        self._reader = BufferReader(socket, self._on_frames, lambda: None, _MAX_BULK_READS_PER_TURN, MAX_PAYLOADS + 2)
+class BulkReceiver:
+    """Reads this peer's bulk port until it is closed."""
+
+    def __init__(self, mesh: Mesh, on_bulk: OnBulk) -> None:
+        assert mesh.ports is not None
+        self._socket, self._counters, self._on_bulk = mesh.ports.bulk, mesh.counters, on_bulk
+        self._reader = BufferReader(self._socket, self._on_frames, None, _MAX_BULK_READS_PER_TURN, MAX_PAYLOADS + 2)
 
     def _on_frames(self, frames: list[memoryview]) -> None:
-        if len(frames) >= 2:
-            self._on_bulk(bytes(frames[0]), bytes(frames[1]), frames[2:])
+        if len(frames) < 2:
+            return
+        sender = bytes(frames[0])
+        try:
+            self._on_bulk(unpack_body(bytes(frames[1])), frames[2:], lambda answer: self._answer(sender, answer))
+        except ProtocolError:
+            self._counters.add("bulk_malformed")
 
-    def answer(self, sender: bytes, data: bytes) -> None:
-        """Back to the connection that a message came on. Lost if that is gone: then there is nobody who waits for it."""
+    def _answer(self, sender: bytes, answer: Any) -> None:
+        """Back to the connection that the message came on. Lost if that is gone: then nobody waits for it."""
         if self._socket.closed:
             return
         with contextlib.suppress(zmq.ZMQError):
-            self._socket.send_multipart((sender, data), zmq.NOBLOCK)
+            self._socket.send_multipart((sender, pack_body(plain(answer))), zmq.NOBLOCK)
         self._reader.drain_soon()
 
     def close(self) -> None:
@@ -47,21 +63,64 @@ class BulkInlet:
         self._reader.close()
 
 
-class BulkOutlet:
-    """A DEALER to one peer's bulk port, with what waits for its socket. Whoever sends bounds that by a window of its own."""
+class BulkSender:
+    """Sends bulk messages. `on_answer` gets a peer and its answer, `on_lost` a peer whose connection broke, and why."""
+
+    def __init__(self, mesh: Mesh, on_answer: Callable[[str, Any], None], on_lost: Callable[[str, str], None]) -> None:
+        self._mesh, self._on_answer, self._on_lost = mesh, on_answer, on_lost
+        self._outlets: dict[str, _Outlet] = {}
+        mesh.subscribe(self._on_change)
+
+    def send(self, peer: str, header: Any, payloads: list[bytes]) -> None:
+        """One message to a peer. Raises PeerLost if it is not there."""
+        outlet = self._outlets.get(peer) or self._connect(peer)
+        outlet.send(pack_body(plain(header)), payloads)
+
+    def _connect(self, peer: str) -> "_Outlet":
+        member = self._mesh.member(peer)
+        if member is None or member.linked_at is None:
+            raise PeerLost("no bulk connection", peer=self._mesh.name_of(peer))
+        host, port = member.linked_at
+
+        def on_answer(frames: list[bytes]) -> None:
+            try:
+                self._on_answer(peer, unpack_body(frames[-1]))
+            except ProtocolError:
+                self._mesh.counters.add("bulk_malformed")
+
+        def on_lost(reason: str) -> None:
+            self._outlets.pop(peer, None)
+            self._on_lost(peer, reason)
+
+        outlet = self._outlets[peer] = _Outlet(self._mesh.factory, endpoint(host, port + BULK_OFFSET), on_answer, on_lost)
+        return outlet
+
+    def _on_change(self, change: Change, member: Member) -> None:
+        if change in (Change.DIED, Change.LEFT) and member.info.incarnation in self._outlets:
+            self._outlets.pop(member.info.incarnation).close()
+
+    def close(self) -> None:
+        """Close all sockets."""
+        for outlet in self._outlets.values():
+            outlet.close()
+        self._outlets.clear()
+
+
+class _Outlet:
+    """A DEALER to one peer's bulk port, with what waits for its socket. The sender's window bounds what waits."""
 
     def __init__(
-        self, factory: SocketFactory, host: str, port: int, on_answer: Callable[[bytes], None], on_lost: Callable[[str], None]
+        self, factory: SocketFactory, address: str, on_answer: Callable[[list[bytes]], None], on_lost: Callable[[str], None]
     ) -> None:
         self._socket = factory.client_socket(zmq.DEALER)
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[list[bytes]] = deque()
-        self._on_answer, self._on_lost = on_answer, on_lost
+        self._on_lost = on_lost
         self._is_up = self._is_closed = False
         self._retry: asyncio.TimerHandle | None = None
-        self._reader = SocketReader(self._socket, self._on_frames, lambda: None, _MAX_READS_PER_TURN)
+        self._reader = SocketReader(self._socket, on_answer, None, _MAX_READS_PER_TURN)
         self._monitor = ConnectionMonitor(self._socket, self._on_up, self._on_down)
-        self._socket.connect(endpoint(host, port))
+        self._socket.connect(address)
 
     def send(self, header: bytes, payloads: list[bytes]) -> None:
         """One message, in order after those before it."""
@@ -92,9 +151,6 @@ class BulkOutlet:
         if not self._is_closed:
             self.close()
             self._on_lost(reason)
-
-    def _on_frames(self, frames: list[bytes]) -> None:
-        self._on_answer(frames[-1])
 
     def close(self) -> None:
         """Drop what waits and disconnect. Safe to call twice."""

@@ -6,13 +6,16 @@ half-way through a message. (Reading the descriptor under uvloop costs about two
 """
 
 import asyncio
+import contextlib
+import socket
 import struct
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any
 
 import zmq
 
 from meshserve.mesh.calls import CONNECTION_CLOSED
+from meshserve.telemetry import Counters
 
 KEYS_DIFFER = "it took the connection and closed it: the keys differ, or only one side has one"
 """CURVE tells a stranger nothing but this."""
@@ -23,24 +26,24 @@ MAX_FRAMES = 3
 # Plain integers: looking at an enum's members costs about as much as receiving a message.
 _EVENTS, _POLLIN, _RCVMORE, _NOBLOCK = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.RCVMORE), int(zmq.NOBLOCK)
 
-OnFrames = Callable[[list[bytes]], None]
-
-F = TypeVar("F", bytes, memoryview)
+_READS_OF_EVENTS = 50
 
 
-class _Reader(Generic[F]):
-    """Calls `on_frames` with each message of one socket, then `on_turn` once per turn in which there were any."""
+class SocketReader:
+    """Calls `on_frames` with each message of one socket, then `on_turn` once per turn in which there were any.
+
+    For messages of a few KB: each frame is copied, which costs less than to share it.
+    """
 
     def __init__(
         self,
         socket: "zmq.Socket[bytes]",
-        on_frames: Callable[[list[F]], None],
-        on_turn: Callable[[], None],
+        on_frames: Callable[[list[Any]], None],
+        on_turn: Callable[[], None] | None,
         max_reads_per_turn: int,
         max_frames: int = MAX_FRAMES,
     ) -> None:
-        self._on_frames: Callable[[list[F]], None] = on_frames
-        self._socket, self._on_turn = socket, on_turn
+        self._socket, self._on_frames, self._on_turn = socket, on_frames, on_turn
         self._max_reads, self._max_frames = max_reads_per_turn, max_frames
         self._loop = asyncio.get_running_loop()
         self._descriptor: int = socket.FD
@@ -68,7 +71,8 @@ class _Reader(Generic[F]):
                         self._on_frames(frames)
                     has_input = (num_read > 1 or self._is_busy) and self._has_input()
                 self._has_sent = num_read == 1 and not self._is_busy  # or nobody looked yet
-                self._on_turn()
+                if self._on_turn is not None:
+                    self._on_turn()
                 has_input = num_read < self._max_reads and (has_input or (self._has_sent and self._has_input()))
         except BaseException:
             if not self._is_closed:
@@ -88,21 +92,14 @@ class _Reader(Generic[F]):
     def _has_input(self) -> bool:
         return not self._is_closed and bool(self._socket.get(_EVENTS) & _POLLIN)  # type: ignore[operator]  # EVENTS is an integer
 
-    def _receive(self) -> list[F] | None:
-        """The next message, empty if it had too many frames; None if there is none."""
-        raise NotImplementedError
-
     def close(self) -> None:
         """Stop reading; the socket itself belongs to whoever made it."""
         if not self._is_closed:
             self._is_closed = True
             self._loop.remove_reader(self._descriptor)
 
-
-class SocketReader(_Reader[bytes]):
-    """For messages of a few KB: each frame is copied, which costs less than to share it."""
-
-    def _receive(self) -> list[bytes] | None:
+    def _receive(self) -> list[Any] | None:
+        """The next message, empty if it had too many frames; None if there is none."""
         if self._is_closed:
             return None
         try:
@@ -116,10 +113,10 @@ class SocketReader(_Reader[bytes]):
         return frames if len(frames) <= self._max_frames else []
 
 
-class BufferReader(_Reader[memoryview]):
+class BufferReader(SocketReader):
     """For big frames: views of ZeroMQ's own memory, which lives as long as somebody holds them."""
 
-    def _receive(self) -> list[memoryview] | None:
+    def _receive(self) -> list[Any] | None:
         if self._is_closed:
             return None
         try:
@@ -134,32 +131,35 @@ class BufferReader(_Reader[memoryview]):
         return frames if len(frames) <= self._max_frames else []
 
 
+# --- what becomes of connections
+
+_HANDSHAKE_EVENTS = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_DISCONNECTED
+)
+_FAILED = (int(zmq.EVENT_HANDSHAKE_FAILED_AUTH), int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL))
+_MECHANISM_MISMATCH = 0x11000002
+_MAX_OPEN = 4096
+
+
 class ConnectionMonitor:
     """Tells when the one connection of a client socket is made, refused or lost."""
 
-    _EVENTS = (
-        zmq.EVENT_HANDSHAKE_SUCCEEDED
-        | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-        | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-        | zmq.EVENT_DISCONNECTED
-        | zmq.EVENT_CLOSED
-    )
-
     def __init__(self, socket: "zmq.Socket[bytes]", on_up: Callable[[], None], on_down: Callable[[str], None]) -> None:
         self._socket, self._on_up, self._on_down = socket, on_up, on_down
-        self._events = socket.get_monitor_socket(self._EVENTS)
+        self._events = socket.get_monitor_socket(_HANDSHAKE_EVENTS | zmq.EVENT_CLOSED)
         self._is_closed = False
-        self._reader = SocketReader(self._events, self._on_event, lambda: None, 100)
+        self._reader = SocketReader(self._events, self._on_event, None, _READS_OF_EVENTS)
 
     def _on_event(self, frames: list[bytes]) -> None:
         event = struct.unpack("=H", frames[0][:2])[0]
         if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._on_up()
-        elif event in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
-            self._on_down(KEYS_DIFFER)
         else:
-            self._on_down(CONNECTION_CLOSED)
+            self._on_down(KEYS_DIFFER if event in _FAILED else CONNECTION_CLOSED)
 
     def close(self) -> None:
         """Stop watching."""
@@ -168,3 +168,50 @@ class ConnectionMonitor:
             self._reader.close()
             self._socket.disable_monitor()
             self._events.close(linger=0)  # after that: whoever still reported into a closed one would wait for ever
+
+
+OnStranger = Callable[[str, str], None]
+"""Called with an address, empty if it is not known any more, and the reason."""
+
+
+class StrangerMonitor:
+    """Tells who fails the handshake of one bound socket: a stranger, of which no frame is ever read.
+
+    A context has one I/O thread, so a failure is followed by the end of that very connection.
+    """
+
+    def __init__(self, socket: "zmq.Socket[bytes]", has_key: bool, counters: Counters, on_stranger: OnStranger) -> None:
+        self._socket, self._counters, self._on_stranger = socket, counters, on_stranger
+        self._mismatch = "it has no key, and this mesh has one" if has_key else "it has a key, and this mesh has none"
+        self._addresses: dict[int, str] = {}
+        self._reason: str | None = None
+        events = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | _HANDSHAKE_EVENTS)
+        self._reader = SocketReader(events, self._on_event, None, _READS_OF_EVENTS)
+
+    def _on_event(self, frames: list[bytes]) -> None:
+        event, value = struct.unpack("=HI", frames[0])
+        if event == zmq.EVENT_ACCEPTED:
+            if len(self._addresses) < _MAX_OPEN:
+                self._addresses[value] = _address_of(value)
+        elif event in _FAILED:
+            if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:  # those of ZAP count themselves
+                self._counters.add("strangers_refused")
+            self._reason = self._mismatch if value == _MECHANISM_MISMATCH else "its key is not this mesh's"
+        elif event == zmq.EVENT_DISCONNECTED:
+            address, reason, self._reason = self._addresses.pop(value, ""), self._reason, None
+            if reason is not None:
+                self._on_stranger(address, reason)
+        else:
+            self._reason = None
+
+    def close(self) -> None:
+        """Stop watching; to be called before the socket is closed."""
+        self._reader.close()
+        self._socket.disable_monitor()
+
+
+def _address_of(descriptor: int) -> str:
+    """Of the other end. The connection may be gone by now, and its number another's: it is only for people."""
+    with contextlib.suppress(OSError), socket.fromfd(descriptor, socket.AF_INET6, socket.SOCK_STREAM) as connection:
+        return str(connection.getpeername()[0]).removeprefix("::ffff:")
+    return ""

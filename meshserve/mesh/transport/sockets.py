@@ -6,16 +6,19 @@ nobody gets in, and a self-test at start tries a wrong key, which must be refuse
 """
 
 import contextlib
+import errno
 import resource
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils import z85
 
-from meshserve.config import TransportConfig
-from meshserve.errors import KeyRefused
+from meshserve.config import FIRST_PORT, PORTS_PER_PEER, TransportConfig
+from meshserve.errors import KeyRefused, StartupFailed
 from meshserve.mesh.keys import MeshKey
 from meshserve.telemetry import Counters
 
@@ -45,14 +48,18 @@ class _OnlyHolders:
 class SocketFactory:
     """Owns the ZeroMQ context of a peer, and makes its sockets. `close` closes whatever is still open."""
 
-    def __init__(self, config: TransportConfig, key: MeshKey | None, counters: Counters) -> None:
+    def __init__(
+        self, config: TransportConfig, key: MeshKey | None, counters: Counters, silence_limit_s: float = 6.5
+    ) -> None:
+        """ZeroMQ's own heartbeats close a connection that is silent for `silence_limit_s`: they notice a dead host on
+        links without application heartbeats."""
         self._config, self._counters = config, counters
         _ask_for_files()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._context.set(zmq.MAX_SOCKETS, _MAX_SOCKETS)
         self._pair: tuple[bytes, bytes] | None = None
         self._authenticator: ThreadAuthenticator | None = None
-        self._death_hint_ms = 6500
+        self._silence_limit_ms = max(1000, int(silence_limit_s * 1000))
         if key is not None:
             try:
                 self._start_security(key)
@@ -64,10 +71,6 @@ class SocketFactory:
     def has_key(self) -> bool:
         """Whether strangers are kept out."""
         return self._pair is not None
-
-    def set_silence_limit(self, limit_s: float) -> None:
-        """ZeroMQ's own heartbeats close a connection after so long: they notice a dead host on links without application heartbeats."""
-        self._death_hint_ms = max(1000, int(limit_s * 1000))
 
     def _start_security(self, key: MeshKey) -> None:
         secret = z85.encode(key.curve_secret())
@@ -111,7 +114,7 @@ class SocketFactory:
         socket.setsockopt(zmq.IPV6, 1)
         socket.setsockopt(zmq.MAXMSGSIZE, self._config.max_message_bytes)
         socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, self._death_hint_ms)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, self._silence_limit_ms)
         socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
         return socket
 
@@ -163,3 +166,55 @@ def _ask_for_files() -> None:
 def endpoint(host: str, port: int) -> str:
     """ZeroMQ's form of an address; IPv6 ones in brackets."""
     return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
+
+
+# --- the four consecutive ports of a peer: calls, bulk, tickets, and one in reserve
+
+BULK_OFFSET, TICKETS_OFFSET = 1, 2
+_LAST_PORT = 65_532
+
+
+@dataclass(slots=True)
+class BoundPorts:
+    """A peer's bound sockets. `calls` is handed to the transport, which closes it."""
+
+    first: int
+    calls: "zmq.Socket[bytes]"
+    bulk: "zmq.Socket[bytes]"
+    tickets: "zmq.Socket[bytes]"
+
+    def close(self) -> None:
+        """Close all of them; harmless for those that are closed already."""
+        for socket in (self.calls, self.bulk, self.tickets):
+            socket.close()
+
+
+def bind_port_block(factory: SocketFactory, hosts: Sequence[str], first: int | None) -> BoundPorts:
+    """Bind the block that starts at `first`, or the first free one from 7800 on. Raises StartupFailed with what to do."""
+    if first is not None and not 0 < first <= _LAST_PORT:
+        raise StartupFailed(f"--port {first}: a peer uses four ports from there on, so it must be between 1 and {_LAST_PORT}")
+    for port in [first] if first is not None else range(FIRST_PORT, _LAST_PORT, PORTS_PER_PEER):
+        try:
+            return _bind(factory, hosts, port)
+        except zmq.ZMQError as error:
+            if error.errno == errno.EADDRINUSE and first is None:
+                continue
+            if error.errno == errno.EADDRINUSE:
+                raise StartupFailed(
+                    f"port {port}, or one of the three after it, is taken: choose another with --port, or leave it out"
+                ) from error
+            raise StartupFailed(f"cannot listen on {', '.join(hosts)} port {port}: {error.strerror}") from error
+    raise StartupFailed("no four free ports in a row from 7800 on")
+
+
+def _bind(factory: SocketFactory, hosts: Sequence[str], first: int) -> BoundPorts:
+    sockets = [factory.server_socket(kind) for kind in (zmq.ROUTER, zmq.ROUTER, zmq.PULL)]
+    try:
+        for offset, socket in enumerate(sockets):
+            for host in hosts:
+                socket.bind(endpoint(host, first + offset))
+    except BaseException:
+        for socket in sockets:
+            socket.close()
+        raise
+    return BoundPorts(first, *sockets)

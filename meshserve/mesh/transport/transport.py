@@ -9,9 +9,8 @@ from meshserve.config import TransportConfig
 from meshserve.errors import PeerLost, ProtocolError
 from meshserve.mesh.calls import CONNECTION_CLOSED
 from meshserve.mesh.transport.channel import Channel, Turn
-from meshserve.mesh.transport.reading import KEYS_DIFFER, ConnectionMonitor, SocketReader
+from meshserve.mesh.transport.reading import KEYS_DIFFER, ConnectionMonitor, OnStranger, SocketReader, StrangerMonitor
 from meshserve.mesh.transport.sockets import SocketFactory, endpoint
-from meshserve.mesh.transport.strangers import OnStranger, StrangerMonitor
 from meshserve.telemetry import Counters
 from meshserve.wire import frames
 from meshserve.wire.frames import Envelope
