@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from meshserve.cli.bench.pairing import Ratio, ratio_of
 from meshserve.cli.bench.session import Run
@@ -56,7 +57,7 @@ def compare_runs(pairs: Sequence[tuple[Tally, Tally]]) -> list[Compared]:
         if len(usable) < MIN_PAIRS:
             continue
         ratio = ratio_of([b for _, b in usable], [a for a, _ in usable])
-        found.append(Compared(name, _median(a for a, _ in usable), _median(b for _, b in usable), ratio))
+        found.append(Compared(name, median(a for a, _ in usable), median(b for _, b in usable), ratio))
     return found
 
 
@@ -68,12 +69,6 @@ def left_out(pairs: Sequence[tuple[Tally, Tally]]) -> list[str]:
         if any(a or b for a, b in values) and sum(a and b for a, b in values) < MIN_PAIRS:
             missing.setdefault((sum(a for a, _ in values), sum(b for _, b in values)), []).append(name)
     return [f"not compared, as A has it in {a} turns and B in {b}: {', '.join(names)}" for (a, b), names in missing.items()]
-
-
-def _median(values: Iterable[float]) -> float:
-    ranked = sorted(values)
-    middle = len(ranked) // 2
-    return ranked[middle] if len(ranked) % 2 else (ranked[middle - 1] + ranked[middle]) / 2
 
 
 async def alternate(

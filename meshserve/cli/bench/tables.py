@@ -1,10 +1,11 @@
-"""Figures as tables for a terminal, or for a file in fixed width."""
+"""Figures as tables: for a terminal, for a file in fixed width, and for the report."""
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
@@ -16,8 +17,83 @@ from meshserve.cli.bench.tally import Tally
 from meshserve.cli.columns import Output
 from meshserve.telemetry import QUANTILES, Histogram
 
-LABELS = {"ttft": "time to first token", "itl": "between tokens", "tpot": "per output token", "e2e": "end to end", "queue": "send delay"}
+LABELS = {
+    "ttft": "time to first token",
+    "itl": "inter-token latency",
+    "tpot": "time per output token",
+    "e2e": "end-to-end latency",
+    "queue": "send delay",
+}
 _WIDTH, _UNLIMITED = 160, 10_000
+_DISPENSABLE = ("tok/s", "ITL p50", "ITL p99", "power")
+"""Columns of a sweep that a narrow terminal does not show."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A table. The first column is to the left, numbers to the right."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    marked: Collection[int] = ()
+    """Rows that stand out."""
+
+
+def times_figures(times: Mapping[str, Histogram]) -> Figures:
+    """Quantiles of all times of a run, in milliseconds."""
+    rows = []
+    for name, label in LABELS.items():
+        if (histogram := times[name]).count:
+            quantiles = (histogram.quantile_ms(share) for share in QUANTILES.values())
+            values = (histogram.mean_ms, *quantiles, histogram.most_s * 1000)
+            rows.append([label, *map(show, values)])
+    return Figures(["ms", "mean", *QUANTILES, "max"], rows)
+
+
+def comparison_figures(compared: Sequence[Compared]) -> Figures:
+    """Ratios with their intervals; those that differ are marked."""
+    rows = []
+    for one in compared:
+        interval = f"{one.ratio.low:.3f} to {one.ratio.high:.3f}"
+        ratio = f"{one.ratio.median:.3f}"
+        rows.append([one.name, show(one.a), show(one.b), ratio, interval, one.verdict])
+    marked = [row for row, one in enumerate(compared) if one.ratio.is_different]
+    return Figures(["", "A", "B", "B / A", "95 % interval", "verdict"], rows, marked)
+
+
+def sweep_figures(runs: Sequence[Run], knee: Knee, left_out: Collection[str] = ()) -> Figures:
+    """A row for each step; the knee is marked."""
+    steps = [_sweep_cells(run) for run in runs]
+    columns = [name for name in steps[0] if name not in left_out]
+    return Figures(columns, [[step[name] for name in columns] for step in steps], [knee.index])
+
+
+def _sweep_cells(run: Run) -> dict[str, str]:
+    tally, times = run.tally, run.tally.times
+    cells = {
+        "load": run.label,
+        "req/s": show(tally.requests_per_s),
+        "tok/s": show(tally.tokens_per_s),
+    }
+    for name, short in (("ttft", "TTFT"), ("itl", "ITL"), ("e2e", "e2e")):
+        for word in ("p50", "p99"):
+            cells[f"{short} {word}"] = show(times[name].quantile_ms(QUANTILES[word]))
+    cells["power"] = show(power(tally))
+    if tally.goal.is_set:
+        cells["good"] = f"{tally.good_share:.1%}"
+    return {**cells, "errors": str(tally.num_errors)}
+
+
+def _table(figures: Figures, min_width: int = 0) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(figures.columns):
+        is_text = number == 0 or column == "verdict"
+        justify: JustifyMethod = "left" if is_text else "right"
+        width = 0 if is_text else min_width
+        table.add_column(column, justify=justify, min_width=width, no_wrap=True)
+    for number, row in enumerate(figures.rows):
+        table.add_row(*row, style="bold" if number in figures.marked else "")
+    return table
 
 
 def console() -> Console:
@@ -38,7 +114,7 @@ def print_run(out: Console, run: Run) -> None:
     _line(out, f"[bold]{escape(run.target)}[/]  {escape(run.model)}  {escape(run.load)}")
     _line(out, summary_line(run.tally))
     if run.tally.num_done:
-        out.print(times_table(run.tally.times))
+        out.print(_table(times_figures(run.tally.times), min_width=8))
     phases = run.tally.mean_phases_ms
     if phases:
         parts = [f"{phase.replace('_', ' ')} {show(value)}" for phase, value in phases.items() if value >= 0.0005]
@@ -75,37 +151,13 @@ def summary_line(tally: Tally) -> str:
     return "  ".join(parts)
 
 
-def times_table(times: dict[str, Histogram]) -> Table:
-    """Quantiles of all times."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("ms", no_wrap=True)
-    for column in ("mean", *QUANTILES, "max"):
-        table.add_column(column, justify="right", min_width=8, no_wrap=True)
-    for name, label in LABELS.items():
-        histogram = times[name]
-        if histogram.count:
-            cells = [histogram.mean_ms, *(histogram.quantile_ms(share) for share in QUANTILES.values()), histogram.most_s * 1000]
-            table.add_row(label, *(show(cell) for cell in cells))
-    return table
-
-
 def print_comparison(out: Console, a: str, b: str, compared: Sequence[Compared]) -> None:
     """Ratios with their intervals."""
     _line(out, f"[bold]A[/] {escape(a)}\n[bold]B[/] {escape(b)}")
     if not compared:
         out.print("nothing to compare: too few pairs of turns had answers")
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("", no_wrap=True)
-    for column in ("A", "B", "B / A", "95 % interval"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("")
-    for one in compared:
-        ratio = one.ratio
-        colour = "bold" if ratio.is_different else "dim"
-        interval = f"{ratio.low:.3f} to {ratio.high:.3f}"
-        table.add_row(one.name, show(one.a), show(one.b), f"{ratio.median:.3f}", interval, f"[{colour}]{one.verdict}[/]")
-    out.print(table)
+    out.print(_table(comparison_figures(compared)))
     num_pairs = max(one.ratio.num_pairs for one in compared)
     words = "pairs of turns, times in ms; of figures that do not differ, one in twenty or fewer is called different by chance"
     _line(out, f"{num_pairs} {words}")
@@ -116,36 +168,11 @@ def print_comparison(out: Console, a: str, b: str, compared: Sequence[Compared])
 def print_sweep(out: Console, runs: Sequence[Run], knee: Knee) -> None:
     """A line for each step, and where the knee is. A narrow terminal gets fewer columns, not fewer digits."""
     _line(out, f"[bold]{escape(runs[0].target)}[/]  {escape(runs[0].model)}")
-    table = _sweep_table(runs, knee, [])
+    table = _table(sweep_figures(runs, knee))
     if Measurement.get(out, out.options.update(width=_UNLIMITED), table).maximum > out.width:
-        table = _sweep_table(runs, knee, ["tok/s", "ITL p50", "ITL p99", "power"])
+        table = _table(sweep_figures(runs, knee, _DISPENSABLE))
     out.print(table)
     _line(out, knee_line(runs, knee))
-
-
-def _sweep_table(runs: Sequence[Run], knee: Knee, left_out: Sequence[str]) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("load", no_wrap=True)
-    rows = [sweep_cells(run) for run in runs]
-    for column in rows[0]:
-        if column not in left_out:
-            table.add_column(column, justify="right", no_wrap=True)
-    for number, (run, row) in enumerate(zip(runs, rows, strict=True)):
-        cells = [cell for column, cell in row.items() if column not in left_out]
-        table.add_row(run.label, *cells, style="bold" if number == knee.index else "")
-    return table
-
-
-def sweep_cells(run: Run) -> dict[str, str]:
-    """What each step of a sweep is shown with, by the heading of its column."""
-    tally, times = run.tally, run.tally.times
-    cells = {"req/s": show(tally.requests_per_s), "tok/s": show(tally.tokens_per_s)}
-    for name, short in (("ttft", "TTFT"), ("itl", "ITL"), ("e2e", "e2e")):
-        cells |= {f"{short} {word}": show(times[name].quantile_ms(share)) for word, share in (("p50", 0.5), ("p99", 0.99))}
-    cells["power"] = show(power(tally))
-    if tally.goal.is_set:
-        cells["good"] = f"{tally.good_share:.1%}"
-    return {**cells, "errors": str(tally.num_errors)}
 
 
 def knee_line(runs: Sequence[Run], knee: Knee) -> str:

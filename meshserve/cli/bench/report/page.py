@@ -1,6 +1,5 @@
 """The page: what was run, what came of it, as one file that needs nothing else."""
 
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
@@ -8,10 +7,16 @@ from meshserve.cli.bench.outcome import Outcome
 from meshserve.cli.bench.report.plots import plots
 from meshserve.cli.bench.report.style import STYLE
 from meshserve.cli.bench.session import Run
-from meshserve.cli.bench.tables import LABELS, counted, knee_line, show, summary_line, sweep_cells
-from meshserve.telemetry import QUANTILES, Histogram
-
-Rows = Sequence[Sequence[str]]
+from meshserve.cli.bench.tables import (
+    Figures,
+    comparison_figures,
+    counted,
+    knee_line,
+    show,
+    summary_line,
+    sweep_figures,
+    times_figures,
+)
 
 
 def page(outcome: Outcome, command: str, now: datetime | None = None) -> str:
@@ -38,24 +43,15 @@ def _body(outcome: Outcome) -> str:
     if outcome.kind == "compare":
         return _comparison(outcome)
     if outcome.knee is not None:
-        return f"{_where(outcome.runs[0])}{_sweep(outcome)}<p>{escape(knee_line(outcome.runs, outcome.knee))}</p>"
+        table = _table(sweep_figures(outcome.runs, outcome.knee))
+        return f"{_where(outcome.runs[0])}{table}<p>{escape(knee_line(outcome.runs, outcome.knee))}</p>"
     run = outcome.runs[0]
     line = f"<p>{escape(run.load)}: {escape(summary_line(run.tally).replace('  ', ', '))}</p>"
-    return f"{_where(run)}{line}{_times(run.tally.times) if run.tally.num_done else ''}{_phases(run)}"
+    return f"{_where(run)}{line}{_table(times_figures(run.tally.times)) if run.tally.num_done else ''}{_phases(run)}"
 
 
 def _where(run: Run) -> str:
     return f"<p><b>{escape(run.target)}</b> {escape(run.model)}</p>"
-
-
-def _times(times: dict[str, Histogram]) -> str:
-    rows = []
-    for name, label in LABELS.items():
-        histogram = times[name]
-        if histogram.count:
-            values = [histogram.mean_ms, *(histogram.quantile_ms(share) for share in QUANTILES.values()), histogram.most_s * 1000]
-            rows.append([label, *map(show, values)])
-    return _table(["ms", "mean", *QUANTILES, "max"], rows)
 
 
 def _phases(run: Run) -> str:
@@ -73,21 +69,11 @@ def _phases(run: Run) -> str:
     return f'<h2>{words}</h2><div class="bar">{"".join(bar)}</div><p class="keys">{"".join(keys)}</p>'
 
 
-def _sweep(outcome: Outcome) -> str:
-    cells = [sweep_cells(run) for run in outcome.runs]
-    rows = [[run.label, *row.values()] for run, row in zip(outcome.runs, cells, strict=True)]
-    return _table(["load", *cells[0]], rows, outcome.knee.index if outcome.knee is not None else None)
-
-
 def _comparison(outcome: Outcome) -> str:
     sides = "".join(f"<p><b>{side}</b> {escape(name)}</p>" for side, name in zip("AB", outcome.sides, strict=True))
-    rows = []
-    for one in outcome.compared:
-        interval = f"{one.ratio.low:.3f} to {one.ratio.high:.3f}"
-        rows.append([one.name, show(one.a), show(one.b), f"{one.ratio.median:.3f}", interval, one.verdict])
-    if not rows:
+    if not outcome.compared:
         return f"{sides}<p>Nothing to compare: too few pairs of turns had answers.</p>"
-    return sides + _table(["", "A", "B", "B / A", "95 % interval", ""], rows)
+    return sides + _table(comparison_figures(outcome.compared))
 
 
 def _notes(outcome: Outcome) -> str:
@@ -95,10 +81,12 @@ def _notes(outcome: Outcome) -> str:
     return f'<ul class="notes">{items}</ul>' if items else ""
 
 
-def _table(columns: Sequence[str], rows: Rows, marked: int | None = None) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+def _table(figures: Figures) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in figures.columns)
     lines = []
-    for number, row in enumerate(rows):
+    for number, row in enumerate(figures.rows):
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in row)
-        lines.append(f'<tr class="marked">{cells}</tr>' if number == marked else f"<tr>{cells}</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+        mark = ' class="marked"' if number in figures.marked else ""
+        lines.append(f"<tr{mark}>{cells}</tr>")
+    body = "".join(lines)
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
