@@ -23,7 +23,7 @@ from bench import wrk
 from bench.systems import MeshSystem, running
 from bench.venvs import ensure
 from bench.wrk import Scenario
-from meshserve.cli.bench.pairing import Ratio, ratio_of
+from meshserve.cli.bench.compare import Ratio, ratio_of
 
 _TOKENS = 16
 _CLOSED_STEP_MS, _OPEN_STEP_MS = 10.0, 50.0

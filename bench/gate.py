@@ -17,10 +17,10 @@ from pathlib import Path
 import click
 
 from bench import hop
-from bench.pairing import Ratio
 from bench.ratios import measure
 from bench.systems import FloorSystem, MeshSystem
 from bench.wrk import SCENARIOS
+from meshserve.cli.bench.compare import Ratio
 
 COMMITTED = Path(__file__).with_name("gate.json")
 _TOLERANCE = 0.3

@@ -16,8 +16,8 @@ import click
 import uvloop
 import zmq
 
-from bench.pairing import ratio_of
 from bench.processes import until
+from meshserve.cli.bench.compare import ratio_of
 from meshserve.config import MeshConfig
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh

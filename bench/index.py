@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from bench.pairing import ratio_of
+from meshserve.cli.bench.compare import ratio_of
 from meshserve.kv.index import PrefixIndex
 from meshserve.routing.fleet import Fleet, Question
 from meshserve.routing.workers import Prompt

@@ -23,8 +23,8 @@ import uvloop
 import zmq
 
 from bench.engine import BenchEngine, bench_layout
-from bench.pairing import ratio_of
 from bench.processes import answer_until_told, joined, loopback, started, until
+from meshserve.cli.bench.compare import ratio_of
 from meshserve.config import HandoffConfig, MeshConfig, TransportConfig
 from meshserve.errors import MeshserveError
 from meshserve.handoff.provider import PrefillProvider

@@ -30,8 +30,8 @@ import zmq
 
 from bench.engine import BenchEngine, bench_layout
 from bench.hop import echo_socket, time_floor
-from bench.pairing import ratio_of
 from bench.processes import answer_until_told, joined, loopback, started, until
+from meshserve.cli.bench.compare import ratio_of
 from meshserve.config import HandoffConfig
 from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import Engine, EngineOptions

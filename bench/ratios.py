@@ -9,7 +9,7 @@ import click
 
 from bench.systems import System, running
 from bench.wrk import Found, Scenario, load
-from meshserve.cli.bench.pairing import ratio_of
+from meshserve.cli.bench.compare import ratio_of
 
 _WARMUP_S = 1.0
 

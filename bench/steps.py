@@ -13,7 +13,7 @@ from typing import Any
 import click
 import uvloop
 
-from bench.pairing import ratio_of
+from meshserve.cli.bench.compare import ratio_of
 from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions, GenerationStats
 from meshserve.errors import MeshserveError

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import click
 import uvloop
 
-from bench.pairing import ratio_of
+from meshserve.cli.bench.compare import ratio_of
 
 _READY_S = 20.0
 _PROMPTS = ("A short question", "The prompt of a long document that is worth handing over. " * 8)

@@ -19,9 +19,8 @@ import click
 from bench.llama.client import complete, random_prompt
 from bench.llama.prefill_alone import serve
 from bench.llama.servers import engine_options
-from bench.pairing import ratio_of
 from bench.processes import started
-from meshserve.cli.bench.pairing import Ratio
+from meshserve.cli.bench.compare import Ratio, ratio_of
 from tests.harness import Host, Lan, Process, meshserve_command
 from tests.harness.namespaces import ToolError
 

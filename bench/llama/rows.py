@@ -13,8 +13,8 @@ from bench.llama.client import Answer, closed_loop, complete, random_prompt
 from bench.llama.handoff import handoff_1gbit
 from bench.llama.memory import decode_memory
 from bench.llama.servers import Ours, Theirs
-from bench.pairing import ratio_of
 from bench.systems import running
+from meshserve.cli.bench.compare import ratio_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 import pytest
 
 from bench.agreement import AGREES, DIFFERS, UNDECIDED, verdict
-from meshserve.cli.bench.pairing import Ratio
+from meshserve.cli.bench.compare import Ratio
 
 
 @pytest.mark.parametrize(

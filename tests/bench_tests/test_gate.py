@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bench.gate import COMMITTED, FIGURES, Figure, Verdict, bar_of, judge
-from meshserve.cli.bench.pairing import Ratio
+from meshserve.cli.bench.compare import Ratio
 
 TIME, RATE = Figure("a time", True), Figure("a rate", False)
 

@@ -9,26 +9,26 @@ from pathlib import Path
 
 import pytest
 
-from meshserve.cli.bench.exchange import Exchange, Job
 from meshserve.cli.bench.http_client import parse_url
 from meshserve.cli.bench.http_target import HttpSettings, HttpTarget
+from meshserve.cli.bench.requests import Request, RequestRecord
 from meshserve.errors import StartupFailed, UsageError
 from tests.cli.bench_server import FINISH, STREAM_END, STREAM_HEAD, Part, Script, chunked, event, serving, text, tokens, whole
 from tests.harness import run_async, until
 
 SETTINGS = HttpSettings(model="scripted")
-JOB = Job((("user", "hello"),), 4)
+JOB = Request((("user", "hello"),), 4)
 
 
-async def ask(target: HttpTarget, job: Job = JOB, deadline_s: float = 5.0) -> Exchange:
-    exchange = Exchange(job, 0.0, lambda _: None)
-    target.start(target.encode(job, False), exchange)
-    await until(lambda: exchange.ended_s is not None, deadline_s, "an answer")
-    return exchange
+async def ask(target: HttpTarget, job: Request = JOB, deadline_s: float = 5.0) -> RequestRecord:
+    record = RequestRecord(job, 0.0, lambda _: None)
+    target.start(target.encode(job, False), record)
+    await until(lambda: record.ended_s is not None, deadline_s, "an answer")
+    return record
 
 
-def asked_once(script: Script, settings: HttpSettings = SETTINGS, times: int = 1) -> list[Exchange]:
-    async def course() -> list[Exchange]:
+def asked_once(script: Script, settings: HttpSettings = SETTINGS, times: int = 1) -> list[RequestRecord]:
+    async def course() -> list[RequestRecord]:
         async with serving(script) as server:
             target = HttpTarget(server.url, settings)
             await target.open()
@@ -40,7 +40,7 @@ def asked_once(script: Script, settings: HttpSettings = SETTINGS, times: int = 1
     return run_async(course())
 
 
-def answer_of(parts: Sequence[Part], settings: HttpSettings = SETTINGS) -> Exchange:
+def answer_of(parts: Sequence[Part], settings: HttpSettings = SETTINGS) -> RequestRecord:
     return asked_once(lambda asked: parts, settings)[0]
 
 
@@ -151,9 +151,9 @@ def test_requests_say_what_was_asked_for() -> None:
             settings = HttpSettings("chat", None, "secret", ignore_eos=True, extra={"temperature": 0, "meshserve": {"policy": "kv"}})
             target = HttpTarget(server.url + "/base/v1", settings)
             await target.open()
-            exchange = Exchange(JOB, 0.0, lambda _: None)
-            target.start(target.encode(JOB, True), exchange)
-            await until(lambda: exchange.ended_s is not None, 5.0, "an answer")
+            record = RequestRecord(JOB, 0.0, lambda _: None)
+            target.start(target.encode(JOB, True), record)
+            await until(lambda: record.ended_s is not None, 5.0, "an answer")
             await target.close()
             asked = server.asked[0]
             assert (asked.method, asked.path, asked.body["model"]) == ("POST", "/base/v1/chat/completions", "scripted")

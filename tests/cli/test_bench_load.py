@@ -12,19 +12,16 @@ from typing import Any
 import pytest
 
 from meshserve.cli.bench.arrivals import Level, constant_level, due_times
-from meshserve.cli.bench.distributions import parse_lengths
-from meshserve.cli.bench.exchange import Job
 from meshserve.cli.bench.http_target import HttpSettings, HttpTarget
-from meshserve.cli.bench.load import Load, Plan
-from meshserve.cli.bench.stopping import Stop
+from meshserve.cli.bench.load import Load, Plan, Stop
+from meshserve.cli.bench.prompts import Scale, Shape, Workload, parse_lengths
+from meshserve.cli.bench.requests import Request
 from meshserve.cli.bench.tally import Goal, Tally
-from meshserve.cli.bench.texts import Scale
-from meshserve.cli.bench.workload import Shape, Workload
 from tests.cli.bench_server import Asked, Part, Script, Server, serving, tokens, whole
 from tests.harness import run_async, until
 from tests.harness.pressure import allowance_s
 
-JOB = Job((("user", "hello"),), 2)
+JOB = Request((("user", "hello"),), 2)
 
 
 async def loaded(server: Server, plan: Plan, rate: float | None = None, workload: Workload | None = None, is_chat: bool = False) -> Tally:

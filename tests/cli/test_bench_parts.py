@@ -10,17 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.cli.bench.arrivals import Level, due_times, parse_ramp
-from meshserve.cli.bench.compare import compare_runs, left_out
-from meshserve.cli.bench.distributions import parse_lengths
-from meshserve.cli.bench.exchange import Ending, Exchange, Job
-from meshserve.cli.bench.pairing import interval_rank, ratio_of
+from meshserve.cli.bench.compare import compare_runs, interval_rank, left_out, ratio_of
+from meshserve.cli.bench.prompts import PROBE_CHARS, Scale, Shape, Texts, Workload, parse_lengths, trace_requests
+from meshserve.cli.bench.requests import Ending, Request, RequestRecord
 from meshserve.cli.bench.selfcheck import findings
 from meshserve.cli.bench.sse import EventReader
 from meshserve.cli.bench.sweep import find_knee, parse_sweep
 from meshserve.cli.bench.tally import Goal, Tally, fine_histogram
-from meshserve.cli.bench.texts import PROBE_CHARS, Scale, Texts
 from meshserve.cli.bench.trace import TraceLine, read_lines
-from meshserve.cli.bench.workload import Shape, Workload, trace_jobs
 from meshserve.errors import UsageError
 from tests.cli.bench_server import FINISH, event, text
 
@@ -145,14 +142,14 @@ def test_a_conversation_carries_all_that_was_said() -> None:
 
 def test_a_trace_shares_the_text_of_equal_blocks_and_keeps_lengths() -> None:
     lines = [TraceLine(0.0, 1100, 3, (1, 2, 3)), TraceLine(0.5, 1024, 4, (1, 2)), TraceLine(1.0, 600, 5, (9, 2))]
-    a, b, c = trace_jobs(lines, Scale(2.0), 0)
+    a, b, c = trace_requests(lines, Scale(2.0), 0)
     assert [len(job.prompt) for job in (a, b, c)] == [2200, 2048, 1200]
     assert a.prompt[:2048] == b.prompt and c.prompt[:1024] != a.prompt[:1024]
     assert [(job.due_s, job.max_tokens) for job in (a, b, c)] == [(0.0, 3), (0.5, 4), (1.0, 5)]
 
 
 def test_a_trace_that_was_cut_out_of_another_begins_at_once() -> None:
-    jobs = trace_jobs([TraceLine(3600.0, 10, 1, (1,)), TraceLine(3600.5, 10, 1, (2,))], Scale(1.0), 0)
+    jobs = trace_requests([TraceLine(3600.0, 10, 1, (1,)), TraceLine(3600.5, 10, 1, (2,))], Scale(1.0), 0)
     assert [job.due_s for job in jobs] == [0.0, 0.5]
 
 
@@ -212,10 +209,10 @@ def test_a_stream_that_says_nothing_of_an_end_has_none() -> None:
 # --- figures
 
 
-def exchange(
+def record(
     due_s: float, times_s: Sequence[float], error: str | None = None, is_measured: bool = True, ended_s: float | None = None
-) -> Exchange:
-    made = Exchange(Job((("user", "x"),), 4), due_s, lambda _: None, is_measured)
+) -> RequestRecord:
+    made = RequestRecord(Request((("user", "x"),), 4), due_s, lambda _: None, is_measured)
     made.sent(due_s + 0.001)
     for time_s in times_s:
         made.content(time_s, 1)
@@ -227,37 +224,37 @@ def exchange(
     return made
 
 
-def tally_of(exchanges: Sequence[Exchange], goal: Goal | None = None, duration_s: float | None = 10.0) -> Tally:
+def tally_of(records: Sequence[RequestRecord], goal: Goal | None = None, duration_s: float | None = 10.0) -> Tally:
     tally = Tally(goal or Goal())
     tally.open_window(0.0, duration_s)
-    for one in exchanges:
+    for one in records:
         tally.ended(one)
     return tally
 
 
 def test_gaps_are_counted_one_by_one_and_latency_from_when_a_request_was_due() -> None:
-    tally = tally_of([exchange(1.0, [1.5, 1.6, 2.6])])
+    tally = tally_of([record(1.0, [1.5, 1.6, 2.6])])
     assert tally.times["ttft"].to_dict()["max"] == 500 and tally.times["e2e"].to_dict()["max"] == 1600
     assert tally.times["itl"].count == 2 and tally.times["itl"].to_dict()["max"] == 1000
     assert tally.times["tpot"].to_dict()["max"] == 550 and tally.times["queue"].to_dict()["max"] == 1
 
 
 def test_rates_are_those_of_the_window_whoever_was_asked_before_it() -> None:
-    before = exchange(-1.0, [-0.5, 0.5], is_measured=False)
-    within = exchange(1.0, [2.0, 3.0])
-    after = exchange(9.0, [9.5, 11.0])
+    before = record(-1.0, [-0.5, 0.5], is_measured=False)
+    within = record(1.0, [2.0, 3.0])
+    after = record(9.0, [9.5, 11.0])
     tally = tally_of([before, within, after])
     assert tally.requests_per_s == pytest.approx(0.2) and tally.tokens_per_s == pytest.approx(0.4)
     assert tally.num_done == 2 and tally.times["e2e"].count == 2
 
 
 def test_without_a_duration_the_window_ends_with_the_last_answer() -> None:
-    tally = tally_of([exchange(0.0, [0.5, 1.0]), exchange(1.0, [2.0, 4.0])], duration_s=None)
+    tally = tally_of([record(0.0, [0.5, 1.0]), record(1.0, [2.0, 4.0])], duration_s=None)
     assert (tally.window_s, tally.requests_per_s, tally.tokens_per_s) == (4.0, 0.5, 1.0)
 
 
 def test_errors_are_counted_by_kind_and_an_answer_without_content_is_one() -> None:
-    tally = tally_of([exchange(0.0, [], error="timeout"), exchange(0.0, [], error="timeout"), exchange(0.0, [])])
+    tally = tally_of([record(0.0, [], error="timeout"), record(0.0, [], error="timeout"), record(0.0, [])])
     assert tally.errors == {"timeout": 2, "empty answer": 1} and tally.times["ttft"].count == 0
 
 
@@ -273,13 +270,13 @@ def test_errors_are_counted_by_kind_and_an_answer_without_content_is_one() -> No
     ],
 )
 def test_goodput_counts_requests_that_met_their_targets(goal: Goal, is_met: bool) -> None:
-    tally = tally_of([exchange(1.0, [1.5, 1.6, 1.7])], goal)
+    tally = tally_of([record(1.0, [1.5, 1.6, 1.7])], goal)
     assert tally.num_good == is_met and tally.goodput == pytest.approx(0.1 * is_met)
 
 
-def test_an_exchange_ends_once() -> None:
-    ended: list[Exchange] = []
-    one = Exchange(Job((("user", "x"),), 4), 0.0, ended.append)
+def test_a_request_ends_once() -> None:
+    ended: list[RequestRecord] = []
+    one = RequestRecord(Request((("user", "x"),), 4), 0.0, ended.append)
     one.fail(1.0, "timeout")
     one.finish(2.0, Ending())
     assert len(ended) == 1 and one.error == "timeout" and one.ended_s == 1.0
@@ -289,7 +286,7 @@ def test_an_exchange_ends_once() -> None:
 
 
 def turn(latency_s: float) -> Tally:
-    return tally_of([exchange(float(number), [number + latency_s, number + 2 * latency_s]) for number in range(8)])
+    return tally_of([record(float(number), [number + latency_s, number + 2 * latency_s]) for number in range(8)])
 
 
 def test_two_that_differ_are_told_apart_and_two_that_do_not_are_not() -> None:
@@ -307,7 +304,7 @@ def test_a_figure_that_too_few_pairs_have_is_left_out() -> None:
 
 
 def test_a_side_that_answers_too_little_to_be_compared_is_named() -> None:
-    nothing = tally_of([exchange(0.0, [], error="HTTP 503")])
+    nothing = tally_of([record(0.0, [], error="HTTP 503")])
     assert left_out([(turn(0.1), turn(0.1))] * 6) == []
     (said,) = left_out([(turn(0.1), nothing)] * 6)
     assert (
@@ -331,7 +328,7 @@ def test_the_interval_holds_the_true_ratio_nearly_always(seed: int) -> None:
 
 
 def step(rate: int, latency_s: float, goal: Goal | None = None) -> Tally:
-    return tally_of([exchange(number / rate, [number / rate + latency_s]) for number in range(rate)], goal, 1.0 + latency_s)
+    return tally_of([record(number / rate, [number / rate + latency_s]) for number in range(rate)], goal, 1.0 + latency_s)
 
 
 def test_the_knee_is_the_step_of_greatest_power() -> None:
@@ -361,13 +358,13 @@ def test_what_is_no_sweep_is_refused(words: str) -> None:
     ],
 )
 def test_the_generator_says_when_it_was_what_was_measured(cpu_share: float, late_s: float, lag_s: float, words: str) -> None:
-    tally = tally_of([exchange(0.0, [0.01, 0.02])])
+    tally = tally_of([record(0.0, [0.01, 0.02])])
     found = findings(cpu_share, fine_histogram([late_s] * 100), fine_histogram([lag_s] * 100), tally)
     assert (words in found[0]) if words else not found
 
 
 def test_what_was_delayed_unsent_or_failed_is_said() -> None:
-    tally = tally_of([exchange(0.0, [], error="HTTP 503 overloaded")])
+    tally = tally_of([record(0.0, [], error="HTTP 503 overloaded")])
     tally.num_delayed, tally.num_unsent = 3, 4
     said = " ".join(findings(0.1, fine_histogram(), fine_histogram(), tally))
     assert "3 requests waited" in said and "4 requests were due and never sent" in said and "1 HTTP 503 overloaded" in said

@@ -18,7 +18,7 @@ from meshserve.cli.bench.sse import text_of
 from meshserve.cli.bench.sweep import find_knee
 from meshserve.cli.bench.tables import print_run, print_sweep
 from meshserve.cli.bench.tally import Goal, Tally, fine_histogram
-from tests.cli.test_bench_parts import exchange, step, tally_of
+from tests.cli.test_bench_parts import record, step, tally_of
 
 # --- plots
 
@@ -64,7 +64,7 @@ def test_tables_lose_no_digit_to_a_narrow_terminal(width: int) -> None:
 
 
 def test_a_progress_bar_follows_a_trace_by_its_requests() -> None:
-    tally = tally_of([exchange(0.0, [0.01])] * 5)
+    tally = tally_of([record(0.0, [0.01])] * 5)
     assert live.share_done(None, 20, tally, 1.0) == 0.25
     assert live.share_done(10.0, None, tally, 5.0) == pytest.approx(0.5) and live.share_done(None, None, tally, 1.0) == 0.0
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bench.pairing import ratio_of
+from meshserve.cli.bench.compare import ratio_of
 from meshserve.config import ServeConfig
 from tests.harness import Lan, Process, meshserve_command, pace, wait_until
 from tests.harness.held import held

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bench.pairing import ratio_of
+from meshserve.cli.bench.compare import ratio_of
 from tests.harness import Process, meshserve_command, pace
 from tests.harness.pressure import allowance_s
 from tests.harness.waiting import pace_async

@@ -1,15 +1,49 @@
-"""Two targets or settings in turn, many times in one run, so that whatever else the machine does happens to both."""
+"""Paired comparison: two sides in turn, so that other load on the machine meets both. Pure."""
 
 import math
-import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from statistics import median
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 
-from meshserve.cli.bench.pairing import Ratio, ratio_of
-from meshserve.cli.bench.session import Run
-from meshserve.cli.bench.tally import TIMES, Tally, fine_histogram
-from meshserve.telemetry import Histogram
+from meshserve.cli.bench.tally import Tally
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """The ratio of one thing to another over many alternations, with its 95 % confidence interval."""
+
+    median: float
+    low: float
+    high: float
+    num_pairs: int
+
+    def to_dict(self) -> dict[str, float]:
+        """For `--json`."""
+        return {key: round(value, 4) for key, value in asdict(self).items()}
+
+    @property
+    def is_different(self) -> bool:
+        """Whether the whole interval lies on one side of 1: else the two cannot be told apart."""
+        return self.high < 1 or self.low > 1
+
+
+def ratio_of(subjects: list[float], floors: list[float]) -> Ratio:
+    """Of the pairs' ratios: the median, and the interval from order statistics, which assumes nothing about their distribution."""
+    ratios = sorted(subject / floor for subject, floor in zip(subjects, floors, strict=True))
+    rank = interval_rank(len(ratios))
+    return Ratio(statistics.median(ratios), ratios[rank], ratios[-1 - rank], len(ratios))
+
+
+def interval_rank(count: int) -> int:
+    """How many values lie outside on each side of a 95 % interval of the median; 0 for fewer than six, of which all are too few.
+
+    The median lies below the (r+1)-th of n values as often as n coins show at most r heads.
+    """
+    rank, share = 0, 2 / 2**count  # of both tails
+    while (share := share + 2 * math.comb(count, rank + 1) / 2**count) <= 0.05:
+        rank += 1
+    return rank
+
 
 FIGURES: dict[str, Callable[[Tally], float]] = {
     "requests/s": lambda tally: tally.requests_per_s,
@@ -57,7 +91,7 @@ def compare_runs(pairs: Sequence[tuple[Tally, Tally]]) -> list[Compared]:
         if len(usable) < MIN_PAIRS:
             continue
         ratio = ratio_of([b for _, b in usable], [a for a, _ in usable])
-        found.append(Compared(name, median(a for a, _ in usable), median(b for _, b in usable), ratio))
+        found.append(Compared(name, statistics.median(a for a, _ in usable), statistics.median(b for _, b in usable), ratio))
     return found
 
 
@@ -69,30 +103,3 @@ def left_out(pairs: Sequence[tuple[Tally, Tally]]) -> list[str]:
         if any(a or b for a, b in values) and sum(a and b for a, b in values) < MIN_PAIRS:
             missing.setdefault((sum(a for a, _ in values), sum(b for _, b in values)), []).append(name)
     return [f"not compared, as A has it in {a} turns and B in {b}: {', '.join(names)}" for (a, b), names in missing.items()]
-
-
-async def alternate(
-    run_a: Callable[[], Awaitable[Run]], run_b: Callable[[], Awaitable[Run]], num_pairs: int, seed: int, is_stopped: Callable[[], bool]
-) -> list[tuple[Run, Run]]:
-    """Pairs of runs; which of a pair comes first is drawn, so that a drift favours neither. A pair that was stopped counts for nothing."""
-    rng = random.Random(f"order {seed}")
-    pairs: list[tuple[Run, Run]] = []
-    while len(pairs) < num_pairs and not is_stopped():
-        if rng.random() < 0.5:
-            a = await run_a()
-            b = await run_b()
-        else:
-            b = await run_b()
-            a = await run_a()
-        if not is_stopped():
-            pairs.append((a, b))
-    return pairs
-
-
-def all_times(runs: Iterable[Run]) -> dict[str, Histogram]:
-    """Of several runs together."""
-    merged = {name: fine_histogram() for name in TIMES}
-    for run in runs:
-        for name, histogram in run.tally.times.items():
-            merged[name].add(histogram)
-    return merged

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from meshserve.cli.bench.exchange import PATHS
+from meshserve.cli.bench.requests import PATHS
 from meshserve.errors import UsageError
 
 CONNECT_TIMEOUT_S = 10.0

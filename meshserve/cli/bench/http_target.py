@@ -4,7 +4,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from meshserve.cli.bench.exchange import PATHS, Ending, Exchange, Job
 from meshserve.cli.bench.http_client import (
     Pool,
     Reply,
@@ -13,6 +12,7 @@ from meshserve.cli.bench.http_client import (
     request_head,
     with_body,
 )
+from meshserve.cli.bench.requests import PATHS, Ending, Request, RequestRecord
 from meshserve.cli.bench.sse import EventReader, json_object, text_of
 from meshserve.errors import StartupFailed
 
@@ -37,7 +37,7 @@ class HttpSettings:
 
 
 class HttpTarget:
-    """See :class:`meshserve.cli.bench.exchange.Target`."""
+    """See :class:`meshserve.cli.bench.requests.Target`."""
 
     def __init__(self, url: str, settings: HttpSettings) -> None:
         self.name, self._settings = url, settings
@@ -83,19 +83,19 @@ class HttpTarget:
         return request_head(method, self._host, self._base + path, self._settings.api_key)
 
     async def count_tokens(self, text: str) -> int | None:
-        job = Job((("user", text),), 1)
-        body = {**self._fields(job), "model": self.model, **self._settings.extra, "stream": False}
+        request = Request((("user", text),), 1)
+        body = {**self._fields(request), "model": self.model, **self._settings.extra, "stream": False}
         _, fields = await self._ask("POST", PATHS[self._settings.endpoint], body)
         return _ending_of(fields, "").num_prompt_tokens
 
-    def _fields(self, job: Job) -> dict[str, Any]:
+    def _fields(self, request: Request) -> dict[str, Any]:
         if self._settings.endpoint == "chat":
-            messages = [{"role": role, "content": text} for role, text in job.messages]
-            return {"messages": messages, "max_tokens": job.max_tokens}
-        return {"prompt": job.prompt, "max_tokens": job.max_tokens}
+            messages = [{"role": role, "content": text} for role, text in request.messages]
+            return {"messages": messages, "max_tokens": request.max_tokens}
+        return {"prompt": request.prompt, "max_tokens": request.max_tokens}
 
-    def encode(self, job: Job, wants_receipt: bool) -> bytes:
-        fields = self._fields(job)
+    def encode(self, request: Request, wants_receipt: bool) -> bytes:
+        fields = self._fields(request)
         # later names win, and what is fixed for all requests is encoded once
         if wants_receipt:
             given = self._settings.extra.get("meshserve") or {}
@@ -103,10 +103,10 @@ class HttpTarget:
             return with_body(self._head, json.dumps(fields).encode())
         return with_body(self._head, json.dumps(fields).encode()[:-1] + b", " + self._tail)
 
-    def start(self, encoded: Any, exchange: Exchange) -> None:
+    def start(self, encoded: Any, record: RequestRecord) -> None:
         kind = _StreamReply if self._settings.is_stream else _WholeReply
-        reply = kind(exchange, self._settings.is_keeping_text)
-        exchange.cancel = reply.cancel
+        reply = kind(record, self._settings.is_keeping_text)
+        record.cancel = reply.cancel
         self.pool.start(encoded, reply)
 
     async def close(self) -> None:
@@ -137,58 +137,58 @@ class HttpTarget:
 
 
 class _WholeReply(Reply):
-    """From a response in one piece to an exchange."""
+    """From a response in one piece to an record."""
 
-    __slots__ = ("_exchange",)
+    __slots__ = ("_record",)
 
-    def __init__(self, exchange: Exchange, is_keeping_text: bool) -> None:
+    def __init__(self, record: RequestRecord, is_keeping_text: bool) -> None:
         super().__init__()
-        self._exchange = exchange
+        self._record = record
 
     def sent(self, now_s: float) -> None:
-        self._exchange.sent(now_s)
+        self._record.sent(now_s)
 
     def failed(self, now_s: float, kind: str) -> None:
-        self._exchange.fail(now_s, kind)
+        self._record.fail(now_s, kind)
 
     def complete(self, now_s: float) -> None:
         if self.status == 200:
             self._succeeded(now_s)
         else:
             fields = json_object(b"".join(self.parts))
-            self._exchange.fail(now_s, _error_kind(f"HTTP {self.status}", fields))
+            self._record.fail(now_s, _error_kind(f"HTTP {self.status}", fields))
 
     def _succeeded(self, now_s: float) -> None:
         fields = json_object(b"".join(self.parts))
         text = text_of(fields)
         if text:
-            self._exchange.content(now_s, 1)
-        self._exchange.finish(now_s, _ending_of(fields, text))
+            self._record.content(now_s, 1)
+        self._record.finish(now_s, _ending_of(fields, text))
 
 
 class _StreamReply(_WholeReply):
-    """From a stream of events to an exchange."""
+    """From a stream of events to an record."""
 
     __slots__ = ("_events",)
 
-    def __init__(self, exchange: Exchange, is_keeping_text: bool) -> None:
-        super().__init__(exchange, is_keeping_text)
+    def __init__(self, record: RequestRecord, is_keeping_text: bool) -> None:
+        super().__init__(record, is_keeping_text)
         self._events = EventReader(is_keeping_text)
 
     def body(self, now_s: float, data: bytes) -> None:
         if self.status != 200:
             self.parts.append(data)
         elif num_pieces := self._events.feed(data):
-            self._exchange.content(now_s, num_pieces)
+            self._record.content(now_s, num_pieces)
 
     def _succeeded(self, now_s: float) -> None:
         fields, is_ended = self._events.fields()
         if fields.get("error"):
-            self._exchange.fail(now_s, _error_kind("stream", fields))
+            self._record.fail(now_s, _error_kind("stream", fields))
         elif not is_ended:
-            self._exchange.fail(now_s, "stream cut short")
+            self._record.fail(now_s, "stream cut short")
         else:
-            self._exchange.finish(now_s, _ending_of(fields, self._events.take_text()))
+            self._record.finish(now_s, _ending_of(fields, self._events.take_text()))
 
 
 def _error_kind(where: str, fields: dict[str, Any]) -> str:

@@ -6,18 +6,20 @@ In an open loop latency counts from the time a request was due: else a target th
 
 import asyncio
 import math
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from meshserve.cli.bench.alarm import Alarm
 from meshserve.cli.bench.arrivals import Level
-from meshserve.cli.bench.exchange import Exchange, Job, Target
+from meshserve.cli.bench.requests import Request, RequestRecord, Target
 from meshserve.cli.bench.selfcheck import SelfCheck
 from meshserve.cli.bench.tally import Tally
 
 _TICK_S = 0.05
+EXIT_CODE = 128 + signal.SIGINT
 _AFTER_ERROR_S = 0.05
 """Before a client of the closed loop asks again, so that a target that refuses everything is not asked 10,000 times a second."""
 
@@ -42,25 +44,25 @@ class Plan:
 
 
 class Load:
-    """One run. `jobs` are taken as they are needed, and `dues` are seconds from the start, one for each job of an open loop."""
+    """One run. `requests` are taken as they are needed, and `dues` are seconds from the start, one for each request of an open loop."""
 
     def __init__(
         self,
         target: Target,
         plan: Plan,
-        jobs: Iterable[Job],
+        requests: Iterable[Request],
         dues: Iterator[float] | None,
         tally: Tally,
-        next_turn: Callable[[Job, str], Job | None] | None = None,
-        on_end: Callable[[Exchange], None] | None = None,
+        next_turn: Callable[[Request, str], Request | None] | None = None,
+        on_end: Callable[[RequestRecord], None] | None = None,
     ) -> None:
         self._target, self._plan, self._tally = target, plan, tally
-        self._jobs, self._dues, self._next_turn, self._on_end = iter(jobs), dues, next_turn, on_end
+        self._requests, self._dues, self._next_turn, self._on_end = iter(requests), dues, next_turn, on_end
         self.check = SelfCheck()
         self._loop = asyncio.get_running_loop()
         self._began_s = 0.0
         self._num_started = self._num_measured = 0
-        self._open: dict[int, Exchange] = {}
+        self._open: dict[int, RequestRecord] = {}
         """By identity, in the order in which they were started."""
         self._pauses: set[asyncio.TimerHandle] = set()
         self._is_exhausted = False
@@ -105,7 +107,7 @@ class Load:
             if not self.is_stopped or self._task.uncancel():
                 raise
             self._tally.close_window(time.monotonic())
-            self.num_left = sum(exchange.is_measured for exchange in self._open.values())
+            self.num_left = sum(record.is_measured for record in self._open.values())
         finally:
             self._task = None
             watch.cancel()
@@ -122,13 +124,13 @@ class Load:
 
     # --- starting one
 
-    def _start(self, job: Job, due_s: float, encoded: Any) -> None:
+    def _start(self, request: Request, due_s: float, encoded: Any) -> None:
         is_measured = self._is_measured(due_s)
-        exchange = Exchange(job, due_s, self._ended, is_measured)
+        record = RequestRecord(request, due_s, self._ended, is_measured)
         self._num_started += 1
         self._num_measured += is_measured
-        self._open[id(exchange)] = exchange
-        self._target.start(encoded, exchange)
+        self._open[id(record)] = record
+        self._target.start(encoded, record)
 
     def _is_measured(self, due_s: float) -> bool:
         """Whether the warm-up is over; the first request after it opens the window."""
@@ -140,37 +142,37 @@ class Load:
         self.check.start()
         return True
 
-    def _encode(self, job: Job) -> Any:
+    def _encode(self, request: Request) -> Any:
         every = self._plan.receipt_every
-        return self._target.encode(job, bool(every) and self._target.is_mesh and self._num_started % every == 0)
+        return self._target.encode(request, bool(every) and self._target.is_mesh and self._num_started % every == 0)
 
-    def _next_job(self) -> Job | None:
-        job = next(self._jobs, None)
-        if job is None:
+    def _next_request(self) -> Request | None:
+        request = next(self._requests, None)
+        if request is None:
             self._is_exhausted = True
-        return job
+        return request
 
     # --- open loop
 
     async def _run_open(self) -> None:
         alarm = Alarm(self._loop)
         try:
-            while (job := self._next_job()) is not None:
-                due_s = self._due(job)
+            while (request := self._next_request()) is not None:
+                due_s = self._due(request)
                 if due_s is None or self._is_over(due_s):
                     return
-                encoded = self._encode(job)
+                encoded = self._encode(request)
                 await alarm.until(due_s)
                 self.check.late.observe(time.monotonic() - due_s)
                 if self.num_open >= self._plan.max_open and not await self._wait_for_room(due_s):
                     return
-                self._start(job, due_s, encoded)
+                self._start(request, due_s, encoded)
         finally:
             alarm.close()
             self._is_exhausted = True
 
-    def _due(self, job: Job) -> float | None:
-        offset_s = job.due_s if job.due_s is not None else next(self._dues, None) if self._dues is not None else 0.0
+    def _due(self, request: Request) -> float | None:
+        offset_s = request.due_s if request.due_s is not None else next(self._dues, None) if self._dues is not None else 0.0
         return None if offset_s is None else self._began_s + offset_s
 
     async def _wait_for_room(self, due_s: float) -> bool:
@@ -186,8 +188,8 @@ class Load:
 
     def _num_due_before(self, end_s: float) -> int:
         count = 0
-        while (job := next(self._jobs, None)) is not None:
-            due_s = self._due(job)
+        while (request := next(self._requests, None)) is not None:
+            due_s = self._due(request)
             if due_s is None or due_s >= end_s:
                 break
             count += 1
@@ -200,42 +202,42 @@ class Load:
         assert self._plan.clients is not None
         num_clients = math.floor(self._plan.clients.at(self.elapsed_s) + 1e-9)
         while len(self._open) + len(self._pauses) < num_clients and not self._is_over(time.monotonic()):
-            job = self._next_job()
-            if job is None:
+            request = self._next_request()
+            if request is None:
                 return
-            self._send_now(job)
+            self._send_now(request)
 
-    def _send_now(self, job: Job) -> None:
-        encoded = self._encode(job)
-        self._start(job, time.monotonic(), encoded)
+    def _send_now(self, request: Request) -> None:
+        encoded = self._encode(request)
+        self._start(request, time.monotonic(), encoded)
 
     # --- the end of one
 
-    def _ended(self, exchange: Exchange) -> None:
-        self._open.pop(id(exchange), None)
-        self._tally.ended(exchange)
+    def _ended(self, record: RequestRecord) -> None:
+        self._open.pop(id(record), None)
+        self._tally.ended(record)
         if self._on_end is not None:
-            self._on_end(exchange)
+            self._on_end(record)
         self._changed.set()
-        job = None
-        if self._next_turn is not None and exchange.error is None:
-            job = self._next_turn(exchange.job, exchange.ending.text)
-        if job is not None:
-            self._pause(self._plan.think_s, job)
+        request = None
+        if self._next_turn is not None and record.error is None:
+            request = self._next_turn(record.request, record.ending.text)
+        if request is not None:
+            self._pause(self._plan.think_s, request)
         elif self._plan.clients is not None:
-            if exchange.error is None:
+            if record.error is None:
                 self._fill()
             else:
                 self._pause(_AFTER_ERROR_S, None)
 
-    def _pause(self, seconds: float, job: Job | None) -> None:
-        """Go on after a while: with this job, or with the next one."""
+    def _pause(self, seconds: float, request: Request | None) -> None:
+        """Go on after a while: with this request, or with the next one."""
 
         def go_on() -> None:
             self._pauses.discard(handle)
             self._changed.set()
-            if job is not None and not self._is_over(time.monotonic()):
-                self._send_now(job)
+            if request is not None and not self._is_over(time.monotonic()):
+                self._send_now(request)
             elif self._plan.clients is not None:
                 self._fill()
 
@@ -247,12 +249,12 @@ class Load:
         while True:
             await asyncio.sleep(_TICK_S)
             now_s = time.monotonic()
-            for exchange in list(self._open.values()):
-                if now_s - (exchange.sent_s or exchange.due_s) < self._plan.timeout_s:
+            for record in list(self._open.values()):
+                if now_s - (record.sent_s or record.due_s) < self._plan.timeout_s:
                     break
-                if exchange.cancel is not None:
-                    exchange.cancel()
-                exchange.fail(now_s, "timeout")
+                if record.cancel is not None:
+                    record.cancel()
+                record.fail(now_s, "timeout")
             if self._plan.clients is not None:
                 self._fill()
             self._changed.set()
@@ -260,7 +262,41 @@ class Load:
     def _abandon(self) -> None:
         for handle in self._pauses:
             handle.cancel()
-        for exchange in list(self._open.values()):
-            if exchange.cancel is not None:
-                exchange.cancel()
+        for record in list(self._open.values()):
+            if record.cancel is not None:
+                record.cancel()
         self._open.clear()
+
+
+class Stop:
+    """Whether the user has had enough. A second Ctrl-C ends the command as it always does."""
+
+    def __init__(self) -> None:
+        self._load: Load | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.is_asked = False
+
+    def watch(self, load: Load) -> None:
+        """Stop this run when asked; at once, if that was before."""
+        self._load = load
+        if self.is_asked:
+            load.stop()
+
+    def __enter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_signal_handler(signal.SIGINT, self._asked)
+        return self
+
+    def _asked(self) -> None:
+        self.is_asked = True
+        self._leave()
+        if self._load is not None:
+            self._load.stop()
+
+    def _leave(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_signal_handler(signal.SIGINT)  # and Python's own, KeyboardInterrupt, is back
+            self._loop = None
+
+    def __exit__(self, *error: object) -> None:
+        self._leave()

@@ -6,7 +6,7 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any
 
-from meshserve.cli.bench.exchange import Ending, Exchange, Job
+from meshserve.cli.bench.requests import Ending, Request, RequestRecord
 from meshserve.cli.observing import observer, wait_for
 from meshserve.config import MeshConfig
 from meshserve.errors import MeshserveError, PeerLost, StartupFailed, UsageError
@@ -20,7 +20,7 @@ _ASK_TIMEOUT_S = 30.0
 
 
 class MeshTarget:
-    """See :class:`meshserve.cli.bench.exchange.Target`."""
+    """See :class:`meshserve.cli.bench.requests.Target`."""
 
     def __init__(
         self, config: MeshConfig, endpoint: str, model: str | None, ignore_eos: bool, timeout_s: float, extra: dict[str, Any]
@@ -52,25 +52,25 @@ class MeshTarget:
 
     async def count_tokens(self, text: str) -> int | None:
         assert self._mesh is not None
-        request = self._request(Job((("user", text),), 1), False)
+        request = self._request(Request((("user", text),), 1), False)
         try:
             end = await self._mesh.call(self._processor(), COMPLETE, request, _ASK_TIMEOUT_S)
         except MeshserveError:
             return None
         return _ending_of(end, "").num_prompt_tokens
 
-    def encode(self, job: Job, wants_receipt: bool) -> Any:
-        return self._request(job, wants_receipt)
+    def encode(self, request: Request, wants_receipt: bool) -> Any:
+        return self._request(request, wants_receipt)
 
-    def _request(self, job: Job, wants_receipt: bool) -> CompletionRequest:
+    def _request(self, request: Request, wants_receipt: bool) -> CompletionRequest:
         assert self._mesh is not None
         return CompletionRequest(
             request_id=f"{self._mesh.incarnation}-{next(self._ids)}",
             kind="chat" if self._is_chat else "completion",
             model=self.model,
-            prompt=None if self._is_chat else job.prompt,
-            messages=[{"role": role, "content": text} for role, text in job.messages] if self._is_chat else None,
-            max_tokens=job.max_tokens,
+            prompt=None if self._is_chat else request.prompt,
+            messages=[{"role": role, "content": text} for role, text in request.messages] if self._is_chat else None,
+            max_tokens=request.max_tokens,
             ignore_eos=self._ignore_eos,
             wants_receipt=wants_receipt,
             policy=self._policy,
@@ -84,42 +84,42 @@ class MeshTarget:
             raise PeerLost("no processor is left in the mesh")
         return able[next(self._ids) % len(able)].incarnation
 
-    def start(self, encoded: Any, exchange: Exchange) -> None:
+    def start(self, encoded: Any, record: RequestRecord) -> None:
         assert self._mesh is not None
-        sink = _Sink(exchange)
-        exchange.cancel = sink.cancel
+        sink = _Sink(record)
+        record.cancel = sink.cancel
         try:
             sink.call = self._mesh.open(self._processor(), COMPLETE, encoded, sink, self._timeout_s)
         except PeerLost as error:
             asyncio.get_running_loop().call_soon(sink.on_error, error)
             return
-        exchange.sent(time.monotonic())
+        record.sent(time.monotonic())
 
     async def close(self) -> None:
         await self._stack.aclose()
 
 
 class _Sink:
-    """From a processor's stream to an exchange."""
+    """From a processor's stream to an record."""
 
-    __slots__ = ("_exchange", "_texts", "call")
+    __slots__ = ("_record", "_texts", "call")
 
-    def __init__(self, exchange: Exchange) -> None:
-        self._exchange = exchange
+    def __init__(self, record: RequestRecord) -> None:
+        self._record = record
         self._texts: list[str] = []
         self.call: OutgoingCall | None = None
 
     def on_item(self, item: str) -> None:
         if item:
-            self._exchange.content(time.monotonic(), 1)
-            if self._exchange.job.num_turns_left:
+            self._record.content(time.monotonic(), 1)
+            if self._record.request.num_turns_left:
                 self._texts.append(item)
 
     def on_end(self, value: completion.Ending) -> None:
-        self._exchange.finish(time.monotonic(), _ending_of(value, "".join(self._texts)))
+        self._record.finish(time.monotonic(), _ending_of(value, "".join(self._texts)))
 
     def on_error(self, error: MeshserveError) -> None:
-        self._exchange.fail(time.monotonic(), error.code)
+        self._record.fail(time.monotonic(), error.code)
 
     def cancel(self) -> None:
         """Nobody waits any more."""

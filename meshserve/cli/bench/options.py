@@ -9,8 +9,8 @@ from typing import Any
 import click
 
 from meshserve.cli.bench.arrivals import ARRIVALS, parse_ramp
-from meshserve.cli.bench.distributions import FORMS, parse_lengths
-from meshserve.cli.bench.exchange import PATHS
+from meshserve.cli.bench.prompts import FORMS, parse_lengths
+from meshserve.cli.bench.requests import PATHS
 from meshserve.cli.options import option, together
 from meshserve.errors import UsageError
 

@@ -3,19 +3,21 @@
 import csv
 import itertools
 import platform
-from collections.abc import Awaitable, Callable, Sequence
+import random
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from meshserve import __version__
-from meshserve.cli.bench.compare import Compared, all_times, alternate, compare_runs, left_out
+from meshserve.cli.bench.compare import Compared, compare_runs, left_out
 from meshserve.cli.bench.live import Live
+from meshserve.cli.bench.load import Stop
 from meshserve.cli.bench.session import CSV_COLUMNS, Run, Session
 from meshserve.cli.bench.settings import Settings
-from meshserve.cli.bench.stopping import Stop
 from meshserve.cli.bench.sweep import RULE, Knee, find_knee, power
 from meshserve.cli.bench.tables import console, print_comparison, print_findings, print_run, print_sweep
+from meshserve.cli.bench.tally import TIMES, fine_histogram
 from meshserve.config import MeshConfig
 from meshserve.telemetry import Histogram
 
@@ -64,7 +66,7 @@ class Outcome:
 
     def side_times(self, side: int) -> dict[str, Histogram]:
         """All times of A (0) or B (1)."""
-        return all_times(self.runs[side::2])
+        return _all_times(self.runs[side::2])
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`; docs/measuring.md says what the fields are."""
@@ -158,7 +160,7 @@ async def _sweep(session: Session, steps: Sides, stop: Stop) -> Outcome:
 
 async def _compare(sessions: list[Session], sides: Sides, num_pairs: int, stop: Stop) -> Outcome:
     a, b = (_turns(name, session) for name, session in zip("AB", sessions, strict=True))
-    pairs = await alternate(a, b, num_pairs, sides[0][1].seed, lambda: stop.is_asked)
+    pairs = await _alternate(a, b, num_pairs, sides[0][1].seed, lambda: stop.is_asked)
     tallies = [(one.tally, other.tally) for one, other in pairs]
     return Outcome(
         "compare",
@@ -175,3 +177,30 @@ def _turns(name: str, session: Session) -> Callable[[], Awaitable[Run]]:
     numbers = itertools.count(1)
     shown = f"{name} {session.target.name}"
     return lambda: session.run(f"{name}{next(numbers)}", shown, session.settings)
+
+
+async def _alternate(
+    run_a: Callable[[], Awaitable[Run]], run_b: Callable[[], Awaitable[Run]], num_pairs: int, seed: int, is_stopped: Callable[[], bool]
+) -> list[tuple[Run, Run]]:
+    """Pairs of runs; which of a pair comes first is drawn, so that a drift favours neither. A pair that was stopped counts for nothing."""
+    rng = random.Random(f"order {seed}")
+    pairs: list[tuple[Run, Run]] = []
+    while len(pairs) < num_pairs and not is_stopped():
+        if rng.random() < 0.5:
+            a = await run_a()
+            b = await run_b()
+        else:
+            b = await run_b()
+            a = await run_a()
+        if not is_stopped():
+            pairs.append((a, b))
+    return pairs
+
+
+def _all_times(runs: Iterable[Run]) -> dict[str, Histogram]:
+    """Of several runs together."""
+    merged = {name: fine_histogram() for name in TIMES}
+    for run in runs:
+        for name, histogram in run.tally.times.items():
+            merged[name].add(histogram)
+    return merged

@@ -5,18 +5,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from meshserve.cli.bench.exchange import Exchange, Job, Target
 from meshserve.cli.bench.http_target import HttpTarget
 from meshserve.cli.bench.live import Live
-from meshserve.cli.bench.load import Load
+from meshserve.cli.bench.load import Load, Stop
 from meshserve.cli.bench.mesh_target import MeshTarget
+from meshserve.cli.bench.prompts import PROBE_CHARS, Scale, Texts, Workload, trace_requests
+from meshserve.cli.bench.requests import Request, RequestRecord, Target
 from meshserve.cli.bench.selfcheck import findings
 from meshserve.cli.bench.settings import Settings
-from meshserve.cli.bench.stopping import Stop
 from meshserve.cli.bench.tally import Second, Tally
-from meshserve.cli.bench.texts import PROBE_CHARS, Scale, Texts
 from meshserve.cli.bench.trace import TraceLine, read_trace_file
-from meshserve.cli.bench.workload import Workload, trace_jobs
 from meshserve.config import MeshConfig
 
 CSV_COLUMNS = ("due_s", "queue_ms", "ttft_ms", "tpot_ms", "e2e_ms", "prompt_tokens", "output_tokens", "error", "run")
@@ -83,7 +81,7 @@ class Session:
         self._scale = Scale()
         self._lines: list[TraceLine] = read_trace_file(settings.trace, settings.speed) if settings.trace is not None else []
         self._num_runs = 0
-        self._rows: list[tuple[str, Exchange]] = []
+        self._rows: list[tuple[str, RequestRecord]] = []
 
     async def open(self) -> None:
         """Connect, and learn how long the target's tokens are. Raises StartupFailed."""
@@ -104,13 +102,13 @@ class Session:
         seed = settings.seed + 1_000_003 * self._num_runs
         self._num_runs += 1
         workload = Workload(settings.shape, self._scale, seed)
-        jobs: Iterable[Job] = trace_jobs(self._lines, self._scale, seed) if self._lines else workload
+        requests: Iterable[Request] = trace_requests(self._lines, self._scale, seed) if self._lines else workload
         if settings.plan.clients is not None and self._lines:
-            jobs = (replace(job, due_s=None) for job in jobs)
+            requests = (replace(request, due_s=None) for request in requests)
         tally = Tally(settings.goal)
         next_turn = workload.next_turn if settings.shape.num_turns > 1 else None
-        keep = (lambda exchange: self._rows.append((label, exchange))) if self._is_keeping_rows else None
-        load = Load(self.target, settings.plan, jobs, settings.dues(seed), tally, next_turn, keep)
+        keep = (lambda record: self._rows.append((label, record))) if self._is_keeping_rows else None
+        load = Load(self.target, settings.plan, requests, settings.dues(seed), tally, next_turn, keep)
         self._live.watch(shown, settings.plan, len(self._lines) or None, load, tally)
         self._stop.watch(load)
         gc.collect()
@@ -142,7 +140,7 @@ def _target(settings: Settings, mesh: MeshConfig) -> Target:
     return MeshTarget(mesh, http.endpoint, http.model, http.ignore_eos, settings.plan.timeout_s, http.extra)
 
 
-def _row(row: Exchange, began_s: float) -> list[Any]:
+def _row(row: RequestRecord, began_s: float) -> list[Any]:
     ended_s, ttft_s, tpot_s = row.ended_s or row.due_s, row.ttft_s, row.tpot_s
     return [
         f"{row.due_s - began_s:.6f}",

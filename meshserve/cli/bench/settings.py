@@ -9,8 +9,8 @@ from typing import Any
 from meshserve.cli.bench.arrivals import Level, constant_level, due_times
 from meshserve.cli.bench.http_target import HttpSettings
 from meshserve.cli.bench.load import Plan
+from meshserve.cli.bench.prompts import Shape
 from meshserve.cli.bench.tally import Goal
-from meshserve.cli.bench.workload import Shape
 from meshserve.cli.options import pick
 from meshserve.errors import UsageError
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from meshserve.cli.bench.exchange import Exchange
+from meshserve.cli.bench.requests import RequestRecord
 from meshserve.telemetry import Histogram
 
 TIMES = ("ttft", "itl", "tpot", "e2e", "queue")
@@ -36,9 +36,9 @@ class Goal:
         """Whether anything is asked."""
         return self.ttft_s is not None or self.itl_s is not None
 
-    def is_met(self, exchange: Exchange) -> bool:
+    def is_met(self, record: RequestRecord) -> bool:
         """The first token in time, and the others in time on average: what a reader at this pace never notices."""
-        ttft_s, tpot_s = exchange.ttft_s, exchange.tpot_s
+        ttft_s, tpot_s = record.ttft_s, record.tpot_s
         if self.ttft_s is not None and (ttft_s is None or ttft_s > self.ttft_s):
             return False
         return self.itl_s is None or tpot_s is None or tpot_s <= self.itl_s
@@ -57,7 +57,7 @@ class Second:
 
 
 class Tally:
-    """Takes exchanges as they end. The window is what rates are measured in: from the end of the warm-up until no more was sent."""
+    """Takes records as they end. The window is what rates are measured in: from the end of the warm-up until no more was sent."""
 
     def __init__(self, goal: Goal) -> None:
         self.goal = goal
@@ -86,45 +86,45 @@ class Tally:
         if self.began_s is not None and (self.ends_s is None or self.ends_s > now_s):
             self.ends_s = now_s
 
-    def ended(self, exchange: Exchange) -> None:
-        """One more exchange, measured or not: what was under way when the window opened counts for its rates."""
-        self._count_within(exchange)
-        if not exchange.is_measured:
+    def ended(self, record: RequestRecord) -> None:
+        """One more record, measured or not: what was under way when the window opened counts for its rates."""
+        self._count_within(record)
+        if not record.is_measured:
             return
-        assert exchange.ended_s is not None
-        self.last_s = max(self.last_s, exchange.ended_s)
-        self._second(exchange.due_s).num_due += 1
-        second = self._second(exchange.ended_s)
-        if exchange.error is not None:
-            self.errors[exchange.error] += 1
+        assert record.ended_s is not None
+        self.last_s = max(self.last_s, record.ended_s)
+        self._second(record.due_s).num_due += 1
+        second = self._second(record.ended_s)
+        if record.error is not None:
+            self.errors[record.error] += 1
             second.num_errors += 1
             return
-        self._measure(exchange, second, exchange.ended_s)
+        self._measure(record, second, record.ended_s)
 
-    def _measure(self, exchange: Exchange, second: Second, ended_s: float) -> None:
-        times, stamps = self.times, exchange.times_s
-        ttft_s = stamps[0] - exchange.due_s
-        e2e_s = ended_s - exchange.due_s
+    def _measure(self, record: RequestRecord, second: Second, ended_s: float) -> None:
+        times, stamps = self.times, record.times_s
+        ttft_s = stamps[0] - record.due_s
+        e2e_s = ended_s - record.due_s
         times["ttft"].observe(ttft_s)
         times["e2e"].observe(e2e_s)
-        if exchange.sent_s is not None:
-            times["queue"].observe(exchange.sent_s - exchange.due_s)
+        if record.sent_s is not None:
+            times["queue"].observe(record.sent_s - record.due_s)
         record_gap = times["itl"].observe
         for before, after in pairwise(stamps):
             record_gap(after - before)
-        if exchange.tpot_s is not None:
-            times["tpot"].observe(exchange.tpot_s)
+        if record.tpot_s is not None:
+            times["tpot"].observe(record.tpot_s)
         self.num_done += 1
-        self.num_good += self.goal.is_met(exchange)
+        self.num_good += self.goal.is_met(record)
         self.num_pieces += len(stamps)
         second.num_done += 1
         second.ttft.observe(ttft_s)
         second.e2e.observe(e2e_s)
-        self._count_tokens(exchange)
+        self._count_tokens(record)
 
-    def _count_tokens(self, exchange: Exchange) -> None:
-        ending = exchange.ending
-        self.num_output_tokens += exchange.num_tokens
+    def _count_tokens(self, record: RequestRecord) -> None:
+        ending = record.ending
+        self.num_output_tokens += record.num_tokens
         self.num_prompt_tokens += ending.num_prompt_tokens or 0
         self.num_cached_tokens += ending.num_cached_tokens or 0
         if ending.receipt is not None:
@@ -132,8 +132,8 @@ class Tally:
             for phase, milliseconds in ending.receipt.get("phases_ms", {}).items():
                 self.phases_ms[phase] += milliseconds
 
-    def _count_within(self, exchange: Exchange) -> None:
-        began_s, ends_s, stamps = self.began_s, self.ends_s, exchange.times_s
+    def _count_within(self, record: RequestRecord) -> None:
+        began_s, ends_s, stamps = self.began_s, self.ends_s, record.times_s
         if began_s is None or not stamps:
             return
         num_within = len(stamps)
@@ -141,11 +141,11 @@ class Tally:
             num_within = sum(began_s <= stamp and (ends_s is None or stamp <= ends_s) for stamp in stamps)
         self._num_pieces_within += num_within
         self._note_seconds(stamps)
-        ended_s = exchange.ended_s or 0.0
-        is_counted = ended_s >= began_s and (exchange.is_measured if ends_s is None else ended_s <= ends_s)
-        if exchange.error is None and is_counted:
+        ended_s = record.ended_s or 0.0
+        is_counted = ended_s >= began_s and (record.is_measured if ends_s is None else ended_s <= ends_s)
+        if record.error is None and is_counted:
             self._num_ended_within += 1
-            self._num_good_within += self.goal.is_met(exchange)
+            self._num_good_within += self.goal.is_met(record)
 
     def _note_seconds(self, stamps: Iterable[float]) -> None:
         for number, count in Counter(self._number(stamp) for stamp in stamps).items():

@@ -9,7 +9,7 @@ PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Request:
     """What is asked. A conversation's later turns come from its earlier ones."""
 
     messages: tuple[tuple[str, str], ...]
@@ -38,12 +38,12 @@ class Ending:
 
 
 @dataclass(slots=True)
-class Exchange:
+class RequestRecord:
     """Times are of time.monotonic. Exactly one of :meth:`finish` and :meth:`fail` counts, the first."""
 
-    job: Job
+    request: Request
     due_s: float
-    on_done: Callable[["Exchange"], None]
+    on_done: Callable[["RequestRecord"], None]
     is_measured: bool = True
     sent_s: float | None = None
     times_s: list[float] = field(default_factory=list)
@@ -113,11 +113,11 @@ class Target(Protocol):
     async def count_tokens(self, text: str) -> int | None:
         """Of a prompt, as the target counts them; None if it does not say."""
 
-    def encode(self, job: Job, wants_receipt: bool) -> Any:
+    def encode(self, request: Request, wants_receipt: bool) -> Any:
         """What :meth:`start` takes: made before the request is due."""
 
-    def start(self, encoded: Any, exchange: Exchange) -> None:
-        """Send. Never blocks and never raises; what comes of it goes to the exchange, not before this returns."""
+    def start(self, encoded: Any, record: RequestRecord) -> None:
+        """Send. Never blocks and never raises; what comes of it goes to the record, not before this returns."""
 
     async def close(self) -> None:
         """End what is open."""

@@ -1,0 +1,174 @@
+"""Prompts: lengths from distributions, texts of so many tokens, conversations, traces. Pure.
+
+The characters of a token are measured at the target, which counts the tokens of two probes:
+:meth:`Scale.from_probes`.
+"""
+
+import itertools
+import math
+import random
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from meshserve.cli.bench.requests import Request
+from meshserve.cli.bench.trace import TRACE_BLOCK_SIZE, TraceLine
+from meshserve.errors import UsageError
+
+FORMS = "N | uniform:LOW:HIGH | normal:MEAN:DEVIATION | lognormal:MEDIAN:SIGMA"
+MAX_TOKENS = 1_000_000
+_POOL_CHARS = 1 << 18
+_TEXT = """
+mesh peer prompt token block cache river harbour paper window signal garden letter engine number winter summer bridge stone
+market station silver copper evening morning thunder valley mountain island ocean forest meadow lantern mirror shadow
+the of and to in that it was for with as his on be at by had not are but from or have an they which one you were her all
+she there would their we him been has when who will more no if out so said what up its about into than them can only other
+"""
+PROBE_CHARS = (400, 2000)
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Token counts from 1 to 1,000,000."""
+
+    text: str
+    """As it was asked for."""
+    draw_raw: Callable[[random.Random], float]
+
+    def draw(self, rng: random.Random) -> int:
+        """The next one."""
+        return max(1, min(MAX_TOKENS, round(self.draw_raw(rng))))
+
+
+def parse_lengths(text: str) -> Lengths:
+    """One of :data:`FORMS`; `lognormal` takes the median and the standard deviation of the logarithm. Raises UsageError."""
+    kind, *parts = text.split(":")
+    try:
+        if not parts:
+            kind, parts = "fixed", [kind]
+        numbers = [float(part) for part in parts]
+    except ValueError as exc:
+        raise UsageError(f"{text!r} is no distribution of lengths: {FORMS}") from exc
+    draw = _draw(kind, numbers)
+    if draw is None:
+        raise UsageError(f"{text!r} is no distribution of lengths: {FORMS}")
+    return Lengths(text, draw)
+
+
+def _draw(kind: str, numbers: list[float]) -> Callable[[random.Random], float] | None:
+    if not all(math.isfinite(number) and 0 <= number <= MAX_TOKENS for number in numbers):
+        return None
+    match kind, numbers:
+        case "fixed", [count] if count >= 1:
+            return lambda rng: count
+        case "uniform", [low, high] if 1 <= low <= high:
+            return lambda rng: rng.randint(math.ceil(low), math.floor(high))
+        case "normal", [mean, deviation] if mean >= 1:
+            return lambda rng: rng.gauss(mean, deviation)
+        case "lognormal", [median, sigma] if median >= 1 and sigma <= 10:
+            return lambda rng: rng.lognormvariate(math.log(median), sigma)
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How the target's tokens relate to characters."""
+
+    chars_per_token: float = 4.0
+    """What is usual for English text."""
+    num_overhead_tokens: float = 0.0
+    """That each request has on top, such as a chat's template."""
+
+    def num_chars(self, num_tokens: int, is_first: bool = True) -> int:
+        """Of a text with so many tokens; the first text of a prompt carries what the template adds."""
+        return max(1, round((num_tokens - (self.num_overhead_tokens if is_first else 0.0)) * self.chars_per_token))
+
+    @classmethod
+    def from_probes(cls, num_short: int, num_long: int) -> "Scale | None":
+        """From how many tokens texts of :data:`PROBE_CHARS` characters had; None if that cannot be."""
+        num_more = num_long - num_short
+        if num_more <= 0:
+            return None
+        short_chars, long_chars = PROBE_CHARS
+        chars_per_token = (long_chars - short_chars) / num_more
+        return cls(chars_per_token, max(0.0, num_short - short_chars / chars_per_token))
+
+
+class Texts:
+    """Slices of one long random text, each with a label in front, so that no two labels share a beginning."""
+
+    def __init__(self, seed: int) -> None:
+        rng = random.Random(f"texts {seed}")
+        known, words = _TEXT.split(), list[str]()
+        size = 0
+        while size < _POOL_CHARS:
+            words.append(rng.choice(known))
+            size += len(words[-1]) + 1
+        self._pool = " ".join(words)
+
+    def make(self, label: str, num_chars: int) -> str:
+        """Exactly so many characters."""
+        begin = zlib.crc32(label.encode()) % (len(self._pool) // 2)
+        text = f"{label} {self._pool[begin : begin + num_chars]}"
+        while len(text) < num_chars:
+            text += self._pool
+        return text[:num_chars]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of generated prompts."""
+
+    prompt_tokens: Lengths
+    """Of each turn's own part."""
+    output_tokens: Lengths
+    num_shared_tokens: int = 0
+    """With which prompts begin that share a prefix."""
+    num_prefixes: int = 1
+    num_turns: int = 1
+
+
+class Workload:
+    """Requests without end, the same for the same seed."""
+
+    def __init__(self, shape: Shape, scale: Scale, seed: int) -> None:
+        self._shape, self._scale, self._seed = shape, scale, seed
+        self._rng = random.Random(f"workload {seed}")
+        self._texts = Texts(seed)
+        self._numbers = itertools.count(1)
+        num_chars = scale.num_chars(shape.num_shared_tokens) if shape.num_shared_tokens else 0
+        labels = [f"prefix {seed}.{number}" for number in range(shape.num_prefixes)]
+        self._prefixes = [self._texts.make(label, num_chars) if num_chars else "" for label in labels]
+
+    def __iter__(self) -> Iterator[Request]:
+        while True:
+            prefix = self._rng.choice(self._prefixes)
+            text = prefix + self._own_text(is_first=not prefix)
+            yield Request((("user", text),), self._shape.output_tokens.draw(self._rng), self._shape.num_turns - 1)
+
+    def _own_text(self, is_first: bool) -> str:
+        num_tokens = self._shape.prompt_tokens.draw(self._rng)
+        return self._texts.make(f"{self._seed}.{next(self._numbers)}", self._scale.num_chars(num_tokens, is_first))
+
+    def next_turn(self, request: Request, answer: str) -> Request | None:
+        """What is asked after this answer; None if the conversation is over."""
+        if request.num_turns_left == 0:
+            return None
+        messages = (*request.messages, ("assistant", answer), ("user", self._own_text(is_first=False)))
+        return replace(
+            request,
+            messages=messages,
+            max_tokens=self._shape.output_tokens.draw(self._rng),
+            num_turns_left=request.num_turns_left - 1,
+        )
+
+
+def trace_requests(lines: Sequence[TraceLine], scale: Scale, seed: int) -> Iterator[Request]:
+    """The requests of a trace, the first at once. Blocks of equal ids have equal texts; the last one is cut so that the length is right."""
+    texts = Texts(seed)
+    block_chars = scale.num_chars(TRACE_BLOCK_SIZE, is_first=False)
+    for line in lines:
+        num_chars = scale.num_chars(line.num_tokens)
+        blocks = "".join(texts.make(f"block {seed}.{hash_id}", block_chars) for hash_id in line.hash_ids)
+        # from the first one's time on: a trace that was cut out of a longer one would else begin with its silence
+        yield Request((("user", blocks[:num_chars] or "a"),), line.num_output_tokens, due_s=line.arrival_s - lines[0].arrival_s)
