@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from meshserve.errors import Cancelled, DeadlineExceeded, MeshserveError, Overloaded, PeerLost, ProtocolError, UnknownMethod, from_wire
+from meshserve.mesh.transport.channel import Channel, Turn
 from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, OPEN, Envelope
 from meshserve.wire.messages import Method
 from meshserve.wire.structs import Message, plain, read
@@ -23,32 +24,6 @@ _log = logging.getLogger(__name__)
 CONNECTION_CLOSED, PEER_DIED = "connection closed", "it died"
 """Of the reasons why a stream's peer is lost, those that say that its process is gone. A link that overflowed, was made
 anew or said goodbye says no such thing."""
-
-
-class Batches(Protocol):
-    """What leaves together: a channel to a peer, or the end of a turn for roles of this one."""
-
-    num_batches: int
-    """Grows when what was sent leaves. Until then an item that is a list may be added to."""
-
-
-class Wire(Batches, Protocol):
-    """A channel, as far as streams know one."""
-
-    peer: str
-
-    def send(self, message: Envelope) -> None:
-        """Send with all else of this turn, or of a few."""
-
-    def send_soon(self, message: Envelope) -> None:
-        """Send with all else of this turn."""
-
-
-class EndOfTurn(Batches, Protocol):
-    """Where roles of one peer tell each other something."""
-
-    def deliver(self, take: Callable[[Any], None], value: Any) -> None:
-        """Call `take(value)` at the end of this turn, in order."""
 
 
 class Sink(Protocol):
@@ -84,7 +59,7 @@ _NOBODY = IgnoredAnswer()
 class OutgoingCall:
     """A stream that this peer opened, to another peer or to itself. Garbage as soon as it ended."""
 
-    def __init__(self, table: "CallTable", wire: Wire, stream: int, method: Method, deadline_s: float, sink: Sink) -> None:
+    def __init__(self, table: "CallTable", wire: Channel, stream: int, method: Method, deadline_s: float, sink: Sink) -> None:
         self._table, self._wire, self.stream, self.method, self.deadline_s, self.sink = table, wire, stream, method, deadline_s, sink
         self.peer = wire.peer
 
@@ -169,10 +144,10 @@ class IncomingCall:
     on_cancel: Callable[[], None] | None = None
     """Called once if the stream ends by anything but this handler."""
 
-    def __init__(self, table: "CallTable", wire: Wire, stream: int, method: Method, deadline_s: float, body: Any) -> None:
+    def __init__(self, table: "CallTable", wire: Channel, stream: int, method: Method, deadline_s: float, body: Any) -> None:
         self._table, self.stream, self.method, self.deadline_s, self.body = table, stream, method, deadline_s, body
         self.peer, self.is_open = wire.peer, True
-        self.wire: Batches = wire
+        self.wire: Channel | Turn = wire
         self._send = wire.send
 
     def send(self, item: Any) -> None:
@@ -235,7 +210,7 @@ class LocalCall(OutgoingCall, IncomingCall):
     is_local = True
 
     def __init__(
-        self, table: "CallTable", turn: EndOfTurn, stream: int, method: Method, deadline_s: float, body: Any, sink: Sink
+        self, table: "CallTable", turn: Turn, stream: int, method: Method, deadline_s: float, body: Any, sink: Sink
     ) -> None:
         self._table, self.stream, self.method, self.deadline_s, self.body = table, stream, method, deadline_s, body
         self.sink, self.peer, self.is_open = sink, table.own, True
@@ -247,10 +222,10 @@ class LocalCall(OutgoingCall, IncomingCall):
             self._deliver(self.take_item, item)
 
     def send_all(self, items: list[Any]) -> None:
-        if self.is_open and len(items) > 1:
-            self._deliver(self.take_items, items)
-        elif items:
+        if len(items) == 1:
             self.send(items[0])
+        elif items and self.is_open:
+            self._deliver(self.take_items, items)
 
     def end(self, value: Any = None) -> None:
         if self._close():
@@ -284,7 +259,7 @@ class CallTable:
         self._max_streams = max_streams_per_peer
         self._describe = describe_peer
 
-    def open(self, wire: Wire, method: Method, body: Any, sink: Sink, now_s: float, timeout_s: float) -> OutgoingCall:
+    def open(self, wire: Channel, method: Method, body: Any, sink: Sink, now_s: float, timeout_s: float) -> OutgoingCall:
         """Open a stream to another peer; what comes back goes to the sink, never before this returns."""
         stream = self._next_stream
         self._next_stream += 1
@@ -292,7 +267,7 @@ class CallTable:
         wire.send_soon([OPEN, stream, method.name, int(timeout_s * 1000), plain(body)])
         return call
 
-    def open_here(self, turn: EndOfTurn, method: Method, body: Any, sink: Sink, deadline_s: float) -> OutgoingCall:
+    def open_here(self, turn: Turn, method: Method, body: Any, sink: Sink, deadline_s: float) -> OutgoingCall:
         """Open a stream to a role of this peer: its handler is called at the end of this turn."""
         stream = self._next_stream
         self._next_stream += 1
@@ -300,14 +275,14 @@ class CallTable:
         served = self.handlers.get(method.name)
         if served is None:
             call.fail(UnknownMethod(f"{method.name} is not served here"))
-        elif self._has_too_many(self.own):
+        elif len(self.incoming) >= self._max_streams and self._has_too_many(self.own):
             call.fail(Overloaded("too many open streams from this peer"))
         else:
             self.incoming[self.own, stream] = call
             turn.deliver(call.begin, served[1])
         return call
 
-    def received(self, wire: Wire, message: Envelope, now_s: float) -> None:
+    def received(self, wire: Channel, message: Envelope, now_s: float) -> None:
         """One message about a stream from a peer that said hello."""
         kind = message[0]
         if kind == OPEN:
@@ -330,14 +305,14 @@ class CallTable:
             else:
                 call.take_error(from_wire(message[2]))
 
-    def _opened(self, wire: Wire, message: Envelope, now_s: float) -> None:
+    def _opened(self, wire: Channel, message: Envelope, now_s: float) -> None:
         _, stream, name, timeout_ms, body = message
         served = self.handlers.get(name)
         if served is None:
             wire.send([ERROR, stream, UnknownMethod(f"{name} is not served here").to_wire()])
         elif (wire.peer, stream) in self.incoming:
             wire.send([ERROR, stream, MeshserveError("this stream is open already").to_wire()])
-        elif self._has_too_many(wire.peer):
+        elif len(self.incoming) >= self._max_streams and self._has_too_many(wire.peer):
             wire.send([ERROR, stream, Overloaded("too many open streams from this peer").to_wire()])
         else:
             method, handler = served
@@ -346,8 +321,6 @@ class CallTable:
             call.begin(handler)
 
     def _has_too_many(self, peer: str) -> bool:
-        if len(self.incoming) < self._max_streams:
-            return False
         return sum(owner == peer for owner, _ in self.incoming) >= self._max_streams
 
     def num_made(self) -> Counter[str]:

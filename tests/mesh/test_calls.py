@@ -9,17 +9,17 @@ from hypothesis import strategies as st
 
 from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MeshserveError, PeerLost, ProtocolError, UnknownMethod
 from meshserve.mesh.calls import CallTable, IncomingCall
+from meshserve.mesh.transport.channel import Channel, Turn
 from meshserve.wire import frames
 from meshserve.wire.frames import Envelope
 from meshserve.wire.messages import Method
 
 
-class Wire:
+class Wire(Channel):
     """One direction; what was sent waits for `deliver`."""
 
     def __init__(self, peer: str) -> None:
         self.peer = peer
-        self.num_batches = 0
         self.sent: list[Envelope] = []
 
     def send(self, message: Envelope) -> None:
@@ -28,11 +28,10 @@ class Wire:
     send_soon = send
 
 
-class EndOfTurn:
+class EndOfTurn(Turn):
     """What roles of one peer tell each other waits for `come`."""
 
     def __init__(self) -> None:
-        self.num_batches = 0
         self.told: list[tuple[Callable[[Any], None], Any]] = []
 
     def deliver(self, take: Callable[[Any], None], value: Any) -> None:

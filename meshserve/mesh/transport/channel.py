@@ -164,7 +164,7 @@ class Turn:
 
     def _be_due(self) -> None:
         self._is_due = True
-        self._loop.call_soon(self._end)
+        self._loop.call_soon(self.flush, True)
 
     # --- the end of the turn
 
@@ -176,30 +176,17 @@ class Turn:
         if self._dirty and not self._told:
             self.flush()
 
-    def _end(self) -> None:
-        """The end of a turn in which nothing was read. What comes turn by turn, as from an engine without delays, is
-        sent a few turns at a time."""
-        if not self._is_due:
+    def flush(self, is_end_of_turn: bool = False) -> None:
+        """Deliver and send what is ready. Called early at the end of a batch of input, where all answers to it are known."""
+        if self._is_delivering or (is_end_of_turn and not self._is_due):
             return  # what was read in this turn has flushed already
-        if self._dirty and self._may_wait():
-            self._num_held += 1
-            self._loop.call_soon(self._end)  # first, as it must come whatever the roles do
-            self._deliver()
-        else:
-            self.flush()
-
-    def _may_wait(self) -> bool:
-        if self._num_held >= _MAX_HELD or time.monotonic() - self._sent_s >= _HOLD_S:
-            return False
-        return not any(channel.is_urgent for channel in self._dirty)
-
-    def flush(self) -> None:
-        """Send what is ready now. Called early at the end of a batch of input, where all answers to it are known."""
-        if self._is_delivering:
-            return
         if self._told:
             self._is_due = True  # what the roles send now leaves with this very flush
             self._deliver()
+        if is_end_of_turn and self._dirty and self._may_wait():
+            self._num_held += 1
+            self._be_due()
+            return
         self._is_due = False
         if self._told:  # roles that never come to an end: others have their turn
             self._be_due()
@@ -207,6 +194,12 @@ class Turn:
             self._send()
         if self._afterwards or self._later:
             self._call_what_is_left()
+
+    def _may_wait(self) -> bool:
+        """What comes turn by turn, as from an engine without delays, is sent a few turns at a time."""
+        if self._num_held >= _MAX_HELD or time.monotonic() - self._sent_s >= _HOLD_S:
+            return False
+        return not any(channel.is_urgent for channel in self._dirty)
 
     def _deliver(self) -> None:
         self._is_delivering = True
