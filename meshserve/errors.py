@@ -4,6 +4,8 @@ A peer that receives an error re-raises it as the same class (:func:`from_wire`)
 host it happened. Foreign exceptions are mapped to these once, at the edge where they appear.
 """
 
+from collections.abc import Sequence
+from inspect import get_annotations
 from typing import Any, ClassVar
 
 
@@ -12,11 +14,21 @@ class MeshserveError(Exception):
 
     code: ClassVar[str] = "internal_error"
     http_status: ClassVar[int] = 500
+    _fields: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        """What a class annotates with a default value travels with the error, and is set by keyword."""
+        cls._fields = (*cls._fields, *get_annotations(cls))
 
     def __init__(self, message: str = "internal error", **details: Any) -> None:
+        """Raises TypeError for a detail that this class does not have; a class without fields takes any."""
         super().__init__(message)
+        if self._fields and not details.keys() <= set(self._fields):
+            raise TypeError(f"{type(self).__name__} has no {', '.join(details.keys() - set(self._fields))}")
         self.message = message
-        self.details = details
+        self.details = {**{name: getattr(type(self), name) for name in self._fields}, **details}
+        for name in self._fields:
+            setattr(self, name, self.details[name])
 
     def to_wire(self) -> dict[str, Any]:
         """The error as plain data for :func:`from_wire` on another peer."""
@@ -30,10 +42,7 @@ class InvalidRequest(MeshserveError):
     """The request cannot be served as it stands; `param` names the field at fault."""
 
     code, http_status = "invalid_request", 400
-
-    def __init__(self, message: str = "invalid request", *, param: str | None = None) -> None:
-        super().__init__(message, param=param)
-        self.param = param
+    param: str | None = None
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -91,30 +100,21 @@ class Overloaded(MeshserveError):
     """Queues are full. `retry_after_s` is a fair guess at when to come back."""
 
     code, http_status = "overloaded", 503
-
-    def __init__(self, message: str = "the mesh is full", *, retry_after_s: float = 1.0) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
-        self.retry_after_s = retry_after_s
+    retry_after_s: float = 1.0
 
 
 class RateLimited(MeshserveError):
     """One client has more than its share while others wait. `retry_after_s` is a fair guess at when to come back."""
 
     code, http_status = "rate_limit_exceeded", 429
-
-    def __init__(self, message: str = "more than your share", *, retry_after_s: float = 1.0) -> None:
-        super().__init__(message, retry_after_s=retry_after_s)
-        self.retry_after_s = retry_after_s
+    retry_after_s: float = 1.0
 
 
 class NoWorker(MeshserveError):
     """No live peer holds the role that the request needs next; `role` names it."""
 
     code, http_status = "no_worker", 503
-
-    def __init__(self, message: str = "no worker", *, role: str = "decode") -> None:
-        super().__init__(message, role=role)
-        self.role = role
+    role: str = "decode"
 
 
 class Draining(MeshserveError):
@@ -136,10 +136,7 @@ class PeerLost(MeshserveError):
     """The peer that served the stream died or its link broke before the stream's end."""
 
     code, http_status = "peer_lost", 502
-
-    def __init__(self, message: str = "peer lost", *, peer: str = "") -> None:
-        super().__init__(message, peer=peer)
-        self.peer = peer
+    peer: str = ""
 
 
 class PeerSilent(MeshserveError):
@@ -176,20 +173,14 @@ class BlockRefused(MeshserveError):
     """A KV block did not fit its attempt, its bounds or its checksum."""
 
     code, http_status = "block_refused", 502
-
-    def __init__(self, message: str = "block refused", *, is_checksum: bool = False) -> None:
-        super().__init__(message, is_checksum=is_checksum)
-        self.is_checksum = is_checksum
+    is_checksum: bool = False
 
 
 class GaveUp(MeshserveError):
     """A request took `lost_peers` workers down with it and is tried nowhere else."""
 
     code, http_status = "gave_up", 502
-
-    def __init__(self, message: str = "gave up", *, lost_peers: list[str] | None = None) -> None:
-        super().__init__(message, lost_peers=lost_peers or [])
-        self.lost_peers = lost_peers or []
+    lost_peers: Sequence[str] = ()
 
 
 class EngineFailed(MeshserveError):
@@ -224,10 +215,7 @@ class HandshakeRefused(MeshserveError):
     at all, an `other` peer than was meant."""
 
     code, http_status = "handshake_refused", 502
-
-    def __init__(self, message: str = "handshake refused", *, kind: str = "") -> None:
-        super().__init__(message, kind=kind)
-        self.kind = kind
+    kind: str = ""
 
 
 class UnknownMethod(MeshserveError):

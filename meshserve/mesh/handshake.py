@@ -1,14 +1,13 @@
 """The hello: how a dialled address becomes a link to a known peer, or a refusal that says why."""
 
 import asyncio
-import errno
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from meshserve.config import PROTOCOL_MAJOR, MeshConfig
 from meshserve.errors import HandshakeRefused, MeshserveError, PeerLost, ProtocolError, from_wire
 from meshserve.mesh.membership import Dial
+from meshserve.mesh.network import Outcome, knock
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.channel import Channel
 from meshserve.mesh.transport.transport import Transport
@@ -45,21 +44,6 @@ class DialFailed(MeshserveError):
     def __init__(self, reasons: list[str], is_refused: bool, kinds: tuple[str, ...] = ()) -> None:
         super().__init__("; ".join(dict.fromkeys(reasons)))
         self.is_refused, self.kinds = is_refused, kinds
-
-
-async def probe(host: str, port: int, timeout_s: float) -> None:
-    """A bare TCP connection, for its clear answer. Raises ConnectionRefusedError if nobody listens there, PeerLost for any other reason."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            _, writer = await asyncio.open_connection(host, port)
-    except ConnectionRefusedError:
-        raise
-    except TimeoutError as error:
-        raise PeerLost(f"{host}:{port} does not answer") from error
-    except (OSError, socket.gaierror) as error:
-        name = errno.errorcode.get(error.errno or 0, "cannot connect")
-        raise PeerLost(f"{host}:{port}: {error.strerror or name}") from error
-    writer.transport.abort()
 
 
 class Dialler:
@@ -121,10 +105,13 @@ class Dialler:
         if delay_s:
             await asyncio.sleep(delay_s)
         try:
-            await probe(host, dial.port, self._config.dial_timeout_s)
+            # A bare TCP connection first, for its clear answer: refused, no answer, no way.
+            met = await knock(host, dial.port, self._config.dial_timeout_s)
+            if met.outcome is Outcome.REFUSED:
+                return ConnectionRefusedError(f"{host}:{dial.port} refused the connection")
+            if met.outcome is not Outcome.OPEN:
+                return PeerLost(f"{host}:{dial.port}{met.reason}")
             return await self._greet(dial, host)
-        except ConnectionRefusedError:
-            return ConnectionRefusedError(f"{host}:{dial.port} refused the connection")
         except MeshserveError as error:
             return error
 

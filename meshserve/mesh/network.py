@@ -151,23 +151,25 @@ class Knock:
 
     outcome: Outcome
     took_ms: float
+    reason: str = ""
+    """Why it did not open, for people, to follow the address."""
 
 
 async def knock(host: str, port: int, timeout_s: float) -> Knock:
     """Connect and hang up."""
-    began_s = time.monotonic()
+    began_s, outcome, reason = time.monotonic(), Outcome.OPEN, ""
     try:
         async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(host, port)
         writer.transport.abort()
-        outcome = Outcome.OPEN
     except TimeoutError:
-        outcome = Outcome.TIMEOUT
+        outcome, reason = Outcome.TIMEOUT, " does not answer"
     except OSError as error:
         outcome = _BY_ERRNO.get(error.errno or 0, Outcome.UNREACHABLE)
+        reason = f": {error.strerror or errno.errorcode.get(error.errno or 0, 'cannot connect')}"
     except ValueError:  # hearsay that is no address: a label of a name is too long, say
-        outcome = Outcome.UNREACHABLE
-    return Knock(outcome, (time.monotonic() - began_s) * 1000)
+        outcome, reason = Outcome.UNREACHABLE, ": no address"
+    return Knock(outcome, (time.monotonic() - began_s) * 1000, reason)
 
 
 async def security_of(host: str, port: int, timeout_s: float) -> str | None:

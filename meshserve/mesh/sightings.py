@@ -3,30 +3,16 @@
 For people who look for a fault, never for decisions. Pure, and bounded whatever comes in.
 """
 
-from collections import OrderedDict, deque
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 from meshserve.mesh.membership import Change, Member, PeerState
 from meshserve.wire.hello import PeerHint
+from meshserve.wire.observing import Departure, Refusal
 
 _MAX_STRANGERS, _MAX_GONE, _MAX_ANNOUNCEMENTS = 32, 32, 512
 _MAX_TEXT = 160
-
-
-@dataclass(slots=True)
-class _Stranger:
-    num_times: int
-    last_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Gone:
-    incarnation: str
-    name: str
-    address: str
-    reason: str
-    at_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,23 +29,25 @@ class Sightings:
     def __init__(self) -> None:
         self.announcements: dict[str, Announcement] = {}
         """By incarnation."""
-        self._strangers: OrderedDict[tuple[str, str], _Stranger] = OrderedDict()
-        self._gone: deque[_Gone] = deque(maxlen=_MAX_GONE)
+        self._strangers: dict[tuple[str, str], tuple[int, float]] = {}
+        """By name and reason, the latest last: how many times, and when last."""
+        self._gone: deque[tuple[str, str, str, str, float]] = deque(maxlen=_MAX_GONE)
+        """Incarnation, name, address, reason, when."""
 
     def refused(self, who: str, reason: str, now_s: float) -> bool:
-        """Somebody was not let in. True if this one had not been for this reason before, as far as is remembered."""
+        """A stranger was not let in. True if this one had not been for this reason before, as far as is remembered."""
         key = who[:_MAX_TEXT], reason[:_MAX_TEXT]
-        known = self._strangers.pop(key, None)
-        self._strangers[key] = _Stranger(known.num_times + 1 if known else 1, now_s)
-        while len(self._strangers) > _MAX_STRANGERS:
-            self._strangers.popitem(last=False)
-        return known is None
+        num_times, _ = self._strangers.pop(key, (0, 0.0))
+        self._strangers[key] = num_times + 1, now_s
+        if len(self._strangers) > _MAX_STRANGERS:
+            del self._strangers[next(iter(self._strangers))]
+        return not num_times
 
     def ended(self, change: Change, member: Member, now_s: float) -> None:
         """A member left or died."""
         info = member.info
         address = f"{info.addresses[0]}:{info.port}" if info.addresses else ""
-        self._gone.append(_Gone(info.incarnation, member.shown_name, address, why_gone(change, member), now_s))
+        self._gone.append((info.incarnation, member.shown_name, address, why_gone(change, member), now_s))
 
     def announced(self, mesh: str, hint: PeerHint) -> None:
         """mDNS told of a peer. A flood of new ones changes nothing."""
@@ -68,22 +56,15 @@ class Sightings:
 
     def to_wire(self, now_s: float) -> dict[str, Any]:
         """Strangers and peers that are gone, the latest first: plain data for whoever asks this peer about itself."""
-        return {
-            "refused": [
-                {"who": who, "reason": reason, "times": stranger.num_times, "ago_s": round(now_s - stranger.last_s, 3)}
-                for (who, reason), stranger in reversed(self._strangers.items())
-            ],
-            "gone": [
-                {
-                    "incarnation": gone.incarnation,
-                    "name": gone.name,
-                    "address": gone.address,
-                    "reason": gone.reason,
-                    "ago_s": round(now_s - gone.at_s, 3),
-                }
-                for gone in reversed(self._gone)
-            ],
-        }
+        refused = [
+            Refusal(who=who, reason=reason, times=num_times, ago_s=round(now_s - last_s, 3))
+            for (who, reason), (num_times, last_s) in reversed(self._strangers.items())
+        ]
+        gone = [
+            Departure(incarnation=incarnation, name=name, address=address, reason=reason, ago_s=round(now_s - at_s, 3))
+            for incarnation, name, address, reason, at_s in reversed(self._gone)
+        ]
+        return {"refused": refused, "gone": gone}
 
 
 def why_gone(change: Change, member: Member) -> str:
