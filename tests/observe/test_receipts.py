@@ -84,7 +84,7 @@ def test_several_answers_make_one_receipt_that_names_who_served_each() -> None:
 
 def test_a_call_that_ends_without_an_account_counts_what_its_worker_said_before_the_first_token() -> None:
     account = Account(Receipt("r", "", "m"), Phases(), Histograms(), str)
-    account.enter("call")
+    account.now_in = "call"
     account.early = WorkerAccount(queue_ms=1.0, num_cached_tokens=3, handed_over=HandedOver("p", [], 0, 0))
     last_s = account.first_token("w")
     account.close(last_s)
@@ -95,16 +95,16 @@ def test_a_call_that_ends_without_an_account_counts_what_its_worker_said_before_
 
 def test_a_call_that_came_to_nothing_was_waiting() -> None:
     account = Account(Receipt("r", "", "m"), Phases(), None, str)
-    account.enter("route")
+    account.now_in = "route"
     account.settle()
-    account.enter("call")
+    account.now_in = "call"
     took_ms = account.settle()
     assert account.receipt.phases_ms.queue == took_ms > 0 and account.receipt.phases_ms.route > 0
 
 
 def test_what_a_worker_said_twice_counts_once() -> None:
     account = Account(Receipt("r", "", "m"), Phases(), None, str)
-    account.enter("call")
+    account.now_in = "call"
     account.early = [2.0, 3.0, 0.0, 0.0, 5.0, 0, [None, [{"peer": "p"}], 0, 0]]
     account.first_token("w")
     account.call_ended([2.0, 4.0, 0.0, 1.0, 7.0, 0, None])
@@ -120,7 +120,7 @@ def test_bytes_are_counted_whatever_their_number() -> None:
 @given(hostile | st.lists(hostile | st.lists(hostile, min_size=4, max_size=4), max_size=9), st.booleans())
 def test_an_account_of_any_form_does_no_harm(said: Any, is_complete: bool) -> None:
     account = Account(Receipt("r", "", "m"), Phases(), None, str)
-    account.enter("call")
+    account.now_in = "call"
     account.early = said
     account.first_token("w")
     if is_complete:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from meshserve.engines.tokenizers import ByteTokenizer
 from meshserve.roles.processor.calling import MAX_SPACE_CHARACTERS, CallParser, call_schema
 from meshserve.roles.processor.choices import Choice
-from meshserve.roles.processor.stopping import StopChecker
+from meshserve.roles.processor.detokenizing import StopChecker
 from meshserve.wire.completion import EndItem, TextItem, read_item
 
 token_bytes = ByteTokenizer().token_bytes

@@ -7,9 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.errors import InvalidRequest
-from meshserve.roles.processor.detokenizing import Detokenizer, TokenTexts
-from meshserve.roles.processor.plain_choice import PlainChoice
-from meshserve.roles.processor.stopping import StopChecker
+from meshserve.roles.processor.choices import PlainChoice
+from meshserve.roles.processor.detokenizing import Detokenizer, StopChecker, TokenTexts
 from meshserve.roles.processor.templating import render_chat
 from meshserve.wire.completion import EndItem
 

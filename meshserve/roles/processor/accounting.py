@@ -10,31 +10,22 @@ from meshserve.wire.generation import HandedOver, WorkerAccount, handed_over_in
 
 
 class Account:
-    """What a sequence is in is `route`, a `call` to a worker, or nothing. Of a call that ends well the worker says what it did; of any
-    other it is known what the worker said with the first tokens.
+    """Of a call to a worker that ends well the worker says what it did; of any other it is known what the
+    worker said with the first tokens.
     """
 
-    __slots__ = ("_first_ms", "_first_s", "_histograms", "_name_of", "_now_in", "early", "gaps", "phases", "receipt")
+    __slots__ = ("_first_ms", "_first_s", "_histograms", "_name_of", "early", "gaps", "now_in", "phases", "receipt")
 
     def __init__(self, receipt: Receipt, phases: Phases, histograms: Histograms | None, name_of: Callable[[str], str]) -> None:
         """`histograms` is None if nobody wants them, and has a part for each worker; `name_of` knows peers by their incarnation."""
         self.receipt, self.phases, self._histograms, self._name_of = receipt, phases, histograms, name_of
-        self._now_in = ""
+        self.now_in = ""
+        """`route`, `call` (to a worker), or nothing."""
         self._first_ms = self._first_s = 0.0
         self.early: Any = None
         """What the worker said with the first token, unread: mostly its end says it all."""
         self.gaps: dict[int, int] | None = None
         """From the first token on: the worker's counts of times between tokens, to which each later one adds itself."""
-
-    def routed(self) -> None:
-        """Its worker is found, and called now."""
-        self.receipt.phases_ms.route += self.phases.end()
-        self.enter("call")
-
-    def enter(self, now_in: str) -> None:
-        """From now on it is in this."""
-        self._now_in = now_in
-        self.early, self._first_s = None, 0.0
 
     def first_token(self, worker: str) -> float:
         """The first one came, from the worker of this incarnation; returns when, on the monotonic clock."""
@@ -48,15 +39,15 @@ class Account:
 
     def call_ended(self, account: Any) -> None:
         """The call ended well, with this account by its worker."""
-        self._now_in = ""
+        self.now_in = ""
         said = WorkerAccount.from_wire(account)
         self._take(said, self.phases.end())
-        if said.handed_over is None:  # what was said once need not be said again
+        if said.handed_over is None and self.early is not None:  # said once, it need not be said again
             self._take_handed_over(handed_over_in(self.early))
 
     def settle(self) -> float:
         """What it was in is over, and nobody else accounts for it; returns its milliseconds. Harmless when it is in nothing."""
-        was_in, self._now_in = self._now_in, ""
+        was_in, self.now_in = self.now_in, ""
         if not was_in:
             return 0.0
         took_ms = self.phases.end()
@@ -73,7 +64,7 @@ class Account:
 
     def close(self, last_s: float) -> None:
         """The sequence is over, whose last token came then."""
-        if self._now_in:
+        if self.now_in:
             self.settle()
         if self._histograms is not None and self._first_s:
             self._histograms.named["itl"].sum_s += last_s - self._first_s
@@ -88,7 +79,8 @@ class Account:
         phases_ms.network += max(0.0, caller_ms - (said.total_ms or caller_ms))
         receipt.num_cached_tokens = said.num_cached_tokens
         receipt.decision = said.decision
-        self._take_handed_over(said.handed_over)
+        if said.handed_over is not None:
+            self._take_handed_over(said.handed_over)
 
     def _take_handed_over(self, found: HandedOver | None) -> None:
         if found is not None:

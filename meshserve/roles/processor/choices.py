@@ -4,18 +4,75 @@ What is given out depends on the tokens alone, never on how they were split into
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from meshserve.errors import ProtocolError
+from meshserve.roles.processor.answers import AnswerParser, Event
 from meshserve.roles.processor.calling import CallParser
-from meshserve.roles.processor.detokenizing import Detokenizer
-from meshserve.roles.processor.stopping import StopChecker
-from meshserve.roles.processor.trail import TokenBytes, Trail, of_prompt
-from meshserve.wire.completion import CallItem, EndItem, TextItem
+from meshserve.roles.processor.detokenizing import (
+    Detokenizer,
+    StopChecker,
+    TokenBytes,
+    TokenTexts,
+    Trail,
+    of_prompt,
+)
+from meshserve.wire.completion import CallItem, EndItem, PartItem, TextItem
 from meshserve.wire.generation import TokenLogprobs
 
 _PROMPT_TOKENS_PER_ITEM = 512
 """With log probabilities, so that no message grows beyond bounds."""
+
+
+@dataclass(slots=True, eq=False)
+class PlainChoice:
+    """An answer of nothing but text, as most are: each token is an item, and what it takes to look for
+    stop strings, calls or log probabilities is not even made.
+    """
+
+    send: Callable[[Any], None]
+    send_all: Callable[[list[Any]], None]
+    token_texts: TokenTexts
+    index: int
+    is_bare: bool
+    """Items are strings: the request has no other choice."""
+    num_tokens: int = 0
+    _detokenizer: Detokenizer | None = None
+    """Made for the first token that is not whole characters of its own."""
+
+    def echo(self, text: str) -> None:
+        """The text begins with this."""
+        if text:
+            self.send(text if self.is_bare else TextItem(self.index, text))
+
+    def echo_logprobs(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> None:
+        """Raises ValueError: nobody asked a worker for any."""
+        raise ValueError("nobody asked for them")
+
+    def feed(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> bool:
+        """Tokens of one step; never true, as nothing stops the text."""
+        self.num_tokens += len(tokens)
+        detokenizer, texts = self._detokenizer, list[str | None]((None,))
+        if detokenizer is None or detokenizer.is_between:
+            texts = list(map(self.token_texts.texts.__getitem__, tokens))
+        if None in texts:  # a token of part of a character, or one that follows such a token
+            if detokenizer is None:
+                detokenizer = self._detokenizer = Detokenizer(self.token_texts.token_bytes)
+            texts = [detokenizer.feed((token,)) for token in tokens]
+        if not self.is_bare:
+            self.send_all([TextItem(self.index, text or "") for text in texts])
+        elif len(texts) == 1:
+            self.send(texts[0])
+        else:
+            self.send_all(texts)
+        return False
+
+    def finish(self, reason: str) -> EndItem:
+        """The sequence came to its end."""
+        if self._detokenizer is not None:
+            self.echo(self._detokenizer.finish())
+        return EndItem(self.index, reason, None)
 
 
 class Choice:
@@ -144,3 +201,56 @@ class EchoOnly(Choice):
 
     def finish(self, reason: str) -> EndItem:
         return EndItem(self._index, "length", None)
+
+
+class ParsedChoice(Choice):
+    """An answer of a model that writes reasoning and calls of tools as text.
+
+    Stop strings count in what the model wrote, tags included. With `is_single` the answer ends after its
+    first call.
+    """
+
+    __slots__ = ("_answer", "_is_over", "_is_single", "_kind", "_num_calls")
+
+    def __init__(
+        self, send: Callable[[Any], None], token_bytes: TokenBytes, index: int, answer: AnswerParser, *, is_single: bool, **options: Any
+    ) -> None:
+        super().__init__(send, token_bytes, index, **options)
+        self._answer, self._is_single = answer, is_single
+        self._kind = "text"
+        self._is_over = False
+        """The only call is complete."""
+        self._num_calls = 0
+
+    def _feed_one(self, token: int, logprobs: TokenLogprobs | None) -> bool:
+        return super()._feed_one(token, logprobs) or self._is_over
+
+    def _give(self, text: str, is_cut: bool) -> None:
+        if self._trail is not None:
+            self._trail.give(len(text))
+        self._tell(self._answer.feed(text), is_cut)
+
+    def _close(self) -> bool:
+        self._tell(self._answer.finish(), is_cut=True)
+        if self._trail is not None:
+            self._give_text("", *self._trail.take(is_cut=True))
+        return self._num_calls > 0
+
+    def _tell(self, events: Sequence[Event], is_cut: bool) -> None:
+        """Log probabilities go with the first text that comes of their tokens, or after it: tags have none of their own."""
+        for event in events:
+            if self._is_over:
+                return
+            if event.kind == "call":
+                self._num_calls += 1
+                self._send(CallItem(self._index, event.text))
+            elif event.kind == "end":
+                self._is_over = self._is_single
+            else:
+                self._turn_to(event.kind)
+                self._give_text(event.text, *(self._trail.take(is_cut) if self._trail is not None else ([], [])))
+
+    def _turn_to(self, kind: str) -> None:
+        if kind not in (self._kind, "arguments"):
+            self._send(PartItem(self._index, kind))
+        self._kind = kind

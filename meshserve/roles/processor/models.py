@@ -1,28 +1,47 @@
-"""What a processor needs of each model in the mesh: its card, its tokenizer, and prompts made of requests."""
+"""What a processor needs of each model in the mesh: its card and tokenizer, and what a request means to it: prompts of tokens, and
+sampling parameters.
+"""
 
 import asyncio
+import json
 from array import array
 from collections import OrderedDict
 from typing import Any
 
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
-from meshserve.errors import ModelNotFound, NoWorker
+from meshserve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NoWorker, Unsupported
+from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
+from meshserve.roles.processor.calling import call_schema, tools_of, wants_call, writes_calls
 from meshserve.roles.processor.detokenizing import TokenTexts
 from meshserve.roles.processor.file_cache import FileCache, cache_directory
 from meshserve.roles.processor.model_files import ModelFiles
-from meshserve.roles.processor.prompts import chat_of, not_empty
 from meshserve.roles.processor.texts import ModelText, OwnText, ProcessText
 from meshserve.wire.card import ModelCard
-from meshserve.wire.completion import CompletionRequest
+from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
+from meshserve.wire.generation import Sampling
 from meshserve.wire.hello import PeerInfo
+from meshserve.wire.messages import DETOKENIZE, TOKENIZE
+from meshserve.wire.structs import is_shallow
 
 _CHATS_COME_AFTER_S = 0.5
 """What first chats need is made ready once the peer serves, so that it does not delay that."""
 
 MAX_TEXTS = 8
 """Models whose tokenizers are kept loaded, 50 to 300 MB each in processes of their own; those not used for longest go."""
+
+MAX_SCORED_PROMPT_TOKENS = 16_384
+"""Of a prompt that is echoed with log probabilities: they make a message many times as long as the prompt."""
+
+MAX_PROMPT_TOKENS = 1_048_576
+"""Of one request's prompts, each as often as it is answered: so much is sent to workers at once."""
+MAX_UNASKED_TOKENS = 4096
+"""What a client gets that names no limit: workers set room aside for all that may come. Higher serves
+fewer of them at a time."""
+
+Encoded = tuple[list["array[int]"], TokenTexts]
+"""The prompts' tokens, and what tokens stand for."""
 
 
 class Models:
@@ -35,6 +54,8 @@ class Models:
         self._texts: OrderedDict[Any, ProcessText] = OrderedDict()
         self._is_closed = False
         mesh.subscribe(self._on_change)
+        mesh.serve_async(TOKENIZE, self._tokenize)
+        mesh.serve_async(DETOKENIZE, self._detokenize)
         self._foresee(mesh.own)
         mesh.tasks.spawn(self._foresee_chats())
 
@@ -52,10 +73,6 @@ class Models:
             raise NoWorker("no decode worker is in the mesh yet")
         names = ", ".join(sorted({name for card in cards for name in card.names}))
         raise ModelNotFound(f"the model {model!r} is not served here; there are: {names}", param="model")
-
-    def block_size(self, model: str) -> int:
-        """Tokens in a KV block of its workers; 0 if there is none."""
-        return next((info.layout.block_size for info in self._mesh.peers_serving("decode", model) if info.layout is not None), 0)
 
     # --- text
 
@@ -99,36 +116,188 @@ class Models:
 
     # --- requests
 
-    def encode_nowait(self, request: CompletionRequest, card: ModelCard) -> "tuple[list[array[int]], TokenTexts] | None":
-        """The prompts' tokens and what tokens stand for; None if that has to wait for files or another process: :meth:`encode`.
-
-        Raises as :meth:`encode` does.
+    def encode_nowait(self, request: CompletionRequest, card: ModelCard) -> Encoded | None:
+        """The prompts' tokens and what tokens stand for; None if that has to wait for files or another
+        process: :meth:`encode`. Raises as :meth:`encode` does.
         """
-        if not _is_own(card):
+        if card.tokenizer != "bytes" or card.chat_template != CHAT_TEMPLATE:
             return None
         own = self._own
         if request.kind == "chat":
-            chat = chat_of(request, card)
-            prompts = [own.chat_nowait(chat.messages, chat.tools, **chat.variables)]
+            messages, tools, variables = _chat_of(request, card)
+            prompts = [own.chat_nowait(messages, tools, **variables)]
+        elif isinstance(request.prompt, str):
+            prompts = [own.tokenizer.encode(request.prompt)]
         else:
-            prompts = [own.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
-        return not_empty(request, prompts), own.own_spelling
+            found = request.prompts
+            prompts = [own.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in found]
+        if not all(prompts):
+            raise _is_empty(request)
+        return prompts, own.own_spelling
 
-    async def encode(self, request: CompletionRequest, card: ModelCard) -> "tuple[list[array[int]], TokenTexts]":
+    async def encode(self, request: CompletionRequest, card: ModelCard) -> Encoded:
         """The same for any model. To be cancelled at the request's deadline, or when nobody waits any more.
 
-        Raises InvalidRequest for an empty prompt or a template that refuses, TokenizerFailed if the model's files cannot be had.
+        Raises InvalidRequest for an empty prompt or a template that refuses, TokenizerFailed if the model's
+        files cannot be had.
         """
         text = self.text(card)
         token_texts = await text.token_texts()
         if request.kind == "chat":
-            chat = chat_of(request, card)
-            prompts = [await text.encode_chat(chat.messages, chat.tools, **chat.variables)]
+            messages, tools, variables = _chat_of(request, card)
+            prompts = [await text.encode_chat(messages, tools, **variables)]
         else:
-            prompts = [await text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
-        return not_empty(request, prompts), token_texts
+            found = request.prompts
+            prompts = [await text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in found]
+        if not all(prompts):
+            raise _is_empty(request)
+        return prompts, token_texts
+
+    async def _tokenize(self, call: IncomingCall) -> Tokenized:
+        """The end is the prompt's tokens and the model's context length."""
+        wanted: TokenizeRequest = call.body
+        asked = wanted.request
+        card = self.card(asked.model)
+        check_features(asked, card)
+        (tokens, *_), token_texts = self.encode_nowait(asked, card) or await self.encode(asked, card)
+        pieces = list(map(token_texts.token_bytes, tokens)) if wanted.wants_texts else []
+        return Tokenized(tokens, card.context_length, b"".join(pieces), array("I", map(len, pieces)))
+
+    async def _detokenize(self, call: IncomingCall) -> str:
+        wanted: DetokenizeRequest = call.body
+        text, tokens = self.text(self.card(wanted.model)), wanted.tokens
+        token_texts = await text.token_texts()
+        if tokens and max(tokens) >= token_texts.vocab_size:
+            raise InvalidRequest(f"this model's last token is {token_texts.vocab_size - 1}", param="tokens")
+        return await text.decode(tokens)
 
 
 def _is_own(card: ModelCard) -> bool:
     """Tokenizer and template are this program's own: they need no files, and no fence."""
     return card.tokenizer == "bytes" and card.chat_template == CHAT_TEMPLATE
+
+
+def _is_empty(request: CompletionRequest) -> InvalidRequest:
+    return InvalidRequest("the prompt is empty", param="messages" if request.kind == "chat" else "prompt")
+
+
+def check_features(request: CompletionRequest, card: ModelCard) -> None:
+    """Raises Unsupported, which names the field, for what this model's engine cannot do."""
+    has_tools, is_forced = request.tool_choice != "none", wants_call(request, card)
+    is_parsed = has_tools and writes_calls(card)
+    asked = (
+        ("logprobs", "logprobs", request.logprobs >= 0),
+        ("presence_penalty", "penalties", request.presence_penalty != 0),
+        ("frequency_penalty", "penalties", request.frequency_penalty != 0),
+        ("logit_bias", "logit_bias", bool(request.logit_bias)),
+        ("repetition_penalty", "penalties", request.repetition_penalty not in (None, 1)),
+        ("tools", "tools", has_tools and not is_parsed),
+        ("tools", "json_schema", has_tools and not is_parsed),
+        ("tool_choice", "json_schema", is_forced and is_parsed),
+        ("response_format", "json_schema", bool(request.json_schema)),
+        ("structured_outputs", "regex", bool(request.regex or request.choices)),
+    )
+    for name, feature, is_asked in asked:
+        if is_asked and feature not in card.features:
+            raise Unsupported(f"{name} is not supported by the model {card.model!r}", param=name)
+
+
+def _chat_of(
+    request: CompletionRequest, card: ModelCard
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, dict[str, Any]]:
+    """A chat as models' templates expect it: messages, tools, and the template's variables."""
+    messages = [_for_template(message) for message in request.messages or ()]
+    variables: dict[str, Any] = {"add_generation_prompt": request.add_generation_prompt}
+    if writes_calls(card):
+        variables["tells_tools"] = True
+    return messages, tools_of(request) or None, variables
+
+
+def _for_template(message: dict[str, Any]) -> dict[str, Any]:
+    """As models' templates expect it: calls in OpenAI's form, but with the arguments as an object."""
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": _parsed(call["arguments"])}}
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
+
+
+def _parsed(arguments: str) -> Any:
+    """Clients send arguments as text; what is not JSON, or too deep for what templates do with it, stays text."""
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) and is_shallow(value) else arguments
+
+
+def check_prompts(
+    request: CompletionRequest, prompts: list["array[int]"], card: ModelCard, vocab_size: int
+) -> None:
+    """Raises ContextLengthExceeded for a prompt that leaves no room, InvalidRequest for what is too much or
+    no token at all.
+    """
+    if request.logit_bias and any(token >= vocab_size for token, _ in request.logit_bias):
+        text = f"logit_bias names a token above this model's last, {vocab_size - 1}"
+        raise InvalidRequest(text, param="logit_bias")
+    wanted = request.max_tokens or 1
+    longest = len(prompts[0]) if len(prompts) == 1 else max(map(len, prompts))
+    if longest + wanted > card.context_length:
+        raise ContextLengthExceeded(
+            f"this model's context is {card.context_length} tokens; {longest} of prompt and {wanted} of"
+            " completion are too many",
+            param="messages" if request.kind == "chat" else "prompt",
+        )
+    if request.echo and request.logprobs >= 0 and longest > MAX_SCORED_PROMPT_TOKENS:
+        raise InvalidRequest(
+            f"echo with logprobs takes prompts of up to {MAX_SCORED_PROMPT_TOKENS} tokens, and this one has"
+            f" {longest}",
+            param="echo",
+        )
+    most = max(MAX_PROMPT_TOKENS, card.context_length)
+    if longest * len(prompts) * request.n > most and sum(map(len, prompts)) * request.n > most:
+        raise InvalidRequest(
+            f"all prompts, each times n, have more than {MAX_PROMPT_TOKENS} tokens",
+            param="n" if request.n > 1 else "prompt",
+        )
+    is_tokens = request.kind == "completion" and not isinstance(request.prompt, str)
+    if is_tokens and max(map(max, prompts)) >= vocab_size:
+        text = f"the prompt has a token above this model's last, {vocab_size - 1}"
+        raise InvalidRequest(text, param="prompt")
+
+
+def sampling_of(
+    request: CompletionRequest, card: ModelCard, num_prompt_tokens: int, drawn_seed: int
+) -> Sampling:
+    """The sampling parameters: what the client left open is filled in by the model's card, by the room that
+    is left, and by a seed that was drawn for it.
+    """
+    asked, defaults = request, card.sampling_defaults
+    room = min(MAX_UNASKED_TOKENS, card.context_length - num_prompt_tokens)
+    penalty = asked.repetition_penalty
+    found = Sampling(
+        max_tokens=room if asked.max_tokens is None else max(1, asked.max_tokens),
+        min_tokens=asked.min_tokens,
+        temperature=defaults.temperature if asked.temperature is None else asked.temperature,
+        top_p=defaults.top_p if asked.top_p is None else asked.top_p,
+        top_k=defaults.top_k if asked.top_k is None else asked.top_k,
+        seed=drawn_seed if asked.seed is None else asked.seed,
+        ignore_eos=asked.ignore_eos,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=defaults.repetition_penalty if penalty is None else penalty,
+        min_p=defaults.min_p if asked.min_p is None else asked.min_p,
+        logit_bias=asked.logit_bias,
+        logprobs=asked.logprobs,
+        prompt_logprobs=asked.logprobs if asked.echo else -1,
+        json_schema=asked.json_schema,
+        regex=asked.regex,
+        choices=asked.choices,
+    )
+    if asked.tool_choice != "none" and wants_call(asked, card):
+        # the output is made to be a call: whatever else was asked of its form does not count
+        name = asked.tool_name if asked.tool_choice == "function" else ""
+        found.json_schema, found.regex, found.choices = call_schema(tools_of(asked), name), "", ()
+    return found

@@ -1,191 +1,386 @@
 """The processor role: owns a request from the frontend's call to its last token.
 
-It keeps what is needed to go on elsewhere (prompt, sampling, seed), asks a router which worker, sends the request there, and turns
-tokens into text. A worker that is lost before its first token is replaced by another; nothing was given out, so nothing is lost.
+A request goes from top to bottom: `begin` makes its tokens, `_start` its sequences, one at a worker for each answer to each prompt; each
+sequence finds its worker and turns tokens into text (:mod:`~meshserve.roles.processor.sequences`); `_over` is the end of each. If one
+sequence fails the request fails, and the others are cancelled. The first answer to a prompt goes ahead, and the others follow when its
+first token is there: by then the prompt's KV is in a cache, and need not be computed or handed over once for each.
 """
 
 import asyncio
+import logging
 import random
 from array import array
-from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
 
-from meshserve.errors import Cancelled, InvalidRequest, MeshserveError
+from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MeshserveError
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipt_store import Receipts
-from meshserve.observe.receipts import Receipt
-from meshserve.roles.processor.call_formats import formats_of
-from meshserve.roles.processor.calling import writes_calls
+from meshserve.observe.receipts import OK, Receipt, after_first_token, merged
+from meshserve.roles.processor.accounting import Account
+from meshserve.roles.processor.answers import THINK, AnswerParser
+from meshserve.roles.processor.call_formats import Accepts, CallFormat, formats_of
+from meshserve.roles.processor.calling import tools_of, wants_call, writes_calls
+from meshserve.roles.processor.choices import Choice, EchoOnly, ParsedChoice, PlainChoice
 from meshserve.roles.processor.detokenizing import TokenTexts
-from meshserve.roles.processor.models import Models
-from meshserve.roles.processor.prompts import check_bias, check_features, check_prompts
-from meshserve.roles.processor.requests import Request
-from meshserve.roles.processor.sequences import Sequence
+from meshserve.roles.processor.models import Models, check_features, check_prompts, sampling_of
+from meshserve.roles.processor.sequences import Dispatcher, Sequence
 from meshserve.roles.processor.strict_calls import StrictCalls
-from meshserve.roles.processor.worker_search import WorkerFinder
-from meshserve.telemetry import Phases
+from meshserve.telemetry import Phases, log_event
 from meshserve.wire.card import ModelCard
-from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
-from meshserve.wire.messages import CANCEL_AT_PROCESSOR, COMPLETE, DETOKENIZE, TOKENIZE
+from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartItem
+from meshserve.wire.generation import Sampling
+from meshserve.wire.messages import CANCEL_AT_PROCESSOR, COMPLETE
+from meshserve.wire.structs import replace
 
-Encoded = tuple[list["array[int]"], TokenTexts]
-"""The prompts' tokens, and what tokens stand for."""
-
-
-class Preparing:
-    """A request whose prompt is being made into tokens, elsewhere."""
-
-    sequences: tuple[Sequence, ...] = ()
-
-    def __init__(self, call: IncomingCall, task: "asyncio.Task[None]", keep: Callable[[MeshserveError], None]) -> None:
-        self._call, self._task, self._keep = call, task, keep
-
-    def fail(self, error: MeshserveError) -> None:
-        """End it here and now."""
-        self._keep(error)
-        self._task.cancel()
-        self._call.fail(error)
-
-    def cancel(self) -> None:
-        """Nobody waits any more."""
-        self._keep(Cancelled("ended by its caller while its prompt was made into tokens"))
-        self._task.cancel()
+_log = logging.getLogger(__name__)
+_TAIL_TOKENS = 16
+"""Of a prompt: in them stands the tag with which a template begins the reasoning, white space after it
+included."""
+_CONSTRAINTS = {
+    "json_schema": "response_format",
+    "response_format": "response_format",
+    "regex": "structured_outputs",
+    "choices": "structured_outputs",
+}
+"""The field by which a client knows what an engine finds fault with."""
 
 
 class ProcessorRole:
-    """Serves `complete` (items and end as in :mod:`meshserve.wire.completion`), `tokenize` and `detokenize`."""
+    """Serves `complete` (items and end as in :mod:`meshserve.wire.completion`); its models serve
+    `tokenize` and `detokenize`.
+    """
 
     def __init__(self, mesh: Mesh, max_lost_peers: int, receipts: Receipts | None = None) -> None:
-        self.mesh, self.max_lost_peers, self.receipts = mesh, max_lost_peers, receipts
-        self.name = mesh.own.name
-        """This peer's."""
-        self.histograms = mesh.histograms if receipts is not None else None
+        self.mesh, self.name, self.receipts = mesh, mesh.own.name, receipts
+        """The name is this peer's; receipts are of requests that are over; None if nobody is to keep any."""
         self.models = Models(mesh)
-        self._running: dict[str, Request | Preparing] = {}
-        self.finder = WorkerFinder(mesh)
-        self._strict_calls = StrictCalls()
-        self._rng = random.Random()
-        mesh.gauges.derive("requests", lambda: len(self._running))
+        self.dispatcher = Dispatcher(mesh, max_lost_peers, None if receipts is None else mesh.histograms)
+        self.strict_calls = StrictCalls()
+        self.rng = random.Random()
+        self.running: dict[str, Request] = {}
+        """By name, also while their prompts are made into tokens."""
+        mesh.gauges.derive("requests", lambda: len(self.running))
         mesh.serve(COMPLETE, self._on_complete)
         mesh.serve(CANCEL_AT_PROCESSOR, self._on_cancel)
-        mesh.serve_async(TOKENIZE, self._tokenize)
-        mesh.serve_async(DETOKENIZE, self._detokenize)
         mesh.subscribe(self._on_change)
 
     @property
     def is_idle(self) -> bool:
         """No request is under way."""
-        return not self._running
-
-    def block_size(self, model: str) -> int:
-        """Tokens in a KV block of this model's workers; 0 if none is left."""
-        return self.models.block_size(model)
-
-    def draw_seed(self) -> int:
-        """For a prompt whose request names none."""
-        return self._rng.getrandbits(62)
+        return not self.running
 
     def _on_complete(self, call: IncomingCall) -> None:
         asked: CompletionRequest = call.body
-        if asked.request_id in self._running:
+        if asked.request_id in self.running:
             raise InvalidRequest("a request of this id is under way")
-        phases = Phases()
-        try:
-            card = self.models.card(asked.model)
-            if asked.needs_features:
-                check_features(asked, card)
-            encoded = self.models.encode_nowait(asked, card)
-            if encoded is not None:
-                self._start(call, asked, card, encoded, phases)
-                return
-        except MeshserveError as error:
-            self._keep_refused(asked, phases, error)
-            raise
-        task = self.mesh.tasks.spawn(self._start_later(call, asked, card, phases))
-        preparing = Preparing(call, task, lambda error: self._keep_refused(asked, phases, error))
-        self._running[asked.request_id] = preparing
-        call.on_cancel = preparing.cancel
-
-    def _keep_refused(self, asked: CompletionRequest, phases: Phases, error: MeshserveError) -> None:
-        """The receipt of a request that no worker saw."""
-        if self.receipts is None:
-            return
-        process_ms = phases.end()
-        receipt = Receipt(asked.request_id, asked.client_id, asked.model, processor=self.name, traceparent=asked.traceparent)
-        receipt.phases_ms.process = process_ms
-        receipt.total_ms, receipt.outcome, receipt.error = process_ms, error.code, error.message
-        self.receipts.keep(receipt)
-
-    def _start(self, call: IncomingCall, asked: CompletionRequest, card: ModelCard, encoded: Encoded, phases: Phases) -> None:
-        """Raises what is wrong with a request before anybody works for it."""
-        prompts, token_texts = encoded
-        if asked.logit_bias:
-            check_bias(asked, token_texts.vocab_size)
-        check_prompts(asked, prompts, card, token_texts.vocab_size)
-        writes = writes_calls(card)
-        formats = formats_of(self.models.template(card)) if writes else ()
-        accepts = self._strict_calls.judge(asked) if writes else None
-        request = Request(self, call, asked, card, prompts, token_texts, phases, formats, accepts)
-        self._running[request.request_id] = request
+        request = self.running[asked.request_id] = Request(self, call, asked)
         call.on_cancel = request.cancel
-        request.start()
+        request.begin()
 
-    async def _start_later(self, call: IncomingCall, asked: CompletionRequest, card: ModelCard, phases: Phases) -> None:
-        """For a model whose tokenizer is not this program's own. Cancelled with the call, so at its deadline too."""
-        try:
-            encoded = await self.models.encode(asked, card)
-        except MeshserveError as error:
-            self._keep_refused(asked, phases, error)
-            call.fail(error)
-            return
-        finally:
-            self._running.pop(asked.request_id, None)
-        try:
-            self._start(call, asked, card, encoded, phases)
-        except MeshserveError as error:
-            self._keep_refused(asked, phases, error)
-            call.fail(error)
+    def _on_cancel(self, call: IncomingCall) -> None:
+        """For a request that no frontend can be asked about: its name. True if it was here."""
+        request = self.running.get(call.body)
+        if request is not None:
+            request.fail(Cancelled("this request was cancelled"))
+        call.end(request is not None)
+
+    def _on_change(self, change: Change, member: Member) -> None:
+        incarnation, histograms = member.info.incarnation, self.dispatcher.histograms
+        if change in (Change.DIED, Change.LEFT) and histograms is not None:
+            histograms.fold(incarnation)  # its streams ended before anybody was told
+        if change is Change.SUSPECTED and "decode" in member.info.roles:
+            running = list(self.running.values())
+            for sequence in [sequence for request in running for sequence in request.sequences]:
+                if sequence.worker == incarnation and not sequence.is_over:
+                    sequence.worker_suspected()
 
     async def close(self) -> None:
         """Nothing of it is left."""
         await self.models.close()
 
-    def _on_cancel(self, call: IncomingCall) -> None:
-        """For a request that no frontend can be asked about: its name. True if it was here."""
-        request = self._running.get(call.body)
-        if request is not None:
-            request.fail(Cancelled("this request was cancelled"))
-        call.end(request is not None)
 
-    def over(self, request: Request) -> None:
-        """No longer under way."""
-        self._running.pop(request.request_id, None)
+@dataclass(slots=True, eq=False)
+class Request:
+    """What one client asked. Owns its sequences, which are numbered prompt by prompt."""
 
-    def _on_change(self, change: Change, member: Member) -> None:
-        if change in (Change.DIED, Change.LEFT) and self.histograms is not None:
-            self.histograms.fold(member.info.incarnation)  # its streams ended before anybody was told
-        if change is Change.SUSPECTED and "decode" in member.info.roles:
-            for sequence in [sequence for request in self._running.values() for sequence in request.sequences]:
-                if sequence.worker == member.info.incarnation and not sequence.is_over:
-                    sequence.worker_suspected()
+    role: ProcessorRole
+    call: IncomingCall
+    asked: CompletionRequest
+    phases: Phases = field(default_factory=Phases)
+    card: ModelCard = field(init=False)
+    token_texts: TokenTexts = field(init=False)
+    prompts: list["array[int]"] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
+    is_over: bool = False
+    _encoding: "asyncio.Task[None] | None" = None
+    """While the prompts are made into tokens elsewhere."""
+    _num_open: int = 0
+    """Sequences that are not over."""
+    _is_plain: bool = False
+    """Items are bare strings."""
+    _is_call: bool = False
+    """The answer is made to be a call, by a schema."""
+    _is_parsed: bool = False
+    """The model writes reasoning and calls as text."""
+    _formats: tuple[CallFormat, ...] = ()
+    _accepts: Accepts | None = None
+    _first_end: EndItem | None = None
 
-    # --- tokens for those who ask for nothing else
+    # --- tokens
 
-    async def _tokenize(self, call: IncomingCall) -> Tokenized:
-        """The end is the prompt's tokens and the model's context length."""
-        wanted: TokenizeRequest = call.body
-        asked = wanted.request
-        card = self.models.card(asked.model)
-        check_features(asked, card)
-        (tokens, *_), token_texts = self.models.encode_nowait(asked, card) or await self.models.encode(asked, card)
-        pieces = list(map(token_texts.token_bytes, tokens)) if wanted.wants_texts else []
-        return Tokenized(tokens, card.context_length, b"".join(pieces), array("I", map(len, pieces)))
+    def begin(self) -> None:
+        """Make the prompts into tokens and start. Raises what is wrong with the request before a worker
+        sees it.
+        """
+        models, asked = self.role.models, self.asked
+        try:
+            self.card = card = models.card(asked.model)
+            if asked.needs_features:
+                check_features(asked, card)
+            encoded = models.encode_nowait(asked, card)
+            if encoded is None:  # the tokenizer is not this program's own: it has a process
+                self._encoding = self.role.mesh.tasks.spawn(self._begin_later())
+            else:
+                self._start(*encoded)
+        except MeshserveError as error:
+            self._refuse(error)
+            raise
 
-    async def _detokenize(self, call: IncomingCall) -> str:
-        wanted: DetokenizeRequest = call.body
-        text, tokens = self.models.text(self.models.card(wanted.model)), wanted.tokens
-        token_texts = await text.token_texts()
-        if tokens and max(tokens) >= token_texts.vocab_size:
-            raise InvalidRequest(f"this model's last token is {token_texts.vocab_size - 1}", param="tokens")
-        return await text.decode(tokens)
+    async def _begin_later(self) -> None:
+        """Cancelled with the call, so at its deadline too."""
+        try:
+            encoded = await self.role.models.encode(self.asked, self.card)
+            self._encoding = None
+            self._start(*encoded)
+        except MeshserveError as error:
+            self._refuse(error)
+            self.call.fail(error)
+
+    def _refuse(self, error: MeshserveError) -> None:
+        """Keep the receipt of a request that no worker saw."""
+        self._close()
+        if self.role.receipts is not None:
+            receipt = self._new_receipt(self.asked.request_id)
+            receipt.phases_ms.process = receipt.total_ms = self.phases.end()
+            receipt.outcome, receipt.error = error.code, error.message
+            self.role.receipts.keep(receipt)
+
+    def _new_receipt(self, name: str) -> Receipt:
+        asked, role = self.asked, self.role
+        return Receipt(
+            name, asked.client_id, asked.model, processor=role.name, traceparent=asked.traceparent
+        )
+
+    # --- sequences
+
+    def _start(self, prompts: list["array[int]"], token_texts: TokenTexts) -> None:
+        """Make the sequences, and send the first answer to each prompt to a worker."""
+        asked, card, role = self.asked, self.card, self.role
+        check_prompts(asked, prompts, card, token_texts.vocab_size)
+        self.prompts, self.token_texts, self._is_plain = prompts, token_texts, asked.is_plain
+        if asked.kind == "chat" or asked.tool_choice != "none":
+            self._prepare_answers()
+        self._num_open = asked.n * len(prompts)
+        for tokens in prompts:
+            sampling = sampling_of(asked, card, len(tokens), role.rng.getrandbits(62))
+            for choice in range(asked.n):
+                if choice:  # the prompt's log probabilities of the first answer are for all
+                    sampling = replace(sampling, choice=choice, prompt_logprobs=-1)
+                self._add_sequence(tokens, sampling)
+        process_ms = self.phases.end()
+        for sequence in self.sequences:
+            sequence.receipt.phases_ms.process = process_ms
+        if asked.wants_start:
+            self.call.send(StartItem(sum(map(len, prompts))))
+        for sequence in self.sequences[:: asked.n]:
+            self._go(sequence)
+
+    def _prepare_answers(self) -> None:
+        """What it takes to read reasoning and calls in the answers."""
+        asked, card = self.asked, self.card
+        self._is_call = wants_call(asked, card)
+        if writes_calls(card):
+            self._is_parsed = asked.kind == "chat" and not self._is_call and not asked.is_constrained
+            self._formats = formats_of(self.role.models.template(card))
+            self._accepts = self.role.strict_calls.judge(asked)
+
+    def _add_sequence(self, tokens: "array[int]", sampling: Sampling) -> None:
+        asked, call, index = self.asked, self.call, len(self.sequences)
+        dispatcher = self.role.dispatcher
+        receipt = self._new_receipt(asked.request_id if self._num_open == 1 else f"{asked.request_id}/{index}")
+        receipt.num_prompt_tokens = len(tokens)
+        phases = Phases() if index else self.phases
+        choice: Choice | PlainChoice
+        if self._is_parsed or self._is_call or asked.max_tokens == 0 or asked.logprobs >= 0 or asked.stop:
+            choice = self._choice(index, tokens)
+        else:
+            choice = PlainChoice(call.send, call.send_all, self.token_texts, index, self._is_plain)
+        sequence = Sequence(
+            dispatcher,
+            call,
+            asked,
+            receipt,
+            Account(receipt, phases, dispatcher.histograms, dispatcher.mesh.name_of),
+            tokens,
+            sampling,
+            choice,
+            self._began if asked.echo or asked.n > 1 else None,
+            self._scored,
+            self._over,
+        )
+        if dispatcher.mesh.event_log.is_on:
+            sequence.note_submitted()
+        self.sequences.append(sequence)
+
+    def _choice(self, index: int, tokens: "array[int]") -> Choice:
+        """What makes text of the tokens of a sequence whose text is not all there is to it."""
+        asked, send, token_bytes = self.asked, self.call.send, self.token_texts.token_bytes
+        options: dict[str, Any] = {"is_bare": self._is_plain, "stops": asked.stop, "min_tokens": asked.min_tokens}
+        options["wants_logprobs"] = asked.logprobs >= 0
+        if not self._is_parsed:
+            make = EchoOnly if asked.max_tokens == 0 else Choice
+            return make(send, token_bytes, index, is_call=self._is_call, **options)
+        names = [tool["function"]["name"] for tool in tools_of(asked)] if asked.tool_choice != "none" else []
+        last = b"".join(map(token_bytes, tokens[-_TAIL_TOKENS:])).rstrip()
+        is_thinking = last.endswith(THINK.encode())
+        parser = AnswerParser(names, self._formats, is_thinking=is_thinking, accepts=self._accepts)
+        is_single = not asked.parallel_tool_calls
+        return ParsedChoice(send, token_bytes, index, parser, is_single=is_single, **options)
+
+    def _go(self, sequence: Sequence) -> None:
+        if self.asked.max_tokens == 0 and self.asked.logprobs < 0:
+            sequence.end_without_worker()
+        else:
+            sequence.route()
+
+    def _scored(self, sequence: Sequence, logprobs: list[Any]) -> None:
+        """Give the prompt's log probabilities to all answers to it. A second worker, if the first is lost,
+        says them again.
+        """
+        first = self.sequences.index(sequence)
+        for other in self.sequences[first : first + self.asked.n]:
+            if not other.is_scored:
+                other.is_scored = True
+                other.choice.echo_logprobs(sequence.tokens, logprobs)
+
+    def _began(self, sequence: Sequence) -> None:
+        """A first token is about to be given out: it is time for the prompt, and for the other answers."""
+        asked = self.asked
+        index = self.sequences.index(sequence)
+        if asked.echo and asked.logprobs < 0:
+            sequence.choice.echo(self._prompt_text(index // asked.n))
+        if index % asked.n == 0:
+            for other in self.sequences[index + 1 : index + asked.n]:
+                other.waited_ms = other.account.phases.end()
+                self._go(other)
+
+    def _prompt_text(self, place: int) -> str:
+        prompt = self.asked.prompts[place]
+        if isinstance(prompt, str):
+            return prompt
+        return b"".join(map(self.token_texts.token_bytes, prompt)).decode("utf-8", "replace")
+
+    # --- the end
+
+    def _over(self, sequence: Sequence, found: EndItem | MeshserveError) -> None:
+        """One sequence is complete, or failed: then all do."""
+        if isinstance(found, MeshserveError):
+            self._failed(sequence, found)
+            return
+        self._num_open -= 1
+        if found.choice == 0:
+            self._first_end = found
+        if not self._is_plain:
+            self.call.send(found)
+        if self._num_open:
+            return
+        self._close()
+        receipt = self._keep_receipt(sequence, OK)
+        first = self._first_end or found
+        self.call.end(
+            Ending(
+                first.reason,
+                receipt.num_prompt_tokens,
+                receipt.num_completion_tokens,
+                receipt.num_cached_tokens,
+                receipt.to_wire() if self.asked.wants_receipt else None,
+                first.stop,
+            )
+        )
+
+    def _close(self) -> None:
+        self.is_over = True
+        self.role.running.pop(self.asked.request_id, None)
+
+    def _keep_receipt(self, last: Sequence, outcome: str, error: str = "") -> Receipt:
+        """The path of the first answer, the times of the one that the end waited for."""
+        receipt = last.receipt if len(self.sequences) == 1 else self._merged_receipt(last)
+        receipt.total_ms, receipt.outcome, receipt.error = self.phases.total_ms(), outcome, error
+        if self.role.receipts is not None:
+            self.role.receipts.keep(receipt)
+        self.sequences = []  # they hold this request: only the collector could free them
+        return receipt
+
+    def _merged_receipt(self, last: Sequence) -> Receipt:
+        receipts = [sequence.receipt for sequence in self.sequences]
+        num_cached = sum(receipt.num_cached_tokens for receipt in receipts[:: self.asked.n])
+        receipt = merged(receipts, self.asked.request_id, sum(map(len, self.prompts)), num_cached)
+        place = self.sequences.index(last)
+        first = self.sequences[place - place % self.asked.n]
+        receipt.phases_ms = last.receipt.phases_ms
+        if first is not last:
+            own_ms = last.receipt.phases_ms
+            receipt.phases_ms = after_first_token(first.receipt.phases_ms, last.waited_ms, own_ms)
+        return receipt
+
+    def _failed(self, sequence: Sequence, error: MeshserveError) -> None:
+        if self.is_over:
+            return
+        if isinstance(error, InvalidRequest) and error.param in _CONSTRAINTS:
+            error = type(error)(error.message, param="tools" if self._is_call else _CONSTRAINTS[error.param])
+        self.fail(error, sequence)
+
+    def fail(self, error: MeshserveError, sequence: Sequence | None = None) -> None:
+        """End the request here and now, at its workers too."""
+        if self._encoding is not None:
+            self._stop_encoding(error)
+        else:
+            name = self.asked.request_id
+            log_event(
+                _log,
+                "request_failed",
+                f"request {name} failed: {error.message}",
+                request_id=name,
+                client_id=self.asked.client_id,
+                code=error.code,
+            )
+            self._end(error.code, error.message, sequence)
+        self.call.fail(error)
+
+    def cancel(self) -> None:
+        """The client is gone, or did not wait any longer."""
+        if self._encoding is not None:
+            self._stop_encoding(Cancelled("ended by its caller while its prompt was made into tokens"))
+            return
+        ended_by = self.call.ended_by
+        code = DeadlineExceeded.code if ended_by == "deadline" else Cancelled.code
+        self._end(code, f"ended by its caller: {ended_by or 'cancel'}")
+
+    def _stop_encoding(self, error: MeshserveError) -> None:
+        assert self._encoding is not None
+        self._encoding.cancel()
+        self._encoding = None
+        self._refuse(error)
+
+    def _end(self, outcome: str, error: str, sequence: Sequence | None = None) -> None:
+        """End without output, because of this sequence, or while this one was the first not complete."""
+        if self.is_over:
+            return
+        last = sequence or next((found for found in self.sequences if not found.is_over), self.sequences[0])
+        self._close()
+        for found in self.sequences:
+            found.cancel()
+        self._keep_receipt(last, outcome, error)

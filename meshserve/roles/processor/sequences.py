@@ -1,204 +1,200 @@
-"""One sequence of a request at a worker: which worker, its stream, and another worker if that one is lost before its first token.
+"""One sequence of a request: its worker, the worker's stream, and another worker if that one is lost before the first token.
 
-Steps are callbacks: a sequence costs no task, and a token costs no task switch.
+A sequence goes from top to bottom: `route` asks a router, `_routed` sends the prompt to the best worker, `on_item` takes its tokens,
+`on_end` its end. Steps are callbacks: a sequence costs no task, and a token costs no task switch. The sequence is the sink of one stream
+at a time, first of a router's and then of a worker's.
 """
 
+import itertools
 from array import array
 from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
-from meshserve.errors import GaveUp, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
-from meshserve.mesh.calls import OutgoingCall
+from meshserve.errors import (
+    GaveUp,
+    InvalidRequest,
+    MeshserveError,
+    NoWorker,
+    Overloaded,
+    PeerLost,
+    PeerSilent,
+    ProtocolError,
+)
+from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.accounting import Account
-from meshserve.roles.processor.worker_search import WorkerFinder, WorkerSearch
-from meshserve.telemetry import BUCKETS_S, Histograms, Phases
-from meshserve.wire.completion import EndItem
+from meshserve.roles.processor.choices import Choice, PlainChoice
+from meshserve.telemetry import BUCKETS_S, Histograms
+from meshserve.wire.completion import CompletionRequest, EndItem
 from meshserve.wire.generation import GenerateRequest, GenerationEnd, Sampling
-from meshserve.wire.messages import GENERATE
+from meshserve.wire.messages import GENERATE, ROUTE
 from meshserve.wire.routing import Candidate, RouteRequest, RoutingDecision
 
 _MAX_ATTEMPTS = 4
-_RETRIED_CODES = frozenset(("peer_lost", "peer_silent", "link_overflow", "draining", "no_worker", "unknown_method", "overloaded"))
+_RETRIED_CODES = frozenset(
+    ("peer_lost", "peer_silent", "link_overflow", "draining", "no_worker", "unknown_method", "overloaded")
+)
 """Errors that say nothing about the request itself: another worker may do."""
+_ROUTE_TIMEOUT_S = 0.5
+"""A router answers within a millisecond; one that has not answered by now hangs. Higher waits longer for
+it, lower asks two where the machine is merely busy."""
+_NO_ROUTER = "round-robin (no router)"
 
 
-class Dispatcher(Protocol):
-    """What sequences need of the processor."""
+class Dispatcher:
+    """What all sequences of a processor share: the mesh, and whose turn it is."""
 
-    mesh: Mesh
-    max_lost_peers: int
-    finder: WorkerFinder
-    histograms: Histograms | None
-    """Of latencies, a part for each worker; None if nobody wants them."""
+    def __init__(self, mesh: Mesh, max_lost_peers: int, histograms: Histograms | None) -> None:
+        self.mesh, self.max_lost_peers, self.histograms = mesh, max_lost_peers, histograms
+        """Histograms are of latencies, a part for each worker; None if nobody wants them."""
+        self._router_turn, self._worker_turn = itertools.count(), itertools.count()
 
+    def next_router(self, asked: list[str]) -> str | None:
+        """A router that was not asked yet: this peer's own, else each in turn; None if none is left."""
+        infos = self.mesh.peers_with("router")
+        if infos and not asked and infos[0].incarnation == self.mesh.incarnation:
+            return self.mesh.incarnation
+        routers = [info.incarnation for info in infos if info.incarnation not in asked]
+        if not routers or routers[0] == self.mesh.incarnation:
+            return routers[0] if routers else None
+        return routers[next(self._router_turn) % len(routers)]
 
-class Output(Protocol):
-    """What becomes of the tokens: a :class:`~meshserve.roles.processor.choices.Choice`, or a plain one."""
+    def take_turns(self, model: str, excluded: list[str]) -> list[Candidate]:
+        """Without a router: live workers of this model, each time another one first."""
+        infos = self.mesh.peers_serving("decode", model)
+        able = [info.incarnation for info in infos if info.incarnation not in excluded]
+        start = next(self._worker_turn) % len(able) if able else 0
+        why = "its turn; there is no router"
+        return [
+            Candidate(worker, self.mesh.name_of(worker), 0, 0, 0.0, 0.0, why)
+            for worker in able[start:] + able[:start]
+        ]
 
-    num_tokens: int
-    """Up to the one that made a stop string complete, that one included."""
-
-    def echo(self, text: str) -> None:
-        """The text begins with this."""
-
-    def echo_logprobs(self, tokens: "array[int]", logprobs: list[Any]) -> None:
-        """The text begins with these tokens. Raises ValueError or TypeError for what a worker must not say."""
-
-    def feed(self, tokens: list[int], logprobs: Any = None) -> bool:
-        """Tokens of one step; true if a stop string ended the text. Raises ProtocolError if log probabilities are missing."""
-
-    def finish(self, reason: str) -> EndItem:
-        """The sequence came to its end, by itself or by a stop string."""
-
-
-class Owner(Protocol):
-    """The request that a sequence is part of. Of `ended` and `failed` one is called, once and last, unless the sequence is cancelled."""
-
-    policy: str | None
-    session: str
-
-    @property
-    def block_size(self) -> int:
-        """Tokens in a KV block of the model's workers."""
-
-    def remaining_s(self) -> float:
-        """Until the request's deadline."""
-
-    def scored(self, sequence: "Sequence", logprobs: list[Any]) -> None:
-        """The prompt's log probabilities."""
-
-    def began(self, sequence: "Sequence") -> None:
-        """Its first token is about to be given out, or its end if there is none."""
-
-    def ended(self, sequence: "Sequence", end: EndItem) -> None:
-        """It is complete."""
-
-    def failed(self, sequence: "Sequence", error: MeshserveError) -> None:
-        """It ended without its output."""
+    def block_size(self, model: str) -> int:
+        """Tokens in a KV block of this model's workers; 0 if none is left."""
+        infos = self.mesh.peers_serving("decode", model)
+        return next((info.layout.block_size for info in infos if info.layout is not None), 0)
 
 
+@dataclass(slots=True, eq=False)
 class Sequence:
-    """What is needed to go on elsewhere (prompt, sampling, seed), and how far it is."""
+    """Keeps what is needed to go on elsewhere (prompt, sampling, seed), and how far the sequence is."""
 
-    __slots__ = (
-        "_dispatcher",
-        "_event_log",
-        "_excluded",
-        "_gaps",
-        "_is_followed",
-        "_last_s",
-        "_lost",
-        "_num_overlap_blocks",
-        "_opened",
-        "_overloaded",
-        "_owner",
-        "_prefill_ms",
-        "_prefill_peers",
-        "_search",
-        "account",
-        "choice",
-        "is_over",
-        "is_scored",
-        "num_tokens",
-        "phases",
-        "receipt",
-        "request_id",
-        "sampling",
-        "tokens",
-        "waited_ms",
-        "worker",
-    )
+    dispatcher: Dispatcher
+    call: IncomingCall
+    """The stream to the frontend; here only its deadline counts."""
+    asked: CompletionRequest
+    receipt: Receipt
+    account: Account
+    tokens: "array[int]"
+    """The prompt's."""
+    sampling: Sampling
+    choice: Choice | PlainChoice
+    """Turns tokens into items of the frontend's stream."""
+    on_began: "Callable[[Sequence], None] | None"
+    """Called before the first token is given out, or before the end if there is no token."""
+    on_scored: "Callable[[Sequence, list[Any]], None]"
+    """Called with the prompt's log probabilities."""
+    on_over: "Callable[[Sequence, EndItem | MeshserveError], None]"
+    """Called once and last, unless the sequence is cancelled."""
+    worker: str | None = None
+    """Incarnation of the decode worker that has the sequence now; None while a router is asked."""
+    num_tokens: int = 0
+    is_over: bool = False
+    is_scored: bool = False
+    waited_ms: float = 0.0
+    """For the first answer to the same prompt, if this is a later one."""
+    _stream: OutgoingCall | None = None
+    """To the router or the worker that has the sequence now."""
+    _routers: list[str] = field(default_factory=list)
+    """Those that were asked since the last worker was lost."""
+    _excluded: list[str] = field(default_factory=list)
+    """Incarnations of workers that were tried."""
+    _lost: list[str] = field(default_factory=list)
+    """Names of workers that died with this sequence."""
+    _overloaded: Overloaded | None = None
+    """What a worker said that is full: the reason if there is no other."""
+    _num_overlap_blocks: int = 0
+    _last_s: float = 0.0
+    """When the last tokens came, on the monotonic clock."""
+    _is_followed: bool = False
 
-    def __init__(
-        self,
-        dispatcher: Dispatcher,
-        owner: Owner,
-        receipt: Receipt,
-        tokens: "array[int]",
-        sampling: Sampling,
-        choice: Output,
-        phases: Phases,
-    ) -> None:
-        self._dispatcher, self._owner, self.receipt = dispatcher, owner, receipt
-        self.request_id = receipt.request_id
-        self.tokens, self.sampling, self.choice, self.phases = tokens, sampling, choice, phases
-        self._excluded: list[str] = []
-        self._search: WorkerSearch | None = None
-        self._prefill_peers: tuple[tuple[str, int, int], ...] = ()
-        self._prefill_ms: tuple[float, ...] = ()
-        self._lost: list[str] = []
-        """Names of workers that died with this sequence."""
-        self._overloaded: Overloaded | None = None
-        """What a worker said that is full: the reason if there is no other."""
-        self._opened: OutgoingCall | None = None
-        self._num_overlap_blocks = 0
-        self.worker: str | None = None
-        """Incarnation of the decode worker that has the sequence now."""
-        self.num_tokens = 0
-        self.is_over = self.is_scored = False
-        self.waited_ms = 0.0
-        """For the first answer to the same prompt, if this is a later one."""
-        self._gaps: dict[int, int] | None = None
-        self._last_s = 0.0
-        """When the last tokens came, on the monotonic clock."""
-        self.account = Account(receipt, phases, dispatcher.histograms, dispatcher.mesh.name_of)
-        self._event_log = dispatcher.mesh.event_log
-        self._is_followed = False
-        if self._event_log.is_on:
-            self._event_log.note("submit", self.request_id, num_tokens=len(tokens))
-            self._is_followed = self._event_log.follows(self.request_id)
+    def note_submitted(self) -> None:
+        """Write the sequence's beginning to the event log."""
+        event_log, request_id = self.dispatcher.mesh.event_log, self.receipt.request_id
+        event_log.note("submit", request_id, num_tokens=len(self.tokens))
+        self._is_followed = event_log.follows(request_id)
 
     # --- which worker
 
     def route(self) -> None:
-        """Look for a worker that was not tried yet."""
-        self.worker = None
-        self.account.enter("route")
-        receipt, owner = self.receipt, self._owner
-        question = RouteRequest(self.request_id, receipt.model, self.tokens, owner.policy, owner.session, self._excluded)
-        self._search = WorkerSearch(self._dispatcher.finder, question, self)
-        self._search.ask()
+        """Ask a router that was not asked yet; without one, the workers take turns."""
+        if self.is_over:
+            return
+        dispatcher, asked, receipt = self.dispatcher, self.asked, self.receipt
+        self.account.now_in = "route"
+        router = dispatcher.next_router(self._routers)
+        if router is None:
+            able = dispatcher.take_turns(asked.model, self._excluded)
+            if able:
+                self._routed(RoutingDecision(None, _NO_ROUTER, able, []))
+            else:
+                text = f"no decode worker for the model {asked.model!r} can take work now"
+                self._not_routed(NoWorker(text))
+            return
+        self._routers.append(router)
+        question = RouteRequest(
+            receipt.request_id, asked.model, self.tokens, asked.policy, asked.session, self._excluded
+        )
+        try:
+            self._stream = dispatcher.mesh.open(router, ROUTE, question, self, _ROUTE_TIMEOUT_S)
+        except PeerLost:
+            self.route()
 
-    def routed(self, decision: RoutingDecision) -> None:
-        """The candidates are known."""
-        receipt, self._search = self.receipt, None  # it holds this sequence: only the collector could free both
-        receipt.router, receipt.policy = decision.router, decision.policy
-        receipt.candidates, receipt.prefill_candidates = decision.decode, decision.prefill or ()
-        prefill = decision.prefill
-        self._prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in prefill) if prefill else ()
-        self._prefill_ms = tuple([found.ready_ms for found in prefill]) if prefill else ()
-        self.account.routed()
-        self._dispatch(decision.decode[0])
-
-    def not_routed(self, error: MeshserveError) -> None:
-        """No worker can take it; one that is full is the better reason."""
-        self._search = None
+    def _not_routed(self, error: MeshserveError) -> None:
+        """No worker can take the sequence; one that is full is the better reason."""
         self._fail(self._overloaded if isinstance(error, NoWorker) and self._overloaded else error)
 
-    # --- the worker's stream
-
-    def _dispatch(self, chosen: Candidate) -> None:
+    def _routed(self, decision: RoutingDecision) -> None:
+        """Send the prompt to the first candidate, with the prefill workers that the router ranked."""
+        account, receipt, mesh = self.account, self.receipt, self.dispatcher.mesh
+        receipt.router, receipt.policy = decision.router, decision.policy
+        receipt.candidates, receipt.prefill_candidates = decision.decode, decision.prefill or ()
+        receipt.phases_ms.route += account.phases.end()
+        account.now_in = "call"
+        chosen = decision.decode[0]
         self.worker, self._num_overlap_blocks = chosen.incarnation, chosen.overlap_blocks
-        self.receipt.decode = chosen.peer
+        receipt.decode = chosen.peer
         if self._is_followed:
             self._note_routed(chosen)
-        request = GenerateRequest(
-            self.request_id, self.receipt.model, self.tokens, self.sampling, 0, self._prefill_peers, self._prefill_ms, tuple(self._lost)
-        )
-        mesh = self._dispatcher.mesh
+        request = GenerateRequest(receipt.request_id, receipt.model, self.tokens, self.sampling)
+        request.lost_peers = tuple(self._lost)
+        if decision.prefill:
+            ranked = [(found.incarnation, found.load, found.overlap_blocks) for found in decision.prefill]
+            request.prefill_peers = tuple(ranked)
+            request.prefill_ms = tuple([found.ready_ms for found in decision.prefill])
+        remaining_s = max(0.001, self.call.deadline_s - mesh.now_s())
         try:
-            self._opened = mesh.open(chosen.incarnation, GENERATE, request, self, self._owner.remaining_s())
+            self._stream = mesh.open(chosen.incarnation, GENERATE, request, self, remaining_s)
         except PeerLost as error:
             self._retry_or_fail(error)
 
     def _note_routed(self, chosen: Candidate) -> None:
         receipt = self.receipt
-        router, policy = receipt.router, receipt.policy
-        candidates = [candidate.for_receipt() for candidate in receipt.candidates]
-        self._event_log.note("routed", self.request_id, decode=chosen.incarnation, router=router, policy=policy, candidates=candidates)
+        self.dispatcher.mesh.event_log.note(
+            "routed",
+            receipt.request_id,
+            decode=chosen.incarnation,
+            router=receipt.router,
+            policy=receipt.policy,
+            candidates=[candidate.for_receipt() for candidate in receipt.candidates],
+        )
+
+    # --- the worker's stream
 
     def on_item(self, item: Any) -> None:
         """Tokens of one step, after their position; or something rarer."""
@@ -209,14 +205,14 @@ class Sequence:
                 return
         tokens = item[1:]
         if self._is_followed:
-            self._event_log.note("tokens", self.request_id, position=self.num_tokens, count=len(tokens), decode=self.worker)
+            self._note_tokens(len(tokens))
         if not self.num_tokens:
             self._last_s = self.account.first_token(self.worker or "")
-            self._gaps = self.account.gaps
-            self._owner.began(self)
-        elif self._gaps is not None:  # in line: it is all that a token pays to be observed (0.2 us)
+            if self.on_began is not None:
+                self.on_began(self)
+        elif (gaps := self.account.gaps) is not None:  # in line: it is all that a token pays to be observed (0.2 us)
             now_s = monotonic()
-            self._gaps[bisect_left(BUCKETS_S, now_s - self._last_s)] += 1
+            gaps[bisect_left(BUCKETS_S, now_s - self._last_s)] += 1
             self._last_s = now_s
         self.num_tokens += len(tokens)
         try:
@@ -227,15 +223,20 @@ class Sequence:
         if is_stopped:
             self._stop_early()
 
+    def _note_tokens(self, count: int) -> None:
+        log, request_id = self.dispatcher.mesh.event_log, self.receipt.request_id
+        log.note("tokens", request_id, position=self.num_tokens, count=count, decode=self.worker)
+
     def _unusual(self, item: Any) -> tuple[list[int] | None, Any]:
-        """The first tokens, ahead of which stands what the worker did by then, or tokens with log probabilities; else nothing: the name
-        of a prefill worker that died, or the prompt's log probabilities.
+        """Read the rarer items of a worker's stream. Returns tokens after their position, and their log
+        probabilities; or nothing, if the item was another one.
         """
-        if isinstance(item, str):
+        if isinstance(item, str):  # a prefill worker that died with the prompt
             self._lost.append(item)
             return None, None
-        if isinstance(item, list) and len(item) > 2 and isinstance(item[0], (list, tuple)) and not self.num_tokens:
-            self.account.early, item = item[0], item[1:]
+        is_first = not self.num_tokens
+        if is_first and isinstance(item, list) and len(item) > 2 and isinstance(item[0], (list, tuple)):
+            self.account.early, item = item[0], item[1:]  # ahead of the first tokens
             if item[0] == 0 and len(item) > 1:
                 return item, None
         if isinstance(item, list) and len(item) == 2 and isinstance(item[1], list):
@@ -250,100 +251,122 @@ class Sequence:
 
     def _score(self, logprobs: list[Any]) -> None:
         try:
-            self._owner.scored(self, logprobs)
+            self.on_scored(self, logprobs)
         except (TypeError, ValueError) as error:
             self._abort(ProtocolError(f"a prompt's log probabilities cannot be read: {error}"))
 
-    def on_end(self, value: GenerationEnd) -> None:
-        """The worker is done."""
+    def on_end(self, value: RoutingDecision | GenerationEnd) -> None:
+        """The router's answer, or the end of the worker's tokens."""
+        if isinstance(value, RoutingDecision):
+            self._routed(value)
+            return
         self.account.call_ended(value.account)
-        if not self.num_tokens:
-            self._owner.began(self)
+        if not self.num_tokens and self.on_began is not None:
+            self.on_began(self)
         self._end(value.reason)
 
     def on_error(self, error: MeshserveError) -> None:
-        """The worker failed, or was lost."""
-        if error.code == PeerLost.code:
-            self._lost.append(self.receipt.decode or "a worker")
-        self._retry_or_fail(error)
+        """The router or the worker failed, or was lost."""
+        if self.worker is not None:
+            if error.code == PeerLost.code:
+                self._lost.append(self.receipt.decode or "a worker")
+            self._retry_or_fail(error)
+        elif isinstance(error, InvalidRequest):
+            self._not_routed(error)
+        else:
+            # a router that knows no worker is sound: one that has just started may not have met them all
+            if not isinstance(error, NoWorker):
+                self.dispatcher.mesh.counters.add("routers_failed")
+            self.route()
 
     def _retry_or_fail(self, error: MeshserveError) -> None:
-        """Nothing given out yet means that another may start over, unless the request itself seems to be what takes workers down."""
+        """Nothing given out yet means that another worker may start over, unless the request itself seems
+        to be what takes workers down.
+        """
         self._note_attempt(error, self.account.settle())
         if isinstance(error, Overloaded):
             self._overloaded = error
-        can_retry = self.num_tokens == 0 and error.code in _RETRIED_CODES and len(self.receipt.attempts) < _MAX_ATTEMPTS
-        if can_retry and len(self._lost) >= self._dispatcher.max_lost_peers:
-            names = ", ".join(self._lost)
-            self._fail(GaveUp(f"this request took down {names}; it is tried nowhere else", lost_peers=self._lost))
-        elif can_retry and self.worker is not None:
-            self._dispatcher.mesh.counters.add("requests_rerouted")
-            self._excluded.append(self.worker)
-            self.route()
-        else:
+        is_fresh = self.num_tokens == 0 and len(self.receipt.attempts) < _MAX_ATTEMPTS
+        if not is_fresh or error.code not in _RETRIED_CODES or self.worker is None:
             self._fail(error)
+        elif len(self._lost) >= self.dispatcher.max_lost_peers:
+            names = ", ".join(self._lost)
+            text = f"this request took down {names}; it is tried nowhere else"
+            self._fail(GaveUp(text, lost_peers=self._lost))
+        else:
+            self.dispatcher.mesh.counters.add("requests_rerouted")
+            self._excluded.append(self.worker)
+            self.worker, self._routers = None, []
+            self.route()
+
+    def _note_attempt(self, error: MeshserveError, took_ms: float) -> None:
+        attempt = {
+            "peer": self.dispatcher.mesh.name_of(self.worker or ""),
+            "role": "decode",
+            "outcome": error.code,
+            "tokens": self.num_tokens,
+            "ms": round(took_ms, 3),
+        }
+        self.receipt.attempts = [*self.receipt.attempts, attempt]
 
     def worker_suspected(self) -> None:
         """Its worker fell silent. What has not begun there is taken elsewhere; what has may still go on."""
-        if self.num_tokens == 0 and self._opened is not None:
-            self._opened.cancel()
+        if self.num_tokens == 0 and self._stream is not None:
+            self._stream.cancel()
             self.on_error(PeerSilent("the worker fell silent"))
-
-    def _note_attempt(self, error: MeshserveError, took_ms: float) -> None:
-        name = self._dispatcher.mesh.name_of(self.worker or "")
-        attempt = {"peer": name, "role": "decode", "outcome": error.code, "tokens": self.num_tokens, "ms": round(took_ms, 3)}
-        self.receipt.attempts = [*self.receipt.attempts, attempt]
 
     # --- the end
 
-    def _stop_early(self) -> None:
-        """A stop string was found: the worker need not go on. What it found in its cache is known from its word with the first
-        tokens, or else from the router.
-        """
-        if self._opened is not None:
-            self._opened.cancel()
-        self.account.settle()
-        if self.account.early is None:
-            self.receipt.num_cached_tokens = min(self._num_overlap_blocks * self._owner.block_size, len(self.tokens) - 1)
-        self._end("stop")
-
     def end_without_worker(self) -> None:
         """There is nothing to generate."""
-        self._owner.began(self)
-        self._end("length")
+        if not self.is_over:
+            if self.on_began is not None:
+                self.on_began(self)
+            self._end("length")
+
+    def _stop_early(self) -> None:
+        """A stop string was found: the worker need not go on. What it found in its cache is known from its
+        word with the first tokens, or else from the router.
+        """
+        self._cancel_stream()
+        self.account.settle()
+        if self.account.early is None:
+            num_overlap = self._num_overlap_blocks * self.dispatcher.block_size(self.asked.model)
+            self.receipt.num_cached_tokens = min(num_overlap, len(self.tokens) - 1)
+        self._end("stop")
 
     def _end(self, reason: str) -> None:
         end = self.choice.finish(reason)
-        self._over("ok")
-        self._owner.ended(self, end)
+        self._close("ok")
+        self.on_over(self, end)
 
     def _abort(self, error: MeshserveError) -> None:
-        if self._opened is not None:
-            self._opened.cancel()
+        self._cancel_stream()
         self._fail(error)
 
     def _fail(self, error: MeshserveError) -> None:
-        self._over(error.code)
-        self._owner.failed(self, error)
+        self._close(error.code)
+        self.on_over(self, error)
 
     def cancel(self) -> None:
-        """Nobody wants it any more. Harmless after its end."""
+        """Nobody wants the sequence any more. Harmless after its end."""
         if not self.is_over:
-            self._over("cancelled")
-            if self._search is not None:
-                self._search.cancel()
-                self._search = None
-            if self._opened is not None:
-                self._opened.cancel()
+            self._close("cancelled")
+            self._cancel_stream()
 
-    def _over(self, outcome: str) -> None:
+    def _cancel_stream(self) -> None:
+        if self._stream is not None:
+            self._stream.cancel()
+
+    def _close(self, outcome: str) -> None:
         self.account.close(self._last_s)
         self.is_over = True
         self.receipt.num_completion_tokens = self.choice.num_tokens
-        if self._event_log.is_on:
-            self._event_log.note(
+        event_log = self.dispatcher.mesh.event_log
+        if event_log.is_on:
+            event_log.note(
                 "result",
-                self.request_id,
+                self.receipt.request_id,
                 outcome=outcome,
                 num_tokens=self.num_tokens,
                 num_prompt_tokens=len(self.tokens),
