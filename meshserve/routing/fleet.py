@@ -61,7 +61,11 @@ class InFlight:
             self.release(*key)
         until_s = now_s + RESERVATION_TIMEOUT_S
         self.reservations[key] = _Reservation(worker, num_tokens, num_blocks, until_s)
-        worker.reserve(num_tokens, num_blocks)
+        worker.in_flight_tokens += num_tokens
+        worker.in_flight_blocks += num_blocks
+        worker.num_in_flight += 1
+        worker.num_sequences += 1
+        worker.breakdown = None
 
     def hear(
         self, worker: Worker, request_id: str, num_tokens: int, now_s: float, num_blocks: int = 0
@@ -78,7 +82,12 @@ class InFlight:
         found = self.reservations.pop((incarnation, request_id), None)
         if found is None:
             return False
-        found.worker.release(found.num_tokens, found.num_blocks)
+        worker = found.worker
+        worker.in_flight_tokens -= found.num_tokens
+        worker.in_flight_blocks -= found.num_blocks
+        worker.num_in_flight -= 1
+        worker.num_sequences -= 1
+        worker.breakdown = None
         return True
 
     def reported(self, incarnation: str, request_id: str, now_s: float) -> None:
@@ -191,21 +200,20 @@ class Fleet:
             self._num_blocks += report.load.num_blocks - worker.load.num_blocks
             self._regret.capacity = max(2, self._num_blocks)
         worker.take_load(report.load, now_s)
-        self._measure(worker)
+        if report.load.mean_output_tokens:
+            difference = report.load.mean_output_tokens - self.forecast.mean_output_tokens
+            self.forecast.mean_output_tokens += difference * _FOLLOW
+        if report.load.prefill_ns_per_token or report.load.decode_base_us:
+            self._measure(worker)  # not of engines without delays
         if report.evicted:
             self._take_evictions(worker, report.evicted)
         self._index.stored(incarnation, report.stored)
 
     def _measure(self, worker: Worker) -> None:
-        """Follow how fast workers are and how much they write. Cost breakdowns are forgotten from time to
-        time, as idle workers report nothing.
+        """Follow how fast workers are. Cost breakdowns are forgotten from time to time, as idle workers
+        report nothing.
         """
         load, forecast = worker.load, self.forecast
-        if load.mean_output_tokens:
-            difference = load.mean_output_tokens - forecast.mean_output_tokens
-            forecast.mean_output_tokens += difference * _FOLLOW
-        if not (load.prefill_ns_per_token or load.decode_base_us):
-            return  # as engines without delays
         found = Rates.reported(load, forecast.rates)
         assert found is not None
         self._num_measured += 1

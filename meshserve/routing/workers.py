@@ -115,22 +115,6 @@ class Worker:
         self.load, self.reported_at_s, self.breakdown = load, now_s, None
         self.num_sequences = load.num_running + load.num_waiting + self.num_in_flight
 
-    def reserve(self, num_tokens: int, num_blocks: int) -> None:
-        """Count work that is on its way to this worker."""
-        self.in_flight_tokens += num_tokens
-        self.in_flight_blocks += num_blocks
-        self.num_in_flight += 1
-        self.num_sequences += 1
-        self.breakdown = None
-
-    def release(self, num_tokens: int, num_blocks: int) -> None:
-        """Undo one :meth:`reserve`: the work is reported, or was not done."""
-        self.in_flight_tokens -= num_tokens
-        self.in_flight_blocks -= num_blocks
-        self.num_in_flight -= 1
-        self.num_sequences -= 1
-        self.breakdown = None
-
 
 @dataclass(frozen=True, slots=True)
 class CostSettings:

@@ -28,7 +28,7 @@ def test_kv_goes_where_the_prefix_is_unless_that_would_take_longer() -> None:
     assert best("kv", found, [0, 90, 10]) == "w1"
     found[1].take_load(WorkerLoad(waiting_prefill_tokens=4000), 0.0)
     assert best("kv", found, [0, 90, 10]) == "w2"
-    found[2].reserve(4000, 0)
+    InFlight().reserve(found[2], "r", 4000, 0.0)
     assert best("kv", found, [0, 90, 10]) == "w0"
 
 
@@ -41,7 +41,7 @@ def test_what_is_about_as_good_goes_to_the_one_chosen_longest_ago() -> None:
 
 def test_least_loaded_counts_what_is_in_flight() -> None:
     found = workers()
-    found[0].reserve(0, 0)
+    InFlight().reserve(found[0], "r", 0, 0.0)
     found[1].take_load(WorkerLoad(num_running=1), 0.0)
     assert best("least-loaded", found) == "w2"
 

@@ -1,6 +1,7 @@
 """Where one sequence's time goes: into its receipt, and into this peer's histograms of its worker."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
@@ -9,30 +10,34 @@ from meshserve.telemetry import Histograms, Phases
 from meshserve.wire.generation import HandedOver, WorkerAccount, handed_over_in
 
 
+@dataclass(slots=True, eq=False)
 class Account:
     """Of a call to a worker that ends well the worker says what it did; of any other it is known what the
     worker said with the first tokens.
     """
 
-    __slots__ = ("_first_ms", "_first_s", "_histograms", "_name_of", "early", "gaps", "now_in", "phases", "receipt")
-
-    def __init__(self, receipt: Receipt, phases: Phases, histograms: Histograms | None, name_of: Callable[[str], str]) -> None:
-        """`histograms` is None if nobody wants them, and has a part for each worker; `name_of` knows peers by their incarnation."""
-        self.receipt, self.phases, self._histograms, self._name_of = receipt, phases, histograms, name_of
-        self.now_in = ""
-        """`route`, `call` (to a worker), or nothing."""
-        self._first_ms = self._first_s = 0.0
-        self.early: Any = None
-        """What the worker said with the first token, unread: mostly its end says it all."""
-        self.gaps: dict[int, int] | None = None
-        """From the first token on: the worker's counts of times between tokens, to which each later one adds itself."""
+    receipt: Receipt
+    phases: Phases
+    histograms: Histograms | None
+    """With a part for each worker; None if nobody wants them."""
+    name_of: Callable[[str], str]
+    """A peer's name, by incarnation."""
+    now_in: str = ""
+    """`route`, `call` (to a worker), or nothing."""
+    early: Any = None
+    """What the worker said with the first token, unread: mostly its end says it all."""
+    gaps: dict[int, int] | None = None
+    """From the first token on: the worker's counts of times between tokens, to which each later one adds
+    itself."""
+    _first_ms: float = 0.0
+    _first_s: float = 0.0
 
     def first_token(self, worker: str) -> float:
         """The first one came, from the worker of this incarnation; returns when, on the monotonic clock."""
         phases, now_s = self.phases, monotonic()
         self._first_ms, self._first_s = (now_s - phases.last_s) * 1000, now_s
-        if self._histograms is not None:
-            self._histograms = of_worker = self._histograms.parts[worker]
+        if self.histograms is not None:
+            self.histograms = of_worker = self.histograms.parts[worker]
             of_worker.named["ttft"].observe(now_s - phases.began_s)
             self.gaps = of_worker.named["itl"].counts
         return now_s
@@ -66,8 +71,8 @@ class Account:
         """The sequence is over, whose last token came then."""
         if self.now_in:
             self.settle()
-        if self._histograms is not None and self._first_s:
-            self._histograms.named["itl"].sum_s += last_s - self._first_s
+        if self.histograms is not None and self._first_s:
+            self.histograms.named["itl"].sum_s += last_s - self._first_s
 
     def _take(self, said: WorkerAccount, caller_ms: float) -> None:
         """What the worker says of a call, or of its beginning, that took so long here."""
@@ -87,4 +92,4 @@ class Account:
             receipt = self.receipt
             receipt.num_blocks, receipt.num_bytes = found.num_blocks, found.num_bytes
             receipt.attempts = [*receipt.attempts, *found.attempts]
-            receipt.prefill = self._name_of(found.prefill_peer) if found.prefill_peer is not None else None
+            receipt.prefill = self.name_of(found.prefill_peer) if found.prefill_peer is not None else None

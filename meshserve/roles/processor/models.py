@@ -1,8 +1,9 @@
-"""What a processor needs of each model in the mesh: its card and tokenizer, and what a request means to it: prompts of tokens, and
-sampling parameters.
+"""What a processor knows of the mesh: routers and workers in turn, models with their cards and tokenizers; and what a request means to
+a model: prompts of tokens, and sampling parameters.
 """
 
 import asyncio
+import itertools
 import json
 from array import array
 from collections import OrderedDict
@@ -18,11 +19,13 @@ from meshserve.roles.processor.detokenizing import TokenTexts
 from meshserve.roles.processor.file_cache import FileCache, cache_directory
 from meshserve.roles.processor.model_files import ModelFiles
 from meshserve.roles.processor.texts import ModelText, OwnText, ProcessText
+from meshserve.telemetry import Histograms
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
 from meshserve.wire.generation import Sampling
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.messages import DETOKENIZE, TOKENIZE
+from meshserve.wire.routing import Candidate
 from meshserve.wire.structs import is_shallow
 
 _CHATS_COME_AFTER_S = 0.5
@@ -42,6 +45,41 @@ fewer of them at a time."""
 
 Encoded = tuple[list["array[int]"], TokenTexts]
 """The prompts' tokens, and what tokens stand for."""
+
+
+class Dispatcher:
+    """What all sequences of a processor share: the mesh, and whose turn it is."""
+
+    def __init__(self, mesh: Mesh, max_lost_peers: int, histograms: Histograms | None) -> None:
+        self.mesh, self.max_lost_peers, self.histograms = mesh, max_lost_peers, histograms
+        """Histograms are of latencies, a part for each worker; None if nobody wants them."""
+        self._router_turn, self._worker_turn = itertools.count(), itertools.count()
+
+    def next_router(self, asked: list[str]) -> str | None:
+        """A router that was not asked yet: this peer's own, else each in turn; None if none is left."""
+        infos = self.mesh.peers_with("router")
+        if infos and not asked and infos[0].incarnation == self.mesh.incarnation:
+            return self.mesh.incarnation
+        routers = [info.incarnation for info in infos if info.incarnation not in asked]
+        if not routers or routers[0] == self.mesh.incarnation:
+            return routers[0] if routers else None
+        return routers[next(self._router_turn) % len(routers)]
+
+    def take_turns(self, model: str, excluded: list[str]) -> list[Candidate]:
+        """Without a router: live workers of this model, each time another one first."""
+        infos = self.mesh.peers_serving("decode", model)
+        able = [info.incarnation for info in infos if info.incarnation not in excluded]
+        start = next(self._worker_turn) % len(able) if able else 0
+        why = "its turn; there is no router"
+        return [
+            Candidate(worker, self.mesh.name_of(worker), 0, 0, 0.0, 0.0, why)
+            for worker in able[start:] + able[:start]
+        ]
+
+    def block_size(self, model: str) -> int:
+        """Tokens in a KV block of this model's workers; 0 if none is left."""
+        infos = self.mesh.peers_serving("decode", model)
+        return next((info.layout.block_size for info in infos if info.layout is not None), 0)
 
 
 class Models:

@@ -25,8 +25,14 @@ from meshserve.roles.processor.call_formats import Accepts, CallFormat, formats_
 from meshserve.roles.processor.calling import tools_of, wants_call, writes_calls
 from meshserve.roles.processor.choices import Choice, EchoOnly, ParsedChoice, PlainChoice
 from meshserve.roles.processor.detokenizing import TokenTexts
-from meshserve.roles.processor.models import Models, check_features, check_prompts, sampling_of
-from meshserve.roles.processor.sequences import Dispatcher, Sequence
+from meshserve.roles.processor.models import (
+    Dispatcher,
+    Models,
+    check_features,
+    check_prompts,
+    sampling_of,
+)
+from meshserve.roles.processor.sequences import Sequence
 from meshserve.roles.processor.strict_calls import StrictCalls
 from meshserve.telemetry import Phases, log_event
 from meshserve.wire.card import ModelCard
@@ -196,7 +202,7 @@ class Request:
         if asked.wants_start:
             self.call.send(StartItem(sum(map(len, prompts))))
         for sequence in self.sequences[:: asked.n]:
-            self._go(sequence)
+            sequence.route()
 
     def _prepare_answers(self) -> None:
         """What it takes to read reasoning and calls in the answers."""
@@ -250,12 +256,6 @@ class Request:
         is_single = not asked.parallel_tool_calls
         return ParsedChoice(send, token_bytes, index, parser, is_single=is_single, **options)
 
-    def _go(self, sequence: Sequence) -> None:
-        if self.asked.max_tokens == 0 and self.asked.logprobs < 0:
-            sequence.end_without_worker()
-        else:
-            sequence.route()
-
     def _scored(self, sequence: Sequence, logprobs: list[Any]) -> None:
         """Give the prompt's log probabilities to all answers to it. A second worker, if the first is lost,
         says them again.
@@ -275,7 +275,7 @@ class Request:
         if index % asked.n == 0:
             for other in self.sequences[index + 1 : index + asked.n]:
                 other.waited_ms = other.account.phases.end()
-                self._go(other)
+                other.route()
 
     def _prompt_text(self, place: int) -> str:
         prompt = self.asked.prompts[place]

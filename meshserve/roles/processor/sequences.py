@@ -5,7 +5,6 @@ A sequence goes from top to bottom: `route` asks a router, `_routed` sends the p
 at a time, first of a router's and then of a worker's.
 """
 
-import itertools
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable
@@ -13,22 +12,13 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from meshserve.errors import (
-    GaveUp,
-    InvalidRequest,
-    MeshserveError,
-    NoWorker,
-    Overloaded,
-    PeerLost,
-    PeerSilent,
-    ProtocolError,
-)
+from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
-from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.accounting import Account
 from meshserve.roles.processor.choices import Choice, PlainChoice
-from meshserve.telemetry import BUCKETS_S, Histograms
+from meshserve.roles.processor.models import Dispatcher
+from meshserve.telemetry import BUCKETS_S
 from meshserve.wire.completion import CompletionRequest, EndItem
 from meshserve.wire.generation import GenerateRequest, GenerationEnd, Sampling
 from meshserve.wire.messages import GENERATE, ROUTE
@@ -43,41 +33,6 @@ _ROUTE_TIMEOUT_S = 0.5
 """A router answers within a millisecond; one that has not answered by now hangs. Higher waits longer for
 it, lower asks two where the machine is merely busy."""
 _NO_ROUTER = "round-robin (no router)"
-
-
-class Dispatcher:
-    """What all sequences of a processor share: the mesh, and whose turn it is."""
-
-    def __init__(self, mesh: Mesh, max_lost_peers: int, histograms: Histograms | None) -> None:
-        self.mesh, self.max_lost_peers, self.histograms = mesh, max_lost_peers, histograms
-        """Histograms are of latencies, a part for each worker; None if nobody wants them."""
-        self._router_turn, self._worker_turn = itertools.count(), itertools.count()
-
-    def next_router(self, asked: list[str]) -> str | None:
-        """A router that was not asked yet: this peer's own, else each in turn; None if none is left."""
-        infos = self.mesh.peers_with("router")
-        if infos and not asked and infos[0].incarnation == self.mesh.incarnation:
-            return self.mesh.incarnation
-        routers = [info.incarnation for info in infos if info.incarnation not in asked]
-        if not routers or routers[0] == self.mesh.incarnation:
-            return routers[0] if routers else None
-        return routers[next(self._router_turn) % len(routers)]
-
-    def take_turns(self, model: str, excluded: list[str]) -> list[Candidate]:
-        """Without a router: live workers of this model, each time another one first."""
-        infos = self.mesh.peers_serving("decode", model)
-        able = [info.incarnation for info in infos if info.incarnation not in excluded]
-        start = next(self._worker_turn) % len(able) if able else 0
-        why = "its turn; there is no router"
-        return [
-            Candidate(worker, self.mesh.name_of(worker), 0, 0, 0.0, 0.0, why)
-            for worker in able[start:] + able[:start]
-        ]
-
-    def block_size(self, model: str) -> int:
-        """Tokens in a KV block of this model's workers; 0 if none is left."""
-        infos = self.mesh.peers_serving("decode", model)
-        return next((info.layout.block_size for info in infos if info.layout is not None), 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -132,10 +87,17 @@ class Sequence:
     # --- which worker
 
     def route(self) -> None:
-        """Ask a router that was not asked yet; without one, the workers take turns."""
+        """Ask a router that was not asked yet; without one, the workers take turns. A sequence without
+        tokens to generate ends at once.
+        """
+        dispatcher, asked, receipt = self.dispatcher, self.asked, self.receipt
         if self.is_over:
             return
-        dispatcher, asked, receipt = self.dispatcher, self.asked, self.receipt
+        if asked.max_tokens == 0 and asked.logprobs < 0:  # nothing but the prompt, to be echoed
+            if self.on_began is not None:
+                self.on_began(self)
+            self._end("length")
+            return
         self.account.now_in = "route"
         router = dispatcher.next_router(self._routers)
         if router is None:
@@ -171,12 +133,13 @@ class Sequence:
         receipt.decode = chosen.peer
         if self._is_followed:
             self._note_routed(chosen)
+        prefill_peers, prefill_ms = [], []
+        for found in decision.prefill or ():
+            prefill_peers.append((found.incarnation, found.load, found.overlap_blocks))
+            prefill_ms.append(found.ready_ms)
         request = GenerateRequest(receipt.request_id, receipt.model, self.tokens, self.sampling)
+        request.prefill_peers, request.prefill_ms = tuple(prefill_peers), tuple(prefill_ms)
         request.lost_peers = tuple(self._lost)
-        if decision.prefill:
-            ranked = [(found.incarnation, found.load, found.overlap_blocks) for found in decision.prefill]
-            request.prefill_peers = tuple(ranked)
-            request.prefill_ms = tuple([found.ready_ms for found in decision.prefill])
         remaining_s = max(0.001, self.call.deadline_s - mesh.now_s())
         try:
             self._stream = mesh.open(chosen.incarnation, GENERATE, request, self, remaining_s)
@@ -316,13 +279,6 @@ class Sequence:
             self.on_error(PeerSilent("the worker fell silent"))
 
     # --- the end
-
-    def end_without_worker(self) -> None:
-        """There is nothing to generate."""
-        if not self.is_over:
-            if self.on_began is not None:
-                self.on_began(self)
-            self._end("length")
 
     def _stop_early(self) -> None:
         """A stop string was found: the worker need not go on. What it found in its cache is known from its
