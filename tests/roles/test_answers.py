@@ -10,8 +10,16 @@ from hypothesis import strategies as st
 
 from meshserve.engines.tokenizers import ByteTokenizer
 from meshserve.roles.processor.answers import MAX_FAILED_CALLS, AnswerParser, Event
-from meshserve.roles.processor.call_formats import ALL_FORMATS, BARE, HERMES, LLAMA, MAX_CALL_CHARACTERS, MISTRAL, formats_of
-from meshserve.roles.processor.calling import MAX_SPACE_CHARACTERS
+from meshserve.roles.processor.call_formats import (
+    ALL_FORMATS,
+    BARE,
+    HERMES,
+    LLAMA,
+    MAX_CALL_CHARACTERS,
+    MAX_SPACE_CHARACTERS,
+    MISTRAL,
+    formats_of,
+)
 from meshserve.roles.processor.choices import ParsedChoice
 from meshserve.wire.completion import CallItem, EndItem, PartItem, TextItem, read_item
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.engines.tokenizers import ByteTokenizer
-from meshserve.roles.processor.calling import MAX_SPACE_CHARACTERS, CallParser, call_schema
+from meshserve.roles.processor.call_formats import MAX_SPACE_CHARACTERS, CallParser
 from meshserve.roles.processor.choices import Choice
 from meshserve.roles.processor.detokenizing import StopChecker
+from meshserve.roles.processor.tools import call_schema
 from meshserve.wire.completion import EndItem, TextItem, read_item
 
 token_bytes = ByteTokenizer().token_bytes

@@ -23,9 +23,8 @@ from meshserve.mesh import files as mesh_files
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.files import fetch_file, offer_files
 from meshserve.mesh.mesh import Mesh
-from meshserve.roles.processor import file_cache
-from meshserve.roles.processor.file_cache import FileCache, cache_directory
-from meshserve.roles.processor.model_files import ModelFiles
+from meshserve.roles.processor import model_files
+from meshserve.roles.processor.model_files import FileCache, ModelFiles, cache_directory
 from meshserve.roles.processor.models import Models
 from meshserve.wire.card import MAX_FILE_BYTES, KVLayout, ModelCard, ModelFile
 from meshserve.wire.completion import CompletionRequest
@@ -289,7 +288,7 @@ def test_a_user_without_a_home_has_no_cache(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 def test_the_cache_keeps_to_its_size_and_what_was_used_last(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file_cache, "MAX_CACHE_BYTES", 3000)
+    monkeypatch.setattr(model_files, "MAX_CACHE_BYTES", 3000)
     kept = FileCache(cache)
     contents = [bytes([number]) * 1000 for number in range(4)]
     described = [ModelFile("tokenizer.json", 1000, hashlib.sha256(data).hexdigest()) for data in contents]

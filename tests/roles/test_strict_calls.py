@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from meshserve.errors import InvalidRequest, Unsupported
-from meshserve.roles.processor.strict_calls import StrictCalls, in_order
+from meshserve.roles.processor.tools import StrictCalls, in_order
 from meshserve.wire.completion import CompletionRequest
 
 JUDGES = StrictCalls()

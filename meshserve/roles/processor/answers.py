@@ -9,8 +9,13 @@ White space right after a tag belongs to the tag. In one place before a call, in
 from collections.abc import Collection
 from typing import NamedTuple
 
-from meshserve.roles.processor.call_formats import ALL_FORMATS, Accepts, CallFormat, CallReader
-from meshserve.roles.processor.calling import MAX_SPACE_CHARACTERS
+from meshserve.roles.processor.call_formats import (
+    ALL_FORMATS,
+    MAX_SPACE_CHARACTERS,
+    Accepts,
+    CallFormat,
+    CallReader,
+)
 
 THINK, THINK_END = "<think>", "</think>"
 MAX_FAILED_CALLS = 64

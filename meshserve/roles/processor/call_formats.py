@@ -1,4 +1,4 @@
-"""The forms in which models write calls of tools, and how a call is read from text that grows. Pure.
+"""The forms in which calls of tools are written, and how a call is read from text that grows. Pure.
 
 Each decision is a function of the text up to one character, and holds whatever follows: so it does not depend on how the text was split.
 """
@@ -9,9 +9,18 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from meshserve.roles.processor.calling import MAX_SPACE_CHARACTERS, SPACE, Brackets
 from meshserve.wire.structs import is_shallow
 
+MAX_SPACE_CHARACTERS = 256
+"""White space in one place around a call. Models may write it without end, and what is held back is looked at again with every token."""
+SPACE = rf"\s{{0,{MAX_SPACE_CHARACTERS}}}+"
+"""Such white space, in a pattern. It is never given back, so that two in a row are not tried at every place between them."""
+_HEAD = re.compile(
+    rf'{SPACE}\{{{SPACE}"name"{SPACE}:{SPACE}("[^"\\]*+(?:\\.[^"\\]*+)*"){SPACE},{SPACE}"arguments"{SPACE}:{SPACE}(?=\S)',
+)
+_MAX_HEAD_CHARACTERS = 4096
+"""What has a longer head is read at its end."""
+_MARKS = re.compile(r'[\\"{}\[\]]')
 MAX_CALL_CHARACTERS = 262_144
 """Of one call. What is longer is text: a call is held back until it is complete."""
 
@@ -78,6 +87,40 @@ def formats_of(template: str) -> tuple[CallFormat, ...]:
     """The forms that a model with this chat template writes: those whose markers are in it, and bare JSON; all of them if none is."""
     marked = tuple(found for found in ALL_FORMATS if found.opener and found.opener in template)
     return (*marked, BARE) if marked else ALL_FORMATS
+
+
+class Brackets:
+    """Looks for the bracket that closes the first one, in the text of a JSON value that comes in pieces."""
+
+    __slots__ = ("_depth", "_escaped", "_in_string", "is_over")
+
+    def __init__(self) -> None:
+        self._depth = 0
+        self._in_string = self._escaped = False
+        self.is_over = False
+        """It was found."""
+
+    def feed(self, text: str) -> int:
+        """How much of this text belongs to the value: up to that bracket, which included."""
+        place = 0
+        while place < len(text) and not self.is_over:
+            if self._escaped:
+                self._escaped, place = False, place + 1
+            elif (found := _MARKS.search(text, place)) is not None:
+                place = found.end()
+                self._mark(found[0])
+            else:
+                place = len(text)
+        return place
+
+    def _mark(self, mark: str) -> None:
+        if mark == "\\":
+            self._escaped = self._in_string
+        elif mark == '"':
+            self._in_string = not self._in_string
+        elif not self._in_string:
+            self._depth += 1 if mark in "{[" else -1
+            self.is_over = self._depth <= 0
 
 
 class CallReader:
@@ -192,3 +235,39 @@ def _dumped(arguments: dict[str, Any]) -> str:
     except UnicodeEncodeError:  # half a character, which only an escape can write
         return json.dumps(arguments, allow_nan=False)
     return told
+
+
+class CallParser:
+    """Reads a call as its text comes: the name once it is complete, then the arguments' text piece by piece, and nothing else."""
+
+    __slots__ = ("_brackets", "_held", "name")
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        """None until it is complete."""
+        self._held = ""
+        self._brackets = Brackets()
+
+    def feed(self, text: str) -> str:
+        """More of the arguments, as far as this text goes."""
+        if self.name is None:
+            is_head = len(self._held) < _MAX_HEAD_CHARACTERS
+            self._held += text
+            head = _HEAD.match(self._held, 0, _MAX_HEAD_CHARACTERS) if is_head else None
+            if head is None:
+                return ""
+            self.name = json.loads(head[1])
+            text, self._held = self._held[head.end() :], ""
+        return text[: self._brackets.feed(text)]
+
+    def finish(self) -> tuple[str, bool]:
+        """What was held back, and whether it is the arguments of a call that had another form; else it is no call but text."""
+        held, self._held = self._held, ""
+        if self.name is not None or not held:
+            return "", False
+        try:
+            call = json.loads(held)
+            self.name, arguments = str(call["name"]), json.dumps(call["arguments"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            return held, False
+        return arguments, True

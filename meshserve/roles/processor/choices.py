@@ -9,7 +9,7 @@ from typing import Any
 
 from meshserve.errors import ProtocolError
 from meshserve.roles.processor.answers import AnswerParser, Event
-from meshserve.roles.processor.calling import CallParser
+from meshserve.roles.processor.call_formats import CallParser
 from meshserve.roles.processor.detokenizing import (
     Detokenizer,
     StopChecker,

@@ -14,11 +14,10 @@ from meshserve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFoun
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
-from meshserve.roles.processor.calling import call_schema, tools_of, wants_call, writes_calls
 from meshserve.roles.processor.detokenizing import TokenTexts
-from meshserve.roles.processor.file_cache import FileCache, cache_directory
-from meshserve.roles.processor.model_files import ModelFiles
-from meshserve.roles.processor.texts import ModelText, OwnText, ProcessText
+from meshserve.roles.processor.model_files import FileCache, ModelFiles, cache_directory
+from meshserve.roles.processor.texts import ModelText, ProcessText
+from meshserve.roles.processor.tools import call_schema, tools_of, wants_call, writes_calls
 from meshserve.telemetry import Histograms
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
@@ -88,7 +87,7 @@ class Models:
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
         self._files = ModelFiles(mesh, FileCache(cache_directory()))
-        self._own = OwnText()
+        self._own = ModelText()
         self._texts: OrderedDict[Any, ProcessText] = OrderedDict()
         self._is_closed = False
         mesh.subscribe(self._on_change)
@@ -171,7 +170,7 @@ class Models:
             prompts = [own.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt for prompt in found]
         if not all(prompts):
             raise _is_empty(request)
-        return prompts, own.own_spelling
+        return prompts, own.own_texts
 
     async def encode(self, request: CompletionRequest, card: ModelCard) -> Encoded:
         """The same for any model. To be cancelled at the request's deadline, or when nobody waits any more.

@@ -22,7 +22,6 @@ from meshserve.observe.receipts import OK, Receipt, after_first_token, merged
 from meshserve.roles.processor.accounting import Account
 from meshserve.roles.processor.answers import THINK, AnswerParser
 from meshserve.roles.processor.call_formats import Accepts, CallFormat, formats_of
-from meshserve.roles.processor.calling import tools_of, wants_call, writes_calls
 from meshserve.roles.processor.choices import Choice, EchoOnly, ParsedChoice, PlainChoice
 from meshserve.roles.processor.detokenizing import TokenTexts
 from meshserve.roles.processor.models import (
@@ -33,7 +32,7 @@ from meshserve.roles.processor.models import (
     sampling_of,
 )
 from meshserve.roles.processor.sequences import Sequence
-from meshserve.roles.processor.strict_calls import StrictCalls
+from meshserve.roles.processor.tools import StrictCalls, tools_of, wants_call, writes_calls
 from meshserve.telemetry import Phases, log_event
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartItem

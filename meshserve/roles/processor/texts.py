@@ -5,7 +5,7 @@ import logging
 import time
 from array import array
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from meshserve.engines.tokenizers import ByteTokenizer
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
@@ -24,65 +24,53 @@ _UNFETCHED_FOR_S, _UNUSABLE_FOR_S = 1.0, 30.0
 _log = logging.getLogger(__name__)
 
 
-class ModelText(Protocol):
-    """What a processor does to a model's text. All but `begin` and `close` raise TokenizerFailed if its tokenizer cannot be had."""
-
-    def begin(self) -> None:
-        """Fetch and load what it takes, so that a first request need not wait for it."""
-
-    async def token_texts(self) -> TokenTexts:
-        """What tokens stand for."""
-
-    async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
-        """A text's tokens, with what the model wants around it."""
-
-    async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any
-    ) -> "array[int]":
-        """The tokens of a chat, rendered by the model's own template. Raises InvalidRequest if that refuses or exceeds its limits."""
-
-    async def decode(self, tokens: "array[int]") -> str:
-        """The text that these tokens are, with nothing before them and special ones left out."""
-
-    async def close(self) -> None:
-        """Give back what it holds. Whoever waits gets an error."""
-
-
-class OwnText:
-    """The dummy model's own, without files. Nothing of it waits; `tokenizer`, `own_spelling` and `chat_nowait` are for those who cannot."""
+class ModelText:
+    """What a processor does to a model's text: here the dummy model's, with this program's own tokenizer and
+    template, in this process. `tokenizer`, `own_texts` and `chat_nowait` are for callers that cannot wait.
+    """
 
     def __init__(self) -> None:
         self.tokenizer = ByteTokenizer()
-        self.own_spelling = TokenTexts(self.tokenizer)
+        self.own_texts = TokenTexts(self.tokenizer)
 
     def begin(self) -> None:
-        """There is nothing to fetch. Importing the template's language takes 50 ms: beside the event loop, or in the first chat's time."""
+        """Make ready what a first request would have to wait for: importing the template's language takes
+        50 ms, beside the event loop or in the first chat's time.
+        """
         render_chat(CHAT_TEMPLATE, ())
 
-    def chat_nowait(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any) -> "array[int]":
-        """This program's own template is rendered in this process."""
+    def chat_nowait(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any
+    ) -> "array[int]":
+        """The tokens of a chat in this program's own template."""
         return self.tokenizer.encode(render_chat(CHAT_TEMPLATE, messages, tools, **variables))
 
     async def token_texts(self) -> TokenTexts:
-        return self.own_spelling
+        """What tokens stand for."""
+        return self.own_texts
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
+        """A text's tokens, with what the model wants around it."""
         return self.tokenizer.encode(text, add_special_tokens)
 
     async def encode_chat(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any
     ) -> "array[int]":
+        """The tokens of a chat, rendered by the model's own template. Raises InvalidRequest if that refuses
+        or exceeds its limits.
+        """
         return self.chat_nowait(messages, tools, **variables)
 
     async def decode(self, tokens: "array[int]") -> str:
+        """The text that these tokens are, with nothing before them and special ones left out."""
         return self.tokenizer.decode(tokens)
 
-    async def close(self) -> None:
-        """It holds nothing."""
 
+class ProcessText(ModelText):
+    """Another peer's template and tokenizer, in processes of their own. Loaded once, whoever asks first.
 
-class ProcessText:
-    """Another peer's template and tokenizer, in processes of their own. Loaded once, whoever asks first."""
+    Every method but `begin` and `close` raises TokenizerFailed if the tokenizer cannot be had.
+    """
 
     def __init__(self, tasks: TaskOwner, get_files: Callable[[], Awaitable[Mapping[str, bytes]]], card: ModelCard) -> None:
         self._tasks, self._get_files, self._card = tasks, get_files, card
@@ -152,6 +140,7 @@ class ProcessText:
         return (await processes[len(tokens) > LONG_CHARACTERS].ask("decode", tokens.tobytes())).decode("utf-8", "replace")
 
     async def close(self) -> None:
+        """End the processes. Callers that wait get an error."""
         if self._loading is not None:
             self._loading.cancel()
         for process in self._processes.values():

@@ -1,22 +1,106 @@
-"""Calls of strict tools that a model wrote as text: they count only if a schema could have forced them. Pure.
+"""Tools that a request offers: the schema by which an answer is made to be a call, and the judge of calls of strict tools. Pure.
 
-The grammar library judges them, as it judges calls that are forced: what a strict tool may ask of its arguments is the same in both
-cases, and a hostile schema is bounded in the same way.
+Calls of strict tools that a model wrote as text count only if a schema could have forced them. The grammar library judges them, as it
+judges calls that are forced: what a strict tool may ask of its arguments is the same in both cases, and a hostile schema is bounded in
+the same way.
 """
 
 import json
 from typing import Any
 
 from meshserve.engines.constraints.constraint import ConstraintCompiler
-from meshserve.errors import InvalidRequest
+from meshserve.errors import InvalidRequest, ProtocolError
 from meshserve.roles.processor.call_formats import Accepts
-from meshserve.roles.processor.calling import Json, call_schema, strict_tools_of
+from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest
+from meshserve.wire.structs import is_shallow
 
+Json = dict[str, Any]
+
+_NO_SCHEMAS = frozenset(("const", "enum", "default", "examples"))
+"""Keywords of JSON Schema that hold values: what looks like a reference in there is none."""
 _BYTES = [bytes([value]) for value in range(256)]
 _END = len(_BYTES)
 _MOST_FOLLOWED = 64
 """References of a schema that lead to other references, and levels of arguments that are put in order."""
+
+
+def wants_call(request: CompletionRequest, card: ModelCard) -> bool:
+    """Whether the answer is made to be a call, by a schema.
+
+    Where the client leaves it open (`auto`, `strict`), a model that writes calls as text decides for itself; for any other the answer is
+    a call unless the last message is a tool's result: that asks for words.
+    """
+    if request.tool_choice in ("required", "function"):
+        return True
+    if request.tool_choice == "none" or writes_calls(card):
+        return False
+    return not request.messages or request.messages[-1]["role"] != "tool"
+
+
+def writes_calls(card: ModelCard) -> bool:
+    """Whether this model writes calls of tools and reasoning as text that has to be parsed."""
+    return "tool_text" in card.features
+
+
+def tools_of(request: CompletionRequest) -> list[Json]:
+    """The tools, for the chat template and the schema. Raises ProtocolError: frontends pass on only what they could read."""
+    tools = _read_tools(request)
+    for tool in tools:
+        tool["function"].pop("strict", None)  # models are not shown that word
+    return tools
+
+
+def strict_tools_of(request: CompletionRequest) -> list[Json]:
+    """Those whose calls must be valid. Raises as :func:`tools_of`."""
+    return [tool for tool in _read_tools(request) if tool["function"].get("strict") is True]
+
+
+def _read_tools(request: CompletionRequest) -> list[Json]:
+    if not request.tools:
+        return []
+    try:
+        tools = json.loads(request.tools)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("completion request: tools cannot be read") from error
+    if not isinstance(tools, list) or not all(map(_is_tool, tools)) or not is_shallow(tools):
+        raise ProtocolError("completion request: tools cannot be read")
+    return tools
+
+
+def _is_tool(tool: Any) -> bool:
+    function = tool.get("function") if isinstance(tool, dict) else None
+    return isinstance(function, dict) and isinstance(function.get("name"), str) and isinstance(function.get("parameters"), dict)
+
+
+def call_schema(tools: list[Json], name: str = "") -> str:
+    """JSON Schema of a call of one of these tools, or of the one of this name: `{"name": NAME, "arguments": {...}}`."""
+    functions = [tool["function"] for tool in tools if not name or tool["function"]["name"] == name]
+    if not functions:
+        raise ProtocolError("completion request: no tool of this name")
+    if len(functions) == 1:
+        return json.dumps(_one_call(functions[0], "#/properties/arguments"))
+    return json.dumps({"anyOf": [_one_call(function, f"#/anyOf/{index}/properties/arguments") for index, function in enumerate(functions)]})
+
+
+def _one_call(function: Json, place: str) -> Json:
+    arguments = {"type": "object", **_moved(function["parameters"], place)}
+    properties = {"name": {"const": function["name"]}, "arguments": arguments}
+    return {"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False}
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """The schema with its references to itself, now that it stands at this place of another."""
+    if isinstance(schema, list):
+        return [_moved(part, place) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    return {
+        key: place + value[1:]
+        if key == "$ref" and isinstance(value, str) and value.startswith("#")
+        else (value if key in _NO_SCHEMAS else _moved(value, place))
+        for key, value in schema.items()
+    }
 
 
 class StrictCalls:
