@@ -23,12 +23,13 @@ def demo(*options: str, prefix: tuple[str, ...] = ()) -> Completed:
 
 
 def test_demo_once_answers_every_prompt_over_every_path() -> None:
+    began = time.monotonic()
     done = demo("--http", "127.0.0.1:0")
     assert done.exit_code == 0, done
     assert f"{PROMPTS} of {PROMPTS} prompts answered" in done.stdout and not done.stderr
     assert "\x1b" not in done.stdout
     started = re.search(r"serve after ([\d.]+) s", done.stdout)
-    assert started and float(started[1]) <= 4.0
+    assert started and float(started[1]) <= 4.0 + allowance_s(began)
     assert "<- prefill-1" in done.stdout and "prefilled locally" in done.stdout and "tokens cached" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if re.match(r"\d  decode-", line)]
     assert [row[2] for row in rows] == ["itself", "prefill-1", "itself", "prefill-1", "itself"]

@@ -71,7 +71,7 @@ def text_of(answer: dict[str, Any]) -> str:
     return text
 
 
-SLOW_PREFILL = ("--engine-opt", "prefill_tokens_per_s=5000")
+SLOW_PREFILL = ("--engine-opt", "prefill_tokens_per_s=2000")
 
 
 def start_aggregated(lan: Lan, *options: str) -> LanMesh:

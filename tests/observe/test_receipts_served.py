@@ -164,10 +164,15 @@ def test_what_fails_has_a_receipt_with_its_code(
 
 def test_what_is_stopped_or_cancelled_names_its_peers_and_where_its_time_went(served: Served) -> None:
     text = served.ask("whole", prompt=f"stop {PROMPT}", max_tokens=64).json()["choices"][0]["text"]
-    stopped = served.ask("stopped", prompt=f"stop {PROMPT}", max_tokens=64, stop=[text[20:28]], meshserve={"receipt": True}).json()
-    assert stopped["choices"][0]["finish_reason"] == "stop"
-    phases = stopped["meshserve"]["phases_ms"]
-    assert phases["decode"] > 0 and stopped["meshserve"]["tokens"]["cached"] > 0
+
+    def stopped_and_cached() -> dict[str, Any] | None:
+        """Its receipt; the router learns of a worker's blocks a moment after the worker's answer."""
+        stopped = served.ask("stopped", prompt=f"stop {PROMPT}", max_tokens=64, stop=[text[20:28]], meshserve={"receipt": True}).json()
+        assert stopped["choices"][0]["finish_reason"] == "stop"
+        receipt: dict[str, Any] = stopped["meshserve"]
+        return receipt if receipt["tokens"]["cached"] else None
+
+    assert wait_until(stopped_and_cached, READY_S, "its prompt is a prefix hit")["phases_ms"]["decode"] > 0
     body = {"model": "dummy", "prompt": f"cancelled {PROMPT}", "max_tokens": 10_000, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", f"{served.front.base_url}/v1/completions", json=body, headers={"x-request-id": "left"}) as response:
         assert next(response.iter_lines()).startswith("data: ")
