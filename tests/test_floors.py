@@ -18,8 +18,12 @@ STEPS = [
     {"app"},
     {"cli"},
 ]
-OWNERS = {"zmq": "meshserve/mesh/transport/", "zeroconf": "meshserve/mesh/discovery.py"}
-OWNERS |= {"msgpack": "meshserve/wire/", "msgspec": "meshserve/wire/"}
+OWNERS: dict[str, tuple[str, ...]] = {
+    "zmq": ("meshserve/mesh/transport/",),
+    "zeroconf": ("meshserve/mesh/discovery.py",),
+    "msgpack": ("meshserve/wire/",),
+    "msgspec": ("meshserve/wire/", "meshserve/roles/frontend/models/"),  # the other place that reads strangers' bytes
+}
 MODULES = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
 
 
@@ -62,7 +66,7 @@ def test_a_module_imports_only_from_the_floors_below_it(path: Path) -> None:
 
 
 @pytest.mark.parametrize("library", OWNERS)
-def test_a_wire_library_has_one_room_that_imports_it(library: str) -> None:
+def test_a_wire_library_has_its_rooms_that_import_it(library: str) -> None:
     for path, tree in MODULES.items():
         if any(imported.split(".")[0] == library for imported in imports_of(tree)):
             assert path.relative_to(PACKAGE.parent).as_posix().startswith(OWNERS[library]), f"{path} imports {library}"

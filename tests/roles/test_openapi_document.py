@@ -1,13 +1,9 @@
 """The OpenAPI document and the parsers, held against each other: the fields that they know, and the bodies that they take."""
 
-import ast
-import inspect
 import json
 import re
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import FunctionType, ModuleType
 from typing import Any
 
 import jsonschema
@@ -16,74 +12,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshserve.errors import InvalidRequest, codes_of
-from meshserve.roles.frontend import anthropic_parsing, constraints, messages, parsing, responses_parsing, tokenizing, tooling
-from meshserve.roles.frontend.fields import read_object
+from meshserve.roles import frontend
+from meshserve.roles.frontend.models import anthropic, chat, completions, responses
+from meshserve.roles.frontend.models.common import Body
+from meshserve.roles.frontend.models.reading import read_object
+from meshserve.roles.frontend.models.schemas import name_of
+from meshserve.roles.frontend.openapi import document as document_module
 from meshserve.roles.frontend.openapi.document import document
-from meshserve.roles.frontend.openapi.examples import EXAMPLES
 from tests.api.openapi_rules import is_rule
 
 DOCUMENT = document(has_keys=True, observes=True)
 SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
-ROUTES = Path(parsing.__file__).parent
+ROUTES = Path(frontend.__file__).parent
 
 # --- the same fields
 
-ROOMS = (parsing, constraints, messages, tooling, responses_parsing, anthropic_parsing)
-READERS: dict[str, list[Callable[..., Any]]] = {
-    "CompletionRequest": [parsing.parse_completion],
-    "ChatRequest": [parsing.parse_chat],
-    "GenerateRequest": [parsing.parse_generate],
-    "ResponseRequest": [responses_parsing.parse_response],
-    "MessageRequest": [anthropic_parsing.parse_message],
-    "CountRequest": [anthropic_parsing.parse_count],
-    "TokenizeRequest": [parsing.read_prompt_or_messages, tokenizing.Tokenizing._tokens_of, tokenizing.Tokenizing._model_of],
-    "DetokenizeRequest": [parsing.read_tokens, tokenizing.Tokenizing._text_of, tokenizing.Tokenizing._model_of],
-}
-
-
-def fields_read(function: Callable[..., Any]) -> set[str]:
-    """All members of `fields` that this function knows, and those that it passes `fields` on to."""
-    room = inspect.getmodule(function)
-    assert room is not None
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
-        if isinstance(node, ast.Name):
-            found |= set(names_of(room, node.id))
-        elif isinstance(node, ast.Call):
-            found |= set(names_in(node))
-    return found
-
-
-def names_of(room: ModuleType, name: str) -> Iterator[str]:
-    """What a table of fields names, or a function that takes `fields`."""
-    value = getattr(room, name, None)
-    if name.startswith("NOT_") or name in ("LABELS", "COMMON"):
-        assert value is not None
-        yield from value
-    elif isinstance(value, FunctionType) and inspect.getmodule(value) in ROOMS and "fields" in inspect.signature(value).parameters:
-        yield from fields_read(value)
-
-
-def names_in(call: ast.Call) -> Iterator[str]:
-    """`fields.get("name")`, `integer(fields, "name", ...)`, and what `refuse(fields, {...})` names itself."""
-    is_get = isinstance(call.func, ast.Attribute) and call.func.attr == "get" and is_fields(call.func.value)
-    given = call.args if is_get else call.args[1:] if call.args and is_fields(call.args[0]) else []
-    for part in given[:1]:
-        keys = part.keys if isinstance(part, ast.Dict) else [part]
-        yield from [key.value for key in keys if isinstance(key, ast.Constant) and isinstance(key.value, str)]
-
-
-def is_fields(node: ast.expr) -> bool:
-    return isinstance(node, ast.Name) and node.id == "fields"
+STRUCTS: dict[str, list[type[Body]]] = {name_of(body.__name__): [body] for body in document_module.BODIES}
+STRUCTS["TokenizeRequest"] = [completions.TokenizePrompt, chat.TokenizeChat]
+EXAMPLES: dict[str, dict[str, Any]] = {name: structs[0].EXAMPLE for name, structs in STRUCTS.items()}
 
 
 def properties_of(schema: dict[str, Any]) -> set[str]:
     return set(schema.get("properties", ())).union(*map(properties_of, schema.get("anyOf", ())))
 
 
-@pytest.mark.parametrize("name", READERS)
-def test_every_field_that_a_parser_knows_is_a_property_and_every_property_a_field(name: str) -> None:
-    known = set().union(*map(fields_read, READERS[name]))
+@pytest.mark.parametrize("name", STRUCTS)
+def test_every_field_of_a_struct_is_a_property_and_every_property_a_field(name: str) -> None:
+    known = {field for struct in STRUCTS[name] for field in (*struct.__struct_fields__, *struct.NOT_DONE)}
     assert known == properties_of(SCHEMAS[name])
     assert len(known) > 1
 
@@ -100,12 +55,12 @@ def test_every_route_is_in_the_document_and_nothing_else_is() -> None:
 # --- the same bodies
 
 PARSERS: dict[str, Callable[[bytes], Any]] = {
-    "CompletionRequest": lambda body: parsing.parse_completion(body, "r", "c"),
-    "ChatRequest": lambda body: parsing.parse_chat(body, "r", "c"),
-    "GenerateRequest": lambda body: parsing.parse_generate(body, "r", "c", "dummy"),
-    "ResponseRequest": lambda body: responses_parsing.parse_response(body, "r", "c"),
-    "MessageRequest": lambda body: anthropic_parsing.parse_message(body, "r", "c"),
-    "CountRequest": lambda body: anthropic_parsing.parse_count(body, "r"),
+    "CompletionRequest": lambda body: completions.parse_completion(body, "r", "c"),
+    "ChatRequest": lambda body: chat.parse_chat(body, "r", "c"),
+    "GenerateRequest": lambda body: completions.parse_generate(body, "r", "c", "dummy"),
+    "ResponseRequest": lambda body: responses.parse_response(body, "r", "c"),
+    "MessageRequest": lambda body: anthropic.parse_message(body, "r", "c"),
+    "CountRequest": lambda body: anthropic.parse_count(body, "r"),
 }
 VALIDATORS = {
     name: jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]})

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 
 from meshserve.errors import InvalidRequest, Unsupported
-from meshserve.roles.frontend.anthropic_parsing import parse_count, parse_message
-from meshserve.roles.frontend.fields import read_object
-from meshserve.roles.frontend.parsing import parse_chat, parse_completion, parse_generate, read_prompt_or_messages
-from meshserve.roles.frontend.responses_parsing import parse_response
+from meshserve.roles.frontend.models.anthropic import parse_count, parse_message
+from meshserve.roles.frontend.models.chat import parse_chat, parse_tokenize
+from meshserve.roles.frontend.models.completions import parse_completion, parse_detokenize, parse_generate
+from meshserve.roles.frontend.models.reading import read_object
+from meshserve.roles.frontend.models.responses import parse_response
 from meshserve.wire.completion import CompletionRequest
 
 USER = {"role": "user", "content": "hi"}
@@ -339,8 +340,14 @@ def test_generate_and_the_counting_routes_read_their_simple_forms() -> None:
     assert (request.model, request.client_id, request.max_tokens) == ("first", "mine", 64)
     with pytest.raises(Unsupported):
         parse_generate(b'{"prompt": "p", "n": 2}', "r", "c", "first")
-    assert read_prompt_or_messages({"prompt": "p"}) == {"kind": "completion", "prompt": "p"}
-    assert read_prompt_or_messages({"messages": [USER], "add_generation_prompt": False})["add_generation_prompt"] is False
+    tokenized, wants_texts = parse_tokenize(b'{"prompt": "p", "return_token_strs": true}', "r")
+    assert (tokenized.kind, tokenized.prompt, tokenized.model, wants_texts) == ("completion", "p", "", True)
+    asked = {"messages": [USER], "add_generation_prompt": False, "model": "m"}
+    tokenized, wants_texts = parse_tokenize(json.dumps(asked).encode(), "r")
+    assert (tokenized.kind, tokenized.messages, tokenized.model, wants_texts) == ("chat", [USER], "m", False)
+    assert tokenized.add_generation_prompt is False
     with pytest.raises(InvalidRequest):
-        read_prompt_or_messages({"messages": [USER], "prompt": "p"})
+        parse_tokenize(json.dumps({"messages": [USER], "prompt": "p"}).encode(), "r")
+    detokenized = parse_detokenize(b'{"tokens": [1, 2.0]}')
+    assert (detokenized.model, detokenized.tokens) == ("", array("I", [1, 2]))
     assert parse_count(b'{"model": "m", "messages": [{"role": "user", "content": "hi"}]}', "r").messages == [USER]

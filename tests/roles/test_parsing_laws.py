@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.errors import InvalidRequest, Unsupported
-from meshserve.roles.frontend.anthropic_parsing import parse_message
-from meshserve.roles.frontend.messages import text_of_parts
-from meshserve.roles.frontend.parsing import parse_chat, parse_completion
-from meshserve.roles.frontend.responses_parsing import parse_response
+from meshserve.roles.frontend.models.anthropic import parse_message
+from meshserve.roles.frontend.models.chat import parse_chat
+from meshserve.roles.frontend.models.completions import parse_completion
+from meshserve.roles.frontend.models.responses import parse_response
 from meshserve.wire.completion import CompletionRequest
 from tests.roles.test_parsing import USER, chat, message, response
 
@@ -46,12 +46,13 @@ PARTS = st.lists(st.text(max_size=10).map(lambda text: {"type": "text", "text": 
 
 @given(PARTS, st.lists(st.text(max_size=3), max_size=3))
 def test_text_in_parts_is_the_text_joined_and_any_other_part_is_named(parts: list[dict[str, str]], others: list[str]) -> None:
-    assert text_of_parts(parts, "content") == "".join(part["text"] for part in parts)
+    text = "".join(part["text"] for part in parts)
+    assert chat(messages=[{"role": "user", "content": parts}]).messages == [{"role": "user", "content": text}]
     for kind in others:
         if kind != "text":
             with pytest.raises(Unsupported) as caught:
-                text_of_parts([*parts, {"type": kind}], "content")
-            assert caught.value.param == f"content[{len(parts)}]"
+                chat(messages=[{"role": "user", "content": [*parts, {"type": kind}]}])
+            assert caught.value.param == f"messages[0].content[{len(parts)}]"
 
 
 KINDS = st.sampled_from(["input_text", "output_text", "text"])

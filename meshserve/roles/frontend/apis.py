@@ -4,14 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from meshserve.errors import InvalidRequest, MeshserveError
-from meshserve.roles.frontend import anthropic_parsing, anthropic_writers, responses_parsing, responses_writers
+from meshserve.roles.frontend import anthropic_writers, responses_writers
+from meshserve.roles.frontend.models import anthropic, chat, completions, responses
+from meshserve.roles.frontend.models.common import Parsed
 from meshserve.roles.frontend.openai_writers import ChatChunkWriter, ChunkWriter, LineWriter, WholeChat, WholeCompletion
-from meshserve.roles.frontend.parsing import ResponseOptions, parse_chat, parse_completion
 from meshserve.roles.frontend.shapes import error_body
 from meshserve.roles.frontend.writers import Reply, Writer
-from meshserve.wire.completion import CompletionRequest
 
-Parse = Callable[[bytes, str, str], tuple[CompletionRequest, ResponseOptions]]
+Parse = Callable[[bytes, str, str], Parsed]
 """Body, the mesh's name of the request, the client's; raises InvalidRequest that names the field."""
 ANTHROPIC_PREFIX = "/v1/messages"
 """Of the routes whose errors are Anthropic's."""
@@ -46,24 +46,24 @@ class Api:
         return error
 
 
-COMPLETIONS = Api("/v1/completions", "cmpl-", parse_completion, ChunkWriter, WholeCompletion)
-CHATS = Api("/v1/chat/completions", "chatcmpl-", parse_chat, ChatChunkWriter, WholeChat)
+COMPLETIONS = Api("/v1/completions", "cmpl-", completions.parse_completion, ChunkWriter, WholeCompletion)
+CHATS = Api("/v1/chat/completions", "chatcmpl-", chat.parse_chat, ChatChunkWriter, WholeChat)
 RESPONSES = Api(
     "/v1/responses",
     "resp_",
-    responses_parsing.parse_response,
+    responses.parse_response,
     responses_writers.ResponseEvents,
     responses_writers.WholeResponse,
-    params=responses_parsing.PARAMS,
+    params=responses.PARAMS,
 )
 MESSAGES = Api(
     "/v1/messages",
     "msg_",
-    anthropic_parsing.parse_message,
+    anthropic.parse_message,
     anthropic_writers.MessageEvents,
     anthropic_writers.WholeMessage,
     anthropic_writers.error_body,
-    anthropic_parsing.PARAMS,
+    anthropic.PARAMS,
 )
 
 

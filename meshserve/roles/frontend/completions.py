@@ -21,7 +21,8 @@ from meshserve.roles.frontend.cancelling import UnderWay
 from meshserve.roles.frontend.connections import CONNECTION, CYCLE, FrontProtocol
 from meshserve.roles.frontend.exchange import Exchange
 from meshserve.roles.frontend.guard import CLIENT, EXTRA_HEADERS
-from meshserve.roles.frontend.parsing import MAX_SESSION_CHARACTERS, ResponseOptions, parse_generate
+from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS, Parsed, ResponseOptions
+from meshserve.roles.frontend.models.completions import parse_generate
 from meshserve.roles.frontend.responding import Responder
 from meshserve.roles.frontend.timeouts import request_timeout_s
 from meshserve.roles.frontend.writers import Reply
@@ -57,7 +58,7 @@ class Completions:
         self.apis: dict[str, Api] = {api.path: api for api in (*apis.APIS, apis.lines(self._parse_generate))}
         """By the path of the route, all with POST."""
 
-    def _parse_generate(self, body: bytes, request_id: str, client_id: str) -> tuple[CompletionRequest, ResponseOptions]:
+    def _parse_generate(self, body: bytes, request_id: str, client_id: str) -> Parsed:
         return parse_generate(body, request_id, client_id, self.first_model()), ResponseOptions(is_stream=True)
 
     def first_model(self) -> str:

@@ -6,14 +6,14 @@ from meshserve.config import ServeConfig
 from meshserve.errors import MeshserveError
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.frontend import anthropic_writers
-from meshserve.roles.frontend.anthropic_parsing import parse_count
 from meshserve.roles.frontend.asgi import ClientGone, Receive, Scope, Send, error_headers, send_whole
 from meshserve.roles.frontend.bodies import read_json
 from meshserve.roles.frontend.completions import Completions
-from meshserve.roles.frontend.fields import Fields, boolean, read_object, string
-from meshserve.roles.frontend.parsing import read_prompt_or_messages, read_tokens
+from meshserve.roles.frontend.models.anthropic import parse_count
+from meshserve.roles.frontend.models.chat import parse_tokenize
+from meshserve.roles.frontend.models.completions import parse_detokenize
 from meshserve.roles.frontend.shapes import dump, error_body
-from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
+from meshserve.wire.completion import CompletionRequest, Tokenized, TokenizeRequest
 from meshserve.wire.messages import DETOKENIZE, TOKENIZE, Method
 from meshserve.wire.structs import Message
 
@@ -49,26 +49,21 @@ class Tokenizing:
         except MeshserveError as error:
             await send_whole(send, error.http_status, error_body(error), error_headers(error))
 
-    async def _tokens_of(self, body: bytes) -> Fields:
-        fields = read_object(body)
-        wants_texts = boolean(fields, "return_token_strs")
-        model = self._model_of(fields)
-        request = CompletionRequest(request_id=self._completions.new_id(), model=model, **read_prompt_or_messages(fields))
+    async def _tokens_of(self, body: bytes) -> dict[str, Any]:
+        request, wants_texts = parse_tokenize(body, self._completions.new_id())
+        request.model = request.model or self._completions.first_model()
         found = await self._tokenize(request, wants_texts)
         shape = {"count": len(found.tokens), "max_model_len": found.context_length, "tokens": list(found.tokens)}
         return {**shape, "token_strs": found.texts() if wants_texts else None}
 
-    async def _count_of(self, body: bytes) -> Fields:
+    async def _count_of(self, body: bytes) -> dict[str, Any]:
         found = await self._tokenize(parse_count(body, self._completions.new_id()), False)
         return {"input_tokens": len(found.tokens)}
 
-    async def _text_of(self, body: bytes) -> Fields:
-        fields = read_object(body)
-        model = self._model_of(fields)
-        return {"prompt": await self._ask(DETOKENIZE, DetokenizeRequest(model, read_tokens(fields)))}
-
-    def _model_of(self, fields: Fields) -> str:
-        return self._completions.first_model() if fields.get("model") is None else string(fields, "model")
+    async def _text_of(self, body: bytes) -> dict[str, Any]:
+        request = parse_detokenize(body)
+        request.model = request.model or self._completions.first_model()
+        return {"prompt": await self._ask(DETOKENIZE, request)}
 
     async def _tokenize(self, request: CompletionRequest, wants_texts: bool) -> Tokenized:
         found: Tokenized = await self._ask(TOKENIZE, TokenizeRequest(request, wants_texts))

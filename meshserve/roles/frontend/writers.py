@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from meshserve.errors import MeshserveError, ProtocolError
-from meshserve.roles.frontend.parsing import ResponseOptions
+from meshserve.roles.frontend.models.common import ResponseOptions
 from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, Item, PartItem, StartItem, TextItem, read_item
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"

@@ -1,10 +1,12 @@
 """What comes back with any other status: its shape, and the codes that stand for its reasons. Pure."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from meshserve.errors import InvalidRequest, codes_of
 from meshserve.roles.frontend.anthropic_writers import ERROR_TYPES as ANTHROPIC_TYPES
-from meshserve.roles.frontend.openapi.schemas import TEXT, Schema, kind, ref, told, whole
+from meshserve.roles.frontend.models.answers import ref
+from meshserve.roles.frontend.models.common import Schema
 from meshserve.roles.frontend.shapes import ERROR_TYPES
 
 _WORDS = {
@@ -27,23 +29,17 @@ EVERYWHERE = (400, 403, 408, 413, 431, 500)
 _RETRY = {"retry-after": {"description": "Seconds.", "required": True, "schema": {"type": "integer", "minimum": 1}}}
 
 
-def _fields(types: Iterable[str]) -> dict[str, Schema]:
-    return {
-        "message": told(TEXT, "For people."),
-        "type": {"type": "string", "enum": sorted(set(types))},
-        "param": told({"type": ["string", "null"]}, "The field at fault."),
-        "code": told(TEXT, "Stable, for programs."),
-    }
+def _error(types: Iterable[str]) -> dict[str, Any]:
+    return {"message": str, "type": set(types), "param": (str, None), "code": str}
 
 
-def components() -> dict[str, Schema]:
-    """Schemas of errors, by name."""
-    openai = _fields([*ERROR_TYPES.values(), "invalid_request_error", "server_error"])
-    anthropic = _fields([*ANTHROPIC_TYPES.values(), "invalid_request_error", "api_error"])
-    return {
-        "Error": whole({"error": whole(openai)}),
-        "AnthropicError": whole({"type": kind("error"), "error": whole(anthropic)}),
-    }
+_OPENAI_TYPES = (*ERROR_TYPES.values(), "invalid_request_error", "server_error")
+_ANTHROPIC_TYPES = (*ANTHROPIC_TYPES.values(), "invalid_request_error", "api_error")
+ERRORS: dict[str, Any] = {
+    "Error": {"error": _error(_OPENAI_TYPES)},
+    "AnthropicError": {"type": "error", "error": _error(_ANTHROPIC_TYPES)},
+}
+"""Shapes, by name. `message` is for people, `code` is stable, for programs, and `param` is the field at fault."""
 
 
 def _codes(status: int) -> list[str]:
@@ -51,7 +47,7 @@ def _codes(status: int) -> list[str]:
     return sorted({*codes_of(status), *((InvalidRequest.code,) if status == 404 else ())})
 
 
-def responses() -> dict[str, Schema]:
+def responses_by_name() -> dict[str, Schema]:
     """All of them, by name."""
     named = {"Error": "", "AnthropicError": "Anthropic"}
     return {f"{prefix}{status}": _failure(status, schema) for schema, prefix in named.items() for status in _WORDS}

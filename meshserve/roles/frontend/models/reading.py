@@ -1,0 +1,258 @@
+"""Reads the body of an HTTP request as a struct of its API. Pure.
+
+Whatever the bytes are, the outcome is a struct or an InvalidRequest that names the field. `msgspec` validates
+in C. It also refuses what clients may send, as 2.0 for 2 or null inside for what is left out. So a body that
+`msgspec` refuses is walked by the struct's types in Python, once: the walk mends what may be sent, and words
+each mistake.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import inspect
+
+from meshserve.errors import InvalidRequest, RequestTooLarge, Unsupported
+from meshserve.roles.frontend.models.common import Body, Fields
+
+MAX_VALUES = 524_288
+"""Of all kinds, in one body: four times the tokens of the longest prompts."""
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
+_Kind = TypeVar("_Kind", bound=Body)
+
+
+def read(kind: type[_Kind], fields: Fields) -> _Kind:
+    """The fields as this struct. Raises InvalidRequest or Unsupported, which name the field."""
+    if not kind.NOT_DONE.keys().isdisjoint(fields):
+        refuse_not_done(kind, fields)
+    if None in fields.values():
+        fields = {name: value for name, value in fields.items() if value is not None}
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError:
+        mended = _mend(fields, _type_of(kind), "")
+    try:
+        return msgspec.convert(mended, kind)
+    except msgspec.ValidationError as error:  # what the walk lets pass: refused all the same
+        raise InvalidRequest(f"the body is malformed: {error}"[:400]) from error
+
+
+def refuse_not_done(kind: type[Body], fields: Fields, prefix: str = "") -> None:
+    """Raises Unsupported for a field that asks for what is not done here."""
+    for name in fields.keys() & kind.NOT_DONE.keys():
+        value = fields[name]
+        is_unasked = value is None or any(_is_same(value, other) for other in kind.NOT_DONE[name])
+        if not is_unasked:
+            raise Unsupported(f"{prefix}{name} is not supported", param=prefix + name)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return bool(value == other) and isinstance(value, bool) is isinstance(other, bool)  # 1 is not true
+
+
+# --- from bytes to an object
+
+
+def read_object(body: bytes) -> Fields:
+    """The JSON object in a body. Raises InvalidRequest for anything else, also where JSON parsers disagree.
+
+    Those are NaN and infinities, names that occur twice in one object, and halves of characters (lone
+    surrogates). `msgspec` would take the later of two names, so the library's own parser reads the text.
+    """
+    if len(body) > MAX_VALUES:
+        _refuse_many_values(body)
+    try:
+        fields = _decoder.decode(body.decode())
+    except UnicodeDecodeError as error:
+        raise InvalidRequest("the body is not UTF-8") from error
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error
+    except ValueError as error:
+        raise InvalidRequest(f"the body is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    if b"\\ud" in body or b"\\uD" in body:
+        _refuse_surrogates(fields)
+    return fields
+
+
+def _refuse_many_values(body: bytes) -> None:
+    """A megabyte of empty objects takes seventy of memory. Commas in strings are let off, where there are many."""
+    if body.count(b",") > MAX_VALUES and _STRING.sub(b"", body).count(b",") > MAX_VALUES:
+        raise RequestTooLarge(f"the body has more than {MAX_VALUES} values")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> Fields:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InvalidRequest(f"{_shown(twice)} occurs twice in one object")
+    return fields
+
+
+def _refuse_constant(name: str) -> None:
+    raise InvalidRequest(f"the body is not JSON: {name} is no JSON number")
+
+
+_decoder = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+
+
+def _refuse_surrogates(fields: Fields) -> None:
+    for name, value in fields.items():
+        if not _is_encodable(name) or not _is_encodable(value):
+            words = f"{_shown(name)} contains half a character (a lone surrogate)"
+            raise InvalidRequest(words, param=name if _is_encodable(name) else None)
+
+
+def _is_encodable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    except RecursionError as error:
+        raise InvalidRequest("the body is nested too deeply") from error
+    return True
+
+
+def _shown(name: str) -> str:
+    """A client's own word, short enough for a message."""
+    return repr(name if len(name) <= 64 else name[:61] + "...")
+
+
+# --- the walk, for what `msgspec` refused
+
+_FORMS: dict[type, tuple[Any, str]] = {
+    inspect.BoolType: (bool, "true or false"),
+    inspect.IntType: (int, "an integer"),
+    inspect.FloatType: ((int, float), "a number"),
+    inspect.StrType: (str, "a string"),
+    inspect.LiteralType: (str, "a string"),
+    inspect.ListType: (list, "a list"),
+    inspect.DictType: (dict, "an object"),
+    inspect.StructType: (dict, "an object"),
+}
+"""How each kind of value looks in JSON."""
+_OLD_FORMS = {"function": "; it is the old form of tools: use the role tool"}
+
+
+@cache
+def _type_of(kind: type[Body]) -> inspect.Type:
+    return inspect.type_info(kind)
+
+
+def _invalid(param: str, words: str) -> InvalidRequest:
+    return InvalidRequest(f"{param} {words}", param=param)
+
+
+def _mend(value: Any, kind: Any, param: str) -> Any:
+    """The value as `msgspec` takes it. Raises InvalidRequest for what is not of this kind."""
+    if isinstance(kind, inspect.Metadata):
+        return _mend_described(value, kind, param)
+    if isinstance(kind, inspect.UnionType):
+        return _mend_union(value, kind, param)
+    if isinstance(kind, inspect.AnyType):
+        return value
+    if isinstance(kind, inspect.NoneType):
+        raise Unsupported(f"{param} is not supported", param=param)
+    if isinstance(kind, inspect.IntType) and isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON knows one kind of numbers only
+    form, words = _FORMS[type(kind)]
+    if not isinstance(value, form) or (isinstance(value, bool) and form is not bool):
+        raise _invalid(param, f"must be {words}")
+    if isinstance(kind, inspect.StructType):
+        return _mend_struct(value, kind, param)
+    _check_bounds(value, kind, param)
+    if isinstance(kind, inspect.ListType):
+        items = enumerate(value)
+        return [_mend(item, kind.item_type, f"{param}[{index}]") for index, item in items]
+    if isinstance(kind, inspect.DictType):
+        keys, values = kind.key_type, kind.value_type
+        return {_mend(name, keys, param): _mend(value[name], values, param) for name in value}
+    return value
+
+
+def _check_bounds(value: Any, kind: Any, param: str) -> None:
+    if isinstance(kind, inspect.LiteralType):
+        if value not in kind.values:
+            words = f"{param} must be {' or '.join(map(str, kind.values))}, not {value[:64]!r}"
+            raise (Unsupported if param.endswith(".type") else InvalidRequest)(words, param=param)
+    elif isinstance(kind, (inspect.IntType, inspect.FloatType)):  # all of them have bounds
+        least, most = kind.gt if kind.ge is None else kind.ge, kind.le
+        if not least <= value <= most or value == kind.gt:
+            between = f"above {least} and at most" if kind.ge is None else f"between {least} and"
+            # a number may have thousands of digits
+            shown = f", not {value}" if isinstance(value, float) or abs(value) < 10**18 else ""
+            raise _invalid(param, f"must be {between} {most}{shown}")
+    elif isinstance(kind, (inspect.StrType, inspect.ListType, inspect.DictType)):
+        things = "characters" if isinstance(value, str) else "elements"
+        if kind.max_length is not None and len(value) > kind.max_length:
+            words = f"must have at most {kind.max_length} {things}, not {len(value)}"
+            raise _invalid(param, words)
+        if kind.min_length is not None and len(value) < kind.min_length:
+            raise _invalid(param, f"must have at least {kind.min_length} {things[:-1]}" if value != "" else "is empty")
+        if isinstance(kind, inspect.StrType) and kind.pattern and not re.search(kind.pattern, value):
+            raise _invalid(param, "is malformed")
+
+
+def _mend_struct(value: Fields, kind: inspect.StructType, param: str) -> Fields:
+    mended = {} if kind.tag_field is None else {kind.tag_field: kind.tag}
+    for field in sorted(kind.fields, key=lambda field: field.name != "type"):  # the kind first
+        found, place = value.get(field.name), f"{param}.{field.name}" if param else field.name
+        if field.name == "type" and field.required:
+            _check_kind(value, "type", getattr(field.type, "values", ()), param)
+        if found is not None:
+            mended[field.name] = _mend(found, field.type, place)
+        elif field.required:
+            raise _invalid(place, "is missing")
+    return mended
+
+
+def _mend_union(value: Any, kind: inspect.UnionType, param: str) -> Any:
+    """By what the value looks like, and of objects by what they say of their kind."""
+    ways = [way for way in kind.types if not isinstance(way, inspect.NoneType)]
+    if value is None and len(ways) < len(kind.types):
+        return None
+    tagged = {way.tag: way for way in ways if isinstance(way, inspect.StructType) and way.tag}
+    if tagged and (isinstance(value, dict) or len(tagged) == len(ways)):
+        name = ways[-1].tag_field  # type: ignore[attr-defined]
+        return _mend(value, tagged[_check_kind(value, name, tuple(tagged), param)], param)
+    for way in ways:
+        if len(ways) == 1 or isinstance(value, _FORMS[type(way)][0]):
+            return _mend(value, way, param)
+    raise _invalid(param, "is of the wrong type")
+
+
+def _check_kind(value: Any, name: str, known: tuple[Any, ...], param: str) -> Any:
+    """What an object says of its kind. In a list, an object of another kind is at fault itself."""
+    place = param if name == "type" and param.endswith("]") else f"{param}.{name}"
+    found = value.get(name) if isinstance(value, dict) else None
+    if not isinstance(value, dict) or (place == param and not isinstance(found, str)):
+        raise _invalid(param, f"must be an object with a {name}")
+    if found is None:
+        raise _invalid(place, "is missing")
+    if found in known:
+        return found
+    shown = repr(str(found)[:64])
+    if name == "type":
+        words = f"{param}: type {shown} is not supported here, only {' and '.join(known)}"
+        raise Unsupported(words, param=place)
+    hint = _OLD_FORMS.get(str(found), "")
+    raise _invalid(place, f"must be one of {', '.join(known)}, not {shown}{hint}")
+
+
+def _mend_described(value: Any, kind: inspect.Metadata, param: str) -> Any:
+    """With the words that the field has for its mistakes, if it has some."""
+    extra: Mapping[str, Any] = kind.extra or {}
+    try:
+        return _mend(value, kind.type, param)
+    except InvalidRequest as error:
+        covers = extra.get("covers")
+        inside = (error.param or "")[len(param) :]
+        if covers is None or not (inside in ("", *covers) or "*" in covers):
+            raise
+        message = error.message if isinstance(error, Unsupported) else f"{param} {extra['words']}"
+        raise type(error)(message, param=param) from error

@@ -1,0 +1,145 @@
+"""What fields become in a request to a processor, where all APIs do the same: sampling, tools, formats. Pure."""
+
+import json
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from meshserve.errors import InvalidRequest
+from meshserve.roles.frontend.models.common import (
+    Described,
+    Fields,
+    JsonObject,
+    NamedSchema,
+    SampledBody,
+)
+from meshserve.routing.policies import POLICIES
+from meshserve.wire.completion import CompletionRequest
+from meshserve.wire.generation import Sampling
+from meshserve.wire.structs import MAX_NESTING, is_shallow
+
+MAX_SCHEMA_CHARACTERS = 262_144
+MAX_TOOLS_CHARACTERS = 1_048_576
+ANY_OBJECT = '{"type":"object"}'
+"""The schema of `json_object`."""
+_READ_APART = {"max_tokens", "logit_bias", "logprobs", "regex"}
+"""Their names mean something else in one of the APIs, or their values need work."""
+_dump = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+
+Message = dict[str, Any]
+"""Its role (`system`, `user`, `assistant`, `tool`) and content as text; an assistant's may have `tool_calls`, each
+with `id`, `name` and `arguments` (JSON text), and `reasoning_content`, which templates may show again; a tool's has
+the `tool_call_id` of its call."""
+
+
+def sampled(asked: SampledBody, fields: Fields, max_tokens: int | None) -> Fields:
+    """Sampling, the model and meshserve's own field. Raises InvalidRequest that names the field."""
+    # a body has few of the fields that it might have: only those are looked at
+    found = {name: getattr(asked, name) for name in _passed_on(type(asked)) & fields.keys()}
+    found["model"] = asked.model
+    if max_tokens is not None and asked.min_tokens > max_tokens:
+        words = f"min_tokens must be at most max_tokens, which is {max_tokens}"
+        raise InvalidRequest(words, param="min_tokens")
+    if asked.meshserve is not None:
+        policy = asked.meshserve.policy
+        if policy is not None and policy not in POLICIES:
+            words = f"unknown policy {policy[:64]!r}; there are: {', '.join(POLICIES)}"
+            raise InvalidRequest(words, param="meshserve.policy")
+        found |= {"wants_receipt": asked.meshserve.receipt, "policy": policy}
+    return found
+
+
+@cache
+def _passed_on(kind: type[SampledBody]) -> frozenset[str]:
+    """Sampling fields of this API that a CompletionRequest has by the same name."""
+    shared = set(Sampling.__struct_fields__) & set(CompletionRequest.__struct_fields__)
+    return frozenset((shared & set(kind.__struct_fields__)) - _READ_APART)
+
+
+def text_of(content: str | list[Any]) -> str:
+    """Content as text, or as parts whose texts are joined."""
+    return content if isinstance(content, str) else "".join([part.text for part in content])
+
+
+def check_calls(messages: Sequence[Message], param: str) -> None:
+    """Every call of a tool is answered, by messages that follow it at once. Raises InvalidRequest if not."""
+    open_ids: set[str] = set()
+    for message in messages:
+        if message["role"] == "tool":
+            answered = message["tool_call_id"]
+            if answered not in open_ids:
+                words = "answers no tool call of the assistant's message before it"
+                raise InvalidRequest(
+                    f"{param}: the tool message for {answered[:64]!r} {words}", param=param
+                )
+            open_ids.remove(answered)
+            continue
+        if open_ids:
+            break
+        calls = message.get("tool_calls", ())
+        open_ids = {call["id"] for call in calls}
+        if len(open_ids) != len(calls):
+            words = "two tool calls of one message have the same id"
+            raise InvalidRequest(f"{param}: {words}", param=param)
+    if open_ids:
+        words = "is not answered by a tool message right after it"
+        raise InvalidRequest(f"{param}: the tool call {min(open_ids)[:64]!r} {words}", param=param)
+
+
+def function_tool(function: Described, parameters: Fields | None, param: str) -> Fields:
+    """One tool in OpenAI's form; `param` is the field of its parameters, a JSON Schema of type object."""
+    schema = parameters or {"type": "object", "properties": {}}
+    if schema.get("type", "object") != "object":
+        raise InvalidRequest(f"{param} must be a schema of type 'object'", param=param)
+    json_text(schema, param, MAX_SCHEMA_CHARACTERS)
+    told: Fields = {"name": function.name}
+    if function.description is not None:
+        told["description"] = function.description
+    told["parameters"] = schema
+    if function.strict:
+        told["strict"] = True
+    return {"type": "function", "function": told}
+
+
+def tool_fields(tools: Sequence[Fields], choice: str | None, name: str, is_parallel: bool) -> Fields:
+    """Tools, and the choice among them: no choice is `auto`, and `auto` is `strict` where a tool is strict.
+
+    Raises InvalidRequest for two tools of one name, and for a choice of a tool that is not there.
+    """
+    names = [tool["function"]["name"] for tool in tools]
+    if len(set(names)) != len(names):
+        raise InvalidRequest("two tools have the same name", param="tools")
+    if not names:
+        if choice in ("required", "function"):
+            raise InvalidRequest("tool_choice goes with tools only", param="tool_choice")
+        return {}
+    if choice == "function" and name not in names:
+        words = f"tool_choice names {name[:64]!r}, which is not among the tools"
+        raise InvalidRequest(words, param="tool_choice")
+    if choice in (None, "auto"):
+        choice = "strict" if any("strict" in tool["function"] for tool in tools) else "auto"
+    text = json_text(tools, "tools", MAX_TOOLS_CHARACTERS)
+    chosen = {"tool_choice": choice, "tool_name": name}
+    return {"tools": text, **chosen, "parallel_tool_calls": is_parallel}
+
+
+def format_schema(wanted: object, param: str) -> str:
+    """The schema that a format asks the text to be valid under; empty for free text."""
+    if isinstance(wanted, NamedSchema):
+        return json_text(wanted.schema, f"{param}.schema", MAX_SCHEMA_CHARACTERS)
+    return ANY_OBJECT if isinstance(wanted, JsonObject) else ""
+
+
+def json_text(value: Any, param: str, max_characters: int) -> str:
+    """What is passed on as JSON. Raises InvalidRequest for what is nested too deeply or too long."""
+    if not is_shallow(value):
+        words = f"{param} is nested too deeply: at most {MAX_NESTING} levels"
+        raise InvalidRequest(words, param=param)
+    try:
+        text = _dump(value)
+    except ValueError as error:  # a number like 1e999, which JSON can write and floats cannot hold
+        raise InvalidRequest(f"{param} holds a number that is out of range", param=param) from error
+    if len(text) > max_characters:
+        words = f"{param} is too long: at most {max_characters} characters of JSON"
+        raise InvalidRequest(words, param=param)
+    return text

@@ -1,0 +1,269 @@
+"""OpenAI's Responses API: its fields, and what these become. Pure.
+
+Nothing is stored here, so a conversation is always given as a whole: what refers to something kept elsewhere
+is refused by name.
+"""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from msgspec import Meta
+
+from meshserve.errors import InvalidRequest, Unsupported
+from meshserve.roles.frontend.models.common import (
+    CHOICE,
+    CONTENT,
+    MAX_CALLS,
+    PART,
+    STREAM_ONLY,
+    STREAM_RULE,
+    TOOLS,
+    TOOLS_RULE,
+    Body,
+    Described,
+    Fields,
+    FreeText,
+    JsonObject,
+    LabelledBody,
+    NamedSchema,
+    NonEmpty,
+    NotDone,
+    NumLogprobs,
+    Parallel,
+    Parameters,
+    Parsed,
+    ResponseOptions,
+    Rules,
+    Stream,
+    TokenLimit,
+    either,
+    given,
+    mistake,
+    not_done,
+    unasked,
+)
+from meshserve.roles.frontend.models.reading import read, read_object, refuse_not_done
+from meshserve.roles.frontend.models.requests import (
+    Message,
+    check_calls,
+    format_schema,
+    function_tool,
+    sampled,
+    text_of,
+    tool_fields,
+)
+from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
+
+LOGPROBS = "message.output_text.logprobs"
+INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
+"""Reasoning is given out as it is: nothing is encrypted."""
+PARAMS = {
+    "prompt": "input",
+    "messages": "input",
+    "max_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "logprobs": "include",
+}
+"""How this API calls what a processor may find fault with."""
+_LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
+
+
+class ResponsePart(Body, kw_only=True):
+    """Text."""
+
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+
+_Content = Annotated[str | list[Annotated[ResponsePart, PART]], CONTENT]
+
+
+class InputMessage(Body, kw_only=True, tag_field="type", tag="message"):
+    """A message, which need not say so."""
+
+    role: Literal["user", "assistant", "system", "developer"]
+    content: _Content
+
+    IS_UNTAGGED: ClassVar[bool] = True
+
+
+class FunctionCall(Body, kw_only=True, tag_field="type", tag="function_call"):
+    """Answered by an output right after it, and the calls that follow each other."""
+
+    call_id: NonEmpty
+    name: NonEmpty
+    arguments: str | None = None
+
+
+class FunctionCallOutput(Body, kw_only=True, tag_field="type", tag="function_call_output"):
+    """What a call came to."""
+
+    call_id: NonEmpty
+    output: _Content
+
+
+class Reasoning(Body, tag_field="type", tag="reasoning"):
+    """Of an earlier answer; no model is shown it again."""
+
+
+Item = InputMessage | FunctionCall | FunctionCallOutput | Reasoning
+_Items = Annotated[list[Item], Meta(min_length=1, max_length=MAX_MESSAGES)]
+
+
+class TextSchema(NamedSchema, kw_only=True, tag_field="type", tag="json_schema"):
+    """The text is a document that is valid under the schema."""
+
+
+class TextOptions(Body):
+    """The form of the text."""
+
+    format: FreeText | JsonObject | TextSchema | None = None
+
+    NOT_DONE: ClassVar[NotDone] = not_done(verbosity=("medium",))
+
+
+class FlatTool(Described, kw_only=True):
+    """What a model may use: a function."""
+
+    type: Literal["function"]
+    parameters: Parameters | None = None
+
+
+class FlatChoice(Body, kw_only=True):
+    """The one function that is called."""
+
+    type: Literal["function"]
+    name: NonEmpty
+
+
+_INCLUDE = Meta(max_length=16, extra_json_schema={"items": {"enum": list(INCLUDED)}})
+_TOP_LOGPROBS = Meta(description=f"Goes with `include` of `{LOGPROBS}` only.")
+
+
+class ResponseBody(LabelledBody, kw_only=True):
+    """`POST /v1/responses`."""
+
+    input: Annotated[str | _Items, mistake(f"must be text or a list of 1 to {MAX_MESSAGES} items")]
+    instructions: str | None = None
+    max_output_tokens: TokenLimit | None = None
+    max_tool_calls: TokenLimit | None = None
+    metadata: dict[str, Any] | None = None
+    include: Annotated[list[Any], _INCLUDE] | None = None
+    top_logprobs: Annotated[NumLogprobs, _TOP_LOGPROBS] = 0
+    text: TextOptions | None = None
+    tools: Annotated[list[FlatTool], TOOLS] | None = None
+    tool_choice: Annotated[Literal["none", "auto", "required"] | FlatChoice | None, CHOICE] = None
+    parallel_tool_calls: Parallel = True
+    stream: Stream = False
+    stream_options: Annotated[dict[str, Any] | None, STREAM_ONLY] = None
+
+    NOT_DONE: ClassVar[NotDone] = not_done(
+        null="conversation previous_response_id prompt",
+        false="background store",
+        empty="context_management",
+        reasoning=({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
+        service_tier=("auto", "default"),
+        truncation=("disabled",),
+        stop=([], ""),
+        n=(1,),
+        frequency_penalty=(0,),
+        presence_penalty=(0,),
+    )
+    RULES: ClassVar[Rules] = (
+        STREAM_RULE,
+        TOOLS_RULE,
+        either(given("include", type="array", contains={"const": LOGPROBS}), unasked("top_logprobs", 0)),
+    )
+    EXAMPLE: ClassVar[Fields] = {"model": "dummy", "input": "Hello", "max_output_tokens": 16}
+
+
+def parse_response(body: bytes, request_id: str, client_id: str) -> Parsed:
+    """`POST /v1/responses`. Raises InvalidRequest that names the field."""
+    fields = read_object(body)
+    if isinstance(items := fields.get("input"), list):  # only messages may leave out what they are
+        fields["input"] = [{"type": "message", **item} if isinstance(item, dict) else item for item in items]
+    asked = read(ResponseBody, fields)
+    refuse_not_done(TextOptions, fields.get("text") or {}, "text.")
+    if asked.stream_options is not None and not asked.stream:
+        raise InvalidRequest("stream_options goes with stream only", param="stream_options")
+    request = CompletionRequest(
+        request_id,
+        "chat",
+        messages=_messages(asked),
+        max_tokens=asked.max_output_tokens,
+        logprobs=_logprobs(asked),
+        json_schema=format_schema(asked.text and asked.text.format, "text.format"),
+        client_id=client_id,
+        session=asked.session,
+        **_tools(asked),
+        **sampled(asked, fields, None),
+    )
+    return request, ResponseOptions(asked.stream, echoed=_echoed(asked, fields))
+
+
+def _echoed(asked: ResponseBody, fields: Fields) -> Fields:
+    """What a response repeats of its request."""
+    same = ("instructions", "max_output_tokens", "max_tool_calls", "parallel_tool_calls", "temperature")
+    text = fields.get("text") or {}
+    return {
+        **{name: getattr(asked, name) for name in (*same, "top_logprobs", "top_p", *_LABELS)},
+        "metadata": asked.metadata or {},
+        "tool_choice": fields.get("tool_choice") or "auto",
+        "tools": fields.get("tools") or [],
+        "text": {"format": text.get("format") or {"type": "text"}, "verbosity": "medium"},
+    }
+
+
+def _logprobs(asked: ResponseBody) -> int:
+    included = asked.include or []
+    for name in included:
+        if name not in INCLUDED:
+            raise Unsupported(f"include: {str(name)[:64]!r} is not supported", param="include")
+    if LOGPROBS in included:
+        return asked.top_logprobs
+    if asked.top_logprobs:
+        words = f"top_logprobs goes with include of {LOGPROBS} only"
+        raise InvalidRequest(words, param="top_logprobs")
+    return -1
+
+
+def _tools(asked: ResponseBody) -> Fields:
+    tools = [
+        function_tool(tool, tool.parameters, f"tools[{index}].parameters")
+        for index, tool in enumerate(asked.tools or ())
+    ]
+    choice = asked.tool_choice
+    if isinstance(choice, FlatChoice):
+        return tool_fields(tools, "function", choice.name, asked.parallel_tool_calls)
+    return tool_fields(tools, choice, "", asked.parallel_tool_calls)
+
+
+def _messages(asked: ResponseBody) -> list[Message]:
+    messages: list[Message] = []
+    if asked.instructions is not None:
+        messages.append({"role": "system", "content": asked.instructions})
+    if isinstance(asked.input, str):
+        return [*messages, {"role": "user", "content": asked.input}]
+    for index, item in enumerate(asked.input):
+        _add_item(messages, item, f"input[{index}]")
+    if not messages:
+        raise InvalidRequest("input has no message", param="input")
+    check_calls(messages, "input")
+    return messages
+
+
+def _add_item(messages: list[Message], item: Item, param: str) -> None:
+    """Calls that follow each other, or a text of the assistant, belong to one message."""
+    if isinstance(item, InputMessage):
+        role = "system" if item.role == "developer" else item.role
+        messages.append({"role": role, "content": text_of(item.content)})
+    elif isinstance(item, FunctionCallOutput):
+        output = text_of(item.output)
+        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
+    elif isinstance(item, FunctionCall):
+        if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": "assistant", "content": ""})
+        calls = messages[-1].setdefault("tool_calls", [])
+        calls.append({"id": item.call_id, "name": item.name, "arguments": item.arguments or "{}"})
+        if len(calls) > MAX_CALLS:
+            words = f"at most {MAX_CALLS} calls may follow each other"
+            raise InvalidRequest(f"{param}: {words}", param=param)
