@@ -24,6 +24,7 @@ from meshserve.roles.frontend.models.common import (
     TokenLimit,
     either,
     given,
+    mistake,
     not_done,
 )
 from meshserve.roles.frontend.models.openai import OpenAiBody, StreamOptions, openai_fields, stream_of
@@ -52,6 +53,7 @@ _NOT_IN_COMPLETIONS = {
     **not_done(null="prompt_embeds", empty="tools", suffix=("",)),
 }
 _PROMPTS = f"Text or token ids, or a list of these. Prompts times `n` are {MAX_CHOICES} at most."
+_LIMIT = f"must be an integer between 1 and {MAX_COUNT}, or 0 with echo"
 _LOGPROBS = Meta(description="So many alternatives for each token.")
 _BEST_OF = Meta(description="Equal to `n`: no answers are made to be thrown away.")
 _LABEL = Meta(description="The client's own name for the request; it comes back with each line.")
@@ -65,7 +67,7 @@ class CompletionBody(OpenAiBody, kw_only=True):
     best_of: Annotated[NumChoices | None, _BEST_OF] = None
     echo: Annotated[bool, Meta(description="The text begins with the prompt.")] = False
     logprobs: Annotated[NumLogprobs | None, _LOGPROBS] = None
-    max_tokens: Annotated[TokenCount, Meta(description="0 with `echo` only.")] = 16
+    max_tokens: Annotated[TokenCount, mistake(_LIMIT), Meta(description="0 with `echo` only.")] = 16
     stream: Stream = False
     stream_options: Annotated[StreamOptions | None, STREAM_ONLY] = None
 
@@ -134,8 +136,7 @@ def parse_completion(body: bytes, request_id: str, client_id: str) -> Parsed:
         words = f"best_of must be {n}, as n is: no answers are made to be thrown away"
         raise Unsupported(words, param="best_of")
     if asked.max_tokens == 0 and not asked.echo:
-        words = f"max_tokens must be between 1 and {MAX_COUNT}, not 0"
-        raise InvalidRequest(words, param="max_tokens")
+        raise InvalidRequest(f"max_tokens {_LIMIT}", param="max_tokens")
     request = CompletionRequest(
         request_id,
         "completion",
