@@ -26,7 +26,7 @@ class HandoffChoice:
             return None, []
         if floor is not None and num_to_compute <= floor:
             return _FLOOR, []
-        there_ms, is_short = self._requester.expected_ms(request), floor is None and num_to_compute <= UNMEASURED_LOCAL_TOKENS
+        there_ms, is_short = self._requester.peers.ready_ms(request), floor is None and num_to_compute <= UNMEASURED_LOCAL_TOKENS
         if is_short and not there_ms:
             return _SHORT, []
         load = self._engine.load()
@@ -37,13 +37,17 @@ class HandoffChoice:
         is_handoff, reason = decide(num_uncached, floor, local_ms, remote_ms, load.num_running > 0)
         candidates: list[str] = []
         if is_handoff:
-            candidates = self._requester.candidates(request)
-            if not candidates or self._requester.is_queue_full(candidates[0], request):
+            candidates = self._requester.peers.candidates(request)
+            if not candidates or self._is_queue_full(candidates[0], request):
                 is_handoff, reason = QUEUE_FULL if candidates else NO_PEER
                 candidates = []
         elif reason == "faster-here":
             self._requester.rates.kept_here()
         return HandoffDecision(is_handoff, reason, local_ms, remote_ms), candidates
+
+    def _is_queue_full(self, peer: str, request: GenerateRequest) -> bool:
+        num_queued = self._requester.peers.num_queued(peer, request, self._requester.num_outstanding)
+        return num_queued >= self._config.max_prefill_queue
 
     def _is_done_soon(self, num_tokens: int, load: EngineLoad) -> bool:
         """Whether so many tokens, all uncached, are computed here before a handoff could gain anything that counts.

@@ -4,18 +4,17 @@ Deciding is :class:`~meshserve.handoff.task.PrefillTask`'s; this carries it out 
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from meshserve.config import HandoffConfig
-from meshserve.engines.protocol import Engine
-from meshserve.errors import Gone, MeshserveError, PoolFull
+from meshserve.engines.protocol import Engine, Reservation
+from meshserve.errors import BlockRefused, Gone, MeshserveError, PoolFull
 from meshserve.handoff.blocks import began_s
-from meshserve.handoff.intake import BlockIntake, RunningTask
-from meshserve.handoff.offering import LateAnswers, Offers
+from meshserve.handoff.intake import Payload, RunningTask, missing_blocks
+from meshserve.handoff.prefill_peers import PrefillPeers
 from meshserve.handoff.rates import HandoffRates
 from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
@@ -25,14 +24,20 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.bulk import BulkReceiver
 from meshserve.mesh.transport.tickets import TicketSender
 from meshserve.wire.generation import GenerateRequest
-from meshserve.wire.handoff import Acknowledgement, BulkHeader, Claim, Grant, Renewal, Ticket
-from meshserve.wire.hello import PeerInfo
+from meshserve.wire.handoff import Acknowledgement, BulkHeader, Claim, Grant, Offer, Renewal, Ticket
 from meshserve.wire.messages import CLAIM, RENEW, STRIKE
 
-_log = logging.getLogger(__name__)
+_Answer = Callable[[Acknowledgement], None]
 
 _TICK_S = 0.01
 _STRIKE_TIMEOUT_S = 5.0
+_MAX_OFFERED_TOKENS = 2048
+"""In one offer: tickets are small notes."""
+_ROUNDS = 2
+"""Of a worker's slots that may be offered: what is short waits for one round only, and comes back sooner than a claim would be answered."""
+_ANSWER_S = 0.004
+"""Until a claim that brought its blocks is told that they were taken. Nothing waits for it, and a message holds many such answers: one
+for each prompt cost both sides a wake-up of two threads."""
 _STALL_S = 0.1
 """A tick that comes later than this says that this process stood still, and could not hear what others said meanwhile."""
 
@@ -44,12 +49,14 @@ class PrefillRequester:
         self._mesh, self._engine, self._config = mesh, engine, config
         self._tickets = TicketSender(mesh)
         self._loop = asyncio.get_running_loop()
-        self.rates = HandoffRates()
+        self.peers, self.rates = PrefillPeers(mesh, engine), HandoffRates()
         self._running: dict[str, RunningTask] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._ticked_s = 0.0
-        self._offers, self._answers = Offers(engine, config), LateAnswers()
-        self._intake = BlockIntake(mesh, engine, self)
+        self._num_offers = 0
+        self._complete_claims: list[IncomingCall] = []
+        """Claims that brought all blocks, and are told so together."""
+        self._answer_timer: asyncio.TimerHandle | None = None
         mesh.gauges.derive("handoffs", lambda: len(self._running))
         mesh.serve(CLAIM, self._on_claim)
         mesh.serve(RENEW, self._on_renew)
@@ -60,41 +67,6 @@ class PrefillRequester:
     def num_outstanding(self) -> int:
         """Tasks that are queued or running elsewhere."""
         return len(self._running)
-
-    def candidates(self, request: GenerateRequest) -> list[str]:
-        """Prefill peers that could take this prompt, best first: as the router ranked them, then others. Empty: prefill locally."""
-        own, layout = self._mesh.incarnation, self._engine.kv_layout
-        able = [info.incarnation for info in self._mesh.peers_with("prefill") if layout.accepts(info.layout) and info.incarnation != own]
-        ranked = [peer for peer, _, _ in request.prefill_peers if peer in able]
-        return ranked + [peer for peer in able if peer not in ranked]
-
-    def is_queue_full(self, peer: str, request: GenerateRequest) -> bool:
-        """Whether so many prompts wait at a prefill peer that a decode worker prefills itself."""
-        return self._num_queued(peer, request) >= self._config.max_prefill_queue
-
-    def expected_ms(self, request: GenerateRequest) -> float:
-        """Until the best prefill peer that the router named has computed this prompt's KV; 0 if nobody knows."""
-        peers, own = request.prefill_peers, self._mesh.incarnation
-        for rank, expected_ms in enumerate(request.prefill_ms):
-            if peers[rank][0] != own:
-                return expected_ms
-        return 0.0
-
-    def _num_queued(self, peer: str, request: GenerateRequest) -> int:
-        """Prompts ahead of this one, as far as is known here: what the router heard of that peer, and what this one has out itself."""
-        return sum(queued for ranked, queued, _ in request.prefill_peers if ranked == peer) + self.num_outstanding
-
-    def _num_preferred(self, candidates: list[str], request: GenerateRequest) -> int:
-        """How many are asked at first: the best if a router knows it to be idle; else all that have as much of the prompt.
-
-        The first one free gets it then. (Asking one that was busy after all cost the hedge time in one of ten prompts at 80 % load.)
-        """
-        overlaps = {peer: overlap_blocks for peer, _, overlap_blocks in request.prefill_peers}
-        best = candidates[0]
-        if best in overlaps and not self._num_queued(best, request):
-            return 1
-        have = overlaps.get(best, 0)
-        return next((rank for rank, peer in enumerate(candidates) if overlaps.get(peer, 0) != have), len(candidates))
 
     def start(
         self,
@@ -108,13 +80,25 @@ class PrefillRequester:
         now_s = time.monotonic()
         lease_s = self._mesh.config.failure_timeout_s
         task = PrefillTask(request.request_id, self._config, lease_s, now_s, deadline_s, num_lost_before=len(request.lost_peers))
-        num_preferred = self._num_preferred(candidates, request)
+        num_preferred = self.peers.num_preferred(candidates, request, len(self._running))
         running = self._running[request.request_id] = RunningTask(task, request, on_done, on_lost)
-        running.offered_block = self._offers.first_block(request, len(self._running)) if num_preferred == 1 else None
+        running.offered_block = self._offered_block(request) if num_preferred == 1 else None
         self._carry_out(running, task.start(candidates, now_s, num_preferred, running.offered_block is not None))
         if self._timer is None and self._running:
             self._ticked_s = now_s
             self._timer = self._loop.call_later(_TICK_S, self._tick)
+
+    def _offered_block(self, request: GenerateRequest) -> int | None:
+        """Of a prompt that may go with its ticket, the first block that is missing here; else None.
+
+        It has little KV to compute, and so few are outstanding that it is begun before its offer is too old.
+        """
+        num_tokens, layout = len(request.tokens) - 1, self._engine.kv_layout
+        if num_tokens > _MAX_OFFERED_TOKENS or len(self._running) >= _ROUNDS * self._config.prefill_slots:
+            return None
+        num_cached = self._engine.num_cached_tokens(request)
+        is_short = 0 < (num_tokens - num_cached) * layout.bytes_per_token <= self._config.offer_kv_bytes
+        return num_cached // layout.block_size if is_short else None
 
     def engine_failed(self) -> None:
         """The blocks that were reserved are gone: these prompts wait for no more, and end as the engine's own requests do."""
@@ -144,11 +128,14 @@ class PrefillRequester:
                 self._finish(running, action)
 
     def _push(self, running: RunningTask, push: Push) -> None:
-        request, offer = running.request, self._offers.make(running.request, running.offered_block) if push.is_offer else None
-        ticket = Ticket(self._mesh.incarnation, request.request_id, push.attempt, len(request.tokens), offer)
-        if offer is not None:
+        request, offer = running.request, None
+        if push.is_offer:
+            assert running.offered_block is not None, "only a prompt that may be offered is"
+            self._num_offers += 1
+            offer = Offer(self._num_offers, running.offered_block, request.tokens[:-1])
             self._mesh.counters.add("prefills_offered")
             running.names[push.peers[0]] = self._mesh.name_of(push.peers[0])
+        ticket = Ticket(self._mesh.incarnation, request.request_id, push.attempt, len(request.tokens), offer)
         self._mesh.counters.add("tickets_pushed", len(push.peers))
         self._note(running, "ticket", attempt=push.attempt, peers=list(push.peers))
         for peer in push.peers:
@@ -168,10 +155,28 @@ class PrefillRequester:
         if outcome != "cancelled":
             self._mesh.counters.add("prefill_attempts_failed")
         self._note(running, "attempt_failed", attempt=revoke.attempt, peer_failing=revoke.peer, outcome=outcome)
+        self._end_claim(running, "this attempt is over")
+
+    def _end_claim(self, running: RunningTask, reason: str) -> None:
+        """Tell the prefill worker that its attempt is done, if there is no reason, or over before that."""
         claim, running.claim = running.claim, None
-        if claim is not None:
-            claim.on_cancel = None
-            claim.fail(Gone("this attempt is over"))
+        if claim is None:
+            return
+        claim.on_cancel = None
+        if reason:
+            claim.fail(Gone(reason))
+        elif not running.has_delivered:
+            claim.end()
+        else:
+            self._complete_claims.append(claim)
+            if self._answer_timer is None:
+                self._answer_timer = self._loop.call_later(_ANSWER_S, self._answer_all)
+
+    def _answer_all(self) -> None:
+        self._answer_timer = None
+        claims, self._complete_claims = self._complete_claims, []
+        for claim in claims:
+            claim.end()
 
     def _strike(self, running: RunningTask, strike: Strike) -> None:
         for peer in strike.peers:
@@ -183,51 +188,38 @@ class PrefillRequester:
         self._mesh.counters.add(f"prefill_tasks_{finish.state}")
         self._mesh.counters.add("tickets_hedged", running.task.num_hedges)
         self._note(running, "handoff_ended", attempt=running.task.attempt, state=finish.state.value)
-        self._revoke_quietly(running, finish.state)
+        self._end_claim(running, "" if finish.state is TaskState.DONE else "the task is over")
         if finish.state is not TaskState.DONE and running.reservation is not None:
             running.reservation.release()
         if finish.state is not TaskState.CANCELLED:
             running.on_done(self._result(running, finish.state))
 
-    def _revoke_quietly(self, running: RunningTask, state: TaskState) -> None:
-        claim, running.claim = running.claim, None
-        if claim is not None:
-            claim.on_cancel = None
-            if state is TaskState.DONE and running.has_delivered:
-                self._answers.end_soon(claim)
-            elif state is TaskState.DONE:
-                claim.end()
-            else:
-                claim.fail(Gone("the task is over"))
-
     def _result(self, running: RunningTask, state: TaskState) -> HandoffResult:
-        task = running.task
-        is_done = state is TaskState.DONE
-        last = task.attempts[-1] if is_done else None
-        took_ms = last.took_s * 1000 if last else 0.0
+        task, names, reservation = running.task, running.names, None
+        waited_s, took_ms = time.monotonic() - task.created_s, 0.0
+        if state is TaskState.DONE:
+            reservation, last = running.reservation, task.attempts[-1]
+            waited_s, took_ms = last.claimed_s - task.created_s, last.took_s * 1000
         result = HandoffResult(
             state=state,
-            reservation=running.reservation if is_done else None,
-            prefill_peer=task.peer if is_done else None,
-            attempts=[attempt.to_wire(lambda peer: running.names[peer]) for attempt in task.attempts],
-            lost_peers=[running.names[peer] for peer in task.lost_peers],
+            reservation=reservation,
+            prefill_peer=task.peer if reservation is not None else None,
+            attempts=[attempt.to_wire(names.__getitem__) for attempt in task.attempts],
+            lost_peers=[names[peer] for peer in task.lost_peers],
             num_blocks=sum(attempt.num_blocks for attempt in task.attempts),
             num_bytes=sum(attempt.num_bytes for attempt in task.attempts),
-            num_tokens=running.reservation.num_tokens - running.reservation.num_cached_tokens if is_done and running.reservation else 0,
-            queue_ms=((last.claimed_s if last else time.monotonic()) - task.created_s) * 1000,
+            num_tokens=reservation.num_tokens - reservation.num_cached_tokens if reservation is not None else 0,
+            queue_ms=waited_s * 1000,
             prefill_ms=min(running.computed_ms, took_ms),
             transfer_ms=max(0.0, took_ms - running.computed_ms),
         )
-        self._observe(result)
-        return result
-
-    def _observe(self, result: HandoffResult) -> None:
-        histograms = self._mesh.histograms.named
-        if result.state is TaskState.DONE:
+        if state is TaskState.DONE:
             self.rates.handed_over(result.num_tokens, result.transfer_ms / 1000)
+            histograms = self._mesh.histograms.named
             histograms["prefill_wait"].observe(result.queue_ms / 1000)
             histograms["prefill_compute"].observe(result.prefill_ms / 1000)
             histograms["kv_transfer"].observe(result.transfer_ms / 1000)
+        return result
 
     # --- what comes in
 
@@ -239,18 +231,17 @@ class PrefillRequester:
             self._mesh.counters.add("claims_gone")
             raise Gone("claimed by another, or over")
         self._mesh.counters.add("claims_granted")
-        running.claim = call
+        attempt, running.claim = running.task.attempt, call
         running.names[call.peer] = self._mesh.name_of(call.peer)
-        self._note(running, "claim", attempt=running.task.attempt, peer_claiming=call.peer)
-        if running.reservation is None and not self._reserve(running):
+        self._note(running, "claim", attempt=attempt, peer_claiming=call.peer)
+        reservation = running.reservation if running.reservation is not None else self._reserve(running)
+        if reservation is None:
             return
-        assert running.reservation is not None, "made just now, or for an earlier attempt"
-        attempt = running.task.attempt
         call.on_cancel = lambda: self._claim_ended(running, call, attempt)
-        if claim.header is not None and running.reservation.missing():
+        if claim.header is not None and reservation.missing():
             self._take_brought(running, call.peer, claim.header, claim.payloads)
-        self.complete_if_all_came(running)
-        missing = running.reservation.missing()
+        self._complete_if_all_came(running)
+        missing = reservation.missing()
         if missing and running.task.is_current(call.peer, attempt):
             call.send(Grant(running.request.tokens[:-1], attempt, missing[0]))
 
@@ -260,22 +251,21 @@ class PrefillRequester:
             self._mesh.counters.add("kv_blocks_stale", len(payloads))
             return
         running.has_delivered = True
-        self._intake.take(running, header, payloads, lambda answer: None)
+        self._take(running, header, payloads, lambda acknowledgement: None)
 
-    def _reserve(self, running: RunningTask) -> bool:
+    def _reserve(self, running: RunningTask) -> Reservation | None:
         """All blocks or none. Without room the prompt waits its turn in the engine's own queue, and is prefilled there."""
         try:
             running.reservation = self._engine.reserve(running.request)
         except MeshserveError as error:
             self._mesh.counters.add("reservations_refused" if isinstance(error, PoolFull) else "reservations_failed")
             self._carry_out(running, running.task.fall_back(time.monotonic()))
-            return False
-        return True
+        return running.reservation
 
     def _claim_ended(self, running: RunningTask, call: IncomingCall, attempt: int) -> None:
         """By the worker, by its death, or by a link that broke: what the call ended by tells which."""
         is_lost = call.ended_by in (CONNECTION_CLOSED, PEER_DIED)
-        self.attempt_failed(running, call.peer, attempt, "peer died" if is_lost else "the worker gave up", is_peer_dead=is_lost)
+        self._attempt_failed(running, call.peer, attempt, "peer died" if is_lost else "the worker gave up", is_peer_dead=is_lost)
 
     def _on_renew(self, call: IncomingCall) -> None:
         renewal: Renewal = call.body
@@ -285,7 +275,7 @@ class PrefillRequester:
                 running.task.renew(call.peer, named.attempt, now_s - named.overdue_s)
         call.end()
 
-    def _on_bulk(self, data: Any, payloads: list[memoryview], answer: Callable[[Acknowledgement], None]) -> None:
+    def _on_bulk(self, data: Any, payloads: list[memoryview], answer: _Answer) -> None:
         header = BulkHeader.from_wire(data)
         running = self._running.get(header.request_id)
         if (
@@ -295,18 +285,60 @@ class PrefillRequester:
         ):
             self._mesh.counters.add("kv_blocks_stale", len(payloads))
         else:
-            self._intake.take(running, header, payloads, answer)
+            self._take(running, header, payloads, answer)
 
-    def is_running(self, running: RunningTask) -> bool:
-        """Whether somebody still waits for this prompt."""
-        return self._running.get(running.task.request_id) is running
+    def _take(self, running: RunningTask, header: BulkHeader, payloads: Sequence[Payload], answer: _Answer) -> None:
+        """Blocks of the running attempt: all of them, or the attempt has failed. Acknowledged once the engine has them."""
+        size_bytes, layout = sum(map(len, payloads)), self._engine.kv_layout
+        running.task.received(len(payloads), size_bytes)  # now: the attempt may be over when the engine has them
+        try:
+            blocks = missing_blocks(running, header, payloads, layout, self._engine.card.model_hash)
+            running.task.renew(header.prefill_peer, header.attempt, time.monotonic())
+            running.computed_ms = header.computed_ms
+            if len(blocks) < len(payloads):
+                self._mesh.counters.add("kv_blocks_double", len(payloads) - len(blocks))
+            acknowledge = partial(answer, Acknowledgement(header.request_id, header.attempt, size_bytes))
+            if blocks:
+                assert running.reservation is not None, "its blocks are missing"
+                running.reservation.write(blocks, partial(self._written, running, header, blocks, acknowledge))
+            else:
+                acknowledge()
+        except BlockRefused as error:
+            self._refuse(running, header, error, len(payloads))
 
-    def complete_if_all_came(self, running: RunningTask) -> None:
-        """The engine has one block more: perhaps that was the last one."""
+    def _written(
+        self,
+        running: RunningTask,
+        header: BulkHeader,
+        blocks: list[tuple[int, Payload]],
+        acknowledge: Callable[[], None],
+        error: MeshserveError | None,
+    ) -> None:
+        """The engine has the blocks, or cannot take them; perhaps some time after they came, when the attempt may be over."""
+        if self._running.get(header.request_id) is not running:
+            return  # nobody waits for this prompt any more
+        if error is not None:
+            self._refuse(running, header, error, len(blocks))
+            return
+        self._mesh.counters.add("kv_blocks_received", len(blocks))
+        self._mesh.counters.add("kv_bytes_received", sum([len(payload) for _, payload in blocks]))
+        if self._mesh.event_log.follows(header.request_id):
+            for index, _ in blocks:
+                self._note(running, "block", attempt=header.attempt, peer_sending=header.prefill_peer, index=index)
+        acknowledge()
+        self._complete_if_all_came(running)
+
+    def _refuse(self, running: RunningTask, header: BulkHeader, error: MeshserveError, num_blocks: int) -> None:
+        self._mesh.counters.add("kv_blocks_refused", num_blocks)
+        if isinstance(error, BlockRefused) and error.is_checksum:
+            self._mesh.counters.add("kv_checksum_failures")
+        self._attempt_failed(running, header.prefill_peer, header.attempt, f"block refused: {error.message}")
+
+    def _complete_if_all_came(self, running: RunningTask) -> None:
         if running.reservation is not None and running.reservation.is_complete:
             self._carry_out(running, running.task.complete(time.monotonic()))
 
-    def attempt_failed(self, running: RunningTask, peer: str, attempt: int, reason: str, is_peer_dead: bool = False) -> None:
+    def _attempt_failed(self, running: RunningTask, peer: str, attempt: int, reason: str, is_peer_dead: bool = False) -> None:
         """An attempt is over, unless it was already; another one is made elsewhere, or the prompt is computed here."""
         now_s = time.monotonic()
         self._carry_out(running, running.task.attempt_failed(peer, attempt, reason, now_s, is_peer_dead=is_peer_dead))
@@ -315,7 +347,7 @@ class PrefillRequester:
         if "prefill" not in member.info.roles:
             return
         if change is Change.CALLABLE:
-            self._say_if_unlike(member.info)
+            self.peers.say_if_unlike(member.info)
         peer, now_s = member.info.incarnation, time.monotonic()
         for running in list(self._running.values()):
             task = running.task
@@ -327,15 +359,6 @@ class PrefillRequester:
                 self._carry_out(running, task.peer_draining(peer, now_s))
             elif change in (Change.CALLABLE, Change.RECOVERED) and self._engine.kv_layout.accepts(member.info.layout):
                 task.peer_joined(peer, now_s)
-
-    def _say_if_unlike(self, info: PeerInfo) -> None:
-        """A prefill worker of the same model that can never help: people see two workers, and no handoff."""
-        own, card = self._engine.kv_layout, self._engine.card
-        is_same_model = info.card is not None and info.card.model_hash == card.model_hash
-        if is_same_model and info.layout is not None and own.can_hand_over and info.layout.can_hand_over and not own.accepts(info.layout):
-            _log.warning(
-                "%s keeps its KV in another way: no prompt is handed over to it; give both the same --kv-type and version", info.name
-            )
 
     def _tick(self) -> None:
         self._timer = None
@@ -353,8 +376,9 @@ class PrefillRequester:
         """Cancel everything."""
         for request_id in list(self._running):
             self.cancel(request_id)
-        self._answers.close()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._answer_timer):
+            if timer is not None:
+                timer.cancel()
+        self._answer_all()
         self._tickets.close()
         self._bulk.close()

@@ -140,7 +140,8 @@ class Decode:
 
     def start(self) -> None:
         request = GenerateRequest("r1", "dummy", PROMPT)
-        self.requester.start(request, self.requester.candidates(request), self.mesh.now_s() + 60, self.results.append, lambda name: None)
+        candidates = self.requester.peers.candidates(request)
+        self.requester.start(request, candidates, self.mesh.now_s() + 60, self.results.append, lambda name: None)
 
     async def result(self) -> HandoffResult:
         return await until(lambda: self.results[0] if self.results else None, DEADLINE_S, "the handoff ends")

@@ -248,7 +248,7 @@ def test_a_prefill_worker_of_the_same_model_with_another_layout_is_named_and_get
             async with peer("prefill", unlike, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
                 warning = f"{prefill_mesh.own.name} keeps its KV in another way"
                 await until(lambda: warning in caplog.text, DEADLINE_S, "people are told")
-                assert decode.requester.candidates(GenerateRequest("r1", "dummy", PROMPT)) == []
+                assert decode.requester.peers.candidates(GenerateRequest("r1", "dummy", PROMPT)) == []
             decode.close()
         for engine in (own, unlike):
             await engine.close()
