@@ -44,11 +44,11 @@ async def _top(settings: dict[str, Any], interval_s: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Field:
-    """One column: how a peer shows in it, and how it sorts."""
+    """One column: the value of a peer in it, by which the column sorts, and how the value shows."""
 
     column: Column
-    show: Callable[[Activity], Cell]
-    sort: Callable[[Activity], Any]
+    value: Callable[[Activity], Any]
+    show: Callable[[Any], Cell]
 
 
 def _number(value: float | None) -> str:
@@ -65,12 +65,12 @@ def _milliseconds(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
-def _bar(activity: Activity) -> str:
-    """Of the KV pool: what is in use, and what is kept for prompts that begin alike."""
-    if activity.used_share is None or activity.cached_share is None:
+def _bar(shares: tuple[float, ...]) -> str:
+    """Of the KV pool: what running sequences use, and what is cached for prompts with the same prefix."""
+    if not shares:
         return "-"
-    used = round(min(1.0, activity.used_share) * _BAR_CELLS)
-    cached = min(_BAR_CELLS - used, round(activity.cached_share * _BAR_CELLS))
+    used = round(min(1.0, shares[0]) * _BAR_CELLS)
+    cached = min(_BAR_CELLS - used, round(shares[1] * _BAR_CELLS))
     return "█" * used + "▒" * cached + "·" * (_BAR_CELLS - used - cached)
 
 
@@ -79,21 +79,13 @@ def _pair(values: tuple[float, float] | None, index: int) -> float | None:
 
 
 def _numeric(title: str, rank: int, value: Callable[[Activity], float | None], show: Callable[[float | None], str] = _number) -> _Field:
-    return _Field(Column(title, rank, is_number=True), lambda found: show(value(found)), lambda found: _or_least(value(found)))
-
-
-def _or_least(value: float | None) -> float:
-    return -1.0 if value is None else value
+    return _Field(Column(title, rank, is_number=True), value, show)
 
 
 _FIELDS = (
-    _Field(Column("PEER"), lambda found: found.peer["name"], lambda found: found.peer["name"]),
-    _Field(Column("ROLES", 7), lambda found: ",".join(found.peer["roles"]), lambda found: found.peer["roles"]),
-    _Field(
-        Column("STATE"),
-        lambda found: (found.peer["state"], STATE_STYLES.get(found.peer["state"], "dim")),
-        lambda found: found.peer["state"],
-    ),
+    _Field(Column("PEER"), lambda found: found.peer["name"], str),
+    _Field(Column("ROLES", 7), lambda found: found.peer["roles"], ",".join),
+    _Field(Column("STATE"), lambda found: found.peer["state"], lambda state: (state, STATE_STYLES.get(state, "dim"))),
     _numeric("BATCH", 0, lambda found: found.num_running),
     _numeric("WAIT", 1, lambda found: found.num_waiting),
     _numeric("QUEUE", 1, lambda found: found.num_tickets),
@@ -101,7 +93,7 @@ _FIELDS = (
     _numeric("PROMPT/S", 2, lambda found: found.prompt_tokens_per_s),
     _numeric("HIT", 1, lambda found: found.hit_share, _percent),
     _numeric("KV", 1, lambda found: None if found.used_share is None else found.used_share + (found.cached_share or 0.0), _percent),
-    _Field(Column("USED▒CACHED", 5), _bar, lambda found: _or_least(found.used_share)),
+    _Field(Column("USED▒CACHED", 5), lambda found: () if found.used_share is None else (found.used_share, found.cached_share or 0.0), _bar),
     _numeric("TTFT", 3, lambda found: _pair(found.ttft_ms, 0), _milliseconds),
     _numeric("p99", 5, lambda found: _pair(found.ttft_ms, 1), _milliseconds),
     _numeric("ITL", 4, lambda found: _pair(found.itl_ms, 0), _milliseconds),
@@ -184,10 +176,15 @@ class TopView:
             self._selected = order[max(0, min(len(order) - 1, at + step))]
 
     def _sorted(self) -> list[Activity]:
-        """Names upwards, numbers downwards, as one wants to see them; equal ones by name."""
+        """Names from the first on, figures from the highest on; equal ones by name."""
         field = _FIELDS[self._sort_by]
         by_name = sorted(self._activities, key=lambda found: str(found.peer["name"]))
-        return sorted(by_name, key=field.sort, reverse=field.column.is_number != self._is_reversed)
+
+        def key(found: Activity) -> Any:
+            value = field.value(found)
+            return -1.0 if value is None else value  # below all figures
+
+        return sorted(by_name, key=key, reverse=field.column.is_number != self._is_reversed)
 
     # --- drawing
 
@@ -230,7 +227,7 @@ class TopView:
             else field.column
             for index, field in enumerate(_FIELDS)
         ]
-        return table(columns, [[field.show(activity) for field in _FIELDS] for activity in order], width)
+        return table(columns, [[field.show(field.value(activity)) for field in _FIELDS] for activity in order], width)
 
     def _scrolled_table(self, order: list[Activity], width: int, height: int) -> list[Text]:
         head, *rows = self._table(order, width)
