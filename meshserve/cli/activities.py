@@ -1,4 +1,4 @@
-"""From what peers count to what they do in a second: pure."""
+"""What peers are doing: rates, shares and percentiles from their counters. Pure."""
 
 from collections import deque
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from meshserve.observe.latencies import WINDOW_S
 from meshserve.telemetry import Histogram
 
 _RATE_WINDOW_S, _SHARE_WINDOW_S = 3.0, float(WINDOW_S)
-"""Speeds are of the last few seconds, so that they follow what happens; shares and percentiles of more, as a few requests make none."""
+"""Rates are of a few seconds, so that they follow the load; shares and percentiles of more, as they need many requests."""
 _MAX_SAMPLES = 120
 _MAX_TREND = 400
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """One peer now. None where it reports nothing of the kind."""
+    """What one peer is doing. None: the peer does not report it."""
 
     peer: dict[str, Any]
     """As `list_peers` gives it."""
@@ -35,7 +35,7 @@ class Activity:
 
 
 class Samples:
-    """What peers said lately."""
+    """The latest statuses of all peers."""
 
     def __init__(self) -> None:
         self._samples: deque[tuple[float, dict[str, dict[str, Any]]]] = deque(maxlen=_MAX_SAMPLES)
@@ -43,7 +43,7 @@ class Samples:
         """Tokens a second of the whole mesh, one value a sample."""
 
     def add(self, peers: list[dict[str, Any]], now_s: float) -> list[Activity]:
-        """The latest list of peers; what they do by now, in the same order."""
+        """Take the latest list of peers; returns what they are doing, in the same order."""
         while self._samples and now_s - self._samples[0][0] > _SHARE_WINDOW_S:
             self._samples.popleft()
         self._samples.append((now_s, {peer["incarnation"]: peer for peer in peers if peer["rtt_ms"] is not None}))
@@ -74,7 +74,7 @@ class Samples:
         )
 
     def _earlier(self, incarnation: str, since_s: float) -> tuple[float, dict[str, Any]] | None:
-        """Its oldest sample since then; None if there is only the last one."""
+        """The oldest sample of a peer since then; None if there is only the last one."""
         for at_s, peers in self._samples:
             if at_s >= since_s and incarnation in peers:
                 return (at_s, peers[incarnation]) if at_s < self._samples[-1][0] else None
@@ -88,7 +88,7 @@ class Samples:
         return max(0, _sum(peer, counters) - _sum(then, counters)) / (now_s - at_s)
 
     def _hit_share(self, peer: dict[str, Any]) -> float | None:
-        """Lately; if it had no prompt lately, since its start."""
+        """Of the last seconds; of all time if there was no prompt in them."""
         totals, cached = ("prompt_tokens", "prefill_tokens"), ("prompt_tokens_cached", "prefill_tokens_cached")
         earlier = self._earlier(peer["incarnation"], float("-inf"))
         num_tokens, num_cached = _sum(peer, totals), _sum(peer, cached)

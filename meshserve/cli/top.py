@@ -1,4 +1,4 @@
-"""`meshserve top`: what every peer is doing, live; what its keys do."""
+"""`meshserve top`: what every peer is doing, live."""
 
 import time
 from collections.abc import Callable
@@ -111,7 +111,7 @@ class TopView:
         self._activities: list[Activity] = []
         self._sort_by, self._is_reversed = 0, False
         self._selected: str | None = None
-        """Incarnation: a selection stays with its peer, wherever it sorts to."""
+        """Incarnation: the selection stays with its peer when the order changes."""
         self._is_detailed = False
         self._scrolled = 0
         self._traces, self._is_trace_due = False, False
@@ -119,7 +119,7 @@ class TopView:
         """Requests that had ended last when `t` was pressed, the latest first."""
         self._at = 0
         self._receipt: dict[str, Any] | None = None
-        """Of the one of them that is shown; None if there is none, or it is forgotten by now."""
+        """Of the request that is shown; None if there is none, or its receipt is not kept any more."""
 
     async def refresh(self) -> None:
         """Ask every peer."""
@@ -189,7 +189,7 @@ class TopView:
     # --- drawing
 
     def draw(self, width: int | None, height: int | None) -> list[Text]:
-        """The mesh in two lines, then peers, then the keys."""
+        """Two lines on the mesh, then the peers, then the keys."""
         order = self._sorted()
         if not order:
             return [Text(f"no peer of mesh {self._mesh.own.mesh!r} found; try --peer HOST with the address of one, or `meshserve doctor`")]
@@ -264,7 +264,7 @@ class TopView:
 
 
 def details(activity: Activity) -> list[str]:
-    """All that a peer says of itself, in lines."""
+    """All that a peer reports, in lines."""
     peer = activity.peer
     lines = [
         f"{peer['name']}  {','.join(peer['roles'])}  {peer['state']} since {duration(peer['since_s'])}",

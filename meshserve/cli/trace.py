@@ -1,4 +1,4 @@
-"""`meshserve trace`: one receipt as lines: the path of the request, a waterfall of its phases, attempts, and candidates with reasons."""
+"""`meshserve trace`: a receipt as lines of text: path, waterfall of phases, attempts, candidates with reasons."""
 
 import json
 from collections.abc import Mapping
@@ -137,13 +137,13 @@ def _line(name: str, text: str) -> Text:
 
 
 def _path(peers: Mapping[str, Any]) -> str:
-    """Each peer once, in the order of the path; which role of it did what stands at the phases."""
+    """Each peer once, in the order of the path."""
     names = [str(name) for role in ("frontend", "processor", "router", "prefill", "decode") if (name := peers.get(role))]
     return " -> ".join(dict.fromkeys(names)) or "nobody"
 
 
 def _phases(receipt: Mapping[str, Any], width: int | None) -> list[Text]:
-    """Each phase begins where the one before it ended; http, network and other are sums of several places on the path."""
+    """Each bar begins where the one before it ends, though http, network and other are sums of several times on the path."""
     total_ms, phases = receipt["total_ms"], receipt["phases_ms"]
     spent = [(phase, float(phases[phase])) for phase in _PHASES if phases[phase] > 0]
     if not spent or total_ms <= 0:
@@ -167,7 +167,7 @@ def _peer(peers: Mapping[str, Any], role: str) -> str:
 
 
 def _bar(start: float, share: float, room: int) -> str:
-    """From the cell that it begins in, as long as it took, in eighths of a cell and never less than one of them."""
+    """Begins in a whole cell; its length is in eighths of a cell, at least one."""
     first = min(room - 1, int(start * room))
     whole, rest = divmod(min(max(1, round(share * room * 8)), (room - first) * 8), 8)
     return " " * first + _PARTS[8] * whole + (_PARTS[rest] if rest else "")

@@ -1,7 +1,8 @@
-"""What a peer finds out for others about the network around it: whom it can connect to, and what it hears.
+"""What a peer finds out for `doctor` about the network around it: which peers it can connect to, and
+which announcements it hears.
 
-It knocks only at addresses that it would dial anyway, those of members and of peers that it was told of, at most every two seconds,
-whoever asks: so it cannot be used to scan anything.
+A peer knocks only at addresses that it would dial anyway, those of members and of peers that it was
+told of, and at most every two seconds: so nobody can use it to scan a network.
 """
 
 import asyncio
@@ -29,7 +30,8 @@ Place = tuple[str, str, tuple[str, ...], int]
 
 
 async def knock_at(places: list[Place]) -> list[PortKnock]:
-    """At the calls port of every address, and where that is open at the other two of the first such address. Takes two seconds at most."""
+    """Try to connect to the calls port of every address, and to the other two ports of each peer's first
+    address at which that port is open. Takes two seconds at most."""
     limit = asyncio.Semaphore(_MAX_AT_ONCE)
 
     async def one(place: Place, address: str, offset: int) -> PortKnock:
@@ -50,7 +52,7 @@ async def knock_at(places: list[Place]) -> list[PortKnock]:
 
 
 class Reach:
-    """Serves what `doctor` asks of every peer."""
+    """Serves the questions that `doctor` asks every peer."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -61,7 +63,7 @@ class Reach:
         mesh.serve(ECHO, self._on_echo)
 
     async def _on_reach(self, call: IncomingCall) -> PortKnocks:
-        """All who ask within two seconds share one round of knocks; that one of them hangs up changes nothing for the others."""
+        """All calls within two seconds share one round of knocks, which goes on if one of them is cancelled."""
         now_s = time.monotonic()
         if self._running is None or now_s - self._began_s > _KEEP_S:
             self._began_s = now_s
@@ -91,7 +93,7 @@ async def ask_view(mesh: Mesh, peer: str, timeout_s: float) -> tuple[NetworkView
 
 
 async def ask_reach(mesh: Mesh, peer: str, timeout_s: float) -> list[PortKnock] | None:
-    """What the peer's knocks met; None if it does not answer, or nothing that can be read."""
+    """The outcomes of the peer's knocks; None without a proper answer."""
     try:
         answer: PortKnocks = await mesh.call(peer, REACH, None, timeout_s)
         return [found if found.outcome in _OUTCOMES else replace(found, outcome=Outcome.UNREACHABLE) for found in answer.knocks]
@@ -100,7 +102,8 @@ async def ask_reach(mesh: Mesh, peer: str, timeout_s: float) -> list[PortKnock] 
 
 
 async def carries_large_messages(mesh: Mesh, peer: str, timeout_s: float) -> bool:
-    """Whether a message of many packets gets there and back: where a path's MTU is less than its ends believe, only small ones do."""
+    """Whether a message of many packets gets there and back. Where the MTU of a path is smaller than its
+    ends believe, only small messages do."""
     payload = bytes(MAX_ECHO_BYTES)
     try:
         return bool(await mesh.call(peer, ECHO, payload, timeout_s) == payload)
