@@ -65,22 +65,21 @@ class WorkerReporter:
             **self._engine.rates.figures(),
         )
 
-    def admitted(self, request_id: str, is_kept: bool = False) -> None:
-        """The engine, the handoff or the queue of tickets counts this request from now on. `is_kept`:
-        its prompt, which might have been handed over, is computed here.
+    def changed(self, admitted: str = "", is_kept: bool = False) -> None:
+        """Tell the watchers soon, with all else that changes until then.
+
+        The engine, the handoff or the queue of tickets counts the request `admitted` from now on.
+        `is_kept`: its prompt, which might have been handed over, is computed here.
         """
         if self._source.watchers:
-            self._admitted.append(request_id)
+            if admitted:
+                self._admitted.append(admitted)
             if is_kept:
-                self._kept.append(request_id)
-        self.changed()
-
-    def changed(self) -> None:
-        """Tell the watchers soon, with all else that changes until then."""
-        if (self._timer is None or self._is_slow) and self._source.watchers:
-            if self._timer is not None:
-                self._timer.cancel()
-            self._timer, self._is_slow = self._loop.call_later(_REPORT_INTERVAL_S, self._publish), False
+                self._kept.append(admitted)
+            if self._timer is None or self._is_slow:
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer, self._is_slow = self._loop.call_later(_REPORT_INTERVAL_S, self._publish), False
         if self._load_timer is None and self._loads.watchers:
             self._load_timer = self._loop.call_later(_LOAD_INTERVAL_S, self._publish_load)
 

@@ -232,7 +232,7 @@ class DecodeRole:
             self._requester.start(request, candidates, call.deadline_s, sequence.prefilled, call.send)
         else:
             sequence.run(None)
-        self._reporter.admitted(request_id, is_kept=bool(request.prefill_peers) and not candidates)
+        self._reporter.changed(request_id, is_kept=bool(request.prefill_peers) and not candidates)
 
     def _check_queue(self) -> None:
         """Raises Overloaded when more requests wait than may: for their prompt's KV, or for the batch."""

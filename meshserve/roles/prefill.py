@@ -8,14 +8,8 @@ class PrefillRole:
     """Pulls tickets for this peer's engine, and has its load reported."""
 
     def __init__(self, provider: PrefillProvider, reporter: WorkerReporter) -> None:
-        self._provider, self._reporter = provider, reporter
-        provider.subscribe(self._on_change)
-
-    def _on_change(self, request_id: str) -> None:
-        if request_id:
-            self._reporter.admitted(request_id)
-        else:
-            self._reporter.changed()
+        self._provider = provider
+        provider.subscribe(reporter.changed)
 
     @property
     def is_idle(self) -> bool:
