@@ -13,7 +13,7 @@ from typing import Any
 from meshserve import __version__
 from meshserve.config import MeshConfig
 from meshserve.errors import Cancelled, MeshserveError, PeerLost
-from meshserve.mesh.calls import CallTable, Handler, IncomingCall, OutgoingCall, Sink
+from meshserve.mesh.calls import CallTable, Handler, IgnoredAnswer, IncomingCall, OutgoingCall, Sink
 from meshserve.mesh.keys import MeshKey, read_key_file
 from meshserve.mesh.links import Links
 from meshserve.mesh.membership import Change, Member
@@ -31,14 +31,11 @@ _log = logging.getLogger(__name__)
 _MAX_ANSWERS = 64
 
 
-class _OneAnswer:
+class _OneAnswer(IgnoredAnswer):
     """The sink of a call that wants its end value only."""
 
     def __init__(self) -> None:
         self.answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-
-    def on_item(self, item: Any) -> None:
-        pass
 
     def on_end(self, value: Any) -> None:
         if not self.answer.done():
@@ -60,11 +57,11 @@ class Mesh:
         config: MeshConfig,
         card: ModelCard | None = None,
         layout: KVLayout | None = None,
-        counters: Counters | None = None,
         event_log: EventLog | None = None,
     ) -> None:
+        """`card` and `layout` are those of this peer's engine, if it has one."""
         self.config = config
-        self.counters = counters or Counters()
+        self.counters = Counters()
         self.histograms = Histograms()
         self.gauges = Gauges()
         self.event_log = event_log or EventLog()
@@ -83,7 +80,6 @@ class Mesh:
 
     async def start(self) -> None:
         """Bind this peer's ports (an observer binds none). Raises StartupFailed, UsageError or KeyRefused."""
-        self._loop = asyncio.get_running_loop()
         self._addresses = choose_addresses(self.config.interface, local_addresses())
         self.key = read_key_file(Path(self.config.key_file)) if self.config.key_file else None
         silence_limit_s = self.config.failure_timeout_s + self.config.death_timeout_s
@@ -101,7 +97,7 @@ class Mesh:
         self.links.listeners.append(lambda change, member: self._changed())
         self.turn = self.links.transport.turn
         if self.ports is not None:
-            self.links.transport.adopt_router(self.ports.calls, self.links.on_stranger)
+            self.links.transport.serve(self.ports.calls, self.links.on_stranger)
 
     def _introduction(self) -> PeerInfo:
         name = self.config.name or f"{socket.gethostname().split('.')[0]}-{self.incarnation[:4]}"

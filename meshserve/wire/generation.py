@@ -10,6 +10,7 @@ The end is a :class:`GenerationEnd`.
 """
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 from meshserve.errors import ProtocolError
@@ -98,7 +99,9 @@ class GenerationEnd(Map):
     """A row of a :class:`WorkerAccount`."""
 
 
-# --- what a decode worker says of one sequence
+# --- what a decode worker says of one sequence: with its first tokens what was done by then, and with its end all of it
+#
+# An account serves people only: what cannot be read of it is taken for nothing, and costs nobody an answer.
 
 _MAX_COUNT = 1 << 63
 
@@ -124,9 +127,9 @@ class HandedOver(NamedTuple):
     num_bytes: int
 
     @classmethod
-    def from_wire(cls, data: Any) -> "HandedOver":
-        """Of what cannot be read nothing is left; see :meth:`WorkerAccount.from_wire`."""
-        if type(data) is cls:
+    def from_wire(cls, data: Any) -> "HandedOver | None":
+        """None for None, which is said of most prompts."""
+        if data is None or type(data) is cls:
             return data
         num_fields = len(cls._fields)
         row = data[:num_fields] if isinstance(data, (list, tuple)) and len(data) >= num_fields else (None, None, 0, 0)
@@ -148,7 +151,7 @@ class HandoffDecision(NamedTuple):
 
     @classmethod
     def from_wire(cls, data: Any) -> "HandoffDecision | None":
-        """None for what cannot be read; see :meth:`WorkerAccount.from_wire`."""
+        """None for what cannot be read."""
         if type(data) is cls:
             return data
         if not isinstance(data, (list, tuple)) or len(data) < len(cls._fields):
@@ -176,31 +179,23 @@ class WorkerAccount(NamedTuple):
 
     @classmethod
     def from_wire(cls, data: Any) -> "WorkerAccount":
-        """An account serves people only: what cannot be read of it is taken for nothing, and costs nobody his answer."""
+        """All zero for what is no account."""
         if type(data) is cls:
             return data
         if not isinstance(data, (list, tuple)) or len(data) < _NUM_FIELDS:
-            return NOTHING_SAID
-        queue, prefill, kv_transfer, decode, total, num_cached, handed_over = data[:_NUM_FIELDS]
-        decision = data[_NUM_FIELDS] if len(data) > _NUM_FIELDS else None
-        return cls(
-            milliseconds(queue),
-            milliseconds(prefill),
-            milliseconds(kv_transfer),
-            milliseconds(decode),
-            milliseconds(total),
-            _count(num_cached),
-            HandedOver.from_wire(handed_over) if handed_over is not None else None,
-            HandoffDecision.from_wire(decision) if decision is not None else None,
-        )
+            return cls()
+        return cls(*[read(said) for read, said in zip(_READERS, data, strict=False)])
 
 
 def handed_over_in(data: Any) -> HandedOver | None:
     """This alone of an account, for who read the rest in a later one: mostly there is none."""
-    said = data[_NUM_FIELDS - 1] if isinstance(data, (list, tuple)) and len(data) >= _NUM_FIELDS else None
-    return HandedOver.from_wire(said) if said is not None else None
+    is_account = isinstance(data, (list, tuple)) and len(data) >= _NUM_FIELDS
+    return HandedOver.from_wire(data[_NUM_FIELDS - 1]) if is_account else None
 
 
-NOTHING_SAID = WorkerAccount()
 _NUM_FIELDS = WorkerAccount._fields.index("decision")
 """That every version sends."""
+_READERS: tuple[Callable[[Any], Any], ...] = (
+    *[milliseconds] * 5,
+    *(_count, HandedOver.from_wire, HandoffDecision.from_wire),
+)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from typing import NamedTuple
 
 import zmq
 
@@ -65,27 +66,34 @@ class _Dealer:
         self.socket.close()
 
 
+class _Router(NamedTuple):
+    """The socket that others connect to."""
+
+    socket: "zmq.Socket[bytes]"
+    reader: SocketReader
+    monitor: StrangerMonitor
+
+
 class Transport:
     """Sends and receives messages on channels; knows nothing of what they mean but how long they may be."""
 
     def __init__(
         self, factory: SocketFactory, config: TransportConfig, counters: Counters, on_frame: OnFrame, on_lost: OnLost
     ) -> None:
+        """`on_frame` gets the messages of each frame, `on_lost` a channel that broke, and why."""
         self.config, self._factory, self._counters = config, factory, counters
         self._on_frame, self._on_lost = on_frame, on_lost
         self.turn = Turn(lambda channel: self.lost(channel, "overflow or unreachable"))
         self._dealers: dict[Channel, _Dealer] = {}
         self._inbound: dict[bytes, Channel] = {}
         self._routing_ids: dict[Channel, bytes] = {}
-        self._router: zmq.Socket[bytes] | None = None
-        self._router_reader: SocketReader | None = None
-        self._strangers: StrangerMonitor | None = None
+        self._router: _Router | None = None
 
-    def adopt_router(self, socket: "zmq.Socket[bytes]", on_stranger: OnStranger) -> None:
-        """Serve this bound ROUTER socket; closes with the transport. Who fails its handshake is told of, and never heard."""
-        self._router = socket
-        self._strangers = StrangerMonitor(socket, self._factory.has_key, self._counters, on_stranger)
-        self._router_reader = SocketReader(socket, self._on_router_frames, self.turn.flush, self.config.max_reads_per_turn)
+    def serve(self, socket: "zmq.Socket[bytes]", on_stranger: OnStranger) -> None:
+        """Read and close this bound ROUTER. A stranger, which fails its handshake, is told of and never heard."""
+        reader = SocketReader(socket, self._on_router_frames, self.turn.flush, self.config.max_reads_per_turn)
+        monitor = StrangerMonitor(socket, self._factory.has_key, self._counters, on_stranger)
+        self._router = _Router(socket, reader, monitor)
 
     async def dial(self, host: str, port: int, timeout_s: float) -> Channel:
         """Connect to a peer's calls port. Raises PeerLost with the reason: refused, timed out, keys differ."""
@@ -95,14 +103,12 @@ class Transport:
             socket.connect(endpoint(host, port))
             async with asyncio.timeout(timeout_s):
                 await dealer.is_up
-        except TimeoutError as error:
+        except BaseException as error:
             dealer.close()
-            raise PeerLost(f"{host}:{port} does not answer") from error
-        except zmq.ZMQError as error:
-            dealer.close()
-            raise PeerLost(f"{host}:{port}: {error.strerror}") from error
-        except BaseException:
-            dealer.close()
+            if isinstance(error, TimeoutError):
+                raise PeerLost(f"{host}:{port} does not answer") from error
+            if isinstance(error, zmq.ZMQError):
+                raise PeerLost(f"{host}:{port}: {error.strerror}") from error
             raise
         self._dealers[dealer.channel] = dealer
         return dealer.channel
@@ -145,17 +151,19 @@ class Transport:
         self.received(channel, parts[-1])
 
     def _accept(self, routing_id: bytes) -> Channel:
+        assert self._router is not None
+        socket, reader = self._router.socket, self._router.reader
+
         def send(data: bytes) -> bool:
-            assert self._router is not None and self._router_reader is not None
             try:
-                self._router.send(routing_id, _NOBLOCK_MORE)
-                self._router.send(data, _NOBLOCK)
+                socket.send(routing_id, _NOBLOCK_MORE)
+                socket.send(data, _NOBLOCK)
             except zmq.Again:
                 return False
             except zmq.ZMQError as error:
                 raise OSError(error.errno, error.strerror) from error
             finally:
-                self._router_reader.drain_soon()  # as above
+                reader.drain_soon()  # as above
             return True
 
         channel = Channel(self.config, send, self.turn)
@@ -163,17 +171,11 @@ class Transport:
         self._routing_ids[channel] = routing_id
         return channel
 
-    def inbound_channels(self) -> list[Channel]:
-        """Channels of connections that others made to us."""
-        return list(self._routing_ids)
-
     def close(self) -> None:
         """Close every socket. What waits to be sent is lost: what must arrive was acknowledged before."""
         for channel in list(self._dealers):
             self.drop(channel)
-        if self._router_reader is not None and self._router is not None:
-            if self._strangers is not None:
-                self._strangers.close()
-            self._router_reader.close()
-            self._router.close()
-            self._router = None
+        if self._router is not None:
+            self._router.monitor.close()
+            self._router.reader.close()
+            self._router.socket.close()
