@@ -104,12 +104,16 @@ class _Mesh(Collector):
     def collect(self) -> Iterator[Metric]:
         """Called by `generate_latest`."""
         up = GaugeMetricFamily("meshserve_peer_up", "1 if the peer answered this scrape.", labels=(*_LABELS, "state", "roles"))
+        help_text = "What a peer holds for requests at this moment, and their connections."
+        held = GaugeMetricFamily("meshserve_held", help_text, labels=(*_LABELS, "kind"))
         for labels, peer in self._peers:
             up.add_metric((*labels, peer["state"], ",".join(peer["roles"])), float(peer["rtt_ms"] is not None))
+            for kind, level in peer["held"].items():
+                held.add_metric((*labels, kind), level)
         yield up
         yield from self._counters()
         yield from self._gauges()
-        yield self._held()
+        yield held
         yield from self._histograms()
         yield from self._by_worker()
 
@@ -130,14 +134,6 @@ class _Mesh(Collector):
                 if peer["load"] is not None:
                     family.add_metric(labels, peer["load"].get(key, 0))
             yield family
-
-    def _held(self) -> Metric:
-        help_text = "What a peer holds for requests at this moment, and their connections."
-        family = GaugeMetricFamily("meshserve_held", help_text, labels=(*_LABELS, "kind"))
-        for labels, peer in self._peers:
-            for kind, level in peer["held"].items():
-                family.add_metric((*labels, kind), level)
-        return family
 
     def _histograms(self) -> Iterator[Metric]:
         for key, (name, help_text) in _HISTOGRAMS.items():
