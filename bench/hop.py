@@ -6,9 +6,9 @@ event loop, no msgpack, no streams, no deadline. Also: the same call to a role i
 
 import asyncio
 import json
-import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -16,9 +16,9 @@ import click
 import uvloop
 import zmq
 
-from bench.processes import until
+from bench.processes import joined, loopback, started, until
+from bench.ratios import interval, json_option
 from meshserve.cli.bench.compare import ratio_of
-from meshserve.config import MeshConfig
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.wire.messages import Method
@@ -27,25 +27,22 @@ _PAYLOAD = b"x" * 100
 _ECHO = Method("echo")
 
 
-def _config(role: str, seeds: tuple[str, ...] = ()) -> MeshConfig:
-    return MeshConfig(mesh="bench-hop", roles=(role,), interface="127.0.0.1", use_mdns=False, seeds=seeds)
-
-
 def _answer(call: IncomingCall) -> None:
     call.end(call.body)
+
+
+def _serve_echo(mesh: Mesh) -> Callable[[], None]:
+    mesh.serve(_ECHO, _answer)
+    return lambda: None
 
 
 def echo_peer(pipe: Connection) -> None:
     """A peer that answers calls, in a process of its own."""
 
     async def serve() -> None:
-        mesh = Mesh(_config("decode"))
-        await mesh.start()
-        mesh.serve(_ECHO, _answer)
-        await mesh.join()
-        pipe.send(mesh.own.port)
-        await asyncio.to_thread(pipe.recv)
-        await mesh.close()
+        async with joined(loopback("bench-hop", "decode"), None, _serve_echo) as mesh:
+            pipe.send(mesh.own.port)
+            await asyncio.to_thread(pipe.recv)
 
     uvloop.run(serve())
 
@@ -85,25 +82,22 @@ async def time_calls(mesh: Mesh, peer: str, num_calls: int) -> float:
 
 async def compare(peer_port: int, floor_port: int, num_pairs: int, num_calls: int) -> dict[str, Any]:
     """Alternate between the two."""
-    mesh = Mesh(_config("processor", (f"127.0.0.1:{peer_port}",)))
-    await mesh.start()
-    mesh.serve(_ECHO, _answer)
-    await mesh.join()
-    await until(lambda: mesh.peers_with("decode"))
-    peer = mesh.peers_with("decode")[0].incarnation
+    config = loopback("bench-hop", "processor", seeds=(f"127.0.0.1:{peer_port}",))
     hops, floors = [], []
-    with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
-        socket.linger = 0
-        socket.connect(f"tcp://127.0.0.1:{floor_port}")
-        await time_calls(mesh, peer, num_calls)
-        time_floor(socket, num_calls)
-        for _ in range(num_pairs):
-            hops.append(await time_calls(mesh, peer, num_calls))
-            floors.append(time_floor(socket, num_calls))
-        socket.send(b"stop", zmq.NOBLOCK)
-        await asyncio.sleep(0.05)
-    local = await time_calls(mesh, mesh.incarnation, num_calls * 5)
-    await mesh.close()
+    async with joined(config, None, _serve_echo) as mesh:
+        await until(lambda: mesh.peers_with("decode"))
+        peer = mesh.peers_with("decode")[0].incarnation
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.linger = 0
+            socket.connect(f"tcp://127.0.0.1:{floor_port}")
+            await time_calls(mesh, peer, num_calls)
+            time_floor(socket, num_calls)
+            for _ in range(num_pairs):
+                hops.append(await time_calls(mesh, peer, num_calls))
+                floors.append(time_floor(socket, num_calls))
+            socket.send(b"stop", zmq.NOBLOCK)
+            await asyncio.sleep(0.05)
+        local = await time_calls(mesh, mesh.incarnation, num_calls * 5)
     return {
         "hop_us_p50": round(statistics.median(hops), 1),
         "floor_us_p50": round(statistics.median(floors), 1),
@@ -114,24 +108,12 @@ async def compare(peer_port: int, floor_port: int, num_pairs: int, num_calls: in
 
 def run(num_pairs: int, num_calls: int) -> dict[str, Any]:
     """Start both far sides, compare, and end them."""
-    spawn = multiprocessing.get_context("spawn")
-    ports, processes, pipes = [], [], []
-    for target in (echo_peer, echo_socket):
-        near, far = spawn.Pipe()
-        process = spawn.Process(target=target, args=(far,), daemon=True)
-        process.start()
-        processes.append(process)
-        pipes.append(near)
-        ports.append(near.recv())
-    found = uvloop.run(compare(ports[0], ports[1], num_pairs, num_calls))
-    pipes[0].send("stop")
-    for process in processes:
-        process.join(5)
-    return found
+    with started(echo_peer) as peer, started(echo_socket) as floor:
+        return uvloop.run(compare(peer.recv(), floor.recv(), num_pairs, num_calls))
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 @click.option("--pairs", default=30, show_default=True, help="Alternations.")
 @click.option("--calls", default=300, show_default=True, help="Calls in each turn.")
 def main(as_json: bool, pairs: int, calls: int) -> None:
@@ -143,8 +125,7 @@ def main(as_json: bool, pairs: int, calls: int) -> None:
     ratio = found["ratio"]
     click.echo(f"a call to another peer   {found['hop_us_p50']:8.1f} us  p50")
     click.echo(f"blocking DEALER/ROUTER   {found['floor_us_p50']:8.1f} us  p50")
-    interval = f"95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['num_pairs']} pairs"
-    click.echo(f"ratio                    {ratio['median']:8.2f}     {interval}")
+    click.echo(f"ratio                    {ratio['median']:8.2f}     {interval(ratio)}")
     click.echo(f"a call within a peer     {found['in_process_us_p50']:8.1f} us  p50")
 
 

@@ -24,6 +24,7 @@ import zmq
 
 from bench.engine import BenchEngine, bench_layout
 from bench.processes import answer_until_told, joined, loopback, started, until
+from bench.ratios import interval, json_option
 from meshserve.cli.bench.compare import ratio_of
 from meshserve.config import HandoffConfig, MeshConfig, TransportConfig
 from meshserve.errors import MeshserveError
@@ -254,7 +255,7 @@ def measure(kv_bytes_per_token: int, num_pairs: int, num_blocks: int, limit_byte
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 @click.option("--pairs", default=20, show_default=True, help="Alternations.")
 @click.option("--blocks", default=256, show_default=True, help="Blocks in each turn.")
 @click.option("--kv-bytes-per-token", default=128 * 1024, show_default=True)
@@ -270,8 +271,7 @@ def main(as_json: bool, pairs: int, blocks: int, kv_bytes_per_token: int, limit_
     ratio = throughput["ratio"]
     click.echo(f"handoff, blocks of {throughput['block_bytes']} bytes  {throughput['handoff_gb_per_s']:6.2f} GB/s")
     click.echo(f"plain PUSH/PULL, the same frames     {throughput['floor_gb_per_s']:6.2f} GB/s")
-    interval = f"95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['num_pairs']} pairs"
-    click.echo(f"ratio                                {ratio['median']:6.2f}       {interval}")
+    click.echo(f"ratio                                {ratio['median']:6.2f}       {interval(ratio)}")
     click.echo(f"a stream alone, p99 gap              {gaps['alone_p99_ms']:6.2f} ms")
     click.echo(f"beside bulk at {gaps['bulk_gb_per_s']:.2f} GB/s             {gaps['beside_p99_ms']:6.2f} ms")
     click.echo(f"longer by, in pairs                  {gaps['longer_ms']:6.2f} ms    at worst {gaps['longer_ms_worst']:.2f} ms")

@@ -2,11 +2,17 @@
 
 import asyncio
 import contextlib
+import itertools
 import multiprocessing
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
+
+import click
 
 from meshserve.config import MeshConfig
 from meshserve.engines.protocol import Engine
@@ -63,3 +69,41 @@ async def answer_until_told(pipe: Connection, answer: Callable[[Any], Awaitable[
     """Answer what comes over the pipe, one after the other, until None comes."""
     while (question := await asyncio.to_thread(pipe.recv)) is not None:
         pipe.send(await answer(question))
+
+
+# --- `meshserve run`
+
+
+def start_peer(mesh: str, role: str, *options: str) -> "subprocess.Popen[str]":
+    """A peer on loopback; :func:`ready_fields` waits until the peer serves."""
+    command = [sys.executable, "-m", "meshserve", "run", "--role", role, "--mesh", mesh]
+    command += ["--interface", "127.0.0.1", "--no-mdns", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def ready_fields(process: "subprocess.Popen[str]") -> dict[str, str]:
+    """The fields of a peer's `ready` line. Raises ClickException if the peer ends instead."""
+    assert process.stdout is not None
+    while line := process.stdout.readline():
+        if line.startswith("ready "):
+            return dict(part.split("=", 1) for part in line.split()[1:])
+    raise click.ClickException("a peer ended before it was ready")
+
+
+def end_peers(processes: Iterable["subprocess.Popen[str]"]) -> None:
+    """Drain all of them at once; kill those that do not end."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        process.kill()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def cpu_s(pids: Iterable[int]) -> float:
+    """CPU time of these processes over all threads (`/proc/PID/task/TID/schedstat`, in ns)."""
+    tasks = itertools.chain.from_iterable(Path(f"/proc/{pid}/task").iterdir() for pid in pids)
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9

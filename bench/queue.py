@@ -31,6 +31,7 @@ import zmq
 from bench.engine import BenchEngine, bench_layout
 from bench.hop import echo_socket, time_floor
 from bench.processes import answer_until_told, joined, loopback, started, until
+from bench.ratios import interval, json_option
 from meshserve.cli.bench.compare import ratio_of
 from meshserve.config import HandoffConfig
 from meshserve.engines.dummy import DummyEngine
@@ -223,7 +224,7 @@ def measure_load(num_workers: int, num_prompts: int, load: float, seed: int) -> 
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True)
+@json_option
 @click.option("--pairs", default=20, show_default=True, help="Alternations of the first half.")
 @click.option("--prompts", default=100, show_default=True, help="In each turn of the first half.")
 @click.option("--load-prompts", default=2000, show_default=True, help="Of the second half.")
@@ -241,8 +242,7 @@ def main(as_json: bool, pairs: int, prompts: int, load_prompts: int, workers: in
     ratio, waiting = start["ratio"], found["waiting"]
     click.echo(f"ticket to start of prefill, idle   {start['start_us_p50']:8.1f} us  p50")
     click.echo(f"blocking DEALER/ROUTER             {start['floor_us_p50']:8.1f} us  p50")
-    interval = f"95 % interval {ratio['low']:.2f} to {ratio['high']:.2f}, {ratio['num_pairs']} pairs"
-    click.echo(f"ratio                              {ratio['median']:8.2f}     {interval}")
+    click.echo(f"ratio                              {ratio['median']:8.2f}     {interval(ratio)}")
     click.echo(
         f"mean wait, {workers} workers at {load:.0%}        {waiting['mean_wait_ms']:8.2f} ms     p99 {waiting['p99_wait_ms']:.0f} ms"
     )

@@ -1,17 +1,51 @@
 """Systems under the same load in turn, and how each compares with the first, scenario by scenario."""
 
+import json
 import random
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import click
 
 from bench.systems import System, running
-from bench.wrk import Found, Scenario, load
+from bench.wrk import SCENARIOS, Found, Scenario, load
 from meshserve.cli.bench.compare import ratio_of
+from meshserve.cli.options import together
 
 _WARMUP_S = 1.0
+
+json_option = click.option("--json", "as_json", is_flag=True)
+load_options = together(
+    json_option,
+    click.option("--rounds", default=10, show_default=True, help="Turns of each system in each scenario."),
+    click.option("--seconds", default=2.0, show_default=True, help="Of each turn; a paced one lasts at least four answers."),
+    click.option("--scenario", "names", multiple=True, type=click.Choice([scenario.name for scenario in SCENARIOS]), help="Only these."),
+)
+"""Of a command that ends in :func:`report`."""
+
+
+def report(
+    build: Callable[[float], list[System]],
+    as_json: bool,
+    rounds: int,
+    seconds: float,
+    names: tuple[str, ...],
+    **more: Any,
+) -> None:
+    """Measure the systems in turn, and print their figures, those of the later ones as ratios to the first."""
+    scenarios = [scenario for scenario in SCENARIOS if not names or scenario.name in names]
+    found = measure(build, scenarios, rounds, seconds, lambda name: click.echo(f"{name} ...", err=True))
+    if as_json:
+        click.echo(json.dumps({**more, **found}, indent=1))
+    else:
+        _show(found)
+
+
+def interval(ratio: Mapping[str, float]) -> str:
+    """The interval of a ratio, as :meth:`Ratio.to_dict` gives it, in words."""
+    low, high, num_pairs = ratio["low"], ratio["high"], ratio["num_pairs"]
+    return f"95 % interval {low:.3f} to {high:.3f}, {num_pairs:.0f} pairs"
 
 
 def measure(
@@ -47,32 +81,27 @@ def _scenario(systems: Sequence[System], scenario: Scenario, num_rounds: int, se
 
 
 def _figures(systems: Sequence[System], turns: dict[str, list[tuple[Found, float]]]) -> dict[str, Any]:
-    first = turns[systems[0].name]
-    found: dict[str, Any] = {}
-    for system in systems:
-        own = turns[system.name]
-        figures: dict[str, Any] = {
-            "requests_per_s": round(_median(seen.requests_per_s for seen, _ in own), 1),
-            "p50_ms": round(_median(seen.p50_ms for seen, _ in own), 4),
-            "cpu_us_per_token": round(_median(cpu_us for _, cpu_us in own), 2),
-            "errors": sum(seen.num_errors for seen, _ in own),
+    values = {
+        system.name: {
+            "requests_per_s": [seen.requests_per_s for seen, _ in turns[system.name]],
+            "p50_ms": [seen.p50_ms for seen, _ in turns[system.name]],
+            "cpu_us_per_token": [cpu_us for _, cpu_us in turns[system.name]],
         }
+        for system in systems
+    }
+    first, *_ = values.values()
+    found: dict[str, Any] = {}
+    for name, own in values.items():
+        found[name] = {figure: round(median(seen), 4) for figure, seen in own.items()}
+        found[name]["errors"] = sum(seen.num_errors for seen, _ in turns[name])
         if own is not first:
-            for name, values, base in (
-                ("requests_per_s", [seen.requests_per_s for seen, _ in own], [seen.requests_per_s for seen, _ in first]),
-                ("p50_ms", [seen.p50_ms for seen, _ in own], [seen.p50_ms for seen, _ in first]),
-                ("cpu_us_per_token", [cpu_us for _, cpu_us in own], [cpu_us for _, cpu_us in first]),
-            ):
-                figures[f"{name}_ratio"] = ratio_of(values, [max(value, 1e-9) for value in base]).to_dict()
-        found[system.name] = figures
+            for figure, seen in own.items():
+                base = [max(value, 1e-9) for value in first[figure]]
+                found[name][f"{figure}_ratio"] = ratio_of(seen, base).to_dict()
     return found
 
 
-def _median(values: Iterable[float]) -> float:
-    return statistics.median(values)
-
-
-def show(found: dict[str, Any]) -> None:
+def _show(found: dict[str, Any]) -> None:
     """As lines: each system's figures, and its ratios to the first with their intervals."""
     for name, systems in found["scenarios"].items():
         for system, figures in systems.items():
@@ -83,6 +112,5 @@ def show(found: dict[str, Any]) -> None:
             for figure in ("requests_per_s", "p50_ms", "cpu_us_per_token"):
                 ratio = figures.get(f"{figure}_ratio")
                 if ratio is not None:
-                    interval = f"{ratio['low']:.3f} to {ratio['high']:.3f}, {ratio['num_pairs']:.0f} pairs"
-                    click.echo(f"{'':14} {figure:24} {ratio['median']:10.3f} x   ({interval})")
+                    click.echo(f"{'':14} {figure:24} {ratio['median']:10.3f} x   ({interval(ratio)})")
     click.echo("ready after    " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in found["ready_s"].items()))

@@ -4,18 +4,19 @@ TRACE is a file in Mooncake's format, or NAME[:SEED] of a workload of `bench.wor
 stands in `bench.simulator`. Defaults are those under which Dynamo's offline replay gave the figures that we compare with.
 """
 
+import importlib
 import json
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 from rich.console import Console
 from rich.table import Table
 
-from bench.plot import draw
-from bench.simulator import Cluster, Simulation
+from bench.simulator import Cluster, Served, Simulation
 from bench.summary import Summary, summarize
 from bench.traces import TRACE_BLOCK_SIZE, TraceRequest, format_trace, parse_trace, read_trace
 from bench.workloads import WORKLOADS, make_workload
@@ -53,6 +54,23 @@ def _table(summaries: Sequence[Summary]) -> Table:
         shares = found.share.values()
         table.add_row(found.policy, f"{found.prefix_reuse:.4f}", *times, f"{min(shares):.3f}..{max(shares):.3f}")
     return table
+
+
+def draw(served: Mapping[str, Sequence[Served]], path: Path) -> None:
+    """Write distributions, a line for each policy. Raises ClickException if matplotlib is missing."""
+    try:
+        figures: Any = importlib.import_module("matplotlib.figure")
+    except ImportError as exc:
+        raise click.ClickException("--plot needs matplotlib: pip install 'meshserve[bench]'") from exc
+    figure: Any = figures.Figure(figsize=(11, 4.5), layout="constrained")
+    for axes, (heading, name) in zip(figure.subplots(1, 2), (("time to first token", "ttft_ms"), ("latency", "latency_ms")), strict=True):
+        for policy, found in served.items():
+            ranked = sorted(getattr(one, name) for one in found)
+            axes.plot(ranked, [(rank + 1) / len(ranked) for rank in range(len(ranked))], label=policy)
+        axes.set(title=heading, xlabel="ms", ylabel="share of requests", xscale="log", ylim=(0, 1))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path)
 
 
 def _requests(trace: str, num_requests: int, block_size: int, speed: float) -> list[TraceRequest]:

@@ -14,10 +14,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from bench.replay import replay
+from bench.replay import replay, summary_of
 from bench.simulator import Cluster
-from bench.summary import Summary, summarize
-from bench.traces import TraceRequest
 from bench.workloads import WORKLOADS, make_workload
 from meshserve.engines.dummy.options import PROFILES
 
@@ -56,7 +54,7 @@ def compare(setting: Setting, num_requests: int) -> Comparison:
     """Both policies on the same requests."""
     requests = make_workload(setting.workload, _SEED, num_requests, setting.load * setting.workers / _WORKLOAD_WORKERS)
     cluster = Cluster(setting.workers, setting.blocks, 512, PROFILES["reference"])
-    ours, theirs = (_summary(cluster, policy, requests) for policy in ("kv", "least-loaded"))
+    ours, theirs = (summary_of(replay(requests, cluster, policy)) for policy in ("kv", "least-loaded"))
     return Comparison(
         setting,
         round(ours.ttft_ms.mean / theirs.ttft_ms.mean, 4),
@@ -69,18 +67,9 @@ def compare(setting: Setting, num_requests: int) -> Comparison:
     )
 
 
-def _summary(cluster: Cluster, policy: str, requests: list[TraceRequest]) -> Summary:
-    simulation = replay(requests, cluster, policy)
-    return summarize(policy, simulation.worker_names, simulation.served)
-
-
 def settings(workers: list[int], blocks: list[int], loads: list[float]) -> Iterator[Setting]:
     """The matrix, workload by workload."""
     return itertools.starmap(Setting, itertools.product(WORKLOADS, workers, blocks, loads))
-
-
-def _numbers(value: str, kind: type) -> list[float]:
-    return [kind(part) for part in value.split(",")]
 
 
 @click.command()

@@ -9,7 +9,6 @@ import contextlib
 import json
 import statistics
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 
 import click
 
-from bench.watching import cpu_s
+from bench.processes import cpu_s, end_peers, ready_fields, start_peer
 
 _FRONT = "frontend,processor,router"
 _MEET_S, _POLL_S, _SETTLE_S = 60.0, 0.1, 6.0
@@ -104,46 +103,23 @@ def _socket_of(path: Path) -> str:
     return ""
 
 
-def _start(role: str, *options: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "meshserve", "run", "--interface", "127.0.0.1", "--no-mdns", "--mesh", "scale", "--role", role]
-    command += ["--http", "127.0.0.1:0"] if role == _FRONT else []
-    return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-
-
-def _ready(process: "subprocess.Popen[str]") -> dict[str, str]:
-    """What its line says. Raises ClickException where it ends instead."""
-    assert process.stdout is not None
-    while line := process.stdout.readline():
-        if line.startswith("ready "):
-            return dict(part.split("=", 1) for part in line.split()[1:])
-    raise click.ClickException("a peer ended before it was ready")
-
-
 @contextlib.contextmanager
 def mesh_of(num_peers: int) -> Iterator[MeshOfPeers]:
     """The first, and once it has said where it lives all others at once. All are ready at the block's begin, and ended at its end."""
     processes = [_start(_FRONT)]
     try:
-        first = _ready(processes[0])
+        first = ready_fields(processes[0])
         seed = first["address"].removeprefix("tcp://")
         processes += [_start(role_of(number), "--peer", seed) for number in range(1, num_peers)]
         for process in processes[1:]:
-            _ready(process)
+            ready_fields(process)
         yield MeshOfPeers(processes, first["http"])
     finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            _end(process)
+        end_peers(processes)
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(20)
-    process.kill()
-    process.wait()
-    assert process.stdout is not None
-    process.stdout.close()
+def _start(role: str, *options: str) -> "subprocess.Popen[str]":
+    return start_peer("scale", role, *(["--http", "127.0.0.1:0"] if role == _FRONT else []), *options)
 
 
 def measure(num_peers: int, seconds: float) -> Idle:

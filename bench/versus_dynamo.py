@@ -5,16 +5,14 @@ without a broker (file discovery, TCP requests, ZeroMQ events), with its KV rout
 with the same time for each step. Both are up all the time; ratios are meshserve to Dynamo.
 """
 
-import json
 import tempfile
 from pathlib import Path
 
 import click
 
-from bench.ratios import measure, show
+from bench.ratios import load_options, report
 from bench.systems import MeshSystem, System
 from bench.venvs import ensure
-from bench.wrk import SCENARIOS
 
 VERSION = "1.6.1"
 _RUNTIME = [f"ai-dynamo-runtime=={VERSION}"]
@@ -61,10 +59,7 @@ class DynamoSystem(System):
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True)
-@click.option("--rounds", default=10, show_default=True, help="Turns of each system in each scenario.")
-@click.option("--seconds", default=2.0, show_default=True, help="Of each turn; a paced one lasts at least four answers.")
-@click.option("--scenario", "names", multiple=True, type=click.Choice([scenario.name for scenario in SCENARIOS]), help="Only these.")
+@load_options
 @click.option("--disaggregated", is_flag=True, help="Both with a prefill worker for every prompt.")
 def main(directory: Path, as_json: bool, rounds: int, seconds: float, names: tuple[str, ...], disaggregated: bool) -> None:
     """Install Dynamo in DIRECTORY if it is not there, measure both, and print ratios with their 95 % intervals."""
@@ -74,12 +69,7 @@ def main(directory: Path, as_json: bool, rounds: int, seconds: float, names: tup
     def build(step_ms: float) -> list[System]:
         return [DynamoSystem(step_ms, directory, python, disaggregated), MeshSystem(step_ms, disaggregated)]
 
-    scenarios = [scenario for scenario in SCENARIOS if not names or scenario.name in names]
-    found = measure(build, scenarios, rounds, seconds, lambda name: click.echo(f"{name} ...", err=True))
-    if as_json:
-        click.echo(json.dumps({"dynamo": VERSION, **found}, indent=1))
-    else:
-        show(found)
+    report(build, as_json, rounds, seconds, names, dynamo=VERSION)
 
 
 if __name__ == "__main__":

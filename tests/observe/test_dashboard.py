@@ -249,9 +249,9 @@ def test_after_all_that_the_console_is_clean_and_no_other_origin_was_asked(shown
 def test_no_task_of_the_page_takes_fifty_milliseconds_under_two_thousand_requests_a_second(shown: Shown) -> None:
     async def load() -> float:
         turns = Turns(shown.url, [], 8.0)
-        await turns.open(16, 4)
+        turns.open(16, 4)
         _, per_s = await turns.take()
-        turns.close()
+        await turns.close()
         return per_s
 
     shown.page.begin_trace()
