@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.engines.tokenizers import ByteTokenizer
-from meshserve.roles.processor.answers import MAX_FAILED_CALLS, AnswerParser, Event
+from meshserve.roles.processor.answers import MAX_FAILED_CALLS, AnswerParser
 from meshserve.roles.processor.call_formats import (
     ALL_FORMATS,
     BARE,
@@ -18,9 +18,10 @@ from meshserve.roles.processor.call_formats import (
     MAX_CALL_CHARACTERS,
     MAX_SPACE_CHARACTERS,
     MISTRAL,
+    Event,
     formats_of,
 )
-from meshserve.roles.processor.choices import ParsedChoice
+from meshserve.roles.processor.choices import Choice
 from meshserve.wire.completion import CallItem, EndItem, PartItem, TextItem, read_item
 
 NAMES = ("look", "get_time")
@@ -318,7 +319,7 @@ def test_a_choice_gives_out_what_was_read_with_the_log_probabilities_of_every_to
 ) -> None:
     said: list[Any] = []
     parser = AnswerParser(NAMES)
-    choice = ParsedChoice(said.append, ByteTokenizer().token_bytes, 0, parser, is_single=is_single, wants_logprobs=wants_logprobs)
+    choice = Choice(said.append, ByteTokenizer().token_bytes, parser=parser, is_single=is_single, wants_logprobs=wants_logprobs)
     for piece in cut(data, text):
         tokens = list(piece.encode())
         if choice.feed(tokens, [(-0.5, ()) for _ in tokens] if wants_logprobs else None):

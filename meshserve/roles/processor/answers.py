@@ -7,7 +7,6 @@ White space right after a tag belongs to the tag. In one place before a call, in
 """
 
 from collections.abc import Collection
-from typing import NamedTuple
 
 from meshserve.roles.processor.call_formats import (
     ALL_FORMATS,
@@ -15,18 +14,12 @@ from meshserve.roles.processor.call_formats import (
     Accepts,
     CallFormat,
     CallReader,
+    Event,
 )
 
 THINK, THINK_END = "<think>", "</think>"
 MAX_FAILED_CALLS = 64
 """Markers in one answer that no call followed; with more of them, the rest is text. Each may have the rest of the answer read again."""
-
-
-class Event(NamedTuple):
-    """A piece of an answer: of its `text` or `reasoning`; a `call` (the function's name), its `arguments`, and its `end`."""
-
-    kind: str
-    text: str
 
 
 class AnswerParser:

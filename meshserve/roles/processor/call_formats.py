@@ -38,6 +38,13 @@ Accepts = Callable[[str, dict[str, Any]], bool]
 """Whether a call of this function with these arguments counts."""
 
 
+class Event(NamedTuple):
+    """A piece of an answer: of its `text` or `reasoning`; a `call` (the function's name), its `arguments`, and its `end`."""
+
+    kind: str
+    text: str
+
+
 class Call(NamedTuple):
     """A call of a function that exists; the arguments are a JSON object."""
 
@@ -238,7 +245,9 @@ def _dumped(arguments: dict[str, Any]) -> str:
 
 
 class CallParser:
-    """Reads a call as its text comes: the name once it is complete, then the arguments' text piece by piece, and nothing else."""
+    """Reads a call that the answer was made to be, as its text comes: the name once it is complete, then the
+    arguments' text piece by piece, and nothing else.
+    """
 
     __slots__ = ("_brackets", "_held", "name")
 
@@ -248,26 +257,28 @@ class CallParser:
         self._held = ""
         self._brackets = Brackets()
 
-    def feed(self, text: str) -> str:
-        """More of the arguments, as far as this text goes."""
+    def feed(self, text: str) -> list[Event]:
+        """More of the answer, and what it comes to."""
+        events = []
         if self.name is None:
             is_head = len(self._held) < _MAX_HEAD_CHARACTERS
             self._held += text
             head = _HEAD.match(self._held, 0, _MAX_HEAD_CHARACTERS) if is_head else None
             if head is None:
-                return ""
+                return []
             self.name = json.loads(head[1])
+            events.append(Event("call", str(self.name)))
             text, self._held = self._held[head.end() :], ""
-        return text[: self._brackets.feed(text)]
+        return [*events, Event("arguments", text[: self._brackets.feed(text)])]
 
-    def finish(self) -> tuple[str, bool]:
-        """What was held back, and whether it is the arguments of a call that had another form; else it is no call but text."""
+    def finish(self) -> list[Event]:
+        """The answer is over: what was held back is a call of another form, or text."""
         held, self._held = self._held, ""
         if self.name is not None or not held:
-            return "", False
+            return []
         try:
             call = json.loads(held)
             self.name, arguments = str(call["name"]), json.dumps(call["arguments"])
         except (ValueError, TypeError, KeyError, RecursionError):
-            return held, False
-        return arguments, True
+            return [Event("text", held)]
+        return [Event("call", self.name), Event("arguments", arguments)]

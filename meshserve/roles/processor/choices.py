@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from meshserve.errors import ProtocolError
-from meshserve.roles.processor.answers import AnswerParser, Event
-from meshserve.roles.processor.call_formats import CallParser
+from meshserve.roles.processor.answers import AnswerParser
+from meshserve.roles.processor.call_formats import CallParser, Event
 from meshserve.roles.processor.detokenizing import (
     Detokenizer,
     StopChecker,
@@ -76,13 +76,22 @@ class PlainChoice:
 
 
 class Choice:
-    """Text, stop strings, log probabilities and calls of one sequence. `send` takes items as they go over the wire."""
+    """Text, stop strings, log probabilities, reasoning and calls of one sequence.
+
+    `send` takes items as they go over the wire. The parser reads the text if that is more than text; stop
+    strings count in what the model wrote, tags included. With `is_single` the answer ends after its first
+    call.
+    """
 
     __slots__ = (
         "_detokenizer",
         "_index",
         "_is_bare",
+        "_is_over",
+        "_is_single",
+        "_kind",
         "_min_tokens",
+        "_num_calls",
         "_parser",
         "_send",
         "_stops",
@@ -101,13 +110,18 @@ class Choice:
         stops: tuple[str, ...] = (),
         min_tokens: int = 0,
         wants_logprobs: bool = False,
-        is_call: bool = False,
+        parser: AnswerParser | CallParser | None = None,
+        is_single: bool = False,
     ) -> None:
         self._send, self._token_bytes, self._index, self._is_bare = send, token_bytes, index, is_bare
         self._detokenizer = Detokenizer(token_bytes)
         self._stops, self._min_tokens = StopChecker(stops), min_tokens
         self._trail = Trail(token_bytes) if wants_logprobs else None
-        self._parser = CallParser() if is_call else None
+        self._parser, self._is_single = parser, is_single
+        self._kind = "text"
+        self._num_calls = 0
+        self._is_over = False
+        """The only call is complete."""
         self.num_tokens = 0
         """Up to the one that made a stop string complete, that one included."""
 
@@ -115,25 +129,32 @@ class Choice:
 
     def echo(self, text: str) -> None:
         """The text begins with this."""
-        self._give_text(text, [], [])
+        self._send_text(text, [], [])
 
     def echo_logprobs(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> None:
-        """The text begins with these tokens. Raises ValueError or TypeError for what a worker must not say."""
+        """The text begins with these tokens. Raises ValueError or TypeError for what a worker must not
+        say.
+        """
         pieces = of_prompt(self._token_bytes, tokens, logprobs)
         for first in range(0, len(pieces), _PROMPT_TOKENS_PER_ITEM):
             part = pieces[first : first + _PROMPT_TOKENS_PER_ITEM]
             texts, entries, starts = map(list, zip(*part, strict=True))
-            self._give_text("".join(texts), entries, starts)
+            self._send_text("".join(texts), entries, starts)
         text, _, start = pieces[-1]
         self._trail = Trail(self._token_bytes, start + len(text))
 
     # --- the output
 
     def feed(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> bool:
-        """Tokens of one step; true if a stop string ended the text. Raises ProtocolError if log probabilities are missing."""
+        """Tokens of one step; true if a stop string or the only call ended the text. Raises ProtocolError
+        if log probabilities are missing.
+        """
         if self._trail is not None and (logprobs is None or len(logprobs) != len(tokens)):
             raise ProtocolError("a worker left out the log probabilities")
-        return any(self._feed_one(token, logprobs[place] if logprobs else None) for place, token in enumerate(tokens))
+        # one after the other, so that no token after the end is counted, whatever step it came in
+        return any(
+            self._feed_one(token, logprobs[place] if logprobs else None) for place, token in enumerate(tokens)
+        )
 
     def _feed_one(self, token: int, logprobs: TokenLogprobs | None) -> bool:
         self.num_tokens += 1
@@ -144,47 +165,59 @@ class Choice:
             self._trail.add(token, logprobs, len(text), self._detokenizer.is_between)
         given, is_stopped = self._stops.feed(text, self.num_tokens >= self._min_tokens)
         self._give(given, is_stopped)
-        return is_stopped
+        return is_stopped or self._is_over
 
     def finish(self, reason: str) -> EndItem:
-        """The sequence came to its end, by itself or by a stop string: what was held back, and how the choice ends."""
+        """The sequence came to its end, by itself or by a stop string: what was held back, and how the
+        choice ends.
+        """
         if self._stops.found is None:
             rest = self._detokenizer.finish()
             if self._trail is not None:
                 self._trail.settle(len(rest))
             given, is_stopped = self._stops.feed(rest, self.num_tokens >= self._min_tokens)
             self._give(given if is_stopped else given + self._stops.finish(), is_stopped)
-        is_called = self._close()
+        if self._parser is not None:
+            self._tell(self._parser.finish(), is_cut=True)
+            self._give_out("", is_cut=True)  # what tags and other text that is not given out were made of
         if self._stops.found is not None:
             return EndItem(self._index, "stop", self._stops.found)
-        return EndItem(self._index, "tool_calls" if is_called and reason == "stop" else reason, None)
+        return EndItem(self._index, "tool_calls" if self._num_calls and reason == "stop" else reason, None)
 
     # --- items
 
     def _give(self, text: str, is_cut: bool) -> None:
+        """Text that no stop string can be part of any more."""
         if self._trail is not None:
             self._trail.give(len(text))
-        is_named_before = self._parser is None or self._parser.name is not None
-        if self._parser is not None:
-            text = self._parser.feed(text)
-            if self._parser.name is None:
+        if self._parser is None:
+            self._give_out(text, is_cut)
+        else:
+            self._tell(self._parser.feed(text), is_cut)
+
+    def _tell(self, events: Sequence[Event], is_cut: bool) -> None:
+        """Log probabilities go with the first text that comes of their tokens, or after it: tags have none
+        of their own.
+        """
+        for kind, text in events:
+            if self._is_over:
                 return
-            if not is_named_before:
-                self._send(CallItem(self._index, self._parser.name))
-        self._give_text(text, *(self._trail.take(is_cut) if self._trail is not None else ([], [])))
+            if kind == "call":
+                self._num_calls += 1
+                self._send(CallItem(self._index, text))
+            elif kind == "end":
+                self._is_over = self._is_single
+            else:
+                if kind not in (self._kind, "arguments"):
+                    self._send(PartItem(self._index, kind))
+                self._kind = kind
+                self._give_out(text, is_cut)
 
-    def _close(self) -> bool:
-        """What was held back of a call; whether there is one."""
-        parser = self._parser
-        if parser is None:
-            return False
-        text, is_call = parser.finish()
-        if is_call and parser.name is not None:
-            self._send(CallItem(self._index, parser.name))
-        self._give_text(text, *(self._trail.take(is_cut=True) if self._trail is not None else ([], [])))
-        return parser.name is not None
+    def _give_out(self, text: str, is_cut: bool) -> None:
+        entries, starts = self._trail.take(is_cut) if self._trail is not None else ([], [])
+        self._send_text(text, entries, starts)
 
-    def _give_text(self, text: str, entries: list[Any], starts: list[int]) -> None:
+    def _send_text(self, text: str, entries: list[Any], starts: list[int]) -> None:
         if entries:
             self._send(TextItem(self._index, text, entries, starts))
         elif text:
@@ -201,56 +234,3 @@ class EchoOnly(Choice):
 
     def finish(self, reason: str) -> EndItem:
         return EndItem(self._index, "length", None)
-
-
-class ParsedChoice(Choice):
-    """An answer of a model that writes reasoning and calls of tools as text.
-
-    Stop strings count in what the model wrote, tags included. With `is_single` the answer ends after its
-    first call.
-    """
-
-    __slots__ = ("_answer", "_is_over", "_is_single", "_kind", "_num_calls")
-
-    def __init__(
-        self, send: Callable[[Any], None], token_bytes: TokenBytes, index: int, answer: AnswerParser, *, is_single: bool, **options: Any
-    ) -> None:
-        super().__init__(send, token_bytes, index, **options)
-        self._answer, self._is_single = answer, is_single
-        self._kind = "text"
-        self._is_over = False
-        """The only call is complete."""
-        self._num_calls = 0
-
-    def _feed_one(self, token: int, logprobs: TokenLogprobs | None) -> bool:
-        return super()._feed_one(token, logprobs) or self._is_over
-
-    def _give(self, text: str, is_cut: bool) -> None:
-        if self._trail is not None:
-            self._trail.give(len(text))
-        self._tell(self._answer.feed(text), is_cut)
-
-    def _close(self) -> bool:
-        self._tell(self._answer.finish(), is_cut=True)
-        if self._trail is not None:
-            self._give_text("", *self._trail.take(is_cut=True))
-        return self._num_calls > 0
-
-    def _tell(self, events: Sequence[Event], is_cut: bool) -> None:
-        """Log probabilities go with the first text that comes of their tokens, or after it: tags have none of their own."""
-        for event in events:
-            if self._is_over:
-                return
-            if event.kind == "call":
-                self._num_calls += 1
-                self._send(CallItem(self._index, event.text))
-            elif event.kind == "end":
-                self._is_over = self._is_single
-            else:
-                self._turn_to(event.kind)
-                self._give_text(event.text, *(self._trail.take(is_cut) if self._trail is not None else ([], [])))
-
-    def _turn_to(self, kind: str) -> None:
-        if kind not in (self._kind, "arguments"):
-            self._send(PartItem(self._index, kind))
-        self._kind = kind

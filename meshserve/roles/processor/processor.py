@@ -21,8 +21,8 @@ from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.receipts import OK, Receipt, after_first_token, merged
 from meshserve.roles.processor.accounting import Account
 from meshserve.roles.processor.answers import THINK, AnswerParser
-from meshserve.roles.processor.call_formats import Accepts, CallFormat, formats_of
-from meshserve.roles.processor.choices import Choice, EchoOnly, ParsedChoice, PlainChoice
+from meshserve.roles.processor.call_formats import Accepts, CallFormat, CallParser, formats_of
+from meshserve.roles.processor.choices import Choice, EchoOnly, PlainChoice
 from meshserve.roles.processor.detokenizing import TokenTexts
 from meshserve.roles.processor.models import (
     Dispatcher,
@@ -242,18 +242,25 @@ class Request:
 
     def _choice(self, index: int, tokens: "array[int]") -> Choice:
         """What makes text of the tokens of a sequence whose text is not all there is to it."""
-        asked, send, token_bytes = self.asked, self.call.send, self.token_texts.token_bytes
-        options: dict[str, Any] = {"is_bare": self._is_plain, "stops": asked.stop, "min_tokens": asked.min_tokens}
-        options["wants_logprobs"] = asked.logprobs >= 0
-        if not self._is_parsed:
-            make = EchoOnly if asked.max_tokens == 0 else Choice
-            return make(send, token_bytes, index, is_call=self._is_call, **options)
-        names = [tool["function"]["name"] for tool in tools_of(asked)] if asked.tool_choice != "none" else []
-        last = b"".join(map(token_bytes, tokens[-_TAIL_TOKENS:])).rstrip()
-        is_thinking = last.endswith(THINK.encode())
-        parser = AnswerParser(names, self._formats, is_thinking=is_thinking, accepts=self._accepts)
-        is_single = not asked.parallel_tool_calls
-        return ParsedChoice(send, token_bytes, index, parser, is_single=is_single, **options)
+        asked, token_bytes = self.asked, self.token_texts.token_bytes
+        parser: AnswerParser | CallParser | None = CallParser() if self._is_call else None
+        if self._is_parsed:
+            tools = tools_of(asked) if asked.tool_choice != "none" else []
+            names = [tool["function"]["name"] for tool in tools]
+            last = b"".join(map(token_bytes, tokens[-_TAIL_TOKENS:])).rstrip()
+            is_thinking = last.endswith(THINK.encode())
+            parser = AnswerParser(names, self._formats, is_thinking=is_thinking, accepts=self._accepts)
+        return (EchoOnly if asked.max_tokens == 0 and not self._is_parsed else Choice)(
+            self.call.send,
+            token_bytes,
+            index,
+            is_bare=self._is_plain,
+            stops=asked.stop,
+            min_tokens=asked.min_tokens,
+            wants_logprobs=asked.logprobs >= 0,
+            parser=parser,
+            is_single=self._is_parsed and not asked.parallel_tool_calls,
+        )
 
     def _scored(self, sequence: Sequence, logprobs: list[Any]) -> None:
         """Give the prompt's log probabilities to all answers to it. A second worker, if the first is lost,
