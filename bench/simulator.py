@@ -18,7 +18,7 @@ from meshserve.engines.core.scheduler import Sequence, Stage, Step
 from meshserve.engines.dummy.options import Timing
 from meshserve.errors import PoolFull
 from meshserve.routing.fleet import Answer, Fleet, Question
-from meshserve.routing.handoff import decide
+from meshserve.routing.policies import decide_handoff
 from meshserve.routing.workers import Prompt
 
 
@@ -162,7 +162,7 @@ class Simulation:
         local_ms, step_ms = engine.expected_ms(uncached)
         ready_ms = answer.prefill[0].ready_ms
         remote_ms = ready_ms + uncached * self.cluster.handoff_s_per_token * 1000 + step_ms if ready_ms else None
-        return decide(uncached, None, local_ms, remote_ms, step_ms > 0)[0]
+        return decide_handoff(uncached, None, local_ms, remote_ms, step_ms > 0)[0]
 
     def _add(self, engine: Engine, job: _Job, now: float) -> None:
         engine.add(job, job.request_id, now)

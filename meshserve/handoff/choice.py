@@ -1,9 +1,11 @@
-"""Where a prompt is prefilled: a decode worker's own figures and the router's, put before :func:`meshserve.routing.handoff.decide`."""
+"""Where a prompt is prefilled: a decode worker's own figures and the router's, put before the rule
+:func:`meshserve.routing.policies.decide_handoff`.
+"""
 
 from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine, EngineLoad
 from meshserve.handoff.requester import PrefillRequester
-from meshserve.routing.handoff import ALIKE_MS, NO_PEER, QUEUE_FULL, UNMEASURED_LOCAL_TOKENS, decide
+from meshserve.routing.policies import ALIKE_MS, NO_PEER, QUEUE_FULL, UNMEASURED_LOCAL_TOKENS, decide_handoff
 from meshserve.wire.generation import GenerateRequest, HandoffDecision
 
 _FLOOR, _SHORT = HandoffDecision(False, "floor"), HandoffDecision(False, "short")
@@ -34,7 +36,7 @@ class HandoffChoice:
             return _SHORT, []
         num_uncached = num_to_compute - self._engine.num_cached_tokens(request)
         local_ms, remote_ms = self._expected_ms(num_uncached, load, there_ms)
-        is_handoff, reason = decide(num_uncached, floor, local_ms, remote_ms, load.num_running > 0)
+        is_handoff, reason = decide_handoff(num_uncached, floor, local_ms, remote_ms, load.num_running > 0)
         candidates: list[str] = []
         if is_handoff:
             candidates = self._requester.peers.candidates(request)

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from meshserve.errors import MeshserveError
-from meshserve.routing.handoff import for_receipt
 from meshserve.wire.generation import HandoffDecision, milliseconds
 from meshserve.wire.routing import Candidate
 
@@ -92,7 +91,7 @@ class Receipt:
             "tokens": {"prompt": self.num_prompt_tokens, "cached": self.num_cached_tokens, "completion": self.num_completion_tokens},
             "kv": {"blocks": self.num_blocks, "bytes": self.num_bytes},
             "attempts": list(self.attempts),
-            "handoff": None if self.decision is None else for_receipt(self.decision),
+            "handoff": None if self.decision is None else self.decision.for_receipt(),
             "migrations": 0,
             "outcome": self.outcome,
             "error": self.error,

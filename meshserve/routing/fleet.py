@@ -28,6 +28,12 @@ _MAX_REPORTED = 4096
 """Requests that a worker reported before this router heard of them; beyond it the oldest are forgotten."""
 
 
+def take_load(worker: Worker, load: WorkerLoad, now_s: float) -> None:
+    """Replace the load that a worker reported; in-flight reservations come on top."""
+    worker.load, worker.reported_at_s, worker.breakdown = load, now_s, None
+    worker.num_sequences = load.num_running + load.num_waiting + worker.num_in_flight
+
+
 @dataclass(slots=True)
 class _Reservation:
     worker: Worker
@@ -199,7 +205,7 @@ class Fleet:
         if worker.load.num_blocks != report.load.num_blocks:
             self._num_blocks += report.load.num_blocks - worker.load.num_blocks
             self._regret.capacity = max(2, self._num_blocks)
-        worker.take_load(report.load, now_s)
+        take_load(worker, report.load, now_s)
         if report.load.mean_output_tokens:
             difference = report.load.mean_output_tokens - self.forecast.mean_output_tokens
             self.forecast.mean_output_tokens += difference * _FOLLOW

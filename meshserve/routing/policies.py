@@ -1,4 +1,4 @@
-"""The policies, which rank workers, and the cost by which the policy `kv` does so.
+"""The policies, which rank workers; the cost by which the policy `kv` does so; and the rule by which a prompt is handed over.
 
 `power-of-two` draws two workers and takes the one with fewer sequences: nearly as even as looking at all, where what one knows of
 the load is old (Mitzenmacher, "The power of two choices in randomized load balancing", 2001).
@@ -15,7 +15,7 @@ step       one decode step, if sequences run there: the first token shares its s
 prefill    base + (prompt - overlap) * ms per token: the prompt's tokens that are not in the worker's cache. Cached tokens against
            queued work is the cost of Dynamo's KV router and of Mooncake; both count them in blocks, we in measured time, so that
            workers of unequal speed compare. Where there are prefill workers and the worker is going to hand the prompt over, by its own
-           rule (:mod:`meshserve.routing.handoff`): until the best of them is done, the handoff of what is missing, and the prompt's last
+           rule (:func:`decide_handoff`): until the best of them is done, the handoff of what is missing, and the prompt's last
            token, which is always computed here.
 n          sequences there. While the new prompt is computed none of them gets a token (Agrawal et al., Sarathi-Serve, OSDI 2024):
            Preble (Srivatsa et al., 2024, section 3.2) adds the same delay to its load cost.
@@ -47,10 +47,18 @@ from dataclasses import dataclass
 from itertools import chain, repeat
 from operator import attrgetter
 
-from meshserve.routing.handoff import decide
 from meshserve.routing.workers import CostBreakdown, LoadForecast, Prompt, Worker
 from meshserve.wire.routing import Candidate
 from meshserve.wire.structs import MAX_MS
+
+UNMEASURED_LOCAL_TOKENS = 256
+"""Uncached prompt tokens up to which a decode worker prefills itself while expected times say nothing."""
+
+ALIKE_MS = 20.0
+"""Expected times that differ by less than this decide nothing. Means over other prompts, the operating system and the network are wrong
+by as much, and nobody notices it in a first token; so a prompt's length decides as it does before rates are measured, and what is long
+leaves this worker's steps to streams that begin meanwhile. Lower follows figures to the last digit; an engine without delays, which has
+nothing but such figures, would then hand over at random."""
 
 _WORTH_A_WORD_TOKENS = 256
 """Of equal workers one that holds so much more of a prompt is taken. Lower sends all that begins with the same few words to one worker."""
@@ -87,6 +95,40 @@ class RoutingContext:
         """Of two workers, the one with less comes first; else the one that was chosen longer ago."""
         load: tuple[int, int] = _LOAD(self.workers[place])
         return load
+
+
+HandoffRule = tuple[bool, str]
+"""Whether to hand over, and the reason. They are made once, since routers ask for each decode worker of each request."""
+
+_CACHED, _FLOOR, _SHORT, _FASTER_HERE = (False, "cached"), (False, "floor"), (False, "short"), (False, "faster-here")
+_LONG, _FASTER_THERE, _STREAMS_RUN_HERE = (True, "long"), (True, "faster-there"), (True, "streams-run-here")
+NO_PEER, QUEUE_FULL = (False, "no-peer"), (False, "queue-full")
+
+
+def decide_handoff(
+    num_uncached: int,
+    max_local_tokens: int | None,
+    local_ms: float | None,
+    remote_ms: float | None,
+    is_busy: bool,
+) -> HandoffRule:
+    """Whether a decode worker has a prompt with so many uncached tokens, less its last one, prefilled
+    elsewhere. Decode workers decide by it, and routers assume by it what a decode worker is going to decide.
+
+    Expected times to the first token are None where a rate they need is not measured. `max_local_tokens` is
+    what a user set: prompts with at most so many uncached tokens are never handed over. `is_busy` says that
+    sequences run here: computing the prompt here holds them up, which is worth a first token that comes
+    later.
+    """
+    if num_uncached < 1:
+        return _CACHED
+    if max_local_tokens is not None and num_uncached <= max_local_tokens:
+        return _FLOOR
+    if local_ms is None or remote_ms is None or -ALIKE_MS < remote_ms - local_ms < ALIKE_MS:
+        return _LONG if max_local_tokens is not None or num_uncached > UNMEASURED_LOCAL_TOKENS else _SHORT
+    if remote_ms <= local_ms:
+        return _FASTER_THERE
+    return _STREAMS_RUN_HERE if is_busy and remote_ms <= 2 * local_ms else _FASTER_HERE
 
 
 # --- the cost of a worker
@@ -168,7 +210,7 @@ def _assumes_handoff(
         local_ms = wait_ms + load.prefill_base_us / 1e3 + load.prefill_ns_per_token / 1e6 * uncached
     there_ms = remote_ms + load.handoff_ns_per_token / 1e6 * uncached
     floor = forecast.settings.max_local_prefill_tokens
-    return decide(uncached - 1, floor, local_ms, there_ms, load.num_running > 0)[0]
+    return decide_handoff(uncached - 1, floor, local_ms, there_ms, load.num_running > 0)[0]
 
 
 # --- policies

@@ -110,11 +110,6 @@ class Worker:
     breakdown: CostBreakdown | None = None
     """Worked out from all this when first needed; None again after every change."""
 
-    def take_load(self, load: WorkerLoad, now_s: float) -> None:
-        """Replace the reported load; in-flight reservations come on top."""
-        self.load, self.reported_at_s, self.breakdown = load, now_s, None
-        self.num_sequences = load.num_running + load.num_waiting + self.num_in_flight
-
 
 @dataclass(frozen=True, slots=True)
 class CostSettings:

@@ -138,12 +138,25 @@ class HandedOver(NamedTuple):
         return cls(peer if isinstance(peer, str) else None, read, _count(num_blocks), _count(num_bytes))
 
 
+_WHY = {
+    "cached": "nothing but the prompt's last token is missing here",
+    "short": "few tokens are missing here, and no time is expected to be gained elsewhere",
+    "floor": "at most as many tokens are missing here as are never handed over by --max-local-prefill-tokens",
+    "long": "many tokens are missing here, and no time is expected to be lost elsewhere",
+    "faster-here": "the first token is expected sooner if this worker computes the prompt",
+    "faster-there": "the first token is expected sooner if a prefill worker computes the prompt",
+    "streams-run-here": "the prompt would hold up streams that run here, and is expected to take at most twice as long elsewhere",
+    "no-peer": "no prefill worker can take this prompt",
+    "queue-full": "too many prompts wait at the best prefill worker",
+}
+
+
 class HandoffDecision(NamedTuple):
     """Where one prompt is prefilled, and by which figures."""
 
     is_handoff: bool
     reason: str
-    """One of the few words of :mod:`meshserve.routing.handoff`."""
+    """One of the few words that :func:`meshserve.routing.policies.decide_handoff` answers with."""
     local_ms: float | None = None
     """Expected time to the first token if the decode worker computes the prompt; None: not measured."""
     remote_ms: float | None = None
@@ -160,6 +173,16 @@ class HandoffDecision(NamedTuple):
         if type(is_handoff) is not bool or not isinstance(reason, str):
             return None
         return cls(is_handoff, reason, *(None if figure is None else milliseconds(figure) for figure in (local_ms, remote_ms)))
+
+    def for_receipt(self) -> dict[str, Any]:
+        """As receipts show it."""
+        return {
+            "decided": "handoff" if self.is_handoff else "local",
+            "local_ms": None if self.local_ms is None else round(self.local_ms, 3),
+            "remote_ms": None if self.remote_ms is None else round(self.remote_ms, 3),
+            "reason": self.reason,
+            "why": _WHY.get(self.reason, ""),
+        }
 
 
 class WorkerAccount(NamedTuple):

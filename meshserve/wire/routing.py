@@ -4,7 +4,7 @@ what workers report to the routers that watch them."""
 from typing import Annotated, Any
 
 from meshserve.wire.generation import milliseconds
-from meshserve.wire.structs import Figure, FrozenRow, Map, Meta, Row, Tokens, field
+from meshserve.wire.structs import Figure, FrozenRow, Map, Meta, Row, Tokens
 
 
 class RouteRequest(Map):
@@ -16,7 +16,7 @@ class RouteRequest(Map):
     policy: str | None = None
     """None: the router's own."""
     session: str = ""
-    excluded: list[str] = field(default_factory=list)
+    excluded: tuple[str, ...] = ()
     """Incarnations of workers that were tried."""
 
 

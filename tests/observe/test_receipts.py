@@ -12,7 +12,7 @@ from rich.cells import cell_len
 from meshserve.cli.trace import waterfall
 from meshserve.observe.otlp import MAX_PHASE_SPANS, export_body, receipt_spans
 from meshserve.observe.receipts import PHASES, Front, PhaseTimes, Receipt, after_first_token, merged, partition, with_front
-from meshserve.roles.processor.accounting import Account
+from meshserve.roles.processor.sequences import Account
 from meshserve.telemetry import Histograms, Phases
 from meshserve.wire.completion import TraceContext, read_traceparent
 from meshserve.wire.generation import HandedOver, HandoffDecision, WorkerAccount, milliseconds

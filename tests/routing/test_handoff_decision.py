@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
-from meshserve.routing import handoff
-from meshserve.routing.handoff import decide, for_receipt
+from meshserve.routing import policies
+from meshserve.routing.policies import decide_handoff
 from meshserve.wire.generation import HandoffDecision, WorkerAccount
 
 TABLE: list[tuple[str, int, int | None, float | None, float | None, bool, tuple[bool, str]]] = [
@@ -35,13 +35,13 @@ TABLE: list[tuple[str, int, int | None, float | None, float | None, bool, tuple[
 @pytest.mark.parametrize("row", TABLE, ids=[row[0] for row in TABLE])
 def test_the_expected_times_decide_and_a_length_where_they_say_nothing(row: tuple[Any, ...]) -> None:
     *arguments, expected = row[1:]
-    assert decide(*arguments) == expected
+    assert decide_handoff(*arguments) == expected
 
 
 def test_every_reason_is_explained_in_receipts() -> None:
-    reasons = {row[-1][1] for row in TABLE} | {handoff.NO_PEER[1], handoff.QUEUE_FULL[1]}
+    reasons = {row[-1][1] for row in TABLE} | {policies.NO_PEER[1], policies.QUEUE_FULL[1]}
     for reason in reasons:
-        shown = for_receipt(HandoffDecision(True, reason, 12.3456, None))
+        shown = HandoffDecision(True, reason, 12.3456, None).for_receipt()
         assert shown.pop("why")
         assert shown == {"decided": "handoff", "local_ms": 12.346, "remote_ms": None, "reason": reason}
 

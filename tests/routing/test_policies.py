@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.kv.index import PrefixIndex
-from meshserve.routing.fleet import RESERVATION_TIMEOUT_S, InFlight
+from meshserve.routing.fleet import RESERVATION_TIMEOUT_S, InFlight, take_load
 from meshserve.routing.policies import POLICIES, rank, rank_prefill
 from meshserve.routing.workers import Prompt, Worker
 from meshserve.wire.routing import WorkerLoad
@@ -26,7 +26,7 @@ def best(policy: str, found: list[Worker], overlaps: list[int] | None = None) ->
 def test_kv_goes_where_the_prefix_is_unless_that_would_take_longer() -> None:
     found = workers()
     assert best("kv", found, [0, 90, 10]) == "w1"
-    found[1].take_load(WorkerLoad(waiting_prefill_tokens=4000), 0.0)
+    take_load(found[1], WorkerLoad(waiting_prefill_tokens=4000), 0.0)
     assert best("kv", found, [0, 90, 10]) == "w2"
     InFlight().reserve(found[2], "r", 4000, 0.0)
     assert best("kv", found, [0, 90, 10]) == "w0"
@@ -42,7 +42,7 @@ def test_what_is_about_as_good_goes_to_the_one_chosen_longest_ago() -> None:
 def test_least_loaded_counts_what_is_in_flight() -> None:
     found = workers()
     InFlight().reserve(found[0], "r", 0, 0.0)
-    found[1].take_load(WorkerLoad(num_running=1), 0.0)
+    take_load(found[1], WorkerLoad(num_running=1), 0.0)
     assert best("least-loaded", found) == "w2"
 
 
@@ -66,7 +66,7 @@ def test_every_candidate_is_named_once_with_a_reason() -> None:
 
 def test_prefill_goes_to_the_shorter_queue_or_to_the_prefix() -> None:
     found = workers(2)
-    found[0].take_load(WorkerLoad(num_tickets=1), 0.0)
+    take_load(found[0], WorkerLoad(num_tickets=1), 0.0)
     assert rank_prefill(PROMPT, found, [0, 0])[0].incarnation == "w1"
     assert rank_prefill(PROMPT, found, [95, 0])[0].incarnation == "w0"
 

@@ -27,7 +27,7 @@ COMPLETION = CompletionRequest("r", "completion", "m", prompt=("text", TOKENS))
 SENT: list[Message] = [
     COMPLETION,
     Ending("stop", 1, 2, 3, {"peers": {}}, "x"),
-    RouteRequest("r", "m", TOKENS, "kv", "alice", ["inc"]),
+    RouteRequest("r", "m", TOKENS, "kv", "alice", ("inc",)),
     RoutingDecision("router", "kv", [CANDIDATE], []),
     GenerateRequest("r", "m", TOKENS, Sampling(seed=-1, logit_bias=((1, 2.0),)), 1, (("p", 1, 2),), (0.5,), ("lost",)),
     GenerationEnd("length", [0.0]),

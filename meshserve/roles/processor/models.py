@@ -54,7 +54,7 @@ class Dispatcher:
         """Histograms are of latencies, a part for each worker; None if nobody wants them."""
         self._router_turn, self._worker_turn = itertools.count(), itertools.count()
 
-    def next_router(self, asked: list[str]) -> str | None:
+    def next_router(self, asked: tuple[str, ...]) -> str | None:
         """A router that was not asked yet: this peer's own, else each in turn; None if none is left."""
         infos = self.mesh.peers_with("router")
         if infos and not asked and infos[0].incarnation == self.mesh.incarnation:
@@ -64,7 +64,7 @@ class Dispatcher:
             return routers[0] if routers else None
         return routers[next(self._router_turn) % len(routers)]
 
-    def take_turns(self, model: str, excluded: list[str]) -> list[Candidate]:
+    def take_turns(self, model: str, excluded: tuple[str, ...]) -> list[Candidate]:
         """Without a router: live workers of this model, each time another one first."""
         infos = self.mesh.peers_serving("decode", model)
         able = [info.incarnation for info in infos if info.incarnation not in excluded]

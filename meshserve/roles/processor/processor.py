@@ -19,7 +19,6 @@ from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.receipts import OK, Receipt, after_first_token, merged
-from meshserve.roles.processor.accounting import Account
 from meshserve.roles.processor.answers import THINK, AnswerParser
 from meshserve.roles.processor.call_formats import Accepts, CallFormat, CallParser, formats_of
 from meshserve.roles.processor.choices import Choice, EchoOnly, PlainChoice
@@ -31,7 +30,7 @@ from meshserve.roles.processor.models import (
     check_prompts,
     sampling_of,
 )
-from meshserve.roles.processor.sequences import Sequence
+from meshserve.roles.processor.sequences import Account, Sequence
 from meshserve.roles.processor.tools import StrictCalls, tools_of, wants_call, writes_calls
 from meshserve.telemetry import Phases, log_event
 from meshserve.wire.card import ModelCard

@@ -8,21 +8,20 @@ at a time, first of a router's and then of a worker's.
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
 from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.observe.receipts import Receipt
-from meshserve.roles.processor.accounting import Account
 from meshserve.roles.processor.choices import Choice, PlainChoice
 from meshserve.roles.processor.models import Dispatcher
-from meshserve.telemetry import BUCKETS_S
+from meshserve.telemetry import BUCKETS_S, Histograms, Phases
 from meshserve.wire.completion import CompletionRequest, EndItem
-from meshserve.wire.generation import GenerateRequest, GenerationEnd, Sampling
+from meshserve.wire.generation import GenerateRequest, GenerationEnd, HandedOver, Sampling, WorkerAccount, handed_over_in
 from meshserve.wire.messages import GENERATE, ROUTE
-from meshserve.wire.routing import Candidate, RouteRequest, RoutingDecision
+from meshserve.wire.routing import RouteRequest, RoutingDecision
 
 _MAX_ATTEMPTS = 4
 _RETRIED_CODES = frozenset(
@@ -33,6 +32,93 @@ _ROUTE_TIMEOUT_S = 0.5
 """A router answers within a millisecond; one that has not answered by now hangs. Higher waits longer for
 it, lower asks two where the machine is merely busy."""
 _NO_ROUTER = "round-robin (no router)"
+
+
+@dataclass(slots=True, eq=False)
+class Account:
+    """Where one sequence's time goes: into its receipt, and into this peer's histograms of its worker.
+
+    Of a call to a worker that ends well the worker says what it did; of any other it is known what the
+    worker said with the first tokens.
+    """
+
+    receipt: Receipt
+    phases: Phases
+    histograms: Histograms | None
+    """With a part for each worker; None if nobody wants them."""
+    name_of: Callable[[str], str]
+    """A peer's name, by incarnation."""
+    now_in: str = ""
+    """`route`, `call` (to a worker), or nothing."""
+    early: Any = None
+    """What the worker said with the first token, unread: mostly its end says it all."""
+    gaps: dict[int, int] | None = None
+    """From the first token on: the worker's counts of times between tokens, to which each later one adds
+    itself."""
+    _first_ms: float = 0.0
+    _first_s: float = 0.0
+
+    def first_token(self, worker: str) -> float:
+        """The first one came, from the worker of this incarnation; returns when, on the monotonic clock."""
+        phases, now_s = self.phases, monotonic()
+        self._first_ms, self._first_s = (now_s - phases.last_s) * 1000, now_s
+        if self.histograms is not None:
+            self.histograms = of_worker = self.histograms.parts[worker]
+            of_worker.named["ttft"].observe(now_s - phases.began_s)
+            self.gaps = of_worker.named["itl"].counts
+        return now_s
+
+    def call_ended(self, account: Any) -> None:
+        """The call ended well, with this account by its worker."""
+        self.now_in = ""
+        said = WorkerAccount.from_wire(account)
+        self._take(said, self.phases.end())
+        if said.handed_over is None and self.early is not None:  # said once, it need not be said again
+            self._take_handed_over(handed_over_in(self.early))
+
+    def settle(self) -> float:
+        """What it was in is over, and nobody else accounts for it; returns its milliseconds. Harmless when it is in nothing."""
+        was_in, self.now_in = self.now_in, ""
+        if not was_in:
+            return 0.0
+        took_ms = self.phases.end()
+        phases_ms = self.receipt.phases_ms
+        if was_in == "route":
+            phases_ms.route += took_ms
+        elif not self._first_s:
+            phases_ms.queue += took_ms
+        else:
+            early = WorkerAccount.from_wire(self.early) if self.early is not None else WorkerAccount(prefill_ms=self._first_ms)
+            self._take(early, self._first_ms)
+            phases_ms.decode += took_ms - self._first_ms
+        return took_ms
+
+    def close(self, last_s: float) -> None:
+        """The sequence is over, whose last token came then."""
+        if self.now_in:
+            self.settle()
+        if self.histograms is not None and self._first_s:
+            self.histograms.named["itl"].sum_s += last_s - self._first_s
+
+    def _take(self, said: WorkerAccount, caller_ms: float) -> None:
+        """What the worker says of a call, or of its beginning, that took so long here."""
+        receipt, phases_ms = self.receipt, self.receipt.phases_ms
+        phases_ms.queue += said.queue_ms
+        phases_ms.prefill += said.prefill_ms
+        phases_ms.kv_transfer += said.kv_transfer_ms
+        phases_ms.decode += said.decode_ms
+        phases_ms.network += max(0.0, caller_ms - (said.total_ms or caller_ms))
+        receipt.num_cached_tokens = said.num_cached_tokens
+        receipt.decision = said.decision
+        if said.handed_over is not None:
+            self._take_handed_over(said.handed_over)
+
+    def _take_handed_over(self, found: HandedOver | None) -> None:
+        if found is not None:
+            receipt = self.receipt
+            receipt.num_blocks, receipt.num_bytes = found.num_blocks, found.num_bytes
+            receipt.attempts = [*receipt.attempts, *found.attempts]
+            receipt.prefill = self.name_of(found.prefill_peer) if found.prefill_peer is not None else None
 
 
 @dataclass(slots=True, eq=False)
@@ -64,12 +150,12 @@ class Sequence:
     waited_ms: float = 0.0
     """For the first answer to the same prompt, if this is a later one."""
     _stream: OutgoingCall | None = None
-    """To the router or the worker that has the sequence now."""
-    _routers: list[str] = field(default_factory=list)
+    """To the router or the worker that has the sequence now, until it ends."""
+    _routers: tuple[str, ...] = ()
     """Those that were asked since the last worker was lost."""
-    _excluded: list[str] = field(default_factory=list)
+    _excluded: tuple[str, ...] = ()
     """Incarnations of workers that were tried."""
-    _lost: list[str] = field(default_factory=list)
+    _lost: tuple[str, ...] = ()
     """Names of workers that died with this sequence."""
     _overloaded: Overloaded | None = None
     """What a worker said that is full: the reason if there is no other."""
@@ -80,9 +166,11 @@ class Sequence:
 
     def note_submitted(self) -> None:
         """Write the sequence's beginning to the event log."""
-        event_log, request_id = self.dispatcher.mesh.event_log, self.receipt.request_id
-        event_log.note("submit", request_id, num_tokens=len(self.tokens))
-        self._is_followed = event_log.follows(request_id)
+        self._note("submit", num_tokens=len(self.tokens))
+        self._is_followed = self.dispatcher.mesh.event_log.follows(self.receipt.request_id)
+
+    def _note(self, event: str, **details: Any) -> None:
+        self.dispatcher.mesh.event_log.note(event, self.receipt.request_id, **details)
 
     # --- which worker
 
@@ -108,7 +196,7 @@ class Sequence:
                 text = f"no decode worker for the model {asked.model!r} can take work now"
                 self._not_routed(NoWorker(text))
             return
-        self._routers.append(router)
+        self._routers += (router,)
         question = RouteRequest(
             receipt.request_id, asked.model, self.tokens, asked.policy, asked.session, self._excluded
         )
@@ -132,30 +220,21 @@ class Sequence:
         self.worker, self._num_overlap_blocks = chosen.incarnation, chosen.overlap_blocks
         receipt.decode = chosen.peer
         if self._is_followed:
-            self._note_routed(chosen)
+            shown = [candidate.for_receipt() for candidate in decision.decode]
+            path = {"router": decision.router, "policy": decision.policy, "candidates": shown}
+            self._note("routed", decode=chosen.incarnation, **path)
         prefill_peers, prefill_ms = [], []
         for found in decision.prefill or ():
             prefill_peers.append((found.incarnation, found.load, found.overlap_blocks))
             prefill_ms.append(found.ready_ms)
         request = GenerateRequest(receipt.request_id, receipt.model, self.tokens, self.sampling)
         request.prefill_peers, request.prefill_ms = tuple(prefill_peers), tuple(prefill_ms)
-        request.lost_peers = tuple(self._lost)
+        request.lost_peers = self._lost
         remaining_s = max(0.001, self.call.deadline_s - mesh.now_s())
         try:
             self._stream = mesh.open(chosen.incarnation, GENERATE, request, self, remaining_s)
         except PeerLost as error:
             self._retry_or_fail(error)
-
-    def _note_routed(self, chosen: Candidate) -> None:
-        receipt = self.receipt
-        self.dispatcher.mesh.event_log.note(
-            "routed",
-            receipt.request_id,
-            decode=chosen.incarnation,
-            router=receipt.router,
-            policy=receipt.policy,
-            candidates=[candidate.for_receipt() for candidate in receipt.candidates],
-        )
 
     # --- the worker's stream
 
@@ -168,7 +247,7 @@ class Sequence:
                 return
         tokens = item[1:]
         if self._is_followed:
-            self._note_tokens(len(tokens))
+            self._note("tokens", position=self.num_tokens, count=len(tokens), decode=self.worker)
         if not self.num_tokens:
             self._last_s = self.account.first_token(self.worker or "")
             if self.on_began is not None:
@@ -181,21 +260,17 @@ class Sequence:
         try:
             is_stopped = self.choice.feed(tokens, logprobs)
         except (ProtocolError, TypeError, ValueError) as error:
-            self._abort(ProtocolError(f"a worker's tokens cannot be read: {error}"))
+            self._fail(ProtocolError(f"a worker's tokens cannot be read: {error}"))
             return
         if is_stopped:
             self._stop_early()
-
-    def _note_tokens(self, count: int) -> None:
-        log, request_id = self.dispatcher.mesh.event_log, self.receipt.request_id
-        log.note("tokens", request_id, position=self.num_tokens, count=count, decode=self.worker)
 
     def _unusual(self, item: Any) -> tuple[list[int] | None, Any]:
         """Read the rarer items of a worker's stream. Returns tokens after their position, and their log
         probabilities; or nothing, if the item was another one.
         """
         if isinstance(item, str):  # a prefill worker that died with the prompt
-            self._lost.append(item)
+            self._lost += (item,)
             return None, None
         is_first = not self.num_tokens
         if is_first and isinstance(item, list) and len(item) > 2 and isinstance(item[0], (list, tuple)):
@@ -209,17 +284,18 @@ class Sequence:
                 return None, None
             if isinstance(numbered, list) and len(numbered) > 1 and numbered[0] == self.num_tokens:
                 return numbered, logprobs
-        self._abort(ProtocolError("a worker's tokens do not follow each other"))
+        self._fail(ProtocolError("a worker's tokens do not follow each other"))
         return None, None
 
     def _score(self, logprobs: list[Any]) -> None:
         try:
             self.on_scored(self, logprobs)
         except (TypeError, ValueError) as error:
-            self._abort(ProtocolError(f"a prompt's log probabilities cannot be read: {error}"))
+            self._fail(ProtocolError(f"a prompt's log probabilities cannot be read: {error}"))
 
     def on_end(self, value: RoutingDecision | GenerationEnd) -> None:
         """The router's answer, or the end of the worker's tokens."""
+        self._stream = None
         if isinstance(value, RoutingDecision):
             self._routed(value)
             return
@@ -230,9 +306,10 @@ class Sequence:
 
     def on_error(self, error: MeshserveError) -> None:
         """The router or the worker failed, or was lost."""
+        self._stream = None
         if self.worker is not None:
             if error.code == PeerLost.code:
-                self._lost.append(self.receipt.decode or "a worker")
+                self._lost += (self.receipt.decode or "a worker",)
             self._retry_or_fail(error)
         elif isinstance(error, InvalidRequest):
             self._not_routed(error)
@@ -255,11 +332,11 @@ class Sequence:
         elif len(self._lost) >= self.dispatcher.max_lost_peers:
             names = ", ".join(self._lost)
             text = f"this request took down {names}; it is tried nowhere else"
-            self._fail(GaveUp(text, lost_peers=self._lost))
+            self._fail(GaveUp(text, lost_peers=list(self._lost)))
         else:
             self.dispatcher.mesh.counters.add("requests_rerouted")
-            self._excluded.append(self.worker)
-            self.worker, self._routers = None, []
+            self._excluded += (self.worker,)
+            self.worker, self._routers = None, ()
             self.route()
 
     def _note_attempt(self, error: MeshserveError, took_ms: float) -> None:
@@ -284,7 +361,6 @@ class Sequence:
         """A stop string was found: the worker need not go on. What it found in its cache is known from its
         word with the first tokens, or else from the router.
         """
-        self._cancel_stream()
         self.account.settle()
         if self.account.early is None:
             num_overlap = self._num_overlap_blocks * self.dispatcher.block_size(self.asked.model)
@@ -296,10 +372,6 @@ class Sequence:
         self._close("ok")
         self.on_over(self, end)
 
-    def _abort(self, error: MeshserveError) -> None:
-        self._cancel_stream()
-        self._fail(error)
-
     def _fail(self, error: MeshserveError) -> None:
         self._close(error.code)
         self.on_over(self, error)
@@ -308,21 +380,16 @@ class Sequence:
         """Nobody wants the sequence any more. Harmless after its end."""
         if not self.is_over:
             self._close("cancelled")
-            self._cancel_stream()
-
-    def _cancel_stream(self) -> None:
-        if self._stream is not None:
-            self._stream.cancel()
 
     def _close(self, outcome: str) -> None:
+        if self._stream is not None:  # what nobody waits for any more: the worker goes on to others
+            self._stream.cancel()
         self.account.close(self._last_s)
         self.is_over = True
         self.receipt.num_completion_tokens = self.choice.num_tokens
-        event_log = self.dispatcher.mesh.event_log
-        if event_log.is_on:
-            event_log.note(
+        if self.dispatcher.mesh.event_log.is_on:
+            self._note(
                 "result",
-                self.receipt.request_id,
                 outcome=outcome,
                 num_tokens=self.num_tokens,
                 num_prompt_tokens=len(self.tokens),
