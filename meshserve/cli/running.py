@@ -20,8 +20,7 @@ def set_up_logging(settings: dict[str, Any]) -> None:
     handler.addFilter(RepeatFilter())
     handler.setFormatter(JsonFormatter() if settings.get("log_json") else PlainFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
-    for library in ("zeroconf", "uvicorn"):  # they log tracebacks: for interfaces without multicast, for requests that a drain cut off
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # it logs a traceback for an interface without multicast
     logging.getLogger("meshserve").setLevel(str(settings.get("log_level", "warning")).upper())
 
 

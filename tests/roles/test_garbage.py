@@ -18,7 +18,7 @@ from meshserve.wire.messages import ROUTE
 from tests.harness import run_async, until, until_awaited
 from tests.roles.scripted import scene
 
-OURS = ("meshserve.", "uvicorn.")
+OURS = ("meshserve.", "httptools.")
 DEADLINE_S = 5.0
 LONG = "a prompt of several blocks, "
 COMPLETION: dict[str, Any] = {"model": "dummy", "prompt": "hi", "max_tokens": 4}
@@ -66,7 +66,7 @@ async def meshed() -> AsyncIterator[httpx.AsyncClient]:
 
 @contextmanager
 def nothing_to_collect() -> Iterator[None]:
-    """What happens inside leaves no objects of this program's, or of its server's, that are reachable only from each other."""
+    """What happens inside leaves no objects of this program's, or of its HTTP parser's, that are reachable only from each other."""
     gc.collect()
     gc.disable()
     try:

@@ -34,6 +34,12 @@ class QueueEntry:
         self.admitted_s: float | None = None
         self.is_waiting = False
 
+    def admitted(self) -> None:
+        """The entry waited, and has its slots now."""
+
+    def on_error(self, error: MeshserveError) -> None:
+        """The entry waited, and gets no slots."""
+
 
 Decision = tuple[QueueEntry, MeshserveError | None]
 """An entry that waited, and why it is refused; None: it is admitted."""

@@ -3,19 +3,16 @@ with what the workers report."""
 
 import asyncio
 import math
-import time
 from collections import deque
 from collections.abc import Iterable
 from functools import partial
-from typing import Protocol
 
 from meshserve.config import FrontConfig
-from meshserve.errors import MeshserveError, Overloaded, RateLimited
+from meshserve.errors import Overloaded, RateLimited
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watch import Watcher
 from meshserve.roles.frontend.admission import Admission, Decision, QueueEntry
-from meshserve.wire.completion import CompletionRequest
 from meshserve.wire.messages import WORKER_LOADS
 from meshserve.wire.routing import WorkerLoad
 
@@ -63,22 +60,6 @@ class _Model:
         return max(self.peaks)
 
 
-class Applicant(Protocol):
-    """A request that needs admission slots: an exchange."""
-
-    request: CompletionRequest | None
-    client: str
-    """The client of the request: clients share the mesh evenly."""
-    deadline_s: float
-    entry: QueueEntry | None
-
-    def admitted(self) -> None:
-        """The request has its slots."""
-
-    def on_error(self, error: MeshserveError) -> None:
-        """The request gets none."""
-
-
 class AdmissionSlots:
     """Gives a request its slots, and takes them back the moment that nothing more comes for the request."""
 
@@ -91,7 +72,7 @@ class AdmissionSlots:
         leaves where it came in."""
         self._loads: dict[str, WorkerLoad] = {}
         self._watchers: dict[str, Watcher] = {}
-        self._waiting: dict[QueueEntry, Applicant] = {}
+        self._waiting: set[QueueEntry] = set()
         self._decisions: deque[Decision] = deque()
         """What is still to be told."""
         self._is_deciding = False
@@ -104,24 +85,11 @@ class AdmissionSlots:
 
     # --- requests
 
-    def ask(self, applicant: Applicant) -> None:
-        """Call `admitted` when there are as many slots as the request has answers: at once, or later, or else `on_error`.
+    def ask(self, entry: QueueEntry, model: str) -> bool:
+        """Ask for as many slots as the entry has weight. False: it has to wait, until its `admitted` or its `on_error` is called.
 
         Raises Overloaded or RateLimited.
         """
-        request = applicant.request
-        assert request is not None
-        entry = applicant.entry = QueueEntry(applicant.client, request.num_choices, time.monotonic(), applicant.deadline_s)
-        try:
-            is_admitted = self._enter(request.model, entry, applicant)
-        except (Overloaded, RateLimited):
-            self._mesh.counters.add("requests_refused")
-            raise
-        if is_admitted:
-            applicant.admitted()
-
-    def _enter(self, model: str, entry: QueueEntry, applicant: Applicant) -> bool:
-        """Whether the request has its slots now; else the applicant is told later."""
         serving = self._mesh.peers_serving("decode", model)
         if not serving or serving[0].card is None:
             return True  # the processor knows best how to say that nobody serves this
@@ -130,20 +98,24 @@ class AdmissionSlots:
         if found is None:
             found = self._models[name] = _Model(self._limits)
             self._recount(name)
-        decisions = found.admission.arrive(entry, entry.arrived_s)
+        try:
+            decisions = found.admission.arrive(entry, entry.arrived_s)
+        except (Overloaded, RateLimited):
+            self._mesh.counters.add("requests_refused")
+            raise
         if not entry.is_waiting:
             found.peak(entry.arrived_s)
             return True
-        self._waiting[entry] = applicant
+        self._waiting.add(entry)
         self._decide(decisions)
         self._sweep_soon()
         return False
 
-    def leave(self, model: str, entry: QueueEntry, is_done: bool) -> None:
+    def leave(self, entry: QueueEntry, model: str, is_done: bool) -> None:
         """The request ended (well, if `is_done`), or nobody waits for it any more. Harmless after it was refused."""
         found = self._models.get(self._first_names.get(model, model))
         if found is not None:
-            self._waiting.pop(entry, None)
+            self._waiting.discard(entry)
             self._decide(found.admission.leave(entry, self._mesh.now_s(), is_done))
 
     def num_waiting(self) -> int:
@@ -160,14 +132,14 @@ class AdmissionSlots:
         try:
             while self._decisions:
                 entry, error = self._decisions.popleft()
-                applicant = self._waiting.pop(entry, None)
-                if applicant is None:
+                if entry not in self._waiting:
                     continue
+                self._waiting.remove(entry)
                 if error is None:
-                    applicant.admitted()
+                    entry.admitted()
                 else:
                     self._mesh.counters.add("requests_refused")
-                    applicant.on_error(error)
+                    entry.on_error(error)
         finally:
             self._is_deciding = False
 

@@ -1,20 +1,23 @@
 """JSON bodies that cannot hold up the event loop: what would take long to parse is refused before it is parsed.
 
 The C parser holds the interpreter for as long as it runs, in whatever thread. It reads text at 1 GB/s, but values at 50 to 400 ns each:
-4 MiB of `[],[],` take 180 ms, of text 2 to 7 ms. So the values of a long body are counted while it comes, outside of its strings, a
-read at a time. A faster parser would move the bound, and not remove it (orjson and msgspec: 30 to 360 ms for 8 MiB of values).
+4 MiB of `[],[],` take 180 ms, of text 2 to 7 ms. So the values of a long body are counted first, outside of its strings. A faster parser
+would move the bound, and not remove it (orjson and msgspec: 30 to 360 ms for 8 MiB of values).
 """
 
 import asyncio
+from collections.abc import Callable
 from itertools import accumulate
+from typing import TypeVar
 
 from meshserve.errors import InvalidRequest
-from meshserve.roles.frontend.asgi import ClientGone, Receive, body_too_large
+
+T = TypeVar("T")
 
 MAX_DEPTH = 64
 """Objects and lists within each other: schemas and messages have a dozen."""
-_SMALL_BYTES = 64 * 1024
-"""Whatever is in a body of this size, it is parsed in 3 ms."""
+SHORT_BODY_BYTES = 64 * 1024
+"""Whatever is in a body of this size, it is parsed in 3 ms: longer ones are scanned and parsed in a thread, beside the event loop."""
 _MAX_COST_NS = 7_000_000
 _COMMA_NS, _OPENING_NS, _COLON_NS = 50, 200, 300
 """What a value costs, and what a list or an object and a member's name cost more (measured with json.loads, Python 3.11), a check of its
@@ -64,29 +67,17 @@ def _deepest(outside: bytes, depth: int) -> int:
     return max(accumulate(map(_STEPS.__getitem__, outside.translate(None, _NOT_BRACKETS)), initial=depth))
 
 
-def check_small(body: bytes) -> None:
-    """Of a body of at most 64 KiB, all of it. Raises InvalidRequest if its depth is too much."""
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+def check_json(body: bytes) -> None:
+    """Raises InvalidRequest for what would take long to parse, or is nested too deeply. A short, flat body costs two counts."""
+    if len(body) > SHORT_BODY_BYTES or body.count(b"[") + body.count(b"{") > MAX_DEPTH:
         JsonScanner().feed(body)
 
 
-async def read_json(receive: Receive, max_bytes: int) -> bytes:
-    """A body that can be parsed without holding anybody up. Raises RequestTooLarge or InvalidRequest, or ClientGone."""
-    parts: list[bytes] = []
-    scanner, size_bytes = JsonScanner(), 0
-    while True:
-        event = await receive()
-        if event["type"] == "http.disconnect":
-            raise ClientGone
-        part, is_last = event.get("body", b""), not event.get("more_body", False)
-        if is_last and not parts and len(part) <= _SMALL_BYTES and part.count(b"[") + part.count(b"{") <= MAX_DEPTH:
-            return part  # type: ignore[no-any-return]
-        size_bytes += len(part)
-        if size_bytes > max_bytes:
-            raise body_too_large(max_bytes)
-        scanner.feed(part)
-        parts.append(part)
-        if is_last:
-            if size_bytes > _SMALL_BYTES:
-                await asyncio.sleep(0)  # others have their turn between the scan and the parser
-            return b"".join(parts)
+async def read_json(body: bytes, parse: Callable[[bytes], T]) -> T:
+    """What `parse` makes of a body that can be parsed; a long one in a thread. Raises InvalidRequest."""
+
+    def read() -> T:
+        check_json(body)
+        return parse(body)
+
+    return read() if len(body) <= SHORT_BODY_BYTES else await asyncio.to_thread(read)

@@ -1,7 +1,8 @@
 """Requests that are under way, by the mesh's name and the client's, and their end at a word from outside: anywhere in the mesh."""
 
 import asyncio
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, RequestNotFound
 from meshserve.mesh.mesh import Mesh
@@ -11,46 +12,39 @@ _TIMEOUT_S = 2.0
 _MAX_FOUND = 16
 
 
-class Stoppable(Protocol):
-    """A request under way."""
-
-    def stop(self, error: MeshserveError) -> None:
-        """Cancel it at every hop; its client is told why."""
-
-
 class UnderWay:
     """This frontend's requests, and a way to those of others."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._answers: dict[str, Stoppable] = {}
+        self._stops: dict[str, Callable[[MeshserveError], None]] = {}
         self._labels: dict[str, list[str]] = {}
-        mesh.gauges.derive("cancellable", lambda: len(self._answers) + len(self._labels))
+        mesh.gauges.derive("cancellable", lambda: len(self._stops) + len(self._labels))
         mesh.serve(FIND_REQUESTS, lambda call: call.end(self._found(call.body)))
         mesh.serve(CANCEL_REQUEST, lambda call: call.end(self._stop(call.body)))
 
-    def add(self, request_id: str, label: str, answer: Stoppable) -> None:
-        """A request begins."""
-        self._answers[request_id] = answer
+    def add(self, request_id: str, label: str, stop: Callable[[MeshserveError], None]) -> None:
+        """A request begins. `stop` cancels it at every hop, and tells its client the error."""
+        self._stops[request_id] = stop
         if label:
             self._labels.setdefault(label, []).append(request_id)
 
     def remove(self, request_id: str, label: str) -> None:
         """It ended. Harmless if it never began."""
-        if self._answers.pop(request_id, None) is not None and label:
+        if self._stops.pop(request_id, None) is not None and label:
             named = self._labels[label]
             named.remove(request_id)
             if not named:
                 del self._labels[label]
 
     def _found(self, name: str) -> list[str]:
-        return [name] if name in self._answers else self._labels.get(name, [])[:_MAX_FOUND]
+        return [name] if name in self._stops else self._labels.get(name, [])[:_MAX_FOUND]
 
     def _stop(self, request_id: str) -> bool:
-        answer = self._answers.get(request_id)
-        if answer is None:
+        stop = self._stops.get(request_id)
+        if stop is None:
             return False
-        answer.stop(Cancelled("this request was cancelled"))
+        stop(Cancelled("this request was cancelled"))
         self._mesh.counters.add("requests_cancelled")
         return True
 

@@ -1,238 +1,293 @@
-"""One request for a completion, from its body to the last byte of its answer.
+"""Requests for completions, each from its body to the last byte of its answer.
 
-An exchange is called, and never waits: no task stands behind it. It is the sink of the processor's stream, and writes what came once the
+No task stands behind an exchange: it is called, and never waits. It is the sink of the processor's stream, and writes what came once the
 turn of the event loop is over, so that all text of one turn leaves in one write. A client that goes away cancels its request at every hop.
 """
 
+import asyncio
+import itertools
 import logging
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from meshserve.errors import Cancelled, MeshserveError, RequestTimedOut
+from meshserve.config import ServeConfig
+from meshserve.errors import Cancelled, Draining, MeshserveError, NoWorker, Overloaded, RequestTimedOut
 from meshserve.mesh.calls import OutgoingCall
-from meshserve.observe.receipts import Front
+from meshserve.mesh.mesh import Mesh
+from meshserve.observe.receipt_store import Fronts
+from meshserve.observe.receipts import Front, with_front
+from meshserve.roles.frontend import apis
 from meshserve.roles.frontend.admission import QueueEntry
+from meshserve.roles.frontend.admission_slots import AdmissionSlots
 from meshserve.roles.frontend.apis import Api
-from meshserve.roles.frontend.asgi import error_headers
-from meshserve.roles.frontend.connections import FrontProtocol
-from meshserve.roles.frontend.responding import Responder, encode_headers
-from meshserve.roles.frontend.writers import Writer
-from meshserve.telemetry import Counters
-from meshserve.wire.completion import CompletionRequest, Ending
+from meshserve.roles.frontend.bodies import SHORT_BODY_BYTES, check_json
+from meshserve.roles.frontend.cancelling import UnderWay
+from meshserve.roles.frontend.http.connection import Connection
+from meshserve.roles.frontend.http.messages import Request, error_headers
+from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS, Parsed, ResponseOptions
+from meshserve.roles.frontend.models.completions import parse_generate
+from meshserve.roles.frontend.timeouts import TIMEOUT_HEADER, request_timeout_s
+from meshserve.roles.frontend.writers import Reply, Writer
+from meshserve.wire.completion import CompletionRequest, Ending, read_traceparent
+from meshserve.wire.messages import COMPLETE
+from meshserve.wire.structs import replace
+
+if TYPE_CHECKING:
+    from meshserve.observe.otlp import Exporter
 
 _log = logging.getLogger(__name__)
 
-
-class Owner(Protocol):
-    """Whose exchanges they are: a frontend's completions."""
-
-    counters: Counters
-    max_unread: int
-
-    def enter(self, exchange: "Exchange") -> None:
-        """Find it its place. Raises Draining, Overloaded or RateLimited."""
-
-    def pass_on(self, exchange: "Exchange") -> None:
-        """Its place is there: ask a processor. Raises NoWorker or PeerLost."""
-
-    def leave(self, model: str, entry: QueueEntry, is_done: bool) -> None:
-        """Take its place back."""
-
-    def after_turn(self, callback: Callable[[], None]) -> None:
-        """Call this at the end of the turn."""
-
-    def with_receipt(self, ending: Ending, front: Front) -> Ending:
-        """With a frontend's part in the receipt."""
-
-    def over(self, exchange: "Exchange") -> None:
-        """It is no longer under way."""
+_MAX_LABEL_BYTES = 128
+_TIMEOUT_HEADER = TIMEOUT_HEADER.encode()
 
 
-class Exchange:
-    """Made when a request's head is read. `go` or `refuse` follows, and `on_done` is called once, when nothing more is to come."""
+class Completions:
+    """What all exchanges of a frontend share: the way to processors, the admission slots, and what is kept of requests."""
+
+    def __init__(self, mesh: Mesh, config: ServeConfig, exporter: "Exporter | None" = None) -> None:
+        self.mesh, self.config, self.exporter = mesh, config, exporter
+        self.loop = asyncio.get_running_loop()
+        self.slots = AdmissionSlots(mesh, config.front)
+        self.under_way = UnderWay(mesh)
+        self.fronts = Fronts(mesh, config.receipts_kept) if config.observe else None
+        self.num_open = 0
+        """Requests under way."""
+        self._ids = itertools.count(1)
+        self._turn = itertools.count()
+        mesh.gauges.derive("http_requests", lambda: self.num_open)
+
+    def handlers(self) -> dict[str, Callable[[Request], "Exchange"]]:
+        """By path, all with POST."""
+        return {api.path: partial(Exchange, self, api) for api in (*apis.APIS, apis.lines(self._parse_generate))}
+
+    def _parse_generate(self, body: bytes, request_id: str, client_id: str) -> Parsed:
+        return parse_generate(body, request_id, client_id, self.first_model()), ResponseOptions(is_stream=True)
+
+    def first_model(self) -> str:
+        """For requests that name none. Raises NoWorker if there is none."""
+        cards = [info.card.model for info in self.mesh.peers_with("decode") if info.card is not None]
+        if not cards:
+            raise NoWorker("no decode worker is in the mesh yet")
+        return cards[0]
+
+    def new_id(self) -> str:
+        """The mesh's name for another request."""
+        return f"{self.mesh.incarnation}-{next(self._ids)}"
+
+    def processor(self) -> str:
+        """This peer itself if it can, else each in turn. Raises NoWorker."""
+        able = self.mesh.peers_with("processor")
+        if not able:
+            raise NoWorker("no processor is in the mesh yet", role="processor")
+        if able[0].incarnation == self.mesh.incarnation:
+            return self.mesh.incarnation
+        return able[next(self._turn) % len(able)].incarnation
+
+    def close(self) -> None:
+        """No more slots for any request."""
+        self.slots.close()
+
+
+class Exchange(QueueEntry):
+    """One request and its answer. It waits for its admission slots itself."""
 
     __slots__ = (
+        "_api",
+        "_call",
+        "_completions",
         "_connection",
+        "_end",
+        "_error",
+        "_front",
+        "_has_slots",
+        "_http",
         "_is_due",
         "_is_over",
         "_items",
         "_label",
-        "_owner",
-        "_response",
+        "_request",
         "_writer",
-        "api",
-        "call",
-        "client",
-        "deadline_s",
-        "end",
-        "entry",
-        "error",
-        "front",
-        "headers",
-        "on_done",
-        "request",
     )
 
-    def __init__(
-        self,
-        owner: Owner,
-        api: Api,
-        connection: FrontProtocol,
-        response: Responder,
-        headers: Mapping[bytes, bytes],
-        client: str,
-        front: Front,
-    ) -> None:
-        self._owner, self.api, self._connection, self._response = owner, api, connection, response
-        self.headers, self.client, self.front = headers, client, front
-        self._label = b"x-request-id: %b\r\n" % (front.client_id or front.request_id).encode("latin-1", "replace")
-        self.request: CompletionRequest | None = None
-        self.deadline_s = 0.0
-        self.entry: QueueEntry | None = None
-        """Its place in the mesh, or in the queue for one."""
-        self.call: OutgoingCall | None = None
-        self.end: Any = None
-        self.error: MeshserveError | None = None
-        self.on_done: Callable[[], None] | None = None
-        self._writer: Writer | None = None
+    def __init__(self, completions: Completions, api: Api, http: Request) -> None:
+        super().__init__(http.client, 1, http.began_s)
+        self._completions, self._api, self._http = completions, api, http
+        label = http.headers.get(b"x-request-id", b"")[:_MAX_LABEL_BYTES]
+        self._front = Front(completions.new_id(), label.decode("latin-1"), http.began_s)
+        self._label = b"x-request-id: %b\r\n" % (label or self._front.request_id.encode())
+        self._connection: Connection
+        self._request: CompletionRequest
+        self._writer: Writer
+        self._call: OutgoingCall | None = None
         self._items: list[Any] = []
-        self._is_due = self._is_over = False
+        self._end: Any = None
+        self._error: MeshserveError | None = None
+        self._has_slots = self._is_due = self._is_over = False
 
-    # --- on its way
+    # --- to a processor
 
-    def go(self, request: CompletionRequest, writer: Writer, deadline_s: float) -> None:
-        """The request is read: find it its place, and pass it on."""
-        self.request, self._writer, self.deadline_s = request, writer, deadline_s
-        connection = self._connection
-        if connection.is_lost:  # meanwhile
-            self.client_gone()
-            return
-        connection.exchange = self
-        connection.flow.resume_reading()  # a long body may have paused it, and who does not read sees no client go
+    def begin(self, connection: Connection) -> None:
+        """The body is there: parse it, and go on. A long one is parsed in a thread: the tokens of other requests need not wait for it."""
+        self._connection = connection
+        self._completions.num_open += 1
+        if len(self._http.body) <= SHORT_BODY_BYTES:
+            self.run(self._parse)
+        else:
+            parsing = self._completions.loop.run_in_executor(None, self._parse)
+            parsing.add_done_callback(lambda done: self.run(done.result))
+
+    def _parse(self) -> Parsed:
+        check_json(self._http.body)
+        return self._api.parse(self._http.body, self._front.request_id, self._front.client_id)
+
+    def run(self, parse: Callable[[], Parsed]) -> None:
+        """The steps of a request. The answer comes back to `on_item`, `on_end` and `on_error`, and `flush` writes it."""
+        completions, front = self._completions, self._front
         try:
-            self._owner.enter(self)
+            request, options = parse()  # InvalidRequest
+            self.arrived_s = time.monotonic()
+            front.client_id, front.model, front.asked_s = request.client_id, request.model, self.arrived_s
+            if self._is_over:  # the client left while a long body was parsed
+                return
+            self._request = request = self._with_headers(request)  # InvalidRequest
+            self._writer = self._api.writer(Reply(self._api.response_id(front.request_id), int(time.time()), request, options))
+            self._check_room()  # Draining, Overloaded
+            completions.under_way.add(front.request_id, front.client_id, self.stop)
+            self.weight, self._has_slots = request.num_choices, True
+            if completions.slots.ask(self, request.model):  # Overloaded, RateLimited
+                self.admitted()  # else it is called later, or `on_error`
         except MeshserveError as error:
             self.refuse(error)
+        except Exception:  # nobody else's request must suffer
+            self._went_wrong()
+        finally:
+            del parse  # a thread's future holds its error, and the error this call: only the collector could free both
+
+    def _with_headers(self, request: CompletionRequest) -> CompletionRequest:
+        """Heed what the headers say: how long it may take, whose session it is, and of which trace. Raises InvalidRequest."""
+        headers, front, exporter = self._http.headers, self._front, self._completions.exporter
+        timeout_s = self._completions.config.request_timeout_s
+        if (given := headers.get(_TIMEOUT_HEADER)) is not None:
+            timeout_s = request_timeout_s(given, timeout_s)
+        self.deadline_s = front.began_s + timeout_s
+        if session := headers.get(b"x-session-id"):
+            request = replace(request, session=session.decode("latin-1")[:MAX_SESSION_CHARACTERS])
+        if trace := headers.get(b"traceparent", b"").decode("latin-1"):
+            front.traceparent = trace if read_traceparent(trace) is not None else ""
+        traceparent = front.traceparent if exporter is None else exporter.trace(front)
+        return replace(request, traceparent=traceparent) if traceparent else request
+
+    def _check_room(self) -> None:
+        completions = self._completions
+        if completions.mesh.own.is_draining:
+            raise Draining("this frontend is shutting down")
+        if completions.num_open > completions.config.max_requests:
+            raise Overloaded(f"this frontend has {completions.config.max_requests} requests under way; try again")
 
     def admitted(self) -> None:
-        """There is a place for it: now, or later."""
+        """The request has its slots: ask a processor."""
+        completions = self._completions
         try:
-            self._owner.pass_on(self)
+            peer = completions.processor()
+            self._front.passed_s = now_s = time.monotonic()
+            self._call = completions.mesh.open(peer, COMPLETE, self._request, self, max(0.001, self.deadline_s - now_s))
         except MeshserveError as error:
             self.on_error(error)
+        except Exception:
+            self._went_wrong()
 
     # --- what comes from the processor
 
     def on_item(self, item: Any) -> None:
         self._items.append(item)
-        self._came()
+        if self._writer.is_stream:  # else all of it is written at the end
+            self._flush_soon()
 
     def on_items(self, items: list[Any]) -> None:
         """Several at once."""
         self._items += items
-        self._came()
-
-    def _came(self) -> None:
-        if self._writer is None or not self._writer.is_stream:
-            return  # all of it is written at the end
-        if len(self._items) > self._owner.max_unread:
-            self.stop(RequestTimedOut("the client takes its answer in too slowly"))
-        self._write_soon()
+        if self._writer.is_stream:
+            self._flush_soon()
 
     def on_end(self, value: Any) -> None:
-        self.end, self.front.answered_s = value if value is not None else (), time.monotonic()
-        self._write_soon()
+        self._end, self._front.answered_s = value if value is not None else (), time.monotonic()
+        self._flush_soon()
 
     def on_error(self, error: MeshserveError) -> None:
-        self.error = error
-        self._left()
-        self._write_soon()
+        self._error = error
+        self._give_slots_back()
+        self._flush_soon()
 
     def stop(self, error: MeshserveError) -> None:
         """Cancel at every hop; the client is told why. Harmless after the end."""
-        if self.end is None and self.error is None and not self._is_over:
-            self._cancel()
+        if self._end is None and self._error is None and not self._is_over:
+            if self._call is not None:
+                self._call.cancel()
             self.on_error(error)
 
     def client_gone(self) -> None:
         """Cancel at every hop; there is nobody to tell."""
         if not self._is_over:
-            self._owner.counters.add("clients_gone")
-            self.front.failed(Cancelled("the client left"))
+            self._completions.mesh.counters.add("clients_gone")
+            self._front.failed(Cancelled("the client left"))
             self._finish()
-
-    def _cancel(self) -> None:
-        if self.call is not None:
-            self.call.cancel()
-
-    def _left(self) -> None:
-        """If nothing more comes, the place is free."""
-        if self.end is None and self.error is None and not self._is_over:
-            return
-        self.front.answered_s = self.front.answered_s or time.monotonic()
-        entry, self.entry = self.entry, None
-        if entry is not None and self.request is not None:
-            self._owner.leave(self.request.model, entry, self.end is not None)
 
     # --- what goes to the client
 
-    def _write_soon(self) -> None:
+    def _flush_soon(self) -> None:
+        if len(self._items) > self._completions.config.front.max_unread_texts and self._writer.is_stream:
+            self.stop(RequestTimedOut("the client takes its answer in too slowly"))
         if not self._is_due:
             self._is_due = True
-            self._owner.after_turn(self.write)
+            self._completions.mesh.turn.afterwards(self.flush)
 
-    def write(self) -> None:
-        """All that is there, unless the client still has to take in what was sent: then it comes again."""
+    def flush(self) -> None:
+        """Write all that is there, unless the client still has to take in what was written: then the connection calls again."""
         self._is_due = False
         if self._is_over:
             return
-        if self._response.is_stuck:
-            self._left()  # whoever takes his time to read needs no place for that
+        if self._connection.is_stuck:
+            if self._end is not None or self._error is not None:
+                self._give_slots_back()  # whoever takes his time to read needs no slots for that
             return
         try:
-            if self._writer is not None and self._writer.is_stream:
-                self._write_stream(self._writer)
-            else:
-                self._write_whole()
+            if self._error is not None and not self._connection.is_started:
+                self.refuse(self._error)
+            elif self._writer.is_stream:
+                self._write_stream()
+            elif self._end is not None:
+                self._writer.feed(self._items)
+                body = self._writer.end(self._ending())
+                self._connection.respond(200, self._writer.headers + self._label, body)
+                self._finish()
         except MeshserveError as error:
             self.refuse(error)
         except Exception:
-            self.went_wrong()
+            self._went_wrong()
 
-    def _write_whole(self) -> None:
-        writer = self._writer
-        if self.error is not None or writer is None:
-            raise self.error or MeshserveError()
-        if self.end is None:
-            return
-        writer.feed(self._items)
-        body = writer.end(self._ending())
-        self._response.whole(200, body, writer.headers + self._label)
-        self._finish()
-
-    def _write_stream(self, writer: Writer) -> None:
+    def _write_stream(self) -> None:
         """The head goes out with the first text, so that what fails before it is an HTTP error and not a broken stream."""
-        response, (items, self._items) = self._response, (self._items, [])
-        if self.error is not None and not response.is_started:
-            raise self.error
-        out, is_last = self._written(writer, items)
+        connection, (items, self._items) = self._connection, (self._items, [])
+        out, is_last = self._events_of(items)
         if not out and not is_last:
             return  # what was said so far is not for the client yet
-        if not response.is_started:
-            response.start(200, writer.headers + self._label)
-        response.write(out, is_last)
+        if not connection.is_started:
+            connection.start(200, self._writer.headers + self._label)
+        connection.write(out, is_last)
         if is_last:
             self._finish()
 
-    def _written(self, writer: Writer, items: list[Any]) -> tuple[bytes, bool]:
+    def _events_of(self, items: list[Any]) -> tuple[bytes, bool]:
         """What these items come to, and whether it is the last of the response. A failure is worded here: the status is sent already."""
+        writer = self._writer
         try:
             out = writer.feed(items)
-            if self.error is not None:
-                self._passed()
-                return out + writer.fail(self.error), True
-            if self.end is not None:
+            if self._error is not None:
+                self._note_end()
+                return out + writer.fail(self._error), True
+            if self._end is not None:
                 return out + writer.end(self._ending()), True
         except MeshserveError as error:
             return writer.fail(error), True
@@ -240,47 +295,60 @@ class Exchange:
 
     def _ending(self) -> Ending:
         """The end, and the receipt with this frontend's part. Raises ProtocolError for what a processor must not say."""
-        ending = Ending.from_wire(self.end)
-        self._passed()
-        return ending if ending.receipt is None else self._owner.with_receipt(ending, self.front)
-
-    def went_wrong(self) -> None:
-        """To be called in an exception's handler: a mistake of ours."""
-        _log.exception("%s failed: request %s", self.api.path, self.front.request_id)
-        self.refuse(MeshserveError())
+        ending = Ending.from_wire(self._end)
+        self._note_end()
+        if ending.receipt is None:
+            return ending
+        front = self._front.to_wire(self._completions.mesh.own.name)
+        return replace(ending, receipt=with_front(ending.receipt, front))
 
     def refuse(self, error: MeshserveError) -> None:
-        """The answer is this error; if another one has begun, it is broken off."""
-        self._passed()
-        self.front.failed(error)
-        if self._response.is_started:
-            self._response.break_off()
+        """The answer is this error; if another one has begun, it is broken off. Harmless after the end."""
+        if self._is_over:
+            return
+        self._note_end()
+        self._front.failed(error)
+        if self._connection.is_started:
+            self._connection.break_off()
         else:
-            headers = encode_headers(error_headers(error)) + self._label
-            self._response.whole(error.http_status, self.api.error_body(self.api.named(error)), headers)
+            body = self._api.error_body(self._api.named(error))
+            self._connection.respond(error.http_status, error_headers(error) + self._label, body)
         self._finish()
+
+    def _went_wrong(self) -> None:
+        """To be called in an exception's handler: a mistake of ours."""
+        _log.exception("%s failed: request %s", self._api.path, self._front.request_id)
+        self.refuse(MeshserveError())
 
     # --- the end
 
-    def _passed(self) -> None:
-        """What is known of this frontend's part when all that is left is to write the end: from then on the client may have it."""
-        front = self.front
-        front.ended_s = time.monotonic()
-        front.processor = self.call.peer if self.call is not None else ""
+    def _note_end(self) -> None:
+        """All that is left is to write the end: from then on the client may have it, and ask for its receipt."""
+        self._front.ended_s = time.monotonic()
+        self._front.processor = self._call.peer if self._call is not None else ""
+
+    def _give_slots_back(self) -> None:
+        self._front.answered_s = self._front.answered_s or time.monotonic()
+        if self._has_slots:
+            self._has_slots = False
+            self._completions.slots.leave(self, self._request.model, is_done=self._end is not None)
 
     def _finish(self) -> None:
         if self._is_over:
             return
         self._is_over = True
-        self._cancel()
-        self._left()
-        if self.error is not None:
-            self.front.failed(self.error)
-            self.error = None  # where it was raised it holds this exchange: only the collector could free both
-        if not self.front.ended_s:
-            self._passed()
-        if self._connection.exchange is self:
-            self._connection.exchange = None
-        self._owner.over(self)
-        if self.on_done is not None:
-            self.on_done()
+        completions, front = self._completions, self._front
+        if self._call is not None and self._end is None and self._error is None:
+            self._call.cancel()
+        self._give_slots_back()
+        if self._error is not None:
+            front.failed(self._error)
+            self._error = None  # where it was raised it holds this exchange: only the collector could free both
+        if not front.ended_s:
+            self._note_end()
+        completions.num_open -= 1
+        completions.under_way.remove(front.request_id, front.client_id)
+        if completions.fronts is not None:
+            completions.fronts.keep(front)
+        if completions.exporter is not None:
+            completions.exporter.front_ended(front)

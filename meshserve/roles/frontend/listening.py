@@ -1,21 +1,15 @@
-"""The socket of a frontend, its certificate, and uvicorn's server without what a peer does for itself."""
+"""The listening socket of a frontend, its certificate, and how many connections its process may have."""
 
-import asyncio
 import contextlib
 import errno
 import resource
 import socket
 import ssl
-from collections.abc import Iterator
-from typing import Any
-
-import uvicorn
 
 from meshserve.config import FrontConfig
 from meshserve.errors import StartupFailed, UsageError
-from meshserve.roles.frontend.connections import Connections, FrontProtocol
 
-_BACKLOG = 2048
+BACKLOG = 2048
 _SEND_BUFFER_BYTES = 256 * 1024
 """Of the kernel, per connection: left to itself it takes 4 MiB from us for a client that reads nothing."""
 _FILES_IN_RESERVE = 256
@@ -26,7 +20,7 @@ def bind(host: str, port: int, limits: FrontConfig) -> socket.socket:
     """A listening socket; what is set on it holds for every connection. Raises StartupFailed that says what is wrong."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=_BACKLOG)
+        listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
         what, reason = ("port", "is taken") if error.errno == errno.EADDRINUSE else ("address", "is not this host's")
         if error.errno == errno.EACCES:
@@ -76,45 +70,3 @@ def possible_connections(wanted: int) -> int:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _FILES_IN_RESERVE))
-
-
-class Server(uvicorn.Server):
-    """uvicorn with connections of our own, and without its signal handlers: signals are the peer's business."""
-
-    def __init__(self, application: Any, connections: Connections, context: ssl.SSLContext | None) -> None:
-        super().__init__(
-            uvicorn.Config(
-                application,
-                http=FrontProtocol,
-                ws="none",
-                lifespan="off",
-                interface="asgi3",
-                log_config=None,
-                access_log=False,
-                proxy_headers=False,
-                server_header=False,
-                timeout_graceful_shutdown=1,
-            )
-        )
-        self._connections, self._context = connections, context
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """None."""
-        yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve on the one socket there is. uvicorn's own gives a client that says nothing a minute to agree on TLS."""
-        assert sockets is not None
-
-        def connect() -> asyncio.Protocol:
-            return FrontProtocol(self._connections, config=self.config, server_state=self.server_state, app_state={})
-
-        limits = self._connections.limits
-        tls: dict[str, Any] = {"ssl": self._context}
-        if self._context is not None:
-            tls |= {"ssl_handshake_timeout": limits.header_timeout_s, "ssl_shutdown_timeout": limits.linger_s}
-        self.servers = [
-            await asyncio.get_running_loop().create_server(connect, sock=listening, backlog=_BACKLOG, **tls) for listening in sockets
-        ]
-        self.started = True

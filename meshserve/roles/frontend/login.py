@@ -4,11 +4,11 @@ import html
 import time
 from urllib.parse import parse_qs, quote
 
-from meshserve.errors import Forbidden, InvalidRequest, MeshserveError, RateLimited
+from meshserve.errors import Forbidden, RateLimited
 from meshserve.roles.frontend.access import SESSION_COOKIE, Guesses, KeyRing, Sessions
-from meshserve.roles.frontend.asgi import JSON, Header, Receive, Scope, Send, read_body, send_whole
+from meshserve.roles.frontend.http.messages import Header, Request, Response, body_too_large, header_lines
+from meshserve.roles.frontend.http.routes import Routes
 from meshserve.roles.frontend.origins import Headers, is_cross_site, is_same_origin
-from meshserve.roles.frontend.shapes import error_body
 
 LOGIN, LOGOUT = "/login", "/logout"
 
@@ -31,13 +31,15 @@ p {{ margin: 0; }}
 </form></body></html>
 """
 _NO_STORE: Header = (b"cache-control", b"no-store")
-_HTML_HEADERS: list[Header] = [
-    (b"content-type", b"text/html; charset=utf-8"),
-    _NO_STORE,
-    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'"),
-    (b"referrer-policy", b"same-origin"),
-    (b"x-content-type-options", b"nosniff"),
-]
+_HTML_HEADERS = header_lines(
+    [
+        (b"content-type", b"text/html; charset=utf-8"),
+        _NO_STORE,
+        (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; frame-ancestors 'none'"),
+        (b"referrer-policy", b"same-origin"),
+        (b"x-content-type-options", b"nosniff"),
+    ]
+)
 
 
 def wants_page(headers: Headers) -> bool:
@@ -67,68 +69,53 @@ class Login:
         self._guesses = Guesses()
         self._cookie_end = f"; Path=/; HttpOnly; SameSite=Strict{'; Secure' if is_tls else ''}"
 
-    async def serve(self, scope: Scope, headers: Headers, receive: Receive, send: Send) -> None:
-        """`/login` and `/logout`. Raises MeshserveError for what is no form's request."""
-        target, method = _target(scope), scope["method"]
-        if method == "POST" and scope["path"] == LOGOUT:
-            await self._log_out(scope, headers, send)
-        elif method == "POST":
-            await self._log_in(scope, headers, receive, send, target)
-        elif method in ("GET", "HEAD") and scope["path"] == LOGIN:
-            await self._page(send, 200, target, "")
-        else:
-            await _refuse_method(scope, send)
+    def add_routes(self, routes: Routes) -> None:
+        """To the frontend's table."""
+        routes.add("GET", LOGIN, lambda request: _page(200, _target(request), ""))
+        routes.add("POST", LOGIN, self._log_in)
+        routes.add("POST", LOGOUT, self._log_out)
 
-    async def _log_in(self, scope: Scope, headers: Headers, receive: Receive, send: Send, target: str) -> None:
-        _check_page(scope, headers)
+    def _log_in(self, request: Request) -> Response:
+        _check_page(request)
+        if len(request.body) > _MAX_FORM_BYTES:
+            raise body_too_large(_MAX_FORM_BYTES)
         now_s = time.monotonic()
-        address = scope["client"][0] if scope["client"] else ""
-        wait_s = self._guesses.wait_s(address, now_s)
+        wait_s = self._guesses.wait_s(request.address, now_s)
         if wait_s:
             raise RateLimited("too many wrong keys: wait a little", retry_after_s=wait_s)
-        form = parse_qs((await read_body(receive, _MAX_FORM_BYTES)).decode("utf-8", "replace"))
+        form = parse_qs(request.body.decode("utf-8", "replace"))
         key = self._keys.find(form.get("key", [""])[0].strip().encode())
         if key is None:
-            self._guesses.was_wrong(address, now_s)
-            await self._page(send, 401, target, "This is not a key of this frontend.")
-            return
-        self._guesses.was_right(address)
-        cookie = f"{SESSION_COOKIE}={self._sessions.begin(key, now_s)}{self._cookie_end}"
-        await send_whole(
-            send, 303, b"", [(b"location", target.encode()), (b"set-cookie", cookie.encode()), (b"cache-control", b"no-store")]
-        )
+            self._guesses.was_wrong(request.address, now_s)
+            return _page(401, _target(request), "This is not a key of this frontend.")
+        self._guesses.was_right(request.address)
+        return self._redirect(_target(request), f"{SESSION_COOKIE}={self._sessions.begin(key, now_s)}")
 
-    async def _log_out(self, scope: Scope, headers: Headers, send: Send) -> None:
-        _check_page(scope, headers)
-        self._sessions.end(session_token(headers), time.monotonic())
-        cookie = f"{SESSION_COOKIE}=; Max-Age=0{self._cookie_end}".encode()
-        await send_whole(send, 303, b"", [(b"location", LOGIN.encode()), (b"set-cookie", cookie), _NO_STORE])
+    def _log_out(self, request: Request) -> Response:
+        _check_page(request)
+        self._sessions.end(session_token(request.headers), time.monotonic())
+        return self._redirect(LOGIN, f"{SESSION_COOKIE}=; Max-Age=0")
 
-    async def _page(self, send: Send, status: int, target: str, message: str) -> None:
-        action = f"{LOGIN}?next={quote(target)}"
-        body = _PAGE.format(action=html.escape(action), message=html.escape(message)).encode()
-        await send_whole(send, status, body, _HTML_HEADERS)
+    def _redirect(self, location: str, cookie: str) -> Response:
+        cookie_header = (b"set-cookie", f"{cookie}{self._cookie_end}".encode())
+        return Response(303, b"", header_lines([(b"location", location.encode()), cookie_header, _NO_STORE]))
 
 
-async def _refuse_method(scope: Scope, send: Send) -> None:
-    allowed = b"POST" if scope["path"] == LOGOUT else b"GET, HEAD, POST"
-    body = error_body(InvalidRequest(f"{scope['method']} is not for {scope['path']}"))
-    await send_whole(send, 405, body, [JSON, (b"allow", allowed)])
+def _page(status: int, target: str, message: str) -> Response:
+    action = f"{LOGIN}?next={quote(target)}"
+    body = _PAGE.format(action=html.escape(action), message=html.escape(message)).encode()
+    return Response(status, body, _HTML_HEADERS)
 
 
-def _target(scope: Scope) -> str:
+def _target(request: Request) -> str:
     """Where to go after the login: a path of this server and nothing else."""
-    target = parse_qs(scope["query_string"].decode("latin-1")).get("next", ["/"])[0]
+    target = parse_qs(request.query.decode("latin-1")).get("next", ["/"])[0]
     is_own = target.startswith("/") and not target.startswith(("//", "/\\")) and target.isprintable() and target.isascii()
     return target if is_own else "/"
 
 
-def _check_page(scope: Scope, headers: Headers) -> None:
+def _check_page(request: Request) -> None:
     """A form of another site must not log a browser in or out."""
-    if is_cross_site(headers) or (b"origin" in headers and not is_same_origin(scope["scheme"], headers)):
+    headers = request.headers
+    if is_cross_site(headers) or (b"origin" in headers and not is_same_origin(request.scheme, headers)):
         raise Forbidden("this form was sent by a page of another site")
-
-
-def challenge(error: MeshserveError) -> list[Header]:
-    """How a refused client is told what to show."""
-    return [(b"www-authenticate", b"Bearer")] if error.http_status == 401 else []

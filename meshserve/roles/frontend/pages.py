@@ -1,32 +1,36 @@
 """Pages of the frontend's own: their files, and the headers that keep everything else out of them."""
 
+import functools
 from pathlib import Path
 
-from starlette.responses import Response
+from meshserve.roles.frontend.http.messages import Response, header_lines
 
-_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
-_HEADERS = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
-    ),
-    "cache-control": "no-cache",
-    "referrer-policy": "no-referrer",
-    "x-content-type-options": "nosniff",
+_TYPES = {
+    ".html": b"text/html; charset=utf-8",
+    ".js": b"text/javascript; charset=utf-8",
+    ".css": b"text/css; charset=utf-8",
+    ".svg": b"image/svg+xml",
 }
+_POLICY = (
+    b"default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    b"base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
+_HEADERS = [
+    (b"content-security-policy", _POLICY),
+    (b"cache-control", b"no-cache"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"x-content-type-options", b"nosniff"),
+]
 
 
-class PageFiles:
-    """Those of one folder: read once, by the names that are there and no others."""
+@functools.cache
+def _files(folder: Path) -> dict[str, Response]:
+    """Read once, by the names that are there and no others."""
+    heads = {suffix: header_lines([(b"content-type", kind), *_HEADERS]) for suffix, kind in _TYPES.items()}
+    return {path.name: Response(200, path.read_bytes(), heads[path.suffix]) for path in folder.iterdir() if path.suffix in heads}
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._files: dict[str, Response] = {}
 
-    def named(self, name: str) -> Response:
-        """The file as a response; 404 if there is none."""
-        if not self._files:
-            for path in self._folder.iterdir():
-                if path.suffix in _TYPES:
-                    self._files[path.name] = Response(path.read_bytes(), headers=_HEADERS, media_type=_TYPES[path.suffix])
-        return self._files.get(name) or Response(f"there is no {name[:64]} here\n", 404, media_type="text/plain")
+def page_file(folder: Path, name: str) -> Response:
+    """The file of this name as a response; 404 if there is none."""
+    missing = Response(404, f"there is no {name[:64]} here\n".encode(), b"content-type: text/plain; charset=utf-8\r\n")
+    return _files(folder).get(name, missing)

@@ -3,39 +3,29 @@
 import asyncio
 from pathlib import Path
 
-from starlette.requests import Request
-from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
-
 import meshserve.roles.frontend.openapi.page
 from meshserve.config import ServeConfig
-from meshserve.roles.frontend.pages import PageFiles
+from meshserve.roles.frontend.http.messages import JSON, Response
+from meshserve.roles.frontend.http.routes import Routes
+from meshserve.roles.frontend.pages import page_file
 
 
-class Documents:
+def add_documents(routes: Routes, config: ServeConfig) -> None:
     """The routes."""
+    folder = Path(meshserve.roles.frontend.openapi.page.__file__).parent
+    document: bytes | None = None
 
-    def __init__(self, config: ServeConfig) -> None:
-        self._has_keys, self._observes = bool(config.api_keys), config.observe
-        self._files = PageFiles(Path(meshserve.roles.frontend.openapi.page.__file__).parent)
-        self._document: bytes | None = None
-
-    def routes(self) -> list[BaseRoute]:
-        """For the frontend's application."""
-        return [Route("/openapi.json", self._openapi), Route("/docs", self._page), Route("/docs/{name}", self._file)]
-
-    async def _openapi(self, request: Request) -> Response:
-        if self._document is None:
-            self._document = await asyncio.to_thread(self._made)  # tokens of requests need not wait for it
-        return Response(self._document, media_type="application/json", headers={"cache-control": "no-cache"})
-
-    def _made(self) -> bytes:
+    def make() -> bytes:
         from meshserve.roles.frontend.openapi.document import document_bytes  # nobody pays for it who does not ask
 
-        return document_bytes(self._has_keys, self._observes)
+        return document_bytes(bool(config.api_keys), config.observe)
 
-    async def _page(self, request: Request) -> Response:
-        return self._files.named("docs.html")
+    async def openapi() -> Response:
+        nonlocal document
+        if document is None:
+            document = await asyncio.to_thread(make)  # tokens of requests need not wait for it
+        return Response(200, document, JSON + b"cache-control: no-cache\r\n")
 
-    async def _file(self, request: Request) -> Response:
-        return self._files.named(request.path_params["name"])
+    routes.add("GET", "/openapi.json", lambda request: openapi())
+    routes.add("GET", "/docs", lambda request: page_file(folder, "docs.html"))
+    routes.add("GET", "/docs/{name}", lambda request: page_file(folder, request.name))

@@ -1,0 +1,396 @@
+"""One HTTP connection: its requests are answered in their order, under deadlines and limits of size.
+
+The sweep over all connections (:class:`Connections`) looks at the deadlines, so that a request pays for no timer.
+"""
+
+import asyncio
+import logging
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, suppress
+from dataclasses import dataclass
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any, Protocol
+
+from meshserve.config import FrontConfig
+from meshserve.errors import MeshserveError, Overloaded, RateLimited, RequestTimedOut
+from meshserve.roles.frontend.http.deadlines import Progress, Stage, Verdict
+from meshserve.roles.frontend.http.messages import Request, Response, error_headers
+from meshserve.roles.frontend.http.reader import RequestReader
+from meshserve.telemetry import Counters
+
+_log = logging.getLogger(__name__)
+
+_SWEEP_S = 0.5
+_SWEEP_AGAIN_S = 0.02
+_CLOSE_CHECK_S = 0.01
+_MAX_CLOSED_PER_SWEEP = 64
+"""Refusing a connection costs some 30 us: hundreds at once would hold up everybody's tokens."""
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+_STATUS_LINES = {status: f"HTTP/1.1 {status} {_PHRASES.get(status, '')}\r\n".encode() for status in range(100, 600)}
+
+
+class Answer(Protocol):
+    """What answers a request over time, by callbacks: no task stands behind it."""
+
+    def begin(self, connection: "Connection") -> None:
+        """It is the request's turn on its connection. Must not raise."""
+
+    def flush(self) -> None:
+        """Write what waits: the client takes more in again."""
+
+    def client_gone(self) -> None:
+        """The connection is lost."""
+
+
+Answered = Response | Coroutine[Any, Any, Response] | Answer
+"""What a handler gives back: a coroutine is run as a task of the connection, and cancelled when the client leaves."""
+
+
+@dataclass(frozen=True, slots=True)
+class Application:
+    """What stands behind the connections of a server. What raises MeshserveError is answered with that error."""
+
+    admit: Callable[[Request], Response | None]
+    """Let a request in, as far as its head tells, or answer it."""
+    answer: Callable[[Request], Answered]
+    error_body: Callable[[str, MeshserveError], bytes]
+    """An error as the clients of this path expect it."""
+
+
+class Connections:
+    """All connections of one server: their limits, their number by address, and the sweep."""
+
+    def __init__(self, application: Application, limits: FrontConfig, max_body_bytes: int, scheme: str, counters: Counters) -> None:
+        self.application, self.limits, self.max_body_bytes = application, limits, max_body_bytes
+        self.scheme, self.counters = scheme, counters
+        self.max_connections = limits.max_connections
+        self.open: set[Connection] = set()
+        self.tasks: set[asyncio.Task[None]] = set()
+        """Of handlers that are coroutines."""
+        self.is_stopping = False
+        """Each connection closes with the response that is under way."""
+        self._num_by_address: Counter[str] = Counter()
+        self.loop = asyncio.get_running_loop()
+        self._sweep()
+
+    def arrived(self, connection: "Connection") -> MeshserveError | None:
+        """One more connection; if there are too many, the error that says so."""
+        address = connection.address
+        self.open.add(connection)
+        self._num_by_address[address] += 1
+        if len(self.open) > self.max_connections:
+            return Overloaded(f"this frontend has {self.max_connections} connections open; try again")
+        if self._num_by_address[address] > self.limits.max_connections_per_address:
+            return RateLimited(f"{address} has {self.limits.max_connections_per_address} connections open; close some")
+        return None
+
+    def left(self, connection: "Connection") -> None:
+        """A connection is gone."""
+        self.open.discard(connection)
+        self._num_by_address[connection.address] -= 1
+        if self._num_by_address[connection.address] <= 0:
+            del self._num_by_address[connection.address]
+
+    def _sweep(self) -> None:
+        self.now_s = self.loop.time()
+        """As of the last sweep: close enough for deadlines of seconds, and free."""
+        self.date = f"date: {formatdate(usegmt=True)}\r\n".encode()
+        num_closed = 0
+        for connection in list(self.open):
+            num_closed += connection.check(self.now_s)
+            if num_closed >= _MAX_CLOSED_PER_SWEEP:
+                break
+        pause_s = _SWEEP_AGAIN_S if num_closed >= _MAX_CLOSED_PER_SWEEP else _SWEEP_S
+        self._timer = self.loop.call_later(pause_s, self._sweep)
+
+    async def close(self, grace_s: float) -> None:
+        """Let the responses that are under way end, for so long; then cut off what is still open."""
+        self.is_stopping = True
+        for connection in list(self.open):
+            connection.close_if_idle()
+        await self._wait_until_empty(grace_s)
+        for connection in list(self.open):
+            connection.transport.abort()
+        await self._wait_until_empty(grace_s)
+        self._timer.cancel()
+
+    async def _wait_until_empty(self, timeout_s: float) -> None:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                while self.open or self.tasks:
+                    await asyncio.sleep(_CLOSE_CHECK_S)
+
+
+class Connection(asyncio.Protocol):
+    """Answers requests in their order. After an error of the client's in HTTP itself, the connection closes."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections, self._application = connections, connections.application
+        self._progress = Progress(connections.now_s)
+        self._queue: deque[Request] = deque()
+        """Complete requests whose turn has not come."""
+        self._is_reading = True
+        self.request: Request | None = None
+        """The one that is being answered."""
+        self._answer: Answer | None = None
+        self._head = b""
+        """Of a response in pieces, until its first piece."""
+        self.is_started = False
+        """The head of the response is settled."""
+        self.is_stuck = False
+        """The client has not taken in what was written: more has to wait for `Answer.flush`."""
+
+    # --- coming and going
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        connections, limits = self._connections, self._connections.limits
+        peername = transport.get_extra_info("peername")
+        self.transport, self.address = transport, peername[0] if peername else ""
+        self._reader = RequestReader(self.address, connections.scheme, limits.max_header_bytes, connections.max_body_bytes)
+        error = connections.arrived(self)
+        if error is not None:
+            connections.counters.add("connections_refused")
+            self._write_refusal(error)
+            transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.left(self)
+        self._reader.close()
+        self._queue.clear()
+        answer, self._answer, self.request = self._answer, None, None
+        if answer is not None:
+            answer.client_gone()
+
+    def close_if_idle(self) -> None:
+        """The server stops: a connection that owes no answer closes now, others with their answer."""
+        if self.request is None and not self._queue:
+            self.transport.close()
+
+    def check(self, now_s: float) -> bool:
+        """Look at the deadlines; True if the connection was closed for one."""
+        progress, counters = self._progress, self._connections.counters
+        verdict = progress.verdict(now_s, self._connections.limits)
+        if verdict is Verdict.WAIT:
+            return False
+        if verdict is Verdict.TIMED_OUT:
+            what = "headers" if progress.stage is Stage.HEAD else "body"
+            counters.add("clients_timed_out")
+            self._refuse(RequestTimedOut(f"the rest of the request's {what} did not come in time"))
+            return True
+        if verdict is Verdict.TOO_SLOW:
+            counters.add("clients_too_slow")
+        if verdict is Verdict.CLOSE and progress.stage is Stage.IDLE:
+            self.transport.close()
+            progress.enter(Stage.LINGER, now_s)  # if its last response is still unread, it is cut off later
+        else:
+            self.transport.abort()
+        return True
+
+    # --- requests
+
+    def data_received(self, data: bytes) -> None:
+        if self._progress.stage is Stage.LINGER:
+            return
+        try:
+            self._queue += self._reader.feed(data)
+        except MeshserveError as error:
+            self._refuse(error)
+            return
+        self._note_progress()
+        if self._queue:
+            self._serve_next()
+        if self._queue and self._is_reading and not self.transport.is_closing():
+            self._is_reading = False
+            self.transport.pause_reading()
+        if self._reader.request is not None:
+            self._look_at_head(self._reader.request)
+
+    def _note_progress(self) -> None:
+        """Called when what the connection waits for may have changed."""
+        progress, reader = self._progress, self._reader
+        was_answering, progress.is_answering = progress.is_answering, self.request is not None or bool(self._queue)
+        stage = Stage.ANSWER if progress.is_answering and reader.stage is Stage.IDLE else reader.stage
+        progress.has_begun, progress.num_body_bytes = True, reader.num_body_bytes
+        # What came of the next request while an earlier one was answered had no deadline: its time begins now.
+        if stage is not progress.stage or (was_answering and not progress.is_answering):
+            progress.enter(stage, self._connections.now_s)
+
+    def _look_at_head(self, request: Request) -> None:
+        """The body is still to come: refuse it if the guard does, else tell a client that waits for a word to send it."""
+        if request.is_expected or self.request is not None or self._queue:
+            return
+        request.is_expected = True
+        try:
+            self._application.admit(request)
+        except MeshserveError as error:
+            self._refuse(error, request.extra_headers)
+            return
+        if request.headers.get(b"expect", b"").lower() == b"100-continue":
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _serve_next(self) -> None:
+        """Answer the next request, if its turn has come and the client takes in what was written before."""
+        if not self._queue or self.request is not None or self.is_stuck or self.transport.is_closing():
+            return
+        request = self.request = self._queue.popleft()
+        if not self._queue and not self._is_reading:
+            self._is_reading = True
+            self.transport.resume_reading()  # who does not read sees no client go
+        try:
+            answered = self._application.admit(request) or self._application.answer(request)
+        except MeshserveError as error:
+            self.fail(error)
+        except Exception as error:
+            self.went_wrong(error)
+        else:
+            if isinstance(answered, Response) and isinstance(answered.body, bytes):
+                self.respond(answered.status, answered.headers, answered.body)
+                return
+            if isinstance(answered, Response | Coroutine):
+                answered = _TaskAnswer(answered, self._connections)
+            self._answer = answered
+            answered.begin(self)
+
+    # --- responses
+
+    def respond(self, status: int, headers: bytes, body: bytes) -> None:
+        """Write a whole response. `headers` are as `header_lines` gives them."""
+        assert self.request is not None
+        head = self._head_of(status, headers, b"" if status == 204 else b"content-length: %d\r\n" % len(body))
+        self.transport.write(head if self.request.method == "HEAD" else head + body)
+        self._end()
+
+    def start(self, status: int, headers: bytes) -> None:
+        """Begin a response in pieces. The head leaves with the first piece."""
+        assert self.request is not None
+        self._head = self._head_of(status, headers, b"transfer-encoding: chunked\r\n" if self.request.takes_chunks else b"")
+        self.is_started = True
+
+    def write(self, piece: bytes, is_last: bool) -> None:
+        """Write the next piece of the body."""
+        if self.request is None or self.transport.is_closing():
+            return
+        if self.request.takes_chunks:
+            piece = b"%x\r\n%b\r\n" % (len(piece), piece) if piece else b""
+            piece = piece + b"0\r\n\r\n" if is_last else piece
+        self.transport.write(self._head + piece)
+        self._head = b""
+        if is_last:
+            self._end()
+
+    def fail(self, error: MeshserveError) -> None:
+        """Answer with this error, if that can still be said."""
+        if self.is_started:
+            self.break_off()
+        elif self.request is not None:
+            self.respond(error.http_status, error_headers(error), self._application.error_body(self.request.path, error))
+
+    def break_off(self) -> None:
+        """End a response that cannot be completed together with its connection, so that nobody takes it for whole."""
+        self.transport.close()
+
+    def went_wrong(self, error: Exception) -> None:
+        """A bug: the log says which, and the client only that."""
+        if self.request is not None:
+            is_debug = _log.isEnabledFor(logging.DEBUG)
+            _log.error("%s %s failed: %r", self.request.method, self.request.path, error, exc_info=error if is_debug else None)
+        self.fail(MeshserveError())
+
+    def _head_of(self, status: int, headers: bytes, length: bytes) -> bytes:
+        request = self.request
+        assert request is not None
+        close = b"" if request.keeps_alive and not self._connections.is_stopping else b"connection: close\r\n"
+        return b"".join((_STATUS_LINES[status], self._connections.date, headers, request.extra_headers, length, close, b"\r\n"))
+
+    def _end(self) -> None:
+        """The response is written: on to the next request."""
+        assert self.request is not None
+        is_last = not self.request.keeps_alive or self._connections.is_stopping
+        self.request, self._answer, self.is_started = None, None, False
+        if is_last:
+            self._queue.clear()
+            self.transport.close()
+        elif self._queue:
+            # Not by a call from here: requests that came in one read would hold up other connections, and go as deep as they are many.
+            self._connections.loop.call_soon(self._serve_next)
+        elif self._reader.request is not None:
+            self._look_at_head(self._reader.request)
+        self._note_progress()
+
+    def pause_writing(self) -> None:
+        self.is_stuck, self._progress.stuck_since_s = True, self._connections.now_s
+
+    def resume_writing(self) -> None:
+        self.is_stuck, self._progress.stuck_since_s = False, None
+        if self._answer is not None:
+            self._answer.flush()
+        else:
+            self._serve_next()
+
+    # --- refusing
+
+    def _refuse(self, error: MeshserveError, extra_headers: bytes = b"") -> None:
+        """Say what is wrong if no response is under way, then close, but not before the client could read it."""
+        if self.request is not None or self._queue or self.transport.is_closing():
+            self.transport.abort()
+            return
+        self._write_refusal(error, extra_headers)
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+
+    def _write_refusal(self, error: MeshserveError, extra_headers: bytes = b"") -> None:
+        body = self._application.error_body(self._reader.target.decode("latin-1"), error)
+        length = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        headers = self._connections.date + error_headers(error) + extra_headers
+        self.transport.write(_STATUS_LINES[error.http_status] + headers + length + body)
+        self._progress.enter(Stage.LINGER, self._connections.now_s)
+
+
+class _TaskAnswer:
+    """Runs a handler's coroutine, and writes a body that comes in pieces."""
+
+    def __init__(self, answered: Response | Coroutine[Any, Any, Response], connections: Connections) -> None:
+        self._answered, self._connections = answered, connections
+        self._resumed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def begin(self, connection: Connection) -> None:
+        tasks = self._connections.tasks
+        self._task = self._connections.loop.create_task(self._run(connection))
+        tasks.add(self._task)
+        self._task.add_done_callback(tasks.discard)
+
+    def flush(self) -> None:
+        self._resumed.set()
+
+    def client_gone(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self, connection: Connection) -> None:
+        try:
+            response = self._answered if isinstance(self._answered, Response) else await self._answered
+            if isinstance(response.body, bytes):
+                connection.respond(response.status, response.headers, response.body)
+            else:
+                async with aclosing(response.body) as pieces:
+                    await self._write(connection, response, pieces)
+        except MeshserveError as error:
+            connection.fail(error)
+        except Exception as error:
+            connection.went_wrong(error)
+
+    async def _write(self, connection: Connection, response: Response, pieces: AsyncGenerator[bytes, None]) -> None:
+        if connection.request is None or connection.request.method == "HEAD":
+            connection.respond(response.status, response.headers, b"")
+            return
+        async for piece in pieces:
+            if not connection.is_started:
+                connection.start(response.status, response.headers)
+            connection.write(piece, is_last=False)
+            if connection.is_stuck:
+                self._resumed.clear()
+                await self._resumed.wait()
+        connection.write(b"", is_last=True)

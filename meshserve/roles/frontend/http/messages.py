@@ -1,0 +1,83 @@
+"""HTTP requests and responses, as handlers see them. Pure."""
+
+import json
+import math
+import re
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from meshserve.errors import MeshserveError, RequestTooLarge
+
+Header = tuple[bytes, bytes]
+
+JSON = b"content-type: application/json\r\n"
+_FORBIDDEN = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+@dataclass(slots=True)
+class Request:
+    """One request. Of a header that comes twice, the first counts."""
+
+    method: str
+    path: str
+    """Decoded and without the query: what the guard and the routes look at."""
+    raw_path: bytes
+    query: bytes
+    headers: Mapping[bytes, bytes]
+    """By name in lower case."""
+    address: str
+    """Of the client."""
+    scheme: str
+    takes_chunks: bool
+    """False for a client that speaks HTTP/1.0."""
+    keeps_alive: bool
+    began_s: float
+    """When the head was complete, on the monotonic clock."""
+    body: bytes = b""
+    is_expected: bool = False
+    """The guard has looked at the head, and the client may send the body."""
+    name: str = ""
+    """The end of the path, where the route leaves it open."""
+    client: str = ""
+    """For the fairness between clients: the key, else the address. The guard sets it."""
+    extra_headers: bytes = b""
+    """Of every response to this request, as :func:`header_lines` gives them. The guard sets them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response. A body that is a generator leaves in chunks as it comes, and the head with the first of them."""
+
+    status: int
+    body: bytes | AsyncGenerator[bytes, None] = b""
+    headers: bytes = b""
+    """As :func:`header_lines` gives them; the connection adds date and length."""
+
+
+def header_lines(headers: Sequence[Header]) -> bytes:
+    """Headers as they stand in a response's head. Raises RuntimeError for a value with a control character."""
+    if _FORBIDDEN.search(b"".join([value for _, value in headers])):
+        raise RuntimeError("a header with a control character")
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
+
+
+def json_response(value: Any, status: int = 200, headers: bytes = b"") -> Response:
+    """`value` as JSON."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Response(status, text.encode(), JSON + headers)
+
+
+def error_headers(error: MeshserveError) -> bytes:
+    """Of an error's response: its type, when to come back if that is known, and how to show a key if that is what is missing."""
+    headers = JSON
+    if error.http_status in (429, 503):
+        headers += b"retry-after: %d\r\n" % max(1, math.ceil(getattr(error, "retry_after_s", 1.0)))
+    if error.http_status == 401:
+        headers += b"www-authenticate: Bearer\r\n"
+    return headers
+
+
+def body_too_large(max_bytes: int) -> RequestTooLarge:
+    """The error, in one wording for all limits of bodies."""
+    return RequestTooLarge(f"the body is longer than {max_bytes} bytes")
