@@ -72,6 +72,21 @@ def test_an_older_client_gets_it_too(front: Front) -> None:
     assert answer_of(front.raw(HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + SIZE + b"\r\n" + DATA))[0] == expected
 
 
+def test_an_older_client_gets_a_stream_to_the_connections_end_and_no_chunks(front: Front) -> None:
+    body = json.dumps({**BODY, "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.0\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
+    told, _, events = front.raw(head + body).partition(b"\r\n\r\n")
+    assert b"transfer-encoding" not in told and b"connection: close" in told
+    assert events.startswith(b"data: {") and events.endswith(b"}\n\ndata: [DONE]\n\n")
+
+
+@pytest.mark.parametrize("path", ["/health", "/nowhere", "/mesh/events", "/metrics"])
+def test_a_head_is_told_what_a_get_would_be_without_the_body(front: Front, path: str) -> None:
+    told = front.raw(f"HEAD {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
+    assert told.endswith(b"\r\n\r\n") and told.count(b"\r\n\r\n") == 1 and b"content-length: " in told
+    assert told.startswith(b"HTTP/1.1 404" if path == "/nowhere" else b"HTTP/1.1 200")
+
+
 def test_requests_that_come_before_the_first_is_answered_are_answered_in_turn(front: Front) -> None:
     plain, short = HEAD + SIZE + b"\r\n" + DATA, json.dumps({**BODY, "max_tokens": 1}).encode()
     last = HEAD + CLOSE + b"content-length: %d\r\n\r\n" % len(short) + short

@@ -96,6 +96,12 @@ def test_each_way_to_show_a_key(guarded: Front, headers: dict[str, str], status:
         assert error_of(response)["code"] == "invalid_api_key" and response.headers["www-authenticate"] == "Bearer"
 
 
+def test_who_shows_no_key_is_told_before_the_body_is_taken_in(guarded: Front) -> None:
+    head = request_head("/v1/completions", "content-length: 100000", "expect: 100-continue", f"origin: {ORIGIN}")
+    told = guarded.raw(head)
+    assert told.startswith(b"HTTP/1.1 401 ") and b"access-control-allow-origin: " in told and b"www-authenticate: Bearer" in told
+
+
 def log_in(front: Front, key: str, **headers: str) -> httpx.Response:
     return front.client.post("/login?next=/v1/models", data={"key": key}, headers={**BROWSER, **headers})
 

@@ -9,7 +9,7 @@ from meshserve.errors import EngineFailed, InvalidRequest, ModelNotFound, Overlo
 from meshserve.roles.frontend import anthropic_writers, apis, shapes
 from meshserve.roles.frontend.apis import Api
 from meshserve.roles.frontend.models.common import ResponseOptions
-from meshserve.roles.frontend.writers import Reply, Writer
+from meshserve.roles.frontend.writers import Writer
 from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, StartItem, TextItem
 from meshserve.wire.structs import plain, replace
 
@@ -22,7 +22,7 @@ def writer(api: Api, is_stream: bool = True, wants_usage: bool = False, **fields
     kind = "completion" if api is apis.COMPLETIONS else "chat"
     given = {"prompt": "p"} if kind == "completion" else {"messages": [{"role": "user", "content": "hi"}]}
     request = CompletionRequest(request_id="abc-1", kind=kind, model="m", **{**given, **fields})
-    return api.writer(Reply(api.response_id("abc-1"), 7, request, ResponseOptions(is_stream, wants_usage)))
+    return api.writer(7, request, ResponseOptions(is_stream, wants_usage))
 
 
 def wire(*items: Any) -> list[Any]:

@@ -77,12 +77,14 @@ class Admission:
 
     def arrive(self, entry: QueueEntry, now_s: float) -> list[Decision]:
         """A new request: it is admitted, or it waits (`is_waiting`). Raises Overloaded or RateLimited. Another may have to make room."""
+        client = self._clients.get(entry.client)
+        if client is None:
+            client = self._clients[entry.client] = _Client(entry.client)
         if not self.num_waiting and self._has_room(entry):
-            self._admit(self._client(entry.client), entry, now_s)
+            self._admit(client, entry, now_s)
             return []
         if not self.num_waiting and now_s - self._emptied_s > max(_CALM_S, self.mean_duration_s):
             self._standing_since_s = None  # what comes from here on is another burst
-        client = self._client(entry.client)
         decisions = []
         if self.is_overloaded(now_s) and self._has_its_share(client) and self._expected_wait_s(client) > self.patience_s:
             raise self._refuse(client, now_s)
@@ -101,11 +103,11 @@ class Admission:
             self._drop_if_idle(client)
         elif entry.admitted_s is not None:
             if is_done:
-                self._learn(now_s - entry.admitted_s)
-            self.num_running -= entry.weight
+                duration_s, mean_s = now_s - entry.admitted_s, self.mean_duration_s
+                self.mean_duration_s = mean_s + (duration_s - mean_s) * _SMOOTHING if mean_s else duration_s
             self._change_running(client, -entry.weight)
             entry.admitted_s = None
-        return self._fill(now_s)
+        return self._fill(now_s) if self.num_waiting else []
 
     def set_capacity(self, capacity: float, now_s: float) -> list[Decision]:
         """There are so many slots now."""
@@ -209,29 +211,24 @@ class Admission:
 
     # --- keeping the books
 
-    def _client(self, name: str) -> _Client:
-        client = self._clients.get(name)
-        if client is None:
-            client = self._clients[name] = _Client(name)
-        return client
-
     def _drop_if_idle(self, client: _Client) -> None:
         if not client.num_running and not client.queue:
             self._clients.pop(client.name, None)
 
     def _admit(self, client: _Client, entry: QueueEntry, now_s: float) -> None:
         entry.admitted_s = now_s
-        self.num_running += entry.weight
         self._change_running(client, entry.weight)
 
-    def _change_running(self, client: _Client, amount: int) -> None:
-        if client.queue:
-            self._delist(client)
-        client.num_running += amount
-        if client.queue:
-            self._waiting.setdefault(client.num_running, OrderedDict())[client.name] = client
-        else:
-            self._drop_if_idle(client)
+    def _change_running(self, client: _Client, num_slots: int) -> None:
+        self.num_running += num_slots
+        if not client.queue:
+            client.num_running += num_slots
+            if not client.num_running:
+                self._clients.pop(client.name, None)
+            return
+        self._delist(client)  # clients that wait stand by the slots that they have
+        client.num_running += num_slots
+        self._waiting.setdefault(client.num_running, OrderedDict())[client.name] = client
 
     def _enqueue(self, client: _Client, entry: QueueEntry) -> None:
         if not client.queue:
@@ -254,7 +251,3 @@ class Admission:
         del group[client.name]
         if not group:
             del self._waiting[client.num_running]
-
-    def _learn(self, duration_s: float) -> None:
-        mean_s = self.mean_duration_s
-        self.mean_duration_s = mean_s + (duration_s - mean_s) * _SMOOTHING if mean_s else duration_s

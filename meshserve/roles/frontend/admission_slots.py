@@ -116,7 +116,9 @@ class AdmissionSlots:
         found = self._models.get(self._first_names.get(model, model))
         if found is not None:
             self._waiting.discard(entry)
-            self._decide(found.admission.leave(entry, self._mesh.now_s(), is_done))
+            decisions = found.admission.leave(entry, self._mesh.now_s(), is_done)
+            if decisions:
+                self._decide(decisions)
 
     def num_waiting(self) -> int:
         """Requests that wait for a slot."""

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from meshserve.errors import InvalidRequest, MeshserveError
 from meshserve.roles.frontend import anthropic_writers, responses_writers
 from meshserve.roles.frontend.models import anthropic, chat, completions, responses
-from meshserve.roles.frontend.models.common import Parsed
+from meshserve.roles.frontend.models.common import Parsed, ResponseOptions
 from meshserve.roles.frontend.openai_writers import ChatChunkWriter, ChunkWriter, LineWriter, WholeChat, WholeCompletion
 from meshserve.roles.frontend.shapes import error_body
 from meshserve.roles.frontend.writers import Reply, Writer
+from meshserve.wire.completion import CompletionRequest
 
 Parse = Callable[[bytes, str, str], Parsed]
 """Body, the mesh's name of the request, the client's; raises InvalidRequest that names the field."""
@@ -31,13 +32,11 @@ class Api:
     params: dict[str, str] = field(default_factory=dict)
     """How this API calls what a processor finds fault with, where it has another name."""
 
-    def response_id(self, request_id: str) -> str:
-        """From the mesh's name of the request, which is in it."""
-        return self.prefix + (request_id if self.prefix.endswith("-") else request_id.replace("-", ""))
-
-    def writer(self, reply: Reply) -> Writer:
-        """For this reply, streamed or whole."""
-        return (self.events if reply.options.is_stream else self.whole)(reply)
+    def writer(self, created_s: int, request: CompletionRequest, options: ResponseOptions) -> Writer:
+        """Of the answer, streamed or whole. The response's id has the mesh's name of the request in it."""
+        name = request.request_id if self.prefix.endswith("-") else request.request_id.replace("-", "")
+        reply = Reply(self.prefix + name, created_s, request, options)
+        return self.events(reply) if options.is_stream else self.whole(reply)
 
     def named(self, error: MeshserveError) -> MeshserveError:
         """The error, with the field's name as this API has it."""

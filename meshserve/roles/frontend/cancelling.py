@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, RequestNotFound
@@ -17,33 +18,21 @@ class UnderWay:
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self._stops: dict[str, Callable[[MeshserveError], None]] = {}
-        self._labels: dict[str, list[str]] = {}
-        mesh.gauges.derive("cancellable", lambda: len(self._stops) + len(self._labels))
+        self.open: dict[str, tuple[str, Callable[[MeshserveError], None]]] = {}
+        """By the mesh's name: the client's label, and what cancels the request at every hop and tells its client the error."""
+        mesh.gauges.derive("cancellable", lambda: len(self.open))
         mesh.serve(FIND_REQUESTS, lambda call: call.end(self._found(call.body)))
         mesh.serve(CANCEL_REQUEST, lambda call: call.end(self._stop(call.body)))
 
-    def add(self, request_id: str, label: str, stop: Callable[[MeshserveError], None]) -> None:
-        """A request begins. `stop` cancels it at every hop, and tells its client the error."""
-        self._stops[request_id] = stop
-        if label:
-            self._labels.setdefault(label, []).append(request_id)
-
-    def remove(self, request_id: str, label: str) -> None:
-        """It ended. Harmless if it never began."""
-        if self._stops.pop(request_id, None) is not None and label:
-            named = self._labels[label]
-            named.remove(request_id)
-            if not named:
-                del self._labels[label]
-
     def _found(self, name: str) -> list[str]:
-        return [name] if name in self._stops else self._labels.get(name, [])[:_MAX_FOUND]
+        """All are looked through for a label: cancelling is rare, and requests pay for no second index."""
+        labelled = (request_id for request_id, (label, _) in self.open.items() if label == name)
+        return [name] if name in self.open else list(islice(labelled, _MAX_FOUND))
 
     def _stop(self, request_id: str) -> bool:
-        stop = self._stops.get(request_id)
-        if stop is None:
+        if request_id not in self.open:
             return False
+        _, stop = self.open[request_id]
         stop(Cancelled("this request was cancelled"))
         self._mesh.counters.add("requests_cancelled")
         return True

@@ -29,7 +29,7 @@ from meshserve.roles.frontend.http.messages import Request, error_headers
 from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS, Parsed, ResponseOptions
 from meshserve.roles.frontend.models.completions import parse_generate
 from meshserve.roles.frontend.timeouts import TIMEOUT_HEADER, request_timeout_s
-from meshserve.roles.frontend.writers import Reply, Writer
+from meshserve.roles.frontend.writers import Writer
 from meshserve.wire.completion import CompletionRequest, Ending, read_traceparent
 from meshserve.wire.messages import COMPLETE
 from meshserve.wire.structs import replace
@@ -152,9 +152,12 @@ class Exchange(QueueEntry):
             if self._is_over:  # the client left while a long body was parsed
                 return
             self._request = request = self._with_headers(request)  # InvalidRequest
-            self._writer = self._api.writer(Reply(self._api.response_id(front.request_id), int(time.time()), request, options))
-            self._check_room()  # Draining, Overloaded
-            completions.under_way.add(front.request_id, front.client_id, self.stop)
+            self._writer = self._api.writer(int(time.time()), request, options)
+            if completions.mesh.own.is_draining:
+                raise Draining("this frontend is shutting down")
+            if completions.num_open > (most := completions.config.max_requests):
+                raise Overloaded(f"this frontend has {most} requests under way; try again")
+            completions.under_way.open[front.request_id] = front.client_id, self.stop
             self.weight, self._has_slots = request.num_choices, True
             if completions.slots.ask(self, request.model):  # Overloaded, RateLimited
                 self.admitted()  # else it is called later, or `on_error`
@@ -178,13 +181,6 @@ class Exchange(QueueEntry):
             front.traceparent = trace if read_traceparent(trace) is not None else ""
         traceparent = front.traceparent if exporter is None else exporter.trace(front)
         return replace(request, traceparent=traceparent) if traceparent else request
-
-    def _check_room(self) -> None:
-        completions = self._completions
-        if completions.mesh.own.is_draining:
-            raise Draining("this frontend is shutting down")
-        if completions.num_open > completions.config.max_requests:
-            raise Overloaded(f"this frontend has {completions.config.max_requests} requests under way; try again")
 
     def admitted(self) -> None:
         """The request has its slots: ask a processor."""
@@ -347,7 +343,7 @@ class Exchange(QueueEntry):
         if not front.ended_s:
             self._note_end()
         completions.num_open -= 1
-        completions.under_way.remove(front.request_id, front.client_id)
+        completions.under_way.open.pop(front.request_id, None)
         if completions.fronts is not None:
             completions.fronts.keep(front)
         if completions.exporter is not None:

@@ -215,7 +215,7 @@ class Connection(asyncio.Protocol):
         progress.has_begun, progress.num_body_bytes = True, reader.num_body_bytes
         # What came of the next request while an earlier one was answered had no deadline: its time begins now.
         if stage is not progress.stage or (was_answering and not progress.is_answering):
-            progress.enter(stage, self._connections.now_s)
+            progress.stage, progress.since_s = stage, self._connections.now_s
 
     def _look_at_head(self, request: Request) -> None:
         """The body is still to come: refuse it if the guard does, else tell a client that waits for a word to send it."""
