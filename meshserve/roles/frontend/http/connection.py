@@ -211,7 +211,10 @@ class Connection(asyncio.Protocol):
         """Called when what the connection waits for may have changed."""
         progress, reader = self._progress, self._reader
         was_answering, progress.is_answering = progress.is_answering, self.request is not None or bool(self._queue)
-        stage = Stage.ANSWER if progress.is_answering and reader.stage is Stage.IDLE else reader.stage
+        if reader.is_in_head or reader.request is not None:
+            stage = Stage.HEAD if reader.is_in_head else Stage.BODY
+        else:
+            stage = Stage.ANSWER if progress.is_answering else Stage.IDLE
         progress.has_begun, progress.num_body_bytes = True, reader.num_body_bytes
         # What came of the next request while an earlier one was answered had no deadline: its time begins now.
         if stage is not progress.stage or (was_answering and not progress.is_answering):

@@ -6,7 +6,6 @@ from urllib.parse import unquote
 import httptools
 
 from meshserve.errors import HeaderTooLarge, InvalidRequest, MeshserveError
-from meshserve.roles.frontend.http.deadlines import Stage
 from meshserve.roles.frontend.http.messages import Request, body_too_large
 
 _MAX_HEADERS = 128
@@ -25,15 +24,16 @@ class RequestReader:
         self._parser = httptools.HttpRequestParser(self)
         # Some clients end a body with a line break that does not belong to it: no reason to withhold the answer.
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
-        self.stage = Stage.IDLE
-        """What the reader waits for: IDLE (the first byte of a request), HEAD or BODY."""
+        self.is_in_head = False
+        """A request has begun, and the end of its head is still to come."""
         self.target = b""
         self.num_body_bytes = 0
         self.request: Request | None = None
         """The one whose body is still to come."""
-        self._headers: dict[bytes, bytes] = {}
-        self._num_headers = self._head_bytes = 0
-        self._read_bytes = 0
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._num_read = 0
+        """Bytes of this read."""
+        self._num_head_read = 0
         """Of the reads since the head began: more than the head has, but known before the parser gives any of it out."""
         self._body = bytearray()
         self._num_parts = 0
@@ -41,10 +41,9 @@ class RequestReader:
 
     def feed(self, data: bytes) -> list[Request]:
         """The requests that these bytes complete. After InvalidRequest, HeaderTooLarge or RequestTooLarge it reads no more."""
-        self._num_parts = 0
-        self._complete = []
-        if self.stage is not Stage.BODY:
-            self._read_bytes += len(data)
+        self._num_read, self._num_parts, self._complete = len(data), 0, []
+        if self.request is None:
+            self._num_head_read += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
@@ -53,13 +52,17 @@ class RequestReader:
             if isinstance(error.__context__, MeshserveError):  # what a callback raised
                 raise error.__context__ from None
             raise InvalidRequest("this is not an HTTP request") from None
-        if self.stage is Stage.HEAD and self._read_bytes > self._max_header_bytes:
+        if self.is_in_head and self._num_head_read > self._max_header_bytes:
             raise self._header_too_large()
         return self._complete
 
     def close(self) -> None:
         """Let go of the parser: it holds the reader, so that only the garbage collector could free both."""
         del self._parser
+
+    def _check_head_size(self) -> None:
+        if len(self.target) + sum(len(name) + len(value) + 4 for name, value in self._headers) > self._max_header_bytes:
+            raise self._header_too_large()
 
     def _header_too_large(self) -> HeaderTooLarge:
         limit = self._max_header_bytes
@@ -68,43 +71,33 @@ class RequestReader:
     # --- callbacks of the parser, in the order of a request
 
     def on_message_begin(self) -> None:
-        self.stage, self.target, self._headers = Stage.HEAD, b"", {}
-        self._num_headers = self._head_bytes = self.num_body_bytes = 0
+        self.is_in_head, self.target, self._headers, self.num_body_bytes = True, b"", [], 0
 
     def on_url(self, part: bytes) -> None:
         self.target += part
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        self._num_headers += 1
-        self._head_bytes += len(name) + len(value) + 4
-        if self._num_headers > _MAX_HEADERS:
+        if len(self._headers) >= _MAX_HEADERS:
             raise self._header_too_large()
-        if self.stage is Stage.HEAD:  # what follows a body is no header that anything here asks for
-            self._headers.setdefault(name.lower(), value)
+        self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        if self._head_bytes + len(self.target) > self._max_header_bytes:
-            raise self._header_too_large()
+        if max(self._num_read, self._num_head_read) > self._max_header_bytes:  # the head and more, perhaps
+            self._check_head_size()
         if len(self._complete) >= _MAX_PIPELINED:
             raise InvalidRequest("too many requests at once on one connection")
-        announced = self._headers.get(b"content-length", b"0")
+        headers = dict(reversed(self._headers))  # of a header that comes twice, the first counts
+        announced = headers.get(b"content-length", b"0")
         if len(announced) > _MAX_LENGTH_DIGITS or int(announced) > self._max_body_bytes:
             raise body_too_large(self._max_body_bytes)
         url = httptools.parse_url(self.target)
-        parser, path = self._parser, url.path.decode("ascii")
-        is_http_1_1 = parser.get_http_version() == "1.1"
-        self.stage = Stage.BODY
+        path = url.path.decode("ascii")
+        path = unquote(path) if "%" in path else path
+        method, is_http_1_1 = self._parser.get_method().decode("ascii"), self._parser.get_http_version() == "1.1"
+        keeps_alive = is_http_1_1 and self._parser.should_keep_alive()
+        self.is_in_head = False
         self.request = Request(
-            method=parser.get_method().decode("ascii"),
-            path=unquote(path) if "%" in path else path,
-            raw_path=url.path,
-            query=url.query or b"",
-            headers=self._headers,
-            address=self._address,
-            scheme=self._scheme,
-            takes_chunks=is_http_1_1,
-            keeps_alive=is_http_1_1 and parser.should_keep_alive(),
-            began_s=time.monotonic(),
+            method, path, url.path, url.query or b"", headers, self._address, self._scheme, is_http_1_1, keeps_alive, time.monotonic()
         )
 
     def on_body(self, part: bytes) -> None:
@@ -121,4 +114,4 @@ class RequestReader:
         if self._body:
             self.request.body, self._body = bytes(self._body), bytearray()
         self._complete.append(self.request)
-        self.request, self.stage, self._read_bytes = None, Stage.IDLE, 0
+        self.request, self._num_head_read = None, 0
