@@ -146,21 +146,24 @@ class Exchange(QueueEntry):
         """The steps of a request. The answer comes back to `on_item`, `on_end` and `on_error`, and `flush` writes it."""
         completions, front = self._completions, self._front
         try:
-            request, options = parse()  # InvalidRequest
+            # What is asked, and how it will be answered.
+            request, options = parse()  # raises InvalidRequest
             self.arrived_s = time.monotonic()
             front.client_id, front.model, front.asked_s = request.client_id, request.model, self.arrived_s
             if self._is_over:  # the client left while a long body was parsed
                 return
-            self._request = request = self._with_headers(request)  # InvalidRequest
+            self._request = request = self._with_headers(request)  # raises InvalidRequest
             self._writer = self._api.writer(int(time.time()), request, options)
+            # Whether this frontend takes it in.
             if completions.mesh.own.is_draining:
                 raise Draining("this frontend is shutting down")
             if completions.num_open > (most := completions.config.max_requests):
                 raise Overloaded(f"this frontend has {most} requests under way; try again")
             completions.under_way.open[front.request_id] = front.client_id, self.stop
+            # Whether the mesh has room for it, then on to a processor: now, or once `admitted` is called.
             self.weight, self._has_slots = request.num_choices, True
-            if completions.slots.ask(self, request.model):  # Overloaded, RateLimited
-                self.admitted()  # else it is called later, or `on_error`
+            if completions.slots.ask(self, request.model):  # raises Overloaded or RateLimited
+                self.admitted()
         except MeshserveError as error:
             self.refuse(error)
         except Exception:  # nobody else's request must suffer

@@ -106,15 +106,11 @@ class Part:
         return "".join(self.texts)
 
 
-def _first_part() -> list[Part]:
-    return [Part("text")]
-
-
 @dataclass(slots=True)
 class Collected:
     """One choice of an answer that is given in one piece."""
 
-    parts: list[Part] = field(default_factory=_first_part)
+    parts: list[Part] = field(default_factory=lambda: [Part("text")])
     """In the order in which they came; text before anything else, which may be empty."""
     offsets: list[int] = field(default_factory=list)
     reason: str = ""
