@@ -62,7 +62,9 @@ class RouterRole:
             if _WORKERS & roles:
                 self._follow(incarnation)
             if "router" in roles and incarnation not in self._routers:
-                self._routers[incarnation] = Watcher(self._mesh, incarnation, IN_FLIGHT, lambda: None, self._on_in_flight)
+                self._routers[incarnation] = Watcher(
+                    self._mesh, incarnation, IN_FLIGHT, lambda: None, self._on_in_flight
+                )
         elif change in (Change.DIED, Change.LEFT):
             self._forget(incarnation)
 
@@ -98,7 +100,7 @@ class RouterRole:
         if policy not in POLICIES:
             known = ", ".join(POLICIES)
             raise InvalidRequest(f"unknown policy {policy!r}; there are: {known}", param="meshserve.policy")
-        for incarnation in asked.excluded:
+        for incarnation in asked.excluded:  # these do not report the request: it came to nothing there
             self.fleet.release(incarnation, asked.request_id)
         workers = self._worker_set_for(asked.model, asked.excluded)
         if workers is None:
@@ -140,6 +142,6 @@ class RouterRole:
         return workers
 
     def close(self) -> None:
-        """Follow nobody any more."""
+        """Stop following workers and routers."""
         for incarnation in [*self._workers, *self._routers]:
             self._forget(incarnation)

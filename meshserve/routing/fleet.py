@@ -180,7 +180,7 @@ class Fleet:
             self._workers[incarnation] = Worker(incarnation, name)
 
     def leave(self, incarnation: str) -> None:
-        """The worker is gone, and its blocks with it. Harmless when nobody followed it."""
+        """Forget a worker that is gone, and its blocks. Harmless for one that is not followed."""
         worker = self._workers.pop(incarnation, None)
         if worker is not None:
             self._index.forget(incarnation)
@@ -191,7 +191,7 @@ class Fleet:
         self._index.forget(incarnation)
 
     def report(self, incarnation: str, report: WorkerReport, now_s: float) -> None:
-        """A worker says how it is. Reports of workers that nobody follows are ignored."""
+        """Take in a worker's report. Reports of workers that are not followed are ignored."""
         worker = self._workers.get(incarnation)
         if worker is None:
             return
@@ -367,7 +367,7 @@ class Fleet:
     # --- what other routers say
 
     def hear(self, reservation: InFlightReservation, now_s: float) -> None:
-        """Another router has sent a request. Workers that nobody follows here are passed over."""
+        """Count what another router has sent. Workers that are not followed here are passed over."""
         for share in reservation.shares:
             worker = self._workers.get(share.incarnation)
             if worker is not None:

@@ -228,7 +228,7 @@ def _by_kv(context: RoutingContext) -> Ranking:
     else:
         ranked, reasons = by_cost, [_why_alone(overlaps[by_cost[0]], deepest), "would cost more"]
     held = overlaps[ranked[0]]
-    if held and held > min(overlaps):
+    if held and held > min(overlaps):  # a prefix of which some workers lack blocks: a copy may be worth it
         other = next(place for place in by_cost if overlaps[place] < held)
         if _is_copy_due(ranked[0], other, context):
             place = ranked.index(other)

@@ -23,8 +23,9 @@ MAX_FAILED_CALLS = 64
 
 
 class AnswerParser:
-    """Reads one answer. `<think>` counts where the answer begins, or if the prompt ended with it (`is_thinking`).
+    """Reads one answer, in modes: each is a method that reads from the text held back.
 
+    `<think>` counts where the answer begins, or if the prompt ended with it (`is_thinking`).
     With `accepts` a call must be accepted; one that is not is text.
     """
 
@@ -83,6 +84,7 @@ class AnswerParser:
     def _begin(self, events: list[Event], is_end: bool) -> bool:
         """Nothing was read yet, or reasoning only."""
         text = self._held.lstrip()
+        # a tag counts once, and where nothing but a little white space came before it
         is_first = not self._is_thought and len(self._held) - len(text) <= MAX_SPACE_CHARACTERS
         if is_first and text.startswith(THINK):
             self._held, self._mode = text[len(THINK) :], self._think

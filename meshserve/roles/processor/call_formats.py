@@ -97,7 +97,7 @@ def formats_of(template: str) -> tuple[CallFormat, ...]:
 
 
 class Brackets:
-    """Looks for the bracket that closes the first one, in the text of a JSON value that comes in pieces."""
+    """Finds the bracket that closes the first one, in the text of a JSON value that comes in pieces."""
 
     __slots__ = ("_depth", "_escaped", "_in_string", "is_over")
 
@@ -105,10 +105,10 @@ class Brackets:
         self._depth = 0
         self._in_string = self._escaped = False
         self.is_over = False
-        """It was found."""
+        """The closing bracket was found."""
 
     def feed(self, text: str) -> int:
-        """How much of this text belongs to the value: up to that bracket, which included."""
+        """How much of this text belongs to the value: up to and with the closing bracket."""
         place = 0
         while place < len(text) and not self.is_over:
             if self._escaped:
@@ -146,8 +146,12 @@ class CallReader:
         """The text was read up to the end of the JSON."""
 
     def read(self, text: str, is_end: bool) -> tuple[list[Call], int] | None:
-        """The calls, and where the text goes on after them; no calls if it is none; None if that depends on text to come."""
-        while True:
+        """The calls, and where the text goes on after them; no calls if the text is none; None if that
+        depends on text to come.
+
+        The text is all that came since the marker, and longer with each call.
+        """
+        while True:  # some formats have several calls after one marker
             found = self._tail(text, is_end) if self._is_closed else self._body(text, is_end)
             if found is None or not found[0]:
                 return None if found is None and not is_end else ([], 0)
@@ -155,13 +159,14 @@ class CallReader:
                 return found
 
     def _body(self, text: str, is_end: bool) -> tuple[list[Call], int] | None:
-        """Reads up to the end of the JSON: then the calls in it, and 0."""
+        """Read up to the end of the JSON. Returns the calls in it, and 0, since the text goes on."""
         if self._brackets is None:
             head = self._format.head.match(text)
             if head is None:
                 return None if self._format.head_begun.fullmatch(text) else ([], 0)
             self._name, self._json_at, self._at = head[1] or "", head.end(), head.end()
             self._brackets = Brackets()
+        # without a marker any JSON begins like a call: its first name tells, so that other JSON is not held back
         if not self._format.opener and not self._may_be_call(text):
             return [], 0
         self._at += self._brackets.feed(text[self._at :])
@@ -180,14 +185,14 @@ class CallReader:
         return key[1] in _KEYS if key is not None else _FIRST_KEY_BEGUN.fullmatch(text, self._json_at) is not None
 
     def _tail(self, text: str, is_end: bool) -> tuple[list[Call], int] | None:
-        """Reads what follows the JSON: then all calls and where they end, or 0 where another one begins."""
+        """Read what follows the JSON. Returns all calls and where they end, or 0 where another one begins."""
         if self._format.is_last:
             return self._last(text, is_end)
         closer, following = self._format.closer, text[self._at :]
         if not closer:
             return self._calls, self._at
         rest = following.lstrip()
-        if len(following) - len(rest) > MAX_SPACE_CHARACTERS:
+        if len(following) - len(rest) > MAX_SPACE_CHARACTERS:  # a model that goes on like this ends nowhere
             return [], 0
         if rest.startswith(closer):
             return self._calls, len(text) - len(rest) + len(closer)

@@ -36,7 +36,9 @@ def cache_directory() -> Path | None:
 
 
 class FileCache:
-    """Blocks while it reads and writes: for threads. Never raises; says once what it could not keep."""
+    """Files on this host's disk. Blocks while it reads and writes, so threads call it. Never raises; says once
+    what it could not keep.
+    """
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
@@ -138,7 +140,7 @@ class ModelFiles:
         return found
 
     async def _obtain(self, file: ModelFile) -> bytes | MeshserveError:
-        """An error is the result for all who wait, and for nobody if none does."""
+        """An error is returned, not raised: if nothing waits for this task, its error must not be reported."""
         async with self._turn:
             cached = await asyncio.to_thread(self._cache.load, file)
             if cached is not None:
