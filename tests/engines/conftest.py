@@ -40,8 +40,7 @@ def tiny_models(tiny_files: dict[str, Path]) -> "Iterator[dict[str, LlamaModel]]
 @pytest.fixture
 def contexts(tiny_models: "dict[str, LlamaModel]") -> "Iterator[Callable[..., LlamaContext]]":
     """Makes contexts that are closed after the test, twice; of a kind of model, with small sizes unless told otherwise."""
-    from meshserve.engines.llama.context import LlamaContext
-    from meshserve.engines.llama.probe import probe
+    from meshserve.engines.llama.context import LlamaContext, probe
 
     made = []
 

@@ -11,9 +11,8 @@ import pytest
 pytest.importorskip("gguf")  # which the tiny models are made with
 
 from meshserve.engines.llama.blocks import BlockFormat
-from meshserve.engines.llama.context import LlamaContext
+from meshserve.engines.llama.context import LlamaContext, probe
 from meshserve.engines.llama.model import LlamaModel
-from meshserve.engines.llama.probe import probe
 from meshserve.errors import BlockRefused, EngineFailed, PoolFull, StartupFailed
 from tests.engines.conftest import KINDS_WITH_BLOCKS, KINDS_WITH_STATES
 from tests.engines.tiny_models import VOCABULARY

@@ -8,7 +8,7 @@ pytest.importorskip("xllamacpp")
 pytest.importorskip("gguf")
 
 from meshserve.engines.claims import Claim, Share
-from meshserve.engines.llama.engine import LlamaEngine
+from meshserve.engines.llama import LlamaEngine
 from meshserve.engines.llama.options import fair_share
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import StartupFailed, UsageError

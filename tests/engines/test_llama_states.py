@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from meshserve.engines.llama.states import StatePieces, cut
+from meshserve.engines.llama.blocks import StatePieces, cut
 from meshserve.errors import BlockRefused
 
 STATE = random.Random(1).randbytes(1003)

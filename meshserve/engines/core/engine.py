@@ -180,8 +180,7 @@ class CoreEngine:
         return self._pool.hashes()
 
     def _hashes(self, request: GenerateRequest) -> list[int]:
-        """Computed once for each request: whether to hand over, reserving and generating all ask for them. None where no KV is found
-        by them."""
+        """Of the prompt's blocks, computed once for each request; empty where prefixes are not shared."""
         if not self.runner.shares_prefixes:
             return []
         size, salt, known = self._scheduler.block_size, self.card.model_hash, vars(request).get("block_hashes")
@@ -238,15 +237,14 @@ class CoreEngine:
         return [*(reservation.fail for reservation in reservations), *(request.fail for request in requests)]
 
     def _fail(self, exc: Exception) -> None:
-        """The model runner failed, raised, or brought a result that cannot be: what is computed and what is not is unknown. All requests
-        end in its error, and the cache is empty.
+        """The model runner failed, or brought a result that cannot be: nobody knows what is computed. All
+        requests end in its error, and the cache is empty.
         """
         _log.debug("the engine fails", exc_info=exc)
         if self._loop is not None:  # else it failed or was closed before
             error = exc if isinstance(exc, MeshserveError) else EngineFailed(f"the engine failed: {exc!r}")
             told = self._end_all()
-            if self._pool.has_changes:
-                self._report_blocks()
+            self._report_blocks()
             for tell in told:
                 with contextlib.suppress(Exception):  # whatever one of them makes of it, the others and the owner are told
                     tell(error)
@@ -265,8 +263,7 @@ class CoreEngine:
         step = self._scheduler.schedule(self._clock())
         if step is None:
             self._was_idle = True
-            if self._pool.has_changes:
-                self._report_blocks()
+            self._report_blocks()
             return
         step.is_first, self._was_idle = self._was_idle, False
         self._step = step
@@ -276,8 +273,7 @@ class CoreEngine:
             self._fail(exc)
             return
         if self._step is step:  # the step goes on beyond this turn
-            if self._pool.has_changes:
-                self._report_blocks()
+            self._report_blocks()
             if self._watchdog is None and self._loop is not None:
                 self._watchdog = self._loop.call_later(HANGS_AFTER_S, self._look_after, None)
 

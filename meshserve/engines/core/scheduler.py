@@ -299,6 +299,7 @@ class Scheduler(Generic[S]):
         is_short = False
         full, self._full = self._full, []
         for sequence in sorted(full, key=_by_arrival):
+            # the latest arrival gives way, perhaps this one: so the earliest always comes to its end
             while not self.pool.num_available and sequence.stage is _RUNNING:
                 is_short = True
                 self._preempt(self.running.pop())

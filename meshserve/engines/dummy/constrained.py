@@ -39,12 +39,14 @@ _MOST_KEYS = 32
 class Outline:
     """Where in a JSON document its text stands, token by token. A plain text is one string that nothing opens or closes."""
 
-    __slots__ = ("_is_escaped", "_open", "_used", "in_text", "is_document", "is_key", "last", "num_tokens", "num_words", "run", "text")
+    __slots__ = ("_is_escaped", "in_text", "is_document", "is_key", "last", "num_tokens", "num_words", "open", "run", "text", "used_keys")
 
     def __init__(self, is_document: bool) -> None:
         self.is_document = is_document
-        self._open: list[int] = []
-        self._used: list[set[bytes]] = []
+        self.open: list[int] = []
+        """How each array and object that is open begins, the innermost last."""
+        self.used_keys: list[set[bytes]] = []
+        """Of each of them, the keys so far."""
         self._is_escaped = False
         self.in_text, self.is_key = not is_document, False
         self.text = b""
@@ -58,24 +60,14 @@ class Outline:
         self.num_tokens = 0
 
     @property
-    def depth(self) -> int:
-        """How many arrays and objects are open."""
-        return len(self._open)
-
-    @property
     def is_object(self) -> bool:
         """Whether the innermost of them is an object."""
-        return self._open[-1:] == [_OBJECT]
-
-    @property
-    def used_keys(self) -> set[bytes]:
-        """The keys of the innermost object so far."""
-        return self._used[-1] if self._used else set()
+        return self.open[-1:] == [_OBJECT]
 
     @property
     def is_long(self) -> bool:
         """Whether the document had better come to its end: by the shortest way, as far as that can be seen."""
-        return self.num_tokens > _LONG_TOKENS or len(self._open) > _DEEP
+        return self.num_tokens > _LONG_TOKENS or len(self.open) > _DEEP
 
     def feed(self, piece: bytes) -> None:
         """The bytes of the next token."""
@@ -93,7 +85,7 @@ class Outline:
 
     def _end_text(self) -> None:
         if self.is_key:
-            self._used[-1].add(self.text)
+            self.used_keys[-1].add(self.text)
         self.in_text, self.is_key, self.last, self.run = False, False, QUOTE, 0
 
     def _structure(self, byte: int) -> None:
@@ -103,11 +95,11 @@ class Outline:
             self.is_key = self.is_object and self.last in (_OBJECT, _COMMA)
             self.in_text, self.text, self.num_words, self.run = True, b"", 0, 0
         elif byte in OPENERS:
-            self._open.append(byte)
-            self._used.append(set())
-        elif byte in CLOSERS and self._open:
-            self._open.pop()
-            self._used.pop()
+            self.open.append(byte)
+            self.used_keys.append(set())
+        elif byte in CLOSERS and self.open:
+            self.open.pop()
+            self.used_keys.pop()
         if byte not in LETTERS and byte not in _OF_NUMBERS:
             self.run = 0
         self.last = byte
@@ -243,7 +235,7 @@ class ConstrainedOutput:
 
     def _keys_after(self, begun: bytes) -> frozenset[bytes]:
         """The expected keys that the object does not have yet and that may come after this text."""
-        unused = sorted(self._keys - self._outline.used_keys)[:_MOST_KEYS]
+        unused = sorted(self._keys - self._outline.used_keys[-1])[:_MOST_KEYS]
         return frozenset(key for key in unused if self._can_follow(*begun, *key, QUOTE))
 
     def _number(self, allowed: frozenset[int], context: int) -> list[int]:
@@ -258,7 +250,7 @@ class ConstrainedOutput:
         digits = _turned(sorted(_DIGITS & allowed), context)
         kinds = [*sorted(token for token in allowed if token == QUOTE or (token in LETTERS and token not in _DIGITS)), *digits[:1]]
         nested = sorted(OPENERS & allowed)
-        is_flat = self._outline.is_long or self._outline.depth >= _FLAT or len(kinds) >= _FLAT or context >> 35 & 1
+        is_flat = self._outline.is_long or len(self._outline.open) >= _FLAT or len(kinds) >= _FLAT or context >> 35 & 1
         if nested and not (kinds and is_flat):
             return _turned(nested, context >> 8)
         chosen = _turned(kinds, context >> 8)

@@ -103,13 +103,6 @@ class KVContents:
                 hasher.update(rows[index * row_bytes : (index + 1) * row_bytes])
                 context = hasher.intdigest()
 
-    def seeds_of(self, block: int, num_rows: int) -> list[bytes]:
-        """Of the block's first rows, as a new list; those of rows that nobody wrote are zeros."""
-        found = self.seeds.get(block, b"")
-        if isinstance(found, bytes):
-            found = [found[start : start + _SEED_BYTES] for start in range(0, min(len(found), num_rows * _SEED_BYTES), _SEED_BYTES)]
-        return found[:num_rows] + [bytes(_SEED_BYTES)] * (num_rows - len(found))
-
 
 class Cursor:
     """Where one sequence writes its next KV row. `context` is the digest of all rows before it.
@@ -119,17 +112,8 @@ class Cursor:
     """
 
     __slots__ = (
-        "_block_end",
-        "_block_size",
-        "_blocks",
-        "_contents",
-        "_hasher",
-        "_is_cut",
-        "_repeats",
-        "_row_bytes",
-        "_seeds",
-        "context",
-        "num_tokens",
+        *("_block_end", "_block_size", "_blocks", "_contents", "_hasher", "_is_cut", "_repeats", "_row_bytes"),
+        *("_seeds", "context", "num_tokens"),
     )
 
     def __init__(self, contents: KVContents, blocks: list[int], num_tokens: int) -> None:
@@ -146,9 +130,13 @@ class Cursor:
             self._resume(blocks[index], num_rows)
 
     def _resume(self, block: int, num_rows: int) -> None:
+        """Digest the rows that the block has, and go on with a list of their seeds; a row that nobody wrote is zeros."""
         self._hasher = xxhash.xxh3_64(self._contents.read([(block, num_rows)])[0], seed=self.context)
         self.context = self._hasher.intdigest()
-        self._seeds = self._contents.seeds[block] = self._contents.seeds_of(block, num_rows)
+        found = self._contents.seeds.get(block, b"")
+        if isinstance(found, bytes):
+            found = [found[start : start + _SEED_BYTES] for start in range(0, min(len(found), num_rows * _SEED_BYTES), _SEED_BYTES)]
+        self._seeds = self._contents.seeds[block] = found[:num_rows] + [bytes(_SEED_BYTES)] * (num_rows - len(found))
         self._block_end = self.num_tokens - num_rows + self._block_size
 
     def _enter_block(self) -> "xxhash.xxh3_64":
@@ -268,14 +256,11 @@ def ranked(size: int) -> Logits:
     return Logits([-rank * _LOGIT_STEP for rank in range(size)])
 
 
-def _ending(size: int) -> Logits:
-    """Those of the end of sequence and so many words behind it."""
-    return Logits([0.0] + [value - _EOS_LEAD for value in ranked(size).values])
-
-
+_ENDING = Logits([0.0] + [value - _EOS_LEAD for value in ranked(len(WORD_RANGES["start"])).values])
+"""Those of the end of sequence and the words behind it, where a sentence begins."""
 _SLOTS = tuple(
-    (found.start, len(found), ranked(len(found)), _ending(len(found)) if part == "start" else None)
-    for part, found in [(part, WORD_RANGES[part]) for part in _PATTERN.split()]
+    (WORD_RANGES[part].start, len(WORD_RANGES[part]), ranked(len(WORD_RANGES[part])), _ENDING if part == "start" else None)
+    for part in _PATTERN.split()
 )
 """By the position in a text: the first of the words that may come, how many, and their logits, also where the text may end."""
 _PERIOD = len(_SLOTS)
@@ -291,7 +276,7 @@ def next_token(context: int, sampling: Sampling, position: int) -> int:
     first, size, logits, ending = _SLOTS[position % _PERIOD]
     if (
         ending is not None
-        and (not sampling.ignore_eos and position >= sampling.min_tokens)  # `may_end`, without a call
+        and (not sampling.ignore_eos and position >= sampling.min_tokens)  # as `may_end`, without a call for each token
         and position
         and (context >> 40) % _EOS_OUT_OF < _EOS_WINS_BELOW
     ):

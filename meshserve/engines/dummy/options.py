@@ -14,7 +14,7 @@ from meshserve.engines.tokenizers.directory import describe_files, read_director
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
 from meshserve.engines.tokenizers.settings import TextSettings
 from meshserve.errors import TokenizerFailed, UsageError
-from meshserve.wire.card import KVLayout, ModelCard
+from meshserve.wire.card import ModelCard
 
 _OUTPUT_VERSION = 2
 """Raise it with any change that makes other KV bytes or other tokens: peers of two versions must not share KV."""
@@ -100,10 +100,6 @@ class DummyOptions:
         """The timing that these options ask for."""
         return PROFILES[self.profile].with_options(self.step_ms, self.prefill_tokens_per_s)
 
-    def files_by_hash(self) -> dict[str, bytes]:
-        """What the card names, for those who ask for it."""
-        return {described.sha256: self.files[described.name] for described in describe_files(self.files)}
-
     def card(self, model: str) -> ModelCard:
         """The card of a dummy model of this name. Its hash covers whatever changes tokens or KV, and no timing."""
         settings, files = TextSettings.of_files(self.files), describe_files(self.files)
@@ -122,10 +118,6 @@ class DummyOptions:
             files=files,
         )
 
-    def layout(self, card: ModelCard) -> KVLayout:
-        """How the KV of the model on this card is kept."""
-        return KVLayout(f"dummy/{card.model_hash}", self.block_size, self.kv_bytes_per_token)
-
 
 def parse_options(options: EngineOptions) -> DummyOptions:
     """Raises UsageError, in one sentence, for an unknown key or a value that will not do."""
@@ -134,7 +126,7 @@ def parse_options(options: EngineOptions) -> DummyOptions:
     for key, text in options.options.items():
         if key not in known:
             raise UsageError(f"the dummy engine has no option {key!r}; it knows {', '.join(known)}")
-        values[key] = _parse_tokenizer(text) if key == "tokenizer" else _parse(key, text)
+        values[key] = _parse(key, text)
     if values.get("tokenizer", "bytes") != "bytes":
         values |= _read_model(values["tokenizer"])
     if options.kv_type is not None:
@@ -152,12 +144,6 @@ def _sized(parsed: DummyOptions, num_tokens: int, is_sized: bool) -> DummyOption
     return replace(parsed, num_blocks=num_tokens // parsed.block_size)
 
 
-def _parse_tokenizer(text: str) -> str:
-    if text != "bytes" and not Path(text).is_dir():
-        raise UsageError(f"the dummy engine's option tokenizer is one of bytes, or a directory with a tokenizer.json, not {text!r}")
-    return text
-
-
 def _read_model(directory: str) -> dict[str, Any]:
     try:
         files = read_directory(Path(directory))
@@ -171,6 +157,10 @@ def _parse(key: str, text: str) -> Any:
     if key == "profile":
         if text not in PROFILES:
             raise UsageError(f"the dummy engine's option {key} is one of {', '.join(PROFILES)}, not {text!r}")
+        return text
+    if key == "tokenizer":
+        if text != "bytes" and not Path(text).is_dir():
+            raise UsageError(f"the dummy engine's option {key} is one of bytes, or a directory with a tokenizer.json, not {text!r}")
         return text
     is_time = key in ("step_ms", "prefill_tokens_per_s")
     parse: Callable[[str], float] = float if is_time else int

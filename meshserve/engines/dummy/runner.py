@@ -20,6 +20,7 @@ from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers import EOS_TOKEN
 from meshserve.errors import BlockRefused, MeshserveError
 from meshserve.kv.pool import BlockPool
+from meshserve.wire.card import KVLayout
 from meshserve.wire.generation import Sampling, TokenLogprobs
 
 _SLICE_TOKENS = 64
@@ -48,8 +49,8 @@ class DummyRunner:
         self._vocabulary = options.vocabulary
         self.vocab_size = self._vocabulary.vocab_size
         self.card = options.card(model)
-        self.kv_layout = options.layout(self.card)
-        self.files: Mapping[str, bytes] = options.files_by_hash()
+        self.kv_layout = KVLayout(f"dummy/{self.card.model_hash}", options.block_size, options.kv_bytes_per_token)
+        self.files: Mapping[str, bytes] = {described.sha256: options.files[described.name] for described in self.card.files}
         self.shares_prefixes = True
         self.limits = StepLimits(options.max_batch, options.max_batch_tokens)
         self.pool = BlockPool(options.num_blocks)

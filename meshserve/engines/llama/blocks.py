@@ -15,17 +15,22 @@ that is not KV data is compared with what this model's own blocks have there. In
 
 The sequence ids are those of the exporting context; they are 0 in our blocks, and cells are in the order of their positions, so that
 equal KV has equal bytes.
+
+A recurrent layer keeps one state a sequence, whatever its length: only the state after a prompt's last token is worth anything. It is
+given out with the step that computes that token, in as many pieces as the prompt has blocks, because a message of the mesh is shorter
+than many a state.
 """
 
 import contextlib
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from meshserve.errors import BlockRefused
 
@@ -33,6 +38,10 @@ _CELL = struct.Struct("<iII")
 _HEAD, _CACHE_HEAD, _LAYERS_HEAD, _ROWS_HEAD = struct.Struct("<II"), struct.Struct("<II"), struct.Struct("<IIII"), struct.Struct("<iQ")
 _F32 = 0
 _STATE_HEAD, _STATE_LAYERS_HEAD = struct.Struct("<IiI"), struct.Struct("<II")
+MAX_PIECE_BYTES = 8 << 20
+"""A longer piece might be more than one message holds."""
+_PIECE_HEAD = struct.Struct("<IQ")
+"""Before each piece: its index, and a digest of the whole state, so that pieces of two states are never joined."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +109,6 @@ class BlockFormat:
         for offset, expected in self._frame(first_position, num_tokens):
             if view[offset : offset + len(expected)] != expected:
                 raise BlockRefused(f"the block is not one of {num_tokens} tokens from position {first_position}: byte {offset} or after it")
-
         if not all(np.isfinite(numbers).all() for numbers in self._state_numbers(payload)):
             raise BlockRefused("the state has numbers that are not finite")
 
@@ -193,3 +201,43 @@ def _learn_state(exported: bytes, offset: int) -> CacheFormat:
         rows.append((exported[offset : offset + _ROWS_HEAD.size], row_bytes))
         offset += _ROWS_HEAD.size + row_bytes
     return CacheFormat(layers_head, tuple(rows), is_state=True)
+
+
+# --- a state in pieces
+
+
+def cut(state: bytes, num_pieces: int) -> list[bytes]:
+    """The pieces, of nearly equal lengths."""
+    digest = xxhash.xxh3_64_intdigest(state)
+    return [_PIECE_HEAD.pack(index, digest) + state[begin:end] for index, (begin, end) in enumerate(_bounds(len(state), num_pieces))]
+
+
+def _bounds(size_bytes: int, num_pieces: int) -> Iterator[tuple[int, int]]:
+    for index in range(num_pieces):
+        yield size_bytes * index // num_pieces, size_bytes * (index + 1) // num_pieces
+
+
+class StatePieces:
+    """The pieces of one state that have come."""
+
+    def __init__(self, size_bytes: int, num_pieces: int) -> None:
+        self._lengths = [_PIECE_HEAD.size + end - begin for begin, end in _bounds(size_bytes, num_pieces)]
+        self._pieces: dict[int, bytes] = {}
+
+    def add(self, pieces: Sequence[tuple[int, bytes]]) -> bool:
+        """Keep pieces, given as index and bytes, in any order, or some again; returns whether all are here.
+
+        Raises BlockRefused, and keeps none, if one has bytes that are not this piece.
+        """
+        for index, piece in pieces:
+            if len(piece) != self._lengths[index] or _PIECE_HEAD.unpack_from(piece)[0] != index:
+                raise BlockRefused(f"it is not piece {index} of a state in {len(self._lengths)} pieces")
+        self._pieces.update(pieces)
+        return len(self._pieces) == len(self._lengths)
+
+    def joined(self) -> bytes:
+        """The state, once all are here. Raises BlockRefused if they are of two states, as from workers whose processors differ."""
+        state = b"".join(self._pieces[index][_PIECE_HEAD.size :] for index in range(len(self._lengths)))
+        if {_PIECE_HEAD.unpack_from(piece)[1] for piece in self._pieces.values()} != {xxhash.xxh3_64_intdigest(state)}:
+            raise BlockRefused("the pieces are not of one state")
+        return state

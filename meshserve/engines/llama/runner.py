@@ -6,20 +6,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from weakref import WeakKeyDictionary
 
+from meshserve.engines.claims import Claim, Share
 from meshserve.engines.constraints.constraint import Constraint, ConstraintCompiler
+from meshserve.engines.core.engine import CoreEngine
 from meshserve.engines.core.request import EngineRequest, Generation, Prefill
 from meshserve.engines.core.reservation import BlockReservation, WriteDone
 from meshserve.engines.core.runner import StepResult
 from meshserve.engines.core.sampling import Sampler
 from meshserve.engines.core.scheduler import Step
-from meshserve.engines.llama.blocks import BlockFormat
-from meshserve.engines.llama.context import LlamaContext
+from meshserve.engines.llama.blocks import MAX_PIECE_BYTES, BlockFormat, StatePieces
+from meshserve.engines.llama.context import LlamaContext, probe
 from meshserve.engines.llama.model import LlamaModel
-from meshserve.engines.llama.options import LlamaOptions
-from meshserve.engines.llama.probe import probe
+from meshserve.engines.llama.options import LlamaOptions, describe, parse_options
 from meshserve.engines.llama.slots import Slot, Slots
-from meshserve.engines.llama.states import MAX_PIECE_BYTES, StatePieces
 from meshserve.engines.llama.step import Failure, LlamaStep
+from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.thread import EngineThread
 from meshserve.errors import BlockRefused, InvalidRequest, MeshserveError, PoolFull, StartupFailed, Unsupported
 from meshserve.kv.pool import BlockPool
@@ -278,3 +279,26 @@ class LlamaRunner:
             return None
 
         self._thread.submit(write, on_done)
+
+
+class LlamaEngine(CoreEngine):
+    """A GGUF file, computed by llama.cpp in this process. Raises UsageError for options, StartupFailed for a file that will not do."""
+
+    def __init__(self, options: EngineOptions) -> None:
+        self._claim = Claim()
+        self._options = parse_options(options, self._claim)
+        super().__init__(LlamaRunner(self._options))
+
+    async def start(self) -> None:
+        """As :class:`CoreEngine`. What was claimed is claimed again, as after a failure or :meth:`close` nothing is held."""
+        options = self._options
+        pending = Share(options.kv_cache_bytes, options.num_threads)
+        self._claim.update(pending)
+        await super().start()
+        self._claim.update(pending._replace(pending_bytes=0))
+        self.description = describe(options, self.card.model, self.kv_layout.refusal)
+
+    async def close(self) -> None:
+        """As :class:`CoreEngine`; what was claimed is left to others."""
+        await super().close()
+        self._claim.update(None)

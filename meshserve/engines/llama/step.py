@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from meshserve.engines.core.request import END, EngineRequest, Generation, Prefill
 from meshserve.engines.core.runner import StepResult
 from meshserve.engines.core.sampling import Sampler
+from meshserve.engines.llama.blocks import cut
 from meshserve.engines.llama.context import LlamaContext
 from meshserve.engines.llama.slots import Operation
-from meshserve.engines.llama.states import cut
 from meshserve.errors import BlockRefused, EngineFailed
 
 Failure = tuple[EngineRequest, Exception]
