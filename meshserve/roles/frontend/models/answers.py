@@ -24,15 +24,17 @@ def ref(name: str) -> Schema:
 def schema_of(shape: Any) -> Schema:
     """The schema of a shape: a type, a constant, a set of constants, `[item]`, `(either, or)` or an object.
 
-    `[item, ...]` is never empty. All members of an object are always there, but for those whose name ends in `?`. Fields are only ever
-    added.
+    `[item, ...]` is never empty. All members of an object are always there, but for those whose name ends in `?`;
+    a member without a name is its description. Fields are only ever added.
     """
     if isinstance(shape, dict):
         if "$ref" in shape:
             return shape
-        members = {name.removesuffix("?"): schema_of(member) for name, member in shape.items()}
-        required = [name for name in shape if not name.endswith("?")]
-        return {"type": "object", "properties": members, "required": required}
+        words = {"description": shape[""]} if "" in shape else {}
+        names = [name for name in shape if name]
+        members = {name.removesuffix("?"): schema_of(shape[name]) for name in names}
+        required = [name for name in names if not name.endswith("?")]
+        return {**words, "type": "object", "properties": members, "required": required}
     if isinstance(shape, list):
         return {"type": "array", "items": schema_of(shape[0]), "minItems": len(shape) - 1}
     if isinstance(shape, tuple):
@@ -42,37 +44,27 @@ def schema_of(shape: Any) -> Schema:
     return _KINDS[shape]
 
 
+def each(kind: Any, names: str) -> dict[str, Any]:
+    """Members of one kind."""
+    return dict.fromkeys(names.split(), kind)
+
+
 _TEXT, _NUMBER = (str, None), (float, None)
 _TOKEN = {"token": str, "logprob": _NUMBER, "bytes": [int]}
+_LOGPROBS = [ref("TokenLogprob")]
 _CACHED, _REASONING = {"cached_tokens": int}, {"reasoning_tokens": int}
 _STATUS = {"completed", "incomplete"}
 _REASON = {"stop", "length", "tool_calls"}
-
-
-def _completed(kind: str, choice: str) -> dict[str, Any]:
-    head = {"id": str, "object": kind, "created": int, "model": str, "system_fingerprint": str}
-    return {**head, "choices": [ref(choice), ...], "usage": ref("Usage"), "meshserve?": ref("Receipt")}
-
-
-_RECEIPT = {
-    "request_id": str,
-    "client_id?": str,
-    "model": str,
-    "policy?": str,
-    "peers": dict.fromkeys(("frontend", "processor", "router", "decode", "prefill"), _TEXT),
-    "candidates?": [dict],
-    "prefill_candidates?": [dict],
-    "tokens": {"prompt": int, "cached": int, "completion": int},
-    "kv?": {"blocks": int, "bytes": int},
-    "attempts?": [dict],
-    "handoff?": (dict, None),
-    "migrations?": int,
-    "total_ms": float,
-    "phases_ms": dict.fromkeys(PHASES, float),
+_COMPLETION = {
+    **each(str, "id model system_fingerprint"),
+    "created": int,
+    "usage": ref("Usage"),
+    "meshserve?": ref("Receipt"),
 }
-_OPENAI = {
+
+_OPENAI: dict[str, Any] = {
     "Usage": {
-        "prompt_tokens": int, "completion_tokens": int, "total_tokens": int,
+        **each(int, "prompt_tokens completion_tokens total_tokens"),
         "prompt_tokens_details": _CACHED,
         "completion_tokens_details": _REASONING,
     },
@@ -83,12 +75,8 @@ _OPENAI = {
         "top_logprobs": [(dict[str, float], None)],
         "text_offset": [int],
     },
-    "CalledTool": {
-        "id": str,
-        "type": "function",
-        "function": {"name": str, "arguments": str},
-    },
-    "Answer": {
+    "CalledTool": {"id": str, "type": "function", "function": each(str, "name arguments")},
+    "ChatAnswer": {
         "role": "assistant",
         "content": _TEXT,
         "refusal": None,
@@ -96,107 +84,114 @@ _OPENAI = {
         "tool_calls?": [ref("CalledTool"), ...],
     },
     "CompletionChoice": {
-        "index": int, "text": str, "finish_reason": _REASON,
+        "index": int,
+        "text": str,
         "logprobs": (ref("CompletionLogprobs"), None),
+        "finish_reason": _REASON,
     },
     "ChatChoice": {
-        "index": int, "message": ref("Answer"), "finish_reason": _REASON,
-        "logprobs": ({"content": [ref("TokenLogprob")], "refusal": None}, None),
+        "index": int,
+        "message": ref("ChatAnswer"),
+        "logprobs": ({"content": _LOGPROBS, "refusal": None}, None),
+        "finish_reason": _REASON,
     },
-    "Completion": _completed("text_completion", "CompletionChoice"),
-    "Chat": _completed("chat.completion", "ChatChoice"),
+    "Completion": {
+        **_COMPLETION,
+        "object": "text_completion",
+        "choices": [ref("CompletionChoice"), ...],
+    },
+    "Chat": {**_COMPLETION, "object": "chat.completion", "choices": [ref("ChatChoice"), ...]},
 }
-_OUTPUT_TEXT = {
-    "type": "output_text", "text": str, "annotations": [dict],
-    "logprobs": [ref("TokenLogprob")],
-}
+_OUTPUT_TEXT = {"type": "output_text", "text": str, "annotations": [dict], "logprobs": _LOGPROBS}
+_THOUGHT = {"type": "reasoning_text", "text": str}
 _ITEM = {"id": str, "status": _STATUS}
-_RESPONSES = {
-    "OutputMessage": {**_ITEM, "type": "message", "role": "assistant", "content": [_OUTPUT_TEXT, ...]},
-    "OutputCall": {
-        **_ITEM, "type": "function_call", "call_id": str, "name": str, "arguments": str
-    },
-    "OutputReasoning": {
-        **_ITEM, "type": "reasoning", "summary": [dict],
-        "content": [{"type": "reasoning_text", "text": str}, ...],
-    },
+_MESSAGE = {"type": "message", "role": "assistant", "content": [_OUTPUT_TEXT, ...]}
+_RESPONSES: dict[str, Any] = {
+    "OutputMessage": {**_ITEM, **_MESSAGE},
+    "OutputCall": {**_ITEM, "type": "function_call", **each(str, "call_id name arguments")},
+    "OutputReasoning": {**_ITEM, "type": "reasoning", "summary": [dict], "content": [_THOUGHT, ...]},
     "Response": {
-        "id": str, "object": "response", "created_at": int, "status": _STATUS, "error": None,
+        "": "Besides, it repeats what its request said: instructions, metadata, temperature, ...",
+        "object": "response",
+        **each(str, "id model"),
+        **each(None, "error previous_response_id"),
+        "created_at": int,
+        "status": _STATUS,
         "incomplete_details": ({"reason": "max_output_tokens"}, None),
-        "model": str,
         "output": [(ref("OutputMessage"), ref("OutputCall"), ref("OutputReasoning")), ...],
-        "previous_response_id": None, "store": False,
+        "store": False,
         "text": {"format": dict, "verbosity": "medium"},
-        "tool_choice": (str, dict), "tools": [dict],
+        "tool_choice": (str, dict),
+        "tools": [dict],
         "usage": {
-            "input_tokens": int,
+            **each(int, "input_tokens output_tokens total_tokens"),
             "input_tokens_details": _CACHED,
-            "output_tokens": int,
             "output_tokens_details": _REASONING,
-            "total_tokens": int,
         },
         "meshserve?": ref("Receipt"),
     },
 }
-_ANTHROPIC = {
-    "Block": (
+_ANTHROPIC: dict[str, Any] = {
+    "ContentBlock": (
         {"type": "text", "text": str},
         {"type": "tool_use", "id": str, "name": str, "input": dict},
         {"type": "thinking", "thinking": str, "signature": str},
     ),
     "AnthropicAnswer": {
-        "id": str, "type": "message", "role": "assistant", "model": str,
-        "content": [ref("Block"), ...],
+        "type": "message",
+        "role": "assistant",
+        **each(str, "id model"),
+        "content": [ref("ContentBlock"), ...],
         "stop_reason": {"end_turn", "max_tokens", "stop_sequence", "tool_use"},
         "stop_sequence": _TEXT,
-        "usage": {
-            "input_tokens": int,
-            "cache_creation_input_tokens": int,
-            "cache_read_input_tokens": int,
-            "output_tokens": int,
-        },
+        "usage": each(
+            int, "input_tokens cache_creation_input_tokens cache_read_input_tokens output_tokens"
+        ),
         "meshserve?": ref("Receipt"),
     },
+    "Count": {"input_tokens": int},
 }
-_PEER = {
-    "name": str,
-    "incarnation": str,
-    "roles": [str],
-    "model": _TEXT,
-    "address": str,
-    "state": {"alive", "suspect", "draining"},
-    "mesh": str,
-    "load": (dict[str, int], None),
-    **dict.fromkeys(("since_s", "rtt_ms", "up_s"), _NUMBER),
-    "version": str,
-    "http": _TEXT,
-    "addresses": [str],
-    **dict.fromkeys(("counters", "histograms", "histograms_by_worker", "cannot_join"), dict),
-    "latencies": (dict, None),
-    "refused": [dict],
-    "gone": [dict],
+_MESH: dict[str, Any] = {
+    "Receipt": {
+        "": (
+            "Who served a request, why, and where its time went: `phases_ms` add up to `total_ms`. Peers are "
+            "names; `prefill` is null where the decode worker did it itself, and `handoff` says what was expected."
+        ),
+        **each(str, "request_id client_id? model policy?"),
+        "peers": each(_TEXT, "frontend processor router decode prefill"),
+        **each([dict], "candidates? prefill_candidates? attempts?"),
+        "tokens": each(int, "prompt cached completion"),
+        "kv?": each(int, "blocks bytes"),
+        "handoff?": (dict, None),
+        "migrations?": int,
+        "total_ms": float,
+        "phases_ms": dict.fromkeys(PHASES, float),
+    },
+    "Peer": {
+        **each(str, "name incarnation address mesh version"),
+        **each([str], "roles addresses"),
+        **each(_TEXT, "model http"),
+        "state": {"alive", "suspect", "draining"},
+        "load": (dict[str, int], None),
+        **each(_NUMBER, "since_s rtt_ms up_s"),
+        **each(dict, "counters histograms histograms_by_worker cannot_join"),
+        "latencies": (dict, None),
+        **each([dict], "refused gone"),
+    },
+    "Peers": [ref("Peer")],
+    "Health": {"status": "alive", "name": str},
+    "Ready": {"status": "ready"},
+    "NotReady": {"status": {"waiting", "draining"}, "missing": [{"processor", "decode"}]},
+    "Cancelled": {"cancelled": str},
 }
 ANSWERS: dict[str, Any] = {
     **_OPENAI,
     **_RESPONSES,
     **_ANTHROPIC,
-    "Count": {"input_tokens": int},
-    "Tokenized": {"count": int, "max_model_len": int, "tokens": [int], "token_strs": ([str], None)},
+    **_MESH,
+    "Tokenized": {**each(int, "count max_model_len"), "tokens": [int], "token_strs": ([str], None)},
     "Detokenized": {"prompt": str},
-    "ModelEntry": {
-        "id": str, "object": "model", "created": int, "owned_by": str, "max_model_len": int
-    },
+    "ModelEntry": {**each(str, "id owned_by"), "object": "model", **each(int, "created max_model_len")},
     "Models": {"object": "list", "data": [ref("ModelEntry")]},
-    "Health": {"status": "alive", "name": str},
-    "Ready": {"status": "ready"},
-    "NotReady": {"status": {"waiting", "draining"}, "missing": [{"processor", "decode"}]},
-    "Peer": _PEER,
-    "Peers": [ref("Peer")],
-    "Cancelled": {"cancelled": str},
-    "Receipt": _RECEIPT,
 }
 """By name: `schema_of` reads them."""
-DESCRIPTIONS = {
-    "Receipt": "Who served a request, why, and where its time went: `phases_ms` add up to `total_ms`.",
-    "Response": "Besides, it repeats its request's instructions, metadata, temperature, ...",
-}

@@ -36,7 +36,6 @@ from meshserve.roles.frontend.models.reading import read, read_object
 from meshserve.roles.frontend.models.requests import (
     Message,
     check_calls,
-    function_tool,
     json_text,
     sampled,
     text_of,
@@ -47,7 +46,6 @@ from meshserve.wire.completion import MAX_COUNT, MAX_MESSAGES, CompletionRequest
 PARAMS = {"stop": "stop_sequences", "prompt": "messages", "tool_name": "tool_choice"}
 """How this API calls what a processor may find fault with."""
 _MAX_ARGUMENTS = 1_048_576
-_CHOICES = {"any": "required", "tool": "function"}
 
 
 class TextBlock(Body, kw_only=True, tag_field="type", tag="text"):
@@ -204,17 +202,13 @@ def parse_count(body: bytes, request_id: str) -> CompletionRequest:
 
 
 def _tool_fields(asked: MessageBody | CountBody) -> Fields:
-    tools = [
-        function_tool(tool, tool.input_schema, f"tools[{index}].input_schema")
-        for index, tool in enumerate(asked.tools or ())
-    ]
-    choice = asked.tool_choice
-    if choice is None:
-        return tool_fields(tools, None, "", True)
+    tools = [(tool, tool.input_schema) for tool in asked.tools or ()]
+    choice = asked.tool_choice or AnthropicChoice(type="auto")
     if choice.type == "tool" and choice.name is None:
         raise InvalidRequest("tool_choice.name is missing", param="tool_choice.name")
-    kind = _CHOICES.get(choice.type, choice.type)
-    return tool_fields(tools, kind, choice.name or "", not choice.disable_parallel_tool_use)
+    kind, name = ("required" if choice.type == "any" else choice.type), choice.name
+    is_parallel = not choice.disable_parallel_tool_use
+    return tool_fields(tools, "input_schema", kind, name if kind == "tool" else None, is_parallel)
 
 
 def _messages(asked: MessageBody | CountBody) -> list[Message]:

@@ -35,10 +35,15 @@ from meshserve.roles.frontend.models.common import (
     not_done,
     unasked,
 )
-from meshserve.roles.frontend.models.completions import TokenizePrompt
-from meshserve.roles.frontend.models.openai import OpenAiBody, StreamOptions, openai_fields, stream_of
+from meshserve.roles.frontend.models.completions import (
+    OpenAiBody,
+    StreamOptions,
+    TokenizePrompt,
+    openai_fields,
+    stream_of,
+)
 from meshserve.roles.frontend.models.reading import read, read_object
-from meshserve.roles.frontend.models.requests import Message, check_calls, function_tool, tool_fields
+from meshserve.roles.frontend.models.requests import Message, check_calls, tool_fields
 from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
 
 # --- messages
@@ -303,11 +308,7 @@ def _settle_answer(message: Message, param: str) -> Any:
 def _tools(asked: ChatBody | TokenizeChat) -> Fields:
     if asked.tools is None and asked.tool_choice is None:
         return {}
-    tools = [
-        function_tool(tool.function, tool.function.parameters, f"tools[{index}].function.parameters")
-        for index, tool in enumerate(asked.tools or ())
-    ]
+    tools = [(tool.function, tool.function.parameters) for tool in asked.tools or ()]
     choice = asked.tool_choice
-    if isinstance(choice, NamedTool):
-        return tool_fields(tools, "function", choice.function.name, asked.parallel_tool_calls)
-    return tool_fields(tools, choice, "", asked.parallel_tool_calls)
+    name = choice.function.name if isinstance(choice, NamedTool) else None
+    return tool_fields(tools, "function.parameters", choice, name, asked.parallel_tool_calls)

@@ -86,41 +86,51 @@ def check_calls(messages: Sequence[Message], param: str) -> None:
         raise InvalidRequest(f"{param}: the tool call {min(open_ids)[:64]!r} {words}", param=param)
 
 
-def function_tool(function: Described, parameters: Fields | None, param: str) -> Fields:
-    """One tool in OpenAI's form; `param` is the field of its parameters, a JSON Schema of type object."""
+def tool_fields(
+    tools: Sequence[tuple[Described, Fields | None]],
+    param: str,
+    choice: object,
+    name: str | None,
+    is_parallel: bool,
+) -> Fields:
+    """Tools and the choice among them: no choice is `auto`, and `auto` is `strict` where a tool is strict.
+
+    `param` is the field of a tool that has its parameters; `name` is that of the one tool that is called.
+    Raises InvalidRequest for two tools of one name, and for a choice of a tool that is not there.
+    """
+    names = [function.name for function, _ in tools]
+    if len(set(names)) != len(names):
+        raise InvalidRequest("two tools have the same name", param="tools")
+    if not names:
+        if choice == "required" or name is not None:
+            raise InvalidRequest("tool_choice goes with tools only", param="tool_choice")
+        return {}
+    if name is not None and name not in names:
+        words = f"tool_choice names {name[:64]!r}, which is not among the tools"
+        raise InvalidRequest(words, param="tool_choice")
+    if choice in (None, "auto"):
+        choice = "strict" if any(function.strict for function, _ in tools) else "auto"
+    told = [_tool(*tool, f"tools[{index}].{param}") for index, tool in enumerate(tools)]
+    return {
+        "tools": json_text(told, "tools", MAX_TOOLS_CHARACTERS),
+        "tool_choice": choice if name is None else "function",
+        "tool_name": name or "",
+        "parallel_tool_calls": is_parallel,
+    }
+
+
+def _tool(function: Described, parameters: Fields | None, param: str) -> Fields:
+    """In OpenAI's form."""
     schema = parameters or {"type": "object", "properties": {}}
     if schema.get("type", "object") != "object":
         raise InvalidRequest(f"{param} must be a schema of type 'object'", param=param)
     json_text(schema, param, MAX_SCHEMA_CHARACTERS)
-    told: Fields = {"name": function.name}
-    if function.description is not None:
-        told["description"] = function.description
-    told["parameters"] = schema
+    told: Fields = {"name": function.name, "description": function.description, "parameters": schema}
+    if function.description is None:
+        del told["description"]
     if function.strict:
         told["strict"] = True
     return {"type": "function", "function": told}
-
-
-def tool_fields(tools: Sequence[Fields], choice: str | None, name: str, is_parallel: bool) -> Fields:
-    """Tools, and the choice among them: no choice is `auto`, and `auto` is `strict` where a tool is strict.
-
-    Raises InvalidRequest for two tools of one name, and for a choice of a tool that is not there.
-    """
-    names = [tool["function"]["name"] for tool in tools]
-    if len(set(names)) != len(names):
-        raise InvalidRequest("two tools have the same name", param="tools")
-    if not names:
-        if choice in ("required", "function"):
-            raise InvalidRequest("tool_choice goes with tools only", param="tool_choice")
-        return {}
-    if choice == "function" and name not in names:
-        words = f"tool_choice names {name[:64]!r}, which is not among the tools"
-        raise InvalidRequest(words, param="tool_choice")
-    if choice in (None, "auto"):
-        choice = "strict" if any("strict" in tool["function"] for tool in tools) else "auto"
-    text = json_text(tools, "tools", MAX_TOOLS_CHARACTERS)
-    chosen = {"tool_choice": choice, "tool_name": name}
-    return {"tools": text, **chosen, "parallel_tool_calls": is_parallel}
 
 
 def format_schema(wanted: object, param: str) -> str:

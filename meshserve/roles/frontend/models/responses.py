@@ -46,7 +46,6 @@ from meshserve.roles.frontend.models.requests import (
     Message,
     check_calls,
     format_schema,
-    function_tool,
     sampled,
     text_of,
     tool_fields,
@@ -185,6 +184,8 @@ def parse_response(body: bytes, request_id: str, client_id: str) -> Parsed:
     refuse_not_done(TextOptions, fields.get("text") or {}, "text.")
     if asked.stream_options is not None and not asked.stream:
         raise InvalidRequest("stream_options goes with stream only", param="stream_options")
+    tools, choice = [(tool, tool.parameters) for tool in asked.tools or ()], asked.tool_choice
+    name = choice.name if isinstance(choice, FlatChoice) else None
     request = CompletionRequest(
         request_id,
         "chat",
@@ -194,7 +195,7 @@ def parse_response(body: bytes, request_id: str, client_id: str) -> Parsed:
         json_schema=format_schema(asked.text and asked.text.format, "text.format"),
         client_id=client_id,
         session=asked.session,
-        **_tools(asked),
+        **tool_fields(tools, "parameters", choice, name, asked.parallel_tool_calls),
         **sampled(asked, fields, None),
     )
     return request, ResponseOptions(asked.stream, echoed=_echoed(asked, fields))
@@ -224,17 +225,6 @@ def _logprobs(asked: ResponseBody) -> int:
         words = f"top_logprobs goes with include of {LOGPROBS} only"
         raise InvalidRequest(words, param="top_logprobs")
     return -1
-
-
-def _tools(asked: ResponseBody) -> Fields:
-    tools = [
-        function_tool(tool, tool.parameters, f"tools[{index}].parameters")
-        for index, tool in enumerate(asked.tools or ())
-    ]
-    choice = asked.tool_choice
-    if isinstance(choice, FlatChoice):
-        return tool_fields(tools, "function", choice.name, asked.parallel_tool_calls)
-    return tool_fields(tools, choice, "", asked.parallel_tool_calls)
 
 
 def _messages(asked: ResponseBody) -> list[Message]:

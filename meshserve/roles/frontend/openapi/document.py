@@ -1,4 +1,4 @@
-"""The OpenAPI document (3.1, https://spec.openapis.org/oas/v3.1.1.html) of a frontend: its routes, and the structs' schemas. Pure."""
+"""The OpenAPI document (3.1, https://spec.openapis.org/oas/v3.1.1.html) of a frontend: routes, and the structs' schemas. Pure."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,7 +8,7 @@ from meshserve.roles.frontend.access import SESSION_COOKIE
 from meshserve.roles.frontend.apis import ANTHROPIC_PREFIX
 from meshserve.roles.frontend.guard import OPEN_PATHS
 from meshserve.roles.frontend.models import anthropic, chat, completions, responses
-from meshserve.roles.frontend.models.answers import ANSWERS, DESCRIPTIONS, ref, schema_of
+from meshserve.roles.frontend.models.answers import ANSWERS, ref, schema_of
 from meshserve.roles.frontend.models.common import Body, Schema
 from meshserve.roles.frontend.models.schemas import components, name_of
 from meshserve.roles.frontend.openapi.failures import ERRORS, EVERYWHERE, failures, responses_by_name
@@ -17,10 +17,10 @@ from meshserve.roles.frontend.timeouts import MIN_TIMEOUT_S
 
 _ABOUT = """LLM requests, served by a mesh of peers. OpenAI's and Anthropic's clients work with their base URL changed.
 
-Fields that nobody knows are ignored. Fields that are known elsewhere and cannot be done here are refused by name where they ask for
-something. A field that is null is a field that is not there. Besides what schemas can say, refused with 400 are: prompts that are empty
-or do not fit into the model's context, token ids above the model's last, calls of tools that are not answered, and schemas that the
-model's engine cannot keep to."""
+Fields that nobody knows are ignored. Fields that are known elsewhere and cannot be done here are refused by
+name where they ask for something. A field that is null is a field that is not there. Besides what schemas can
+say, refused with 400 are: prompts that are empty or do not fit into the model's context, token ids above the
+model's last, calls of tools that are not answered, and schemas that the model's engine cannot keep to."""
 _TAGS = {
     "Completing": "Text that follows. OpenAI's shapes, and Anthropic's under `/v1/messages`.",
     "Counting": "Tokens of prompts and texts, without an answer.",
@@ -29,7 +29,20 @@ _TAGS = {
     "Pages": "For people.",
 }
 _TEXT: Schema = {"type": "string"}
-_OBJECT: Schema = {"type": "object"}
+_SECONDS: Schema = {"type": "number", "minimum": MIN_TIMEOUT_S}
+_PARAMETERS = {
+    "RequestId": ("header", "x-request-id", "The client's own name for the request: it comes back.", _TEXT),
+    "Timeout": ("header", "x-request-timeout", "For all of the request, up to the server's limit.", _SECONDS),
+    "Session": ("header", "x-session-id", "Where the session's last request went, the next one goes.", _TEXT),
+    "Id": ("path", "id", "The request's id, or the client's label.", _TEXT),
+    "ModelName": ("path", "model", "The model's name.", _TEXT),
+    "Next": ("query", "next", "Where to go then: a path of this server.", _TEXT),
+}
+_SECURITY: Schema = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    "session": {"type": "apiKey", "in": "cookie", "name": SESSION_COOKIE, "description": "Of the login form."},
+}
 BODIES: tuple[type[Body], ...] = (
     chat.ChatBody,
     completions.CompletionBody,
@@ -47,26 +60,23 @@ def document(has_keys: bool, observes: bool) -> Schema:
     routes = _Routes(has_keys)
     _add_completing(routes)
     _add_counting(routes)
-    _add_mesh(routes, observes)
-    _add_pages(routes, observes, has_keys)
+    _add_others(routes, observes)
+    parameters = {
+        key: {"in": place, "name": name, "description": words, "schema": schema, "required": place == "path"}
+        for key, (place, name, words, schema) in _PARAMETERS.items()
+    }
+    parts: Schema = {"schemas": _schemas(), "responses": responses_by_name(), "parameters": parameters}
+    licence = {"name": "Apache-2.0", "identifier": "Apache-2.0"}
     made: Schema = {
         "openapi": "3.1.0",
-        "info": {
-            "title": "meshserve",
-            "version": __version__,
-            "description": _ABOUT,
-            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
-        },
+        "info": {"title": "meshserve", "version": __version__, "description": _ABOUT, "license": licence},
         "tags": [{"name": name, "description": words} for name, words in _TAGS.items()],
         "paths": routes.paths,
-        "components": {
-            "schemas": schemas(),
-            "responses": responses_by_name(),
-            "parameters": {"RequestId": _REQUEST_ID, "Timeout": _TIMEOUT, "Session": _SESSION},
-        },
+        "components": parts,
     }
     if has_keys:
-        made["components"]["securitySchemes"] = _SECURITY
+        _add_login(routes)
+        parts["securitySchemes"] = _SECURITY
         made["security"] = [{name: []} for name in _SECURITY]
     return made
 
@@ -76,33 +86,12 @@ def document_bytes(has_keys: bool, observes: bool) -> bytes:
     return dump(document(has_keys, observes)).encode()
 
 
-def schemas() -> dict[str, Schema]:
-    """All schemas, by name."""
+def _schemas() -> dict[str, Schema]:
     found = components([*BODIES, completions.TokenizePrompt, chat.TokenizeChat])
     ways = [found.pop("TokenizePrompt"), found.pop("TokenizeChat")]
+    model = {**_TEXT, "minLength": 1, "description": "Of `/v1/models`.", "examples": ["dummy"]}
     answers = {name: schema_of(shape) for name, shape in {**ANSWERS, **ERRORS}.items()}
-    for name, words in DESCRIPTIONS.items():
-        answers[name]["description"] = words
-    model = {"type": "string", "minLength": 1, "description": "Of `/v1/models`.", "examples": ["dummy"]}
     return {"Model": model, **found, "TokenizeRequest": {"anyOf": ways}, **answers}
-
-
-def _header(name: str, words: str, schema: Schema) -> Schema:
-    return {"name": name, "in": "header", "description": words, "schema": schema}
-
-
-_REQUEST_ID = _header("x-request-id", "The client's own name for the request: a label, which comes back.", _TEXT)
-_TIMEOUT = _header(
-    "x-request-timeout",
-    "Seconds for the whole request, and no more than the server allows.",
-    {"type": "number", "minimum": MIN_TIMEOUT_S},
-)
-_SESSION = _header("x-session-id", "Requests of one session go where the last one went, if that costs nothing.", _TEXT)
-_SECURITY: Schema = {
-    "bearer": {"type": "http", "scheme": "bearer"},
-    "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
-    "session": {"type": "apiKey", "in": "cookie", "name": SESSION_COOKIE, "description": "Of the login form, for this server's pages."},
-}
 
 
 class _Routes:
@@ -113,7 +102,15 @@ class _Routes:
         self.paths: dict[str, Schema] = {}
 
     def add(
-        self, route: str, name: str, tag: str, summary: str, responses: Schema, statuses: Iterable[int] = (), **more: object
+        self,
+        route: str,
+        name: str,
+        tag: str,
+        summary: str,
+        responses: Schema,
+        *statuses: int,
+        parameters: Iterable[str] = (),
+        **more: object,
     ) -> None:
         """One route, as method and path. `statuses` are those of its failures, besides those of every route."""
         method, path = route.split()
@@ -121,103 +118,98 @@ class _Routes:
         if self._has_keys and not is_open:
             statuses = (*statuses, 401)
             if method == "get":
-                responses = {**responses, "303": {"description": "A browser without a key is sent to the login form."}}
+                moved = {"description": "A browser without a key is sent to the login form."}
+                responses = {"303": moved, **responses}
         told = {**failures({*EVERYWHERE, *statuses}, path.startswith(ANTHROPIC_PREFIX)), **responses}
-        operation: Schema = {"operationId": name, "summary": summary, "tags": [tag], **more, "responses": dict(sorted(told.items()))}
+        if parameters:
+            more["parameters"] = [{"$ref": f"#/components/parameters/{key}"} for key in parameters]
         if self._has_keys and is_open:
-            operation["security"] = []
-        self.paths.setdefault(path, {})[method] = operation
+            more["security"] = []
+        operation = {"operationId": name, "summary": summary, "tags": [tag], **more}
+        self.paths.setdefault(path, {})[method] = {**operation, "responses": dict(sorted(told.items()))}
+
+
+def _ok(content: Schema, words: str = "Done.") -> Schema:
+    return {"200": {"description": words, "content": content}}
 
 
 def _content(media: str, schema: Schema) -> Schema:
     return {media: {"schema": schema}}
 
 
-def _ok(words: str, content: Schema, **more: Schema) -> Schema:
-    return {"200": {"description": words, "content": content, **more}}
-
-
-def _json(words: str, name: str) -> Schema:
-    return _ok(words, _content("application/json", ref(name)))
+def _json(name: str, words: str = "Done.") -> Schema:
+    return _ok(_content("application/json", ref(name)), words)
 
 
 def _body(name: str, example: Any) -> Schema:
     return {"required": True, "content": {"application/json": {"schema": ref(name), "example": example}}}
 
 
-def _taken(body: type[Body]) -> Schema:
-    return _body(name_of(body.__name__), body.EXAMPLE)
-
-
-def _in_path(name: str, words: str) -> list[Schema]:
-    return [{"name": name, "in": "path", "required": True, "description": words, "schema": _TEXT}]
-
-
 _ID = {"x-request-id": {"description": "The request's id, or the client's own.", "required": True, "schema": _TEXT}}
-_ANSWER = "The answer, whole or as server-sent events. A stream that fails ends with an error event, and never as if it were whole."
+_ANSWER = (
+    "The answer, whole or as server-sent events. "
+    "A stream that fails ends with an error event, and never as if it were whole."
+)
 
 
 def _add_completing(routes: _Routes) -> None:
     """The four APIs, each streamed and whole, and the simple form."""
-    events: Schema = {"text/event-stream": {}}
-    lines = _ok("A JSON object a line, as the text comes.", _content("application/x-ndjson", _TEXT), headers=_ID)
-    headers = [{"$ref": f"#/components/parameters/{name}"} for name in ("RequestId", "Timeout", "Session")]
     for path, name, body, answer, summary in (
         ("/v1/chat/completions", "createChat", chat.ChatBody, "Chat", "The next message of a chat"),
-        ("/v1/completions", "createCompletion", completions.CompletionBody, "Completion", "Text that follows a prompt"),
-        ("/v1/responses", "createResponse", responses.ResponseBody, "Response", "OpenAI's Responses API; nothing is stored"),
+        ("/v1/completions", "createCompletion", completions.CompletionBody, "Completion", "Text that follows"),
+        ("/v1/responses", "createResponse", responses.ResponseBody, "Response", "OpenAI's Responses API"),
         ("/v1/messages", "createMessage", anthropic.MessageBody, "AnthropicAnswer", "Anthropic's Messages API"),
-        ("/generate", "generate", completions.GenerateBody, "", "The simple form"),
+        ("/generate", "generate", completions.GenerateBody, "", "The simple form: a JSON object a line"),
     ):
-        found = _ok(_ANSWER, {**_content("application/json", ref(answer)), **events}, headers=_ID) if answer else lines
-        statuses = (404, 429, 499, 502, 503, 504)
-        routes.add(f"post {path}", name, "Completing", summary, found, statuses, parameters=headers, requestBody=_taken(body))
+        lines = _content("application/x-ndjson", _TEXT)
+        content = {**_content("application/json", ref(answer)), "text/event-stream": {}} if answer else lines
+        found = _ok(content, _ANSWER)
+        found["200"]["headers"] = _ID
+        taken = _body(name_of(body.__name__), body.EXAMPLE)
+        statuses, headers = (404, 429, 499, 502, 503, 504), ("RequestId", "Timeout", "Session")
+        routes.add(
+            f"post {path}", name, "Completing", summary, found, *statuses, parameters=headers, requestBody=taken
+        )
 
 
 def _add_counting(routes: _Routes) -> None:
-    tokenize = _body("TokenizeRequest", completions.TokenizePrompt.EXAMPLE)
-    for path, name, taken, answer, summary in (
-        ("/v1/messages/count_tokens", "countTokens", _taken(anthropic.CountBody), "Count", "Tokens of a message, counted"),
-        ("/tokenize", "tokenize", tokenize, "Tokenized", "Tokens of a prompt or a chat"),
-        ("/detokenize", "detokenize", _taken(completions.DetokenizeBody), "Detokenized", "Text of tokens"),
+    for path, name, request, example, answer, summary in (
+        ("/v1/messages/count_tokens", "countTokens", "CountRequest", anthropic.CountBody.EXAMPLE, "Count", "Tokens of a message"),
+        ("/tokenize", "tokenize", "TokenizeRequest", completions.TokenizePrompt.EXAMPLE, "Tokenized", "Tokens of a prompt or a chat"),
+        ("/detokenize", "detokenize", "DetokenizeRequest", completions.DetokenizeBody.EXAMPLE, "Detokenized", "Text of tokens"),
     ):
-        routes.add(f"post {path}", name, "Counting", summary, _json("Counted.", answer), (404, 502, 503, 504), requestBody=taken)
-    routes.add("get /v1/models", "listModels", "Models", "The models that are served", _json("All of them.", "Models"))
-    found, named = _json("It is served.", "ModelEntry"), _in_path("model", "Its name.")
-    routes.add("get /v1/models/{model}", "getModel", "Models", "One model", found, (404,), parameters=named)
+        taken = _body(request, example)
+        routes.add(f"post {path}", name, "Counting", summary, _json(answer), 404, 502, 503, 504, requestBody=taken)
 
 
-def _add_mesh(routes: _Routes, observes: bool) -> None:
-    add, named = routes.add, _in_path("id", "Its id, or the client's label.")
-    not_ready = {"description": "Not yet, or no more: what is missing.", "content": _content("application/json", ref("NotReady"))}
-    add("get /health", "health", "Mesh", "Whether this peer lives", _json("It does.", "Health"))
-    add("get /ready", "ready", "Mesh", "Whether a request could be served", {**_json("It could.", "Ready"), "503": not_ready})
-    add("get /mesh/peers", "listPeers", "Mesh", "Who is in the mesh, and what each peer says of itself", _json("All.", "Peers"))
-    ended = _json("It was ended, at every hop.", "Cancelled")
-    add("delete /mesh/requests/{id}", "cancelRequest", "Mesh", "End a request, wherever it is", ended, (404,), parameters=named)
-    if not observes:
-        return
-    add("get /metrics", "metrics", "Mesh", "Figures of all peers, for Prometheus", _ok("They.", _content("text/plain", _TEXT)))
-    events = _ok("Server-sent events, without end.", {"text/event-stream": {}})
-    receipt = _ok("Who served it, why, and where its time went.", _content("application/json", _OBJECT))
-    words = "The receipt of one of the last requests"
-    add("get /mesh/requests/{id}", "receipt", "Mesh", words, receipt, (404,), parameters=named)
-    add("get /mesh/events", "events", "Mesh", "What happens in the mesh: the dashboard's data", events, (503,))
-
-
-def _add_pages(routes: _Routes, observes: bool, has_keys: bool) -> None:
-    add, page = routes.add, _content("text/html", _TEXT)
-    add("get /openapi.json", "openapi", "Pages", "This document", _ok("It.", _content("application/json", _OBJECT)))
-    add("get /docs", "docs", "Pages", "This document, to read", _ok("The page.", page))
+def _add_others(routes: _Routes, observes: bool) -> None:
+    add, page, anything = routes.add, _content("text/html", _TEXT), _content("application/json", {"type": "object"})
+    not_ready = {"description": "What is missing.", "content": _content("application/json", ref("NotReady"))}
+    add("get /v1/models", "listModels", "Models", "The models that are served", _json("Models"))
+    add("get /v1/models/{model}", "getModel", "Models", "One model", _json("ModelEntry"), 404, parameters=["ModelName"])
+    add("get /health", "health", "Mesh", "Whether this peer lives", _json("Health"))
+    add("get /ready", "ready", "Mesh", "Whether a request could be served", {**_json("Ready"), "503": not_ready})
+    add("get /mesh/peers", "listPeers", "Mesh", "Peers, and what each says of itself", _json("Peers"))
+    route, words = "delete /mesh/requests/{id}", "End a request, at every hop"
+    add(route, "cancelRequest", "Mesh", words, _json("Cancelled"), 404, parameters=["Id"])
+    add("get /openapi.json", "openapi", "Pages", "This document", _ok(anything))
+    add("get /docs", "docs", "Pages", "This document, to read", _ok(page))
     if observes:
-        add("get /", "dashboard", "Pages", "The dashboard", _ok("The page.", page))
-    if not has_keys:
-        return
-    wrong = {"description": "The form again: this is no key.", "content": {**page, **_content("application/json", ref("Error"))}}
-    target = [{"name": "next", "in": "query", "description": "Where to go then: a path of this server.", "schema": _TEXT}]
+        figures, events = _content("text/plain", _TEXT), _content("text/event-stream", {})
+        add("get /metrics", "metrics", "Mesh", "Figures of all peers, for Prometheus", _ok(figures))
+        route, words = "get /mesh/requests/{id}", "Who served a request, why, and where its time went"
+        add(route, "receipt", "Mesh", words, _ok(anything), 404, parameters=["Id"])
+        add("get /mesh/events", "events", "Mesh", "The dashboard's data, without end", _ok(events), 503)
+        add("get /", "dashboard", "Pages", "The dashboard", _ok(page))
+
+
+def _add_login(routes: _Routes) -> None:
+    add, page = routes.add, _content("text/html", _TEXT)
+    wrong = {"description": "No such key.", "content": {**page, **_content("application/json", ref("Error"))}}
     key = {"type": "object", "properties": {"key": _TEXT}, "required": ["key"]}
     form = {"required": True, "content": _content("application/x-www-form-urlencoded", key)}
-    moved = {"303": {"description": "Let in, with a cookie that is not the key."}, "401": wrong}
-    add("get /login", "loginForm", "Pages", "A form for browsers", _ok("The form.", page), parameters=target)
-    add("post /login", "logIn", "Pages", "A key for a cookie", moved, (429,), parameters=target, requestBody=form)
-    add("post /logout", "logOut", "Pages", "The end of a session", {"303": {"description": "The form is next."}})
+    moved: Schema = {"303": {"description": "On, or back to the form."}}
+    add("get /login", "loginForm", "Pages", "A form for browsers", _ok(page), parameters=["Next"])
+    words, answers = "A key for a cookie", {**moved, "401": wrong}
+    add("post /login", "logIn", "Pages", words, answers, 429, parameters=["Next"], requestBody=form)
+    add("post /logout", "logOut", "Pages", "The end of a session", moved)

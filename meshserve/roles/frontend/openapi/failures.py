@@ -29,6 +29,9 @@ EVERYWHERE = (400, 403, 408, 413, 431, 500)
 _RETRY = {"retry-after": {"description": "Seconds.", "required": True, "schema": {"type": "integer", "minimum": 1}}}
 
 
+_ABOUT = "`message` is for people, `code` is stable, for programs, and `param` is the field at fault."
+
+
 def _error(types: Iterable[str]) -> dict[str, Any]:
     return {"message": str, "type": set(types), "param": (str, None), "code": str}
 
@@ -36,10 +39,10 @@ def _error(types: Iterable[str]) -> dict[str, Any]:
 _OPENAI_TYPES = (*ERROR_TYPES.values(), "invalid_request_error", "server_error")
 _ANTHROPIC_TYPES = (*ANTHROPIC_TYPES.values(), "invalid_request_error", "api_error")
 ERRORS: dict[str, Any] = {
-    "Error": {"error": _error(_OPENAI_TYPES)},
-    "AnthropicError": {"type": "error", "error": _error(_ANTHROPIC_TYPES)},
+    "Error": {"": _ABOUT, "error": _error(_OPENAI_TYPES)},
+    "AnthropicError": {"": _ABOUT, "type": "error", "error": _error(_ANTHROPIC_TYPES)},
 }
-"""Shapes, by name. `message` is for people, `code` is stable, for programs, and `param` is the field at fault."""
+"""Shapes, by name."""
 
 
 def _codes(status: int) -> list[str]:
