@@ -1,8 +1,5 @@
 """The OpenAPI document (3.1, https://spec.openapis.org/oas/v3.1.1.html) of a frontend: routes, and the structs' schemas. Pure."""
 
-from collections.abc import Iterable
-from typing import Any
-
 from meshserve import __version__
 from meshserve.roles.frontend.access import SESSION_COOKIE
 from meshserve.roles.frontend.apis import ANTHROPIC_PREFIX
@@ -29,19 +26,19 @@ _TAGS = {
     "Pages": "For people.",
 }
 _TEXT: Schema = {"type": "string"}
-_SECONDS: Schema = {"type": "number", "minimum": MIN_TIMEOUT_S}
-_PARAMETERS = {
-    "RequestId": ("header", "x-request-id", "The client's own name for the request: it comes back.", _TEXT),
-    "Timeout": ("header", "x-request-timeout", "For all of the request, up to the server's limit.", _SECONDS),
-    "Session": ("header", "x-session-id", "Where the session's last request went, the next one goes.", _TEXT),
-    "Id": ("path", "id", "The request's id, or the client's label.", _TEXT),
-    "ModelName": ("path", "model", "The model's name.", _TEXT),
-    "Next": ("query", "next", "Where to go then: a path of this server.", _TEXT),
-}
+_HEADERS = ("RequestId", "Timeout", "Session")
+_PARAMETERS = """
+RequestId header x-request-id      The client's own name for the request: a label, which comes back.
+Timeout   header x-request-timeout Seconds for the whole request, and no more than the server allows.
+Session   header x-session-id      A session's requests go where its last one went, if that costs nothing.
+Id        path   id                The request's id, or the client's label.
+ModelName path   model             The model's name.
+Next      query  next              Where to go then: a path of this server.
+"""
 _SECURITY: Schema = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
-    "session": {"type": "apiKey", "in": "cookie", "name": SESSION_COOKIE, "description": "Of the login form."},
+    "session": {"type": "apiKey", "in": "cookie", "name": SESSION_COOKIE},
 }
 BODIES: tuple[type[Body], ...] = (
     chat.ChatBody,
@@ -53,30 +50,148 @@ BODIES: tuple[type[Body], ...] = (
     completions.DetokenizeBody,
 )
 """What routes take; `/tokenize` takes one of two more."""
+_EXAMPLES = {name_of(body.__name__): body.EXAMPLE for body in BODIES}
+_EXAMPLES["TokenizeRequest"] = completions.TokenizePrompt.EXAMPLE
+
+# --- routes
+
+_ROUTES = """
+Completing post /v1/chat/completions createChat ChatRequest Chat,events The next message of a chat
+Completing post /v1/completions createCompletion CompletionRequest Completion,events Text that follows
+Completing post /v1/responses createResponse ResponseRequest Response,events OpenAI's Responses API
+Completing post /v1/messages createMessage MessageRequest AnthropicAnswer,events Anthropic's Messages API
+Completing post /generate generate GenerateRequest lines The simple form: a JSON object a line
+Counting post /v1/messages/count_tokens countTokens CountRequest Count Tokens of a message, counted
+Counting post /tokenize tokenize TokenizeRequest Tokenized Tokens of a prompt or a chat
+Counting post /detokenize detokenize DetokenizeRequest Detokenized Text of tokens
+Models get /v1/models listModels - Models The models that are served
+Models get /v1/models/{model} getModel - ModelEntry One model
+Mesh get /health health - Health Whether this peer lives
+Mesh get /ready ready - Ready Whether a request could be served
+Mesh get /mesh/peers listPeers - Peers Who is in the mesh, and what each peer says of itself
+Mesh delete /mesh/requests/{id} cancelRequest - Cancelled End a request, at every hop
+Pages get /openapi.json openapi - object This document
+Pages get /docs docs - page This document, to read
+"""
+"""Tag, method, path, name, what the route takes and gives, and what it is for."""
+_OBSERVED = """
+Mesh get /metrics metrics - text Figures of all peers, for Prometheus
+Mesh get /mesh/requests/{id} receipt - object The receipt of one of the last requests
+Mesh get /mesh/events events - events What happens in the mesh: the dashboard's data
+Pages get / dashboard - page The dashboard
+"""
+_LOGIN = """
+Pages get /login loginForm - page A form for browsers
+Pages post /login logIn - - A key for a cookie
+Pages post /logout logOut - - The end of a session
+"""
+_STATUSES = {
+    "Completing": (404, 429, 499, 502, 503, 504),
+    "Counting": (404, 502, 503, 504),
+    "events": (503,),
+    "logIn": (429,),
+}
+"""Of failures besides those of every route, by tag or name."""
+_MEDIA: dict[str, Schema] = {
+    "events": {"text/event-stream": {}},
+    "lines": {"application/x-ndjson": {"schema": _TEXT}},
+    "object": {"application/json": {"schema": {"type": "object"}}},
+    "page": {"text/html": {"schema": _TEXT}},
+    "text": {"text/plain": {"schema": _TEXT}},
+}
+_ANSWER = (
+    "The answer, whole or as server-sent events. "
+    "A stream that fails ends with an error event, and never as if it were whole."
+)
+_ID = {"x-request-id": {"description": "The request's id, or the client's own.", "required": True, "schema": _TEXT}}
+_KEY = {"type": "object", "properties": {"key": _TEXT}, "required": ["key"]}
+
+
+def _json(name: str) -> Schema:
+    return {"application/json": {"schema": ref(name)}}
+
+
+_MOVED = {"303": {"description": "On, or back to the form."}}
+_RESPONSES: dict[str, Schema] = {
+    "ready": {"503": {"description": "Not yet, or no more: what is missing.", "content": _json("NotReady")}},
+    "logIn": {**_MOVED, "401": {"description": "No such key.", "content": {**_MEDIA["page"], **_json("Error")}}},
+    "logOut": _MOVED,
+}
+"""Of a kind of their own, by name."""
+
+
+def _operation(line: str, has_keys: bool) -> tuple[str, str, Schema]:
+    """Path, method and operation of a route."""
+    tag, method, path, name, body, answers, summary = line.split(maxsplit=6)
+    is_open = path in OPEN_PATHS
+    statuses = {*EVERYWHERE, *_STATUSES.get(tag, ()), *_STATUSES.get(name, ())}
+    if "{" in path:
+        statuses.add(404)
+    found: Schema = {}
+    if has_keys and not is_open:
+        statuses.add(401)
+        if method == "get":
+            found["303"] = {"description": "A browser without a key is sent to the login form."}
+    operation: Schema = {"operationId": name, "summary": summary, "tags": [tag]}
+    if parameters := _parameters_of(path, tag):
+        operation["parameters"] = [{"$ref": f"#/components/parameters/{key}"} for key in parameters]
+    if body != "-":
+        content = {**_json(body)["application/json"], "example": _EXAMPLES[body]}
+        operation["requestBody"] = {"required": True, "content": {"application/json": content}}
+    elif name == "logIn":
+        form = {"application/x-www-form-urlencoded": {"schema": _KEY}}
+        operation["requestBody"] = {"required": True, "content": form}
+    if answers != "-":
+        found["200"] = _answer(answers.split(","), tag)
+    if has_keys and is_open:
+        operation["security"] = []
+    told = failures(statuses, path.startswith(ANTHROPIC_PREFIX)) | found | _RESPONSES.get(name, {})
+    return path, method, {**operation, "responses": dict(sorted(told.items()))}
+
+
+def _parameters_of(path: str, tag: str) -> tuple[str, ...]:
+    if tag == "Completing":
+        return _HEADERS
+    return {"/login": ("Next",), "/v1/models/{model}": ("ModelName",)}.get(path, ("Id",) if "{id}" in path else ())
+
+
+def _answer(kinds: list[str], tag: str) -> Schema:
+    content: Schema = {}
+    for kind in kinds:
+        content |= _MEDIA.get(kind) or _json(kind)
+    if tag == "Completing":
+        return {"description": _ANSWER, "content": content, "headers": _ID}
+    return {"description": "Done.", "content": content}
+
+
+# --- the document
 
 
 def document(has_keys: bool, observes: bool) -> Schema:
     """The whole document: `has_keys` if an API key is asked for, `observes` if there are metrics and the dashboard."""
-    routes = _Routes(has_keys)
-    _add_completing(routes)
-    _add_counting(routes)
-    _add_others(routes, observes)
-    parameters = {
-        key: {"in": place, "name": name, "description": words, "schema": schema, "required": place == "path"}
-        for key, (place, name, words, schema) in _PARAMETERS.items()
-    }
-    parts: Schema = {"schemas": _schemas(), "responses": responses_by_name(), "parameters": parameters}
-    licence = {"name": "Apache-2.0", "identifier": "Apache-2.0"}
+    table = _ROUTES + (_OBSERVED if observes else "") + (_LOGIN if has_keys else "")
+    paths: dict[str, Schema] = {}
+    for line in filter(None, table.splitlines()):
+        path, method, operation = _operation(line, has_keys)
+        paths.setdefault(path, {})[method] = operation
     made: Schema = {
         "openapi": "3.1.0",
-        "info": {"title": "meshserve", "version": __version__, "description": _ABOUT, "license": licence},
+        "info": {
+            "title": "meshserve",
+            "version": __version__,
+            "description": _ABOUT,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
         "tags": [{"name": name, "description": words} for name, words in _TAGS.items()],
-        "paths": routes.paths,
-        "components": parts,
+        "paths": paths,
+        "components": {
+            "schemas": _schemas(),
+            "responses": responses_by_name(),
+            "parameters": dict(map(_parameter, filter(None, _PARAMETERS.splitlines()))),
+        },
     }
     if has_keys:
-        _add_login(routes)
-        parts["securitySchemes"] = _SECURITY
+        made["components"]["securitySchemes"] = _SECURITY
         made["security"] = [{name: []} for name in _SECURITY]
     return made
 
@@ -86,130 +201,16 @@ def document_bytes(has_keys: bool, observes: bool) -> bytes:
     return dump(document(has_keys, observes)).encode()
 
 
+def _parameter(line: str) -> tuple[str, Schema]:
+    key, place, name, words = line.split(maxsplit=3)
+    schema = {"type": "number", "minimum": MIN_TIMEOUT_S} if key == "Timeout" else _TEXT
+    told = {"in": place, "name": name, "description": words, "schema": schema}
+    return key, {**told, "required": place == "path"}
+
+
 def _schemas() -> dict[str, Schema]:
     found = components([*BODIES, completions.TokenizePrompt, chat.TokenizeChat])
     ways = [found.pop("TokenizePrompt"), found.pop("TokenizeChat")]
     model = {**_TEXT, "minLength": 1, "description": "Of `/v1/models`.", "examples": ["dummy"]}
     answers = {name: schema_of(shape) for name, shape in {**ANSWERS, **ERRORS}.items()}
     return {"Model": model, **found, "TokenizeRequest": {"anyOf": ways}, **answers}
-
-
-class _Routes:
-    """Collects routes, with what all have in common."""
-
-    def __init__(self, has_keys: bool) -> None:
-        self._has_keys = has_keys
-        self.paths: dict[str, Schema] = {}
-
-    def add(
-        self,
-        route: str,
-        name: str,
-        tag: str,
-        summary: str,
-        responses: Schema,
-        *statuses: int,
-        parameters: Iterable[str] = (),
-        **more: object,
-    ) -> None:
-        """One route, as method and path. `statuses` are those of its failures, besides those of every route."""
-        method, path = route.split()
-        is_open = path in OPEN_PATHS
-        if self._has_keys and not is_open:
-            statuses = (*statuses, 401)
-            if method == "get":
-                moved = {"description": "A browser without a key is sent to the login form."}
-                responses = {"303": moved, **responses}
-        told = {**failures({*EVERYWHERE, *statuses}, path.startswith(ANTHROPIC_PREFIX)), **responses}
-        if parameters:
-            more["parameters"] = [{"$ref": f"#/components/parameters/{key}"} for key in parameters]
-        if self._has_keys and is_open:
-            more["security"] = []
-        operation = {"operationId": name, "summary": summary, "tags": [tag], **more}
-        self.paths.setdefault(path, {})[method] = {**operation, "responses": dict(sorted(told.items()))}
-
-
-def _ok(content: Schema, words: str = "Done.") -> Schema:
-    return {"200": {"description": words, "content": content}}
-
-
-def _content(media: str, schema: Schema) -> Schema:
-    return {media: {"schema": schema}}
-
-
-def _json(name: str, words: str = "Done.") -> Schema:
-    return _ok(_content("application/json", ref(name)), words)
-
-
-def _body(name: str, example: Any) -> Schema:
-    return {"required": True, "content": {"application/json": {"schema": ref(name), "example": example}}}
-
-
-_ID = {"x-request-id": {"description": "The request's id, or the client's own.", "required": True, "schema": _TEXT}}
-_ANSWER = (
-    "The answer, whole or as server-sent events. "
-    "A stream that fails ends with an error event, and never as if it were whole."
-)
-
-
-def _add_completing(routes: _Routes) -> None:
-    """The four APIs, each streamed and whole, and the simple form."""
-    for path, name, body, answer, summary in (
-        ("/v1/chat/completions", "createChat", chat.ChatBody, "Chat", "The next message of a chat"),
-        ("/v1/completions", "createCompletion", completions.CompletionBody, "Completion", "Text that follows"),
-        ("/v1/responses", "createResponse", responses.ResponseBody, "Response", "OpenAI's Responses API"),
-        ("/v1/messages", "createMessage", anthropic.MessageBody, "AnthropicAnswer", "Anthropic's Messages API"),
-        ("/generate", "generate", completions.GenerateBody, "", "The simple form: a JSON object a line"),
-    ):
-        lines = _content("application/x-ndjson", _TEXT)
-        content = {**_content("application/json", ref(answer)), "text/event-stream": {}} if answer else lines
-        found = _ok(content, _ANSWER)
-        found["200"]["headers"] = _ID
-        taken = _body(name_of(body.__name__), body.EXAMPLE)
-        statuses, headers = (404, 429, 499, 502, 503, 504), ("RequestId", "Timeout", "Session")
-        routes.add(
-            f"post {path}", name, "Completing", summary, found, *statuses, parameters=headers, requestBody=taken
-        )
-
-
-def _add_counting(routes: _Routes) -> None:
-    for path, name, request, example, answer, summary in (
-        ("/v1/messages/count_tokens", "countTokens", "CountRequest", anthropic.CountBody.EXAMPLE, "Count", "Tokens of a message"),
-        ("/tokenize", "tokenize", "TokenizeRequest", completions.TokenizePrompt.EXAMPLE, "Tokenized", "Tokens of a prompt or a chat"),
-        ("/detokenize", "detokenize", "DetokenizeRequest", completions.DetokenizeBody.EXAMPLE, "Detokenized", "Text of tokens"),
-    ):
-        taken = _body(request, example)
-        routes.add(f"post {path}", name, "Counting", summary, _json(answer), 404, 502, 503, 504, requestBody=taken)
-
-
-def _add_others(routes: _Routes, observes: bool) -> None:
-    add, page, anything = routes.add, _content("text/html", _TEXT), _content("application/json", {"type": "object"})
-    not_ready = {"description": "What is missing.", "content": _content("application/json", ref("NotReady"))}
-    add("get /v1/models", "listModels", "Models", "The models that are served", _json("Models"))
-    add("get /v1/models/{model}", "getModel", "Models", "One model", _json("ModelEntry"), 404, parameters=["ModelName"])
-    add("get /health", "health", "Mesh", "Whether this peer lives", _json("Health"))
-    add("get /ready", "ready", "Mesh", "Whether a request could be served", {**_json("Ready"), "503": not_ready})
-    add("get /mesh/peers", "listPeers", "Mesh", "Peers, and what each says of itself", _json("Peers"))
-    route, words = "delete /mesh/requests/{id}", "End a request, at every hop"
-    add(route, "cancelRequest", "Mesh", words, _json("Cancelled"), 404, parameters=["Id"])
-    add("get /openapi.json", "openapi", "Pages", "This document", _ok(anything))
-    add("get /docs", "docs", "Pages", "This document, to read", _ok(page))
-    if observes:
-        figures, events = _content("text/plain", _TEXT), _content("text/event-stream", {})
-        add("get /metrics", "metrics", "Mesh", "Figures of all peers, for Prometheus", _ok(figures))
-        route, words = "get /mesh/requests/{id}", "Who served a request, why, and where its time went"
-        add(route, "receipt", "Mesh", words, _ok(anything), 404, parameters=["Id"])
-        add("get /mesh/events", "events", "Mesh", "The dashboard's data, without end", _ok(events), 503)
-        add("get /", "dashboard", "Pages", "The dashboard", _ok(page))
-
-
-def _add_login(routes: _Routes) -> None:
-    add, page = routes.add, _content("text/html", _TEXT)
-    wrong = {"description": "No such key.", "content": {**page, **_content("application/json", ref("Error"))}}
-    key = {"type": "object", "properties": {"key": _TEXT}, "required": ["key"]}
-    form = {"required": True, "content": _content("application/x-www-form-urlencoded", key)}
-    moved: Schema = {"303": {"description": "On, or back to the form."}}
-    add("get /login", "loginForm", "Pages", "A form for browsers", _ok(page), parameters=["Next"])
-    words, answers = "A key for a cookie", {**moved, "401": wrong}
-    add("post /login", "logIn", "Pages", words, answers, 429, parameters=["Next"], requestBody=form)
-    add("post /logout", "logOut", "Pages", "The end of a session", moved)
