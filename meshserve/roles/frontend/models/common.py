@@ -19,6 +19,7 @@ Rules = tuple[Schema, ...]
 NotDone = dict[str, tuple[Any, ...]]
 
 MAX_SESSION_CHARACTERS = 256
+"""Of who asks, as far as the fields tell: requests of one session like to go to one worker."""
 
 
 class Body(Struct, kw_only=True, omit_defaults=True):
@@ -212,8 +213,3 @@ class LabelledBody(SampledBody, kw_only=True):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
-
-    @property
-    def session(self) -> str:
-        """Who asks, as far as the fields tell: requests of one session like to go to one worker."""
-        return (self.prompt_cache_key or self.user or "")[:MAX_SESSION_CHARACTERS]

@@ -13,6 +13,7 @@ from meshserve.roles.frontend.models.common import (
     CHOICE,
     CONTENT,
     MAX_CALLS,
+    MAX_SESSION_CHARACTERS,
     PART,
     STREAM_ONLY,
     STREAM_RULE,
@@ -194,7 +195,7 @@ def parse_response(body: bytes, request_id: str, client_id: str) -> Parsed:
         logprobs=_logprobs(asked),
         json_schema=format_schema(asked.text and asked.text.format, "text.format"),
         client_id=client_id,
-        session=asked.session,
+        session=(asked.prompt_cache_key or asked.user or "")[:MAX_SESSION_CHARACTERS],
         **tool_fields(tools, "parameters", choice, name, asked.parallel_tool_calls),
         **sampled(asked, fields, None),
     )
