@@ -9,13 +9,17 @@ from hypothesis import settings
 
 from tests.harness import Lan, pressure, wait_until
 from tests.harness.leaks import inventory, left_since, prepare
+from tests.harness.namespaces import leave_network
 from tests.harness.rights import missing_right
 
 LEAVE_S = 2.0
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Start what lasts as long as the process before any test is compared with it. Examples of laws may take as long as they take."""
+    if hasattr(config, "workerinput") and missing_right() is None:
+        # workers of `pytest -n` take the same ports and hear the same multicast: a loopback each
+        leave_network()
     prepare()
     pressure.watch()
     settings.register_profile("dev", deadline=None)

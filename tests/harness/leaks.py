@@ -10,6 +10,8 @@ from pathlib import Path
 import uvloop
 import zmq
 
+from tests.harness.spawning import start_server
+
 PR_SET_CHILD_SUBREAPER = 36
 TASKS = Path("/proc/self/task")
 DESCRIPTORS = Path("/proc/self/fd")
@@ -27,6 +29,8 @@ def prepare() -> None:
     # libuv's pipe for signals comes with the first loop and stays
     uvloop.new_event_loop().close()
     _start_zmq_collector()
+    if sys.platform.startswith("linux"):
+        start_server()
 
 
 def inventory() -> set[str]:

@@ -109,6 +109,19 @@ def inside(name: str, action: Callable[[], T]) -> T:
     return results[0]
 
 
+def leave_network() -> None:
+    """Move this thread, and whatever it starts from now on, into a new network with nothing but its loopback.
+
+    Raises:
+        OSError: the right is missing.
+    """
+    # os.unshare is there from Python 3.12 on only
+    library = ctypes.CDLL(None, use_errno=True)
+    if library.unshare(CLONE_NEWNET):
+        raise OSError(ctypes.get_errno(), "cannot make a network namespace")
+    run_tool("ip", "link", "set", "lo", "up")
+
+
 def _end(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

@@ -14,11 +14,11 @@ from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
 from tests.harness.output import Line, Output
+from tests.harness.spawning import ROOT, Child, can_fork, fork
 from tests.harness.waiting import wait_until
 
 T = TypeVar("T")
 
-ROOT = Path(__file__).parents[2]
 CLOSE_S = 5.0
 _STOP_S = 5.0
 
@@ -47,6 +47,21 @@ def child_environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**kept, "PYTHONUNBUFFERED": "1", **(extra or {})}
 
 
+def _started(command: list[str], netns: str | None, env: Mapping[str, str] | None) -> "subprocess.Popen[bytes] | Child":
+    if can_fork(command, env):
+        return fork(command, netns, child_environment(env))
+    return subprocess.Popen(
+        in_namespace(netns, command),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=child_environment(env),
+        # `-m meshserve` finds the package of this very checkout, whatever else is installed
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+
 def run_command(
     arguments: Sequence[str], deadline_s: float = 10.0, netns: str | None = None, env: Mapping[str, str] | None = None
 ) -> Completed:
@@ -66,16 +81,7 @@ class Process:
     def __init__(self, command: Sequence[str], netns: str | None = None, env: Mapping[str, str] | None = None) -> None:
         """Start `command`, in the network namespace `netns` if one is named, with `env` added to the environment."""
         self.command = list(command)
-        self._child = subprocess.Popen(
-            in_namespace(netns, command),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=child_environment(env),
-            # `-m meshserve` finds the package of this very checkout, whatever else is installed
-            cwd=ROOT,
-            start_new_session=True,
-        )
+        self._child = _started(self.command, netns, env)
         self.started_at = time.monotonic()
         self._is_closed = False
         assert self._child.stdout is not None
@@ -172,7 +178,7 @@ class Process:
         """
         self._explained(lambda: wait_until(lambda: self.exit_code is not None, deadline_s, "the process ended"))
         self._output.join(1.0)
-        return self._child.returncode
+        return int(self._child.returncode or 0)
 
     def close(self) -> None:
         """Kill the process and whatever is left of its session's group, and close its outputs. May be called again."""

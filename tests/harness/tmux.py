@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from tests.harness.processes import ROOT, Completed, Process, child_environment, run_command
+from tests.harness.processes import Completed, Process, child_environment, run_command
+from tests.harness.spawning import ROOT
 from tests.harness.waiting import wait_until
 
 ANSWER_S = 5.0
