@@ -140,22 +140,34 @@ class FloorSystem(System):
 
 
 class MeshSystem(System):
-    """A front peer, two decode workers and, if it is to be disaggregated, a prefill worker that gets every prompt."""
+    """A front peer, two decode workers and, if it is to be disaggregated, a prefill worker that gets every prompt.
 
-    def __init__(self, step_ms: float, is_disaggregated: bool = False, options: Sequence[str] = ()) -> None:
+    With `checkout`, the peers run the code of that directory instead of this one's.
+    """
+
+    def __init__(
+        self,
+        step_ms: float,
+        is_disaggregated: bool = False,
+        options: Sequence[str] = (),
+        checkout: Path | None = None,
+    ) -> None:
         super().__init__(step_ms)
         self.name = "meshserve disaggregated" if is_disaggregated else "meshserve aggregated"
-        self._is_disaggregated, self._options = is_disaggregated, options
+        self._is_disaggregated, self._options, self._checkout = is_disaggregated, options, checkout
 
     def launch(self) -> None:
         port = free_ports(4)[0]
-        run = [sys.executable, "-m", "meshserve", "run", "--interface", "127.0.0.1", "--no-mdns", "--mesh", f"bench-{self.http}"]
+        # -P: without this directory, so that the path of a checkout counts
+        python = [sys.executable, *(["-P"] if self._checkout else [])]
+        code = {"PYTHONPATH": str(self._checkout)} if self._checkout else {}
+        run = [*python, "-m", "meshserve", "run", "--interface", "127.0.0.1", "--no-mdns", "--mesh", f"bench-{self.http}"]
         run += self._options
         engine = ["--peer", f"127.0.0.1:{port}", "--engine-opt", f"step_ms={self.step_ms:g}"]
         engine += ["--max-local-prefill-tokens", "0"] if self._is_disaggregated else []
-        self.spawn([*run, "--role", "frontend,processor,router", "--port", str(port), "--http", f"127.0.0.1:{self.http}"])
+        self.spawn([*run, "--role", "frontend,processor,router", "--port", str(port), "--http", f"127.0.0.1:{self.http}"], **code)
         for role in ("decode", "decode", *(["prefill"] if self._is_disaggregated else [])):
-            self.spawn([*run, "--role", role, *engine])
+            self.spawn([*run, "--role", role, *engine], **code)
 
     def check(self) -> None:
         super().check()
