@@ -60,7 +60,7 @@ class Peer:
         self.http_url: str | None = None
         self._workers_line = ""
         self._reporter: WorkerReporter | None = None
-        self._on_engine_failure: Callable[[], None] = lambda: None
+        self._requester: PrefillRequester | None = None
         self._exporter: Exporter | None = None
 
     async def start(self) -> None:
@@ -137,7 +137,7 @@ class Peer:
         offer_files(self.mesh, engine.files)
         config, roles = self._config, self._roles
         provider = PrefillProvider(self.mesh, engine, config.handoff) if "prefill" in roles else None
-        requester = PrefillRequester(self.mesh, engine, config.handoff) if "decode" in roles else None
+        requester = self._requester = PrefillRequester(self.mesh, engine, config.handoff) if "decode" in roles else None
         reporter = self._reporter = WorkerReporter(self.mesh, engine, provider, requester)
         if provider is not None:
             from meshserve.roles.prefill import PrefillRole
@@ -152,14 +152,14 @@ class Peer:
             decode = DecodeRole(self.mesh, engine, requester, reporter, config.handoff, config.max_decode_queue, config.observe)
             self._closers.callback(requester.close)
             self._is_idle.append(lambda: decode.is_idle)
-            self._on_engine_failure = requester.engine_failed
         self._closers.callback(reporter.close)
 
     def _engine_failed(self, error: MeshserveError) -> None:
         """Its requests have ended. Nobody sends more until it runs again: this peer plays its other roles meanwhile."""
         _log.error("the engine failed: %s; it is started again", error.message)
         self.mesh.announce_withdrawn(tuple(role for role in self._roles if role in _WORKER_ROLES))
-        self._on_engine_failure()
+        if self._requester is not None:
+            self._requester.engine_failed()
         self.mesh.tasks.spawn(self._restart_engine())
 
     async def _restart_engine(self) -> None:

@@ -45,8 +45,6 @@ class BlockWindow:
         self._window_bytes, self._max_message_bytes, self._max_blocks = window_bytes, max_message_bytes, max_blocks_per_message
         self._ready: deque[KVBlock] = deque()
         self._unacknowledged_bytes = 0
-        self.num_bytes = 0
-        """Sent in all."""
 
     def add(self, blocks: Sequence[KVBlock]) -> None:
         """The next blocks are computed."""
@@ -94,17 +92,11 @@ class BlockWindow:
             payloads.append(payload)
             num_bytes += size_bytes
             self._unacknowledged_bytes += size_bytes
-        self.num_bytes += num_bytes
         return marks, payloads
 
     def acknowledged(self, num_bytes: int) -> None:
         """The receiver has taken so much."""
         self._unacknowledged_bytes = max(0, self._unacknowledged_bytes - num_bytes)
-
-    @property
-    def is_drained(self) -> bool:
-        """All that was added is sent and acknowledged."""
-        return not self._ready and not self._unacknowledged_bytes
 
 
 class RateLimit:

@@ -22,22 +22,13 @@ class ClaimPace:
     def __init__(self, config: HandoffConfig) -> None:
         self._config = config
         self._remaining: dict[Hashable, int] = {}
+        """Tokens of each prompt that are not computed yet."""
         self._unanswered_since_s: dict[Hashable, float] = {}
         self._computed_tokens = 0
         self._marked_s = 0.0
         self._progressed_s = 0.0
         self.tokens_per_s: float | None = None
         """How fast this worker computes prompts; None before the first one ended."""
-
-    @property
-    def num_claimed(self) -> int:
-        """Prompts that are not computed yet."""
-        return len(self._remaining)
-
-    @property
-    def remaining_tokens(self) -> int:
-        """Tokens of theirs."""
-        return sum(self._remaining.values())
 
     def may_claim(self, num_tokens: int, num_waiting: int, now_s: float) -> bool:
         """Whether now is the time for the next prompt, which has so many tokens, when so many wait."""
@@ -46,8 +37,8 @@ class ClaimPace:
         unanswered = [since_s for since_s in self._unanswered_since_s.values() if now_s - since_s > _ANSWER_S]
         if len(self._remaining) == len(unanswered):
             return True
-        remaining = self.remaining_tokens
-        if num_waiting > self._config.prefill_slots and remaining + num_tokens <= self._config.prefill_batch_tokens:
+        batch_tokens = sum(self._remaining.values()) + num_tokens
+        if num_waiting > self._config.prefill_slots and batch_tokens <= self._config.prefill_batch_tokens:
             return True
         return self.claim_in_s(now_s) <= 0
 
@@ -58,7 +49,7 @@ class ClaimPace:
         """
         if self.tokens_per_s is None or len(self._remaining) >= self._config.prefill_slots:
             return math.inf
-        ends_s = self._progressed_s + self.remaining_tokens / self.tokens_per_s
+        ends_s = self._progressed_s + sum(self._remaining.values()) / self.tokens_per_s
         return ends_s - self._config.claim_ahead_ms / 1000 - now_s
 
     def claimed(self, key: Hashable, num_tokens: int, now_s: float) -> None:
