@@ -133,9 +133,9 @@ class Decode:
 
     def __init__(self, mesh: Mesh, engine: DummyEngine) -> None:
         self.mesh, self.engine = mesh, engine
-        self.sender = TicketSender(mesh)
-        """For tickets that the requester does not send."""
         self.requester = PrefillRequester(mesh, engine, HandoffConfig())
+        self.sender = TicketSender(mesh)  # after the requester, whose connection for tickets must be up first
+        """For tickets that the requester does not send."""
         self.results: list[HandoffResult] = []
 
     def start(self) -> None:
