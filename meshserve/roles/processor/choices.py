@@ -53,7 +53,8 @@ class PlainChoice:
     def feed(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> bool:
         """Tokens of one step; never true, as nothing stops the text."""
         self.num_tokens += len(tokens)
-        detokenizer, texts = self._detokenizer, list[str | None]((None,))
+        detokenizer = self._detokenizer
+        texts: list[Any] = [None]
         if detokenizer is None or detokenizer.is_between:
             texts = list(map(self.token_texts.texts.__getitem__, tokens))
         if None in texts:  # a token of part of a character, or one that follows such a token
@@ -61,7 +62,7 @@ class PlainChoice:
                 detokenizer = self._detokenizer = Detokenizer(self.token_texts.token_bytes)
             texts = [detokenizer.feed((token,)) for token in tokens]
         if not self.is_bare:
-            self.send_all([TextItem(self.index, text or "") for text in texts])
+            self.send_all([TextItem(self.index, text) for text in texts])
         elif len(texts) == 1:
             self.send(texts[0])
         else:
