@@ -136,7 +136,6 @@ _FORMS: dict[type, tuple[Any, str]] = {
     inspect.StructType: (dict, "an object"),
 }
 """How each kind of value looks in JSON."""
-_OLD_FORMS = {"function": "; it is the old form of tools: use the role tool"}
 
 
 @cache
@@ -240,8 +239,10 @@ def _check_kind(value: Any, name: str, known: tuple[Any, ...], param: str) -> An
     if name == "type":
         words = f"{param}: type {shown} is not supported here, only {' and '.join(known)}"
         raise Unsupported(words, param=place)
-    hint = _OLD_FORMS.get(str(found), "")
-    raise _invalid(place, f"must be one of {', '.join(known)}, not {shown}{hint}")
+    if found == "function":
+        words = f"{param}: the role function is the old form of tools; use the role tool"
+        raise Unsupported(words, param=place)
+    raise _invalid(place, f"must be one of {', '.join(known)}, not {shown}")
 
 
 def _mend_described(value: Any, kind: inspect.Metadata, param: str) -> Any:
