@@ -10,24 +10,24 @@ import time
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from meshserve.cli.demo.asking import Client
+from meshserve.cli.demo.children import Children
+from meshserve.cli.demo.prompts import dummy_questions, real_questions
+from meshserve.cli.demo.view import View
 from meshserve.cli.model_options import LLAMA, MODEL_HELP, engine_for, fetch_model, say_dummy
 from meshserve.cli.options import mesh_options, option
 from meshserve.cli.running import execute
 from meshserve.errors import StartupFailed, UsageError
 
-if TYPE_CHECKING:
-    from meshserve.cli.demo.asking import Client
-    from meshserve.cli.demo.children import Children
-    from meshserve.cli.demo.view import View
-
 _SLOWEST_LOAD_BYTES_PER_S = 20e6
 """Of a model, by several workers at once: a slow disk."""
-_CHECK_S = 0.02
+_CHECK_S, _WATCH_S = 0.02, 0.2
+"""Between two looks at the peers: until they are ready, and afterwards."""
 _PAUSE_S = 0.6
 """Before each prompt, for the eyes of an audience."""
 _SHORT_PAUSE_S = 0.1
@@ -108,44 +108,31 @@ def _model(spec: str | None, num_workers: int) -> _Model:
 
 
 async def _demo(settings: dict[str, Any], model: _Model) -> int:
-    from meshserve.cli.demo.children import Children
-    from meshserve.cli.demo.view import View
-
-    interrupted = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    course = asyncio.current_task()
-    assert course is not None
+    """Returns the exit code; an interrupt is how a demo ends."""
+    main = asyncio.current_task()
+    assert main is not None
+    children, view = Children(_common_options(settings)), View()
+    course = asyncio.create_task(_course(settings, children, view, model))
 
     def on_signal() -> None:
-        if interrupted.is_set():
-            course.cancel()
-        interrupted.set()
+        if not course.cancel():  # it has ended: its peers are being stopped, and now are killed
+            main.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the last: its terminal was closed, which its peers would not notice
+    # SIGHUP: the terminal was closed, which the peers would not notice
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            loop.add_signal_handler(number, on_signal)
-    children, view = Children(_common_options(settings)), View()
+            asyncio.get_running_loop().add_signal_handler(number, on_signal)
     try:
-        return await _until(interrupted, _course(settings, children, view, model))
+        await course
+    except asyncio.CancelledError:
+        if main.cancelling():
+            raise
     finally:
         try:
             view.close()
         finally:
             await children.stop()
-
-
-async def _until(interrupted: asyncio.Event, course: Any) -> int:
-    """The course's exit code; an interrupt is how a demo ends."""
-    running, waiting = asyncio.ensure_future(course), asyncio.ensure_future(interrupted.wait())
-    try:
-        await asyncio.wait((running, waiting), return_when=asyncio.FIRST_COMPLETED)
-        if running.done():
-            return int(await running)
-        return 0
-    finally:
-        for task in (running, waiting):
-            task.cancel()
-        await asyncio.gather(running, waiting, return_exceptions=True)
+    return 0
 
 
 def _common_options(settings: dict[str, Any]) -> list[str]:
@@ -180,17 +167,14 @@ def _http_address(settings: dict[str, Any]) -> str:
         return f"{host}:0"
 
 
-async def _course(settings: dict[str, Any], children: "Children", view: "View", model: _Model) -> int:
-    from meshserve.cli.demo.asking import Client
-
+async def _course(settings: dict[str, Any], children: Children, view: View, model: _Model) -> None:
     began_s = time.monotonic()
     view.begins(model.note)
     front = await children.start("front", "frontend,processor,router", "--http", _http_address(settings))
     await _wait_for(children, view, lambda: front.ready_s is not None, model.start_timeout_s)
-    seed = front.fields["address"].removeprefix("tcp://")  # a port chosen for it beforehand could be taken by the time it starts
-    workers = [f"decode-{number + 1}" for number in range(settings["decode"])] + [
-        f"prefill-{number + 1}" for number in range(settings["prefill"])
-    ]
+    # the frontend's own choice of a port: one chosen here could be taken by the time it starts
+    seed = front.fields["address"].removeprefix("tcp://")
+    workers = [f"{role}-{number + 1}" for role in ("decode", "prefill") for number in range(settings[role])]
     await asyncio.gather(*(children.start(name, name.partition("-")[0], "--peer", seed, *model.worker_options) for name in workers))
     wanted = f"{settings['decode']} decode, {settings['prefill']} prefill ready"
     await _wait_for(
@@ -209,11 +193,10 @@ async def _course(settings: dict[str, Any], children: "Children", view: "View", 
         view.serving(url, _example(model), _watching(settings, seed), _joining(settings))
     while not settings["once"]:
         children.check()
-        await asyncio.sleep(0.2)
-    return 0
+        await asyncio.sleep(_WATCH_S)
 
 
-async def _all_linked(client: "Client", count: int) -> None:
+async def _all_linked(client: Client, count: int) -> None:
     """Wait until each peer reaches all others: the prompts are to show a mesh that has settled."""
     for _ in range(200):
         peers = await client.list_peers()
@@ -222,7 +205,7 @@ async def _all_linked(client: "Client", count: int) -> None:
         await asyncio.sleep(_CHECK_S)
 
 
-async def _wait_for(children: "Children", view: "View", condition: Callable[[], bool], timeout_s: float) -> None:
+async def _wait_for(children: Children, view: View, condition: Callable[[], bool], timeout_s: float) -> None:
     """Raises StartupFailed if a peer ends, or the condition does not come true in time."""
     for _ in range(round(timeout_s / _CHECK_S)):
         children.check()
@@ -255,9 +238,7 @@ def _example(model: _Model) -> str:
     )
 
 
-async def _ask_all(client: "Client", view: "View", model: _Model) -> None:
-    from meshserve.cli.demo.prompts import dummy_questions, real_questions
-
+async def _ask_all(client: Client, view: View, model: _Model) -> None:
     pause_s = _PAUSE_S if view.console.is_terminal else _SHORT_PAUSE_S
     for question in real_questions() if model.is_real else dummy_questions():
         view.asking(question)

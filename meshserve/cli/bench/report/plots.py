@@ -1,10 +1,10 @@
 """Which plots a report has, by what was run."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from meshserve.cli.bench.compare import Compared
 from meshserve.cli.bench.outcome import Outcome
-from meshserve.cli.bench.report.svg import Axis, Plot, axis_for
+from meshserve.cli.bench.report.svg import Axis, Plot, Points, axis_for
 from meshserve.cli.bench.session import Run
 from meshserve.cli.bench.sweep import Knee
 from meshserve.cli.bench.tables import LABELS
@@ -67,26 +67,43 @@ def _thinned(histogram: Histogram) -> list[tuple[float, float]]:
 
 def timeline(run: Run) -> list[str]:
     """What each second brought: rates, then latencies."""
-    seconds_seen = _under_load(run)
-    x = axis_for([*(float(number) for number, _ in seconds_seen), 1.0], "seconds")
-    done = [(float(number), float(second.num_done)) for number, second in seconds_seen]
-    failed = [(float(number), float(second.num_errors)) for number, second in seconds_seen]
-    due = [(float(number), float(second.num_due)) for number, second in seconds_seen]
-    rates = Plot("requests in each second", x, axis_for((y for _, y in due + done + failed), "requests"))
-    rates.line(due, "c0", "due")
-    rates.line(done, "c1", "answered")
-    if any(y for _, y in failed):
-        rates.line(failed, "c4", "failed")
-    lines = {
-        "TTFT p50": [(float(number), second.ttft.quantile_ms(0.5)) for number, second in seconds_seen],
-        "TTFT max": [(float(number), second.ttft.quantile_ms(1.0)) for number, second in seconds_seen],
-        "end to end p50": [(float(number), second.e2e.quantile_ms(0.5)) for number, second in seconds_seen],
-        "end to end max": [(float(number), second.e2e.quantile_ms(1.0)) for number, second in seconds_seen],
+    found = [(float(number), second) for number, second in _under_load(run)]
+
+    def points(figure: Callable[[Second], float]) -> Points:
+        return [(number, figure(second)) for number, second in found]
+
+    rates = {
+        "due": points(lambda second: second.num_due),
+        "answered": points(lambda second: second.num_done),
+        "failed": points(lambda second: second.num_errors),
     }
-    times = Plot("latency in each second", x, axis_for((y for line in lines.values() for _, y in line), "ms", is_log=True))
-    for number, (name, line) in enumerate(lines.items()):
-        times.line(line, _COLOURS[number], name)
-    return [rates.render(), times.render()]
+    if not any(second.num_errors for _, second in found):
+        del rates["failed"]
+    times = {
+        "TTFT p50": points(lambda second: second.ttft.quantile_ms(0.5)),
+        "TTFT max": points(lambda second: second.ttft.quantile_ms(1.0)),
+        "E2E latency p50": points(lambda second: second.e2e.quantile_ms(0.5)),
+        "E2E latency max": points(lambda second: second.e2e.quantile_ms(1.0)),
+    }
+    return [
+        _by_second("requests in each second", "requests", rates, ("c0", "c1", "c4")),
+        _by_second("latency in each second", "ms", times, _COLOURS, is_log=True),
+    ]
+
+
+def _by_second(
+    title: str,
+    unit: str,
+    lines: Mapping[str, Points],
+    colours: Sequence[str],
+    is_log: bool = False,
+) -> str:
+    known = [point for line in lines.values() for point in line]
+    x = axis_for([*(x for x, _ in known), 1.0], "seconds")
+    plot = Plot(title, x, axis_for((y for _, y in known), unit, is_log=is_log))
+    for colour, (name, line) in zip(colours, lines.items(), strict=False):
+        plot.line(line, colour, name)
+    return plot.render()
 
 
 def _under_load(run: Run) -> list[tuple[int, Second]]:
@@ -99,18 +116,15 @@ def seconds(run: Run) -> str:
     """Each second of a run as a dot: its throughput and its latency."""
     found = [(number, second) for number, second in _under_load(run) if second.e2e.count]
     points = [(float(second.num_done), second.e2e.quantile_ms(0.5)) for _, second in found]
-    x = axis_for((x for x, _ in points), "answers in a second", is_from_zero=False)
-    y = axis_for((y for _, y in points), "end to end p50, ms", is_from_zero=False)
-    plot = Plot("throughput against latency, each second", x, y)
-    plot.dots(points, "c1", titles=[f"second {number}" for number, _ in found])
-    return plot.render()
+    titles = [f"second {number}" for number, _ in found]
+    return _dots("throughput against latency, each second", "answers in a second", {"": points}, titles)
 
 
 def throughput_against_latency(runs: Sequence[Run], knee: Knee) -> str:
     """Each step of a sweep, with the knee."""
     throughputs = [run.tally.requests_per_s for run in runs]
     lines = {name: [run.tally.times["e2e"].quantile_ms(share) for run in runs] for name, share in (("p50", 0.5), ("p99", 0.99))}
-    x, y = axis_for(throughputs, "requests/s"), axis_for((y for line in lines.values() for y in line), "end to end, ms", is_log=True)
+    x, y = axis_for(throughputs, "requests/s"), axis_for((y for line in lines.values() for y in line), "E2E latency, ms", is_log=True)
     plot = Plot("throughput against latency", x, y)
     for colour, (name, line) in zip(_COLOURS, lines.items(), strict=False):
         points = list(zip(throughputs, line, strict=True))
@@ -123,12 +137,17 @@ def throughput_against_latency(runs: Sequence[Run], knee: Knee) -> str:
 
 def turns(names: Sequence[str], runs: Sequence[Run]) -> str:
     """Each turn of a comparison as a dot."""
-    sides = [[(run.tally.requests_per_s, run.tally.times["e2e"].quantile_ms(0.5)) for run in runs[side::2]] for side in (0, 1)]
-    x = axis_for((x for side in sides for x, _ in side), "requests/s", is_from_zero=False)
-    y = axis_for((y for side in sides for _, y in side), "end to end p50, ms", is_from_zero=False)
-    plot = Plot("throughput against latency, each turn", x, y)
-    for name, colour, side in zip(names, _COLOURS, sides, strict=False):
-        plot.dots(side, colour, name)
+    points = [(run.tally.requests_per_s, run.tally.times["e2e"].quantile_ms(0.5)) for run in runs]
+    sides = {name: points[side::2] for side, name in enumerate(names)}
+    return _dots("throughput against latency, each turn", "requests/s", sides)
+
+
+def _dots(title: str, x_label: str, sides: Mapping[str, Points], titles: Sequence[str] = ()) -> str:
+    known = [point for side in sides.values() for point in side]
+    x = axis_for((x for x, _ in known), x_label, is_from_zero=False)
+    plot = Plot(title, x, axis_for((y for _, y in known), "E2E latency p50, ms", is_from_zero=False))
+    for colour, (name, side) in zip(_COLOURS, sides.items(), strict=False):
+        plot.dots(side, colour, name, titles)
     return plot.render()
 
 
