@@ -1,11 +1,12 @@
-"""Request streams: many calls multiplexed over the channels between peers. No sockets, no clock of its own.
+"""Request streams: many calls multiplexed over the channels between peers. No sockets, no clock.
 
-A stream is opened with a deadline, carries items from the one who serves it to the one who opened it, and ends in
-exactly one end or error, whatever dies. It is named by its owner's incarnation and a counter. Items of one stream
-arrive in order, none lost, none twice; streams are not ordered among each other.
+A stream is opened with a deadline, carries items from its handler to its opener, and ends in
+exactly one end or error, whatever dies. It is named by its opener's incarnation and a counter.
+Items of one stream arrive in order, none lost, none twice; streams are not ordered among each
+other.
 
-A stream between two roles of one peer is the same to both, but its messages are neither packed nor read: the table
-calls the other end at the end of the turn of the event loop.
+A stream between two roles of one peer keeps the same promises, but nothing is packed or read: each
+end calls the other at the end of the turn of the event loop.
 """
 
 import logging
@@ -13,7 +14,16 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from meshserve.errors import Cancelled, DeadlineExceeded, MeshserveError, Overloaded, PeerLost, ProtocolError, UnknownMethod, from_wire
+from meshserve.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    MeshserveError,
+    Overloaded,
+    PeerLost,
+    ProtocolError,
+    UnknownMethod,
+    from_wire,
+)
 from meshserve.mesh.transport.channel import Channel, Turn
 from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, OPEN, Envelope
 from meshserve.wire.messages import Method
@@ -22,15 +32,16 @@ from meshserve.wire.structs import Message, plain, read
 _log = logging.getLogger(__name__)
 
 CONNECTION_CLOSED, PEER_DIED = "connection closed", "it died"
-"""Of the reasons why a stream's peer is lost, those that say that its process is gone. A link that overflowed, was made
-anew or said goodbye says no such thing."""
+"""Of the reasons why a stream's peer is lost, those that say that its process is gone. The others
+are a link that overflowed or was made anew, and a goodbye."""
 
 
 class Sink(Protocol):
-    """Who opened a stream. Exactly one of `on_end` and `on_error` is called, last; neither after the stream was cancelled."""
+    """Receives what comes back on a stream. Exactly one of `on_end` and `on_error` is called, last;
+    neither after the stream was cancelled."""
 
     def on_item(self, item: Any) -> None:
-        """The next item. A sink that also has `on_items` is given several at once where they come so."""
+        """The next item. A sink with `on_items` too is given several at once where they come so."""
 
     def on_end(self, value: Any) -> None:
         """The stream is complete."""
@@ -53,15 +64,18 @@ class IgnoredAnswer:
 
 
 _NOBODY = IgnoredAnswer()
-"""Of a stream that ended. A sink mostly holds its call: if the call held it too, only the collector could free both."""
+"""Of a stream that ended. A sink mostly holds its call: if the call held the sink too, only the
+garbage collector could free both."""
 
 
 class OutgoingCall:
     """A stream that this peer opened, to another peer or to itself. Garbage as soon as it ended."""
 
-    def __init__(self, table: "CallTable", wire: Channel, stream: int, method: Method, deadline_s: float, sink: Sink) -> None:
-        self._table, self._wire, self.stream, self.method, self.deadline_s, self.sink = table, wire, stream, method, deadline_s, sink
-        self.peer = wire.peer
+    def __init__(
+        self, table: "CallTable", wire: Channel, stream: int, method: Method, until_s: float, sink: Sink
+    ) -> None:
+        self._table, self._wire, self.sink = table, wire, sink
+        self.stream, self.method, self.deadline_s, self.peer = stream, method, until_s, wire.peer
 
     def cancel(self) -> None:
         """Tell the peer to stop. Nothing more is called on the sink. Harmless after the end."""
@@ -105,7 +119,7 @@ class OutgoingCall:
         if self._table.outgoing.pop(self.stream, None) is None:
             return
         sink, self.sink, answer = self.sink, _NOBODY, self.method.answer
-        if answer is not None and not isinstance(value, Message):  # a message is from this very peer
+        if answer is not None and not isinstance(value, Message):  # else from this very peer
             try:
                 value = read(answer, value)
             except ProtocolError as error:
@@ -133,25 +147,28 @@ def _fail(sink: Sink, error: MeshserveError) -> None:
 
 
 class IncomingCall:
-    """A stream that a peer opened here. The handler ends it with `end` or `fail`; what comes after that, or after a
-    cancel, is dropped."""
+    """A stream that a peer opened here. The handler ends the stream with `end` or `fail`; what is
+    sent after that, or after a cancel, is ignored."""
 
     is_local = False
     """A role of this very peer opened it: what is sent need not be made plain data."""
     ended_by = ""
-    """What ended the stream if not its handler: `cancel`, `deadline`, `stop`, or why the peer was lost. Set before
-    `on_cancel` is called."""
+    """What ended the stream if not its handler: `cancel`, `deadline`, `stop`, or why the peer was
+    lost. Set before `on_cancel` is called."""
     on_cancel: Callable[[], None] | None = None
     """Called once if the stream ends by anything but this handler."""
 
-    def __init__(self, table: "CallTable", wire: Channel, stream: int, method: Method, deadline_s: float, body: Any) -> None:
-        self._table, self.stream, self.method, self.deadline_s, self.body = table, stream, method, deadline_s, body
-        self.peer, self.is_open = wire.peer, True
+    def __init__(
+        self, table: "CallTable", wire: Channel, stream: int, method: Method, until_s: float, body: Any
+    ) -> None:
+        self._table, self._send, self.body, self.is_open = table, wire.send, body, True
+        self.stream, self.method, self.deadline_s, self.peer = stream, method, until_s, wire.peer
         self.wire: Channel | Turn = wire
-        self._send = wire.send
+        """What is sent leaves with this one's batches."""
 
     def send(self, item: Any) -> None:
-        """One more item: a message, or plain data. A list may be added to until `wire.num_batches` grows."""
+        """One more item: a message, or plain data. A list may be added to until `wire.num_batches`
+        grows."""
         if self.is_open:
             self._send([ITEM, self.stream, plain(item)])
 
@@ -177,12 +194,13 @@ class IncomingCall:
         return was_open
 
     def begin(self, handler: "Handler") -> None:
-        """Hand the call to its handler. A handler that fails ends its own stream, and nobody else's."""
+        """Hand the call to its handler. A handler that fails ends its own stream, and nobody
+        else's."""
         kind = self.method.body
         if not self.is_open:
             return  # this peer stops
         try:
-            if kind is not None and not isinstance(self.body, Message):  # a message is from this very peer
+            if kind is not None and not isinstance(self.body, Message):  # else from this very peer
                 self.body = read(kind, self.body)
             handler(self)
         except MeshserveError as error:
@@ -192,7 +210,8 @@ class IncomingCall:
             self.fail(MeshserveError(f"{self.method.name} failed: {type(error).__name__}"))
 
     def abandon(self, ended_by: str, error: MeshserveError | None = None) -> None:
-        """End by something else than the handler; its owner is told if there is an error to tell."""
+        """End by something else than the handler; its owner is told if there is an error to
+        tell."""
         self.ended_by, on_cancel = ended_by, self.on_cancel
         if error is not None:
             self.fail(error)
@@ -205,17 +224,27 @@ class IncomingCall:
 
 
 class LocalCall(OutgoingCall, IncomingCall):
-    """A stream between two roles of this peer: its opener and its handler have the same object."""
+    """A stream between two roles of this peer: its opener and its handler have the same object.
+
+    What one of them says is a method of this object that the end of the turn calls, so that neither
+    is called back from within its own call.
+    """
 
     is_local = True
 
     def __init__(
-        self, table: "CallTable", turn: Turn, stream: int, method: Method, deadline_s: float, body: Any, sink: Sink
+        self,
+        table: "CallTable",
+        turn: Turn,
+        stream: int,
+        method: Method,
+        until_s: float,
+        body: Any,
+        sink: Sink,
     ) -> None:
-        self._table, self.stream, self.method, self.deadline_s, self.body = table, stream, method, deadline_s, body
-        self.sink, self.peer, self.is_open = sink, table.own, True
-        self.wire = turn
-        self._deliver = turn.deliver
+        self._table, self._deliver, self.body, self.is_open = table, turn.deliver, body, True
+        self.stream, self.method, self.deadline_s, self.peer = stream, method, until_s, table.own
+        self.sink, self.wire = sink, turn
 
     def send(self, item: Any) -> None:
         if self.is_open:
@@ -233,7 +262,7 @@ class LocalCall(OutgoingCall, IncomingCall):
 
     def fail(self, error: MeshserveError) -> None:
         if self._close():
-            # As a peer would hear of it: an error that was raised holds the frames that it passed through.
+            # A copy, as another peer would get: an error that was raised holds its frames.
             self._deliver(self.take_error, from_wire(error.to_wire()))
 
     def _tell_cancelled(self) -> None:
@@ -244,12 +273,18 @@ Handler = Callable[[IncomingCall], None]
 
 
 class CallTable:
-    """All streams of one peer. Every method takes `now_s` of the same monotonic clock where time matters."""
+    """All streams of one peer. Every method takes `now_s` of the same monotonic clock where time
+    matters."""
 
     def __init__(
-        self, own: str, max_streams_per_peer: int, describe_peer: Callable[[str], str], on_malformed: Callable[[], None]
+        self,
+        own: str,
+        max_streams_per_peer: int,
+        name_of: Callable[[str], str],
+        on_malformed: Callable[[], None],
     ) -> None:
-        """`own` is this peer's incarnation; `on_malformed` is called for an answer that cannot be read."""
+        """`own` is this peer's incarnation, `name_of` a peer's name for people; `on_malformed` is
+        called for an answer that cannot be read."""
         self.own, self.on_malformed = own, on_malformed
         self.handlers: dict[str, tuple[Method, Handler]] = {}
         """By the method's name."""
@@ -257,18 +292,24 @@ class CallTable:
         self.incoming: dict[tuple[str, int], IncomingCall] = {}
         self._next_stream = 1
         self._max_streams = max_streams_per_peer
-        self._describe = describe_peer
+        self._name_of = name_of
 
-    def open(self, wire: Channel, method: Method, body: Any, sink: Sink, now_s: float, timeout_s: float) -> OutgoingCall:
-        """Open a stream to another peer; what comes back goes to the sink, never before this returns."""
+    def open(
+        self, wire: Channel, method: Method, body: Any, sink: Sink, now_s: float, timeout_s: float
+    ) -> OutgoingCall:
+        """Open a stream to another peer; what comes back goes to the sink, never before this
+        returns."""
         stream = self._next_stream
         self._next_stream += 1
-        call = self.outgoing[stream] = OutgoingCall(self, wire, stream, method, now_s + timeout_s, sink)
+        call = OutgoingCall(self, wire, stream, method, now_s + timeout_s, sink)
+        self.outgoing[stream] = call
         wire.send_soon([OPEN, stream, method.name, int(timeout_s * 1000), plain(body)])
         return call
 
-    def open_here(self, turn: Turn, method: Method, body: Any, sink: Sink, deadline_s: float) -> OutgoingCall:
-        """Open a stream to a role of this peer: its handler is called at the end of this turn."""
+    def open_here(
+        self, turn: Turn, method: Method, body: Any, sink: Sink, deadline_s: float
+    ) -> OutgoingCall:
+        """Open a stream to a role of this peer; the handler is called at the end of this turn."""
         stream = self._next_stream
         self._next_stream += 1
         call = self.outgoing[stream] = LocalCall(self, turn, stream, method, deadline_s, body, sink)
@@ -336,14 +377,15 @@ class CallTable:
         for outgoing in [call for call in self.outgoing.values() if call.deadline_s <= now_s]:
             sink = outgoing.sink
             outgoing.cancel()
-            _fail(sink, DeadlineExceeded(f"no answer from {self._describe(outgoing.peer)} within the deadline"))
+            name = self._name_of(outgoing.peer)
+            _fail(sink, DeadlineExceeded(f"no answer from {name} within the deadline"))
         for incoming in [call for call in self.incoming.values() if call.deadline_s <= now_s]:
             incoming.abandon("deadline", DeadlineExceeded("past the deadline"))
 
     def peer_lost(self, peer: str, reason: str) -> None:
         """The peer is gone, or its link broke: end all streams with it."""
         for outgoing in [call for call in self.outgoing.values() if call.peer == peer]:
-            name = self._describe(peer)
+            name = self._name_of(peer)
             outgoing.take_error(PeerLost(f"{name} was lost: {reason}", peer=name))
         self.peer_stopped_listening(peer, reason)
 

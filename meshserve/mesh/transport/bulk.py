@@ -1,13 +1,15 @@
 """Bulk messages: KV blocks on a connection of their own, so that tokens never wait behind them.
 
-A message is a header and payload frames, from a DEALER to the receiving peer's ROUTER; short answers come back.
-Payloads are handed to ZeroMQ without a copy; the receiver copies once, from ZeroMQ's memory into its pool.
+A message is a header and payload frames, from a DEALER to the receiving peer's ROUTER; short
+answers come back. Payloads are handed to ZeroMQ without a copy; the receiver copies once, from
+ZeroMQ's memory into its pool.
 """
 
 import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import zmq
@@ -29,8 +31,8 @@ _MAX_BULK_READS_PER_TURN = 1
 _RETRY_S = 0.002
 
 OnBulk = Callable[[Any, list[memoryview], Callable[[Any], None]], None]
-"""Called with a header (plain data), payloads, and a function that sends an answer back to where they came from. It may
-raise ProtocolError."""
+"""Called with a header (plain data), payloads, and a function that sends an answer back to where
+they came from. It may raise ProtocolError."""
 
 
 class BulkReceiver:
@@ -39,19 +41,21 @@ class BulkReceiver:
     def __init__(self, mesh: Mesh, on_bulk: OnBulk) -> None:
         assert mesh.ports is not None
         self._socket, self._counters, self._on_bulk = mesh.ports.bulk, mesh.counters, on_bulk
-        self._reader = BufferReader(self._socket, self._on_frames, None, _MAX_BULK_READS_PER_TURN, MAX_PAYLOADS + 2)
+        max_reads, max_frames = _MAX_BULK_READS_PER_TURN, MAX_PAYLOADS + 2
+        self._reader = BufferReader(self._socket, self._on_frames, None, max_reads, max_frames)
 
     def _on_frames(self, frames: list[memoryview]) -> None:
         if len(frames) < 2:
             return
-        sender = bytes(frames[0])
+        sender, header = bytes(frames[0]), bytes(frames[1])
         try:
-            self._on_bulk(unpack_body(bytes(frames[1])), frames[2:], lambda answer: self._answer(sender, answer))
+            self._on_bulk(unpack_body(header), frames[2:], partial(self._answer, sender))
         except ProtocolError:
             self._counters.add("bulk_malformed")
 
     def _answer(self, sender: bytes, answer: Any) -> None:
-        """Back to the connection that the message came on. Lost if that is gone: then nobody waits for it."""
+        """Back to the connection that the message came on. Lost if that is gone: then nobody waits
+        for it."""
         if self._socket.closed:
             return
         with contextlib.suppress(zmq.ZMQError):
@@ -64,9 +68,12 @@ class BulkReceiver:
 
 
 class BulkSender:
-    """Sends bulk messages. `on_answer` gets a peer and its answer, `on_lost` a peer whose connection broke, and why."""
+    """Sends bulk messages. `on_answer` gets a peer and its answer, `on_lost` a peer whose
+    connection broke, and why."""
 
-    def __init__(self, mesh: Mesh, on_answer: Callable[[str, Any], None], on_lost: Callable[[str, str], None]) -> None:
+    def __init__(
+        self, mesh: Mesh, on_answer: Callable[[str, Any], None], on_lost: Callable[[str, str], None]
+    ) -> None:
         self._mesh, self._on_answer, self._on_lost = mesh, on_answer, on_lost
         self._outlets: dict[str, _Outlet] = {}
         mesh.subscribe(self._on_change)
@@ -92,7 +99,8 @@ class BulkSender:
             self._outlets.pop(peer, None)
             self._on_lost(peer, reason)
 
-        outlet = self._outlets[peer] = _Outlet(self._mesh.factory, endpoint(host, port + BULK_OFFSET), on_answer, on_lost)
+        address = endpoint(host, port + BULK_OFFSET)
+        outlet = self._outlets[peer] = _Outlet(self._mesh.factory, address, on_answer, on_lost)
         return outlet
 
     def _on_change(self, change: Change, member: Member) -> None:
@@ -107,10 +115,15 @@ class BulkSender:
 
 
 class _Outlet:
-    """A DEALER to one peer's bulk port, with what waits for its socket. The sender's window bounds what waits."""
+    """A DEALER to one peer's bulk port, with what waits for its socket. The sender's window bounds
+    what waits."""
 
     def __init__(
-        self, factory: SocketFactory, address: str, on_answer: Callable[[list[bytes]], None], on_lost: Callable[[str], None]
+        self,
+        factory: SocketFactory,
+        address: str,
+        on_answer: Callable[[list[bytes]], None],
+        on_lost: Callable[[str], None],
     ) -> None:
         self._socket = factory.client_socket(zmq.DEALER)
         self._loop = asyncio.get_running_loop()

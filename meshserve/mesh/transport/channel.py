@@ -1,7 +1,8 @@
 """What waits to be sent to one peer, and the end of a turn of the event loop, when it leaves.
 
 ROUTER gives no back-pressure per peer, so each channel counts the bytes that its reader has not yet
-confirmed (byte credit), keeps what exceeds it in a bounded outbox, and is dropped when that overflows.
+confirmed (byte credit), keeps what exceeds it in a bounded outbox, and is dropped when that
+overflows.
 """
 
 import asyncio
@@ -29,7 +30,8 @@ _MAX_ROUNDS = 64
 """Of what roles of one peer tell each other, in one turn. A request takes four."""
 
 SendFrame = Callable[[bytes], bool]
-"""Hands one frame to a socket without blocking. False: not now. Raises OSError when the other end is gone."""
+"""Hands one frame to a socket without blocking. False: not now. Raises OSError when the other end
+is gone."""
 
 
 class Channel:
@@ -52,19 +54,21 @@ class Channel:
         """Grows when what was given to `send` leaves; until then, it can still be added to."""
 
     def send(self, message: Envelope) -> None:
-        """Send with all else that is ready at this turn, or at a few. Never blocks, never fails: a broken
-        channel is told of by its owner."""
+        """Send with all else that is ready at this turn, or at a few. Never blocks, never fails: a
+        broken channel is told of by its owner."""
         self._outbox.append(message)
         if not self.is_dirty:
             self._turn.schedule(self)
 
     def send_soon(self, message: Envelope) -> None:
-        """The same for what somebody waits for who could not go on without: at the end of this very turn."""
+        """The same for what somebody waits for who could not go on without: at the end of this very
+        turn."""
         self.is_urgent = True
         self.send(message)
 
     def send_last(self, message: Envelope) -> None:
-        """Try to send this ahead of all that waits, as the channel is about to be dropped. Nothing depends on its arrival."""
+        """Try to send this ahead of all that waits, as the channel is about to be dropped. Nothing
+        depends on its arrival."""
         with contextlib.suppress(OSError):
             self._send_frame(frames.pack([message]))
 
@@ -82,13 +86,15 @@ class Channel:
             self._turn.schedule(self)
 
     def flush(self) -> bool:
-        """Send what credit allows. False: the socket would take no more now, try again soon. Sets `is_broken` when the link is lost."""
+        """Send what credit allows. False: the socket would take no more now, try again soon. Sets
+        `is_broken` when the link is lost."""
         self.is_dirty = self.is_urgent = False
         if self._outbox:
             messages, self._outbox = self._outbox, []
             self.num_batches += 1
             self._pack(messages)
-        while self._waiting and self._unconfirmed_bytes < self._config.credit_bytes and not self.is_broken:
+        credit_bytes = self._config.credit_bytes
+        while self._waiting and self._unconfirmed_bytes < credit_bytes and not self.is_broken:
             data = self._waiting[0]
             try:
                 if not self._send_frame(data):
@@ -115,12 +121,12 @@ class Channel:
 
 
 class Turn:
-    """The end of a turn of the event loop: roles of this peer hear what the others told them, then what is ready
-    for other peers is sent.
+    """The end of a turn of the event loop: roles of this peer hear what the others told them, then
+    what is ready for other peers is sent.
 
-    What one role tells another is delivered first, and what that leads to: a request passes from role to role in one
-    turn, and what comes of it leaves with the rest. Nothing is delivered within the call that sends it, so that no
-    role is called back by what it calls.
+    What one role tells another is delivered first, and what that leads to: a request passes from
+    role to role in one turn, and what comes of it leaves with the rest. Nothing is delivered within
+    the call that sends it, so that no role is called back by what it calls.
     """
 
     def __init__(self, on_broken: Callable[[Channel], None]) -> None:
@@ -129,7 +135,8 @@ class Turn:
         self._dirty: list[Channel] = []
         self._told: list[tuple[Callable[[Any], None], Any]] = []
         self.num_batches = 0
-        """Grows when what roles told each other is delivered; as with channels, until then it can be added to."""
+        """Grows when what roles told each other is delivered; as with channels, until then it can
+        be added to."""
         self._is_due = self._is_delivering = False
         self._sent_s, self._num_held = -1.0, 0
         self._afterwards: list[Callable[[], None]] = []
@@ -138,7 +145,8 @@ class Turn:
     # --- what is to be done at the end of the turn
 
     def deliver(self, take: Callable[[Any], None], value: Any) -> None:
-        """Call `take(value)`, in order with all else that this peer's roles tell each other. It must not raise."""
+        """Call `take(value)`, in order with all else that this peer's roles tell each other. It
+        must not raise."""
         self._told.append((take, value))
         if not self._is_due:
             self._be_due()
@@ -151,7 +159,8 @@ class Turn:
             self._be_due()
 
     def afterwards(self, callback: Callable[[], None]) -> None:
-        """Call this once, when the roles have no more to tell each other and what is for other peers is sent."""
+        """Call this once, when the roles have no more to tell each other and what is for other
+        peers is sent."""
         self._afterwards.append(callback)
         if not self._is_due:
             self._be_due()
@@ -169,7 +178,8 @@ class Turn:
     # --- the end of the turn
 
     def hurry(self) -> None:
-        """Send what is ready for other peers now, where nothing more comes in this turn: a turn of the loop costs 5 us.
+        """Send what is ready for other peers now, where nothing more comes in this turn: a turn of
+        the loop costs 5 us.
 
         What this peer's own roles tell each other keeps to the end of the turn.
         """
@@ -177,7 +187,8 @@ class Turn:
             self.flush()
 
     def flush(self, is_end_of_turn: bool = False) -> None:
-        """Deliver and send what is ready. Called early at the end of a batch of input, where all answers to it are known."""
+        """Deliver and send what is ready. Called early at the end of a batch of input, where all
+        answers to it are known."""
         if self._is_delivering or (is_end_of_turn and not self._is_due):
             return  # what was read in this turn has flushed already
         if self._told:
@@ -196,7 +207,8 @@ class Turn:
             self._call_what_is_left()
 
     def _may_wait(self) -> bool:
-        """What comes turn by turn, as from an engine without delays, is sent a few turns at a time."""
+        """What comes turn by turn, as from an engine without delays, is sent a few turns at a
+        time."""
         if self._num_held >= _MAX_HELD or time.monotonic() - self._sent_s >= _HOLD_S:
             return False
         return not any(channel.is_urgent for channel in self._dirty)

@@ -1,7 +1,8 @@
 """Tickets by PUSH and PULL: small notes to one peer or to several, which may be lost.
 
-PUSH hands out eagerly and nothing is acknowledged (with two workers and one `kill -9`, 30 of 100 tasks were
-lost at default settings), so what goes through here are tickets and never the work itself.
+PUSH hands out eagerly and nothing is acknowledged (with two workers and one `kill -9`, 30 of 100
+tasks were lost at default settings), so what goes through here are tickets and never the work
+itself.
 """
 
 import logging
@@ -30,7 +31,8 @@ _RENEW_AFTER_S = 1.0
 
 
 def receive_tickets(mesh: Mesh, on_ticket: Callable[[Any], None]) -> SocketReader:
-    """Read this peer's tickets port, until the reader is closed. Tickets are plain data, not yet checked."""
+    """Read this peer's tickets port, until the reader is closed. Tickets are plain data, not yet
+    checked."""
     assert mesh.ports is not None
 
     def on_frames(frames: list[bytes]) -> None:
@@ -54,7 +56,8 @@ class _Outlet:
 
 
 class TicketSender:
-    """Sends tickets to prefill peers, over one socket for each, opened when first needed and closed when the peer goes."""
+    """Sends tickets to prefill peers, over one socket for each, opened when first needed and closed
+    when the peer goes."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
@@ -73,7 +76,8 @@ class TicketSender:
             self._outlets[peer] = _Outlet(socket, time.monotonic())
 
     def push_soon(self, peer: str, ticket: Any, on_not_sent: Callable[[], None]) -> None:
-        """At the end of the turn, in one message with others for this peer. `on_not_sent` is called then if it takes none now."""
+        """At the end of the turn, in one message with others for this peer. `on_not_sent` is called
+        then if it takes none now."""
         if not self._waiting:
             self._mesh.turn.afterwards(self._push_all)
         self._waiting.setdefault(peer, []).append((pack_body(plain(ticket)), on_not_sent))
@@ -97,9 +101,9 @@ class TicketSender:
             return False
         try:
             outlet.socket.send_multipart(tickets, zmq.NOBLOCK)
-        except zmq.ZMQError:  # nothing was sent: the connection is not up, or the peer takes no more
+        except zmq.ZMQError:  # the connection is not up, or the peer takes no more
             if time.monotonic() - outlet.made_s > _RENEW_AFTER_S:
-                self._drop(peer)  # its one connection is gone, or stuck: the next ticket goes over a new one
+                self._drop(peer)  # gone, or stuck: the next ticket goes over a new connection
             return False
         return True
 
