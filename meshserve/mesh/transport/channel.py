@@ -148,8 +148,9 @@ class Turn:
         """Call `take(value)`, in order with all else that this peer's roles tell each other. It
         must not raise."""
         self._told.append((take, value))
-        if not self._is_due:
-            self._be_due()
+        if not self._is_due:  # `_be_due` in line: each hop within a peer passes here
+            self._is_due = True
+            self._loop.call_soon(self.flush, True)
 
     def schedule(self, channel: Channel) -> None:
         """Flush this channel."""

@@ -293,8 +293,8 @@ class Exchange(QueueEntry):
         return out, False
 
     def _ending(self) -> Ending:
-        """The end, and the receipt with this frontend's part. Raises ProtocolError for what a processor must not say."""
-        ending = Ending.from_wire(self._end)
+        """The end, and the receipt with this frontend's part."""
+        ending: Ending = self._end  # as the mesh read the answer of the method
         self._note_end()
         if ending.receipt is None:
             return ending
