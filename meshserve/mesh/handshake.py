@@ -46,6 +46,10 @@ class DialFailed(MeshserveError):
         self.is_refused, self.kinds = is_refused, kinds
 
 
+_Failure = MeshserveError | ConnectionRefusedError
+"""Why one address did not lead to the peer."""
+
+
 class Dialler:
     """Dials peers: all their addresses, each a little later than the one before, until one answers with the right hello."""
 
@@ -70,40 +74,29 @@ class Dialler:
     async def dial(self, dial: Dial) -> Reached:
         """Raises DialFailed with the reason of each address."""
         owner = TaskOwner()
-        attempts = [
-            owner.spawn(self._attempt(dial, host, index * self._config.dial_stagger_s)) for index, host in enumerate(dial.addresses)
-        ]
-        reasons: list[str] = []
-        kinds: list[str] = []
-        num_refused = 0
+        stagger_s = self._config.dial_stagger_s
+        attempts = [owner.spawn(self._attempt(dial, host, index * stagger_s)) for index, host in enumerate(dial.addresses)]
+        failures: list[_Failure] = []
         chosen: Reached | None = None
         try:
             for finished in asyncio.as_completed(attempts):
-                outcome: Reached | MeshserveError | ConnectionRefusedError = await finished
+                outcome = await finished
                 if isinstance(outcome, Reached):
                     chosen = outcome
                     return outcome
-                num_refused += isinstance(outcome, ConnectionRefusedError)
-                reasons.append(str(outcome))
-                if isinstance(outcome, HandshakeRefused):
-                    kinds.append(outcome.kind)
+                failures.append(outcome)
         finally:
             await owner.close()
-            self._drop_others(attempts, chosen)
-        raise DialFailed(reasons, num_refused == len(attempts) > 0, tuple(kinds))
+            for task in attempts:  # two addresses may have answered in one turn
+                other = task.result() if task.done() and not task.cancelled() else None
+                if isinstance(other, Reached) and other is not chosen:
+                    self._transport.drop(other.channel)
+        num_refused = sum(isinstance(failure, ConnectionRefusedError) for failure in failures)
+        kinds = tuple(failure.kind for failure in failures if isinstance(failure, HandshakeRefused))
+        raise DialFailed([str(failure) for failure in failures], num_refused == len(attempts) > 0, kinds)
 
-    def _drop_others(
-        self, attempts: "list[asyncio.Task[Reached | MeshserveError | ConnectionRefusedError]]", chosen: Reached | None
-    ) -> None:
-        """Two addresses may have answered in one turn."""
-        for task in attempts:
-            outcome = None if task.cancelled() or not task.done() else task.result()
-            if isinstance(outcome, Reached) and outcome is not chosen:
-                self._transport.drop(outcome.channel)
-
-    async def _attempt(self, dial: Dial, host: str, delay_s: float) -> Reached | MeshserveError | ConnectionRefusedError:
-        if delay_s:
-            await asyncio.sleep(delay_s)
+    async def _attempt(self, dial: Dial, host: str, delay_s: float) -> "Reached | _Failure":
+        await asyncio.sleep(delay_s)
         try:
             # A bare TCP connection first, for its clear answer: refused, no answer, no way.
             met = await knock(host, dial.port, self._config.dial_timeout_s)
@@ -123,11 +116,10 @@ class Dialler:
             async with asyncio.timeout(self._config.dial_timeout_s):
                 message = await waiting
             return Reached(channel, self._checked(message, dial.incarnation), (host, dial.port))
-        except TimeoutError as error:
+        except BaseException as error:
             self._transport.drop(channel)
-            raise PeerLost(f"{host}:{dial.port} took the connection but says nothing") from error
-        except BaseException:
-            self._transport.drop(channel)
+            if isinstance(error, TimeoutError):
+                raise PeerLost(f"{host}:{dial.port} took the connection but says nothing") from error
             raise
         finally:
             del self._greeted[channel]

@@ -1,6 +1,7 @@
 """How many sockets a peer can have."""
 
 import resource
+from contextlib import closing
 
 import zmq
 
@@ -13,7 +14,7 @@ def test_a_peer_can_have_more_sockets_and_files_than_the_defaults_allow() -> Non
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(before[0], 1024), before[1]))
     try:
-        with SocketFactory(TransportConfig(), None, Counters()) as factory:
+        with closing(SocketFactory(TransportConfig(), None, Counters())) as factory:
             sockets = [factory.client_socket(zmq.DEALER) for _ in range(1500)]
             assert not any(socket.closed for socket in sockets)
     finally:

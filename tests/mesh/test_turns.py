@@ -1,6 +1,7 @@
 """The end of a turn of the event loop, where what is ready leaves: with real sockets, and a peer's roles that talk to each other."""
 
 import asyncio
+from contextlib import closing
 
 import pytest
 import zmq
@@ -18,7 +19,7 @@ def test_what_is_left_for_the_end_of_a_turn_comes_in_its_order_and_a_mistake_tak
 ) -> None:
     async def check() -> None:
         seen: list[object] = []
-        with SocketFactory(TransportConfig(), None, Counters()) as factory:
+        with closing(SocketFactory(TransportConfig(), None, Counters())) as factory:
             took: list[str] = []
             transport = Transport(factory, TransportConfig(), Counters(), lambda *_: None, lambda *_: None)
             transport.turn.later(lambda: seen.append("later"))
@@ -47,7 +48,7 @@ def test_what_came_behind_a_message_that_could_not_be_taken_in_is_read_all_the_s
             if frames[0] == b"1":
                 raise IndexError
 
-        with SocketFactory(TransportConfig(), None, Counters()) as factory:
+        with closing(SocketFactory(TransportConfig(), None, Counters())) as factory:
             there, here = factory.client_socket(zmq.PUSH), factory.client_socket(zmq.PULL)
             port = here.bind_to_random_port("tcp://127.0.0.1")
             there.connect(f"tcp://127.0.0.1:{port}")

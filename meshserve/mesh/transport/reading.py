@@ -145,51 +145,68 @@ _MECHANISM_MISMATCH = 0x11000002
 _MAX_OPEN = 4096
 
 
-class ConnectionMonitor:
-    """Tells when the one connection of a client socket is made, refused or lost."""
+class _Monitor:
+    """Reads what becomes of one socket's connections."""
 
-    def __init__(self, socket: "zmq.Socket[bytes]", on_up: Callable[[], None], on_down: Callable[[str], None]) -> None:
-        self._socket, self._on_up, self._on_down = socket, on_up, on_down
-        self._events = socket.get_monitor_socket(_HANDSHAKE_EVENTS | zmq.EVENT_CLOSED)
+    def __init__(self, socket: "zmq.Socket[bytes]", events: int) -> None:
+        self._socket = socket
+        self._events = socket.get_monitor_socket(events)
+        self._reader = SocketReader(self._events, self._on_frames, None, _READS_OF_EVENTS)
         self._is_closed = False
-        self._reader = SocketReader(self._events, self._on_event, None, _READS_OF_EVENTS)
 
-    def _on_event(self, frames: list[bytes]) -> None:
-        event = struct.unpack("=H", frames[0][:2])[0]
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._on_up()
-        else:
-            self._on_down(KEYS_DIFFER if event in _FAILED else CONNECTION_CLOSED)
+    def _on_frames(self, frames: list[bytes]) -> None:
+        self._on_event(*struct.unpack("=HI", frames[0]))
+
+    def _on_event(self, event: int, value: int) -> None:
+        raise NotImplementedError
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching; to be called before the socket is closed."""
         if not self._is_closed:
             self._is_closed = True
             self._reader.close()
             self._socket.disable_monitor()
-            self._events.close(linger=0)  # after that: whoever still reported into a closed one would wait for ever
+            self._events.close(linger=0)  # after that: a report into a closed one would wait for ever
+
+
+class ConnectionMonitor(_Monitor):
+    """Tells when the one connection of a client socket is made, refused or lost."""
+
+    def __init__(
+        self, socket: "zmq.Socket[bytes]", on_up: Callable[[], None], on_down: Callable[[str], None]
+    ) -> None:
+        super().__init__(socket, _HANDSHAKE_EVENTS | zmq.EVENT_CLOSED)
+        self._on_up, self._on_down = on_up, on_down
+
+    def _on_event(self, event: int, value: int) -> None:
+        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._on_up()
+        else:
+            self._on_down(KEYS_DIFFER if event in _FAILED else CONNECTION_CLOSED)
 
 
 OnStranger = Callable[[str, str], None]
 """Called with an address, empty if it is not known any more, and the reason."""
 
 
-class StrangerMonitor:
+class StrangerMonitor(_Monitor):
     """Tells who fails the handshake of one bound socket: a stranger, of which no frame is ever read.
 
     A context has one I/O thread, so a failure is followed by the end of that very connection.
     """
 
-    def __init__(self, socket: "zmq.Socket[bytes]", has_key: bool, counters: Counters, on_stranger: OnStranger) -> None:
-        self._socket, self._counters, self._on_stranger = socket, counters, on_stranger
-        self._mismatch = "it has no key, and this mesh has one" if has_key else "it has a key, and this mesh has none"
+    def __init__(
+        self, socket: "zmq.Socket[bytes]", has_key: bool, counters: Counters, on_stranger: OnStranger
+    ) -> None:
+        super().__init__(socket, zmq.EVENT_ACCEPTED | _HANDSHAKE_EVENTS)
+        self._counters, self._on_stranger = counters, on_stranger
+        self._mismatch = "it has a key, and this mesh has none"
+        if has_key:
+            self._mismatch = "it has no key, and this mesh has one"
         self._addresses: dict[int, str] = {}
         self._reason: str | None = None
-        events = socket.get_monitor_socket(zmq.EVENT_ACCEPTED | _HANDSHAKE_EVENTS)
-        self._reader = SocketReader(events, self._on_event, None, _READS_OF_EVENTS)
 
-    def _on_event(self, frames: list[bytes]) -> None:
-        event, value = struct.unpack("=HI", frames[0])
+    def _on_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
             if len(self._addresses) < _MAX_OPEN:
                 self._addresses[value] = _address_of(value)
@@ -203,11 +220,6 @@ class StrangerMonitor:
                 self._on_stranger(address, reason)
         else:
             self._reason = None
-
-    def close(self) -> None:
-        """Stop watching; to be called before the socket is closed."""
-        self._reader.close()
-        self._socket.disable_monitor()
 
 
 def _address_of(descriptor: int) -> str:

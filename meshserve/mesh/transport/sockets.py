@@ -11,7 +11,6 @@ import resource
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -146,12 +145,6 @@ class SocketFactory:
             self._authenticator.stop()
             self._authenticator = None
         self._context.destroy(linger=0)
-
-    def __enter__(self) -> "SocketFactory":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
 
 def _ask_for_files() -> None:
