@@ -43,7 +43,7 @@ class TransportConfig:
 
 @dataclass(frozen=True, slots=True)
 class MeshConfig:
-    """Who a peer is, how it finds others, and when it holds them for dead."""
+    """What a peer says it is, how it finds others, and when it takes them for dead."""
 
     mesh: str = "default"
     """Peers of other meshes are ignored."""
@@ -199,6 +199,6 @@ class ServeConfig:
     observe: bool = True
     """False: no spans, no metrics."""
     otlp_url: str | None = None
-    """Of an OpenTelemetry collector that gets the spans, without `/v1/traces`; None: nobody does."""
+    """Of an OpenTelemetry collector that gets the spans, without `/v1/traces`; None: no collector does."""
     handoff: HandoffConfig = field(default_factory=HandoffConfig)
     front: FrontConfig = field(default_factory=FrontConfig)

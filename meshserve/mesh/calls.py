@@ -51,7 +51,7 @@ class Sink(Protocol):
 
 
 class IgnoredAnswer:
-    """The sink of a call whose answer nobody waits for."""
+    """The sink of a call whose answer is not waited for."""
 
     def on_item(self, item: Any) -> None:
         pass
@@ -89,7 +89,7 @@ class OutgoingCall:
     # --- what comes back
 
     def take_item(self, item: Any) -> None:
-        """The next item; nobody's, once the sink has cancelled."""
+        """The next item. Ignored after a cancel."""
         try:
             self.sink.on_item(item)
         except Exception as error:  # a fault of ours: its stream ends, and nobody else's
@@ -390,7 +390,7 @@ class CallTable:
         self.peer_stopped_listening(peer, reason)
 
     def peer_stopped_listening(self, peer: str, reason: str) -> None:
-        """Streams that this peer opened have nobody to end for."""
+        """Abandon the streams that this peer opened: no end of them can reach it."""
         for incoming in [call for call in self.incoming.values() if call.peer == peer]:
             incoming.abandon(reason)
 

@@ -1,8 +1,9 @@
 """mDNS: how peers on a LAN hear of each other. The only importer of zeroconf.
 
-It is a hint and never more: records outlive their peers, and anyone can forge or withdraw them. Whoever is found is dialled, and
-the hello decides. Questions are asked by multicast: with several responders on a host, zeroconf's default of asking for a unicast
-answer first took over a second to be answered, a multicast one 0.05 to 0.19 s.
+mDNS gives hints and never more: records outlive their peers, and anyone can forge or withdraw them.
+A peer that is found is dialled, and its hello decides. Questions are asked by multicast: with
+several responders on a host, zeroconf's default of asking for a unicast answer first took over a
+second to be answered, a multicast one 0.05 to 0.19 s.
 """
 
 import asyncio
@@ -49,7 +50,8 @@ class MdnsDiscovery:
         )
 
     def announce(self, info: PeerInfo) -> None:
-        """Say, in the background, that this peer is here; probing the name takes about a second, and nobody waits for it."""
+        """Say, in the background, that this peer is here; probing the name takes about a second,
+        and nobody waits for it."""
         assert self._zeroconf is not None
         record = AsyncServiceInfo(
             SERVICE_TYPE,

@@ -58,7 +58,7 @@ class Dialler:
         self._greeted: dict[Channel, asyncio.Future[Envelope]] = {}
 
     def answered(self, channel: Channel, message: Envelope) -> bool:
-        """A WELCOME or REFUSED came in; False if nobody waits for it here."""
+        """A WELCOME or REFUSED came in; False if no dial waits for it."""
         waiting = self._greeted.get(channel)
         if waiting is None or waiting.done():
             return False

@@ -1,6 +1,6 @@
 """Key files: one secret, the same file on every machine of a mesh.
 
-The file holds one line, `meshserve-key-1 ` and 64 hexadecimal digits. Who can read it is a member, so it must be readable by
+The file holds one line, `meshserve-key-1 ` and 64 hexadecimal digits. A reader of the file is a member, so it must be readable by
 its owner only.
 """
 

@@ -1,4 +1,4 @@
-"""The links of one peer: who is dialled, greeted, pinged and dropped. What a peer does to be and stay in its mesh."""
+"""The links of one peer: what it does to be and stay in its mesh. Dials, hellos, pings and goodbyes."""
 
 import asyncio
 import logging
@@ -46,7 +46,7 @@ class Links:
         self.transport = Transport(factory, config.transport, counters, self._on_frame, self._on_lost)
         self.listeners: list[Callable[[Change, Member], None]] = []
         self.refused: dict[str, str] = {}
-        """Who could not be joined, and why: for people."""
+        """Peers that could not be joined, and why: for people."""
         self.sightings = Sightings()
         self.mdns = "off"
         """For people: `on`, or why not."""
@@ -212,7 +212,7 @@ class Links:
             self._dial_soon()
 
     def on_stranger(self, who: str, reason: str) -> None:
-        """Somebody was not let in."""
+        """A stranger was not let in."""
         if self.sightings.refused(who, reason, time.monotonic()):
             log_event(_log, "stranger_refused", f"refused {who or 'somebody'}: {reason}", who=who, reason=reason)
 
@@ -238,13 +238,13 @@ class Links:
     # --- what goes out
 
     async def introduce(self, host: str, port: int) -> PeerInfo:
-        """Say hello at this address once, whoever lives there, and hang up: for people who look for a fault. Raises DialFailed."""
+        """Say hello at this address once and hang up: tells which peer is there, for diagnosis. Raises DialFailed."""
         reached = await self._dialler.dial(Dial("", (host,), port, None))
         self.transport.drop(reached.channel)
         return reached.hello.peer
 
     def _hello(self, expected: str | None) -> Hello:
-        hints = () if self.own.is_observer else self.membership.hints()  # who only looks must not bring together whom it looks at
+        hints = () if self.own.is_observer else self.membership.hints()  # an observer must not join the peers that it looks at
         return Hello(self.own, time.monotonic() - self._started_s, hints[:MAX_HINTS], expected, is_reset=expected in self._broken)
 
     def _dial_soon(self) -> None:
@@ -337,7 +337,7 @@ class Links:
         self._calls.expire(now_s)
 
     def _gossip(self) -> None:
-        """Tell a few peers whom we know: rumours reach all in a few rounds, at a cost that does not grow with the mesh."""
+        """Tell a few peers of those that we know: gossip reaches all in a few rounds, whatever the mesh's size."""
         fanout = _GOSSIP_FANOUT if self._is_changed else 1
         self._is_changed = False
         channels = list(self.channels.values())

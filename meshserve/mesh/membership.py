@@ -1,4 +1,4 @@
-"""Who is in the mesh and who is alive: a pure decider.
+"""Which peers are in the mesh, and which of them are alive: a pure decider.
 
 It is told what happened and the time, keeps each peer's state, and answers what to do. No clock, no sockets: the rules are tables
 in its tests, and time can be made up. The failure detector is a plain timeout on any sign of life, with a grace for our own
@@ -91,7 +91,7 @@ class Member:
 
 @dataclass(slots=True)
 class _Candidate:
-    """Somebody to dial, known by hearsay. `incarnation` is None for a seed, which is an address and not a peer."""
+    """A peer to dial, known by hearsay. `incarnation` is None for a seed, which is an address only."""
 
     addresses: tuple[str, ...]
     port: int
@@ -142,7 +142,7 @@ class Membership:
         self._candidates.setdefault(key, _Candidate((address,), port, None, now_s, now_s))
 
     def hint(self, hint: PeerHint, now_s: float) -> None:
-        """Hearsay from mDNS or gossip. Members, ourselves, and those who are known to have ended are not dialled for it."""
+        """Hearsay from mDNS or gossip. Members, this peer, and peers that are known to have ended are not dialled for it."""
         incarnation = hint.incarnation
         if incarnation in self.members or incarnation in self._gone or incarnation == self.own.incarnation or not hint.addresses:
             return
@@ -258,7 +258,7 @@ class Membership:
         return actions
 
     def _due_pings(self, now_s: float) -> list[str]:
-        """Whom to ask for a sign of life: those that gave none lately.
+        """The peers to ask for a sign of life: those that gave none lately.
 
         A ping tells its receiver as much as its answer tells us, so of two idle peers the one whose clock ticks first asks, and the other
         need not: half of what it costs if both ask. Busy peers need no pings at all, but for the round trip now and then.
@@ -291,7 +291,7 @@ class Membership:
             self._look_out_for(member, now_s)
 
     def _look_out_for(self, member: Member, now_s: float) -> None:
-        """Silence may end: a link comes up again, a host wakes. It is dialled on, as one known by hearsay."""
+        """Silence may end: a link comes up again, a host wakes. The peer is dialled on, as if known by hearsay."""
         info = member.info
         if not info.is_observer and len(self._candidates) < self._config.max_hints:
             del self._gone[info.incarnation]
@@ -299,7 +299,7 @@ class Membership:
             self._candidates[info.incarnation] = _Candidate(info.addresses, info.port, info.incarnation, forget_late_s, now_s)
 
     def due_dials(self, now_s: float) -> list[Dial]:
-        """Whom to dial now, marked as being dialled: each ends in `dial_found` or `dial_failed`."""
+        """Dials that are due, marked as under way: each ends in `dial_found` or `dial_failed`."""
         dials: list[Dial] = []
         for incarnation, member in self.members.items():
             if not member.is_callable and not member.is_dialling and not member.info.is_observer and now_s >= member.next_dial_s:
@@ -351,7 +351,8 @@ class Membership:
         return sorted((member for member in self.members.values() if not member.info.is_observer), key=lambda member: member.started_s)
 
     def places(self) -> list[tuple[str, str, tuple[str, ...], int]]:
-        """Whom this peer reaches or would dial, members first: incarnation, name (empty if only hearsay tells of it), addresses, port."""
+        """Peers that this one reaches or would dial, members first: incarnation, name (empty if known by hearsay
+        only), addresses, port."""
         members = [(member.info.incarnation, member.shown_name, member.info.addresses, member.info.port) for member in self.listed()]
         hearsay = [
             (candidate.incarnation, "", candidate.addresses, candidate.port)

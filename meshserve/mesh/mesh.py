@@ -1,4 +1,4 @@
-"""One peer of a mesh, as the floors above know it: who else is there, and calls to them."""
+"""One peer of a mesh, as the floors above know it: the other peers, and calls to them."""
 
 import asyncio
 import logging
@@ -251,7 +251,7 @@ def _cancel(task: asyncio.Task[None]) -> None:
 
 
 def _of_one_model(serving: list[PeerInfo]) -> list[PeerInfo]:
-    """Those whose cards name the tokenizer and chat template that most of them name. All who know the same workers decide alike."""
+    """Those whose cards name the tokenizer and chat template that most of them name. All peers that know the same workers decide alike."""
     texts = [(info.card.tokenizer, info.card.chat_template, info.card.files) for info in serving if info.card is not None]
     counts = Counter(texts)
     if len(counts) <= 1:

@@ -28,7 +28,7 @@ class LocalAddress:
 
     @property
     def network(self) -> str:
-        """Such as `192.168.1.0/24`: who is in it needs no router in between. Empty if it is not known."""
+        """Such as `192.168.1.0/24`: hosts in it need no router in between. Empty if unknown."""
         return str(ipaddress.ip_network(f"{self.address}/{self.prefix}", strict=False)) if self.prefix else ""
 
 
@@ -121,9 +121,9 @@ class Outcome(StrEnum):
 
     OPEN = "open"
     REFUSED = "refused"
-    """The host answers that nobody listens there."""
+    """The host answers that nothing listens there."""
     TIMEOUT = "timeout"
-    """No answer at all: something swallows the packets, or nobody has this address."""
+    """No answer at all: something drops the packets, or no host has this address."""
     UNREACHABLE = "unreachable"
     """A host on the way, or this one, says that there is no way; or a firewall does."""
     RESET = "reset"

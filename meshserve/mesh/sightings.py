@@ -1,4 +1,4 @@
-"""What a peer saw of those who are no members of its mesh: strangers it refused, peers that are gone, announcements on the network.
+"""What a peer saw of others than members: strangers that it rejected, peers that are gone, mDNS.
 
 For people who look for a fault, never for decisions. Pure, and bounded whatever comes in.
 """
@@ -17,7 +17,7 @@ _MAX_TEXT = 160
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """What mDNS says of a peer, of this mesh or another. Anybody can say it."""
+    """What mDNS says of a peer of this mesh or another. It may be forged."""
 
     mesh: str
     hint: PeerHint
@@ -55,7 +55,7 @@ class Sightings:
             self.announcements[hint.incarnation] = Announcement(mesh[:63], hint)
 
     def to_wire(self, now_s: float) -> dict[str, Any]:
-        """Strangers and peers that are gone, the latest first: plain data for whoever asks this peer about itself."""
+        """Strangers and peers that are gone, the latest first, as plain data."""
         refused = [
             Refusal(who=who, reason=reason, times=num_times, ago_s=round(now_s - last_s, 3))
             for (who, reason), (num_times, last_s) in reversed(self._strangers.items())
@@ -77,7 +77,7 @@ def why_gone(change: Change, member: Member) -> str:
 
 
 def describe_stranger(hello: Any) -> str:
-    """Who says this hello, which is not to be trusted or may be malformed."""
+    """The name and address in this hello, which may be malformed or a lie."""
     peer = hello.get("peer") if isinstance(hello, dict) else None
     if not isinstance(peer, dict):
         return "somebody"

@@ -1,4 +1,4 @@
-"""Tasks with an owner: whoever starts one ends it."""
+"""Tasks with an owner, which ends them."""
 
 import asyncio
 import logging
@@ -9,7 +9,7 @@ _log = logging.getLogger(__name__)
 
 
 class TaskOwner:
-    """Starts tasks that must not outlive it. A task that fails is logged in one line; it takes nobody with it."""
+    """Starts tasks that must not outlive it. A task that fails is logged in one line and ends alone."""
 
     def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()

@@ -16,8 +16,8 @@ from meshserve.wire.structs import Message, plain, read
 
 _FOREVER_S = 30 * 86_400.0
 _REOPEN_S = 0.05
-"""Until a broken watch is opened again: well under a heartbeat, as whoever follows is wrong meanwhile. Asking costs nothing while there
-is no connection."""
+"""Until a broken watch is opened again: well under a heartbeat, as what the watcher knows is out of date
+meanwhile. Asking costs nothing while there is no connection."""
 _REOPEN_MAX_S = 1.0
 """The pause doubles up to this while the peer itself refuses."""
 

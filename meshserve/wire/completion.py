@@ -34,7 +34,7 @@ class CompletionRequest(Map):
     """A chat, or one prompt or several, to be completed. What the client left open is None, and is filled in by the model's card."""
 
     request_id: str
-    """The mesh's own name of the request: who took it in (its incarnation) and a counter."""
+    """The mesh's own name of the request: the frontend's incarnation and a counter."""
     kind: Annotated[str, Meta(pattern=r"^(completion|chat)\Z")]
     model: str
     prompt: Prompts = None
@@ -168,7 +168,7 @@ class TextItem(Row, tag="text"):
     choice: int
     text: str
     logprobs: list[Any] | None = None
-    """Of the tokens that the text is made of, :data:`WireLogprob` each; None if nobody asked."""
+    """Of the tokens that the text is made of, :data:`WireLogprob` each; None if not asked for."""
     offsets: list[int] | None = None
     """Where each of these tokens begins in all the text of this choice, in characters."""
 
@@ -196,7 +196,7 @@ class EndItem(Row, tag="end"):
 
 
 class StartItem(Row, tag="start"):
-    """The prompts' length in tokens, before anything else, for those who asked."""
+    """The prompts' length in tokens, before anything else, if `wants_start`."""
 
     num_prompt_tokens: int
 
@@ -275,7 +275,7 @@ class TraceContext(NamedTuple):
     trace_id: str
     span_id: str
     is_sampled: bool = True
-    """Whether whoever began the trace wants it recorded."""
+    """Whether the trace is to be recorded, as the one that began it wants."""
 
     def __str__(self) -> str:
         """As the header has it."""

@@ -16,7 +16,7 @@ OPEN, ITEM, END, ERROR, CANCEL = 10, 11, 12, 13, 14
 Envelope = list[Any]
 """Its kind, then what :data:`_SHAPES` says; bodies, items and answers are messages of :mod:`meshserve.wire.messages`, as plain data."""
 
-# What follows the kind. `object` is checked by whoever it is meant for.
+# What follows the kind. `object` is checked where it is used.
 _SHAPES: dict[int, tuple[type, ...]] = {
     HELLO: (dict,),
     WELCOME: (dict,),

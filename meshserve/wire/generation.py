@@ -80,7 +80,7 @@ class GenerateRequest(Map, dict=True):
     prefill_peers: Annotated[tuple[tuple[str, int, int], ...], Meta(max_length=1024)] = ()
     """Prefill workers, best first, as the router ranked them: incarnation, prompts queued there, blocks of this prompt there."""
     prefill_ms: tuple[Milliseconds, ...] = ()
-    """For each of these, until it is expected to have computed the prompt's KV; 0: its rate is not measured. Empty: nobody knows."""
+    """For each of these, until it is expected to have computed the prompt's KV; 0: its rate is not measured. Empty: not known."""
     lost_peers: tuple[str, ...] = ()
     """Names of workers that died while they had this request."""
 
@@ -101,7 +101,7 @@ class GenerationEnd(Map):
 
 # --- what a decode worker says of one sequence: with its first tokens what was done by then, and with its end all of it
 #
-# An account serves people only: what cannot be read of it is taken for nothing, and costs nobody an answer.
+# An account serves people only: what cannot be read of it is taken for nothing, and costs no request its answer.
 
 _MAX_COUNT = 1 << 63
 
@@ -198,7 +198,7 @@ class WorkerAccount(NamedTuple):
     handed_over: HandedOver | None = None
     """None for a prompt that was computed where it is decoded, and where it was said before."""
     decision: HandoffDecision | None = None
-    """None for a short prompt that nobody could have prefilled elsewhere. Workers of an earlier minor version do not say it."""
+    """None for a short prompt that no other worker could have prefilled. Workers of an earlier minor version do not say it."""
 
     @classmethod
     def from_wire(cls, data: Any) -> "WorkerAccount":
@@ -211,7 +211,7 @@ class WorkerAccount(NamedTuple):
 
 
 def handed_over_in(data: Any) -> HandedOver | None:
-    """This alone of an account, for who read the rest in a later one: mostly there is none."""
+    """This alone of an account of which a later one tells the rest. Mostly there is none."""
     is_account = isinstance(data, (list, tuple)) and len(data) >= _NUM_FIELDS
     return HandedOver.from_wire(data[_NUM_FIELDS - 1]) if is_account else None
 

@@ -1,4 +1,4 @@
-"""How peers introduce themselves: the hello that decides who is a member. Also what a peer reports of the network."""
+"""How peers introduce themselves: the hello that decides on membership. Also what a peer reports of the network."""
 
 import contextlib
 import ipaddress
@@ -61,7 +61,7 @@ class PeerInfo(FrozenMap, frozen=True):
 
     @property
     def is_observer(self) -> bool:
-        """Observers are listed nowhere and dialled by nobody."""
+        """Observers are neither listed nor dialled."""
         return not self.roles
 
     @property
@@ -84,7 +84,7 @@ class Hello(Map):
     expected: str | None = None
     """Incarnation that the dialling peer means to reach; another one answers with a refusal."""
     is_reset: bool = field(default=False, name="reset")
-    """The dialling peer lost its connection to the other: what it had asked for there, nobody waits for any more."""
+    """The dialling peer lost its connection to the other: the streams that it had opened there are over."""
 
     def to_wire(self) -> Any:
         """With the protocol version, which all versions have in the same place."""

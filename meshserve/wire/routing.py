@@ -129,6 +129,6 @@ class WorkerReport(FrozenRow, frozen=True):
     """Hashes of full prompt blocks whose KV is there now."""
     evicted: tuple[int, ...] = ()
     admitted: tuple[str, ...] = ()
-    """Requests that the worker counts in its load by now, so that nobody else need."""
+    """Requests that the worker counts in its load by now, so that routers need not."""
     kept: tuple[str, ...] = ()
     """Of these, those whose prompts it computes itself though there are prefill workers: no prefill worker is going to report them."""

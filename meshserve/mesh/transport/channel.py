@@ -61,8 +61,7 @@ class Channel:
             self._turn.schedule(self)
 
     def send_soon(self, message: Envelope) -> None:
-        """The same for what somebody waits for who could not go on without: at the end of this very
-        turn."""
+        """The same for what a request waits for: at the end of this very turn."""
         self.is_urgent = True
         self.send(message)
 
@@ -167,7 +166,7 @@ class Turn:
             self._be_due()
 
     def later(self, callback: Callable[[], None]) -> None:
-        """The same, but after all of those: for what nobody waits for."""
+        """The same, but after all of those: for what no request waits for."""
         self._later.append(callback)
         if not self._is_due:
             self._be_due()

@@ -70,7 +70,7 @@ class SocketReader:
                     if frames := self._receive():
                         self._on_frames(frames)
                     has_input = (num_read > 1 or self._is_busy) and self._has_input()
-                self._has_sent = num_read == 1 and not self._is_busy  # or nobody looked yet
+                self._has_sent = num_read == 1 and not self._is_busy  # or it did not look yet
                 if self._on_turn is not None:
                     self._on_turn()
                 has_input = num_read < self._max_reads and (has_input or (self._has_sent and self._has_input()))
@@ -93,7 +93,7 @@ class SocketReader:
         return not self._is_closed and bool(self._socket.get(_EVENTS) & _POLLIN)  # type: ignore[operator]  # EVENTS is an integer
 
     def close(self) -> None:
-        """Stop reading; the socket itself belongs to whoever made it."""
+        """Stop reading; the socket itself stays open."""
         if not self._is_closed:
             self._is_closed = True
             self._loop.remove_reader(self._descriptor)
@@ -114,7 +114,7 @@ class SocketReader:
 
 
 class BufferReader(SocketReader):
-    """For big frames: views of ZeroMQ's own memory, which lives as long as somebody holds them."""
+    """For big frames: views of ZeroMQ's own memory, which lives as long as they do."""
 
     def _receive(self) -> list[Any] | None:
         if self._is_closed:
@@ -190,7 +190,7 @@ OnStranger = Callable[[str, str], None]
 
 
 class StrangerMonitor(_Monitor):
-    """Tells who fails the handshake of one bound socket: a stranger, of which no frame is ever read.
+    """Tells of each stranger: a peer that fails the handshake, and of which no frame is read.
 
     A context has one I/O thread, so a failure is followed by the end of that very connection.
     """

@@ -124,7 +124,7 @@ class Transport:
             self._inbound.pop(routing_id, None)
 
     def lost(self, channel: Channel, reason: str) -> None:
-        """A connection ended that nobody ended on purpose. Its owner is told, if it is there: only he can make a new one."""
+        """A connection broke. If the peer made it, the peer is told: only the dialling side can make a new one."""
         if channel in self._routing_ids:
             channel.send_last([frames.RESET, reason])
         if channel in self._dealers or channel in self._routing_ids:
