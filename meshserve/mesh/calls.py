@@ -25,6 +25,7 @@ from meshserve.errors import (
     from_wire,
 )
 from meshserve.mesh.transport.channel import Channel, Turn
+from meshserve.telemetry import Counters
 from meshserve.wire.frames import CANCEL, END, ERROR, ITEM, OPEN, Envelope
 from meshserve.wire.messages import Method
 from meshserve.wire.structs import Message, plain, read
@@ -98,21 +99,25 @@ class OutgoingCall:
     def take_items(self, items: list[Any]) -> None:
         """The next items at once."""
         on_items = getattr(self.sink, "on_items", None)
-        if on_items is None:
-            for item in items:
-                self.take_item(item)
-            return
         try:
-            on_items(items)
+            if on_items is not None:
+                on_items(items)
+            else:
+                for item in items:
+                    self.sink.on_item(item)  # of no effect, once the sink has cancelled at one of them
         except Exception as error:  # as above
             self.break_off(error)
 
     def break_off(self, error: Exception) -> None:
         """An item could not be taken in."""
         _log.exception("an item of %s could not be taken in", self.method.name)
+        self.give_up(MeshserveError(f"{self.method.name} failed: {type(error).__name__}"))
+
+    def give_up(self, error: MeshserveError) -> None:
+        """Cancel at the peer, and tell the sink why."""
         sink = self.sink
         self.cancel()
-        _fail(sink, MeshserveError(f"{self.method.name} failed: {type(error).__name__}"))
+        _fail(sink, error)
 
     def take_end(self, value: Any) -> None:
         """The stream is complete. Ignored after a cancel or a deadline."""
@@ -123,7 +128,7 @@ class OutgoingCall:
             try:
                 value = read(answer, value)
             except ProtocolError as error:
-                self._table.on_malformed()
+                self._table.counters.add("answers_malformed")
                 _fail(sink, error)
                 return
         try:
@@ -233,18 +238,11 @@ class LocalCall(OutgoingCall, IncomingCall):
     is_local = True
 
     def __init__(
-        self,
-        table: "CallTable",
-        turn: Turn,
-        stream: int,
-        method: Method,
-        until_s: float,
-        body: Any,
-        sink: Sink,
+        self, table: "CallTable", stream: int, method: Method, until_s: float, body: Any, sink: Sink
     ) -> None:
-        self._table, self._deliver, self.body, self.is_open = table, turn.deliver, body, True
+        self._table, self.wire, self._deliver = table, table.turn, table.turn.deliver
         self.stream, self.method, self.deadline_s, self.peer = stream, method, until_s, table.own
-        self.sink, self.wire = sink, turn
+        self.body, self.sink, self.is_open = body, sink, True
 
     def send(self, item: Any) -> None:
         if self.is_open:
@@ -277,22 +275,16 @@ class CallTable:
     matters."""
 
     def __init__(
-        self,
-        own: str,
-        max_streams_per_peer: int,
-        name_of: Callable[[str], str],
-        on_malformed: Callable[[], None],
+        self, own: str, turn: Turn, max_streams: int, name_of: Callable[[str], str], counters: Counters
     ) -> None:
-        """`own` is this peer's incarnation, `name_of` a peer's name for people; `on_malformed` is
-        called for an answer that cannot be read."""
-        self.own, self.on_malformed = own, on_malformed
+        """`own` is this peer's incarnation; `name_of` gives a peer's name, for people."""
+        self.own, self.turn, self.counters = own, turn, counters
         self.handlers: dict[str, tuple[Method, Handler]] = {}
         """By the method's name."""
         self.outgoing: dict[int, OutgoingCall] = {}
         self.incoming: dict[tuple[str, int], IncomingCall] = {}
         self._next_stream = 1
-        self._max_streams = max_streams_per_peer
-        self._name_of = name_of
+        self._max_streams, self._name_of = max_streams, name_of
 
     def open(
         self, wire: Channel, method: Method, body: Any, sink: Sink, now_s: float, timeout_s: float
@@ -306,13 +298,11 @@ class CallTable:
         wire.send_soon([OPEN, stream, method.name, int(timeout_s * 1000), plain(body)])
         return call
 
-    def open_here(
-        self, turn: Turn, method: Method, body: Any, sink: Sink, deadline_s: float
-    ) -> OutgoingCall:
+    def open_here(self, method: Method, body: Any, sink: Sink, deadline_s: float) -> OutgoingCall:
         """Open a stream to a role of this peer; the handler is called at the end of this turn."""
         stream = self._next_stream
         self._next_stream += 1
-        call = self.outgoing[stream] = LocalCall(self, turn, stream, method, deadline_s, body, sink)
+        call = self.outgoing[stream] = LocalCall(self, stream, method, deadline_s, body, sink)
         served = self.handlers.get(method.name)
         if served is None:
             call.fail(UnknownMethod(f"{method.name} is not served here"))
@@ -320,7 +310,7 @@ class CallTable:
             call.fail(Overloaded("too many open streams from this peer"))
         else:
             self.incoming[self.own, stream] = call
-            turn.deliver(call.begin, served[1])
+            self.turn.deliver(call.begin, served[1])
         return call
 
     def received(self, wire: Channel, message: Envelope, now_s: float) -> None:
@@ -375,10 +365,8 @@ class CallTable:
     def expire(self, now_s: float) -> None:
         """End what is past its deadline, on both sides."""
         for outgoing in [call for call in self.outgoing.values() if call.deadline_s <= now_s]:
-            sink = outgoing.sink
-            outgoing.cancel()
             name = self._name_of(outgoing.peer)
-            _fail(sink, DeadlineExceeded(f"no answer from {name} within the deadline"))
+            outgoing.give_up(DeadlineExceeded(f"no answer from {name} within the deadline"))
         for incoming in [call for call in self.incoming.values() if call.deadline_s <= now_s]:
             incoming.abandon("deadline", DeadlineExceeded("past the deadline"))
 
@@ -397,8 +385,6 @@ class CallTable:
     def close(self) -> None:
         """End everything: this peer stops."""
         for outgoing in list(self.outgoing.values()):
-            sink = outgoing.sink
-            outgoing.cancel()
-            _fail(sink, Cancelled("this peer is stopping"))
+            outgoing.give_up(Cancelled("this peer is stopping"))
         for incoming in list(self.incoming.values()):
             incoming.abandon("stop", Cancelled("the peer is stopping"))

@@ -43,7 +43,7 @@ class Links:
         self._started_s = time.monotonic()
         self.own = own
         self.membership = Membership(own, config, self._started_s)
-        self.transport = Transport(factory, config.transport, counters, self._on_frame, self._on_lost)
+        self.transport = Transport(factory, config.transport, counters, calls.turn, self._on_frame, self._on_lost)
         self.listeners: list[Callable[[Change, Member], None]] = []
         self.refused: dict[str, str] = {}
         """Peers that could not be joined, and why: for people."""

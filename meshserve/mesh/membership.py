@@ -208,20 +208,16 @@ class Membership:
 
     def dial_failed(self, key: str, is_refused: bool, now_s: float) -> list[tuple[Change, Member]]:
         """None of the addresses led to this peer. Refused everywhere after its connection was lost: it is dead."""
-        member = self.members.get(key)
-        if member is not None:
-            member.is_dialling = False
-            if is_refused and member.was_cut:
-                return [self._remove(member, Change.DIED, now_s)]
-            member.num_failed_dials += 1
-            member.next_dial_s = now_s + self._backoff_s(member.num_failed_dials)
-        candidate = self._candidates.get(key)
-        if candidate is not None:
-            candidate.is_dialling = False
-            candidate.num_failed_dials += 1
-            candidate.next_dial_s = now_s + self._backoff_s(candidate.num_failed_dials)
-            if candidate.incarnation is not None and now_s - candidate.since_s > self._config.forget_hint_s:
-                del self._candidates[key]
+        member, candidate = self.members.get(key), self._candidates.get(key)
+        if member is not None and is_refused and member.was_cut:
+            return [self._remove(member, Change.DIED, now_s)]
+        for dialled in (member, candidate):
+            if dialled is not None:
+                dialled.is_dialling = False
+                dialled.num_failed_dials += 1
+                dialled.next_dial_s = now_s + self._backoff_s(dialled.num_failed_dials)
+        if candidate is not None and candidate.incarnation is not None and now_s - candidate.since_s > self._config.forget_hint_s:
+            del self._candidates[key]
         return []
 
     def dial_found(self, key: str, incarnation: str, now_s: float) -> None:

@@ -19,6 +19,7 @@ from meshserve.mesh.links import Links
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.network import choose_addresses, local_addresses
 from meshserve.mesh.tasks import TaskOwner
+from meshserve.mesh.transport.channel import Turn
 from meshserve.mesh.transport.sockets import BoundPorts, SocketFactory, bind_port_block
 from meshserve.telemetry import Counters, EventLog, Gauges, Histograms
 from meshserve.wire.card import KVLayout, ModelCard
@@ -91,11 +92,11 @@ class Mesh:
             self.factory.close()
             raise
         self.own = self._introduction()
+        self.turn = Turn()
         max_streams = self.config.transport.max_streams_per_peer
-        self.calls = CallTable(self.incarnation, max_streams, self.name_of, lambda: self.counters.add("answers_malformed"))
+        self.calls = CallTable(self.incarnation, self.turn, max_streams, self.name_of, self.counters)
         self.links = Links(self.config, self.own, self.factory, self.counters, self.calls)
         self.links.listeners.append(lambda change, member: self._changed())
-        self.turn = self.links.transport.turn
         if self.ports is not None:
             self.links.transport.serve(self.ports.calls, self.links.on_stranger)
 
@@ -228,7 +229,7 @@ class Mesh:
         """Open a stream to a peer, or to this one. Raises PeerLost at once if there is no connection to it."""
         now_s = time.monotonic()
         if peer == self.incarnation:
-            return self.calls.open_here(self.turn, method, body, sink, now_s + timeout_s)
+            return self.calls.open_here(method, body, sink, now_s + timeout_s)
         channel = self.links.channels.get(peer)
         if channel is None:
             name = self.name_of(peer)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MeshserveError, PeerLost, ProtocolError, UnknownMethod
 from meshserve.mesh.calls import CallTable, IncomingCall
 from meshserve.mesh.transport.channel import Channel, Turn
+from meshserve.telemetry import Counters
 from meshserve.wire import frames
 from meshserve.wire.frames import Envelope
 from meshserve.wire.messages import Method
@@ -66,8 +67,13 @@ class Record:
 WORK = Method("work")
 
 
-def table_of(own: str, max_streams: int = 10, on_malformed: Callable[[], None] = lambda: None) -> CallTable:
-    return CallTable(own, max_streams, str, on_malformed)
+def table_of(own: str, max_streams: int = 10) -> CallTable:
+    return CallTable(own, EndOfTurn(), max_streams, str, Counters())
+
+
+def local_table() -> tuple[CallTable, EndOfTurn]:
+    turn = EndOfTurn()
+    return CallTable("self", turn, 10, str, Counters()), turn
 
 
 class Pair:
@@ -155,10 +161,10 @@ class Batches(Record):
 
 @pytest.mark.parametrize("record", [Record(), Batches()])
 def test_several_items_between_roles_of_one_peer_are_one_message(record: Record) -> None:
-    table, turn = table_of("self"), EndOfTurn()
+    table, turn = local_table()
     served: list[IncomingCall] = []
     table.handlers[WORK.name] = WORK, served.append
-    table.open_here(turn, WORK, None, record, 10.0)
+    table.open_here(WORK, None, record, 10.0)
     assert not served
     turn.come()
     served[0].send_all([1, 2, 3])
@@ -246,8 +252,7 @@ def test_a_lost_peer_ends_the_streams_of_both_directions() -> None:
 
 @pytest.mark.parametrize("answer", [7, None, {"client": "r"}])
 def test_an_answer_that_cannot_be_read_is_counted_and_fails_its_stream_alone(answer: Any) -> None:
-    pair, num_malformed = Pair(), []
-    pair.caller = table_of("caller", on_malformed=lambda: num_malformed.append(1))
+    pair = Pair()
     method = Method("count", answer=list[int])
     pair.callee.handlers[method.name] = method, pair.served.append
     unread, other = pair.open(method), pair.open()
@@ -255,7 +260,8 @@ def test_an_answer_that_cannot_be_read_is_counted_and_fails_its_stream_alone(ans
     pair.served[0].end(answer)
     pair.served[1].end("fine")
     pair.deliver()
-    assert isinstance(unread.ends[0], ProtocolError) and other.ends == ["fine"] and num_malformed == [1]
+    assert isinstance(unread.ends[0], ProtocolError) and other.ends == ["fine"]
+    assert pair.caller.counters.snapshot() == {"answers_malformed": 1}
 
 
 def test_an_unknown_method_and_too_many_streams_are_refused() -> None:
@@ -332,11 +338,11 @@ def test_every_stream_ends_exactly_once_whatever_happens_in_which_order(steps: l
 
 @given(STEPS)
 def test_a_stream_between_roles_of_one_peer_keeps_the_same_promises_and_never_calls_back_at_once(steps: list[str]) -> None:
-    table, turn, record = table_of("self"), EndOfTurn(), Record()
+    (table, turn), record = local_table(), Record()
     served: list[IncomingCall] = []
     abandoned: list[str] = []
     table.handlers[WORK.name] = WORK, served.append
-    outgoing = table.open_here(turn, WORK, None, record, 5.0)
+    outgoing = table.open_here(WORK, None, record, 5.0)
     turn.come()
     (call,) = served
     call.on_cancel = lambda: abandoned.append(call.ended_by)

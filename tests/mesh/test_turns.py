@@ -7,6 +7,7 @@ import pytest
 import zmq
 
 from meshserve.config import TransportConfig
+from meshserve.mesh.transport.channel import Turn
 from meshserve.mesh.transport.reading import SocketReader
 from meshserve.mesh.transport.sockets import SocketFactory
 from meshserve.mesh.transport.transport import Transport
@@ -21,7 +22,7 @@ def test_what_is_left_for_the_end_of_a_turn_comes_in_its_order_and_a_mistake_tak
         seen: list[object] = []
         with closing(SocketFactory(TransportConfig(), None, Counters())) as factory:
             took: list[str] = []
-            transport = Transport(factory, TransportConfig(), Counters(), lambda *_: None, lambda *_: None)
+            transport = Transport(factory, TransportConfig(), Counters(), Turn(), lambda *_: None, lambda *_: None)
             transport.turn.later(lambda: seen.append("later"))
             transport.turn.afterwards(lambda: seen.append(list(took)))
             transport.turn.afterwards(lambda: [][0])

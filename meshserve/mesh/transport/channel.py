@@ -40,8 +40,15 @@ class Channel:
     What is ready in one turn of the event loop is sent as one message.
     """
 
-    def __init__(self, config: TransportConfig, send_frame: SendFrame, turn: "Turn") -> None:
-        self._config, self._send_frame, self._turn = config, send_frame, turn
+    def __init__(
+        self,
+        config: TransportConfig,
+        turn: "Turn",
+        send_frame: SendFrame,
+        on_broken: "Callable[[Channel], None]",
+    ) -> None:
+        self._config, self._turn, self._send_frame = config, turn, send_frame
+        self.on_broken = on_broken
         self.peer = ""
         """Incarnation at the other end, once it said hello."""
         self._outbox: list[Envelope] = []
@@ -128,9 +135,8 @@ class Turn:
     the call that sends it, so that no role is called back by what it calls.
     """
 
-    def __init__(self, on_broken: Callable[[Channel], None]) -> None:
+    def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._on_broken = on_broken
         self._dirty: list[Channel] = []
         self._told: list[tuple[Callable[[Any], None], Any]] = []
         self.num_batches = 0
@@ -233,7 +239,7 @@ class Turn:
             if not channel.flush():
                 self._loop.call_later(_RETRY_S, self._retry, channel)
             if channel.is_broken:
-                self._afterwards.insert(0, partial(self._on_broken, channel))
+                self._afterwards.insert(0, partial(channel.on_broken, channel))
 
     def _retry(self, channel: Channel) -> None:
         if not channel.is_dirty and not channel.is_broken:

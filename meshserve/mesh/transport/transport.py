@@ -9,7 +9,7 @@ import zmq
 from meshserve.config import TransportConfig
 from meshserve.errors import PeerLost, ProtocolError
 from meshserve.mesh.calls import CONNECTION_CLOSED
-from meshserve.mesh.transport.channel import Channel, Turn
+from meshserve.mesh.transport.channel import Channel, SendFrame, Turn
 from meshserve.mesh.transport.reading import KEYS_DIFFER, ConnectionMonitor, OnStranger, SocketReader, StrangerMonitor
 from meshserve.mesh.transport.sockets import SocketFactory, endpoint
 from meshserve.telemetry import Counters
@@ -28,7 +28,7 @@ class _Dealer:
 
     def __init__(self, transport: "Transport", socket: "zmq.Socket[bytes]") -> None:
         self.socket = socket
-        self.channel = Channel(transport.config, self._send, transport.turn)
+        self.channel = transport.channel(self._send)
         self.reader = SocketReader(socket, self._on_frames, transport.turn.flush, transport.config.max_reads_per_turn)
         self.is_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._transport = transport
@@ -78,12 +78,18 @@ class Transport:
     """Sends and receives messages on channels; knows nothing of what they mean but how long they may be."""
 
     def __init__(
-        self, factory: SocketFactory, config: TransportConfig, counters: Counters, on_frame: OnFrame, on_lost: OnLost
+        self,
+        factory: SocketFactory,
+        config: TransportConfig,
+        counters: Counters,
+        turn: Turn,
+        on_frame: OnFrame,
+        on_lost: OnLost,
     ) -> None:
         """`on_frame` gets the messages of each frame, `on_lost` a channel that broke, and why."""
         self.config, self._factory, self._counters = config, factory, counters
         self._on_frame, self._on_lost = on_frame, on_lost
-        self.turn = Turn(lambda channel: self.lost(channel, "overflow or unreachable"))
+        self.turn = turn
         self._dealers: dict[Channel, _Dealer] = {}
         self._inbound: dict[bytes, Channel] = {}
         self._routing_ids: dict[Channel, bytes] = {}
@@ -112,6 +118,10 @@ class Transport:
             raise
         self._dealers[dealer.channel] = dealer
         return dealer.channel
+
+    def channel(self, send: SendFrame) -> Channel:
+        """A new channel over this socket."""
+        return Channel(self.config, self.turn, send, lambda channel: self.lost(channel, "overflow or unreachable"))
 
     def drop(self, channel: Channel) -> None:
         """Forget a channel and close its socket if it has one of its own. Safe to call twice."""
@@ -166,7 +176,7 @@ class Transport:
                 reader.drain_soon()  # as above
             return True
 
-        channel = Channel(self.config, send, self.turn)
+        channel = self.channel(send)
         self._inbound[routing_id] = channel
         self._routing_ids[channel] = routing_id
         return channel
