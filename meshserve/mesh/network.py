@@ -95,11 +95,12 @@ def _texts(chosen: list[LocalAddress]) -> tuple[str, ...]:
 
 def parse_host_port(text: str, default_port: int) -> tuple[str, int]:
     """HOST, HOST:PORT, [IPV6] or [IPV6]:PORT; a bare IPv6 address is a host. Raises UsageError."""
-    host, _, port = (text[1:].partition("]")[0], "", text.rpartition("]:")[2]) if text.startswith("[") else text.rpartition(":")
+    host, port = text, ""
     if text.startswith("["):
-        port = port if "]:" in text else ""
-    elif text.count(":") != 1:
-        host, port = text, ""
+        host, _, rest = text[1:].partition("]")
+        port = rest.removeprefix(":")
+    elif text.count(":") == 1:
+        host, _, port = text.partition(":")
     if not host or (port and not (port.isdigit() and 0 < int(port) < 65_536)):
         raise UsageError(f"{text!r} is not HOST or HOST:PORT")
     return host, int(port) if port else default_port
