@@ -117,16 +117,18 @@ class Links:
         now_s = time.monotonic()
         if channel.peer:
             self._heard(channel.peer, now_s)
-        receive, is_known = self._calls.received, bool(channel.peer)
+        receive = self._calls.received
         for message in messages:
             kind = message[0]
-            if kind >= frames.OPEN and (is_known or channel.peer):
+            if kind >= frames.OPEN and channel.peer:
                 receive(channel, message, now_s)
             elif kind == frames.CREDIT:
                 channel.credited(message[1])
             elif channel.peer or kind in (frames.HELLO, frames.WELCOME, frames.REFUSED):
                 self._on_control(channel, kind, message)
             elif kind != frames.RESET:
+                # Nothing of a stranger is read but a hello or the answer to ours: dropping the connection sends a RESET.
+                # A RESET itself is not answered with another one.
                 self._counters.add("messages_before_hello")
                 self.transport.lost(channel, "it said no hello")
                 return
