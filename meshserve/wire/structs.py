@@ -13,8 +13,8 @@ from msgspec.structs import asdict, replace
 
 from meshserve.errors import ProtocolError
 
-__all__ = ["Count", "Figure", "FrozenMap", "FrozenRow", "Map", "Message", "Meta", "Milliseconds", "NonEmpty", "Row", "Tokens"]
-__all__ += ["asdict", "field", "plain", "read", "replace"]
+__all__ = ["Meta", "asdict", "field", "replace"]
+"""What other modules need of msgspec, which this folder alone imports."""
 
 if TYPE_CHECKING:
     Tokens = array[int]
