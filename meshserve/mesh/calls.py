@@ -255,7 +255,9 @@ class LocalCall(OutgoingCall, IncomingCall):
             self._deliver(self.take_items, items)
 
     def end(self, value: Any = None) -> None:
-        if self._close():
+        if self.is_open:
+            self.is_open, self.on_cancel = False, None  # `_close` in line: each request ends three
+            del self._table.incoming[self.peer, self.stream]
             self._deliver(self.take_end, value)
 
     def fail(self, error: MeshserveError) -> None:

@@ -198,7 +198,7 @@ class Turn:
         if self._is_delivering or (is_end_of_turn and not self._is_due):
             return  # what was read in this turn has flushed already
         if self._told:
-            self._is_due = True  # what the roles send now leaves with this very flush
+            self._is_due = True  # what the roles send now leaves with this flush
             self._deliver()
         if is_end_of_turn and self._dirty and self._may_wait():
             self._num_held += 1
@@ -212,14 +212,9 @@ class Turn:
         if self._afterwards or self._later:
             self._call_what_is_left()
 
-    def _may_wait(self) -> bool:
-        """What comes turn by turn, as from an engine without delays, is sent a few turns at a
-        time."""
-        if self._num_held >= _MAX_HELD or time.monotonic() - self._sent_s >= _HOLD_S:
-            return False
-        return not any(channel.is_urgent for channel in self._dirty)
-
     def _deliver(self) -> None:
+        # Not part of `flush`: the traceback of an error that a callback raises later refers to the
+        # frames that called it, and what those frames hold would only be freed by the collector.
         self._is_delivering = True
         try:
             for _ in range(_MAX_ROUNDS):
@@ -231,6 +226,13 @@ class Turn:
                     take(value)
         finally:
             self._is_delivering = False
+
+    def _may_wait(self) -> bool:
+        """What comes turn by turn, as from an engine without delays, is sent a few turns at a
+        time."""
+        if self._num_held >= _MAX_HELD or time.monotonic() - self._sent_s >= _HOLD_S:
+            return False
+        return not any(channel.is_urgent for channel in self._dirty)
 
     def _send(self) -> None:
         dirty, self._dirty = self._dirty, []
