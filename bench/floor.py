@@ -4,7 +4,7 @@ A request is parsed, sent to the one worker there is, and its tokens come back; 
 message and one write. No check of what comes in, no tokenizer, no choice of worker, no deadline, no failure, no figures.
 
     python -m bench.floor worker ADDRESS STEP_MS     makes tokens: one for each open stream in each step
-    python -m bench.floor front ADDRESS PORT         HTTP under uvicorn, uvloop and httptools, as the mesh has it
+    python -m bench.floor front ADDRESS PORT         HTTP under uvicorn, uvloop and httptools
 """
 
 import asyncio
