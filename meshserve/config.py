@@ -123,7 +123,7 @@ class HandoffConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class FrontConfig:
+class FrontendConfig:
     """What a frontend takes from clients, and how long it waits for them."""
 
     cors_origins: tuple[str, ...] = ()
@@ -201,4 +201,4 @@ class ServeConfig:
     otlp_url: str | None = None
     """Of an OpenTelemetry collector that gets the spans, without `/v1/traces`; None: no collector does."""
     handoff: HandoffConfig = field(default_factory=HandoffConfig)
-    front: FrontConfig = field(default_factory=FrontConfig)
+    frontend: FrontendConfig = field(default_factory=FrontendConfig)

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from meshserve.cli.front_options import api_keys, front_config, front_options
+from meshserve.cli.frontend_options import api_keys, frontend_config, frontend_options
 from meshserve.cli.model_options import model_options, model_settings, say_dummy, with_model
 from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles, pick
 from meshserve.cli.running import declare, execute, leave
@@ -29,7 +29,7 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
     help=f"{', '.join(ROLES)}, or all; repeatable or comma-separated.",
 )
 @option("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="Where the frontend listens; port 0 takes a free one.")
-@front_options
+@frontend_options
 @model_options
 @option("--policy", type=click.Choice(_POLICIES), default="kv", help="How the router chooses.")
 @option(
@@ -94,7 +94,7 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
         "observe": not settings["no_observe"],
         "otlp_url": _otlp_url(settings),
         "handoff": pick(HandoffConfig, settings),
-        "front": front_config(settings),
+        "frontend": frontend_config(settings),
     }
     return pick(ServeConfig, found)
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from meshserve import __version__
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipts import OK, Front, Receipt, partition
+from meshserve.observe.receipts import OK, FrontendReceipt, Receipt, partition
 from meshserve.wire.completion import TraceContext, read_traceparent
 
 _log = logging.getLogger(__name__)
@@ -73,19 +73,19 @@ class Exporter:
 
     # --- what is told of
 
-    def trace(self, front: Front) -> str:
+    def trace(self, receipt: FrontendReceipt) -> str:
         """Of a request that a frontend took in: the `traceparent` that its processor gets, whose span is this frontend's."""
-        given = read_traceparent(front.traceparent)
+        given = read_traceparent(receipt.traceparent)
         trace_id, is_sampled = (given.trace_id, given.is_sampled) if given else (secrets.token_hex(16), True)
-        front.passed_on = str(TraceContext(trace_id, secrets.token_hex(8), is_sampled))
-        return front.passed_on
+        receipt.passed_on = str(TraceContext(trace_id, secrets.token_hex(8), is_sampled))
+        return receipt.passed_on
 
-    def front_ended(self, front: Front) -> None:
+    def frontend_ended(self, receipt: FrontendReceipt) -> None:
         """A frontend's part of a request is over."""
-        own, parent = read_traceparent(front.passed_on), read_traceparent(front.traceparent)
+        own, parent = read_traceparent(receipt.passed_on), read_traceparent(receipt.traceparent)
         if own is not None and own.is_sampled:
             ended_ns, name, parent_id = time.time_ns(), self._mesh.own.name, parent.span_id if parent else ""
-            self._offer(lambda: [front_span(front, ended_ns, own, parent_id, name)])
+            self._offer(lambda: [frontend_span(receipt, ended_ns, own, parent_id, name)])
 
     def request_ended(self, receipt: Receipt) -> None:
         """A request is over; one that came without a trace begins its own, and its receipt says which."""
@@ -183,21 +183,21 @@ def _phases(receipt: Receipt, began_ns: int, own: TraceContext, ids: Iterator[st
             began_ns += took_ns
 
 
-def front_span(front: Front, ended_ns: int, own: TraceContext, parent_id: str, frontend: str) -> Span:
+def frontend_span(receipt: FrontendReceipt, ended_ns: int, own: TraceContext, parent_id: str, frontend: str) -> Span:
     """A frontend's part: all of the request as its client saw it."""
-    part = front.to_wire(frontend)
+    part = receipt.to_wire(frontend)
     began_ns = ended_ns - int(part["total_ms"] * _NS_PER_MS)
     attributes = {
-        "meshserve.request_id": front.request_id,
-        "meshserve.client_id": front.client_id,
+        "meshserve.request_id": receipt.request_id,
+        "meshserve.client_id": receipt.client_id,
         "meshserve.frontend": frontend,
-        "meshserve.outcome": front.outcome,
+        "meshserve.outcome": receipt.outcome,
         "meshserve.http_ms": part["http_ms"],
         "meshserve.queue_ms": part["queue_ms"],
     }
     span = _span("meshserve.http", own, parent_id, _SERVER, began_ns, ended_ns, attributes)
-    if front.outcome != OK:
-        span["status"] = {"code": _ERROR, "message": front.error}
+    if receipt.outcome != OK:
+        span["status"] = {"code": _ERROR, "message": receipt.error}
     return span
 
 

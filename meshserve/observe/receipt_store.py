@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 from meshserve.errors import Cancelled, MeshserveError, ProtocolError, RequestNotFound
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipts import OK, PHASES, Front, Receipt, with_front
+from meshserve.observe.receipts import OK, PHASES, FrontendReceipt, Receipt, with_frontend
 from meshserve.telemetry import BUCKETS_S
-from meshserve.wire.messages import FRONT_OF_RECEIPT, LATEST_RECEIPT, RECEIPT, RECENT_RECEIPTS, Method
+from meshserve.wire.messages import FRONTEND_RECEIPT, LATEST_RECEIPT, RECEIPT, RECENT_RECEIPTS, Method
 from meshserve.wire.observing import ReceiptForm
 
 _TIMEOUT_S = 2.0
@@ -23,7 +23,7 @@ _MAX_CANDIDATES = 16
 _MAX_RECENT = 50
 """Names of requests that one answer lists."""
 
-Kept = TypeVar("Kept", Receipt, Front)
+Kept = TypeVar("Kept", Receipt, FrontendReceipt)
 
 
 class Receipts:
@@ -75,23 +75,23 @@ class Receipts:
         call.end([(receipt.request_id, round(now_s - receipt.ended_s, 3)) for receipt in latest])
 
 
-class Fronts:
+class FrontendReceipts:
     """A frontend's part of its last requests, those included that got to no processor."""
 
     def __init__(self, mesh: Mesh, num_kept: int) -> None:
         self._mesh = mesh
-        self._kept: deque[Front] = deque(maxlen=num_kept)
-        self.keep: Callable[[Front], None] = self._kept.append
+        self._kept: deque[FrontendReceipt] = deque(maxlen=num_kept)
+        self.keep: Callable[[FrontendReceipt], None] = self._kept.append
         """To be called when a request is over."""
-        mesh.serve(FRONT_OF_RECEIPT, self._on_find)
+        mesh.serve(FRONTEND_RECEIPT, self._on_find)
 
     def _on_find(self, call: IncomingCall) -> None:
-        front = _find(self._kept, call.body)
-        if front is None:
+        found = _find(self._kept, call.body)
+        if found is None:
             call.end(None)
         else:
-            part, receipt = front.to_wire(self._mesh.own.name), front.receipt()
-            call.end({"processor": front.processor, "front": part, "receipt": _rendered(receipt)})
+            part, receipt = found.to_wire(self._mesh.own.name), found.receipt()
+            call.end({"processor": found.processor, "frontend": part, "receipt": _rendered(receipt)})
 
 
 def _find(kept: deque[Kept], name: str) -> Kept | None:
@@ -114,16 +114,16 @@ async def find_receipt(mesh: Mesh, name: str) -> dict[str, Any]:
     The mesh's name begins with the frontend that took the request in, and that one knows the processor. Without it, all processors
     are asked. Of what got to none, or to one that is gone, the frontend knows its own part.
     """
-    front = await _front_of(mesh, name)
-    known = [front["processor"]] if front is not None and front.get("processor") else _with_role(mesh, "processor")
+    answer = await _frontend_receipt_of(mesh, name)
+    known = [answer["processor"]] if answer is not None and answer.get("processor") else _with_role(mesh, "processor")
     found = _latest(await _ask_all(mesh, known, RECEIPT, name))
     if found is None:
-        fronts = [front] if front is not None else await _ask_all(mesh, _with_role(mesh, "frontend"), FRONT_OF_RECEIPT, name)
-        found = _latest(answer.get("receipt") for answer in fronts if answer is not None)
+        answers = [answer] if answer is not None else await _ask_all(mesh, _with_role(mesh, "frontend"), FRONTEND_RECEIPT, name)
+        found = _latest(each.get("receipt") for each in answers if each is not None)
         if found is None:
             words = "it is still under way, or not among the last that are kept"
             raise RequestNotFound(f"no receipt of a request {name!r}: {words}", param="id")
-    return await _completed(mesh, found, front)
+    return await _completed(mesh, found, answer)
 
 
 async def latest_receipt(mesh: Mesh) -> dict[str, Any]:
@@ -141,19 +141,19 @@ async def recent_requests(mesh: Mesh) -> list[str]:
     return [name for name, _ in sorted(entries, key=itemgetter(1))][:_MAX_RECENT]
 
 
-async def _completed(mesh: Mesh, receipt: dict[str, Any], front: dict[str, Any] | None) -> dict[str, Any]:
+async def _completed(mesh: Mesh, receipt: dict[str, Any], answer: dict[str, Any] | None) -> dict[str, Any]:
     """With the part of the frontend that took the request in, if there was one and it is still there."""
-    if front is None:
-        front = await _front_of(mesh, receipt["request_id"])
-    part = front.get("front") if front is not None else None
-    return with_front(receipt, part) if isinstance(part, dict) else receipt
+    if answer is None:
+        answer = await _frontend_receipt_of(mesh, receipt["request_id"])
+    part = answer.get("frontend") if answer is not None else None
+    return with_frontend(receipt, part) if isinstance(part, dict) else receipt
 
 
-async def _front_of(mesh: Mesh, request_id: str) -> dict[str, Any] | None:
+async def _frontend_receipt_of(mesh: Mesh, request_id: str) -> dict[str, Any] | None:
     owner = mesh.info_of(request_id.partition("-")[0])
     if owner is None or "frontend" not in owner.roles:
         return None
-    (answer,) = await _ask_all(mesh, [owner.incarnation], FRONT_OF_RECEIPT, request_id)
+    (answer,) = await _ask_all(mesh, [owner.incarnation], FRONTEND_RECEIPT, request_id)
     found: dict[str, Any] | None = answer
     return found
 

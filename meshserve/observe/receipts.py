@@ -148,7 +148,7 @@ def _choices(receipts: Sequence[Receipt]) -> Iterable[dict[str, Any]]:
 
 
 @dataclass(slots=True)
-class Front:
+class FrontendReceipt:
     """A frontend's part of a request, on the frontend's monotonic clock. A step that was not reached has the time of the next one."""
 
     request_id: str
@@ -177,7 +177,7 @@ class Front:
         self.outcome, self.error = error.code, error.message
 
     def to_wire(self, name: str) -> dict[str, Any]:
-        """Plain data for :func:`with_front`; `name` is the frontend's."""
+        """Plain data for :func:`with_frontend`; `name` is the frontend's."""
         ended_s = self.ended_s
         answered_s = self.answered_s or ended_s
         passed_s = self.passed_s or answered_s
@@ -196,14 +196,14 @@ class Front:
         return Receipt(self.request_id, self.client_id, self.model, traceparent=self.traceparent, outcome=self.outcome, error=self.error)
 
 
-def with_front(receipt: dict[str, Any], front: Mapping[str, Any]) -> dict[str, Any]:
+def with_frontend(receipt: dict[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
     """The receipt as clients see it. The total is what the frontend measured, which adds `http`, the frontend's queue and a hop."""
     phases = dict(receipt["phases_ms"])
-    total_ms = milliseconds(front.get("total_ms"))
-    phases["http"] = milliseconds(front.get("http_ms"))
-    phases["queue"] += milliseconds(front.get("queue_ms"))
-    phases["network"] += max(0.0, milliseconds(front.get("call_ms")) - receipt["total_ms"])
-    peers = {**receipt["peers"], "frontend": str(front.get("frontend"))}
-    traceparent = front.get("traceparent") or receipt["traceparent"]
+    total_ms = milliseconds(part.get("total_ms"))
+    phases["http"] = milliseconds(part.get("http_ms"))
+    phases["queue"] += milliseconds(part.get("queue_ms"))
+    phases["network"] += max(0.0, milliseconds(part.get("call_ms")) - receipt["total_ms"])
+    peers = {**receipt["peers"], "frontend": str(part.get("frontend"))}
+    traceparent = part.get("traceparent") or receipt["traceparent"]
     timed = {"total_ms": round(total_ms, 3), "phases_ms": partition(phases, total_ms)}
     return {**receipt, "peers": peers, "traceparent": str(traceparent), **timed}

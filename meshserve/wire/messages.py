@@ -67,8 +67,8 @@ RECEIPT = Method("receipts.find", RequestName, answer=dict[str, Any] | None)
 LATEST_RECEIPT = Method("receipts.latest", answer=dict[str, Any] | None)
 RECENT_RECEIPTS = Method("receipts.recent", answer=list[tuple[str, float]])
 """Names of requests, the latest first, and how many seconds ago each ended."""
-FRONT_OF_RECEIPT = Method("receipts.front", RequestName, answer=dict[str, Any] | None)
-"""A frontend's part of a receipt: `processor`, `front`, and `receipt`, which is what a frontend alone knows."""
+FRONTEND_RECEIPT = Method("receipts.frontend", RequestName, answer=dict[str, Any] | None)
+"""A frontend's part of a receipt: `processor`, `frontend`, and `receipt`, which is what a frontend alone knows."""
 
 # --- state that others follow
 

@@ -11,7 +11,7 @@ from rich.cells import cell_len
 
 from meshserve.cli.trace import waterfall
 from meshserve.observe.otlp import MAX_PHASE_SPANS, export_body, receipt_spans
-from meshserve.observe.receipts import PHASES, Front, PhaseTimes, Receipt, after_first_token, merged, partition, with_front
+from meshserve.observe.receipts import PHASES, FrontendReceipt, PhaseTimes, Receipt, after_first_token, merged, partition, with_frontend
 from meshserve.roles.processor.sequences import Account
 from meshserve.telemetry import Histograms, Phases
 from meshserve.wire.completion import TraceContext, read_traceparent
@@ -50,14 +50,14 @@ def test_with_the_frontends_part_they_partition_what_the_frontend_measured(
     measured: dict[str, float], total_ms: float, part: dict[str, float]
 ) -> None:
     receipt = Receipt("r", "", "m", phases_ms=PhaseTimes(**measured), total_ms=total_ms).to_wire()
-    found = with_front(receipt, {"frontend": "f", **part})
+    found = with_frontend(receipt, {"frontend": "f", **part})
     assert_partition(found["phases_ms"], part.get("total_ms", 0.0))
     assert found["peers"]["frontend"] == "f"
 
 
 @given(st.lists(st.floats(0, 10), min_size=5, max_size=5), st.integers(0, 4))
 def test_a_frontends_part_adds_up_wherever_its_request_ended(gaps_s: list[float], num_reached: int) -> None:
-    front, at_s = Front("r", "", 100.0), 100.0
+    front, at_s = FrontendReceipt("r", "", 100.0), 100.0
     for name, gap_s in zip(("asked_s", "passed_s", "answered_s", "ended_s")[:num_reached], gaps_s, strict=False):
         at_s += gap_s
         setattr(front, name, at_s)

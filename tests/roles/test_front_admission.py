@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshserve.config import FrontConfig
+from meshserve.config import FrontendConfig
 from meshserve.errors import DeadlineExceeded, MeshserveError, Overloaded, RateLimited
 from meshserve.roles.frontend.admission import Admission, Decision, QueueEntry
 from meshserve.roles.frontend.admission_slots import share_of, slots_of
 from meshserve.wire.routing import WorkerLoad
 
-LIMITS = FrontConfig()
+LIMITS = FrontendConfig()
 SWEEP_S = 0.05
 
 
@@ -27,7 +27,7 @@ class Load:
 
     capacity: float
     duration_s: float
-    limits: FrontConfig = LIMITS
+    limits: FrontendConfig = LIMITS
     is_known: bool = True
     spread: float = 0.0
     """Durations are even within so much of the mean, up and down."""

@@ -170,10 +170,10 @@ def _http_address(settings: dict[str, Any]) -> str:
 async def _course(settings: dict[str, Any], children: Children, view: View, model: _Model) -> None:
     began_s = time.monotonic()
     view.begins(model.note)
-    front = await children.start("front", "frontend,processor,router", "--http", _http_address(settings))
-    await _wait_for(children, view, lambda: front.ready_s is not None, model.start_timeout_s)
+    frontend = await children.start("front", "frontend,processor,router", "--http", _http_address(settings))
+    await _wait_for(children, view, lambda: frontend.ready_s is not None, model.start_timeout_s)
     # the frontend's own choice of a port: one chosen here could be taken by the time it starts
-    seed = front.fields["address"].removeprefix("tcp://")
+    seed = frontend.fields["address"].removeprefix("tcp://")
     workers = [f"{role}-{number + 1}" for role in ("decode", "prefill") for number in range(settings[role])]
     await asyncio.gather(*(children.start(name, name.partition("-")[0], "--peer", seed, *model.worker_options) for name in workers))
     wanted = f"{settings['decode']} decode, {settings['prefill']} prefill ready"
@@ -183,7 +183,7 @@ async def _course(settings: dict[str, Any], children: Children, view: View, mode
         lambda: children.workers_line.startswith(wanted) and all(child.ready_s for child in children.all),
         model.start_timeout_s,
     )
-    url = front.fields["http"].replace("0.0.0.0", "127.0.0.1")
+    url = frontend.fields["http"].replace("0.0.0.0", "127.0.0.1")
     async with aclosing(Client(url)) as client:
         await _all_linked(client, len(children.all))
         view.started(children.all, time.monotonic() - began_s)

@@ -11,7 +11,7 @@ typical request is refused, and so is what would. That bounds the waiting of tho
 import math
 from collections import OrderedDict
 
-from meshserve.config import FrontConfig
+from meshserve.config import FrontendConfig
 from meshserve.errors import DeadlineExceeded, MeshserveError, Overloaded, RateLimited
 
 _SMOOTHING = 0.05
@@ -57,7 +57,7 @@ class _Client:
 class Admission:
     """The slots of one model, as far as they are this frontend's to give."""
 
-    def __init__(self, limits: FrontConfig) -> None:
+    def __init__(self, limits: FrontendConfig) -> None:
         self._limits = limits
         self.capacity = math.inf
         self.num_running = 0

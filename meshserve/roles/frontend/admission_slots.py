@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable
 from functools import partial
 
-from meshserve.config import FrontConfig
+from meshserve.config import FrontendConfig
 from meshserve.errors import Overloaded, RateLimited
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
@@ -47,7 +47,7 @@ def share_of(loads: Iterable[WorkerLoad | None], own_peak: int, num_frontends: i
 class _Model:
     """One model's admission, and the most that was under way in this span of time and the last."""
 
-    def __init__(self, limits: FrontConfig) -> None:
+    def __init__(self, limits: FrontendConfig) -> None:
         self.admission = Admission(limits)
         self.peaks = [0, 0]
         self.began_s = 0.0
@@ -63,7 +63,7 @@ class _Model:
 class AdmissionSlots:
     """Gives a request its slots, and takes them back the moment that nothing more comes for the request."""
 
-    def __init__(self, mesh: Mesh, limits: FrontConfig) -> None:
+    def __init__(self, mesh: Mesh, limits: FrontendConfig) -> None:
         self._mesh, self._limits = mesh, limits
         self._loop = asyncio.get_running_loop()
         self._models: dict[str, _Model] = {}

@@ -16,8 +16,8 @@ from meshserve.config import ServeConfig
 from meshserve.errors import Cancelled, Draining, MeshserveError, NoWorker, Overloaded, RequestTimedOut
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipt_store import Fronts
-from meshserve.observe.receipts import Front, with_front
+from meshserve.observe.receipt_store import FrontendReceipts
+from meshserve.observe.receipts import FrontendReceipt, with_frontend
 from meshserve.roles.frontend import apis
 from meshserve.roles.frontend.admission import QueueEntry
 from meshserve.roles.frontend.admission_slots import AdmissionSlots
@@ -49,9 +49,9 @@ class Completions:
     def __init__(self, mesh: Mesh, config: ServeConfig, exporter: "Exporter | None" = None) -> None:
         self.mesh, self.config, self.exporter = mesh, config, exporter
         self.loop = asyncio.get_running_loop()
-        self.slots = AdmissionSlots(mesh, config.front)
+        self.slots = AdmissionSlots(mesh, config.frontend)
         self.under_way = UnderWay(mesh)
-        self.fronts = Fronts(mesh, config.receipts_kept) if config.observe else None
+        self.receipts = FrontendReceipts(mesh, config.receipts_kept) if config.observe else None
         self.num_open = 0
         """Requests under way."""
         self._ids = itertools.count(1)
@@ -100,13 +100,13 @@ class Exchange(QueueEntry):
         "_connection",
         "_end",
         "_error",
-        "_front",
         "_has_slots",
         "_http",
         "_is_due",
         "_is_over",
         "_items",
         "_label",
+        "_receipt",
         "_request",
         "_writer",
     )
@@ -115,8 +115,8 @@ class Exchange(QueueEntry):
         super().__init__(http.client, 1, http.began_s)
         self._completions, self._api, self._http = completions, api, http
         label = http.headers.get(b"x-request-id", b"")[:_MAX_LABEL_BYTES]
-        self._front = Front(completions.new_id(), label.decode("latin-1"), http.began_s)
-        self._label = b"x-request-id: %b\r\n" % (label or self._front.request_id.encode())
+        self._receipt = FrontendReceipt(completions.new_id(), label.decode("latin-1"), http.began_s)
+        self._label = b"x-request-id: %b\r\n" % (label or self._receipt.request_id.encode())
         self._connection: Connection
         self._request: CompletionRequest
         self._writer: Writer
@@ -140,16 +140,16 @@ class Exchange(QueueEntry):
 
     def _parse(self) -> Parsed:
         check_json(self._http.body)
-        return self._api.parse(self._http.body, self._front.request_id, self._front.client_id)
+        return self._api.parse(self._http.body, self._receipt.request_id, self._receipt.client_id)
 
     def run(self, parse: Callable[[], Parsed]) -> None:
         """The steps of a request. The answer comes back to `on_item`, `on_end` and `on_error`, and `flush` writes it."""
-        completions, front = self._completions, self._front
+        completions, receipt = self._completions, self._receipt
         try:
             # What is asked, and how it will be answered.
             request, options = parse()  # raises InvalidRequest
             self.arrived_s = time.monotonic()
-            front.client_id, front.model, front.asked_s = request.client_id, request.model, self.arrived_s
+            receipt.client_id, receipt.model, receipt.asked_s = request.client_id, request.model, self.arrived_s
             if self._is_over:  # the client left while a long body was parsed
                 return
             self._request = request = self._with_headers(request)  # raises InvalidRequest
@@ -159,7 +159,7 @@ class Exchange(QueueEntry):
                 raise Draining("this frontend is shutting down")
             if completions.num_open > (most := completions.config.max_requests):
                 raise Overloaded(f"this frontend has {most} requests under way; try again")
-            completions.under_way.open[front.request_id] = front.client_id, self.stop
+            completions.under_way.open[receipt.request_id] = receipt.client_id, self.stop
             # Whether the mesh has room for it, then on to a processor: now, or once `admitted` is called.
             self.weight, self._has_slots = request.num_choices, True
             if completions.slots.ask(self, request.model):  # raises Overloaded or RateLimited
@@ -173,16 +173,16 @@ class Exchange(QueueEntry):
 
     def _with_headers(self, request: CompletionRequest) -> CompletionRequest:
         """Heed what the headers say: how long it may take, whose session it is, and of which trace. Raises InvalidRequest."""
-        headers, front, exporter = self._http.headers, self._front, self._completions.exporter
+        headers, receipt, exporter = self._http.headers, self._receipt, self._completions.exporter
         timeout_s = self._completions.config.request_timeout_s
         if (given := headers.get(_TIMEOUT_HEADER)) is not None:
             timeout_s = request_timeout_s(given, timeout_s)
-        self.deadline_s = front.began_s + timeout_s
+        self.deadline_s = receipt.began_s + timeout_s
         if session := headers.get(b"x-session-id"):
             request = replace(request, session=session.decode("latin-1")[:MAX_SESSION_CHARACTERS])
         if trace := headers.get(b"traceparent", b"").decode("latin-1"):
-            front.traceparent = trace if read_traceparent(trace) is not None else ""
-        traceparent = front.traceparent if exporter is None else exporter.trace(front)
+            receipt.traceparent = trace if read_traceparent(trace) is not None else ""
+        traceparent = receipt.traceparent if exporter is None else exporter.trace(receipt)
         return replace(request, traceparent=traceparent) if traceparent else request
 
     def admitted(self) -> None:
@@ -190,7 +190,7 @@ class Exchange(QueueEntry):
         completions = self._completions
         try:
             peer = completions.processor()
-            self._front.passed_s = now_s = time.monotonic()
+            self._receipt.passed_s = now_s = time.monotonic()
             self._call = completions.mesh.open(peer, COMPLETE, self._request, self, max(0.001, self.deadline_s - now_s))
         except MeshserveError as error:
             self.on_error(error)
@@ -211,7 +211,7 @@ class Exchange(QueueEntry):
             self._flush_soon()
 
     def on_end(self, value: Any) -> None:
-        self._end, self._front.answered_s = value if value is not None else (), time.monotonic()
+        self._end, self._receipt.answered_s = value if value is not None else (), time.monotonic()
         self._flush_soon()
 
     def on_error(self, error: MeshserveError) -> None:
@@ -230,13 +230,13 @@ class Exchange(QueueEntry):
         """Cancel at every hop; there is nobody to tell."""
         if not self._is_over:
             self._completions.mesh.counters.add("clients_gone")
-            self._front.failed(Cancelled("the client left"))
+            self._receipt.failed(Cancelled("the client left"))
             self._finish()
 
     # --- what goes to the client
 
     def _flush_soon(self) -> None:
-        if len(self._items) > self._completions.config.front.max_unread_texts and self._writer.is_stream:
+        if len(self._items) > self._completions.config.frontend.max_unread_texts and self._writer.is_stream:
             self.stop(RequestTimedOut("the client takes its answer in too slowly"))
         if not self._is_due:
             self._is_due = True
@@ -298,15 +298,15 @@ class Exchange(QueueEntry):
         self._note_end()
         if ending.receipt is None:
             return ending
-        front = self._front.to_wire(self._completions.mesh.own.name)
-        return replace(ending, receipt=with_front(ending.receipt, front))
+        own_part = self._receipt.to_wire(self._completions.mesh.own.name)
+        return replace(ending, receipt=with_frontend(ending.receipt, own_part))
 
     def refuse(self, error: MeshserveError) -> None:
         """The answer is this error; if another one has begun, it is broken off. Harmless after the end."""
         if self._is_over:
             return
         self._note_end()
-        self._front.failed(error)
+        self._receipt.failed(error)
         if self._connection.is_started:
             self._connection.break_off()
         else:
@@ -316,18 +316,18 @@ class Exchange(QueueEntry):
 
     def _went_wrong(self) -> None:
         """To be called in an exception's handler: a mistake of ours."""
-        _log.exception("%s failed: request %s", self._api.path, self._front.request_id)
+        _log.exception("%s failed: request %s", self._api.path, self._receipt.request_id)
         self.refuse(MeshserveError())
 
     # --- the end
 
     def _note_end(self) -> None:
         """All that is left is to write the end: from then on the client may have it, and ask for its receipt."""
-        self._front.ended_s = time.monotonic()
-        self._front.processor = self._call.peer if self._call is not None else ""
+        self._receipt.ended_s = time.monotonic()
+        self._receipt.processor = self._call.peer if self._call is not None else ""
 
     def _give_slots_back(self) -> None:
-        self._front.answered_s = self._front.answered_s or time.monotonic()
+        self._receipt.answered_s = self._receipt.answered_s or time.monotonic()
         if self._has_slots:
             self._has_slots = False
             self._completions.slots.leave(self, self._request.model, is_done=self._end is not None)
@@ -336,18 +336,18 @@ class Exchange(QueueEntry):
         if self._is_over:
             return
         self._is_over = True
-        completions, front = self._completions, self._front
+        completions, receipt = self._completions, self._receipt
         if self._call is not None and self._end is None and self._error is None:
             self._call.cancel()
         self._give_slots_back()
         if self._error is not None:
-            front.failed(self._error)
+            receipt.failed(self._error)
             self._error = None  # where it was raised it holds this exchange: only the collector could free both
-        if not front.ended_s:
+        if not receipt.ended_s:
             self._note_end()
         completions.num_open -= 1
-        completions.under_way.open.pop(front.request_id, None)
-        if completions.fronts is not None:
-            completions.fronts.keep(front)
+        completions.under_way.open.pop(receipt.request_id, None)
+        if completions.receipts is not None:
+            completions.receipts.keep(receipt)
         if completions.exporter is not None:
-            completions.exporter.front_ended(front)
+            completions.exporter.frontend_ended(receipt)

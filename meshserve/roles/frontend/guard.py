@@ -20,14 +20,14 @@ class Guard:
     """Stands before all routes: every request passes `admit`, once its head is read."""
 
     def __init__(self, config: ServeConfig) -> None:
-        front = config.front
-        self._keys, self._sessions = KeyRing(config.api_keys), Sessions(front.session_s)
+        limits = config.frontend
+        self._keys, self._sessions = KeyRing(config.api_keys), Sessions(limits.session_s)
         self._has_keys = bool(config.api_keys)
-        self.login = Login(self._keys, self._sessions, is_tls=front.tls_cert is not None) if self._has_keys else None
+        self.login = Login(self._keys, self._sessions, is_tls=limits.tls_cert is not None) if self._has_keys else None
         """Its routes, where there are keys."""
-        self._origins = Origins(front.cors_origins)
-        self._has_origins = bool(front.cors_origins)
-        self._hosts = tuple(name.lower() for name in front.allowed_hosts)
+        self._origins = Origins(limits.cors_origins)
+        self._has_origins = bool(limits.cors_origins)
+        self._hosts = tuple(name.lower() for name in limits.allowed_hosts)
         self._checks_host = is_loopback(config.http_host) and not self._has_keys
         self._last_host: bytes | None = None
         """The last one that was let in: most requests name the same."""

@@ -6,7 +6,7 @@ import resource
 import socket
 import ssl
 
-from meshserve.config import FrontConfig
+from meshserve.config import FrontendConfig
 from meshserve.errors import StartupFailed, UsageError
 
 BACKLOG = 2048
@@ -16,7 +16,7 @@ _FILES_IN_RESERVE = 256
 """For the mesh's own sockets, and files."""
 
 
-def bind(host: str, port: int, limits: FrontConfig) -> socket.socket:
+def bind(host: str, port: int, limits: FrontendConfig) -> socket.socket:
     """A listening socket; what is set on it holds for every connection. Raises StartupFailed that says what is wrong."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -38,7 +38,7 @@ def url_of(listening: socket.socket, is_tls: bool) -> str:
     return f"{'https' if is_tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
-def tls_context(limits: FrontConfig) -> ssl.SSLContext | None:
+def tls_context(limits: FrontendConfig) -> ssl.SSLContext | None:
     """None without a certificate. Raises UsageError if only half of it is named, StartupFailed if it cannot be used."""
     if limits.tls_cert is None and limits.tls_key is None:
         return None

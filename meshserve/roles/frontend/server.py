@@ -47,7 +47,8 @@ class FrontendRole:
 
     async def start(self) -> str:
         """Bind and serve. Raises StartupFailed if the port is taken, the address not this host's, or the certificate cannot be used."""
-        limits, context = self._config.front, tls_context(self._config.front)
+        limits = self._config.frontend
+        context = tls_context(limits)
         listening = bind(self._config.http_host, self._config.http_port, limits)
         guard = Guard(self._config)
         application = Application(guard.admit, self._routes(guard).answer, apis.error_body_for)

@@ -13,7 +13,7 @@ from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from meshserve.config import FrontConfig
+from meshserve.config import FrontendConfig
 from meshserve.errors import MeshserveError, Overloaded, RateLimited, RequestTimedOut
 from meshserve.roles.frontend.http.deadlines import Progress, Stage, Verdict
 from meshserve.roles.frontend.http.messages import Request, Response, error_headers
@@ -62,7 +62,7 @@ class Application:
 class Connections:
     """All connections of one server: their limits, their number by address, and the sweep."""
 
-    def __init__(self, application: Application, limits: FrontConfig, max_body_bytes: int, scheme: str, counters: Counters) -> None:
+    def __init__(self, application: Application, limits: FrontendConfig, max_body_bytes: int, scheme: str, counters: Counters) -> None:
         self.application, self.limits, self.max_body_bytes = application, limits, max_body_bytes
         self.scheme, self.counters = scheme, counters
         self.max_connections = limits.max_connections

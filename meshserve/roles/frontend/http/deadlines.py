@@ -2,7 +2,7 @@
 
 from enum import Enum
 
-from meshserve.config import FrontConfig
+from meshserve.config import FrontendConfig
 
 
 class Stage(Enum):
@@ -52,7 +52,7 @@ class Progress:
         """The connection waits for something else now."""
         self.stage, self.since_s = stage, now_s
 
-    def verdict(self, now_s: float, limits: FrontConfig) -> Verdict:
+    def verdict(self, now_s: float, limits: FrontendConfig) -> Verdict:
         """What its deadlines say."""
         if self.stuck_since_s is not None and now_s - self.stuck_since_s > limits.write_timeout_s:
             return Verdict.TOO_SLOW

@@ -7,12 +7,12 @@ from typing import Any
 import click
 
 from meshserve.cli.options import option, pick, together
-from meshserve.config import FrontConfig, ServeConfig
+from meshserve.config import FrontendConfig, ServeConfig
 from meshserve.errors import StartupFailed, UsageError
 
-_FRONT, _SERVE = FrontConfig(), ServeConfig()
+_FRONTEND, _SERVE = FrontendConfig(), ServeConfig()
 
-front_options = together(
+frontend_options = together(
     option(
         "--api-key",
         "api_keys",
@@ -53,14 +53,14 @@ front_options = together(
         "--max-queue",
         "max_queued",
         type=click.IntRange(0),
-        default=_FRONT.max_queued,
+        default=_FRONTEND.max_queued,
         help="Requests that wait here for a place in the mesh.",
     ),
     option(
         "--max-wait",
         "max_wait_s",
         type=click.FloatRange(0),
-        default=_FRONT.max_wait_s,
+        default=_FRONTEND.max_wait_s,
         help="Seconds that a request waits for its place before it is refused.",
     ),
     option(
@@ -70,23 +70,23 @@ front_options = together(
         help="Requests that a decode worker has taken and not begun; beyond it others are asked.",
     ),
     option("--max-body-bytes", type=click.IntRange(1024), default=_SERVE.max_body_bytes, help="Longest HTTP body."),
-    option("--max-connections", type=click.IntRange(1), default=_FRONT.max_connections, help="Open at a time."),
+    option("--max-connections", type=click.IntRange(1), default=_FRONTEND.max_connections, help="Open at a time."),
     option(
         "--max-connections-per-address",
         type=click.IntRange(1),
-        default=_FRONT.max_connections_per_address,
+        default=_FRONTEND.max_connections_per_address,
         help="Of them, of one address.",
     ),
 )
 
 
-def front_config(settings: Mapping[str, Any]) -> FrontConfig:
-    """The config by the values of :func:`front_options`. Raises UsageError."""
+def frontend_config(settings: Mapping[str, Any]) -> FrontendConfig:
+    """The config by the values of :func:`frontend_options`. Raises UsageError."""
     if (settings["tls_cert"] is None) != (settings["tls_key"] is None):
         raise UsageError("--tls-cert and --tls-key go together")
     for origin in settings["cors_origins"]:
         _check_origin(origin)
-    return pick(FrontConfig, settings)
+    return pick(FrontendConfig, settings)
 
 
 def _check_origin(origin: str) -> None:
