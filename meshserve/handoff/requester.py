@@ -318,7 +318,8 @@ class PrefillRequester:
         if self._running.get(header.request_id) is not running:
             return  # nobody waits for this prompt any more
         if error is not None:
-            self._refuse(running, header, error, len(blocks))
+            # the engine stops at the first block that is wrong; the others of the message are only not kept
+            self._refuse(running, header, error, 1)
             return
         self._mesh.counters.add("kv_blocks_received", len(blocks))
         self._mesh.counters.add("kv_bytes_received", sum([len(payload) for _, payload in blocks]))
