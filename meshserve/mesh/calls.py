@@ -240,33 +240,39 @@ class LocalCall(OutgoingCall, IncomingCall):
     def __init__(
         self, table: "CallTable", stream: int, method: Method, until_s: float, body: Any, sink: Sink
     ) -> None:
-        self._table, self.wire, self._deliver = table, table.turn, table.turn.deliver
+        self._table, self.wire, self._turn = table, table.turn, table.turn
         self.stream, self.method, self.deadline_s, self.peer = stream, method, until_s, table.own
         self.body, self.sink, self.is_open = body, sink, True
 
     def send(self, item: Any) -> None:
         if self.is_open:
-            self._deliver(self.take_item, item)
+            turn = self._turn
+            turn.told.append((self.take_item, item))  # `deliver` in line: each token passes here
+            if not turn.is_due:
+                turn.be_due()
 
     def send_all(self, items: list[Any]) -> None:
         if len(items) == 1:
             self.send(items[0])
         elif items and self.is_open:
-            self._deliver(self.take_items, items)
+            self._turn.deliver(self.take_items, items)
 
     def end(self, value: Any = None) -> None:
         if self.is_open:
-            self.is_open, self.on_cancel = False, None  # `_close` in line: each request ends three
+            # `_close` and `deliver` in line: each request ends three
+            self.is_open, self.on_cancel, turn = False, None, self._turn
             del self._table.incoming[self.peer, self.stream]
-            self._deliver(self.take_end, value)
+            turn.told.append((self.take_end, value))
+            if not turn.is_due:
+                turn.be_due()
 
     def fail(self, error: MeshserveError) -> None:
         if self._close():
             # A copy, as another peer would get: an error that was raised holds its frames.
-            self._deliver(self.take_error, from_wire(error.to_wire()))
+            self._turn.deliver(self.take_error, from_wire(error.to_wire()))
 
     def _tell_cancelled(self) -> None:
-        self._deliver(self.abandon, "cancel")
+        self._turn.deliver(self.abandon, "cancel")
 
 
 Handler = Callable[[IncomingCall], None]

@@ -223,10 +223,11 @@ class Fleet:
         found = Rates.reported(load, forecast.rates)
         assert found is not None
         self._num_measured += 1
-        if self._ends_a_guess(load, found):
+        is_guessing = not (self._has_prefill_rate and self._has_decode_rate)
+        if is_guessing and self._ends_a_guess(load, found):
             for other in self._workers.values():
-                self._compare(other)
-        elif self._compare(worker):
+                self._compare(other, Rates.reported(other.load, forecast.rates))
+        elif self._compare(worker, found):
             forecast.rates = forecast.rates.towards(found, _FOLLOW)
         if self._num_measured % _REFRESH_REPORTS == 0:
             for other in self._workers.values():
@@ -247,9 +248,11 @@ class Fleet:
             self.forecast.rates = replace(rates, handoff_ms_per_token=found.handoff_ms_per_token)
         return is_first_prefill or is_first_decode
 
-    def _compare(self, worker: Worker) -> bool:
-        """Note whether a worker has rates of its own. True if it measured some, and they are like the others'."""
-        found = Rates.reported(worker.load, self.forecast.rates)
+    def _compare(self, worker: Worker, found: Rates | None) -> bool:
+        """Note whether a worker has rates of its own: `found`, or None if it measured none.
+
+        True if it measured some, and they are like the others'.
+        """
         worker.breakdown = None
         worker.rates = None if found is None or found.is_like(self.forecast.rates, worker.load.num_blocks) else found
         return found is not None and worker.rates is None

@@ -1,8 +1,7 @@
 """What routing knows: a prompt, a worker and its rates, and what holds for all workers."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
-from operator import attrgetter
+from dataclasses import dataclass, field
 
 from meshserve.routing.demand import Replication
 from meshserve.wire.routing import WorkerLoad
@@ -64,7 +63,13 @@ class Rates:
 
     def towards(self, other: "Rates", share: float) -> "Rates":
         """A running mean."""
-        return Rates(*(before + (now - before) * share for before, now in zip(_figures_of(self), _figures_of(other), strict=True)))
+        return Rates(
+            self.prefill_base_ms + (other.prefill_base_ms - self.prefill_base_ms) * share,
+            self.prefill_ms_per_token + (other.prefill_ms_per_token - self.prefill_ms_per_token) * share,
+            self.decode_base_ms + (other.decode_base_ms - self.decode_base_ms) * share,
+            self.decode_ms_per_block + (other.decode_ms_per_block - self.decode_ms_per_block) * share,
+            self.handoff_ms_per_token + (other.handoff_ms_per_token - self.handoff_ms_per_token) * share,
+        )
 
     def prefill_ms(self, num_tokens: int) -> float:
         """To compute so many prompt tokens."""
@@ -73,9 +78,6 @@ class Rates:
     def decode_ms(self, used_blocks: int) -> float:
         """A decode step with so many blocks held."""
         return self.decode_base_ms + self.decode_ms_per_block * used_blocks
-
-
-_figures_of = attrgetter(*(found.name for found in fields(Rates)))
 
 
 CostBreakdown = tuple[float, float, float, float, float, float, int, float]

@@ -34,9 +34,7 @@ class EndOfTurn(Turn):
 
     def __init__(self) -> None:
         self.told: list[tuple[Callable[[Any], None], Any]] = []
-
-    def deliver(self, take: Callable[[Any], None], value: Any) -> None:
-        self.told.append((take, value))
+        self.is_due = True
 
     def come(self) -> None:
         """Everything that is told, and what it leads to."""

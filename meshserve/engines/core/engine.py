@@ -311,8 +311,9 @@ class CoreEngine:
         self._was_idle = not self._scheduler.num_unfinished  # known now: no further turn to find out
         if self._pool.has_changes:
             self._report_blocks()
-        if not self._was_idle:
-            self._wake()
+        if not self._was_idle and self._handle is None and self._loop is not None:
+            self._expected_at = now  # `_wake` in line: each step passes here
+            self._handle = self._loop.call_soon(self._turn)
 
     def _give_out_prefills(self, outcome: Outcome[Any], result: StepResult) -> None:
         blocks_of: dict[Prefill, list[KVBlock]] = {}

@@ -113,6 +113,9 @@ class DummyRunner:
         self._step, self._result = step, StepResult([])
         if step.prefills:
             self._cut(step)
+        elif self._due <= now:
+            self._finish(now)
+            return
         self._advance(now)
 
     def _set_due(self, step: Step[EngineRequest], now: float) -> None:

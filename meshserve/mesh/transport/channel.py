@@ -138,11 +138,14 @@ class Turn:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._dirty: list[Channel] = []
-        self._told: list[tuple[Callable[[Any], None], Any]] = []
+        self.told: list[tuple[Callable[[Any], None], Any]] = []
+        """What roles told each other in this turn: what takes it in, and the value."""
+        self.is_due = False
+        """Whether the end of this turn will come to :meth:`flush`; to be made so by :meth:`be_due`."""
         self.num_batches = 0
         """Grows when what roles told each other is delivered; as with channels, until then it can
         be added to."""
-        self._is_due = self._is_delivering = False
+        self._is_delivering = False
         self._sent_s, self._num_held = -1.0, 0
         self._afterwards: list[Callable[[], None]] = []
         self._later: list[Callable[[], None]] = []
@@ -152,33 +155,33 @@ class Turn:
     def deliver(self, take: Callable[[Any], None], value: Any) -> None:
         """Call `take(value)`, in order with all else that this peer's roles tell each other. It
         must not raise."""
-        self._told.append((take, value))
-        if not self._is_due:  # `_be_due` in line: each hop within a peer passes here
-            self._is_due = True
-            self._loop.call_soon(self.flush, True)
+        self.told.append((take, value))
+        if not self.is_due:
+            self.be_due()
 
     def schedule(self, channel: Channel) -> None:
         """Flush this channel."""
         channel.is_dirty = True
         self._dirty.append(channel)
-        if not self._is_due:
-            self._be_due()
+        if not self.is_due:
+            self.be_due()
 
     def afterwards(self, callback: Callable[[], None]) -> None:
         """Call this once, when the roles have no more to tell each other and what is for other
         peers is sent."""
         self._afterwards.append(callback)
-        if not self._is_due:
-            self._be_due()
+        if not self.is_due:
+            self.be_due()
 
     def later(self, callback: Callable[[], None]) -> None:
         """The same, but after all of those: for what no request waits for."""
         self._later.append(callback)
-        if not self._is_due:
-            self._be_due()
+        if not self.is_due:
+            self.be_due()
 
-    def _be_due(self) -> None:
-        self._is_due = True
+    def be_due(self) -> None:
+        """Have the end of the turn called."""
+        self.is_due = True
         self._loop.call_soon(self.flush, True)
 
     # --- the end of the turn
@@ -189,24 +192,24 @@ class Turn:
 
         What this peer's own roles tell each other keeps to the end of the turn.
         """
-        if self._dirty and not self._told:
+        if self._dirty and not self.told:
             self.flush()
 
     def flush(self, is_end_of_turn: bool = False) -> None:
         """Deliver and send what is ready. Called early at the end of a batch of input, where all
         answers to it are known."""
-        if self._is_delivering or (is_end_of_turn and not self._is_due):
+        if self._is_delivering or (is_end_of_turn and not self.is_due):
             return  # what was read in this turn has flushed already
-        if self._told:
-            self._is_due = True  # what the roles send now leaves with this flush
+        if self.told:
+            self.is_due = True  # what the roles send now leaves with this flush
             self._deliver()
         if is_end_of_turn and self._dirty and self._may_wait():
             self._num_held += 1
-            self._be_due()
+            self.be_due()
             return
-        self._is_due = False
-        if self._told:  # roles that never come to an end: others have their turn
-            self._be_due()
+        self.is_due = False
+        if self.told:  # roles that never come to an end: others have their turn
+            self.be_due()
         if self._dirty:
             self._send()
         if self._afterwards or self._later:
@@ -218,9 +221,9 @@ class Turn:
         self._is_delivering = True
         try:
             for _ in range(_MAX_ROUNDS):
-                if not self._told:
+                if not self.told:
                     return
-                told, self._told = self._told, []
+                told, self.told = self.told, []
                 self.num_batches += 1
                 for take, value in told:
                     take(value)

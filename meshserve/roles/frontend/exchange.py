@@ -201,8 +201,9 @@ class Exchange(QueueEntry):
 
     def on_item(self, item: Any) -> None:
         self._items.append(item)
-        if self._writer.is_stream:  # else all of it is written at the end
-            self._flush_soon()
+        if self._writer.is_stream and not self._is_due:  # else all of it is written at the end
+            self._is_due = True  # `_flush_soon` in line: each token passes here
+            self._completions.mesh.turn.afterwards(self.flush)
 
     def on_items(self, items: list[Any]) -> None:
         """Several at once."""
@@ -236,8 +237,6 @@ class Exchange(QueueEntry):
     # --- what goes to the client
 
     def _flush_soon(self) -> None:
-        if len(self._items) > self._completions.config.frontend.max_unread_texts and self._writer.is_stream:
-            self.stop(RequestTimedOut("the client takes its answer in too slowly"))
         if not self._is_due:
             self._is_due = True
             self._completions.mesh.turn.afterwards(self.flush)
@@ -250,6 +249,8 @@ class Exchange(QueueEntry):
         if self._connection.is_stuck:
             if self._end is not None or self._error is not None:
                 self._give_slots_back()  # whoever takes his time to read needs no slots for that
+            elif len(self._items) > self._completions.config.frontend.max_unread_texts:
+                self.stop(RequestTimedOut("the client takes its answer in too slowly"))
             return
         try:
             if self._error is not None and not self._connection.is_started:
@@ -267,30 +268,29 @@ class Exchange(QueueEntry):
             self._went_wrong()
 
     def _write_stream(self) -> None:
-        """The head goes out with the first text, so that what fails before it is an HTTP error and not a broken stream."""
-        connection, (items, self._items) = self._connection, (self._items, [])
-        out, is_last = self._events_of(items)
-        if not out and not is_last:
-            return  # what was said so far is not for the client yet
+        """Write what the items come to, and the end or the error if it has come.
+
+        The head goes out with the first text, so that what fails before it is an HTTP error and not a broken stream. A failure after it
+        is worded in the stream: the status is sent already.
+        """
+        connection, writer, is_last = self._connection, self._writer, self._end is not None or self._error is not None
+        items, self._items = self._items, []
+        try:
+            out = writer.feed(items)
+            if self._error is not None:
+                self._note_end()
+                out += writer.fail(self._error)
+            elif self._end is not None:
+                out += writer.end(self._ending())
+            elif not out:
+                return  # what was said so far is not for the client yet
+        except MeshserveError as error:
+            out, is_last = writer.fail(error), True
         if not connection.is_started:
             connection.start(200, self._writer.headers + self._label)
         connection.write(out, is_last)
         if is_last:
             self._finish()
-
-    def _events_of(self, items: list[Any]) -> tuple[bytes, bool]:
-        """What these items come to, and whether it is the last of the response. A failure is worded here: the status is sent already."""
-        writer = self._writer
-        try:
-            out = writer.feed(items)
-            if self._error is not None:
-                self._note_end()
-                return out + writer.fail(self._error), True
-            if self._end is not None:
-                return out + writer.end(self._ending()), True
-        except MeshserveError as error:
-            return writer.fail(error), True
-        return out, False
 
     def _ending(self) -> Ending:
         """The end, and the receipt with this frontend's part."""
