@@ -120,7 +120,7 @@ class _Decode:
         request = GenerateRequest(f"r{self._num_requests}", "bench", tokens)
         done: asyncio.Future[HandoffResult] = asyncio.get_running_loop().create_future()
         began_s = time.monotonic()
-        self.requester.start(request, self.requester.peers.candidates(request), began_s + 60.0, done.set_result, lambda name: None)
+        self.requester.start(request, self.requester.choice.candidates(request), began_s + 60.0, done.set_result, lambda name: None)
         result = await done
         assert result.state is TaskState.DONE and result.num_blocks == num_blocks, result
         return time.monotonic() - began_s

@@ -115,7 +115,7 @@ class _Decode:
         tokens = array("I", [random.getrandbits(32), *([1] * num_tokens)])
         request = GenerateRequest(request_id, self.engine.card.model, tokens)
         done: asyncio.Future[HandoffResult] = asyncio.get_running_loop().create_future()
-        candidates = self.requester.peers.candidates(request)
+        candidates = self.requester.choice.candidates(request)
         random.shuffle(candidates)  # no router has ranked them
         pushed_s = time.monotonic()
         self.requester.start(request, candidates, pushed_s + 600.0, done.set_result, lambda name: None)

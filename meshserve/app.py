@@ -149,7 +149,7 @@ class Peer:
         if requester is not None:
             from meshserve.roles.decode import DecodeRole
 
-            decode = DecodeRole(self.mesh, engine, requester, reporter, config.handoff, config.max_decode_queue, config.observe)
+            decode = DecodeRole(self.mesh, engine, requester, reporter, config.max_decode_queue, config.observe)
             self._closers.callback(requester.close)
             self._is_idle.append(lambda: decode.is_idle)
         self._closers.callback(reporter.close)

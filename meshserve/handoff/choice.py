@@ -2,20 +2,89 @@
 :func:`meshserve.routing.policies.decide_handoff`.
 """
 
+import logging
+from collections.abc import Sized
+
 from meshserve.config import HandoffConfig
+from meshserve.engines.core.rates import Line
 from meshserve.engines.protocol import Engine, EngineLoad
-from meshserve.handoff.requester import PrefillRequester
-from meshserve.routing.policies import ALIKE_MS, NO_PEER, QUEUE_FULL, UNMEASURED_LOCAL_TOKENS, decide_handoff
+from meshserve.mesh.mesh import Mesh
+from meshserve.routing.policies import (
+    ALIKE_MS,
+    NO_PEER,
+    QUEUE_FULL,
+    UNMEASURED_LOCAL_TOKENS,
+    decide_handoff,
+)
 from meshserve.wire.generation import GenerateRequest, HandoffDecision
+from meshserve.wire.hello import PeerInfo
+
+_log = logging.getLogger(__name__)
 
 _FLOOR, _SHORT = HandoffDecision(False, "floor"), HandoffDecision(False, "short")
 
+_MEMORY_HANDOFFS = 20.0
+"""Handoffs after which one counts for a third: the network's load changes soon."""
+
+_ENOUGH_HANDOFFS = 3
+
+_MOST_ABOVE = 2.0
+"""A handoff that took longer than this times what was expected counts as this: one stalled connection must not end all handoffs."""
+
+_FADE = 0.98
+"""Of the handoff's expected time, for each prompt that stays here by it: without handoffs nobody measures whether the network is still
+slow, and after some 35 such prompts it is expected to take half. Higher tries again later, lower tries more often in vain."""
+
+
+class HandoffRates:
+    """What handing over KV adds to computing it elsewhere, as one decode worker measured it."""
+
+    def __init__(self) -> None:
+        self._line, self._num_handoffs, self._faded = Line(_MEMORY_HANDOFFS), 0, 1.0
+        self._mean_s_per_token = 0.0
+
+    def handed_over(self, num_tokens: int, duration_s: float) -> None:
+        """The KV of so many tokens came from another worker."""
+        if num_tokens <= 0:
+            return
+        mean_s, now_s = self._mean_s_per_token, duration_s / num_tokens
+        self._mean_s_per_token = mean_s + (now_s - mean_s) * 0.1 if mean_s else now_s
+        self._num_handoffs += 1
+        if self._num_handoffs == 1:  # it waited for connections to open
+            return
+        if self._num_handoffs > _ENOUGH_HANDOFFS:
+            duration_s = min(duration_s, _MOST_ABOVE * self.handoff_s(num_tokens))
+        self._line.add(num_tokens, duration_s)
+        self._faded = 1.0
+
+    def kept_here(self) -> None:
+        """A prompt was not handed over, by what :meth:`handoff_s` said among others."""
+        self._faded *= _FADE
+
+    def handoff_s(self, num_tokens: int) -> float:
+        """What handing over the KV of so many tokens is expected to add; 0 until it was measured, so that it will be."""
+        base_s, s_per_token = self._line.fit()
+        return (base_s + s_per_token * num_tokens) * self._faded
+
+    def ns_per_token(self) -> int:
+        """The mean of the last twenty or so, for routers; 0 until there was one."""
+        return round(self._mean_s_per_token * 1e9)
+
 
 class HandoffChoice:
-    """Decides for each prompt of one decode worker."""
+    """Decides for each prompt of one decode worker, and knows the prefill peers that could take it.
 
-    def __init__(self, engine: Engine, requester: PrefillRequester, config: HandoffConfig) -> None:
-        self._engine, self._requester, self._config = engine, requester, config
+    `outstanding` are the prompts that are queued or computed elsewhere now.
+    """
+
+    def __init__(
+        self, mesh: Mesh, engine: Engine, config: HandoffConfig, outstanding: Sized
+    ) -> None:
+        self._mesh, self._engine, self._config = mesh, engine, config
+        self._outstanding = outstanding
+        self.rates = HandoffRates()
+
+    # --- here, or elsewhere
 
     def choose(self, request: GenerateRequest) -> tuple[HandoffDecision | None, list[str]]:
         """What is decided, and the prefill workers to hand over to, best first: none if the prompt is computed here.
@@ -28,7 +97,8 @@ class HandoffChoice:
             return None, []
         if floor is not None and num_to_compute <= floor:
             return _FLOOR, []
-        there_ms, is_short = self._requester.peers.ready_ms(request), floor is None and num_to_compute <= UNMEASURED_LOCAL_TOKENS
+        there_ms = self._ready_ms(request)
+        is_short = floor is None and num_to_compute <= UNMEASURED_LOCAL_TOKENS
         if is_short and not there_ms:
             return _SHORT, []
         load = self._engine.load()
@@ -39,17 +109,14 @@ class HandoffChoice:
         is_handoff, reason = decide_handoff(num_uncached, floor, local_ms, remote_ms, load.num_running > 0)
         candidates: list[str] = []
         if is_handoff:
-            candidates = self._requester.peers.candidates(request)
-            if not candidates or self._is_queue_full(candidates[0], request):
+            candidates = self.candidates(request)
+            most = self._config.max_prefill_queue
+            if not candidates or self._num_queued(candidates[0], request) >= most:
                 is_handoff, reason = QUEUE_FULL if candidates else NO_PEER
                 candidates = []
         elif reason == "faster-here":
-            self._requester.rates.kept_here()
+            self.rates.kept_here()
         return HandoffDecision(is_handoff, reason, local_ms, remote_ms), candidates
-
-    def _is_queue_full(self, peer: str, request: GenerateRequest) -> bool:
-        num_queued = self._requester.peers.num_queued(peer, request, self._requester.num_outstanding)
-        return num_queued >= self._config.max_prefill_queue
 
     def _is_done_soon(self, num_tokens: int, load: EngineLoad) -> bool:
         """Whether so many tokens, all uncached, are computed here before a handoff could gain anything that counts.
@@ -69,5 +136,58 @@ class HandoffChoice:
         remote_ms = None
         if there_ms:
             step_s = rates.decode_s() if num_running else 0.0
-            remote_ms = there_ms + (self._requester.rates.handoff_s(num_tokens) + step_s) * 1000
+            remote_ms = there_ms + (self.rates.handoff_s(num_tokens) + step_s) * 1000
         return None if local_s is None else local_s * 1000, remote_ms
+
+    # --- prefill peers
+
+    def _ready_ms(self, request: GenerateRequest) -> float:
+        """Until the best prefill peer that the router named has computed this prompt's KV; 0 if the
+        router did not say."""
+        for (peer, _, _), ready_ms in zip(request.prefill_peers, request.prefill_ms, strict=False):
+            if peer != self._mesh.incarnation:
+                return ready_ms
+        return 0.0
+
+    def candidates(self, request: GenerateRequest) -> list[str]:
+        """Prefill peers that could take this prompt, best first: as the router ranked them, then
+        others. Empty: prefill locally."""
+        own, layout = self._mesh.incarnation, self._engine.kv_layout
+        able = [
+            info.incarnation
+            for info in self._mesh.peers_with("prefill")
+            if layout.accepts(info.layout) and info.incarnation != own
+        ]
+        ranked = [peer for peer, _, _ in request.prefill_peers if peer in able]
+        return ranked + [peer for peer in able if peer not in ranked]
+
+    def _num_queued(self, peer: str, request: GenerateRequest) -> int:
+        """Prompts ahead of this one, as far as is known: what the router heard of that peer, and what
+        this worker has out itself."""
+        queued_there = [queued for ranked, queued, _ in request.prefill_peers if ranked == peer]
+        return sum(queued_there) + len(self._outstanding)
+
+    def num_preferred(self, candidates: list[str], request: GenerateRequest) -> int:
+        """How many are asked at first: the best if a router knows it to be idle; else all that have as
+        much of the prompt.
+
+        The first one free gets it then. (Asking one that was busy after all cost the hedge time in one
+        of ten prompts at 80 % load.)
+        """
+        overlaps = {peer: overlap_blocks for peer, _, overlap_blocks in request.prefill_peers}
+        best = candidates[0]
+        if best in overlaps and not self._num_queued(best, request):
+            return 1
+        have = overlaps.get(best, 0)
+        unlike = (rank for rank, peer in enumerate(candidates) if overlaps.get(peer, 0) != have)
+        return next(unlike, len(candidates))
+
+    def say_if_unlike(self, info: PeerInfo) -> None:
+        """Log a prefill worker of the same model that can never help: people see two workers, and no
+        handoff."""
+        own, other, card = self._engine.kv_layout, info.layout, self._engine.card
+        if info.card is None or info.card.model_hash != card.model_hash or other is None:
+            return
+        if own.can_hand_over and other.can_hand_over and not own.accepts(other):
+            text = "%s keeps its KV in another way: no prompt is handed over to it; give both the same --kv-type and version"
+            _log.warning(text, info.name)

@@ -270,18 +270,14 @@ class PrefillProvider:
         self._tickets = receive_tickets(mesh, self._on_ticket)
 
     def subscribe(self, listener: Callable[[str], None]) -> None:
-        """Be called when prompts come or go: with the request of a ticket that is counted in `num_queued` from now on, else with ""."""
+        """Call `listener` when prompts come or go: with the request of a ticket that is counted in
+        `queue.num_queued` from now on, else with ""."""
         self._listeners.append(listener)
 
     def changed(self, request_id: str = "") -> None:
         """A prompt came, or some went."""
         for listener in self._listeners:
             listener(request_id)
-
-    @property
-    def num_queued(self) -> int:
-        """Prompts that wait here, claimed or not."""
-        return self.queue.num_waiting + self.queue.num_claimed
 
     @property
     def is_idle(self) -> bool:

@@ -13,9 +13,8 @@ from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine, Reservation
 from meshserve.errors import BlockRefused, Gone, MeshserveError, PoolFull
 from meshserve.handoff.blocks import began_s
+from meshserve.handoff.choice import HandoffChoice
 from meshserve.handoff.intake import Payload, RunningTask, missing_blocks
-from meshserve.handoff.prefill_peers import PrefillPeers
-from meshserve.handoff.rates import HandoffRates
 from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IgnoredAnswer, IncomingCall
@@ -49,8 +48,8 @@ class PrefillRequester:
         self._mesh, self._engine, self._config = mesh, engine, config
         self._tickets = TicketSender(mesh)
         self._loop = asyncio.get_running_loop()
-        self.peers, self.rates = PrefillPeers(mesh, engine), HandoffRates()
         self._running: dict[str, RunningTask] = {}
+        self.choice = HandoffChoice(mesh, engine, config, self._running)
         self._timer: asyncio.TimerHandle | None = None
         self._ticked_s = 0.0
         self._num_offers = 0
@@ -62,11 +61,6 @@ class PrefillRequester:
         mesh.serve(RENEW, self._on_renew)
         mesh.subscribe(self._on_change)
         self._bulk = BulkReceiver(mesh, self._on_bulk)
-
-    @property
-    def num_outstanding(self) -> int:
-        """Tasks that are queued or running elsewhere."""
-        return len(self._running)
 
     def start(
         self,
@@ -80,7 +74,7 @@ class PrefillRequester:
         now_s = time.monotonic()
         lease_s = self._mesh.config.failure_timeout_s
         task = PrefillTask(request.request_id, self._config, lease_s, now_s, deadline_s, num_lost_before=len(request.lost_peers))
-        num_preferred = self.peers.num_preferred(candidates, request, len(self._running))
+        num_preferred = self.choice.num_preferred(candidates, request)
         running = self._running[request.request_id] = RunningTask(task, request, on_done, on_lost)
         running.offered_block = self._offered_block(request) if num_preferred == 1 else None
         self._carry_out(running, task.start(candidates, now_s, num_preferred, running.offered_block is not None))
@@ -214,7 +208,7 @@ class PrefillRequester:
             transfer_ms=max(0.0, took_ms - running.computed_ms),
         )
         if state is TaskState.DONE:
-            self.rates.handed_over(result.num_tokens, result.transfer_ms / 1000)
+            self.choice.rates.handed_over(result.num_tokens, result.transfer_ms / 1000)
             histograms = self._mesh.histograms.named
             histograms["prefill_wait"].observe(result.queue_ms / 1000)
             histograms["prefill_compute"].observe(result.prefill_ms / 1000)
@@ -348,7 +342,7 @@ class PrefillRequester:
         if "prefill" not in member.info.roles:
             return
         if change is Change.CALLABLE:
-            self.peers.say_if_unlike(member.info)
+            self.choice.say_if_unlike(member.info)
         peer, now_s = member.info.incarnation, time.monotonic()
         for running in list(self._running.values()):
             task = running.task

@@ -59,8 +59,8 @@ class WorkerReporter:
             found.used_blocks,
             found.cached_blocks,
             found.num_blocks,
-            self._provider.num_queued if self._provider is not None else 0,
-            handoff_ns_per_token=self._requester.rates.ns_per_token() if self._requester is not None else 0,
+            self._provider.queue.num_queued if self._provider is not None else 0,
+            handoff_ns_per_token=self._requester.choice.rates.ns_per_token() if self._requester is not None else 0,
             max_running=found.max_running,
             **self._engine.rates.figures(),
         )

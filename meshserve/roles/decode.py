@@ -6,10 +6,8 @@ import asyncio
 import time
 from typing import Any
 
-from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine, GenerationStats, Reservation
 from meshserve.errors import Draining, GaveUp, InvalidRequest, MeshserveError, Overloaded
-from meshserve.handoff.choice import HandoffChoice
 from meshserve.handoff.requester import PrefillRequester
 from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import TaskState
@@ -187,12 +185,10 @@ class DecodeRole:
         engine: Engine,
         requester: PrefillRequester,
         reporter: WorkerReporter,
-        config: HandoffConfig,
         max_queue: int,
         is_observed: bool = True,
     ) -> None:
         self._mesh, self.engine, self._requester, self._reporter = mesh, engine, requester, reporter
-        self._choice = HandoffChoice(engine, requester, config)
         self._max_queue, self.is_observed = max_queue, is_observed
         self._mean_gap_s = 0.0
         """Between the ends of two requests, while others wait: how fast a queue moves."""
@@ -221,7 +217,7 @@ class DecodeRole:
             raise InvalidRequest("this request is running here already")
         if len(self._running) >= self._max_queue:
             self._check_queue()
-        decision, candidates = self._choice.choose(request)
+        decision, candidates = self._requester.choice.choose(request)
         if candidates:  # else the engine checks the request when it gets it, which is now
             self.engine.check(request)
         sequence = self._running[request_id] = _Sequence(self, call, request, decision)

@@ -140,7 +140,7 @@ class Decode:
 
     def start(self) -> None:
         request = GenerateRequest("r1", "dummy", PROMPT)
-        candidates = self.requester.peers.candidates(request)
+        candidates = self.requester.choice.candidates(request)
         self.requester.start(request, candidates, self.mesh.now_s() + 60, self.results.append, lambda name: None)
 
     async def result(self) -> HandoffResult:

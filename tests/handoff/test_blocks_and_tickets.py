@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from meshserve.errors import BlockRefused, ProtocolError
 from meshserve.handoff.blocks import BURST_S, BlockWindow, RateLimit, began_s, check_blocks, checksum
-from meshserve.handoff.tickets import TicketList
+from meshserve.handoff.queue import TicketList
 from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.handoff import BlockMark, BulkHeader, Claim, Offer, Ticket
 
@@ -85,7 +85,7 @@ def test_tickets_wait_in_order_bounded_and_once_a_request() -> None:
     tickets = TicketList(2)
     first, second = Ticket("d", "r1", 1, 10), Ticket("d", "r2", 1, 20)
     assert tickets.add(first) and tickets.add(second) and tickets.add(first)
-    assert len(tickets) == 2
+    assert tickets.num_waiting == 2
     assert not tickets.add(Ticket("d", "r3", 1, 5)), "full"
     assert tickets.take() == first and tickets.take() == second and tickets.take() is None
 
@@ -94,12 +94,12 @@ def test_a_struck_ticket_is_gone_and_a_newer_attempt_replaces_an_older_one() -> 
     tickets = TicketList(4)
     tickets.add(Ticket("d", "r1", 1, 10))
     tickets.add(Ticket("d", "r1", 2, 10))
-    assert tickets.add(Ticket("d", "r1", 1, 10)) and len(tickets) == 1
+    assert tickets.add(Ticket("d", "r1", 1, 10)) and tickets.num_waiting == 1
     assert tickets.strike("d", "r1") and not tickets.strike("d", "r1")
     tickets.add(Ticket("other", "r9", 1, 10))
     tickets.add(Ticket("d", "r9", 1, 10))
     tickets.strike_all_of("d")
-    assert tickets.take() == Ticket("other", "r9", 1, 10) and len(tickets) == 0
+    assert tickets.take() == Ticket("other", "r9", 1, 10) and tickets.num_waiting == 0
 
 
 def test_one_prompt_of_a_second_decode_worker_does_not_wait_behind_a_hundred_of_the_first() -> None:
@@ -156,7 +156,7 @@ def test_the_list_holds_each_request_once_and_counts_right(adds: list[tuple[str,
             there[key] = max(attempt, there.get(key, 0))
         if data.draw(st.booleans()):
             assert tickets.strike(*key) == (there.pop(key, None) is not None)
-        assert len(tickets) == len(there)
+        assert tickets.num_waiting == len(there)
     while (ticket := tickets.take()) is not None:
         assert there.pop((ticket.decode_peer, ticket.request_id)) == ticket.attempt
     assert not there

@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshserve.handoff.rates import HandoffRates
+from meshserve.handoff.choice import HandoffRates
 
 
 def test_a_handoff_is_expected_to_take_nothing_until_measured_and_the_first_one_does_not_count() -> None:

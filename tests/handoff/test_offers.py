@@ -128,7 +128,7 @@ def test_row_9_the_same_offer_ten_times_is_prefilled_once() -> None:
                     mesh.incarnation, Ticket(decode.mesh.incarnation, "r1", 1, len(PROMPT), offer), lambda: None
                 )
             await until(lambda: mesh.counters.snapshot().get("tickets_received", 0) == 11, DEADLINE_S, "all tickets came")
-            await until(lambda: provider.is_idle and not provider.num_queued, DEADLINE_S, "none is left")
+            await until(lambda: provider.is_idle and not provider.queue.num_queued, DEADLINE_S, "none is left")
             assert counting.num_prefills == 1 and mesh.counters.snapshot()["prefills_begun_on_offer"] == 1
             assert decode.results[0].state is TaskState.DONE
 
@@ -160,6 +160,6 @@ def test_an_offer_that_the_engine_cannot_take_is_given_back_at_once() -> None:
             decode.start()
             result = await decode.result()
             assert result.state is TaskState.LOCAL and result.attempts[0]["outcome"] == "the worker gave up"
-            await until(lambda: provider.is_idle and not provider.num_queued, DEADLINE_S, "nothing is left")
+            await until(lambda: provider.is_idle and not provider.queue.num_queued, DEADLINE_S, "nothing is left")
 
     run_async(run())

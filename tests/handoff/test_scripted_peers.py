@@ -210,7 +210,7 @@ def test_row_9_the_same_ticket_ten_times_is_prefilled_once() -> None:
                     decode.sender.push_soon(prefill_mesh.incarnation, ticket, lambda: None)
                 received = prefill_mesh.counters.snapshot
                 await until(lambda: provider.is_idle and received().get("tickets_received", 0) >= 11, DEADLINE_S, "all tickets came")
-                await until(lambda: provider.num_queued == 0, DEADLINE_S, "none is left")
+                await until(lambda: provider.queue.num_queued == 0, DEADLINE_S, "none is left")
                 assert counting.num_prefills == 1 and decode.results[0].state is TaskState.DONE
                 provider.close()
             decode.close()
@@ -248,7 +248,7 @@ def test_a_prefill_worker_of_the_same_model_with_another_layout_is_named_and_get
             async with peer("prefill", unlike, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
                 warning = f"{prefill_mesh.own.name} keeps its KV in another way"
                 await until(lambda: warning in caplog.text, DEADLINE_S, "people are told")
-                assert decode.requester.peers.candidates(GenerateRequest("r1", "dummy", PROMPT)) == []
+                assert decode.requester.choice.candidates(GenerateRequest("r1", "dummy", PROMPT)) == []
             decode.close()
         for engine in (own, unlike):
             await engine.close()
