@@ -7,9 +7,8 @@ import pytest
 
 from meshserve.errors import EngineFailed, InvalidRequest, ModelNotFound, Overloaded, ProtocolError, RequestTooLarge
 from meshserve.roles.frontend import anthropic_writers, apis, shapes
-from meshserve.roles.frontend.apis import Api
 from meshserve.roles.frontend.models.common import ResponseOptions
-from meshserve.roles.frontend.writers import Writer
+from meshserve.roles.frontend.writers import Api, Writer
 from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, StartItem, TextItem
 from meshserve.wire.structs import plain, replace
 

@@ -21,15 +21,14 @@ from meshserve.observe.receipts import FrontendReceipt, with_frontend
 from meshserve.roles.frontend import apis
 from meshserve.roles.frontend.admission import QueueEntry
 from meshserve.roles.frontend.admission_slots import AdmissionSlots
-from meshserve.roles.frontend.apis import Api
-from meshserve.roles.frontend.bodies import SHORT_BODY_BYTES, check_json
 from meshserve.roles.frontend.cancelling import UnderWay
 from meshserve.roles.frontend.http.connection import Connection
 from meshserve.roles.frontend.http.messages import Request, error_headers
 from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS, Parsed, ResponseOptions
 from meshserve.roles.frontend.models.completions import parse_generate
+from meshserve.roles.frontend.models.reading import SHORT_BODY_BYTES, check_json
 from meshserve.roles.frontend.timeouts import TIMEOUT_HEADER, request_timeout_s
-from meshserve.roles.frontend.writers import Writer
+from meshserve.roles.frontend.writers import Api, Writer
 from meshserve.wire.completion import CompletionRequest, Ending, read_traceparent
 from meshserve.wire.messages import COMPLETE
 from meshserve.wire.structs import replace

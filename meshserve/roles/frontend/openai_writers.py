@@ -6,13 +6,33 @@ from typing import Any
 
 from meshserve.errors import MeshserveError
 from meshserve.roles.frontend.logprobs import chat_logprobs, completion_logprobs
-from meshserve.roles.frontend.shapes import FINGERPRINT, dump, error_body, error_event, usage_of, usage_text
+from meshserve.roles.frontend.shapes import FINGERPRINT, dump, error_body, error_event
 from meshserve.roles.frontend.writers import Collected, EventWriter, Part, Reply, WholeWriter
 from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, TextItem
 
 DONE = "data: [DONE]\n\n"
 
 _encode_text = json.encoder.encode_basestring_ascii
+
+
+def usage_of(ending: Ending) -> dict[str, Any]:
+    """OpenAI's usage object."""
+    return {
+        "prompt_tokens": ending.num_prompt_tokens,
+        "completion_tokens": ending.num_completion_tokens,
+        "total_tokens": ending.num_prompt_tokens + ending.num_completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": ending.num_cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": 0},
+    }
+
+
+def usage_text(ending: Ending) -> str:
+    """The same as JSON."""
+    num_prompt, num_completion = ending.num_prompt_tokens, ending.num_completion_tokens
+    return (
+        f'{{"prompt_tokens":{num_prompt},"completion_tokens":{num_completion},"total_tokens":{num_prompt + num_completion},'
+        f'"prompt_tokens_details":{{"cached_tokens":{ending.num_cached_tokens}}},"completion_tokens_details":{{"reasoning_tokens":0}}}}'
+    )
 
 
 class ChunkWriter(EventWriter):

@@ -1,4 +1,4 @@
-"""OpenAI's shapes that are the same in all its APIs: errors, usage, models. Pure."""
+"""OpenAI's shapes that are the same in all its APIs: errors and models. Pure."""
 
 import json
 from collections.abc import Sequence
@@ -7,33 +7,12 @@ from typing import Any
 from meshserve import __version__
 from meshserve.errors import InvalidRequest, MeshserveError
 from meshserve.wire.card import ModelCard
-from meshserve.wire.completion import Ending
 
 FINGERPRINT = f"meshserve-{__version__}"
 dump = json.JSONEncoder(separators=(",", ":")).encode
 
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
 ERROR_TYPES |= {503: "service_unavailable"}
-
-
-def usage_of(ending: Ending) -> dict[str, Any]:
-    """OpenAI's usage object."""
-    return {
-        "prompt_tokens": ending.num_prompt_tokens,
-        "completion_tokens": ending.num_completion_tokens,
-        "total_tokens": ending.num_prompt_tokens + ending.num_completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": ending.num_cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": 0},
-    }
-
-
-def usage_text(ending: Ending) -> str:
-    """The same as JSON."""
-    num_prompt, num_completion = ending.num_prompt_tokens, ending.num_completion_tokens
-    return (
-        f'{{"prompt_tokens":{num_prompt},"completion_tokens":{num_completion},"total_tokens":{num_prompt + num_completion},'
-        f'"prompt_tokens_details":{{"cached_tokens":{ending.num_cached_tokens}}},"completion_tokens_details":{{"reasoning_tokens":0}}}}'
-    )
 
 
 def error_body(error: MeshserveError) -> bytes:

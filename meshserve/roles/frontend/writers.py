@@ -1,11 +1,12 @@
 """From the items of a processor's stream to one API's answer, whole or as events: what all APIs have in common. Pure."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from meshserve.errors import MeshserveError, ProtocolError
-from meshserve.roles.frontend.models.common import ResponseOptions
+from meshserve.errors import InvalidRequest, MeshserveError, ProtocolError
+from meshserve.roles.frontend.models.common import Parsed, ResponseOptions
+from meshserve.roles.frontend.shapes import error_body
 from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, Item, PartItem, StartItem, TextItem, read_item
 
 EVENT_STREAM = "text/event-stream; charset=utf-8"
@@ -42,6 +43,37 @@ class Writer(Protocol):
 
     def fail(self, error: MeshserveError) -> bytes:
         """The end of a response that failed after its first byte: nobody can take it for complete."""
+
+
+Parse = Callable[[bytes, str, str], Parsed]
+"""Body, the mesh's name of the request, the client's; raises InvalidRequest that names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """One way of asking for completions."""
+
+    path: str
+    prefix: str
+    """Of the response's id."""
+    parse: Parse
+    events: Callable[[Reply], Writer]
+    whole: Callable[[Reply], Writer]
+    error_body: Callable[[MeshserveError], bytes] = error_body
+    params: dict[str, str] = field(default_factory=dict)
+    """How this API calls what a processor finds fault with, where it has another name."""
+
+    def writer(self, created_s: int, request: CompletionRequest, options: ResponseOptions) -> Writer:
+        """Of the answer, streamed or whole. The response's id has the mesh's name of the request in it."""
+        name = request.request_id if self.prefix.endswith("-") else request.request_id.replace("-", "")
+        reply = Reply(self.prefix + name, created_s, request, options)
+        return self.events(reply) if options.is_stream else self.whole(reply)
+
+    def named(self, error: MeshserveError) -> MeshserveError:
+        """The error, with the field's name as this API has it."""
+        if isinstance(error, InvalidRequest) and error.param in self.params:
+            error.param = self.params[error.param]
+        return error
 
 
 class EventWriter:

@@ -1,5 +1,6 @@
 """Where a connection stands, and when it has had its time. Pure; times are of one monotonic clock, and may be up to a sweep old."""
 
+from dataclasses import dataclass
 from enum import Enum
 
 from meshserve.config import FrontendConfig
@@ -32,21 +33,19 @@ class Verdict(Enum):
     """The client takes in nothing: cut it off."""
 
 
+@dataclass(slots=True)
 class Progress:
     """One connection's."""
 
-    __slots__ = ("has_begun", "is_answering", "num_body_bytes", "since_s", "stage", "stuck_since_s")
-
-    def __init__(self, now_s: float) -> None:
-        self.stage = Stage.HEAD
-        self.since_s = now_s
-        self.has_begun = False
-        """A byte of a request has come."""
-        self.num_body_bytes = 0
-        self.is_answering = False
-        """An earlier request's answer is on its way: what the client sends meanwhile has no deadline."""
-        self.stuck_since_s: float | None = None
-        """Since when the client has taken nothing in although there is something."""
+    since_s: float
+    stage: Stage = Stage.HEAD
+    has_begun: bool = False
+    """A byte of a request has come."""
+    num_body_bytes: int = 0
+    is_answering: bool = False
+    """An earlier request's answer is on its way: what the client sends meanwhile has no deadline."""
+    stuck_since_s: float | None = None
+    """Since when the client has taken nothing in although there is something."""
 
     def enter(self, stage: Stage, now_s: float) -> None:
         """The connection waits for something else now."""
