@@ -14,7 +14,7 @@ from msgspec.structs import asdict, replace
 from meshserve.errors import ProtocolError
 
 __all__ = ["Meta", "asdict", "field", "replace"]
-"""What other modules need of msgspec, which this folder alone imports."""
+"""What other modules need of msgspec, which this folder imports, and the models of the HTTP APIs."""
 
 if TYPE_CHECKING:
     Tokens = array[int]

@@ -5,9 +5,13 @@ from typing import Any
 
 import pytest
 
+from meshserve.engines.dummy import DummyEngine
+from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import EngineFailed, InvalidRequest, MeshserveError
+from meshserve.roles.processor.models import sampling_of
 from meshserve.wire.card import SamplingDefaults
-from meshserve.wire.completion import CallItem, Ending, EndItem, StartItem, TextItem
+from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, StartItem, TextItem
+from meshserve.wire.generation import Sampling
 from meshserve.wire.messages import COMPLETE, ROUTE
 from meshserve.wire.structs import asdict, replace
 from tests.harness import run_async, until
@@ -377,3 +381,16 @@ def test_a_frontend_that_does_not_keep_to_the_protocol_is_refused(body: Any) -> 
             return await client.failure()
 
     assert run_async(check()).code == "protocol_error"
+
+
+def test_each_sampling_parameter_that_a_request_names_arrives_at_the_worker() -> None:
+    """A law, so that a new parameter needs no line in between: whatever both structs name has the request's value."""
+    open_ones: dict[str, Any] = {"temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.25, "repetition_penalty": 1.5, "seed": 7, "max_tokens": 9}
+    others: dict[str, Any] = {"min_tokens": 2, "ignore_eos": True, "presence_penalty": 0.5, "frequency_penalty": 0.25, "logit_bias": ((1, 2.0),)}
+    forms: dict[str, Any] = {"logprobs": 3, "json_schema": "{}", "regex": "a", "choices": ("b",)}
+    named = open_ones | others | forms
+    both = set(Sampling.__struct_fields__) & set(CompletionRequest.__struct_fields__)
+    assert named.keys() == both, "a parameter is missing in this test"
+    request = CompletionRequest("id", "completion", "dummy", "x", **named)
+    sampling = sampling_of(request, DummyEngine(EngineOptions()).card, 1, drawn_seed=5)
+    assert {name: getattr(sampling, name) for name in both} == named

@@ -7,6 +7,7 @@ import itertools
 import json
 from array import array
 from collections import OrderedDict
+from operator import attrgetter
 from typing import Any
 
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
@@ -19,7 +20,7 @@ from meshserve.roles.processor.model_files import FileCache, ModelFiles, cache_d
 from meshserve.roles.processor.texts import ModelText, ProcessText
 from meshserve.roles.processor.tools import call_schema, tools_of, wants_call, writes_calls
 from meshserve.telemetry import Histograms
-from meshserve.wire.card import ModelCard
+from meshserve.wire.card import ModelCard, SamplingDefaults
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
 from meshserve.wire.generation import Sampling
 from meshserve.wire.hello import PeerInfo
@@ -305,36 +306,34 @@ def check_prompts(
         raise InvalidRequest(text, param="prompt")
 
 
+_ASKED_AS_THEY_ARE = tuple(
+    name
+    for name in Sampling.__struct_fields__
+    if name in CompletionRequest.__struct_fields__ and name not in ("max_tokens", "seed", *SamplingDefaults.__struct_fields__)
+)
+"""Sampling parameters that a request names as `Sampling` does: a new one is passed on by its name alone."""
+_asked_as_they_are = attrgetter(*_ASKED_AS_THEY_ARE)
+
+
 def sampling_of(
     request: CompletionRequest, card: ModelCard, num_prompt_tokens: int, drawn_seed: int
 ) -> Sampling:
     """The sampling parameters: what the client left open is filled in by the model's card, by the room that
     is left, and by a seed that was drawn for it.
     """
-    asked, defaults = request, card.sampling_defaults
-    room = min(MAX_UNASKED_TOKENS, card.context_length - num_prompt_tokens)
-    penalty = asked.repetition_penalty
+    defaults, room = card.sampling_defaults, min(MAX_UNASKED_TOKENS, card.context_length - num_prompt_tokens)
+    values = dict(zip(_ASKED_AS_THEY_ARE, _asked_as_they_are(request), strict=True))
+    for name in SamplingDefaults.__struct_fields__:
+        value = getattr(request, name)
+        values[name] = getattr(defaults, name) if value is None else value
     found = Sampling(
-        max_tokens=room if asked.max_tokens is None else max(1, asked.max_tokens),
-        min_tokens=asked.min_tokens,
-        temperature=defaults.temperature if asked.temperature is None else asked.temperature,
-        top_p=defaults.top_p if asked.top_p is None else asked.top_p,
-        top_k=defaults.top_k if asked.top_k is None else asked.top_k,
-        seed=drawn_seed if asked.seed is None else asked.seed,
-        ignore_eos=asked.ignore_eos,
-        presence_penalty=asked.presence_penalty,
-        frequency_penalty=asked.frequency_penalty,
-        repetition_penalty=defaults.repetition_penalty if penalty is None else penalty,
-        min_p=defaults.min_p if asked.min_p is None else asked.min_p,
-        logit_bias=asked.logit_bias,
-        logprobs=asked.logprobs,
-        prompt_logprobs=asked.logprobs if asked.echo else -1,
-        json_schema=asked.json_schema,
-        regex=asked.regex,
-        choices=asked.choices,
+        max_tokens=room if request.max_tokens is None else max(1, request.max_tokens),
+        seed=drawn_seed if request.seed is None else request.seed,
+        prompt_logprobs=request.logprobs if request.echo else -1,
+        **values,
     )
-    if asked.tool_choice != "none" and wants_call(asked, card):
+    if request.tool_choice != "none" and wants_call(request, card):
         # the output is made to be a call: whatever else was asked of its form does not count
-        name = asked.tool_name if asked.tool_choice == "function" else ""
-        found.json_schema, found.regex, found.choices = call_schema(tools_of(asked), name), "", ()
+        name = request.tool_name if request.tool_choice == "function" else ""
+        found.json_schema, found.regex, found.choices = call_schema(tools_of(request), name), "", ()
     return found
