@@ -15,7 +15,13 @@ _CHECK_S = 0.01
 @asynccontextmanager
 async def observer(config: MeshConfig) -> AsyncIterator[Mesh]:
     """A mesh to look at, joined without a role."""
-    mesh = Mesh(config)
+    async with joined(Mesh(config)) as mesh:
+        yield mesh
+
+
+@asynccontextmanager
+async def joined(mesh: Mesh) -> AsyncIterator[Mesh]:
+    """A mesh that is started, joined, and closed at the end."""
     await mesh.start()
     try:
         await mesh.join()

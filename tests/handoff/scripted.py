@@ -155,18 +155,40 @@ class Decode:
 
 
 @asynccontextmanager
-async def pair() -> AsyncIterator[tuple[Decode, Scripted]]:
-    """A decode worker and a scripted prefill worker that know each other, over loopback."""
+async def decode_peer() -> AsyncIterator[Decode]:
+    """A decode worker, over loopback."""
     engine = await new_engine()
     async with peer("decode", engine) as decode_mesh:
         decode = Decode(decode_mesh, engine)
-        async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
-            scripted = Scripted(prefill_mesh)
-            await until(lambda: decode_mesh.peers_with("prefill") and prefill_mesh.peers_with("decode"), DEADLINE_S, "both meet")
-            yield decode, scripted
-            scripted.close()
+        yield decode
         decode.close()
     await engine.close()
+
+
+@asynccontextmanager
+async def scripted_peer(decode: Decode) -> AsyncIterator[Scripted]:
+    """A scripted prefill worker that the decode worker knows; it says goodbye at the end."""
+    async with peer("prefill", decode.engine, (f"127.0.0.1:{decode.mesh.own.port}",)) as mesh:
+        scripted = Scripted(mesh)
+        await until(lambda: decode.mesh.peers_with("prefill") and mesh.peers_with("decode"), DEADLINE_S, "both meet")
+        yield scripted
+        scripted.close()
+
+
+@asynccontextmanager
+async def pair() -> AsyncIterator[tuple[Decode, Scripted]]:
+    """A decode worker and a scripted prefill worker that know each other."""
+    async with decode_peer() as decode, scripted_peer(decode) as scripted:
+        yield decode, scripted
+
+
+@asynccontextmanager
+async def started_pair() -> AsyncIterator[tuple[Decode, Scripted, list[Block]]]:
+    """A pair whose decode worker has begun to hand `PROMPT` over, and the right blocks of all its tokens but the last."""
+    blocks = await blocks_of(PROMPT[:-1])
+    async with pair() as (decode, scripted):
+        decode.start()
+        yield decode, scripted, blocks
 
 
 @asynccontextmanager

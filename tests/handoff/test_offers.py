@@ -16,16 +16,13 @@ from tests.handoff.scripted import (
     PROMPT,
     Block,
     CountingEngine,
-    Decode,
-    Scripted,
-    blocks_of,
     cut_short,
+    decode_peer,
     flipped,
     misplaced,
-    new_engine,
-    pair,
-    peer,
     real_pair,
+    scripted_peer,
+    started_pair,
     text_of,
     undisturbed,
 )
@@ -34,9 +31,7 @@ from tests.harness import run_async, until
 
 def test_a_claim_that_brings_all_blocks_is_all_there_is_to_a_short_prompt() -> None:
     async def run() -> None:
-        blocks = await blocks_of(PROMPT[:-1])
-        async with pair() as (decode, scripted):
-            decode.start()
+        async with started_pair() as (decode, scripted, blocks):
             await until(lambda: scripted.tickets, DEADLINE_S, "the ticket comes")
             offer = Ticket.from_wire(scripted.tickets[0]).offer
             assert offer is not None and offer.tokens == PROMPT[:-1] and offer.first_block == 0
@@ -54,9 +49,7 @@ def test_a_claim_that_brings_all_blocks_is_all_there_is_to_a_short_prompt() -> N
 @pytest.mark.parametrize("damage", [flipped, cut_short, misplaced])
 def test_row_7_a_damaged_block_that_came_with_its_claim_is_refused(damage: Callable[[Block], Block]) -> None:
     async def run() -> None:
-        blocks = await blocks_of(PROMPT[:-1])
-        async with pair() as (decode, scripted):
-            decode.start()
+        async with started_pair() as (decode, scripted, blocks):
             digest = checksum(blocks[3][2]) if damage is not misplaced else b""
             claim = await scripted.claim_with([damage(blocks[3])], digest=digest)
             result = await decode.result()
@@ -70,9 +63,7 @@ def test_row_7_a_damaged_block_that_came_with_its_claim_is_refused(damage: Calla
 @pytest.mark.parametrize("wrong", [{"attempt": 2}, {"attempt": 0}, {"prefill_peer": "f" * 16}, {"decode_peer": "0" * 16}])
 def test_row_8_blocks_of_another_attempt_that_come_with_a_claim_are_left_and_it_gets_the_task(wrong: dict[str, Any]) -> None:
     async def run() -> None:
-        blocks = await blocks_of(PROMPT[:-1])
-        async with pair() as (decode, scripted):
-            decode.start()
+        async with started_pair() as (decode, scripted, blocks):
             claim = await scripted.claim_with(blocks, **wrong)
             assert claim.task is not None and claim.task["attempt"] == 1 and claim.task["first_block"] == 0
             assert decode.count("kv_blocks_stale") == len(blocks) and decode.count("kv_blocks_received") == 0
@@ -84,9 +75,7 @@ def test_row_8_blocks_of_another_attempt_that_come_with_a_claim_are_left_and_it_
 
 def test_a_claim_that_brings_too_little_gets_the_task_from_there_on() -> None:
     async def run() -> None:
-        blocks = await blocks_of(PROMPT[:-1])
-        async with pair() as (decode, scripted):
-            decode.start()
+        async with started_pair() as (decode, scripted, blocks):
             claim = await scripted.claim_with(blocks[:2])
             assert claim.task is not None and claim.task["first_block"] == 2
             scripted.send(blocks[2:])
@@ -99,19 +88,12 @@ def test_a_claim_that_brings_too_little_gets_the_task_from_there_on() -> None:
 
 def test_who_says_goodbye_with_an_offer_did_not_die_of_it() -> None:
     async def run() -> None:
-        engine = await new_engine()
-        async with peer("decode", engine) as decode_mesh:
-            decode = Decode(decode_mesh, engine)
-            async with peer("prefill", engine, (f"127.0.0.1:{decode_mesh.own.port}",)) as prefill_mesh:
-                scripted = Scripted(prefill_mesh)
-                await until(lambda: decode_mesh.peers_with("prefill") and prefill_mesh.peers_with("decode"), DEADLINE_S, "both meet")
+        async with decode_peer() as decode:
+            async with scripted_peer(decode) as scripted:
                 decode.start()
                 await until(lambda: scripted.tickets, DEADLINE_S, "the ticket comes")
-                scripted.close()
             result = await decode.result()
             assert result.state is TaskState.LOCAL and not result.lost_peers
-            decode.close()
-        await engine.close()
 
     run_async(run())
 

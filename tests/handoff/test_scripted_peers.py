@@ -34,6 +34,7 @@ from tests.handoff.scripted import (
     new_engine,
     pair,
     peer,
+    started_pair,
     text_of,
     undisturbed,
 )
@@ -44,9 +45,7 @@ from tests.harness import run_async, until
 @pytest.mark.parametrize("which", [0, 3, 6])
 def test_row_7_a_damaged_block_is_refused_and_the_prompt_computed_again(damage: Callable[[Block], Block], which: int) -> None:
     async def run() -> None:
-        blocks = await blocks_of(PROMPT[:-1])
-        async with pair() as (decode, scripted):
-            decode.start()
+        async with started_pair() as (decode, scripted, blocks):
             assert (await scripted.claim()).task is not None
             scripted.send(blocks[:which])
             scripted.send([damage(blocks[which])], digest=checksum(blocks[which][2]))
@@ -62,9 +61,7 @@ def test_row_7_a_damaged_block_is_refused_and_the_prompt_computed_again(damage: 
 
 def test_row_7_a_block_of_the_wrong_length_or_place_with_a_right_checksum_is_refused_too() -> None:
     async def run() -> None:
-        blocks = await blocks_of(PROMPT[:-1])
-        async with pair() as (decode, scripted):
-            decode.start()
+        async with started_pair() as (decode, scripted, blocks):
             await scripted.claim()
             scripted.send([misplaced(blocks[0])])
             scripted.send([cut_short(blocks[0])])
@@ -78,9 +75,7 @@ def test_row_7_a_block_of_the_wrong_length_or_place_with_a_right_checksum_is_ref
 @pytest.mark.parametrize("says", [{"layout": "another"}, {"prefix_hash": 1}, {"prefix_hash": HASHES[0]}], ids=["layout", "tokens", "place"])
 def test_row_44_a_block_of_another_layout_or_of_other_tokens_is_refused_before_the_engine_sees_it(says: dict[str, Any]) -> None:
     async def run() -> None:
-        blocks = await blocks_of(PROMPT[:-1])
-        async with pair() as (decode, scripted):
-            decode.start()
+        async with started_pair() as (decode, scripted, blocks):
             await scripted.claim()
             scripted.send(blocks[:2], **says)
             result = await decode.result()
@@ -122,9 +117,7 @@ def test_row_8_of_a_thousand_blocks_of_other_attempts_and_incarnations_none_is_a
 
 def test_row_8_blocks_that_come_twice_or_after_the_end_change_nothing() -> None:
     async def run() -> None:
-        blocks = await blocks_of(PROMPT[:-1])
-        async with pair() as (decode, scripted):
-            decode.start()
+        async with started_pair() as (decode, scripted, blocks):
             await scripted.claim()
             scripted.send(blocks[:3])
             scripted.send(blocks[:3])
@@ -140,9 +133,7 @@ def test_row_8_blocks_that_come_twice_or_after_the_end_change_nothing() -> None:
 
 def test_row_9_the_first_claim_wins_and_late_ones_are_gone() -> None:
     async def run() -> None:
-        blocks = await blocks_of(PROMPT[:-1])
-        async with pair() as (decode, scripted):
-            decode.start()
+        async with started_pair() as (decode, scripted, blocks):
             first, second = await scripted.claim(), await scripted.claim()
             assert first.task is not None and isinstance(second.error, Gone)
             scripted.send(blocks)
@@ -222,9 +213,7 @@ def test_row_9_the_same_ticket_ten_times_is_prefilled_once() -> None:
 
 def test_a_decode_engine_that_fails_ends_the_handoffs_that_it_had_reserved_for() -> None:
     async def run() -> None:
-        blocks = await blocks_of(PROMPT[:-1])
-        async with pair() as (decode, scripted):
-            decode.start()
+        async with started_pair() as (decode, scripted, blocks):
             claim = await scripted.claim()
             scripted.send(blocks[:1])
             await until(lambda: scripted.answers, DEADLINE_S, "a block is acknowledged")

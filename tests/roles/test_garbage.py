@@ -10,13 +10,13 @@ from typing import Any
 import httpx
 import pytest
 
-from meshserve.app import Peer
-from meshserve.config import MeshConfig, ServeConfig
+from meshserve.config import ServeConfig
 from meshserve.errors import Draining
 from meshserve.mesh.calls import IncomingCall
 from meshserve.wire.messages import ROUTE
 from tests.harness import run_async, until, until_awaited
 from tests.roles.scripted import scene
+from tests.roles.unequal import two_peers
 
 OURS = ("meshserve.", "httptools.")
 DEADLINE_S = 5.0
@@ -47,21 +47,8 @@ async def meshed() -> AsyncIterator[httpx.AsyncClient]:
     """A peer of every role but prefill, and one that prefills what has more than 64 tokens."""
     config = replace(ServeConfig(), http_port=0)
     config = replace(config, handoff=replace(config.handoff, max_local_prefill_tokens=64))
-    common = MeshConfig(mesh="garbage", interface="127.0.0.1", use_mdns=False)
-    peer = Peer(replace(common, roles=("frontend", "processor", "router", "decode")), config)
-    await peer.start()
-    prefill = Peer(replace(common, roles=("prefill",), seeds=(f"127.0.0.1:{peer.mesh.own.port}",)), config)
-    try:
-        await prefill.start()
-        try:
-            await until(lambda: bool(peer.mesh.peers_with("prefill")), DEADLINE_S, "they have met")
-            assert peer.http_url is not None
-            async with httpx.AsyncClient(base_url=peer.http_url, timeout=60.0) as client:
-                yield client
-        finally:
-            await prefill.stop()
-    finally:
-        await peer.stop()
+    async with two_peers("garbage", config, config) as client:
+        yield client
 
 
 @contextmanager

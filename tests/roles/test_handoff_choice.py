@@ -11,7 +11,8 @@ import httpx
 
 from meshserve.app import Peer
 from meshserve.config import HandoffConfig, MeshConfig, ServeConfig
-from tests.harness import run_async, until
+from tests.harness import run_async
+from tests.roles.unequal import two_peers
 
 DEADLINE_S = 10.0
 MOST_PROMPTS = 40
@@ -52,24 +53,9 @@ async def mesh(local: dict[str, str], remote: dict[str, str], floor: int | None 
     """A peer of every role but prefill, and a prefill worker, with these options of their engines."""
     handoff = HandoffConfig(max_local_prefill_tokens=floor)
     config = replace(ServeConfig(), http_port=0, engine_options=tuple(local.items()), handoff=handoff)
-    common = MeshConfig(mesh="choice", interface="127.0.0.1", use_mdns=False)
-    peer = Peer(replace(common, roles=("frontend", "processor", "router", "decode")), config)
-    await peer.start()
-    prefill = Peer(
-        replace(common, roles=("prefill",), seeds=(f"127.0.0.1:{peer.mesh.own.port}",)),
-        replace(config, engine_options=tuple(remote.items())),
-    )
-    try:
-        await prefill.start()
-        try:
-            await until(lambda: bool(peer.mesh.peers_with("prefill")), DEADLINE_S, "they have met")
-            assert peer.http_url is not None
-            async with httpx.AsyncClient(base_url=peer.http_url, timeout=60.0) as client:
-                yield Asked(client)
-        finally:
-            await prefill.stop()
-    finally:
-        await peer.stop()
+    remote_config = replace(config, engine_options=tuple(remote.items()))
+    async with two_peers("choice", config, remote_config) as client:
+        yield Asked(client)
 
 
 def test_a_slow_worker_hands_a_short_prompt_to_a_fast_one() -> None:

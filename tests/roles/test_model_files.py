@@ -8,12 +8,13 @@ import resource
 from array import array
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from meshserve.cli import observing
 from meshserve.config import MeshConfig
 from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
@@ -45,17 +46,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache" / "meshserve" / "files"
 
 
-@asynccontextmanager
-async def joined(role: str, card: ModelCard | None = None, seeds: tuple[Mesh, ...] = ()) -> AsyncIterator[Mesh]:
+def joined(role: str, card: ModelCard | None = None, seeds: tuple[Mesh, ...] = ()) -> AbstractAsyncContextManager[Mesh]:
     addresses = tuple(f"127.0.0.1:{seed.own.port}" for seed in seeds)
     config = MeshConfig(mesh="files", roles=(role,), interface="127.0.0.1", use_mdns=False, seeds=addresses)
-    mesh = Mesh(config, card, KVLayout("files", 16, 64)) if card is not None else Mesh(config)
-    await mesh.start()
-    try:
-        await mesh.join()
-        yield mesh
-    finally:
-        await mesh.close()
+    return observing.joined(Mesh(config, card, KVLayout("files", 16, 64)) if card is not None else Mesh(config))
 
 
 def plain_card(*files: ModelFile) -> ModelCard:

@@ -385,8 +385,10 @@ def test_a_frontend_that_does_not_keep_to_the_protocol_is_refused(body: Any) -> 
 
 def test_each_sampling_parameter_that_a_request_names_arrives_at_the_worker() -> None:
     """A law, so that a new parameter needs no line in between: whatever both structs name has the request's value."""
-    open_ones: dict[str, Any] = {"temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.25, "repetition_penalty": 1.5, "seed": 7, "max_tokens": 9}
-    others: dict[str, Any] = {"min_tokens": 2, "ignore_eos": True, "presence_penalty": 0.5, "frequency_penalty": 0.25, "logit_bias": ((1, 2.0),)}
+    open_ones: dict[str, Any] = {"temperature": 0.5, "top_p": 0.5, "top_k": 3, "min_p": 0.25, "repetition_penalty": 1.5}
+    open_ones |= {"seed": 7, "max_tokens": 9}
+    others: dict[str, Any] = {"min_tokens": 2, "ignore_eos": True, "presence_penalty": 0.5, "frequency_penalty": 0.25}
+    others |= {"logit_bias": ((1, 2.0),)}
     forms: dict[str, Any] = {"logprobs": 3, "json_schema": "{}", "regex": "a", "choices": ("b",)}
     named = open_ones | others | forms
     both = set(Sampling.__struct_fields__) & set(CompletionRequest.__struct_fields__)
