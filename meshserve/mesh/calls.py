@@ -203,7 +203,7 @@ class IncomingCall:
         else's."""
         kind = self.method.body
         if not self.is_open:
-            return  # this peer stops
+            return  # cancelled before its turn came, or this peer stops
         try:
             if kind is not None and not isinstance(self.body, Message):  # else from this very peer
                 self.body = read(kind, self.body)
@@ -272,6 +272,8 @@ class LocalCall(OutgoingCall, IncomingCall):
             self._turn.deliver(self.take_error, from_wire(error.to_wire()))
 
     def _tell_cancelled(self) -> None:
+        if self.on_cancel is None:  # not begun, mostly: a router must not reserve load that nobody sends
+            self.is_open = False
         self._turn.deliver(self.abandon, "cancel")
 
 

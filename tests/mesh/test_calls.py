@@ -173,6 +173,17 @@ def test_several_items_between_roles_of_one_peer_are_one_message(record: Record)
     assert not isinstance(record, Batches) or record.sizes == [3]
 
 
+def test_a_stream_between_roles_of_one_peer_that_is_cancelled_in_the_turn_that_opened_it_never_begins() -> None:
+    (table, turn), record = local_table(), Record()
+    served: list[IncomingCall] = []
+    table.handlers[WORK.name] = WORK, served.append
+    call = table.open_here(WORK, None, record, 10.0)
+    call.cancel()
+    turn.come()
+    assert not served and not record.ends
+    assert not table.outgoing and not table.incoming
+
+
 def test_several_items_for_another_peer_are_messages_that_any_version_reads() -> None:
     pair = Pair()
     record = pair.open()

@@ -305,6 +305,15 @@ def test_a_mistake_is_answered_with_the_name_of_its_field(ask: Ask, fields: dict
     assert 0 < len(caught.value.message) < 400
 
 
+def test_only_an_api_with_a_role_for_tools_is_told_of_that_role() -> None:
+    old = {"messages": [{"role": "function", "name": "f", "content": "x"}]}
+    with pytest.raises(Unsupported, match="use the role tool"):
+        chat(**old)
+    with pytest.raises(InvalidRequest) as caught:
+        message(**old)
+    assert type(caught.value) is InvalidRequest and "role tool" not in caught.value.message
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [

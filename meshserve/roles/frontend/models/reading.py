@@ -317,7 +317,7 @@ def _check_kind(value: Any, name: str, known: tuple[Any, ...], param: str) -> An
     if name == "type":
         words = f"{param}: type {shown} is not supported here, only {' and '.join(known)}"
         raise Unsupported(words, param=place)
-    if found == "function":
+    if found == "function" and "tool" in known:
         words = f"{param}: the role function is the old form of tools; use the role tool"
         raise Unsupported(words, param=place)
     raise _invalid(place, f"must be one of {', '.join(known)}, not {shown}")
