@@ -111,7 +111,7 @@ def _otlp_url(settings: dict[str, Any]) -> str | None:
 async def serve(mesh: MeshConfig, config: ServeConfig) -> int:
     """Start a peer, serve until the first signal, drain, stop. A second signal ends at once."""
     from meshserve.app import Peer  # the whole house: not needed to print a usage error
-    from meshserve.roles.frontend.origins import is_loopback
+    from meshserve.roles.frontend.access import is_loopback
 
     told_to_stop = asyncio.Event()
 

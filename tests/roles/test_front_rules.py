@@ -10,10 +10,19 @@ from hypothesis import strategies as st
 
 from meshserve.config import FrontendConfig
 from meshserve.errors import InvalidRequest
-from meshserve.roles.frontend.access import Guesses, KeyRing, Sessions
+from meshserve.roles.frontend.access import (
+    Guesses,
+    KeyRing,
+    Origins,
+    Sessions,
+    is_cross_site,
+    is_loopback,
+    is_name_of_loopback,
+    is_preflight,
+    is_same_origin,
+)
 from meshserve.roles.frontend.http.deadlines import Progress, Stage, Verdict
 from meshserve.roles.frontend.models.reading import MAX_DEPTH, JsonScanner
-from meshserve.roles.frontend.origins import Origins, is_cross_site, is_loopback, is_name_of_loopback, is_preflight, is_same_origin
 
 LIMITS = FrontendConfig(header_timeout_s=5, body_timeout_s=5, min_body_bytes_per_s=1000, write_timeout_s=6, keep_alive_s=8, linger_s=2)
 

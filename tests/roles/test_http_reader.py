@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from meshserve.errors import HeaderTooLarge, InvalidRequest, MeshserveError, RequestTooLarge
 from meshserve.roles.frontend.http.messages import Request, Response
 from meshserve.roles.frontend.http.reader import RequestReader
-from meshserve.roles.frontend.http.routes import Routes
+from meshserve.roles.frontend.routes import Routes
 
 HEAD = b"POST /a%20b?c=d HTTP/1.1\r\nHost: here\r\nX-Twice: first\r\nx-twice: second\r\n"
 STREAM = (

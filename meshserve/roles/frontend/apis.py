@@ -1,8 +1,10 @@
 """The APIs that complete: how each is parsed, written, and told an error. One table, read by one driver."""
 
+import math
 
 from meshserve.errors import MeshserveError
 from meshserve.roles.frontend import anthropic_writers, responses_writers
+from meshserve.roles.frontend.http.messages import JSON, Response
 from meshserve.roles.frontend.models import anthropic, chat, completions, responses
 from meshserve.roles.frontend.openai_writers import ChatChunkWriter, ChunkWriter, LineWriter, WholeChat, WholeCompletion
 from meshserve.roles.frontend.shapes import error_body
@@ -43,3 +45,18 @@ def lines(parse: Parse) -> Api:
 def error_body_for(path: str, error: MeshserveError) -> bytes:
     """The error as clients of this route expect it."""
     return (anthropic_writers.error_body if path.startswith(ANTHROPIC_PREFIX) else error_body)(error)
+
+
+def error_headers(error: MeshserveError) -> bytes:
+    """Headers of an error's response: when to come back, if that is known, and how to send a key, if none was sent."""
+    headers = JSON
+    if error.http_status in (429, 503):
+        headers += b"retry-after: %d\r\n" % max(1, math.ceil(getattr(error, "retry_after_s", 1.0)))
+    if error.http_status == 401:
+        headers += b"www-authenticate: Bearer\r\n"
+    return headers
+
+
+def error_response(path: str, error: MeshserveError) -> Response:
+    """The whole response to a request that failed, as clients of this route expect it."""
+    return Response(error.http_status, error_body_for(path, error), error_headers(error))

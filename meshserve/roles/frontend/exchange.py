@@ -7,13 +7,14 @@ turn of the event loop is over, so that all text of one turn leaves in one write
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from meshserve.config import ServeConfig
-from meshserve.errors import Cancelled, Draining, MeshserveError, NoWorker, Overloaded, RequestTimedOut
+from meshserve.errors import Cancelled, Draining, InvalidRequest, MeshserveError, NoWorker, Overloaded, RequestTimedOut
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipt_store import FrontendReceipts
@@ -23,11 +24,10 @@ from meshserve.roles.frontend.admission import QueueEntry
 from meshserve.roles.frontend.admission_slots import AdmissionSlots
 from meshserve.roles.frontend.cancelling import UnderWay
 from meshserve.roles.frontend.http.connection import Connection
-from meshserve.roles.frontend.http.messages import Request, error_headers
+from meshserve.roles.frontend.http.messages import Request
 from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS, Parsed, ResponseOptions
 from meshserve.roles.frontend.models.completions import parse_generate
 from meshserve.roles.frontend.models.reading import SHORT_BODY_BYTES, check_json
-from meshserve.roles.frontend.timeouts import TIMEOUT_HEADER, request_timeout_s
 from meshserve.roles.frontend.writers import Api, Writer
 from meshserve.wire.completion import CompletionRequest, Ending, read_traceparent
 from meshserve.wire.messages import COMPLETE
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _MAX_LABEL_BYTES = 128
-_TIMEOUT_HEADER = TIMEOUT_HEADER.encode()
+_TIMEOUT_HEADER = "x-request-timeout"
+MIN_TIMEOUT_S = 0.001
 
 
 class Completions:
@@ -174,8 +175,8 @@ class Exchange(QueueEntry):
         """Heed what the headers say: how long it may take, whose session it is, and of which trace. Raises InvalidRequest."""
         headers, receipt, exporter = self._http.headers, self._receipt, self._completions.exporter
         timeout_s = self._completions.config.request_timeout_s
-        if (given := headers.get(_TIMEOUT_HEADER)) is not None:
-            timeout_s = request_timeout_s(given, timeout_s)
+        if (given := headers.get(b"x-request-timeout")) is not None:
+            timeout_s = _request_timeout_s(given, timeout_s)
         self.deadline_s = receipt.began_s + timeout_s
         if session := headers.get(b"x-session-id"):
             request = replace(request, session=session.decode("latin-1")[:MAX_SESSION_CHARACTERS])
@@ -310,7 +311,7 @@ class Exchange(QueueEntry):
             self._connection.break_off()
         else:
             body = self._api.error_body(self._api.named(error))
-            self._connection.respond(error.http_status, error_headers(error) + self._label, body)
+            self._connection.respond(error.http_status, apis.error_headers(error) + self._label, body)
         self._finish()
 
     def _went_wrong(self) -> None:
@@ -350,3 +351,14 @@ class Exchange(QueueEntry):
             completions.receipts.keep(receipt)
         if completions.exporter is not None:
             completions.exporter.frontend_ended(receipt)
+
+
+def _request_timeout_s(given: bytes, most_s: float) -> float:
+    """What the header asks for, but at most `most_s`. Raises InvalidRequest that names the header."""
+    try:
+        asked_s = float(given) if b"_" not in given else math.nan  # Python's own way to write numbers
+    except ValueError:
+        asked_s = math.nan
+    if not MIN_TIMEOUT_S <= asked_s < math.inf:
+        raise InvalidRequest(f"{_TIMEOUT_HEADER} must be a number of seconds, {MIN_TIMEOUT_S} at least", param=_TIMEOUT_HEADER)
+    return min(asked_s, most_s)

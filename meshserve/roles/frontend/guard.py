@@ -7,10 +7,9 @@ import time
 
 from meshserve.config import ServeConfig
 from meshserve.errors import Forbidden, Unauthorized
-from meshserve.roles.frontend.access import KeyRing, Sessions
+from meshserve.roles.frontend import access
 from meshserve.roles.frontend.http.messages import Request, Response, header_lines
 from meshserve.roles.frontend.login import LOGIN, LOGOUT, Login, login_url, session_token, wants_page
-from meshserve.roles.frontend.origins import Origins, is_cross_site, is_loopback, is_name_of_loopback, is_preflight, is_same_origin
 
 OPEN_PATHS = ("/health", "/ready")
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
@@ -21,14 +20,14 @@ class Guard:
 
     def __init__(self, config: ServeConfig) -> None:
         limits = config.frontend
-        self._keys, self._sessions = KeyRing(config.api_keys), Sessions(limits.session_s)
+        self._keys, self._sessions = access.KeyRing(config.api_keys), access.Sessions(limits.session_s)
         self._has_keys = bool(config.api_keys)
         self.login = Login(self._keys, self._sessions, is_tls=limits.tls_cert is not None) if self._has_keys else None
         """Its routes, where there are keys."""
-        self._origins = Origins(limits.cors_origins)
+        self._origins = access.Origins(limits.cors_origins)
         self._has_origins = bool(limits.cors_origins)
         self._hosts = tuple(name.lower() for name in limits.allowed_hosts)
-        self._checks_host = is_loopback(config.http_host) and not self._has_keys
+        self._checks_host = access.is_loopback(config.http_host) and not self._has_keys
         self._last_host: bytes | None = None
         """The last one that was let in: most requests name the same."""
 
@@ -43,7 +42,7 @@ class Guard:
         host = headers.get(b"host", b"")
         if self._checks_host and host != self._last_host:
             self._check_host(host)
-        if self._has_origins and is_preflight(request.method, headers):  # before keys: browsers send none with this question
+        if self._has_origins and access.is_preflight(request.method, headers):  # before keys: browsers send none with this question
             return Response(204, b"", header_lines(self._origins.preflight_headers(headers)))
         request.client = request.address
         if self._has_keys:
@@ -54,14 +53,14 @@ class Guard:
 
     def _check_host(self, host: bytes) -> None:
         """An open frontend on loopback answers to names of loopback alone (DNS rebinding)."""
-        if not is_name_of_loopback(host, self._hosts):
+        if not access.is_name_of_loopback(host, self._hosts):
             name = host.decode("latin-1")
             raise Forbidden(f"{name} is no name of this machine's loopback: start with --allow-host {name} or --api-key if it is meant")
         self._last_host = host
 
     def _check_page(self, request: Request) -> None:
         """Without keys, what a page of another site sends could be anybody's who runs a website."""
-        if is_cross_site(request.headers) and not self._origins.allows(request.headers.get(b"origin", b"")):
+        if access.is_cross_site(request.headers) and not self._origins.allows(request.headers.get(b"origin", b"")):
             raise Forbidden("this request was sent by a page of another site; --cors-origin lets one in")
 
     def _check_key(self, request: Request) -> Response | None:
@@ -94,7 +93,7 @@ class Guard:
         session = self._session(request)
         if session is None:
             return None
-        if request.method not in _SAFE_METHODS and not is_same_origin(request.scheme, headers):
+        if request.method not in _SAFE_METHODS and not access.is_same_origin(request.scheme, headers):
             raise Forbidden("a session is for this frontend's own pages; programs send a key")
         return f"key {session}"
 

@@ -5,10 +5,9 @@ import time
 from urllib.parse import parse_qs, quote
 
 from meshserve.errors import Forbidden, RateLimited
-from meshserve.roles.frontend.access import SESSION_COOKIE, Guesses, KeyRing, Sessions
+from meshserve.roles.frontend.access import SESSION_COOKIE, Guesses, Headers, KeyRing, Sessions, is_cross_site, is_same_origin
 from meshserve.roles.frontend.http.messages import Header, Request, Response, body_too_large, header_lines
-from meshserve.roles.frontend.http.routes import Routes
-from meshserve.roles.frontend.origins import Headers, is_cross_site, is_same_origin
+from meshserve.roles.frontend.routes import Routes
 
 LOGIN, LOGOUT = "/login", "/logout"
 

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meshserve.errors import MeshserveError
-from meshserve.roles.frontend.logprobs import chat_logprobs, completion_logprobs
-from meshserve.roles.frontend.shapes import FINGERPRINT, dump, error_body, error_event
+from meshserve.roles.frontend.shapes import FINGERPRINT, chat_logprobs, completion_logprobs, dump, error_body, error_event
 from meshserve.roles.frontend.writers import Collected, EventWriter, Part, Reply, WholeWriter
 from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, TextItem
 

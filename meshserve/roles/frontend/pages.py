@@ -1,9 +1,16 @@
-"""Pages of the frontend's own: their files, and the headers that keep everything else out of them."""
+"""Pages for people, and what they read: the dashboard at `/` with the mesh's events, and the HTTP API's document at `/docs`."""
 
+import asyncio
 import functools
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from meshserve.roles.frontend.http.messages import Response, header_lines
+import meshserve.observe.dashboard
+import meshserve.roles.frontend.openapi.page
+from meshserve.config import ServeConfig
+from meshserve.observe.mesh_feed import MeshFeed
+from meshserve.roles.frontend.http.messages import JSON, Response, header_lines
+from meshserve.roles.frontend.routes import Routes, Streamed
 
 _TYPES = {
     ".html": b"text/html; charset=utf-8",
@@ -21,6 +28,7 @@ _HEADERS = [
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
 ]
+_EVENTS = b"content-type: text/event-stream; charset=utf-8\r\ncache-control: no-store\r\nx-accel-buffering: no\r\n"
 
 
 @functools.cache
@@ -30,7 +38,46 @@ def _files(folder: Path) -> dict[str, Response]:
     return {path.name: Response(200, path.read_bytes(), heads[path.suffix]) for path in folder.iterdir() if path.suffix in heads}
 
 
-def page_file(folder: Path, name: str) -> Response:
+def _page_file(folder: Path, name: str) -> Response:
     """The file of this name as a response; 404 if there is none."""
     missing = Response(404, f"there is no {name[:64]} here\n".encode(), b"content-type: text/plain; charset=utf-8\r\n")
     return _files(folder).get(name, missing)
+
+
+def add_dashboard(routes: Routes, feed: MeshFeed) -> None:
+    """The dashboard's routes. Nothing of the feed runs before somebody opens the page."""
+    folder = Path(meshserve.observe.dashboard.__file__).parent
+    routes.add("GET", "/", lambda request: _page_file(folder, "index.html"))
+    routes.add("GET", "/dashboard/{name}", lambda request: _page_file(folder, request.name))
+    routes.add("GET", "/mesh/events", lambda request: Streamed(_updates(feed), _EVENTS))
+
+
+async def _updates(feed: MeshFeed) -> AsyncGenerator[bytes, None]:
+    """As server-sent events, until the feed ends. Raises Overloaded before the first if there are too many readers."""
+    reader = feed.join()
+    try:
+        while update := await reader.next():
+            yield update
+    finally:
+        feed.leave(reader)
+
+
+def add_documents(routes: Routes, config: ServeConfig) -> None:
+    """The routes."""
+    folder = Path(meshserve.roles.frontend.openapi.page.__file__).parent
+    document: bytes | None = None
+
+    def make() -> bytes:
+        from meshserve.roles.frontend.openapi.document import document_bytes  # nobody pays for it who does not ask
+
+        return document_bytes(bool(config.api_keys), config.observe)
+
+    async def openapi() -> Response:
+        nonlocal document
+        if document is None:
+            document = await asyncio.to_thread(make)  # tokens of requests need not wait for it
+        return Response(200, document, JSON + b"cache-control: no-cache\r\n")
+
+    routes.add("GET", "/openapi.json", lambda request: openapi())
+    routes.add("GET", "/docs", lambda request: _page_file(folder, "docs.html"))
+    routes.add("GET", "/docs/{name}", lambda request: _page_file(folder, request.name))

@@ -3,8 +3,7 @@
 from typing import Any
 
 from meshserve.errors import MeshserveError
-from meshserve.roles.frontend.logprobs import token_entries
-from meshserve.roles.frontend.shapes import dump
+from meshserve.roles.frontend.shapes import dump, token_entries
 from meshserve.roles.frontend.writers import EventWriter, Part, Reply, WholeWriter
 from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, TextItem
 

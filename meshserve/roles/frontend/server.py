@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -12,14 +13,13 @@ from meshserve.observe.mesh_feed import MeshFeed
 from meshserve.observe.receipt_store import find_receipt
 from meshserve.observe.status import list_peers
 from meshserve.roles.frontend import apis, shapes
-from meshserve.roles.frontend.events import add_dashboard
 from meshserve.roles.frontend.exchange import Completions
 from meshserve.roles.frontend.guard import Guard
 from meshserve.roles.frontend.http.connection import Application, Connection, Connections
-from meshserve.roles.frontend.http.messages import Request, Response, json_response
-from meshserve.roles.frontend.http.routes import Routes
+from meshserve.roles.frontend.http.messages import Request, Response
 from meshserve.roles.frontend.listening import BACKLOG, bind, possible_connections, tls_context, url_of
-from meshserve.roles.frontend.openapi.serving import add_documents
+from meshserve.roles.frontend.pages import add_dashboard, add_documents
+from meshserve.roles.frontend.routes import Routes, json_response
 from meshserve.roles.frontend.tokenizing import Tokenizing
 
 if TYPE_CHECKING:
@@ -48,13 +48,13 @@ class FrontendRole:
     async def start(self) -> str:
         """Bind and serve. Raises StartupFailed if the port is taken, the address not this host's, or the certificate cannot be used."""
         limits = self._config.frontend
+        limits = replace(limits, max_connections=possible_connections(limits.max_connections))
         context = tls_context(limits)
         listening = bind(self._config.http_host, self._config.http_port, limits)
         guard = Guard(self._config)
-        application = Application(guard.admit, self._routes(guard).answer, apis.error_body_for)
+        application = Application(guard.admit, self._routes(guard).answer, apis.error_response)
         scheme = "http" if context is None else "https"
         connections = Connections(application, limits, self._config.max_body_bytes, scheme, self._mesh.counters)
-        connections.max_connections = possible_connections(limits.max_connections)
         self._connections = connections
         self._mesh.gauges.derive("http_connections", lambda: len(connections.open))
         self._server = await asyncio.get_running_loop().create_server(

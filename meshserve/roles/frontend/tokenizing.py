@@ -4,12 +4,12 @@ from typing import Any
 
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.frontend.exchange import Completions
-from meshserve.roles.frontend.http.messages import Request, Response, json_response
-from meshserve.roles.frontend.http.routes import Routes
+from meshserve.roles.frontend.http.messages import Request, Response
 from meshserve.roles.frontend.models.anthropic import parse_count
 from meshserve.roles.frontend.models.chat import parse_tokenize
 from meshserve.roles.frontend.models.completions import parse_detokenize
 from meshserve.roles.frontend.models.reading import read_json
+from meshserve.roles.frontend.routes import Routes, json_response
 from meshserve.wire.completion import CompletionRequest, Tokenized, TokenizeRequest
 from meshserve.wire.messages import DETOKENIZE, TOKENIZE, Method
 from meshserve.wire.structs import Message

@@ -1,1 +1,1 @@
-"""HTTP/1.1 on `httptools`: connections with deadlines and size limits, requests, responses, a table of routes. Knows nothing of models."""
+"""HTTP/1.1 on `httptools`: connections with deadlines and size limits, requests, responses. Knows nothing of models."""

@@ -6,8 +6,8 @@ The sweep over all connections (:class:`Connections`) looks at the deadlines, so
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from meshserve.config import FrontendConfig
 from meshserve.errors import MeshserveError, Overloaded, RateLimited, RequestTimedOut
 from meshserve.roles.frontend.http.deadlines import Progress, Stage, Verdict
-from meshserve.roles.frontend.http.messages import Request, Response, error_headers
+from meshserve.roles.frontend.http.messages import Request, Response
 from meshserve.roles.frontend.http.reader import RequestReader
 from meshserve.telemetry import Counters
 
@@ -44,18 +44,14 @@ class Answer(Protocol):
         """The connection is lost."""
 
 
-Answered = Response | Coroutine[Any, Any, Response] | Answer
-"""What a handler gives back: a coroutine is run as a task of the connection, and cancelled when the client leaves."""
-
-
 @dataclass(frozen=True, slots=True)
 class Application:
     """What stands behind the connections of a server. What raises MeshserveError is answered with that error."""
 
     admit: Callable[[Request], Response | None]
     """Let a request in, as far as its head tells, or answer it."""
-    answer: Callable[[Request], Answered]
-    error_body: Callable[[str, MeshserveError], bytes]
+    answer: Callable[[Request], Response | Answer]
+    error_response: Callable[[str, MeshserveError], Response]
     """An error as the clients of this path expect it."""
 
 
@@ -65,10 +61,9 @@ class Connections:
     def __init__(self, application: Application, limits: FrontendConfig, max_body_bytes: int, scheme: str, counters: Counters) -> None:
         self.application, self.limits, self.max_body_bytes = application, limits, max_body_bytes
         self.scheme, self.counters = scheme, counters
-        self.max_connections = limits.max_connections
         self.open: set[Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
-        """Of handlers that are coroutines."""
+        """Of answers that are made by coroutines."""
         self.is_stopping = False
         """Each connection closes with the response that is under way."""
         self._num_by_address: Counter[str] = Counter()
@@ -80,8 +75,8 @@ class Connections:
         address = connection.address
         self.open.add(connection)
         self._num_by_address[address] += 1
-        if len(self.open) > self.max_connections:
-            return Overloaded(f"this frontend has {self.max_connections} connections open; try again")
+        if len(self.open) > self.limits.max_connections:
+            return Overloaded(f"this frontend has {self.limits.max_connections} connections open; try again")
         if self._num_by_address[address] > self.limits.max_connections_per_address:
             return RateLimited(f"{address} has {self.limits.max_connections_per_address} connections open; close some")
         return None
@@ -149,8 +144,7 @@ class Connection(asyncio.Protocol):
         peername = transport.get_extra_info("peername")
         self.transport, self.address = transport, peername[0] if peername else ""
         self._reader = RequestReader(self.address, connections.scheme, limits.max_header_bytes, connections.max_body_bytes)
-        error = connections.arrived(self)
-        if error is not None:
+        if (error := connections.arrived(self)) is not None:
             connections.counters.add("connections_refused")
             self._write_refusal(error)
             transport.close()
@@ -178,13 +172,12 @@ class Connection(asyncio.Protocol):
             what = "headers" if progress.stage is Stage.HEAD else "body"
             counters.add("clients_timed_out")
             self._refuse(RequestTimedOut(f"the rest of the request's {what} did not come in time"))
-            return True
-        if verdict is Verdict.TOO_SLOW:
-            counters.add("clients_too_slow")
-        if verdict is Verdict.CLOSE and progress.stage is Stage.IDLE:
+        elif progress.stage is Stage.IDLE and verdict is Verdict.CLOSE:
             self.transport.close()
             progress.enter(Stage.LINGER, now_s)  # if its last response is still unread, it is cut off later
         else:
+            if verdict is Verdict.TOO_SLOW:
+                counters.add("clients_too_slow")
             self.transport.abort()
         return True
 
@@ -248,13 +241,19 @@ class Connection(asyncio.Protocol):
         except Exception as error:
             self.went_wrong(error)
         else:
-            if isinstance(answered, Response) and isinstance(answered.body, bytes):
+            if isinstance(answered, Response):
                 self.respond(answered.status, answered.headers, answered.body)
-                return
-            if isinstance(answered, Response | Coroutine):
-                answered = _TaskAnswer(answered, self._connections)
-            self._answer = answered
-            answered.begin(self)
+            else:
+                self._answer = answered
+                answered.begin(self)
+
+    def run(self, answering: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """A task that answers the request. The server waits for the task when it stops."""
+        tasks = self._connections.tasks
+        task = self._connections.loop.create_task(answering)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        return task
 
     # --- responses
 
@@ -288,7 +287,8 @@ class Connection(asyncio.Protocol):
         if self.is_started:
             self.break_off()
         elif self.request is not None:
-            self.respond(error.http_status, error_headers(error), self._application.error_body(self.request.path, error))
+            response = self._application.error_response(self.request.path, error)
+            self.respond(response.status, response.headers, response.body)
 
     def break_off(self) -> None:
         """End a response that cannot be completed together with its connection, so that nobody takes it for whole."""
@@ -344,56 +344,8 @@ class Connection(asyncio.Protocol):
             self.transport.write_eof()
 
     def _write_refusal(self, error: MeshserveError, extra_headers: bytes = b"") -> None:
-        body = self._application.error_body(self._reader.target.decode("latin-1"), error)
-        length = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(body)
-        headers = self._connections.date + error_headers(error) + extra_headers
-        self.transport.write(_STATUS_LINES[error.http_status] + headers + length + body)
+        response = self._application.error_response(self._reader.target.decode("latin-1"), error)
+        length = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(response.body)
+        head = _STATUS_LINES[response.status] + self._connections.date + response.headers + extra_headers + length
+        self.transport.write(head + response.body)
         self._progress.enter(Stage.LINGER, self._connections.now_s)
-
-
-class _TaskAnswer:
-    """Runs a handler's coroutine, and writes a body that comes in pieces."""
-
-    def __init__(self, answered: Response | Coroutine[Any, Any, Response], connections: Connections) -> None:
-        self._answered, self._connections = answered, connections
-        self._resumed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
-
-    def begin(self, connection: Connection) -> None:
-        tasks = self._connections.tasks
-        self._task = self._connections.loop.create_task(self._run(connection))
-        tasks.add(self._task)
-        self._task.add_done_callback(tasks.discard)
-
-    def flush(self) -> None:
-        self._resumed.set()
-
-    def client_gone(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _run(self, connection: Connection) -> None:
-        try:
-            response = self._answered if isinstance(self._answered, Response) else await self._answered
-            if isinstance(response.body, bytes):
-                connection.respond(response.status, response.headers, response.body)
-            else:
-                async with aclosing(response.body) as pieces:
-                    await self._write(connection, response, pieces)
-        except MeshserveError as error:
-            connection.fail(error)
-        except Exception as error:
-            connection.went_wrong(error)
-
-    async def _write(self, connection: Connection, response: Response, pieces: AsyncGenerator[bytes, None]) -> None:
-        if connection.request is None or connection.request.method == "HEAD":
-            connection.respond(response.status, response.headers, b"")
-            return
-        async for piece in pieces:
-            if not connection.is_started:
-                connection.start(response.status, response.headers)
-            connection.write(piece, is_last=False)
-            if connection.is_stuck:
-                self._resumed.clear()
-                await self._resumed.wait()
-        connection.write(b"", is_last=True)

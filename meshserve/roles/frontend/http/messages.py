@@ -1,13 +1,10 @@
 """HTTP requests and responses, as handlers see them. Pure."""
 
-import json
-import math
 import re
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from meshserve.errors import MeshserveError, RequestTooLarge
+from meshserve.errors import RequestTooLarge
 
 Header = tuple[bytes, bytes]
 
@@ -47,10 +44,10 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One response. A body that is a generator leaves in chunks as it comes, and the head with the first of them."""
+    """One response, whole."""
 
     status: int
-    body: bytes | AsyncGenerator[bytes, None] = b""
+    body: bytes = b""
     headers: bytes = b""
     """As :func:`header_lines` gives them; the connection adds date and length."""
 
@@ -60,22 +57,6 @@ def header_lines(headers: Sequence[Header]) -> bytes:
     if _FORBIDDEN.search(b"".join([value for _, value in headers])):
         raise RuntimeError("a header with a control character")
     return b"".join([b"%b: %b\r\n" % header for header in headers])
-
-
-def json_response(value: Any, status: int = 200, headers: bytes = b"") -> Response:
-    """`value` as JSON."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Response(status, text.encode(), JSON + headers)
-
-
-def error_headers(error: MeshserveError) -> bytes:
-    """Of an error's response: its type, when to come back if that is known, and how to show a key if that is what is missing."""
-    headers = JSON
-    if error.http_status in (429, 503):
-        headers += b"retry-after: %d\r\n" % max(1, math.ceil(getattr(error, "retry_after_s", 1.0)))
-    if error.http_status == 401:
-        headers += b"www-authenticate: Bearer\r\n"
-    return headers
 
 
 def body_too_large(max_bytes: int) -> RequestTooLarge:

@@ -60,10 +60,6 @@ class RequestReader:
         """Let go of the parser: it holds the reader, so that only the garbage collector could free both."""
         del self._parser
 
-    def _check_head_size(self) -> None:
-        if len(self.target) + sum(len(name) + len(value) + 4 for name, value in self._headers) > self._max_header_bytes:
-            raise self._header_too_large()
-
     def _header_too_large(self) -> HeaderTooLarge:
         limit = self._max_header_bytes
         return HeaderTooLarge(f"the request line and headers are longer than {limit} bytes, or more than {_MAX_HEADERS} headers")
@@ -82,8 +78,10 @@ class RequestReader:
         self._headers.append((name.lower(), value))
 
     def on_headers_complete(self) -> None:
-        if max(self._num_read, self._num_head_read) > self._max_header_bytes:  # the head and more, perhaps
-            self._check_head_size()
+        if max(self._num_read, self._num_head_read) > self._max_header_bytes:  # the head and more, perhaps: only now it is counted
+            num_bytes = len(self.target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
+            if num_bytes > self._max_header_bytes:
+                raise self._header_too_large()
         if len(self._complete) >= _MAX_PIPELINED:
             raise InvalidRequest("too many requests at once on one connection")
         headers = dict(reversed(self._headers))  # of a header that comes twice, the first counts

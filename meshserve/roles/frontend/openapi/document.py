@@ -1,16 +1,20 @@
 """The OpenAPI document (3.1, https://spec.openapis.org/oas/v3.1.1.html) of a frontend: routes, and the structs' schemas. Pure."""
 
+from collections.abc import Iterable
+from typing import Any
+
 from meshserve import __version__
+from meshserve.errors import InvalidRequest, codes_of
 from meshserve.roles.frontend.access import SESSION_COOKIE
+from meshserve.roles.frontend.anthropic_writers import ERROR_TYPES as ANTHROPIC_TYPES
 from meshserve.roles.frontend.apis import ANTHROPIC_PREFIX
+from meshserve.roles.frontend.exchange import MIN_TIMEOUT_S
 from meshserve.roles.frontend.guard import OPEN_PATHS
 from meshserve.roles.frontend.models import anthropic, chat, completions, responses
 from meshserve.roles.frontend.models.answers import ANSWERS, ref, schema_of
 from meshserve.roles.frontend.models.common import Body, Schema
 from meshserve.roles.frontend.models.schemas import components, name_of
-from meshserve.roles.frontend.openapi.failures import ERRORS, EVERYWHERE, failures, responses_by_name
-from meshserve.roles.frontend.shapes import dump
-from meshserve.roles.frontend.timeouts import MIN_TIMEOUT_S
+from meshserve.roles.frontend.shapes import ERROR_TYPES, dump
 
 _ABOUT = """LLM requests, served by a mesh of peers. OpenAI's and Anthropic's clients work with their base URL changed.
 
@@ -52,6 +56,65 @@ BODIES: tuple[type[Body], ...] = (
 """What routes take; `/tokenize` takes one of two more."""
 _EXAMPLES = {name_of(body.__name__): body.EXAMPLE for body in BODIES}
 _EXAMPLES["TokenizeRequest"] = completions.TokenizePrompt.EXAMPLE
+
+# --- failures: any status but 200 has a shape, and the codes that stand for its reasons
+
+_WORDS = {
+    400: "The request cannot be served as it stands; `param` names the field at fault.",
+    401: "The API key is missing or wrong.",
+    403: "The request comes from a page, or under a host name, that may not make it.",
+    404: "There is no such model or request, or no such path.",
+    408: "The rest of the request, or the reading of the answer, did not come in time.",
+    413: "The body is too long.",
+    429: "This client has more than its share while others wait.",
+    431: "The request line and headers are too long.",
+    499: "Somebody else ended this request.",
+    500: "A mistake of the server's.",
+    502: "A peer that served the request failed, and others could not go on.",
+    503: "The mesh is full, has no worker, or shuts down.",
+    504: "The deadline passed.",
+}
+_EVERYWHERE = (400, 403, 408, 413, 431, 500)
+"""Of any route: connections have limits, and pages of other sites are turned away."""
+_RETRY = {"retry-after": {"description": "Seconds.", "required": True, "schema": {"type": "integer", "minimum": 1}}}
+_ABOUT_ERRORS = "`message` is for people, `code` is stable, for programs, and `param` is the field at fault."
+
+
+def _error(types: Iterable[str]) -> dict[str, Any]:
+    return {"message": str, "type": set(types), "param": (str, None), "code": str}
+
+
+_OPENAI_TYPES = (*ERROR_TYPES.values(), "invalid_request_error", "server_error")
+_ANTHROPIC_TYPES = (*ANTHROPIC_TYPES.values(), "invalid_request_error", "api_error")
+_ERRORS: dict[str, Any] = {
+    "Error": {"": _ABOUT_ERRORS, "error": _error(_OPENAI_TYPES)},
+    "AnthropicError": {"": _ABOUT_ERRORS, "type": "error", "error": _error(_ANTHROPIC_TYPES)},
+}
+"""Shapes, by name."""
+
+
+def _codes(status: int) -> list[str]:
+    """404 is also what an unknown path gets, and that is no request at all."""
+    return sorted({*codes_of(status), *((InvalidRequest.code,) if status == 404 else ())})
+
+
+def _responses_by_name() -> dict[str, Schema]:
+    """All failures, by name."""
+    named = {"Error": "", "AnthropicError": "Anthropic"}
+    return {f"{prefix}{status}": _failure(status, schema) for schema, prefix in named.items() for status in _WORDS}
+
+
+def _failures(statuses: Iterable[int], is_anthropic: bool) -> dict[str, Schema]:
+    """References to the failures with these statuses."""
+    prefix = "Anthropic" if is_anthropic else ""
+    return {str(status): {"$ref": f"#/components/responses/{prefix}{status}"} for status in sorted(set(statuses))}
+
+
+def _failure(status: int, schema: str) -> Schema:
+    code = {"properties": {"error": {"properties": {"code": {"enum": _codes(status)}}}}}
+    response = {"description": _WORDS[status], "content": {"application/json": {"schema": {"allOf": [ref(schema), code]}}}}
+    return {**response, "headers": _RETRY} if status in (429, 503) else response
+
 
 # --- routes
 
@@ -124,7 +187,7 @@ def _operation(line: str, has_keys: bool) -> tuple[str, str, Schema]:
     """Path, method and operation of a route."""
     tag, method, path, name, body, answers, summary = line.split(maxsplit=6)
     is_open = path in OPEN_PATHS
-    statuses = {*EVERYWHERE, *_STATUSES.get(tag, ()), *_STATUSES.get(name, ())}
+    statuses = {*_EVERYWHERE, *_STATUSES.get(tag, ()), *_STATUSES.get(name, ())}
     if "{" in path:
         statuses.add(404)
     found: Schema = {}
@@ -145,7 +208,7 @@ def _operation(line: str, has_keys: bool) -> tuple[str, str, Schema]:
         found["200"] = _answer(answers.split(","), tag)
     if has_keys and is_open:
         operation["security"] = []
-    told = failures(statuses, path.startswith(ANTHROPIC_PREFIX)) | found | _RESPONSES.get(name, {})
+    told = _failures(statuses, path.startswith(ANTHROPIC_PREFIX)) | found | _RESPONSES.get(name, {})
     return path, method, {**operation, "responses": dict(sorted(told.items()))}
 
 
@@ -186,7 +249,7 @@ def document(has_keys: bool, observes: bool) -> Schema:
         "paths": paths,
         "components": {
             "schemas": _schemas(),
-            "responses": responses_by_name(),
+            "responses": _responses_by_name(),
             "parameters": dict(map(_parameter, filter(None, _PARAMETERS.splitlines()))),
         },
     }
@@ -212,5 +275,5 @@ def _schemas() -> dict[str, Schema]:
     found = components([*BODIES, completions.TokenizePrompt, chat.TokenizeChat])
     ways = [found.pop("TokenizePrompt"), found.pop("TokenizeChat")]
     model = {**_TEXT, "minLength": 1, "description": "Of `/v1/models`.", "examples": ["dummy"]}
-    answers = {name: schema_of(shape) for name, shape in {**ANSWERS, **ERRORS}.items()}
+    answers = {name: schema_of(shape) for name, shape in {**ANSWERS, **_ERRORS}.items()}
     return {"Model": model, **found, "TokenizeRequest": {"anyOf": ways}, **answers}
