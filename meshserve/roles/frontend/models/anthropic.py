@@ -7,17 +7,12 @@ from msgspec import Meta
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.frontend.models.chat import HELLO
 from meshserve.roles.frontend.models.common import (
-    HAS_TOOLS,
-    MAX_CALLS,
     MAX_SESSION_CHARACTERS,
-    TOOLS,
     Body,
-    Described,
     Fields,
     ModelName,
     NonEmpty,
     NotDone,
-    Parameters,
     Parsed,
     ResponseOptions,
     Rules,
@@ -34,7 +29,12 @@ from meshserve.roles.frontend.models.common import (
 )
 from meshserve.roles.frontend.models.reading import read, read_object
 from meshserve.roles.frontend.models.requests import (
+    HAS_TOOLS,
+    MAX_CALLS,
+    TOOLS,
+    Described,
     Message,
+    Parameters,
     check_calls,
     json_text,
     sampled,

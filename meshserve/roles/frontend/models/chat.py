@@ -6,24 +6,18 @@ from msgspec import Meta, to_builtins
 
 from meshserve.errors import InvalidRequest
 from meshserve.roles.frontend.models.common import (
-    CHOICE,
     CONTENT,
-    MAX_CALLS,
     PART,
     STREAM_ONLY,
     STREAM_RULE,
-    TOOLS,
-    TOOLS_RULE,
     AnyModel,
     Body,
-    Described,
     Fields,
     NonEmpty,
     NotDone,
     NumChoices,
     NumLogprobs,
     Parallel,
-    Parameters,
     Parsed,
     Refused,
     Rules,
@@ -43,7 +37,17 @@ from meshserve.roles.frontend.models.completions import (
     stream_of,
 )
 from meshserve.roles.frontend.models.reading import read, read_object
-from meshserve.roles.frontend.models.requests import Message, check_calls, tool_fields
+from meshserve.roles.frontend.models.requests import (
+    CHOICE,
+    MAX_CALLS,
+    TOOLS,
+    TOOLS_RULE,
+    Described,
+    Message,
+    Parameters,
+    check_calls,
+    tool_fields,
+)
 from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
 
 # --- messages

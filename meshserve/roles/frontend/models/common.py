@@ -112,62 +112,6 @@ class TextPart(Body, kw_only=True):
 Text = Annotated[str | list[Annotated[TextPart, PART]], CONTENT]
 """Parts' texts are joined. Images, audio and other parts are refused by name."""
 
-# --- tools and formats
-
-MAX_CALLS = 128
-"""Of tools, in one message."""
-TOOLS = Meta(max_length=128, description="No two may have the same name.")
-HAS_TOOLS = given("tools", type="array", minItems=1)
-TOOLS_RULE = either(HAS_TOOLS, unasked("tool_choice", "none", "auto"))
-CHOICE = Meta(
-    description="`required`, or a function of the tools: it is called. Without tools, none can be required.",
-    extra={
-        "words": "must be 'none', 'auto', 'required' or an object that names a function",
-        "covers": (".type",),
-    },
-)
-FunctionName = Annotated[
-    str,
-    Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$"),
-    mistake("must be up to 128 letters, digits, dashes and underscores"),
-]
-_STRICT = (
-    "Arguments are valid under their schema: what the model writes counts as a call only if they are."
-)
-Parameters = Annotated[
-    dict[str, Any],
-    Meta(
-        description="A JSON Schema of type object. What the model's engine cannot keep to is refused.",
-        extra_json_schema={"properties": {"type": {"const": "object"}}},
-    ),
-]
-
-
-class Described(Body, kw_only=True):
-    """A function that a model may call."""
-
-    name: FunctionName
-    description: str | None = None
-    strict: Annotated[bool, Meta(description=_STRICT)] = False
-
-
-class FreeText(Body, tag_field="type", tag="text"):
-    """Any text."""
-
-
-class JsonObject(Body, tag_field="type", tag="json_object"):
-    """The text is a JSON object."""
-
-
-class NamedSchema(Body, kw_only=True):
-    """The text is a document that is valid under this JSON Schema."""
-
-    name: NonEmpty
-    description: str | None = None
-    strict: bool = False
-    schema: dict[str, Any]
-
-
 # --- what all APIs that complete share
 
 _UNASKED = "By default the model's own, if it has one."

@@ -8,16 +8,12 @@ from msgspec import Meta
 
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.frontend.models.common import (
-    MAX_SESSION_CHARACTERS,
     STREAM_ONLY,
     STREAM_RULE,
     AnyModel,
     Body,
     Fields,
-    FreeText,
-    JsonObject,
     LabelledBody,
-    NamedSchema,
     NonEmpty,
     NotDone,
     NumChoices,
@@ -39,6 +35,9 @@ from meshserve.roles.frontend.models.reading import read, read_object, refuse_no
 from meshserve.roles.frontend.models.requests import (
     ANY_OBJECT,
     MAX_SCHEMA_CHARACTERS,
+    FreeText,
+    JsonObject,
+    NamedSchema,
     format_schema,
     json_text,
     sampled,
@@ -134,7 +133,6 @@ _CONSTRAINTS |= {"guided_json", "guided_regex", "guided_choice"}
 def openai_fields(asked: OpenAiBody, fields: Fields, max_tokens: int | None) -> Fields:
     """What the three have in a CompletionRequest. Raises InvalidRequest that names the field."""
     found = sampled(asked, fields, max_tokens)
-    found["session"] = (asked.prompt_cache_key or asked.user or "")[:MAX_SESSION_CHARACTERS]
     if asked.top_k == -1:
         found["top_k"] = 0
     if asked.stop:

@@ -1,17 +1,24 @@
-"""What fields become in a request to a processor, where all APIs do the same: sampling, tools, formats. Pure."""
+"""Sampling, tools and formats: what several APIs have, and what it becomes in a request to a processor. Pure."""
 
 import json
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Annotated, Any
+
+from msgspec import Meta
 
 from meshserve.errors import InvalidRequest
 from meshserve.roles.frontend.models.common import (
-    Described,
+    MAX_SESSION_CHARACTERS,
+    Body,
     Fields,
-    JsonObject,
-    NamedSchema,
+    LabelledBody,
+    NonEmpty,
     SampledBody,
+    either,
+    given,
+    mistake,
+    unasked,
 )
 from meshserve.routing.policies import POLICIES
 from meshserve.wire.completion import CompletionRequest
@@ -31,12 +38,72 @@ Message = dict[str, Any]
 with `id`, `name` and `arguments` (JSON text), and `reasoning_content`, which templates may show again; a tool's has
 the `tool_call_id` of its call."""
 
+# --- tools and formats
+
+MAX_CALLS = 128
+"""Of tools, in one message."""
+TOOLS = Meta(max_length=128, description="No two may have the same name.")
+HAS_TOOLS = given("tools", type="array", minItems=1)
+TOOLS_RULE = either(HAS_TOOLS, unasked("tool_choice", "none", "auto"))
+CHOICE = Meta(
+    description="`required`, or a function of the tools: it is called. Without tools, none can be required.",
+    extra={
+        "words": "must be 'none', 'auto', 'required' or an object that names a function",
+        "covers": (".type",),
+    },
+)
+FunctionName = Annotated[
+    str,
+    Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$"),
+    mistake("must be up to 128 letters, digits, dashes and underscores"),
+]
+_STRICT = (
+    "Arguments are valid under their schema: what the model writes counts as a call only if they are."
+)
+Parameters = Annotated[
+    dict[str, Any],
+    Meta(
+        description="A JSON Schema of type object. What the model's engine cannot keep to is refused.",
+        extra_json_schema={"properties": {"type": {"const": "object"}}},
+    ),
+]
+
+
+class Described(Body, kw_only=True):
+    """A function that a model may call."""
+
+    name: FunctionName
+    description: str | None = None
+    strict: Annotated[bool, Meta(description=_STRICT)] = False
+
+
+class FreeText(Body, tag_field="type", tag="text"):
+    """Any text."""
+
+
+class JsonObject(Body, tag_field="type", tag="json_object"):
+    """The text is a JSON object."""
+
+
+class NamedSchema(Body, kw_only=True):
+    """The text is a document that is valid under this JSON Schema."""
+
+    name: NonEmpty
+    description: str | None = None
+    strict: bool = False
+    schema: dict[str, Any]
+
+
+# --- what they become
+
 
 def sampled(asked: SampledBody, fields: Fields, max_tokens: int | None) -> Fields:
     """Sampling, the model and meshserve's own field. Raises InvalidRequest that names the field."""
     # a body has few of the fields that it might have: only those are looked at
     found = {name: getattr(asked, name) for name in _passed_on(type(asked)) & fields.keys()}
     found["model"] = asked.model
+    if isinstance(asked, LabelledBody):
+        found["session"] = (asked.prompt_cache_key or asked.user or "")[:MAX_SESSION_CHARACTERS]
     if max_tokens is not None and asked.min_tokens > max_tokens:
         words = f"min_tokens must be at most max_tokens, which is {max_tokens}"
         raise InvalidRequest(words, param="min_tokens")

@@ -10,27 +10,17 @@ from msgspec import Meta
 
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.frontend.models.common import (
-    CHOICE,
     CONTENT,
-    MAX_CALLS,
-    MAX_SESSION_CHARACTERS,
     PART,
     STREAM_ONLY,
     STREAM_RULE,
-    TOOLS,
-    TOOLS_RULE,
     Body,
-    Described,
     Fields,
-    FreeText,
-    JsonObject,
     LabelledBody,
-    NamedSchema,
     NonEmpty,
     NotDone,
     NumLogprobs,
     Parallel,
-    Parameters,
     Parsed,
     ResponseOptions,
     Rules,
@@ -44,7 +34,16 @@ from meshserve.roles.frontend.models.common import (
 )
 from meshserve.roles.frontend.models.reading import read, read_object, refuse_not_done
 from meshserve.roles.frontend.models.requests import (
+    CHOICE,
+    MAX_CALLS,
+    TOOLS,
+    TOOLS_RULE,
+    Described,
+    FreeText,
+    JsonObject,
     Message,
+    NamedSchema,
+    Parameters,
     check_calls,
     format_schema,
     sampled,
@@ -195,7 +194,6 @@ def parse_response(body: bytes, request_id: str, client_id: str) -> Parsed:
         logprobs=_logprobs(asked),
         json_schema=format_schema(asked.text and asked.text.format, "text.format"),
         client_id=client_id,
-        session=(asked.prompt_cache_key or asked.user or "")[:MAX_SESSION_CHARACTERS],
         **tool_fields(tools, "parameters", choice, name, asked.parallel_tool_calls),
         **sampled(asked, fields, None),
     )
