@@ -27,7 +27,7 @@ from meshserve.roles.frontend.models.common import (
     either,
     given,
     not_done,
-    unasked,
+    only_with,
 )
 from meshserve.roles.frontend.models.completions import (
     OpenAiBody,
@@ -208,7 +208,7 @@ class ChatBody(OpenAiBody, kw_only=True):
     RULES: ClassVar[Rules] = (
         STREAM_RULE,
         TOOLS_RULE,
-        either(given("logprobs", const=True), unasked("top_logprobs", 0)),
+        only_with(given("logprobs", const=True), "top_logprobs", 0),
     )
     EXAMPLE: ClassVar[Fields] = {"model": "dummy", **HELLO, "max_tokens": 16}
 

@@ -79,6 +79,11 @@ def unasked(field: str, *values: Any) -> Schema:
     return {"properties": {field: {"enum": [*values, None]}}}
 
 
+def only_with(rule: Schema, field: str, *values: Any) -> Schema:
+    """A rule: the field asks for something only where `rule` holds; null and `values` ask for nothing."""
+    return either(rule, unasked(field, *values))
+
+
 # --- types of fields
 
 NonEmpty = Annotated[str, Meta(min_length=1)]
@@ -99,7 +104,7 @@ Stops = Annotated[
 PART = mistake("must be an object with a type and a text", "*")
 CONTENT = mistake("must be text, or a list of parts")
 STREAM_ONLY = Meta(description="Goes with `stream` only.")
-STREAM_RULE = either(given("stream", const=True), unasked("stream_options"))
+STREAM_RULE = only_with(given("stream", const=True), "stream_options")
 
 
 class TextPart(Body, kw_only=True):

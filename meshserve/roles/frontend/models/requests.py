@@ -15,10 +15,9 @@ from meshserve.roles.frontend.models.common import (
     LabelledBody,
     NonEmpty,
     SampledBody,
-    either,
     given,
     mistake,
-    unasked,
+    only_with,
 )
 from meshserve.routing.policies import POLICIES
 from meshserve.wire.completion import CompletionRequest
@@ -44,7 +43,7 @@ MAX_CALLS = 128
 """Of tools, in one message."""
 TOOLS = Meta(max_length=128, description="No two may have the same name.")
 HAS_TOOLS = given("tools", type="array", minItems=1)
-TOOLS_RULE = either(HAS_TOOLS, unasked("tool_choice", "none", "auto"))
+TOOLS_RULE = only_with(HAS_TOOLS, "tool_choice", "none", "auto")
 CHOICE = Meta(
     description="`required`, or a function of the tools: it is called. Without tools, none can be required.",
     extra={

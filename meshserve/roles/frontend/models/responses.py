@@ -26,11 +26,10 @@ from meshserve.roles.frontend.models.common import (
     Rules,
     Stream,
     TokenLimit,
-    either,
     given,
     mistake,
     not_done,
-    unasked,
+    only_with,
 )
 from meshserve.roles.frontend.models.reading import read, read_object, refuse_not_done
 from meshserve.roles.frontend.models.requests import (
@@ -170,7 +169,7 @@ class ResponseBody(LabelledBody, kw_only=True):
     RULES: ClassVar[Rules] = (
         STREAM_RULE,
         TOOLS_RULE,
-        either(given("include", type="array", contains={"const": LOGPROBS}), unasked("top_logprobs", 0)),
+        only_with(given("include", type="array", contains={"const": LOGPROBS}), "top_logprobs", 0),
     )
     EXAMPLE: ClassVar[Fields] = {"model": "dummy", "input": "Hello", "max_output_tokens": 16}
 
