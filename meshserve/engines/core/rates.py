@@ -1,5 +1,4 @@
-"""How fast an engine is, from the steps that it made: what routers estimate waiting times with, and decode workers decide by whether to
-hand a prompt over. Pure."""
+"""How fast an engine is, by the steps that it made, for routers and decode workers. Pure."""
 
 from meshserve.engines.core.scheduler import StepLimits
 

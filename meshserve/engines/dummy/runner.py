@@ -194,34 +194,36 @@ class DummyRunner:
             rated.append(sampler.rate(context, index, self._vocabulary.to_own(generation.tokens[index])) if index else None)
 
     def _finish(self, now: float) -> None:
+        """Sample the next token of each decode, and of each prompt that is complete. One that was
+        cancelled meanwhile gets a token as well, which nobody looks at.
+        """
         step, result = self._step, self._result
         assert step is not None and self._on_result is not None
         self._step, result.duration_s = None, now - self._began
-        if step.decodes:
-            self._sample(step.decodes, result)
-        for request, num_tokens in step.prefills:
-            if request.max_new_tokens and num_tokens == request.num_pending:
-                self._sample([request], result)
-            else:
-                result.tokens.append(END)
-        self._on_result(result)
-
-    def _sample(self, generations: Sequence[Any], result: StepResult) -> None:
-        """The next token of each. One that was cancelled meanwhile gets one as well, which nobody looks at."""
+        producing: list[Any] = step.decodes[:]
+        for request, num_tokens in step.prefills:  # of a prompt that goes on, END stands for no token
+            is_complete = request.max_new_tokens and num_tokens == request.num_pending
+            producing.append(request if is_complete else None)
         keep, from_own = result.tokens.append, self._vocabulary.from_own
-        for generation in generations:
+        for generation in producing:
+            if generation is None:
+                keep(END)
+                continue
             try:
                 if generation.sampler is None:
                     position = generation.first_position + generation.num_generated
                     token = next_token(generation.state.context, generation.sampling, position)
                 else:
-                    token, logprobs = generation.sampler.sample(generation.state.context, generation.position)
+                    token, logprobs = generation.sampler.sample(
+                        generation.state.context, generation.position
+                    )
                     if logprobs is not None:
                         result.logprobs[generation] = logprobs
             except Exception as exc:
                 result.failed.append((generation, exc))
                 token = EOS_TOKEN
             keep(END if token == EOS_TOKEN else from_own[token])
+        self._on_result(result)
 
     # --- blocks
 

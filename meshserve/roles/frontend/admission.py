@@ -10,6 +10,7 @@ typical request is refused, and so is what would. That bounds the waiting of tho
 
 import math
 from collections import OrderedDict
+from dataclasses import dataclass, field
 
 from meshserve.config import FrontendConfig
 from meshserve.errors import DeadlineExceeded, MeshserveError, Overloaded, RateLimited
@@ -24,15 +25,16 @@ _REFUSED_MEMORY_S = 5.0
 _MAX_RETRY_AFTER_S = 60.0
 
 
+@dataclass(slots=True, eq=False)
 class QueueEntry:
     """One request that wants `weight` slots (sequences), or has them."""
 
-    __slots__ = ("admitted_s", "arrived_s", "client", "deadline_s", "is_waiting", "weight")
-
-    def __init__(self, client: str, weight: int, now_s: float, deadline_s: float = math.inf) -> None:
-        self.client, self.weight, self.arrived_s, self.deadline_s = client, weight, now_s, deadline_s
-        self.admitted_s: float | None = None
-        self.is_waiting = False
+    client: str
+    weight: int
+    arrived_s: float
+    deadline_s: float = math.inf
+    admitted_s: float | None = field(default=None, init=False)
+    is_waiting: bool = field(default=False, init=False)
 
     def admitted(self) -> None:
         """The entry waited, and has its slots now."""
@@ -45,13 +47,11 @@ Decision = tuple[QueueEntry, MeshserveError | None]
 """An entry that waited, and why it is refused; None: it is admitted."""
 
 
+@dataclass(slots=True, eq=False)
 class _Client:
-    __slots__ = ("name", "num_running", "queue")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.num_running = 0
-        self.queue: OrderedDict[QueueEntry, None] = OrderedDict()
+    name: str
+    num_running: int = 0
+    queue: OrderedDict[QueueEntry, None] = field(default_factory=OrderedDict)
 
 
 class Admission:
