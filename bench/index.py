@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from meshserve.cli.bench.compare import ratio_of
-from meshserve.kv.index import PrefixIndex
+from meshserve.kv.pool import PrefixIndex
 from meshserve.routing.fleet import Fleet, Question
 from meshserve.routing.workers import Prompt
 from meshserve.wire.routing import WorkerLoad, WorkerReport

@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from meshserve.kv.index import PrefixIndex
+from meshserve.kv.pool import PrefixIndex
 from meshserve.routing.demand import Regret
 from meshserve.routing.policies import rank, rank_prefill
 from meshserve.routing.workers import CostSettings, LoadForecast, Prompt, Rates, Worker

@@ -57,9 +57,16 @@ class Rates:
 
     def is_like(self, other: "Rates", num_blocks: int) -> bool:
         """Whether both could be the same hardware: a prompt, and a decode step with a half-full cache, take about as long."""
-        prompt = self.prefill_ms(_TYPICAL_TOKENS), other.prefill_ms(_TYPICAL_TOKENS)
-        step = self.decode_ms(num_blocks // 2), other.decode_ms(num_blocks // 2)
-        return max(prompt) <= _ALIKE * min(prompt) and max(step) <= _ALIKE * min(step)
+        # `prefill_ms` and `decode_ms` in line: each report of each worker passes here
+        used_blocks = num_blocks // 2
+        prompt_ms = self.prefill_base_ms + self.prefill_ms_per_token * _TYPICAL_TOKENS
+        other_prompt_ms = other.prefill_base_ms + other.prefill_ms_per_token * _TYPICAL_TOKENS
+        step_ms = self.decode_base_ms + self.decode_ms_per_block * used_blocks
+        other_step_ms = other.decode_base_ms + other.decode_ms_per_block * used_blocks
+        return (
+            max(prompt_ms, other_prompt_ms) <= _ALIKE * min(prompt_ms, other_prompt_ms)
+            and max(step_ms, other_step_ms) <= _ALIKE * min(step_ms, other_step_ms)
+        )
 
     def towards(self, other: "Rates", share: float) -> "Rates":
         """A running mean."""

@@ -5,7 +5,7 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshserve.kv.index import PrefixIndex
+from meshserve.kv.pool import PrefixIndex
 from meshserve.routing.fleet import RESERVATION_TIMEOUT_S, InFlight, take_load
 from meshserve.routing.policies import POLICIES, rank, rank_prefill
 from meshserve.routing.workers import Prompt, Worker

@@ -183,8 +183,8 @@ class Request:
     def _start(self, prompts: list["array[int]"], token_texts: TokenTexts) -> None:
         """Make the sequences, and send the first answer to each prompt to a worker."""
         asked, card, role = self.asked, self.card, self.role
-        check_prompts(asked, prompts, card, token_texts.vocab_size)
         self.prompts, self.token_texts, self._is_plain = prompts, token_texts, asked.is_plain
+        check_prompts(asked, prompts, card, token_texts.vocab_size)
         if asked.kind == "chat" or asked.tool_choice != "none":
             self._prepare_answers()
         self._num_open = asked.n * len(prompts)
