@@ -13,7 +13,7 @@ from meshserve.cli.bench.compare import ratio_of
 from tests.harness import Process, meshserve_command, pace
 from tests.harness.pressure import allowance_s
 from tests.harness.waiting import pace_async
-from tests.lan.test_front_faults import ALONE, completion
+from tests.lan.test_frontend_faults import ALONE, completion
 
 
 class Outcome(NamedTuple):

@@ -1,4 +1,4 @@
-"""A front whose processor dies while hundreds wait for a place: every one of them is told."""
+"""A frontend whose processor dies while hundreds wait for a place: every one of them is told."""
 
 import json
 import select
@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import httpx
 
 from tests.harness import Process, meshserve_command, wait_until
-from tests.roles.fronts import BODY
+from tests.roles.frontends import BODY
 
-MESH = ("--mesh", "front-lost", "--interface", "127.0.0.1", "--no-mdns")
+MESH = ("--mesh", "frontend-lost", "--interface", "127.0.0.1", "--no-mdns")
 NUM_CLIENTS = 300
 DATA = json.dumps({**BODY, "max_tokens": 400, "ignore_eos": True, "stream": True}).encode()
 REQUEST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(DATA) + DATA
@@ -48,7 +48,7 @@ def first_words(waiting: dict[int, socket.socket], deadline_s: float) -> list[by
 
 
 def num_waiting(client: httpx.Client) -> int:
-    """For a place, at the front."""
+    """For a place, at the frontend."""
     return sum(peer["held"].get("waiting_for_a_place", 0) for peer in client.get("/mesh/peers").json())
 
 
@@ -70,7 +70,7 @@ def test_row_14_all_who_wait_for_a_place_are_told_when_the_processor_dies() -> N
         with Process(meshserve_command("run", "--role", "processor", "--peer", peer, *MESH)) as processor:
             processor.ready()
             with httpx.Client(base_url=ready["http"], timeout=60.0) as client:
-                wait_until(lambda: client.get("/ready").status_code == 200, 10.0, "the front is ready")
+                wait_until(lambda: client.get("/ready").status_code == 200, 10.0, "the frontend is ready")
                 assert client.post("/v1/completions", json=BODY).status_code == 200  # by then it knows how many places there are
                 with clients(ready["http"]) as waiting:
                     wait_until(lambda: num_waiting(client) > NUM_CLIENTS * 3 // 4, 10.0, "most of them wait for a place")

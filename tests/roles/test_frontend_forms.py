@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.roles.fronts import BODY, Front, started
+from tests.roles.frontends import BODY, Frontend, started
 
 DATA = json.dumps({**BODY, "max_tokens": 9}).encode()
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nx-request-id: mine\r\n"
@@ -17,8 +17,8 @@ CHUNKED = b"transfer-encoding: chunked\r\n"
 
 
 @pytest.fixture(scope="module")
-def front() -> Iterator[Front]:
-    yield from started("--mesh", "front-forms", "--cors-origin", "https://chat.example.org")
+def frontend() -> Iterator[Frontend]:
+    yield from started("--mesh", "frontend-forms", "--cors-origin", "https://chat.example.org")
 
 
 def chunks(data: bytes) -> bytes:
@@ -60,55 +60,55 @@ def exchanged(connection: socket.socket, parts: list[bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_each_form_of_a_request_has_the_same_answer(front: Front, form: str) -> None:
-    expected = answer_of(front.raw(HEAD + CLOSE + SIZE + b"\r\n" + DATA))
-    with front.connect() as connection:
+def test_each_form_of_a_request_has_the_same_answer(frontend: Frontend, form: str) -> None:
+    expected = answer_of(frontend.raw(HEAD + CLOSE + SIZE + b"\r\n" + DATA))
+    with frontend.connect() as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         assert answer_of(exchanged(connection, FORMS[form])) == expected
 
 
-def test_an_older_client_gets_it_too(front: Front) -> None:
-    expected, _ = answer_of(front.raw(HEAD + CLOSE + SIZE + b"\r\n" + DATA))
-    assert answer_of(front.raw(HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + SIZE + b"\r\n" + DATA))[0] == expected
+def test_an_older_client_gets_it_too(frontend: Frontend) -> None:
+    expected, _ = answer_of(frontend.raw(HEAD + CLOSE + SIZE + b"\r\n" + DATA))
+    assert answer_of(frontend.raw(HEAD.replace(b"HTTP/1.1", b"HTTP/1.0") + SIZE + b"\r\n" + DATA))[0] == expected
 
 
-def test_an_older_client_gets_a_stream_to_the_connections_end_and_no_chunks(front: Front) -> None:
+def test_an_older_client_gets_a_stream_to_the_connections_end_and_no_chunks(frontend: Frontend) -> None:
     body = json.dumps({**BODY, "stream": True}).encode()
     head = b"POST /v1/completions HTTP/1.0\r\nhost: localhost\r\ncontent-length: %d\r\n\r\n" % len(body)
-    told, _, events = front.raw(head + body).partition(b"\r\n\r\n")
+    told, _, events = frontend.raw(head + body).partition(b"\r\n\r\n")
     assert b"transfer-encoding" not in told and b"connection: close" in told
     assert events.startswith(b"data: {") and events.endswith(b"}\n\ndata: [DONE]\n\n")
 
 
 @pytest.mark.parametrize("path", ["/health", "/nowhere", "/mesh/events", "/metrics"])
-def test_a_head_is_told_what_a_get_would_be_without_the_body(front: Front, path: str) -> None:
-    told = front.raw(f"HEAD {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
+def test_a_head_is_told_what_a_get_would_be_without_the_body(frontend: Frontend, path: str) -> None:
+    told = frontend.raw(f"HEAD {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
     assert told.endswith(b"\r\n\r\n") and told.count(b"\r\n\r\n") == 1 and b"content-length: " in told
     assert told.startswith(b"HTTP/1.1 404" if path == "/nowhere" else b"HTTP/1.1 200")
 
 
-def test_requests_that_come_before_the_first_is_answered_are_answered_in_turn(front: Front) -> None:
+def test_requests_that_come_before_the_first_is_answered_are_answered_in_turn(frontend: Frontend) -> None:
     plain, short = HEAD + SIZE + b"\r\n" + DATA, json.dumps({**BODY, "max_tokens": 1}).encode()
     last = HEAD + CLOSE + b"content-length: %d\r\n\r\n" % len(short) + short
-    received = front.raw(plain * 3 + b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" + last)
+    received = frontend.raw(plain * 3 + b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" + last)
     counts = [int(count) for count in re.findall(rb'"completion_tokens":(\d+)', received)]
     assert counts == [9, 9, 9, 1] and received.count(b"HTTP/1.1 200 OK") == 5
 
 
-def test_pipelined_requests_are_answered_in_turn_and_hundreds_of_them_are_too_many(front: Front) -> None:
+def test_pipelined_requests_are_answered_in_turn_and_hundreds_of_them_are_too_many(frontend: Frontend) -> None:
     one = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     last = one.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")
-    assert front.raw(one * 9 + last).count(b"HTTP/1.1 200 OK") == 10
+    assert frontend.raw(one * 9 + last).count(b"HTTP/1.1 200 OK") == 10
     try:
-        answered = front.raw(one * 500 + last)
+        answered = frontend.raw(one * 500 + last)
     except ConnectionResetError:
         answered = b""
     assert answered.count(b"HTTP/1.1 200 OK") < 500
-    assert front.client.get("/health").status_code == 200
+    assert frontend.client.get("/health").status_code == 200
 
 
-def test_keep_alive_serves_one_request_after_the_other(front: Front) -> None:
-    with front.connect() as connection:
+def test_keep_alive_serves_one_request_after_the_other(frontend: Frontend) -> None:
+    with frontend.connect() as connection:
         for _ in range(3):
             connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
             told = b""

@@ -1,4 +1,4 @@
-"""A front of a process of its own, and raw bytes to it."""
+"""A frontend of a process of its own, and raw bytes to it."""
 
 import socket
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ ALL_ROLES = ("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns", "-
 BODY = {"model": "dummy", "prompt": "hi", "max_tokens": 2}
 
 
-class Front(NamedTuple):
+class Frontend(NamedTuple):
     """A peer and how to reach it."""
 
     process: Process
@@ -38,12 +38,12 @@ class Front(NamedTuple):
         return sum(peer["load"]["num_running"] + peer["load"]["num_waiting"] for peer in peers)
 
 
-def started(*options: str, headers: dict[str, str] | None = None) -> Iterator[Front]:
+def started(*options: str, headers: dict[str, str] | None = None) -> Iterator[Frontend]:
     with Process(meshserve_command(*ALL_ROLES, *options)) as process:
         url = process.ready()["http"]
         no_pool = httpx.Limits(max_keepalive_connections=0)  # a test leaves no connection to the next
         with httpx.Client(base_url=url, timeout=60.0, headers=headers, limits=no_pool) as client:
-            yield Front(process, url, client)
+            yield Frontend(process, url, client)
         process.terminate()
         assert process.wait() == 0
         assert "Traceback" not in process.stderr_text and "secret" not in process.stderr_text

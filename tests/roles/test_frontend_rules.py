@@ -1,4 +1,4 @@
-"""The pure parts of the front: deadlines of connections, what JSON costs, keys, sessions, guesses, origins, names."""
+"""The pure parts of the frontend: deadlines of connections, what JSON costs, keys, sessions, guesses, origins, names."""
 
 import json
 from itertools import pairwise
