@@ -95,6 +95,12 @@ def test_requests_that_come_before_the_first_is_answered_are_answered_in_turn(fr
     assert counts == [9, 9, 9, 1] and received.count(b"HTTP/1.1 200 OK") == 5
 
 
+@pytest.mark.parametrize("then", [b"\x00 garbage\r\n\r\n", b"GET / HTTP/1.1\r\nx: " + b"x" * 70_000 + b"\r\n\r\n"], ids=["garbage", "head"])
+def test_what_is_refused_behind_a_request_in_one_read_is_not_taken_for_that_requests_response(frontend: Frontend, then: bytes) -> None:
+    told = frontend.raw(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" + then)
+    assert told == b"" or told.startswith(b"HTTP/1.1 200 ")
+
+
 def test_pipelined_requests_are_answered_in_turn_and_hundreds_of_them_are_too_many(frontend: Frontend) -> None:
     one = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     last = one.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n")

@@ -189,6 +189,8 @@ class Connection(asyncio.Protocol):
         try:
             self._queue += self._reader.feed(data)
         except MeshserveError as error:
+            # a client would take the refusal for the response to its first request that waits
+            self._queue += self._reader.complete
             self._refuse(error)
             return
         self._note_progress()

@@ -37,11 +37,12 @@ class RequestReader:
         """Of the reads since the head began: more than the head has, but known before the parser gives any of it out."""
         self._body = bytearray()
         self._num_parts = 0
-        self._complete: list[Request] = []
+        self.complete: list[Request] = []
+        """Those that the last bytes completed, also where the rest of these bytes was refused."""
 
     def feed(self, data: bytes) -> list[Request]:
         """The requests that these bytes complete. After InvalidRequest, HeaderTooLarge or RequestTooLarge it reads no more."""
-        self._num_read, self._num_parts, self._complete = len(data), 0, []
+        self._num_read, self._num_parts, self.complete = len(data), 0, []
         if self.request is None:
             self._num_head_read += len(data)
         try:
@@ -54,7 +55,7 @@ class RequestReader:
             raise InvalidRequest("this is not an HTTP request") from None
         if self.is_in_head and self._num_head_read > self._max_header_bytes:
             raise self._header_too_large()
-        return self._complete
+        return self.complete
 
     def close(self) -> None:
         """Let go of the parser: it holds the reader, so that only the garbage collector could free both."""
@@ -82,7 +83,7 @@ class RequestReader:
             num_bytes = len(self.target) + sum(len(name) + len(value) + 4 for name, value in self._headers)
             if num_bytes > self._max_header_bytes:
                 raise self._header_too_large()
-        if len(self._complete) >= _MAX_PIPELINED:
+        if len(self.complete) >= _MAX_PIPELINED:
             raise InvalidRequest("too many requests at once on one connection")
         headers = dict(reversed(self._headers))  # of a header that comes twice, the first counts
         announced = headers.get(b"content-length", b"0")
@@ -111,5 +112,5 @@ class RequestReader:
         assert self.request is not None
         if self._body:
             self.request.body, self._body = bytes(self._body), bytearray()
-        self._complete.append(self.request)
+        self.complete.append(self.request)
         self.request, self._num_head_read = None, 0
