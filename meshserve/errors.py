@@ -145,12 +145,6 @@ class PeerSilent(MeshserveError):
     code, http_status = "peer_silent", 502
 
 
-class LinkOverflow(PeerLost):
-    """A peer read too slowly, its outbox overflowed, and the link was dropped."""
-
-    code = "link_overflow"
-
-
 class DeadlineExceeded(MeshserveError):
     """The stream was still open at its deadline."""
 

@@ -66,7 +66,6 @@ class Member:
     info: PeerInfo
     is_talking: bool
     heard_s: float
-    joined_s: float
     started_s: float
     """When it started, on our clock: joined minus the age that it told."""
     state: PeerState = PeerState.ALIVE
@@ -161,7 +160,7 @@ class Membership:
             is_changed, member.info = member.info != info, info
             return ([(Change.UPDATED, member)] if is_changed else []) + self._heard(member, now_s)
         changes = [self._remove(old, Change.DIED, now_s) for old in self._superseded(info)]
-        member = Member(info, are_talking(self.own, info), heard_s=now_s, joined_s=now_s, started_s=now_s - age_s, next_dial_s=now_s)
+        member = Member(info, are_talking(self.own, info), heard_s=now_s, started_s=now_s - age_s, next_dial_s=now_s)
         member.is_dialling = candidate is not None and candidate.is_dialling  # its outcome will be told under the same key
         self.members[info.incarnation] = member
         self._gone.pop(info.incarnation, None)

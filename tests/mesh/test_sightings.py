@@ -25,7 +25,7 @@ HOST = "127.0.0.1"
 
 def a_member(**changes: Any) -> Member:
     info = PeerInfo("old", "w", "default", ("decode",), ("10.0.0.3",), 7800, "1")
-    member = Member(info, True, 0.0, 0.0, 0.0, shown_name="w")
+    member = Member(info, True, 0.0, 0.0, shown_name="w")
     for name, value in changes.items():
         setattr(member, name, value)
     return member

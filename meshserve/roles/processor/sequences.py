@@ -25,7 +25,7 @@ from meshserve.wire.routing import RouteRequest, RoutingDecision
 
 _MAX_ATTEMPTS = 4
 _RETRIED_CODES = frozenset(
-    ("peer_lost", "peer_silent", "link_overflow", "draining", "no_worker", "unknown_method", "overloaded")
+    ("peer_lost", "peer_silent", "draining", "no_worker", "unknown_method", "overloaded")
 )
 """Errors that say nothing about the request itself: another worker may do."""
 _ROUTE_TIMEOUT_S = 0.5
