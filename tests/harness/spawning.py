@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from tests.harness.waiting import pace
+
 ROOT = Path(__file__).parents[2]
 _COMMAND = [sys.executable, "-m", "meshserve"]
 _PRELOADED = (
@@ -61,7 +63,7 @@ class Child:
         while (code := self.poll()) is None:
             if time.monotonic() > end:
                 raise subprocess.TimeoutExpired(_COMMAND, timeout)
-            time.sleep(_POLL_S)
+            pace(_POLL_S)
         return code
 
     def send_signal(self, number: int) -> None:
