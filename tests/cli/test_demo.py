@@ -5,11 +5,15 @@ import re
 import signal
 import socket
 import time
+from contextlib import aclosing
 
 import httpx
 import pytest
 
-from tests.harness import Completed, Process, run_command
+from meshserve.cli.demo.asking import Client
+from meshserve.cli.demo.prompts import dummy_questions
+from tests.cli.bench_server import serving, tokens
+from tests.harness import Completed, Process, run_async, run_command
 from tests.harness.pressure import allowance_s
 from tests.harness.processes import meshserve_command
 from tests.harness.rights import missing_right
@@ -83,6 +87,24 @@ def test_a_demo_whose_reader_has_seen_enough_ends_well() -> None:
     with Process(["sh", "-c", '{ "$@"; echo "ended with $?" >&2; } | head -1', "sh", *DEMO_ONCE]) as process:
         assert process.wait() == 0
         assert "ended with 0" in process.stderr_text and "Traceback" not in process.stderr_text
+
+
+@pytest.mark.parametrize("num_shown", [0, 1, 4])
+def test_a_terminal_that_is_closed_while_an_answer_is_shown_is_no_fault_of_the_answer(num_shown: int) -> None:
+    shown: list[str] = []
+
+    def show(text: str) -> None:
+        if len(shown) == num_shown:
+            raise BrokenPipeError
+        shown.append(text)
+
+    async def course() -> None:
+        async with serving(lambda asked: tokens(8, gap_s=0.01)) as server, aclosing(Client(server.url)) as client:
+            with pytest.raises(BrokenPipeError):
+                await client.ask(dummy_questions()[0], "scripted", 10.0, show)
+
+    run_async(course())
+    assert len(shown) == num_shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])

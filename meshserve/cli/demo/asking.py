@@ -49,19 +49,25 @@ class Client:
     async def ask(
         self, question: Question, model: str, timeout_s: float, on_text: Callable[[str], None]
     ) -> Answered:
-        """Give out the answer's text as it comes. Raises StartupFailed if there is no answer."""
+        """Give out the answer's text as it comes.
+
+        Raises StartupFailed if there is no answer, and whatever `on_text` raises.
+        """
         body = {"model": model, **question.body, "stream": True, "meshserve": {"receipt": True}}
         head = request_head("POST", self._host, question.path)
-        reply, began_s = _Answer(on_text), time.monotonic()
+        reply, began_s = _Answer(), time.monotonic()
         self._pool.start(with_body(head, json.dumps(body).encode()), reply)
         try:
             async with asyncio.timeout(timeout_s):
-                ended_s = await reply.ended
+                while text := await reply.next_text():
+                    on_text(text)
         except TimeoutError as error:
             raise StartupFailed(
                 f"a prompt was not answered in {timeout_s:g} s: "
                 "this machine is too slow, or too busy, for the model"
             ) from error
+        try:
+            ended_s = reply.ended.result()
         except ConnectionError as error:
             raise StartupFailed(f"a prompt was not answered: {error}") from error
         first_s = reply.first_s or ended_s
@@ -73,13 +79,19 @@ class Client:
 
 
 class _Answer(WaitedReply):
-    """A stream whose text is given out as it comes."""
+    """A stream whose text can be waited for.
 
-    __slots__ = ("_events", "_on_text", "first_s")
+    Text is given out to the one who waits, never from `body`: the HTTP parser calls `body`, and
+    would take an error of the terminal (a closed pipe) for a malformed response.
+    """
 
-    def __init__(self, on_text: Callable[[str], None]) -> None:
+    __slots__ = ("_events", "_has_news", "first_s")
+
+    def __init__(self) -> None:
         super().__init__()
-        self._events, self._on_text = EventReader(is_keeping_text=True), on_text
+        self._events = EventReader(is_keeping_text=True)
+        self._has_news = asyncio.Event()
+        self.ended.add_done_callback(lambda _: self._has_news.set())
         self.first_s: float | None = None
 
     def body(self, now_s: float, data: bytes) -> None:
@@ -87,7 +99,14 @@ class _Answer(WaitedReply):
             self.parts.append(data)
         elif self._events.feed(data):
             self.first_s = self.first_s or now_s
-            self._on_text(self._events.take_text())
+            self._has_news.set()
+
+    async def next_text(self) -> str:
+        """The text that came since the last call; empty once the answer has ended or failed."""
+        while not (text := self._events.take_text()) and not self.ended.done():
+            self._has_news.clear()
+            await self._has_news.wait()
+        return text
 
     def receipt(self) -> dict[str, Any]:
         """The receipt of a complete answer. Raises StartupFailed if there is an error instead."""
