@@ -5,6 +5,7 @@ from typing import Annotated
 from msgspec.structs import force_setattr
 
 from meshserve.errors import ProtocolError
+from meshserve.wire.generation import SamplingDefaults
 from meshserve.wire.structs import Count, Figure, FrozenMap, Meta, Row, asdict, replace
 
 FEATURES = ("logprobs", "penalties", "logit_bias", "json_schema", "regex", "tools", "tool_text")
@@ -27,20 +28,6 @@ class ModelFile(FrozenMap, frozen=True):
     size_bytes: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES)]
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
     """Of its contents, in hexadecimal digits; what it is asked for by, and what it is checked against."""
-
-
-class SamplingDefaults(FrozenMap, frozen=True):
-    """Sampling parameters of requests that name none, as a model's `generation_config.json` has them."""
-
-    temperature: Annotated[float, Meta(ge=0, lt=1e6)] = 0.0
-    """0 is greedy."""
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
-    """0 is all."""
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    """0 is none."""
-    repetition_penalty: Annotated[float, Meta(ge=0.01, lt=1e6)] = 1.0
-    """1 is none."""
 
 
 class ModelCard(FrozenMap, frozen=True):

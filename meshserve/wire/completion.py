@@ -11,18 +11,14 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 from meshserve.errors import ProtocolError
-from meshserve.wire.generation import ChoiceTexts, LogitBias
-from meshserve.wire.structs import Count, Map, Meta, NonEmpty, Row, Tokens, read, unpack_tokens
+from meshserve.wire.generation import AskedSampling
+from meshserve.wire.structs import Count, Meta, NonEmpty, Row, Tokens, read, unpack_tokens
 
 MAX_CHOICES = 128
 """Answers to one request, of all its prompts together: each is a sequence on a worker."""
-MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_MESSAGES = 16_384
-MAX_COUNT = 10_000_000
-"""Of tokens to be made, or to choose from."""
 
-_TokenCount = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 if TYPE_CHECKING:
     Prompts = str | array[int] | tuple[str | array[int], ...] | None
 else:
@@ -30,8 +26,8 @@ else:
 """Text or token ids, or several of them, for a completion."""
 
 
-class CompletionRequest(Map):
-    """A chat, or one prompt or several, to be completed. What the client left open is None, and is filled in by the model's card."""
+class CompletionRequest(AskedSampling):
+    """A chat, or one prompt or several, to be completed, with the sampling parameters that the client named."""
 
     request_id: str
     """The mesh's own name of the request: the frontend's incarnation and a counter."""
@@ -40,34 +36,11 @@ class CompletionRequest(Map):
     prompt: Prompts = None
     messages: Annotated[list[dict[str, Any]], Meta(max_length=MAX_MESSAGES)] | None = None
     """For a chat: role and content as text, and `name`, `tool_calls` (id, name, arguments as text) or `tool_call_id` where they belong."""
-    max_tokens: _TokenCount | None = None
-    """None: the processor's own limit. 0: nothing, for a prompt that is only echoed."""
-    min_tokens: _TokenCount = 0
-    """Neither an end-of-sequence token nor a stop string ends a choice before so many tokens."""
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: _TokenCount | None = None
-    """0 is all."""
-    seed: int | None = None
-    ignore_eos: bool = False
     stop: Annotated[tuple[NonEmpty, ...], Meta(max_length=MAX_STOPS)] = ()
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     """Answers to each prompt."""
     echo: bool = False
     """The text begins with the prompt."""
-    logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] = -1
-    """As in :class:`~meshserve.wire.generation.Sampling`."""
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float | None = None
-    min_p: float | None = None
-    logit_bias: LogitBias = ()
-    json_schema: str = ""
-    """The text must be valid under this JSON Schema (its text)."""
-    regex: str = ""
-    """The whole text must match this regular expression."""
-    choices: ChoiceTexts = ()
-    """The text must be one of these. Of schema, expression and choices there is one at most."""
     tools: str = ""
     """A JSON list of functions, each in OpenAI's form: `{"type": "function", "function": {"name", "description", "parameters"}}`;
     `"strict": true` there says that its calls must be valid."""
@@ -127,7 +100,7 @@ class CompletionRequest(Map):
 
 
 _FEATURES = (
-    *("logprobs", "tool_choice", "presence_penalty", "frequency_penalty", "repetition_penalty", "min_p", "logit_bias"),
+    *("logprobs", "tool_choice", "presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
     *("json_schema", "regex", "choices"),
 )
 _features_of = attrgetter(*_FEATURES)

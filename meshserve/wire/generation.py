@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 from meshserve.errors import ProtocolError
-from meshserve.wire.structs import MAX_MS, Map, Meta, Milliseconds, NonEmpty, Tokens, field
+from meshserve.wire.structs import MAX_MS, FrozenMap, Map, Meta, Milliseconds, NonEmpty, Tokens, field
 
 MAX_LOGIT_BIASES, MAX_CHOICE_TEXTS = 4096, 1024
 LogitBias = Annotated[tuple[tuple[int, float], ...], Meta(max_length=MAX_LOGIT_BIASES)]
@@ -26,42 +26,75 @@ TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 """A token's log probability, and the likeliest tokens at its place with theirs, likeliest first. Natural logarithms."""
 
 
-class Sampling(Map):
-    """How tokens are chosen. Sampling is a function of these, the position and the logits, never of the worker or the time."""
+MAX_COUNT = 10_000_000
+"""Of tokens to be made, or to choose from."""
+MAX_LOGPROBS = 20
+TokenCount = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
+NumLogprobs = Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)]
 
-    max_tokens: int = 16
-    min_tokens: int = 0
-    """No end-of-sequence token before so many tokens."""
-    temperature: float = 0.0
+
+class SamplingDefaults(FrozenMap, frozen=True):
+    """Sampling parameters of requests that name none, as a model's `generation_config.json` has them."""
+
+    temperature: Annotated[float, Meta(ge=0, lt=1e6)] = 0.0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, lt=1e6)] = 1.0
+
+
+class AskedSampling(Map, kw_only=True):
+    """Sampling parameters as a request names them: None is open, and filled in by the model's card and the processor.
+
+    A body of an HTTP API passes a field on that has the name of one here, and the processor passes it on to the worker.
+    """
+
+    max_tokens: TokenCount | None = None
+    """None: the processor's own limit. 0: nothing, for a prompt that is only echoed."""
+    min_tokens: TokenCount = 0
+    """Neither an end-of-sequence token nor a stop string ends an output before so many tokens."""
+    temperature: float | None = None
     """0 is greedy."""
-    top_p: float = 1.0
-    top_k: int = 0
+    top_p: float | None = None
+    top_k: TokenCount | None = None
     """0 is all."""
-    seed: int = 0
+    min_p: float | None = None
+    """Tokens less likely than this share of the likeliest one's probability, at the temperature, are not chosen; 0 is none."""
+    seed: int | None = None
     """Drawn by the processor where the client named none, so that another worker can continue identically."""
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever the model says."""
-    choice: int = 0
-    """Which of several answers to one prompt this is: each draws its own tokens from the one seed."""
     presence_penalty: float = 0.0
     """Taken from the logits of tokens that are in the output so far."""
     frequency_penalty: float = 0.0
     """Taken from a token's logit for each time that it is in the output so far."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     """Divides the logits above 0 of tokens that are in the prompt or the output, and multiplies those below; 1 is none."""
-    min_p: float = 0.0
-    """Tokens less likely than this share of the likeliest one's probability, at the temperature, are not chosen; 0 is none."""
     logit_bias: LogitBias = ()
-    logprobs: int = -1
+    logprobs: NumLogprobs = -1
     """How many alternatives are reported with each token's log probability; 0 is the token's own only, -1 none."""
-    prompt_logprobs: int = -1
-    """The same for the prompt's tokens, all at once and before the first token; the prompt's first one has none."""
     json_schema: str = ""
     """The output's text must be a JSON document that is valid under this JSON Schema (its text); empty: it is free."""
     regex: str = ""
     """The whole output's text must match this regular expression."""
     choices: ChoiceTexts = ()
     """The output's text must be one of these. Of schema, expression and choices there is one at most."""
+
+
+class Sampling(AskedSampling, kw_only=True):
+    """How tokens are chosen. Sampling is a function of these, the position and the logits, never of the worker or the time."""
+
+    max_tokens: int = 16
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    choice: int = 0
+    """Which of several answers to one prompt this is: each draws its own tokens from the one seed."""
+    prompt_logprobs: int = -1
+    """`logprobs` of the prompt's tokens, all at once and before the first token; the prompt's first one has none."""
 
 
 class GenerateRequest(Map, dict=True):

@@ -6,7 +6,7 @@ from typing import Any
 
 import schemathesis
 
-from meshserve.wire.completion import MAX_COUNT
+from meshserve.wire.generation import MAX_COUNT
 from tests.api.openapi_rules import is_rule
 
 MODELS = ["dummy", "nobody"]

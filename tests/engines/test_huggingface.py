@@ -22,7 +22,7 @@ from meshserve.engines.tokenizers.settings import TextSettings
 from meshserve.engines.tokenizers.table import TokenTable
 from meshserve.errors import TokenizerFailed, UsageError
 from meshserve.roles.processor.detokenizing import Detokenizer
-from meshserve.wire.card import SamplingDefaults
+from meshserve.wire.generation import SamplingDefaults
 from tests.engines.trained import KINDS, files_of, with_config, write_directory
 from tests.harness import run_command
 

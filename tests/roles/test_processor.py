@@ -9,9 +9,8 @@ from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import EngineFailed, InvalidRequest, MeshserveError
 from meshserve.roles.processor.models import sampling_of
-from meshserve.wire.card import SamplingDefaults
 from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, StartItem, TextItem
-from meshserve.wire.generation import Sampling
+from meshserve.wire.generation import Sampling, SamplingDefaults
 from meshserve.wire.messages import COMPLETE, ROUTE
 from meshserve.wire.structs import asdict, replace
 from tests.harness import run_async, until

@@ -7,8 +7,9 @@ import pytest
 from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import ProtocolError
-from meshserve.wire.card import MAX_ALIASES, ModelCard, SamplingDefaults
+from meshserve.wire.card import MAX_ALIASES, ModelCard
 from meshserve.wire.frames import pack_body, unpack_body
+from meshserve.wire.generation import SamplingDefaults
 from meshserve.wire.structs import replace
 
 CARD = DummyEngine(EngineOptions()).card

@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meshserve.errors import ProtocolError, TokenizerFailed
-from meshserve.wire.card import SamplingDefaults
+from meshserve.wire.generation import SamplingDefaults
 from meshserve.wire.structs import asdict
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Names under which templates know them."""
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 _MAX_TEMPERATURE = 100.0
 """A higher one is a mistake in the file."""
 
@@ -97,7 +96,7 @@ def _sampling_defaults(generation: dict[str, Any]) -> SamplingDefaults:
     """What it says, as far as a sampler can use it. A model that does not sample keeps its penalty only."""
     found = SamplingDefaults()
     is_greedy = generation.get("do_sample") is False
-    for name in ("repetition_penalty",) if is_greedy else _SAMPLING:
+    for name in ("repetition_penalty",) if is_greedy else SamplingDefaults.__struct_fields__:
         value = generation.get(name)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
             continue

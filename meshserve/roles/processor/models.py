@@ -20,9 +20,9 @@ from meshserve.roles.processor.model_files import FileCache, ModelFiles, cache_d
 from meshserve.roles.processor.texts import ModelText, ProcessText
 from meshserve.roles.processor.tools import call_schema, tools_of, wants_call, writes_calls
 from meshserve.telemetry import Histograms
-from meshserve.wire.card import ModelCard, SamplingDefaults
+from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
-from meshserve.wire.generation import Sampling
+from meshserve.wire.generation import AskedSampling, Sampling, SamplingDefaults
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.messages import DETOKENIZE, TOKENIZE
 from meshserve.wire.routing import Candidate
@@ -306,12 +306,9 @@ def check_prompts(
         raise InvalidRequest(text, param="prompt")
 
 
-_ASKED_AS_THEY_ARE = tuple(
-    name
-    for name in Sampling.__struct_fields__
-    if name in CompletionRequest.__struct_fields__ and name not in ("max_tokens", "seed", *SamplingDefaults.__struct_fields__)
-)
-"""Sampling parameters that a request names as `Sampling` does: a new one is passed on by its name alone."""
+_FILLED_IN = {"max_tokens", "seed", *SamplingDefaults.__struct_fields__}
+_ASKED_AS_THEY_ARE = tuple(name for name in AskedSampling.__struct_fields__ if name not in _FILLED_IN)
+"""Sampling parameters that are passed on as they are asked for, by their names alone."""
 _asked_as_they_are = attrgetter(*_ASKED_AS_THEY_ARE)
 
 

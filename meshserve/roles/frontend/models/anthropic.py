@@ -41,7 +41,8 @@ from meshserve.roles.frontend.models.requests import (
     text_of,
     tool_fields,
 )
-from meshserve.wire.completion import MAX_COUNT, MAX_MESSAGES, CompletionRequest
+from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
+from meshserve.wire.generation import MAX_COUNT
 
 PARAMS = {"stop": "stop_sequences", "prompt": "messages", "tool_name": "tool_choice"}
 """How this API calls what a processor may find fault with."""

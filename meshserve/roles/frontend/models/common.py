@@ -11,7 +11,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta, Struct
 
 from meshserve.routing.policies import POLICIES
-from meshserve.wire.completion import MAX_CHOICES, MAX_COUNT, MAX_LOGPROBS, MAX_STOPS, CompletionRequest
+from meshserve.wire.completion import MAX_CHOICES, MAX_STOPS, CompletionRequest
+from meshserve.wire.generation import MAX_COUNT, MAX_LOGPROBS, TokenCount
 
 Fields = dict[str, Any]
 Schema = dict[str, Any]
@@ -90,7 +91,6 @@ NonEmpty = Annotated[str, Meta(min_length=1)]
 ModelName = Annotated[NonEmpty, Meta(extra_json_schema={"$ref": "#/components/schemas/Model"})]
 AnyModel = Annotated[NonEmpty | None, Meta(description="Default: the first that is served.")]
 TokenLimit = Annotated[int, Meta(ge=1, le=MAX_COUNT)]
-TokenCount = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 NumChoices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Stream = Annotated[bool, Meta(description="Server-sent events as the text comes.")]
@@ -139,7 +139,7 @@ class Extension(Body):
 class SampledBody(Body, kw_only=True):
     """Sampling, the model, and meshserve's own field.
 
-    A field that :class:`~meshserve.wire.generation.Sampling` has too is passed on by its name: see `sampled`.
+    A field that :class:`~meshserve.wire.generation.AskedSampling` has too is passed on by its name: see `sampled`.
     """
 
     model: ModelName

@@ -24,7 +24,6 @@ from meshserve.roles.frontend.models.common import (
     Schema,
     Stops,
     Stream,
-    TokenCount,
     TokenLimit,
     either,
     given,
@@ -44,12 +43,11 @@ from meshserve.roles.frontend.models.requests import (
 )
 from meshserve.wire.completion import (
     MAX_CHOICES,
-    MAX_COUNT,
     CompletionRequest,
     DetokenizeRequest,
     Prompts,
 )
-from meshserve.wire.generation import MAX_CHOICE_TEXTS, MAX_LOGIT_BIASES
+from meshserve.wire.generation import MAX_CHOICE_TEXTS, MAX_COUNT, MAX_LOGIT_BIASES, TokenCount
 
 # --- what completions, chats and the simple form share
 

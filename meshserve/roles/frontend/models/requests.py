@@ -20,8 +20,7 @@ from meshserve.roles.frontend.models.common import (
     only_with,
 )
 from meshserve.routing.policies import POLICIES
-from meshserve.wire.completion import CompletionRequest
-from meshserve.wire.generation import Sampling
+from meshserve.wire.generation import AskedSampling
 from meshserve.wire.structs import MAX_NESTING, is_shallow
 
 MAX_SCHEMA_CHARACTERS = 262_144
@@ -118,8 +117,7 @@ def sampled(asked: SampledBody, fields: Fields, max_tokens: int | None) -> Field
 @cache
 def _passed_on(kind: type[SampledBody]) -> frozenset[str]:
     """Sampling fields of this API that a CompletionRequest has by the same name."""
-    shared = set(Sampling.__struct_fields__) & set(CompletionRequest.__struct_fields__)
-    return frozenset((shared & set(kind.__struct_fields__)) - _READ_APART)
+    return frozenset(AskedSampling.__struct_fields__) & set(kind.__struct_fields__) - _READ_APART
 
 
 def text_of(content: str | list[Any]) -> str:
