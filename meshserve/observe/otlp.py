@@ -1,11 +1,11 @@
-"""Receipts as spans, and their way to an OpenTelemetry collector (`--otlp URL`): OTLP over HTTP, as JSON.
+"""Receipts as spans, sent to an OpenTelemetry collector (`--otlp URL`): OTLP over HTTP, as JSON.
 
-Durations were measured on monotonic clocks; only where a span lies is by the wall clock of the peer that sends it. So a trace is whole
-whatever the clocks of other hosts say, and the phases of a request stand one after the other, as they partition its time.
+Durations are measured on monotonic clocks; only the place of a trace in time is by the wall clock of
+the peer that sends it. So a trace is whole whatever the clocks of other hosts say.
 
-Written over the standard library: the OpenTelemetry project's own exporter brings 16 packages, 256 modules and 14 MiB (measured, with
-opentelemetry-exporter-otlp-proto-http 1.x) and a thread and clock of its own for spans that end as they are told; what is needed here is
-one POST of a small document that every collector takes.
+Written over the standard library: the OpenTelemetry project's own exporter brings 16 packages, 256
+modules and 14 MiB (measured, with opentelemetry-exporter-otlp-proto-http 1.x), and a thread and clock
+of its own for spans that end as they are told. One POST of a small document is all that is needed.
 """
 
 import asyncio
@@ -14,10 +14,9 @@ import json
 import logging
 import secrets
 import time
-import urllib.error
 import urllib.request
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -32,34 +31,24 @@ _MAX_QUEUED = 2048
 """Requests whose spans wait. Higher bridges a longer silence of the collector, lower holds less memory."""
 _MAX_BATCH = 128
 _GATHER_S = 0.5
-"""What ends within it leaves as one message."""
+"""Requests that end within it leave in one message."""
 _POST_TIMEOUT_S = 2.0
-_LAST_WORDS_S = 1.0
-"""What a peer that stops waits for its last spans to leave."""
-
-Span = dict[str, Any]
+_CLOSE_S = 1.0
+"""For the last spans of a peer that stops."""
 
 _INTERNAL, _SERVER, _ERROR = 1, 2, 2
 _NS_PER_MS = 1e6
+_ROLE_OF_PHASE = {"process": "processor", "route": "router", "network": "", "queue": "decode", "prefill": "prefill"}
+_ROLE_OF_PHASE |= {"kv_transfer": "prefill", "decode": "decode"}
+"""Which role worked, in the order of the path. The network's time, there and back, is one span."""
 
-_PHASES = (
-    ("process", "processor"),
-    ("route", "router"),
-    ("network", ""),
-    ("queue", "decode"),
-    ("prefill", "prefill"),
-    ("kv_transfer", "prefill"),
-    ("decode", "decode"),
-)
-"""In the order of the path, with the role that worked. What crossed the network there and back is one span."""
-MAX_PHASE_SPANS = len(_PHASES)
-
+Span = dict[str, Any]
 Render = Callable[[], list[Span]]
 
 
 class Exporter:
-    """Takes spans of requests that are over. Taking never waits: what finds no room is counted (`otlp_requests_dropped`), and so is what
-    the collector does not take.
+    """Takes spans of requests that are over. Taking never waits: spans that find no room, or that the
+    collector does not take, are counted by request (`otlp_requests_dropped`).
     """
 
     def __init__(self, mesh: Mesh, url: str) -> None:
@@ -71,10 +60,11 @@ class Exporter:
         self._is_failing = False
         self._task = self._loop.create_task(self._run())
 
-    # --- what is told of
+    # --- requests
 
     def trace(self, receipt: FrontendReceipt) -> str:
-        """Of a request that a frontend took in: the `traceparent` that its processor gets, whose span is this frontend's."""
+        """The `traceparent` for the processor of a request that a frontend took in: the parent span is
+        this frontend's."""
         given = read_traceparent(receipt.traceparent)
         trace_id, is_sampled = (given.trace_id, given.is_sampled) if given else (secrets.token_hex(16), True)
         receipt.passed_on = str(TraceContext(trace_id, secrets.token_hex(8), is_sampled))
@@ -88,17 +78,16 @@ class Exporter:
             self._offer(lambda: [frontend_span(receipt, ended_ns, own, parent_id, name)])
 
     def request_ended(self, receipt: Receipt) -> None:
-        """A request is over; one that came without a trace begins its own, and its receipt says which."""
+        """A request is over. A request without a trace begins its own, which its receipt names."""
         parent = read_traceparent(receipt.traceparent)
         if parent is not None and not parent.is_sampled:
             return
         own = TraceContext(parent.trace_id if parent else secrets.token_hex(16), secrets.token_hex(8))
         receipt.traceparent = receipt.traceparent or str(own)
         ended_ns, parent_id = time.time_ns(), parent.span_id if parent else ""
-        ids = [secrets.token_hex(8) for _ in range(MAX_PHASE_SPANS)]
-        self._offer(lambda: receipt_spans(receipt, ended_ns, own, parent_id, ids))
+        self._offer(lambda: receipt_spans(receipt, ended_ns, own, parent_id))
 
-    # --- how it leaves
+    # --- sending
 
     def _offer(self, render: Render) -> None:
         if len(self._queue) >= _MAX_QUEUED:
@@ -118,6 +107,7 @@ class Exporter:
     async def _send(self) -> None:
         batch = [self._queue.popleft() for _ in range(min(_MAX_BATCH, len(self._queue)))]
         try:
+            # on a thread: rendering takes some 50 us a request, and a collector takes its time
             await self._loop.run_in_executor(None, self._post, batch)
         except (OSError, ValueError, http.client.HTTPException) as error:
             self._mesh.counters.add("otlp_requests_dropped", len(batch))
@@ -129,7 +119,6 @@ class Exporter:
         self._is_failing = False
 
     def _post(self, batch: list[Render]) -> None:
-        """On a thread: rendering takes some 50 us a request, and a collector takes its time."""
         resource = {"service.name": "meshserve", "service.instance.id": self._mesh.incarnation, "meshserve.mesh": self._mesh.config.mesh}
         body = export_body([span for render in batch for span in render()], resource, __version__)
         headers = {"content-type": "application/json", "user-agent": f"meshserve/{__version__}"}
@@ -138,9 +127,9 @@ class Exporter:
             response.read()
 
     async def close(self) -> None:
-        """Send what waits, if it can be sent within a second."""
+        """Send the spans that wait, if that takes less than a second."""
         try:
-            async with asyncio.timeout(_LAST_WORDS_S):
+            async with asyncio.timeout(_CLOSE_S):
                 while self._queue and not self._is_failing:
                     await self._send()
         except TimeoutError:
@@ -152,8 +141,8 @@ class Exporter:
 # --- spans: OTLP's JSON form (opentelemetry-proto 1.x, `ExportTraceServiceRequest`)
 
 
-def receipt_spans(receipt: Receipt, ended_ns: int, own: TraceContext, parent_id: str, ids: Sequence[str]) -> list[Span]:
-    """A span for the request, `own`, and one for each phase that took time, named by `ids` in order; `ended_ns` is of the epoch."""
+def receipt_spans(receipt: Receipt, ended_ns: int, own: TraceContext, parent_id: str) -> list[Span]:
+    """A span for the request, `own`, and one for each phase that took time; `ended_ns` is of the epoch."""
     began_ns = ended_ns - int(receipt.total_ms * _NS_PER_MS)
     attributes = {
         "meshserve.request_id": receipt.request_id,
@@ -167,20 +156,20 @@ def receipt_spans(receipt: Receipt, ended_ns: int, own: TraceContext, parent_id:
         **{f"meshserve.{role}": name for role, name in receipt.peers.items() if name},
     }
     whole = _span("meshserve.request", own, parent_id, _SERVER, began_ns, ended_ns, attributes)
-    if receipt.outcome != OK:
-        whole["status"] = {"code": _ERROR, "message": receipt.error}
-    return [whole, *_phases(receipt, began_ns, own, iter(ids))]
+    return [_with_status(whole, receipt), *_phases(receipt, began_ns, own)]
 
 
-def _phases(receipt: Receipt, began_ns: int, own: TraceContext, ids: Iterator[str]) -> Iterator[Span]:
+def _phases(receipt: Receipt, began_ns: int, own: TraceContext) -> Iterator[Span]:
+    """Phases stand one after the other, since they partition the time of the request."""
     phases_ms, peers = partition(asdict(receipt.phases_ms), receipt.total_ms), receipt.peers
-    for phase, role in _PHASES:
-        took_ns = int(phases_ms[phase] * _NS_PER_MS)
-        if took_ns:
+    for phase, role in _ROLE_OF_PHASE.items():
+        ended_ns = began_ns + int(phases_ms[phase] * _NS_PER_MS)
+        if ended_ns > began_ns:
             peer = peers.get(role) or (peers["decode"] if role == "prefill" else None)
-            context = own._replace(span_id=next(ids))
-            yield _span(f"meshserve.{phase}", context, own.span_id, _INTERNAL, began_ns, began_ns + took_ns, {"meshserve.peer": peer or ""})
-            began_ns += took_ns
+            context = own._replace(span_id=secrets.token_hex(8))
+            attributes = {"meshserve.peer": peer or ""}
+            yield _span(f"meshserve.{phase}", context, own.span_id, _INTERNAL, began_ns, ended_ns, attributes)
+            began_ns = ended_ns
 
 
 def frontend_span(receipt: FrontendReceipt, ended_ns: int, own: TraceContext, parent_id: str, frontend: str) -> Span:
@@ -195,10 +184,11 @@ def frontend_span(receipt: FrontendReceipt, ended_ns: int, own: TraceContext, pa
         "meshserve.http_ms": part["http_ms"],
         "meshserve.queue_ms": part["queue_ms"],
     }
-    span = _span("meshserve.http", own, parent_id, _SERVER, began_ns, ended_ns, attributes)
-    if receipt.outcome != OK:
-        span["status"] = {"code": _ERROR, "message": receipt.error}
-    return span
+    return _with_status(_span("meshserve.http", own, parent_id, _SERVER, began_ns, ended_ns, attributes), receipt)
+
+
+def _with_status(span: Span, receipt: Receipt | FrontendReceipt) -> Span:
+    return span if receipt.outcome == OK else {**span, "status": {"code": _ERROR, "message": receipt.error}}
 
 
 def _span(name: str, own: TraceContext, parent_id: str, kind: int, began_ns: int, ended_ns: int, attributes: Mapping[str, Any]) -> Span:
@@ -219,13 +209,12 @@ def _attributes(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _value(value: Any) -> dict[str, Any]:
-    """Whole numbers are strings in protobuf's JSON."""
     if isinstance(value, int):
-        return {"intValue": str(value)}
+        return {"intValue": str(value)}  # integers are strings in protobuf's JSON
     return {"doubleValue": value} if isinstance(value, float) else {"stringValue": str(value)}
 
 
 def export_body(spans: list[Span], resource: Mapping[str, str], version: str) -> dict[str, Any]:
-    """What is posted to `/v1/traces`."""
+    """The document for `/v1/traces`."""
     scope = {"scope": {"name": "meshserve", "version": version}, "spans": spans}
     return {"resourceSpans": [{"resource": {"attributes": _attributes(resource)}, "scopeSpans": [scope]}]}

@@ -4,6 +4,7 @@ import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 
 from meshserve.config import FIRST_PORT
 from meshserve.mesh.network import LocalAddress
@@ -190,25 +191,15 @@ class Finding:
 
     code: str
     """Stable, for scripts."""
-    severity: Severity
+    severity: Severity = field(kw_only=True)
     cause: str
     seen: str = ""
     advice: str = ""
 
 
-def error(code: str, cause: str, seen: str, advice: str) -> Finding:
-    """A finding that explains why peers do not see each other."""
-    return Finding(code, Severity.ERROR, cause, seen, advice)
-
-
-def warning(code: str, cause: str, seen: str, advice: str) -> Finding:
-    """A finding that should be mended."""
-    return Finding(code, Severity.WARNING, cause, seen, advice)
-
-
-def info(code: str, cause: str, seen: str = "", advice: str = "") -> Finding:
-    """A finding to know."""
-    return Finding(code, Severity.INFO, cause, seen, advice)
+error = partial(Finding, severity=Severity.ERROR)
+warning = partial(Finding, severity=Severity.WARNING)
+info = partial(Finding, severity=Severity.INFO)
 
 
 def is_wrong(findings: Iterable[Finding]) -> bool:

@@ -1,12 +1,11 @@
 """Who can connect to whom: every peer's own attempts at all others, put together."""
 
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 from meshserve.mesh.network import Outcome
 from meshserve.observe.diagnosis.facts import HERE, PORTS, Facts, Finding, PeerFacts, count, error, info, is_within, names, warning
 from meshserve.observe.reach import PORT_NAMES
-from meshserve.wire.hello import PortKnock
+from meshserve.wire.hello import NetworkView
 
 _MOST_TELLING = (Outcome.OPEN, Outcome.REFUSED, Outcome.RESET, Outcome.FORBIDDEN, Outcome.TIMEOUT, Outcome.UNREACHABLE)
 _WORDS = {
@@ -18,97 +17,83 @@ _WORDS = {
 }
 
 
-@dataclass(slots=True)
-class _Source:
-    """A peer that was asked, or this process."""
-
-    incarnation: str
-    label: str
-    networks: tuple[str, ...]
-    own: frozenset[str]
-    """Addresses of its machine: a connection to one of these stays there, even if another machine has the same address."""
-    heard: Collection[str]
-    knocks: tuple[PortKnock, ...]
-    calls: dict[str, str] = field(default_factory=dict)
-    """The best outcome at the calls port, by target."""
-
-    def __post_init__(self) -> None:
-        for found in self.knocks:
-            if found.offset == 0 and found.address not in self.own:
-                best = min(self.calls.get(found.target, found.outcome), found.outcome, key=lambda item: _MOST_TELLING.index(Outcome(item)))
-                self.calls[found.target] = best
-
-
 class _Table:
-    """Sources and targets."""
+    """Sources, which are the peers that were asked, and targets, which are all peers."""
 
     def __init__(self, facts: Facts) -> None:
         self.facts = facts
-        self.peers = {peer.incarnation: peer for peer in facts.peers}
-        self.sources = {
-            peer.incarnation: _Source(peer.incarnation, peer.label, peer.view.networks, peer.view.addresses, peer.view.heard, peer.knocks)
-            for peer in facts.peers
-            if peer.knocks is not None and peer.view is not None
-        }
-        if not any(facts.is_here(self.peers[source]) for source in self.sources):
-            networks = tuple(local.network for local in facts.interfaces if local.network)
-            own = frozenset(local.address for local in facts.interfaces)
-            self.sources[HERE] = _Source(HERE, "this machine", networks, own, facts.heard, facts.knocks)
+        self.views: dict[str, NetworkView] = {}
+        """By source."""
+        self.calls: dict[str, dict[str, str]] = {}
+        """By source and target: the best outcome at the calls port."""
+        self._sources: list[PeerFacts] = []
+        for peer in facts.peers:
+            if peer.knocks is not None and peer.view is not None:
+                self._add(peer, peer.view)
+        # a peer on this machine sees what this process sees; without one, this process is a source
+        if not any(map(facts.is_here, self._sources)):
+            interfaces = tuple(f"{local.address}/{local.prefix}" if local.prefix else local.address for local in facts.interfaces)
+            addresses = tuple(local.address for local in facts.interfaces) or ("127.0.0.1",)
+            here = PeerFacts(HERE, "this machine", addresses, 0, knocks=facts.knocks)
+            self._add(here, NetworkView(interfaces, facts.mdns, tuple(facts.heard), (), 0.0))
 
-    def others(self, target: PeerFacts) -> list[_Source]:
+    def _add(self, source: PeerFacts, view: NetworkView) -> None:
+        self._sources.append(source)
+        self.views[source.incarnation] = view
+        calls = self.calls[source.incarnation] = {}
+        for found in source.knocks or ():
+            # a connection to an address of the source's own machine stays there, even if another machine has that address too
+            if found.offset == 0 and found.address not in view.addresses:
+                outcomes = calls.get(found.target, found.outcome), found.outcome
+                calls[found.target] = min(outcomes, key=lambda outcome: _MOST_TELLING.index(Outcome(outcome)))
+
+    def others(self, target: PeerFacts) -> list[PeerFacts]:
         """Sources on other machines than the target's."""
-        return [source for source in self.sources.values() if not self._is_at(source, target)]
+        return [source for source in self._sources if not self.facts.on_one_machine(source, target)]
 
-    def _is_at(self, source: _Source, target: PeerFacts) -> bool:
-        if source.incarnation == HERE:
-            return self.facts.is_here(target)
-        return self.facts.on_one_machine(self.peers[source.incarnation], target)
-
-    def gets_back(self, target: PeerFacts, source: _Source) -> bool:
+    def gets_back(self, target: PeerFacts, source: PeerFacts) -> bool:
         """Whether the target reaches the source: it reports so, or the source had a hello from it."""
-        own = self.sources.get(target.incarnation)
-        if own is not None and own.calls.get(source.incarnation) == Outcome.OPEN:
+        if self.calls.get(target.incarnation, {}).get(source.incarnation) == Outcome.OPEN:
             return True
-        return any(found.target == target.incarnation and found.name for found in source.knocks)
+        return any(found.target == target.incarnation and found.name for found in source.knocks or ())
 
-    def is_heard_one_way(self, target: PeerFacts, source: _Source) -> bool:
+    def is_heard_one_way(self, target: PeerFacts, source: PeerFacts) -> bool:
         """The target's multicast arrives at the source, and not the reverse, as far as the target can be asked."""
-        if target.incarnation not in source.heard:
-            return False
-        own = self.sources.get(target.incarnation)
-        return own is None or source.incarnation not in own.heard
+        own = self.views.get(target.incarnation)
+        is_heard = target.incarnation in self.views[source.incarnation].heard
+        return is_heard and (own is None or source.incarnation not in own.heard)
 
 
 def judge_pairs(facts: Facts) -> Iterator[Finding]:
     """First who is reached by nobody, then the pairs that do not reach each other."""
     table = _Table(facts)
-    by_target = {peer.incarnation: _judge_target(table, peer) for peer in facts.peers}
-    findings = [finding for finding in by_target.values() if finding is not None]
-    cut_off = {incarnation for incarnation, finding in by_target.items() if finding is not None}
-    findings += _judge_each_pair(table, cut_off)
+    by_target = {peer.incarnation: finding for peer in facts.peers if (finding := _judge_target(table, peer)) is not None}
+    findings = [*by_target.values(), *_judge_each_pair(table, set(by_target))]
     for target in facts.peers:
-        if target.incarnation not in cut_off:
+        if target.incarnation not in by_target:
             findings += _judge_other_ports(table, target)
             findings += _judge_unknown(table, target)
     yield from findings
-    num_pairs = sum(len(table.peers.keys() & source.calls.keys()) for source in table.sources.values() if source.incarnation != HERE)
+    known = {peer.incarnation for peer in facts.peers}
+    num_pairs = sum(len(known & calls.keys()) for source, calls in table.calls.items() if source != HERE)
     if num_pairs and not findings:
         yield info("all_reach_all", f"every peer can connect to all others ({count(num_pairs, 'pair')} tried)")
 
 
 def _judge_target(table: _Table, target: PeerFacts) -> Finding | None:
     """Why nobody on another machine reaches this one; None if somebody does, or nobody tried."""
-    sources = [source for source in table.others(target) if target.incarnation in source.calls]
-    outcomes = {source.calls[target.incarnation] for source in sources}
+    sources = [source for source in table.others(target) if target.incarnation in table.calls[source.incarnation]]
+    tried = [(source.label, table.calls[source.incarnation][target.incarnation]) for source in sources]
+    outcomes = {outcome for _, outcome in tried}
     if not sources or Outcome.OPEN in outcomes:
         return None
     if not target.is_alive:
         return _gone(target, outcomes)
     who = f"{target.label} ({target.place})"
-    seen = "; ".join(f"from {source.label}: {_WORDS[Outcome(source.calls[target.incarnation])]}" for source in sources[:4])
-    if _advertises_wrongly(target, sources):
-        return _wrong_interface(target, sources, seen)
-    if len(sources) == 1 and table.sources.get(target.incarnation) and table.is_heard_one_way(target, sources[0]):
+    seen = "; ".join(f"from {label}: {_WORDS[Outcome(outcome)]}" for label, outcome in tried[:4])
+    if _advertises_wrongly(table, target, sources):
+        return _wrong_interface(table, target, sources, seen)
+    if len(sources) == 1 and target.incarnation in table.views and table.is_heard_one_way(target, sources[0]):
         return _one_way_lost(sources[0].label, target.label, seen)
     if outcomes == {Outcome.REFUSED}:
         advice = f"Its firewall rejects {PORTS}; or its ready line names another port than others were told."
@@ -124,18 +109,19 @@ def _gone(target: PeerFacts, outcomes: set[str]) -> Finding:
     return info("stale", cause, advice="Its machine is off, asleep, or behind a firewall.")
 
 
-def _advertises_wrongly(target: PeerFacts, sources: list[_Source]) -> bool:
+def _advertises_wrongly(table: _Table, target: PeerFacts, sources: list[PeerFacts]) -> bool:
     """Its addresses are in networks that none of the others is in, or are such as every machine has of its own."""
-    known = [source for source in sources if source.networks]
+    known = [view for source in sources if (view := table.views[source.incarnation]).networks]
 
     def is_of_use(address: str) -> bool:
-        return any(is_within(address, source.networks) and address not in source.own for source in known)
+        return any(is_within(address, view.networks) and address not in view.addresses for view in known)
 
     return bool(known) and not any(map(is_of_use, target.addresses))
 
 
-def _wrong_interface(target: PeerFacts, sources: list[_Source], seen: str) -> Finding:
-    shared = sorted({network for source in sources for network in source.networks if not network.startswith(("127.", "::1"))})
+def _wrong_interface(table: _Table, target: PeerFacts, sources: list[PeerFacts], seen: str) -> Finding:
+    networks = {network for source in sources for network in table.views[source.incarnation].networks}
+    shared = [network for network in networks if not network.startswith(("127.", "::1"))]
     return error(
         "wrong_interface",
         f"{target.label} advertises {', '.join(target.addresses)}, which is in none of the others' networks",
@@ -157,8 +143,8 @@ def _judge_each_pair(table: _Table, cut_off: set[str]) -> Iterator[Finding]:
     done: set[frozenset[str]] = set()
     for target in table.facts.peers:
         for source in table.others(target):
-            outcome = source.calls.get(target.incarnation)
-            pair = frozenset((_machine(table, source.incarnation), _machine(table, target.incarnation)))
+            outcome = table.calls[source.incarnation].get(target.incarnation)
+            pair = frozenset((_machine(table.facts, source), _machine(table.facts, target)))
             is_cut_off = target.incarnation in cut_off or source.incarnation in cut_off
             if outcome is None or outcome == Outcome.OPEN or pair in done or is_cut_off or not target.is_alive:
                 continue
@@ -166,12 +152,11 @@ def _judge_each_pair(table: _Table, cut_off: set[str]) -> Iterator[Finding]:
             yield _judge_pair(table, source, target, outcome)
 
 
-def _machine(table: _Table, incarnation: str) -> str:
-    peer = table.peers.get(incarnation)
-    return HERE if peer is None or table.facts.is_here(peer) else peer.addresses[0] if peer.addresses else incarnation
+def _machine(facts: Facts, peer: PeerFacts) -> str:
+    return HERE if facts.is_here(peer) else peer.addresses[0] if peer.addresses else peer.incarnation
 
 
-def _judge_pair(table: _Table, source: _Source, target: PeerFacts, outcome: str) -> Finding:
+def _judge_pair(table: _Table, source: PeerFacts, target: PeerFacts, outcome: str) -> Finding:
     seen = f"from {source.label} to {target.label}: {_WORDS[Outcome(outcome)]}"
     if table.gets_back(target, source):
         return error(
@@ -182,9 +167,7 @@ def _judge_pair(table: _Table, source: _Source, target: PeerFacts, outcome: str)
         )
     if table.is_heard_one_way(target, source):
         return _one_way_lost(source.label, target.label, seen)
-    own = table.sources.get(target.incarnation)
-    asked = table.peers.get(source.incarnation)
-    if own is not None and asked is not None and table.is_heard_one_way(asked, own):
+    if target.incarnation in table.views and table.is_heard_one_way(source, target):
         return _one_way_lost(target.label, source.label, seen)
     return error(
         "pair_blocked",
@@ -200,7 +183,7 @@ def _judge_other_ports(table: _Table, target: PeerFacts) -> Iterator[Finding]:
         at_port = {
             source.label: found.outcome
             for source in table.others(target)
-            for found in source.knocks
+            for found in source.knocks or ()
             if (found.target, found.offset) == (target.incarnation, offset)
         }
         closed = {label: outcome for label, outcome in at_port.items() if outcome != Outcome.OPEN}
@@ -215,18 +198,13 @@ def _judge_other_ports(table: _Table, target: PeerFacts) -> Iterator[Finding]:
 
 def _judge_unknown(table: _Table, target: PeerFacts) -> Iterator[Finding]:
     """Peers on other machines that have never heard of it."""
-    if not target.is_alive:
-        return
-    unaware = [source for source in table.others(target) if source.incarnation != HERE and target.incarnation not in source.calls]
-    if not unaware:
+    others = [source for source in table.others(target) if source.incarnation != HERE]
+    unaware = [source for source in others if target.incarnation not in table.calls[source.incarnation]]
+    if not unaware or not target.is_alive:
         return
     seen = f"{names(source.label for source in unaware)} have not heard of it"
-    if _advertises_wrongly(target, unaware):
-        yield _wrong_interface(target, unaware, seen)
+    if _advertises_wrongly(table, target, unaware):
+        yield _wrong_interface(table, target, unaware, seen)
         return
-    yield warning(
-        "not_known",
-        f"{target.label} ({target.place}) is not known to all",
-        seen,
-        f"If it has just started, ask again; else start one of them with --peer {target.place}.",
-    )
+    advice = f"If it has just started, ask again; else start one of them with --peer {target.place}."
+    yield warning("not_known", f"{target.label} ({target.place}) is not known to all", seen, advice)
