@@ -28,9 +28,9 @@ from bench.ratios import interval, json_option
 from meshserve.cli.bench.compare import ratio_of
 from meshserve.config import HandoffConfig, MeshConfig, TransportConfig
 from meshserve.errors import MeshserveError
+from meshserve.handoff.intake import HandoffResult
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.requester import PrefillRequester
-from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import TaskState
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh

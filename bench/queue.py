@@ -36,9 +36,9 @@ from meshserve.cli.bench.compare import ratio_of
 from meshserve.config import HandoffConfig
 from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import Engine, EngineOptions
+from meshserve.handoff.intake import HandoffResult
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.requester import PrefillRequester
-from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import TaskState
 from meshserve.mesh.mesh import Mesh
 from meshserve.wire.generation import GenerateRequest

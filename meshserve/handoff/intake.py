@@ -1,13 +1,13 @@
-"""Checks of KV blocks that came for a prompt, before the engine sees them: pure."""
+"""A prefill task at its decode worker, its result, and the checks of the KV blocks that come for it: pure."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from meshserve.engines.protocol import Reservation
 from meshserve.errors import BlockRefused
 from meshserve.handoff.blocks import check_blocks
-from meshserve.handoff.result import HandoffResult
-from meshserve.handoff.task import PrefillTask
+from meshserve.handoff.task import PrefillTask, TaskState
 from meshserve.kv.pool import prefix_hashes
 from meshserve.mesh.calls import IncomingCall
 from meshserve.wire.card import KVLayout
@@ -15,6 +15,29 @@ from meshserve.wire.generation import GenerateRequest
 from meshserve.wire.handoff import BulkHeader
 
 Payload = bytes | memoryview
+
+
+@dataclass(slots=True)
+class HandoffResult:
+    """How a prefill task ended, for the generation that waits for it and for the receipt."""
+
+    state: TaskState
+    reservation: Reservation | None
+    """The prompt's KV, if the state is `done`."""
+    prefill_peer: str | None
+    """Incarnation of the worker whose blocks these are."""
+    attempts: list[dict[str, Any]]
+    lost_peers: list[str]
+    num_blocks: int
+    num_bytes: int
+    num_tokens: int
+    """Of the prompt, whose KV came from elsewhere."""
+    queue_ms: float
+    """From the first ticket to the claim that succeeded."""
+    prefill_ms: float
+    """Of the engine that computed the blocks, by its own clock."""
+    transfer_ms: float
+    """From that claim to the last block, less what was computing."""
 
 
 @dataclass(slots=True)

@@ -12,8 +12,7 @@ from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine, KVBlock
 from meshserve.errors import Gone, MeshserveError, PeerLost, ProtocolError
 from meshserve.handoff.blocks import BlockWindow
-from meshserve.handoff.job import Job, JobKey, JobState
-from meshserve.handoff.queue import PrefillQueue
+from meshserve.handoff.queue import Job, JobKey, JobState, PrefillQueue
 from meshserve.handoff.sending import BlockSender
 from meshserve.kv.pool import prefix_hashes
 from meshserve.mesh.calls import IgnoredAnswer, IncomingCall, OutgoingCall

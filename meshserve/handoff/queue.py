@@ -1,4 +1,4 @@
-"""A prefill worker's prompts, from ticket to delivery: a pure state machine.
+"""A prefill worker's prompts, from ticket to delivery: a pure state machine, the other end of :mod:`meshserve.handoff.task`.
 
 A ticket waits until the engine has room, then it is claimed and becomes a job. A granted claim is computed, its blocks are sent until the
 decode worker says that it has them all. Every input takes the time; inputs that come late or twice change nothing.
@@ -6,13 +6,75 @@ decode worker says that it has them all. Every input takes the time; inputs that
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Generic, TypeVar
 
 from meshserve.config import HandoffConfig
-from meshserve.handoff.claiming import ClaimPace
-from meshserve.handoff.job import Job, JobKey, JobState
+from meshserve.handoff.blocks import BlockWindow
 from meshserve.wire.handoff import Ticket
+
+_ANSWER_S = 0.05
+"""A claim that is not answered by then keeps nobody else waiting: its decode worker may be hung."""
+_RATE_WEIGHT = 0.25
+"""Of a new measurement in the running average."""
+
+JobKey = tuple[str, str]
+"""Decode worker and request: request ids are unique at one decode worker only."""
+
+
+class JobState(StrEnum):
+    """Where a job stands. Before its first state there is only a ticket, which waits in the queue."""
+
+    CLAIMING = "claiming"
+    """The claim is on its way; nothing is known but the ticket."""
+    COMPUTING = "computing"
+    """The engine has the prompt, in its own queue or in a step; blocks leave as they are ready."""
+    SENDING = "sending"
+    """All is computed; blocks are still on their way."""
+    DELIVERED = "delivered"
+    """All blocks went with the claim itself, and nothing is held here any more; its answer is to come."""
+    OVER = "over"
+    """Done, or given up."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One prompt from its claim, or its beginning on an offer, to its end.
+
+    :class:`~meshserve.handoff.provider.PrefillJob` adds the claim's stream and the engine's run.
+    """
+
+    ticket: Ticket
+    state: JobState = JobState.CLAIMING
+    attempt: int = 0
+    """The ticket's, then that of the granted claim."""
+    is_granted: bool = False
+    """The claim got its task. Until then, the blocks of what was begun on an offer stay here."""
+    prefix_hashes: list[int] = field(default_factory=list)
+    """Of the prompt's blocks, see :func:`~meshserve.kv.pool.prefix_hashes`."""
+    window: BlockWindow | None = None
+    """Blocks that are computed, or on their way; None before the engine got the prompt, and once the decode worker cannot be reached."""
+    layout: str = ""
+    """Fingerprint of the KV layout that they have."""
+    computed_ms: float = 0.0
+    """From the beginning to the latest block."""
+    is_in_line: bool = False
+    """For sending a message."""
+
+    def __post_init__(self) -> None:
+        self.attempt = self.ticket.attempt
+
+    def is_running(self, attempt: int) -> bool:
+        """Whether this very attempt has begun here and has not ended."""
+        return self.attempt == attempt and self.state not in (JobState.CLAIMING, JobState.OVER)
+
+    @property
+    def key(self) -> JobKey:
+        """Its name in the queue."""
+        return self.ticket.decode_peer, self.ticket.request_id
+
 
 J = TypeVar("J", bound=Job)
 
@@ -90,6 +152,84 @@ class TicketList:
         """A claim was granted: its decode worker is served so much more."""
         if decode_peer in self._served_tokens:
             self._served_tokens[decode_peer] += num_tokens
+
+
+class ClaimPace:
+    """When a prefill worker claims its next prompt, from what it has claimed and not yet computed.
+
+    Too late, and the worker is idle for a round trip between two prompts. Too early, and a prompt is bound to a worker that still computes
+    a long one, while another comes free. So a worker claims when it has nothing, and when it is about to have nothing. Where so many wait
+    that nobody will come free for lack of work, it also claims what fits into one batch, which an engine computes in less time than one
+    by one. Keys are the caller's; times are seconds of one monotonic clock.
+    """
+
+    def __init__(self, config: HandoffConfig) -> None:
+        self._config = config
+        self._remaining: dict[Hashable, int] = {}
+        """Tokens of each prompt that are not computed yet."""
+        self._unanswered_since_s: dict[Hashable, float] = {}
+        self._computed_tokens = 0
+        self._marked_s = 0.0
+        self._progressed_s = 0.0
+        self.tokens_per_s: float | None = None
+        """How fast this worker computes prompts; None before the first one ended."""
+
+    def may_claim(self, num_tokens: int, num_waiting: int, now_s: float) -> bool:
+        """Whether now is the time for the next prompt, which has so many tokens, when so many wait."""
+        if len(self._remaining) >= self._config.prefill_slots:
+            return False
+        unanswered = [since_s for since_s in self._unanswered_since_s.values() if now_s - since_s > _ANSWER_S]
+        if len(self._remaining) == len(unanswered):
+            return True
+        batch_tokens = sum(self._remaining.values()) + num_tokens
+        if num_waiting > self._config.prefill_slots and batch_tokens <= self._config.prefill_batch_tokens:
+            return True
+        return self.claim_in_s(now_s) <= 0
+
+    def claim_in_s(self, now_s: float) -> float:
+        """How long until all that it has takes no longer than `claim_ahead_ms`, if it goes on at the rate that was measured.
+
+        Infinite where no rate was measured yet, or where it has all that it may have.
+        """
+        if self.tokens_per_s is None or len(self._remaining) >= self._config.prefill_slots:
+            return math.inf
+        ends_s = self._progressed_s + sum(self._remaining.values()) / self.tokens_per_s
+        return ends_s - self._config.claim_ahead_ms / 1000 - now_s
+
+    def claimed(self, key: Hashable, num_tokens: int, now_s: float) -> None:
+        """A claim goes out for a prompt of so many tokens."""
+        if not self._remaining:
+            self._computed_tokens, self._marked_s, self._progressed_s = 0, now_s, now_s
+        self._remaining[key] = num_tokens
+        self._unanswered_since_s[key] = now_s
+
+    def granted(self, key: Hashable, num_tokens: int, now_s: float) -> None:
+        """The claim was granted, and so many tokens are left to compute."""
+        self._unanswered_since_s.pop(key, None)
+        if len(self._remaining) == 1:
+            self._computed_tokens, self._marked_s, self._progressed_s = 0, now_s, now_s  # nothing ran while it was on its way
+        self._remaining[key] = num_tokens
+
+    def computed(self, key: Hashable, num_tokens: int, now_s: float) -> None:
+        """So many of its tokens are done."""
+        remaining = self._remaining.get(key)
+        if remaining is not None:
+            done = min(num_tokens, remaining)
+            self._remaining[key] = remaining - done
+            self._computed_tokens += done
+            self._progressed_s = now_s
+
+    def was_cached(self, num_tokens: int) -> None:
+        """So many of the tokens that were given out had been there already, and say nothing about the rate."""
+        self._computed_tokens = max(0, self._computed_tokens - num_tokens)
+
+    def ended(self, key: Hashable, now_s: float) -> None:
+        """Computed, or given up."""
+        self._unanswered_since_s.pop(key, None)
+        if self._remaining.pop(key, None) is not None and self._computed_tokens and now_s > self._marked_s:
+            rate = self._computed_tokens / (now_s - self._marked_s)
+            self.tokens_per_s = rate if self.tokens_per_s is None else self.tokens_per_s + _RATE_WEIGHT * (rate - self.tokens_per_s)
+            self._computed_tokens, self._marked_s = 0, now_s
 
 
 class PrefillQueue(Generic[J]):

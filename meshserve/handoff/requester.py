@@ -14,8 +14,7 @@ from meshserve.engines.protocol import Engine, Reservation
 from meshserve.errors import BlockRefused, Gone, MeshserveError, PoolFull
 from meshserve.handoff.blocks import began_s
 from meshserve.handoff.choice import HandoffChoice
-from meshserve.handoff.intake import Payload, RunningTask, missing_blocks
-from meshserve.handoff.result import HandoffResult
+from meshserve.handoff.intake import HandoffResult, Payload, RunningTask, missing_blocks
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IgnoredAnswer, IncomingCall
 from meshserve.mesh.membership import Change, Member

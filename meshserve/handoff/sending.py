@@ -6,7 +6,7 @@ from collections import deque
 
 from meshserve.errors import PeerLost
 from meshserve.handoff.blocks import RateLimit
-from meshserve.handoff.job import Job, JobState
+from meshserve.handoff.queue import Job, JobState
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.bulk import BulkSender
 from meshserve.wire.handoff import BlockMark, BulkHeader

@@ -8,8 +8,8 @@ from typing import Any
 
 from meshserve.engines.protocol import Engine, GenerationStats, Reservation
 from meshserve.errors import Draining, GaveUp, InvalidRequest, MeshserveError, Overloaded
+from meshserve.handoff.intake import HandoffResult
 from meshserve.handoff.requester import PrefillRequester
-from meshserve.handoff.result import HandoffResult
 from meshserve.handoff.task import TaskState
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh

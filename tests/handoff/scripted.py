@@ -11,9 +11,9 @@ from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import MeshserveError
 from meshserve.handoff.blocks import checksum
+from meshserve.handoff.intake import HandoffResult
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.requester import PrefillRequester
-from meshserve.handoff.result import HandoffResult
 from meshserve.kv.pool import prefix_hashes
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.bulk import BulkSender

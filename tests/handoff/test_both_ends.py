@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from meshserve.config import HandoffConfig
-from meshserve.handoff.job import Job, JobState
-from meshserve.handoff.queue import PrefillQueue
+from meshserve.handoff.queue import Job, JobState, PrefillQueue
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 from meshserve.wire.handoff import Offer, Ticket
 

@@ -5,9 +5,7 @@ import math
 import pytest
 
 from meshserve.config import HandoffConfig
-from meshserve.handoff.claiming import ClaimPace
-from meshserve.handoff.job import Job, JobState
-from meshserve.handoff.queue import PrefillQueue
+from meshserve.handoff.queue import ClaimPace, Job, JobState, PrefillQueue
 from meshserve.wire.handoff import Ticket
 
 CONFIG = HandoffConfig(prefill_slots=4, prefill_batch_tokens=2000, claim_ahead_ms=5.0)
