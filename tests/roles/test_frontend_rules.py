@@ -1,7 +1,6 @@
 """The pure parts of the frontend: deadlines of connections, what JSON costs, keys, sessions, guesses, origins, names."""
 
 import json
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -22,7 +21,7 @@ from meshserve.roles.frontend.access import (
     is_same_origin,
 )
 from meshserve.roles.frontend.http.deadlines import Progress, Stage, Verdict
-from meshserve.roles.frontend.models.reading import MAX_DEPTH, JsonScanner
+from meshserve.roles.frontend.models.reading import MAX_DEPTH, SHORT_BODY_BYTES, check_json, cost_ns, outside_strings
 
 LIMITS = FrontendConfig(header_timeout_s=5, body_timeout_s=5, min_body_bytes_per_s=1000, write_timeout_s=6, keep_alive_s=8, linger_s=2)
 
@@ -63,14 +62,6 @@ VALUES = st.recursive(
 )
 
 
-def scan(text: bytes, cuts: list[int]) -> JsonScanner:
-    scanner = JsonScanner()
-    borders = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
-    for start, end in pairwise(borders):
-        scanner.feed(text[start:end])
-    return scanner
-
-
 def structure(value: Any) -> int:
     """What the scanner charges for, straight from the value."""
     if isinstance(value, list):
@@ -80,38 +71,35 @@ def structure(value: Any) -> int:
     return 0
 
 
-@given(VALUES, st.lists(st.integers(0, 1000), max_size=20), st.booleans())
-def test_a_json_text_costs_the_same_in_any_split_and_its_strings_cost_nothing(value: Any, cuts: list[int], is_ascii: bool) -> None:
+@given(VALUES, st.booleans())
+def test_a_json_text_costs_what_its_values_cost_and_its_strings_cost_nothing(value: Any, is_ascii: bool) -> None:
     text = json.dumps(value, ensure_ascii=is_ascii).encode("utf-8", "surrogatepass")
-    assert scan(text, cuts)._cost_ns == structure(value)
+    assert cost_ns(outside_strings(text)) == structure(value)
 
 
-@given(st.binary(max_size=200), st.lists(st.integers(0, 200), max_size=10))
-def test_what_is_no_json_is_scanned_without_a_fault(data: bytes, cuts: list[int]) -> None:
+@given(st.binary(max_size=200))
+def test_what_is_no_json_is_checked_without_a_fault(data: bytes) -> None:
     try:
-        scan(data, cuts)
+        check_json(data + b" " * SHORT_BODY_BYTES)
     except InvalidRequest as error:
         assert "nested" in error.message
 
 
-@pytest.mark.parametrize("step", [1, 7, 100_000])
-def test_depth_is_counted_across_pieces_and_outside_of_strings(step: int) -> None:
-    def feed(text: bytes) -> None:
-        scanner = JsonScanner()
-        for start in range(0, len(text), step):
-            scanner.feed(text[start : start + step])
-
-    feed(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b'["' + b"[" * 500 + b'"]')
-    feed(b"[" + b"[]," * 300 + b"[]]")
+def test_depth_is_counted_outside_of_strings() -> None:
+    check_json(b"[" * MAX_DEPTH + b"]" * MAX_DEPTH + b'["' + b"[" * 500 + b'"]')
+    check_json(b'["' + b'\\"[' * 500 + b'\\\\"]')
+    check_json(b"[" + b"[]," * 300 + b"[]]")
     with pytest.raises(InvalidRequest, match="nested too deeply"):
-        feed(b'{"a":' * (MAX_DEPTH + 1))
+        check_json(b'{"a":' * (MAX_DEPTH + 1))
+    with pytest.raises(InvalidRequest, match="nested too deeply"):
+        check_json(b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1))
 
 
 @pytest.mark.parametrize("text", [b"[" + b"1," * 200_000, b"[" + b"[]," * 60_000, b"{" + b'"a":1,' * 30_000, b"[" + b'"",' * 200_000])
 def test_many_values_are_too_many_and_as_much_text_is_not(text: bytes) -> None:
     with pytest.raises(InvalidRequest, match="too many values"):
-        JsonScanner().feed(text)
-    JsonScanner().feed(b'"' + text.replace(b'"', b"") + b'"')
+        check_json(text)
+    check_json(b'"' + text.replace(b'"', b"") + b'"')
 
 
 # --- keys

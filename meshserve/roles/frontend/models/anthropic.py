@@ -5,42 +5,23 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 
 from meshserve.errors import InvalidRequest, Unsupported
+from meshserve.roles.frontend.models import kinds
 from meshserve.roles.frontend.models.chat import HELLO
 from meshserve.roles.frontend.models.common import (
     MAX_SESSION_CHARACTERS,
     Body,
     Fields,
-    ModelName,
-    NonEmpty,
     NotDone,
     Parsed,
     ResponseOptions,
     Rules,
-    SampledBody,
-    Stops,
-    Stream,
-    Text,
-    TokenLimit,
     either,
     given,
-    mistake,
     not_done,
     unasked,
 )
 from meshserve.roles.frontend.models.reading import read, read_object
-from meshserve.roles.frontend.models.requests import (
-    HAS_TOOLS,
-    MAX_CALLS,
-    TOOLS,
-    Described,
-    Message,
-    Parameters,
-    check_calls,
-    json_text,
-    sampled,
-    text_of,
-    tool_fields,
-)
+from meshserve.roles.frontend.models.requests import Message, SampledBody, check_calls, json_text, sampled, text_of, tool_fields
 from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
 from meshserve.wire.generation import MAX_COUNT
 
@@ -58,16 +39,16 @@ class TextBlock(Body, kw_only=True, tag_field="type", tag="text"):
 class ToolResult(Body, kw_only=True, tag_field="type", tag="tool_result"):
     """What a use of a tool came to."""
 
-    tool_use_id: NonEmpty
-    content: Text | None = None
+    tool_use_id: kinds.NonEmpty
+    content: kinds.Text | None = None
     is_error: bool = False
 
 
 class ToolUse(Body, kw_only=True, tag_field="type", tag="tool_use"):
     """A use of a tool."""
 
-    id: NonEmpty
-    name: NonEmpty
+    id: kinds.NonEmpty
+    name: kinds.NonEmpty
     input: dict[str, Any] | None = None
 
 
@@ -79,7 +60,7 @@ class RedactedThinking(Body, tag_field="type", tag="redacted_thinking"):
     """Of an earlier answer; no model is shown it again."""
 
 
-_BLOCKS = mistake("must be text, or a list of blocks")
+_BLOCKS = kinds.mistake("must be text, or a list of blocks")
 
 
 class UserTurn(Body, kw_only=True, tag_field="role", tag="user"):
@@ -94,18 +75,18 @@ class AssistantTurn(Body, kw_only=True, tag_field="role", tag="assistant"):
     content: Annotated[str | list[TextBlock | ToolUse | Thinking | RedactedThinking], _BLOCKS]
 
 
-class AnthropicTool(Described, kw_only=True):
+class AnthropicTool(kinds.Described, kw_only=True):
     """What a model may use: a function."""
 
     type: Literal["custom"] = "custom"
-    input_schema: Parameters
+    input_schema: kinds.Parameters
 
 
 class AnthropicChoice(Body, kw_only=True):
     """Whether a tool is used, and which. Without tools, none can be required."""
 
     type: Literal["auto", "any", "tool", "none"]
-    name: Annotated[NonEmpty | None, Meta(description="Of the `tool`.")] = None
+    name: Annotated[kinds.NonEmpty | None, Meta(description="Of the `tool`.")] = None
     disable_parallel_tool_use: bool = False
 
     RULES: ClassVar[Rules] = (
@@ -120,13 +101,13 @@ class UserMetadata(Body):
 
 
 _Turn = Annotated[
-    UserTurn | AssistantTurn, mistake("must be an object with the role user or assistant", ".role")
+    UserTurn | AssistantTurn, kinds.mistake("must be an object with the role user or assistant", ".role")
 ]
 _LAST = "The last one is the user's."
 _Turns = Annotated[
     list[_Turn], Meta(min_length=1, max_length=MAX_MESSAGES, description=_LAST)
 ]
-_Tools = Annotated[list[AnthropicTool], TOOLS]
+_Tools = Annotated[list[AnthropicTool], kinds.TOOLS]
 _NOT_DONE = not_done(
     null="container inference_geo output_format",
     empty="mcp_servers",
@@ -137,16 +118,16 @@ _NOT_DONE = not_done(
     thinking=({"type": "disabled"},),
 )
 _RULE = either(
-    HAS_TOOLS, unasked("tool_choice"), {"properties": {"tool_choice": given("type", enum=["auto", "none"])}}
+    kinds.HAS_TOOLS, unasked("tool_choice"), {"properties": {"tool_choice": given("type", enum=["auto", "none"])}}
 )
 
 
 class CountBody(Body, kw_only=True):
     """`POST /v1/messages/count_tokens`: what counts as input."""
 
-    model: ModelName
+    model: kinds.ModelName
     messages: _Turns
-    system: Text | None = None
+    system: kinds.Text | None = None
     tools: _Tools | None = None
     tool_choice: AnthropicChoice | None = None
 
@@ -159,15 +140,15 @@ class MessageBody(SampledBody, kw_only=True):
     """`POST /v1/messages`."""
 
     messages: _Turns
-    system: Text | None = None
+    system: kinds.Text | None = None
     tools: _Tools | None = None
     tool_choice: AnthropicChoice | None = None
-    max_tokens: TokenLimit
+    max_tokens: kinds.TokenLimit
     temperature: Annotated[float, Meta(ge=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=0, le=MAX_COUNT)] | None = None
-    stop_sequences: Stops | None = None
+    stop_sequences: kinds.Stops | None = None
     metadata: UserMetadata | None = None
-    stream: Stream = False
+    stream: kinds.Stream = False
 
     NOT_DONE: ClassVar[NotDone] = _NOT_DONE
     RULES: ClassVar[Rules] = (_RULE,)
@@ -256,8 +237,8 @@ def _answer(content: str | list[Any], param: str) -> Message:
         for index, block in enumerate(content)
         if isinstance(block, ToolUse)
     ]
-    if len(calls) > MAX_CALLS:
-        raise InvalidRequest(f"{param}: at most {MAX_CALLS} tool_use blocks", param=param)
+    if len(calls) > kinds.MAX_CALLS:
+        raise InvalidRequest(f"{param}: at most {kinds.MAX_CALLS} tool_use blocks", param=param)
     texts = [block for block in content if isinstance(block, TextBlock)]
     message: Message = {"role": "assistant", "content": text_of(texts)}
     return {**message, "tool_calls": calls} if calls else message

@@ -5,49 +5,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta, to_builtins
 
 from meshserve.errors import InvalidRequest
-from meshserve.roles.frontend.models.common import (
-    CONTENT,
-    PART,
-    STREAM_ONLY,
-    STREAM_RULE,
-    AnyModel,
-    Body,
-    Fields,
-    NonEmpty,
-    NotDone,
-    NumChoices,
-    NumLogprobs,
-    Parallel,
-    Parsed,
-    Refused,
-    Rules,
-    Stream,
-    Text,
-    TokenLimit,
-    either,
-    given,
-    not_done,
-    only_with,
-)
-from meshserve.roles.frontend.models.completions import (
-    OpenAiBody,
-    StreamOptions,
-    TokenizePrompt,
-    openai_fields,
-    stream_of,
-)
+from meshserve.roles.frontend.models import kinds
+from meshserve.roles.frontend.models.common import Body, Fields, NotDone, Parsed, Rules, either, given, not_done, only_with
+from meshserve.roles.frontend.models.completions import OpenAiBody, StreamOptions, TokenizePrompt, openai_fields, stream_of
 from meshserve.roles.frontend.models.reading import read, read_object
-from meshserve.roles.frontend.models.requests import (
-    CHOICE,
-    MAX_CALLS,
-    TOOLS,
-    TOOLS_RULE,
-    Described,
-    Message,
-    Parameters,
-    check_calls,
-    tool_fields,
-)
+from meshserve.roles.frontend.models.requests import Message, check_calls, tool_fields
 from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
 
 # --- messages
@@ -56,7 +18,7 @@ Name = Annotated[str, Meta(max_length=256)]
 
 
 class _Said(Body, kw_only=True, tag_field="role"):
-    content: Text
+    content: kinds.Text
     name: Name | None = None
 
 
@@ -75,21 +37,21 @@ class UserMessage(_Said, tag="user"):
 class ToolMessage(Body, kw_only=True, tag_field="role", tag="tool"):
     """The answer to a call, right after the message that has it."""
 
-    content: Text
-    tool_call_id: NonEmpty
+    content: kinds.Text
+    tool_call_id: kinds.NonEmpty
 
 
 class CalledFunction(Body, kw_only=True):
     """The function of a call."""
 
-    name: NonEmpty
+    name: kinds.NonEmpty
     arguments: Annotated[str | None, Meta(description="JSON.")] = None
 
 
 class ToolCall(Body, kw_only=True):
     """A call that the model made."""
 
-    id: NonEmpty
+    id: kinds.NonEmpty
     type: Literal["function"] = "function"
     function: CalledFunction
 
@@ -106,20 +68,20 @@ class RefusalText(Body, kw_only=True, tag_field="type", tag="refusal"):
     refusal: str
 
 
-_Parts = list[Annotated[AnswerText | RefusalText, PART]]
+_Parts = list[Annotated[AnswerText | RefusalText, kinds.PART]]
 _THOUGHT = Meta(description="The model's template decides whether it is shown again.")
 
 
 class AssistantMessage(Body, kw_only=True, tag_field="role", tag="assistant"):
     """Each of its calls is answered by a message of the role tool right after it."""
 
-    content: Annotated[str | _Parts | None, CONTENT] = None
+    content: Annotated[str | _Parts | None, kinds.CONTENT] = None
     refusal: str | None = None
     reasoning_content: Annotated[str | None, _THOUGHT] = None
-    tool_calls: Annotated[list[ToolCall], Meta(max_length=MAX_CALLS)] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=kinds.MAX_CALLS)] | None = None
     name: Name | None = None
-    function_call: Refused = None
-    audio: Refused = None
+    function_call: kinds.Refused = None
+    audio: kinds.Refused = None
 
     RULES: ClassVar[Rules] = (
         either(
@@ -136,10 +98,10 @@ Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=MAX_MESSAG
 # --- tools
 
 
-class Function(Described, kw_only=True):
+class Function(kinds.Described, kw_only=True):
     """A function that a model may call."""
 
-    parameters: Parameters | None = None
+    parameters: kinds.Parameters | None = None
 
 
 class Tool(Body, kw_only=True):
@@ -152,7 +114,7 @@ class Tool(Body, kw_only=True):
 class FunctionNamed(Body, kw_only=True):
     """Names a function."""
 
-    name: NonEmpty
+    name: kinds.NonEmpty
 
 
 class NamedTool(Body, kw_only=True):
@@ -162,8 +124,8 @@ class NamedTool(Body, kw_only=True):
     function: FunctionNamed
 
 
-Tools = Annotated[list[Tool], TOOLS]
-ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool | None, CHOICE]
+Tools = Annotated[list[Tool], kinds.TOOLS]
+ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedTool | None, kinds.CHOICE]
 
 # --- the bodies
 
@@ -176,17 +138,17 @@ class ChatBody(OpenAiBody, kw_only=True):
     """`POST /v1/chat/completions`."""
 
     messages: Messages
-    max_completion_tokens: TokenLimit | None = None
-    max_tokens: Annotated[TokenLimit | None, _OLDER] = None
-    n: NumChoices = 1
+    max_completion_tokens: kinds.TokenLimit | None = None
+    max_tokens: Annotated[kinds.TokenLimit | None, _OLDER] = None
+    n: kinds.NumChoices = 1
     logprobs: bool = False
-    top_logprobs: Annotated[NumLogprobs, _TOP_LOGPROBS] = 0
+    top_logprobs: Annotated[kinds.NumLogprobs, _TOP_LOGPROBS] = 0
     tools: Tools | None = None
     tool_choice: ToolChoice = None
-    parallel_tool_calls: Parallel = True
+    parallel_tool_calls: kinds.Parallel = True
     metadata: dict[str, Any] | None = None
-    stream: Stream = False
-    stream_options: Annotated[StreamOptions | None, STREAM_ONLY] = None
+    stream: kinds.Stream = False
+    stream_options: Annotated[StreamOptions | None, kinds.STREAM_ONLY] = None
 
     NOT_DONE: ClassVar[NotDone] = {
         **OpenAiBody.NOT_DONE,
@@ -206,8 +168,8 @@ class ChatBody(OpenAiBody, kw_only=True):
         ),
     }
     RULES: ClassVar[Rules] = (
-        STREAM_RULE,
-        TOOLS_RULE,
+        kinds.STREAM_RULE,
+        kinds.TOOLS_RULE,
         only_with(given("logprobs", const=True), "top_logprobs", 0),
     )
     EXAMPLE: ClassVar[Fields] = {"model": "dummy", **HELLO, "max_tokens": 16}
@@ -217,7 +179,7 @@ class TokenizeChat(Body, kw_only=True):
     """`POST /tokenize` of a chat."""
 
     messages: Messages
-    model: AnyModel = None
+    model: kinds.AnyModel = None
     prompt: None = None
     return_token_strs: Annotated[bool, Meta(description="The tokens' texts too.")] = False
     tools: Tools | None = None
@@ -226,7 +188,7 @@ class TokenizeChat(Body, kw_only=True):
     add_generation_prompt: bool = True
 
     NOT_DONE: ClassVar[NotDone] = {**TokenizePrompt.NOT_DONE, "add_special_tokens": (False,)}
-    RULES: ClassVar[Rules] = (TOOLS_RULE,)
+    RULES: ClassVar[Rules] = (kinds.TOOLS_RULE,)
 
 
 def parse_chat(body: bytes, request_id: str, client_id: str) -> Parsed:

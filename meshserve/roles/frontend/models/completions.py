@@ -7,46 +7,11 @@ from typing import Annotated, Any, ClassVar
 from msgspec import Meta
 
 from meshserve.errors import InvalidRequest, Unsupported
-from meshserve.roles.frontend.models.common import (
-    STREAM_ONLY,
-    STREAM_RULE,
-    AnyModel,
-    Body,
-    Fields,
-    LabelledBody,
-    NonEmpty,
-    NotDone,
-    NumChoices,
-    NumLogprobs,
-    Parsed,
-    ResponseOptions,
-    Rules,
-    Schema,
-    Stops,
-    Stream,
-    TokenLimit,
-    either,
-    given,
-    mistake,
-    not_done,
-)
+from meshserve.roles.frontend.models import kinds
+from meshserve.roles.frontend.models.common import Body, Fields, NotDone, Parsed, ResponseOptions, Rules, Schema, either, given, not_done
 from meshserve.roles.frontend.models.reading import read, read_object, refuse_not_done
-from meshserve.roles.frontend.models.requests import (
-    ANY_OBJECT,
-    MAX_SCHEMA_CHARACTERS,
-    FreeText,
-    JsonObject,
-    NamedSchema,
-    format_schema,
-    json_text,
-    sampled,
-)
-from meshserve.wire.completion import (
-    MAX_CHOICES,
-    CompletionRequest,
-    DetokenizeRequest,
-    Prompts,
-)
+from meshserve.roles.frontend.models.requests import ANY_OBJECT, MAX_SCHEMA_CHARACTERS, LabelledBody, format_schema, json_text, sampled
+from meshserve.wire.completion import MAX_CHOICES, CompletionRequest, DetokenizeRequest, Prompts
 from meshserve.wire.generation import MAX_CHOICE_TEXTS, MAX_COUNT, MAX_LOGIT_BIASES, TokenCount
 
 # --- what completions, chats and the simple form share
@@ -55,14 +20,14 @@ _DOCUMENT = "The text is valid under this schema, given as an object or as text.
 Document = Annotated[
     dict[str, Any] | str,
     Meta(description=_DOCUMENT),
-    mistake("must be a JSON Schema, as an object or as text"),
+    kinds.mistake("must be a JSON Schema, as an object or as text"),
 ]
 _REGEX = Meta(min_length=1, max_length=16_384, description="The whole text matches it.")
 _CHOICES = Meta(min_length=1, max_length=MAX_CHOICE_TEXTS, description="The text is one of these.")
 OneOf = Annotated[
-    list[NonEmpty],
+    list[kinds.NonEmpty],
     _CHOICES,
-    mistake(f"must be a list of 1 to {MAX_CHOICE_TEXTS} texts, none of them empty", "*"),
+    kinds.mistake(f"must be a list of 1 to {MAX_CHOICE_TEXTS} texts, none of them empty", "*"),
 ]
 LogitBias = Annotated[
     dict[
@@ -70,7 +35,7 @@ LogitBias = Annotated[
         Annotated[float, Meta(ge=-100, le=100)] | None,
     ],
     Meta(max_length=MAX_LOGIT_BIASES, description="By token id, what is added to its logit."),
-    mistake(f"must be an object from up to {MAX_LOGIT_BIASES} token ids to numbers from -100 to 100", "*"),
+    kinds.mistake(f"must be an object from up to {MAX_LOGIT_BIASES} token ids to numbers from -100 to 100", "*"),
 ]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
@@ -78,7 +43,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 class JsonSchema(Body, kw_only=True, tag_field="type", tag="json_schema"):
     """The text is a document that is valid under the schema."""
 
-    json_schema: NamedSchema
+    json_schema: kinds.NamedSchema
 
 
 class StructuredOutputs(Body):
@@ -105,11 +70,11 @@ class OpenAiBody(LabelledBody, kw_only=True):
     """What the three share. What a text must keep to is asked for as OpenAI has it, and as vLLM does."""
 
     top_k: Annotated[int, Meta(ge=-1, le=MAX_COUNT, description="0 and -1: all.")] | None = None
-    stop: Stops | None = None
+    stop: kinds.Stops | None = None
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: LogitBias | None = None
-    response_format: FreeText | JsonObject | JsonSchema | None = None
+    response_format: kinds.FreeText | kinds.JsonObject | JsonSchema | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Document | None = None
     guided_regex: Annotated[str, _REGEX] | None = None
@@ -212,17 +177,17 @@ class CompletionBody(OpenAiBody, kw_only=True):
     """`POST /v1/completions`."""
 
     prompt: Annotated[Any, Meta(description=_PROMPTS, extra_json_schema=_prompts(MAX_CHOICES))]
-    n: NumChoices = 1
-    best_of: Annotated[NumChoices | None, _BEST_OF] = None
+    n: kinds.NumChoices = 1
+    best_of: Annotated[kinds.NumChoices | None, _BEST_OF] = None
     echo: Annotated[bool, Meta(description="The text begins with the prompt.")] = False
-    logprobs: Annotated[NumLogprobs | None, _LOGPROBS] = None
-    max_tokens: Annotated[TokenCount, mistake(_LIMIT), Meta(description="0 with `echo` only.")] = 16
-    stream: Stream = False
-    stream_options: Annotated[StreamOptions | None, STREAM_ONLY] = None
+    logprobs: Annotated[kinds.NumLogprobs | None, _LOGPROBS] = None
+    max_tokens: Annotated[TokenCount, kinds.mistake(_LIMIT), Meta(description="0 with `echo` only.")] = 16
+    stream: kinds.Stream = False
+    stream_options: Annotated[StreamOptions | None, kinds.STREAM_ONLY] = None
 
     NOT_DONE: ClassVar[NotDone] = _NOT_IN_COMPLETIONS
     RULES: ClassVar[Rules] = (
-        STREAM_RULE,
+        kinds.STREAM_RULE,
         either(
             {"properties": {"max_tokens": {"type": ["integer", "null"], "minimum": 1}}},
             given("echo", const=True),
@@ -236,8 +201,8 @@ class GenerateBody(OpenAiBody, kw_only=True):
 
     prompt: Annotated[Any, Meta(description="One prompt.", extra_json_schema=_prompts(1))]
     request_id: Annotated[str | None, _LABEL] = None
-    max_tokens: TokenLimit = 64
-    model: AnyModel = None  # type: ignore[assignment]  # a default, where the other APIs have none
+    max_tokens: kinds.TokenLimit = 64
+    model: kinds.AnyModel = None  # type: ignore[assignment]  # a default, where the other APIs have none
 
     NOT_DONE: ClassVar[NotDone] = {
         **_NOT_IN_COMPLETIONS,
@@ -249,8 +214,8 @@ class GenerateBody(OpenAiBody, kw_only=True):
 class TokenizePrompt(Body, kw_only=True):
     """`POST /tokenize` of a prompt."""
 
-    prompt: NonEmpty
-    model: AnyModel = None
+    prompt: kinds.NonEmpty
+    model: kinds.AnyModel = None
     messages: None = None
     return_token_strs: Annotated[bool, Meta(description="The tokens' texts too.")] = False
 
@@ -268,7 +233,7 @@ class DetokenizeBody(Body, kw_only=True):
     """`POST /detokenize`."""
 
     tokens: Annotated[Any, Meta(extra_json_schema=_TOKENS)]
-    model: AnyModel = None
+    model: kinds.AnyModel = None
 
     EXAMPLE: ClassVar[Fields] = {"tokens": [72, 101, 108, 108, 111]}
 

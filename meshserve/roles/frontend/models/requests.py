@@ -8,19 +8,10 @@ from typing import Annotated, Any
 from msgspec import Meta
 
 from meshserve.errors import InvalidRequest
-from meshserve.roles.frontend.models.common import (
-    MAX_SESSION_CHARACTERS,
-    Body,
-    Fields,
-    LabelledBody,
-    NonEmpty,
-    SampledBody,
-    given,
-    mistake,
-    only_with,
-)
+from meshserve.roles.frontend.models import kinds
+from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS, Body, Fields
 from meshserve.routing.policies import POLICIES
-from meshserve.wire.generation import AskedSampling
+from meshserve.wire.generation import AskedSampling, TokenCount
 from meshserve.wire.structs import MAX_NESTING, is_shallow
 
 MAX_SCHEMA_CHARACTERS = 262_144
@@ -36,60 +27,51 @@ Message = dict[str, Any]
 with `id`, `name` and `arguments` (JSON text), and `reasoning_content`, which templates may show again; a tool's has
 the `tool_call_id` of its call."""
 
-# --- tools and formats
+# --- what all APIs that complete share
 
-MAX_CALLS = 128
-"""Of tools, in one message."""
-TOOLS = Meta(max_length=128, description="No two may have the same name.")
-HAS_TOOLS = given("tools", type="array", minItems=1)
-TOOLS_RULE = only_with(HAS_TOOLS, "tool_choice", "none", "auto")
-CHOICE = Meta(
-    description="`required`, or a function of the tools: it is called. Without tools, none can be required.",
-    extra={
-        "words": "must be 'none', 'auto', 'required' or an object that names a function",
-        "covers": (".type",),
-    },
+_UNASKED = "By default the model's own, if it has one."
+_TEMPERATURE = "0 takes the likeliest token. Default: the model's."
+_MIN_P = f"The least probability, as a share of the likeliest token's, of what is chosen. {_UNASKED}"
+_REPETITION_PENALTY = (
+    "Divides the logits above 0 of tokens that were there before, and multiplies those below. " + _UNASKED
 )
-FunctionName = Annotated[
-    str,
-    Meta(pattern=r"^[a-zA-Z0-9_-]{1,128}$"),
-    mistake("must be up to 128 letters, digits, dashes and underscores"),
-]
-_STRICT = (
-    "Arguments are valid under their schema: what the model writes counts as a call only if they are."
-)
-Parameters = Annotated[
-    dict[str, Any],
-    Meta(
-        description="A JSON Schema of type object. What the model's engine cannot keep to is refused.",
-        extra_json_schema={"properties": {"type": {"const": "object"}}},
-    ),
-]
+_RECEIPT = "Who served the request, why, and where its time went, with the answer."
+_POLICY = Meta(description="How the worker is chosen.", extra_json_schema={"enum": list(POLICIES)})
 
 
-class Described(Body, kw_only=True):
-    """A function that a model may call."""
+class Extension(Body):
+    """What meshserve takes besides."""
 
-    name: FunctionName
-    description: str | None = None
-    strict: Annotated[bool, Meta(description=_STRICT)] = False
-
-
-class FreeText(Body, tag_field="type", tag="text"):
-    """Any text."""
+    receipt: Annotated[bool, Meta(description=_RECEIPT)] = False
+    policy: Annotated[str, _POLICY] | None = None
 
 
-class JsonObject(Body, tag_field="type", tag="json_object"):
-    """The text is a JSON object."""
+class SampledBody(Body, kw_only=True):
+    """Sampling, the model, and meshserve's own field.
+
+    A field that :class:`~meshserve.wire.generation.AskedSampling` has too is passed on by its name: see `sampled`.
+    """
+
+    model: kinds.ModelName
+    min_tokens: Annotated[TokenCount, Meta(description="At most the limit of tokens.")] = 0
+    temperature: Annotated[float, Meta(ge=0, le=2, description=_TEMPERATURE)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1, description=_UNASKED)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1, description=_MIN_P)] | None = None
+    repetition_penalty: (
+        Annotated[float, Meta(ge=0.01, le=10, description=_REPETITION_PENALTY)] | None
+    ) = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    ignore_eos: Annotated[bool, Meta(description="Go on until the limit of tokens.")] = False
+    meshserve: Extension | None = None
 
 
-class NamedSchema(Body, kw_only=True):
-    """The text is a document that is valid under this JSON Schema."""
+class LabelledBody(SampledBody, kw_only=True):
+    """With OpenAI's fields for the statistics and caches of the server's owner: they change no answer."""
 
-    name: NonEmpty
-    description: str | None = None
-    strict: bool = False
-    schema: dict[str, Any]
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
 
 
 # --- what they become
@@ -151,7 +133,7 @@ def check_calls(messages: Sequence[Message], param: str) -> None:
 
 
 def tool_fields(
-    tools: Sequence[tuple[Described, Fields | None]],
+    tools: Sequence[tuple[kinds.Described, Fields | None]],
     param: str,
     choice: object,
     name: str | None,
@@ -183,7 +165,7 @@ def tool_fields(
     }
 
 
-def _tool(function: Described, parameters: Fields | None, param: str) -> Fields:
+def _tool(function: kinds.Described, parameters: Fields | None, param: str) -> Fields:
     """In OpenAI's form."""
     schema = parameters or {"type": "object", "properties": {}}
     if schema.get("type", "object") != "object":
@@ -199,9 +181,9 @@ def _tool(function: Described, parameters: Fields | None, param: str) -> Fields:
 
 def format_schema(wanted: object, param: str) -> str:
     """The schema that a format asks the text to be valid under; empty for free text."""
-    if isinstance(wanted, NamedSchema):
+    if isinstance(wanted, kinds.NamedSchema):
         return json_text(wanted.schema, f"{param}.schema", MAX_SCHEMA_CHARACTERS)
-    return ANY_OBJECT if isinstance(wanted, JsonObject) else ""
+    return ANY_OBJECT if isinstance(wanted, kinds.JsonObject) else ""
 
 
 def json_text(value: Any, param: str, max_characters: int) -> str:

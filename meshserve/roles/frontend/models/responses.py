@@ -9,46 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from msgspec import Meta
 
 from meshserve.errors import InvalidRequest, Unsupported
-from meshserve.roles.frontend.models.common import (
-    CONTENT,
-    PART,
-    STREAM_ONLY,
-    STREAM_RULE,
-    Body,
-    Fields,
-    LabelledBody,
-    NonEmpty,
-    NotDone,
-    NumLogprobs,
-    Parallel,
-    Parsed,
-    ResponseOptions,
-    Rules,
-    Stream,
-    TokenLimit,
-    given,
-    mistake,
-    not_done,
-    only_with,
-)
+from meshserve.roles.frontend.models import kinds
+from meshserve.roles.frontend.models.common import Body, Fields, NotDone, Parsed, ResponseOptions, Rules, given, not_done, only_with
 from meshserve.roles.frontend.models.reading import read, read_object, refuse_not_done
-from meshserve.roles.frontend.models.requests import (
-    CHOICE,
-    MAX_CALLS,
-    TOOLS,
-    TOOLS_RULE,
-    Described,
-    FreeText,
-    JsonObject,
-    Message,
-    NamedSchema,
-    Parameters,
-    check_calls,
-    format_schema,
-    sampled,
-    text_of,
-    tool_fields,
-)
+from meshserve.roles.frontend.models.requests import LabelledBody, Message, check_calls, format_schema, sampled, text_of, tool_fields
 from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
 
 LOGPROBS = "message.output_text.logprobs"
@@ -72,7 +36,7 @@ class ResponsePart(Body, kw_only=True):
     text: str
 
 
-_Content = Annotated[str | list[Annotated[ResponsePart, PART]], CONTENT]
+_Content = Annotated[str | list[Annotated[ResponsePart, kinds.PART]], kinds.CONTENT]
 
 
 class InputMessage(Body, kw_only=True, tag_field="type", tag="message"):
@@ -87,15 +51,15 @@ class InputMessage(Body, kw_only=True, tag_field="type", tag="message"):
 class FunctionCall(Body, kw_only=True, tag_field="type", tag="function_call"):
     """Answered by an output right after it, and the calls that follow each other."""
 
-    call_id: NonEmpty
-    name: NonEmpty
+    call_id: kinds.NonEmpty
+    name: kinds.NonEmpty
     arguments: str | None = None
 
 
 class FunctionCallOutput(Body, kw_only=True, tag_field="type", tag="function_call_output"):
     """What a call came to."""
 
-    call_id: NonEmpty
+    call_id: kinds.NonEmpty
     output: _Content
 
 
@@ -107,30 +71,30 @@ Item = InputMessage | FunctionCall | FunctionCallOutput | Reasoning
 _Items = Annotated[list[Item], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
-class TextSchema(NamedSchema, kw_only=True, tag_field="type", tag="json_schema"):
+class TextSchema(kinds.NamedSchema, kw_only=True, tag_field="type", tag="json_schema"):
     """The text is a document that is valid under the schema."""
 
 
 class TextOptions(Body):
     """The form of the text."""
 
-    format: FreeText | JsonObject | TextSchema | None = None
+    format: kinds.FreeText | kinds.JsonObject | TextSchema | None = None
 
     NOT_DONE: ClassVar[NotDone] = not_done(verbosity=("medium",))
 
 
-class FlatTool(Described, kw_only=True):
+class FlatTool(kinds.Described, kw_only=True):
     """What a model may use: a function."""
 
     type: Literal["function"]
-    parameters: Parameters | None = None
+    parameters: kinds.Parameters | None = None
 
 
 class FlatChoice(Body, kw_only=True):
     """The one function that is called."""
 
     type: Literal["function"]
-    name: NonEmpty
+    name: kinds.NonEmpty
 
 
 _INCLUDE = Meta(max_length=16, extra_json_schema={"items": {"enum": list(INCLUDED)}})
@@ -140,19 +104,19 @@ _TOP_LOGPROBS = Meta(description=f"Goes with `include` of `{LOGPROBS}` only.")
 class ResponseBody(LabelledBody, kw_only=True):
     """`POST /v1/responses`."""
 
-    input: Annotated[str | _Items, mistake(f"must be text or a list of 1 to {MAX_MESSAGES} items")]
+    input: Annotated[str | _Items, kinds.mistake(f"must be text or a list of 1 to {MAX_MESSAGES} items")]
     instructions: str | None = None
-    max_output_tokens: TokenLimit | None = None
-    max_tool_calls: TokenLimit | None = None
+    max_output_tokens: kinds.TokenLimit | None = None
+    max_tool_calls: kinds.TokenLimit | None = None
     metadata: dict[str, Any] | None = None
     include: Annotated[list[Any], _INCLUDE] | None = None
-    top_logprobs: Annotated[NumLogprobs, _TOP_LOGPROBS] = 0
+    top_logprobs: Annotated[kinds.NumLogprobs, _TOP_LOGPROBS] = 0
     text: TextOptions | None = None
-    tools: Annotated[list[FlatTool], TOOLS] | None = None
-    tool_choice: Annotated[Literal["none", "auto", "required"] | FlatChoice | None, CHOICE] = None
-    parallel_tool_calls: Parallel = True
-    stream: Stream = False
-    stream_options: Annotated[dict[str, Any] | None, STREAM_ONLY] = None
+    tools: Annotated[list[FlatTool], kinds.TOOLS] | None = None
+    tool_choice: Annotated[Literal["none", "auto", "required"] | FlatChoice | None, kinds.CHOICE] = None
+    parallel_tool_calls: kinds.Parallel = True
+    stream: kinds.Stream = False
+    stream_options: Annotated[dict[str, Any] | None, kinds.STREAM_ONLY] = None
 
     NOT_DONE: ClassVar[NotDone] = not_done(
         null="conversation previous_response_id prompt",
@@ -167,8 +131,8 @@ class ResponseBody(LabelledBody, kw_only=True):
         presence_penalty=(0,),
     )
     RULES: ClassVar[Rules] = (
-        STREAM_RULE,
-        TOOLS_RULE,
+        kinds.STREAM_RULE,
+        kinds.TOOLS_RULE,
         only_with(given("include", type="array", contains={"const": LOGPROBS}), "top_logprobs", 0),
     )
     EXAMPLE: ClassVar[Fields] = {"model": "dummy", "input": "Hello", "max_output_tokens": 16}
@@ -252,6 +216,6 @@ def _add_item(messages: list[Message], item: Item, param: str) -> None:
             messages.append({"role": "assistant", "content": ""})
         calls = messages[-1].setdefault("tool_calls", [])
         calls.append({"id": item.call_id, "name": item.name, "arguments": item.arguments or "{}"})
-        if len(calls) > MAX_CALLS:
-            words = f"at most {MAX_CALLS} calls may follow each other"
+        if len(calls) > kinds.MAX_CALLS:
+            words = f"at most {kinds.MAX_CALLS} calls may follow each other"
             raise InvalidRequest(f"{param}: {words}", param=param)
