@@ -14,7 +14,7 @@ import click
 from meshserve.cli.bench.load import EXIT_CODE, Stop
 from meshserve.cli.bench.options import GroupedCommand, bench_options
 from meshserve.cli.bench.outcome import Outcome, measure
-from meshserve.cli.bench.report.page import page
+from meshserve.cli.bench.report import report
 from meshserve.cli.bench.settings import Settings, read_settings
 from meshserve.cli.bench.sweep import parse_sweep
 from meshserve.cli.options import mesh_config, mesh_options
@@ -90,7 +90,7 @@ def _write(outcome: Outcome, options: Mapping[str, Any]) -> None:
             with Path(options["csv_file"]).open("w", newline="") as file:
                 outcome.write_rows(file)
         if options["report"]:
-            Path(options["report"]).write_text(page(outcome, _command_line()))
+            Path(options["report"]).write_text(report(outcome, _command_line()))
     except OSError as exc:
         raise StartupFailed(f"the figures cannot be written: {exc}") from exc
 

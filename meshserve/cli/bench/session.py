@@ -63,10 +63,18 @@ def _interruption(tally: Tally, num_left: int) -> str:
 
 
 def _second(second: Second) -> dict[str, Any]:
-    found = {"due": second.num_due, "requests": second.num_done, "errors": second.num_errors, "output_pieces": second.num_pieces}
+    found: dict[str, Any] = {
+        "due": second.num_due,
+        "requests": second.num_done,
+        "errors": second.num_errors,
+        "output_pieces": second.num_pieces,
+    }
     if not second.e2e.count:
         return found
-    return {**found, "ttft_p50_ms": round(second.ttft.quantile_ms(0.5), 3), "e2e_p50_ms": round(second.e2e.quantile_ms(0.5), 3)}
+    for name, times in (("ttft", second.ttft), ("e2e", second.e2e)):
+        found[f"{name}_p50_ms"] = round(times.quantile_ms(0.5), 3)
+        found[f"{name}_max_ms"] = round(times.most_s * 1000, 3)
+    return found
 
 
 class Session:
