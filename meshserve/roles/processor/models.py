@@ -4,7 +4,6 @@ a model: prompts of tokens, and sampling parameters.
 
 import asyncio
 import itertools
-import json
 from array import array
 from collections import OrderedDict
 from operator import attrgetter
@@ -26,7 +25,6 @@ from meshserve.wire.generation import AskedSampling, Sampling, SamplingDefaults
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.messages import DETOKENIZE, TOKENIZE
 from meshserve.wire.routing import Candidate
-from meshserve.wire.structs import is_shallow
 
 _CHATS_COME_AFTER_S = 0.5
 """What first chats need is made ready once the peer serves, so that it does not delay that."""
@@ -243,32 +241,11 @@ def check_features(request: CompletionRequest, card: ModelCard) -> None:
 def _chat_of(
     request: CompletionRequest, card: ModelCard
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, dict[str, Any]]:
-    """A chat as models' templates expect it: messages, tools, and the template's variables."""
-    messages = [_for_template(message) for message in request.messages or ()]
+    """A chat: its messages, its tools, and the template's variables."""
     variables: dict[str, Any] = {"add_generation_prompt": request.add_generation_prompt}
     if writes_calls(card):
         variables["tells_tools"] = True
-    return messages, tools_of(request) or None, variables
-
-
-def _for_template(message: dict[str, Any]) -> dict[str, Any]:
-    """As models' templates expect it: calls in OpenAI's form, but with the arguments as an object."""
-    if "tool_calls" not in message:
-        return message
-    calls = [
-        {"id": call["id"], "type": "function", "function": {"name": call["name"], "arguments": _parsed(call["arguments"])}}
-        for call in message["tool_calls"]
-    ]
-    return {**message, "tool_calls": calls}
-
-
-def _parsed(arguments: str) -> Any:
-    """Clients send arguments as text; what is not JSON, or too deep for what templates do with it, stays text."""
-    try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
-        return arguments
-    return value if isinstance(value, dict) and is_shallow(value) else arguments
+    return request.messages or [], tools_of(request) or None, variables
 
 
 def check_prompts(

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from meshserve.errors import InvalidRequest
+from meshserve.wire.structs import is_shallow
 
 MAX_PROMPT_CHARACTERS = 16_000_000
 
@@ -58,9 +59,11 @@ class ChatTemplate:
 
         Raises InvalidRequest where the template refuses, fails, or writes more than MAX_PROMPT_CHARACTERS.
         """
+        prepared = [_with_calls(message) for message in messages]
         if tells_tools and not self.knows_tools:
-            messages = told_in_words(messages, tools)
-        prepared = [_prepare(message, self.wants_parts) for message in messages]
+            prepared = told_in_words(prepared, tools)
+        if self.wants_parts:
+            prepared = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in prepared]
         given = {"add_generation_prompt": True, "documents": None, **variables}
         try:
             return self._render(messages=prepared, tools=list(tools) if tools else None, **given)
@@ -101,65 +104,59 @@ def _compiled(template: str) -> ChatTemplate:
     return ChatTemplate(template)
 
 
-def _prepare(message: Mapping[str, Any], wants_parts: bool) -> dict[str, Any]:
-    """As templates expect a message: text or parts, and the arguments of tool calls as objects, where clients send JSON as text."""
-    prepared = dict(message)
-    content = prepared.get("content")
-    if isinstance(content, str) and wants_parts:
-        prepared["content"] = [{"type": "text", "text": content}]
-    elif isinstance(content, list) and not wants_parts:
-        prepared["content"] = "".join(part.get("text") or "" for part in content if isinstance(part, dict))
-    if isinstance(prepared.get("tool_calls"), list):
-        prepared["tool_calls"] = [_with_arguments(call) for call in prepared["tool_calls"]]
-    return prepared
+def _with_calls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message as templates expect it: calls in OpenAI's form, but with the arguments as objects."""
+    if "tool_calls" not in message:
+        return dict(message)
+    calls = [
+        {
+            "id": call["id"],
+            "type": "function",
+            "function": {"name": call["name"], "arguments": _arguments(call["arguments"])},
+        }
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
-def _with_arguments(call: Any) -> Any:
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return call
+def _arguments(text: str) -> Any:
+    """What is not JSON, or too deep for what templates do with it, stays text."""
     try:
-        arguments = json.loads(function["arguments"])
+        value = json.loads(text)
     except (ValueError, RecursionError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+        return text
+    return value if isinstance(value, dict) and is_shallow(value) else text
 
 
-def told_in_words(messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None) -> list[dict[str, Any]]:
+def told_in_words(messages: Sequence[dict[str, Any]], tools: Sequence[Any] | None) -> list[dict[str, Any]]:
     """The same chat without tools: a system text lists them, calls are what their answers said, and results are the user's."""
     told: list[dict[str, Any]] = []
     previous = ""
     for message in messages:
         _tell(told, message, follows_result=previous == "tool")
-        previous = message.get("role", "")
+        previous = message["role"]
     if not tools:
         return told
-    functions = "\n".join(json.dumps(tool.get("function", tool), ensure_ascii=False) for tool in tools)
+    functions = "\n".join(json.dumps(tool["function"], ensure_ascii=False) for tool in tools)
     text = f"{_RULE}\nThe functions:\n{functions}"
-    if told and told[0].get("role") == "system":
-        return [{**told[0], "content": f"{_text(told[0])}\n\n{text}"}, *told[1:]]
+    if told and told[0]["role"] == "system":
+        return [{**told[0], "content": f"{told[0]['content']}\n\n{text}"}, *told[1:]]
     return [{"role": "system", "content": text}, *told]
 
 
-def _tell(told: list[dict[str, Any]], message: Mapping[str, Any], follows_result: bool) -> None:
-    if message.get("role") == "tool":
-        result = f"Result of the call: {_text(message)}"
+def _tell(told: list[dict[str, Any]], message: dict[str, Any], follows_result: bool) -> None:
+    if message["role"] == "tool":
+        result = f"Result of the call: {message['content']}"
         if follows_result:
             told[-1]["content"] += f"\n{result}"  # many templates want the two sides to take turns
         else:
             told.append({"role": "user", "content": result})
     elif calls := message.get("tool_calls"):
-        functions = [call["function"] for call in calls]
-        entries = [{"name": function["name"], "arguments": function["arguments"]} for function in functions]
+        entries = [call["function"] for call in calls]
         written = json.dumps(entries[0] if len(entries) == 1 else entries, ensure_ascii=False)
-        told.append({"role": "assistant", "content": f"{_text(message)}\n{written}".strip()})
+        told.append({"role": "assistant", "content": f"{message['content']}\n{written}".strip()})
     else:
-        told.append(dict(message))
-
-
-def _text(message: Mapping[str, Any]) -> str:
-    content = message.get("content")
-    return content if isinstance(content, str) else ""
+        told.append(message)
 
 
 @lru_cache(maxsize=1)

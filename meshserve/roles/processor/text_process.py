@@ -67,7 +67,8 @@ class TextProcess:
         """The answer. Raises the MeshserveError that it ends in; Overloaded if too many wait. Whoever waits sets the deadline."""
         frame = _framed(request)
         if len(self._waiting) >= _MAX_WAITING or self._waiting_bytes + len(frame) > _MAX_WAITING_BYTES:
-            self._end_if_stuck()
+            if self._child is not None and time.monotonic() - self._asked_at > _STUCK_S:
+                self._child.kill()
             raise Overloaded("too many prompts wait to be made into tokens")
         question = _Question(frame, asyncio.get_running_loop().create_future())
         if not self._waiting:
@@ -88,10 +89,6 @@ class TextProcess:
         if self._runner is not None:
             await asyncio.wait([self._runner])
 
-    def _end_if_stuck(self) -> None:
-        if self._child is not None and time.monotonic() - self._asked_at > _STUCK_S:
-            self._child.kill()
-
     async def _run(self) -> None:
         """From the first question until no process is wanted. A death costs the question that it was at; the others are asked again."""
         reason: MeshserveError = Overloaded("this model's tokenizer had to make room for another")
@@ -102,7 +99,7 @@ class TextProcess:
                     await self._serve(child)
                 finally:
                     self._child, self._is_loaded = None, False
-                    code = await _to_its_end(child.end(), _nothing)
+                    code = await _to_its_end(child.end())
                 self._blame(code)
         except MeshserveError as error:
             reason = error
@@ -117,9 +114,12 @@ class TextProcess:
             return
         child.send(self._load)
         try:
-            self.table = await _read_answer(child.reader)
+            answer, is_error = await _read_frame(child.reader)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise TokenizerFailed("reading the model's tokenizer took too much time or memory") from error
+        if is_error:
+            raise _error_of(answer)
+        self.table = answer
         self._forget_cancelled()
         for question in self._waiting:
             child.send(question.frame)
@@ -166,10 +166,6 @@ class TextProcess:
             question = self._take()
             if not question.answer.done():
                 question.answer.set_exception(error)
-
-
-async def _nothing(code: int) -> None:
-    """There is nothing to undo about an end."""
 
 
 def _framed(request: tuple[Any, ...]) -> bytes:
@@ -223,13 +219,15 @@ def _spawn(connection: socket.socket) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, stdin=connection.fileno(), stdout=connection.fileno(), stderr=subprocess.DEVNULL, env=environment)
 
 
-async def _to_its_end(work: Coroutine[Any, Any, T], undo: Callable[[T], Coroutine[Any, Any, Any]]) -> T:
-    """The result of work that must not stop half-way; if this is cancelled meanwhile, it is undone."""
+async def _to_its_end(work: Coroutine[Any, Any, T], undo: Callable[[T], Coroutine[Any, Any, Any]] | None = None) -> T:
+    """The result of work that must not stop half-way; if this is cancelled meanwhile, the work is undone by `undo`."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
-        await undo(await task)
+        done = await task
+        if undo is not None:
+            await undo(done)
         raise
 
 
@@ -238,13 +236,6 @@ async def _read_frame(stream: asyncio.StreamReader) -> tuple[bytes, bool]:
     if length > _MAX_ANSWER_BYTES:
         raise TokenizerFailed("the process of the model's tokenizer gave a senseless answer")
     return await stream.readexactly(length), bool(is_error)
-
-
-async def _read_answer(stream: asyncio.StreamReader) -> bytes:
-    answer, is_error = await _read_frame(stream)
-    if is_error:
-        raise _error_of(answer)
-    return answer
 
 
 def _error_of(answer: bytes) -> MeshserveError:

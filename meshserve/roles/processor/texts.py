@@ -131,9 +131,9 @@ class ProcessText(ModelText):
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any
     ) -> "array[int]":
         processes = await self._loaded()
-        plain = [dict(message) for message in messages]
-        is_long = sum(map(_length, plain)) > LONG_CHARACTERS
-        return array("I", await processes[is_long].ask("chat", plain, list(tools) if tools else None, variables))
+        is_long = sum(len(message["content"]) for message in messages) > LONG_CHARACTERS
+        asked = (list(messages), list(tools) if tools else None, variables)
+        return array("I", await processes[is_long].ask("chat", *asked))
 
     async def decode(self, tokens: "array[int]") -> str:
         processes = await self._loaded()
@@ -145,9 +145,3 @@ class ProcessText(ModelText):
             self._loading.cancel()
         for process in self._processes.values():
             await process.close()
-
-
-def _length(message: Mapping[str, Any]) -> int:
-    content = message.get("content")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    return sum(len(part.get("text") or "") for part in parts if isinstance(part, dict))

@@ -51,11 +51,6 @@ def tools_of(request: CompletionRequest) -> list[Json]:
     return tools
 
 
-def strict_tools_of(request: CompletionRequest) -> list[Json]:
-    """Those whose calls must be valid. Raises as :func:`tools_of`."""
-    return [tool for tool in _read_tools(request) if tool["function"].get("strict") is True]
-
-
 def _read_tools(request: CompletionRequest) -> list[Json]:
     if not request.tools:
         return []
@@ -117,7 +112,7 @@ class StrictCalls:
         """
         if request.tool_choice != "strict":
             return None
-        tools = strict_tools_of(request)
+        tools = [tool for tool in _read_tools(request) if tool["function"].get("strict") is True]
         if not tools:
             return None
         schema = call_schema(tools)
