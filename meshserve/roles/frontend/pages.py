@@ -78,6 +78,6 @@ def add_documents(routes: Routes, config: ServeConfig) -> None:
             document = await asyncio.to_thread(make)  # tokens of requests need not wait for it
         return Response(200, document, JSON + b"cache-control: no-cache\r\n")
 
-    routes.add("GET", "/openapi.json", lambda request: openapi())
+    routes.add_async("GET", "/openapi.json", lambda request: openapi())
     routes.add("GET", "/docs", lambda request: _page_file(folder, "docs.html"))
     routes.add("GET", "/docs/{name}", lambda request: _page_file(folder, request.name))

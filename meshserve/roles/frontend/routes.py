@@ -4,7 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -12,17 +12,8 @@ from meshserve.errors import InvalidRequest, MeshserveError
 from meshserve.roles.frontend.http.connection import Answer, Connection
 from meshserve.roles.frontend.http.messages import JSON, Request, Response, header_lines
 
-
-@dataclass(frozen=True, slots=True)
-class Streamed:
-    """A response with status 200 that leaves in chunks as they come, and its head with the first of them."""
-
-    pieces: AsyncGenerator[bytes, None]
-    headers: bytes
-
-
-Handler = Callable[[Request], Response | Streamed | Coroutine[Any, Any, Response] | Answer]
-"""A coroutine is run as a task, and cancelled when the client leaves."""
+Handler = Callable[[Request], Response | Answer]
+AsyncHandler = Callable[[Request], Coroutine[Any, Any, Response]]
 Methods = dict[str, Handler]
 
 
@@ -44,6 +35,10 @@ class Routes:
         if method == "GET":
             methods["HEAD"] = handler
 
+    def add_async(self, method: str, path: str, handler: AsyncHandler) -> None:
+        """The same for a coroutine, which is run as a task, and cancelled when the client leaves."""
+        self.add(method, path, partial(_Awaited, handler))
+
     def answer(self, request: Request) -> Response | Answer:
         """What the handler of this request gives back, or a response that there is none."""
         methods = self._exact.get(request.path) or self._open_route(request)
@@ -53,8 +48,7 @@ class Routes:
         if handler is None:
             words = f"{request.method} is not for {request.path}"
             return self._refusal(request, 405, words, b"allow: %b\r\n" % ", ".join(methods).encode())
-        answered = handler(request)
-        return _TaskAnswer(answered) if isinstance(answered, (Streamed, Coroutine)) else answered
+        return handler(request)
 
     def _open_route(self, request: Request) -> Methods | None:
         for pattern, methods in self._open.items():
@@ -78,10 +72,9 @@ class Routes:
 
 
 class _TaskAnswer:
-    """Answers with a task: runs a handler's coroutine, or writes pieces as they come."""
+    """Answers with a task."""
 
-    def __init__(self, answered: Streamed | Coroutine[Any, Any, Response]) -> None:
-        self._answered = answered
+    def __init__(self) -> None:
         self._resumed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -97,29 +90,48 @@ class _TaskAnswer:
 
     async def _run(self, connection: Connection) -> None:
         try:
-            if isinstance(self._answered, Streamed):
-                async with aclosing(self._answered.pieces) as pieces:
-                    await self._write(connection, self._answered.headers, pieces)
-            else:
-                response = await self._answered
-                connection.respond(response.status, response.headers, response.body)
+            await self._answer(connection)
         except MeshserveError as error:
             connection.fail(error)
         except Exception as error:
             connection.went_wrong(error)
 
-    async def _write(self, connection: Connection, headers: bytes, pieces: AsyncGenerator[bytes, None]) -> None:
-        if connection.request is None or connection.request.method == "HEAD":
-            connection.respond(200, headers, b"")
-            return
-        async for piece in pieces:
-            if not connection.is_started:
-                connection.start(200, headers)
-            connection.write(piece, is_last=False)
-            if connection.is_stuck:
-                self._resumed.clear()
-                await self._resumed.wait()
-        connection.write(b"", is_last=True)
+    async def _answer(self, connection: Connection) -> None:
+        raise NotImplementedError
+
+
+class _Awaited(_TaskAnswer):
+    """The response that a handler's coroutine returns."""
+
+    def __init__(self, handler: AsyncHandler, request: Request) -> None:
+        super().__init__()
+        self._handler, self._request = handler, request
+
+    async def _answer(self, connection: Connection) -> None:
+        response = await self._handler(self._request)
+        connection.respond(response.status, response.headers, response.body)
+
+
+class Streamed(_TaskAnswer):
+    """A response with status 200 that leaves in chunks as they come, and its head with the first of them."""
+
+    def __init__(self, pieces: AsyncGenerator[bytes, None], headers: bytes) -> None:
+        super().__init__()
+        self._pieces, self._headers = pieces, headers
+
+    async def _answer(self, connection: Connection) -> None:
+        async with aclosing(self._pieces) as pieces:
+            if connection.request is None or connection.request.method == "HEAD":
+                connection.respond(200, self._headers, b"")
+                return
+            async for piece in pieces:
+                if not connection.is_started:
+                    connection.start(200, self._headers)
+                connection.write(piece, is_last=False)
+                if connection.is_stuck:
+                    self._resumed.clear()
+                    await self._resumed.wait()
+            connection.write(b"", is_last=True)
 
 
 def json_response(value: Any, status: int = 200, headers: bytes = b"") -> Response:

@@ -89,14 +89,14 @@ class FrontendRole:
         routes.add("GET", "/v1/models/{path}", self._model)
         routes.add("GET", "/health", lambda request: json_response({"status": "alive", "name": self._mesh.own.name}))
         routes.add("GET", "/ready", self._ready)
-        routes.add("GET", "/mesh/peers", self._peers)
-        routes.add("DELETE", "/mesh/requests/{name}", self._cancel)
+        routes.add_async("GET", "/mesh/peers", self._peers)
+        routes.add_async("DELETE", "/mesh/requests/{name}", self._cancel)
         add_documents(routes, self._config)
         if guard.login is not None:
             guard.login.add_routes(routes)
         if self._feed is not None:
-            routes.add("GET", "/mesh/requests/{name}", self._receipt)
-            routes.add("GET", "/metrics", self._metrics)
+            routes.add_async("GET", "/mesh/requests/{name}", self._receipt)
+            routes.add_async("GET", "/metrics", self._metrics)
             add_dashboard(routes, self._feed)
         return routes
 

@@ -26,9 +26,9 @@ class Tokenizing:
 
     def add_routes(self, routes: Routes) -> None:
         """To the frontend's table."""
-        routes.add("POST", "/tokenize", self._tokens_of)
-        routes.add("POST", "/detokenize", self._text_of)
-        routes.add("POST", "/v1/messages/count_tokens", self._count_of)
+        routes.add_async("POST", "/tokenize", self._tokens_of)
+        routes.add_async("POST", "/detokenize", self._text_of)
+        routes.add_async("POST", "/v1/messages/count_tokens", self._count_of)
 
     async def _tokens_of(self, http: Request) -> Response:
         """`{"prompt"}` or `{"messages"}` to tokens."""

@@ -124,6 +124,11 @@ class Connection(asyncio.Protocol):
     def __init__(self, connections: Connections) -> None:
         self._connections, self._application = connections, connections.application
         self._progress = Progress(connections.now_s)
+        self._seen_s = connections.now_s
+        """When the last sweep looked."""
+        self._num_answered = 0
+        self._passed = 0, 0
+        """Requests begun and answered when the last sweep looked: it sees that the connection has gone on meanwhile."""
         self._queue: deque[Request] = deque()
         """Complete requests whose turn has not come."""
         self._is_reading = True
@@ -165,6 +170,7 @@ class Connection(asyncio.Protocol):
     def check(self, now_s: float) -> bool:
         """Look at the deadlines; True if the connection was closed for one."""
         progress, counters = self._progress, self._connections.counters
+        self._note_progress(now_s)
         verdict = progress.verdict(now_s, self._connections.limits)
         if verdict is Verdict.WAIT:
             return False
@@ -193,7 +199,6 @@ class Connection(asyncio.Protocol):
             self._queue += self._reader.complete
             self._refuse(error)
             return
-        self._note_progress()
         if self._queue:
             self._serve_next()
         if self._queue and self._is_reading and not self.transport.is_closing():
@@ -202,18 +207,28 @@ class Connection(asyncio.Protocol):
         if self._reader.request is not None:
             self._look_at_head(self._reader.request)
 
-    def _note_progress(self) -> None:
-        """Called when what the connection waits for may have changed."""
-        progress, reader = self._progress, self._reader
-        was_answering, progress.is_answering = progress.is_answering, self.request is not None or bool(self._queue)
-        if reader.is_in_head or reader.request is not None:
-            stage = Stage.HEAD if reader.is_in_head else Stage.BODY
+    def _note_progress(self, now_s: float) -> None:
+        """See what the connection waits for now, and since when: at the earliest since the last sweep.
+
+        Only the sweep needs to know, so that a request pays for nothing but counting.
+        """
+        progress, reader, seen_s = self._progress, self._reader, self._seen_s
+        self._seen_s = now_s
+        if progress.stage is Stage.LINGER:
+            return
+        progress.has_begun, progress.num_body_bytes = reader.num_begun > 0, reader.num_body_bytes
+        progress.is_answering = self.request is not None or bool(self._queue)
+        if reader.is_in_head or not progress.has_begun:
+            stage = Stage.HEAD
+        elif reader.request is not None:
+            stage = Stage.BODY
         else:
             stage = Stage.ANSWER if progress.is_answering else Stage.IDLE
-        progress.has_begun, progress.num_body_bytes = True, reader.num_body_bytes
-        # What came of the next request while an earlier one was answered had no deadline: its time begins now.
-        if stage is not progress.stage or (was_answering and not progress.is_answering):
-            progress.stage, progress.since_s = stage, self._connections.now_s
+        # What came of the next request while an earlier one was answered had no deadline: its time begins with the answer's end.
+        passed = reader.num_begun, self._num_answered
+        if stage is not progress.stage or passed != self._passed:
+            self._passed = passed
+            progress.enter(stage, seen_s)
 
     def _look_at_head(self, request: Request) -> None:
         """The body is still to come: refuse it if the guard does, else tell a client that waits for a word to send it."""
@@ -314,6 +329,7 @@ class Connection(asyncio.Protocol):
         assert self.request is not None
         is_last = not self.request.keeps_alive or self._connections.is_stopping
         self.request, self._answer, self.is_started = None, None, False
+        self._num_answered += 1
         if is_last:
             self._queue.clear()
             self.transport.close()
@@ -322,7 +338,6 @@ class Connection(asyncio.Protocol):
             self._connections.loop.call_soon(self._serve_next)
         elif self._reader.request is not None:
             self._look_at_head(self._reader.request)
-        self._note_progress()
 
     def pause_writing(self) -> None:
         self.is_stuck, self._progress.stuck_since_s = True, self._connections.now_s

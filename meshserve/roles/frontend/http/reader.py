@@ -1,6 +1,7 @@
 """From the bytes of one connection to its requests. Pure: it reads no socket and looks at no deadline."""
 
 import time
+from functools import lru_cache
 from urllib.parse import unquote
 
 import httptools
@@ -26,6 +27,8 @@ class RequestReader:
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self.is_in_head = False
         """A request has begun, and the end of its head is still to come."""
+        self.num_begun = 0
+        """Requests, whose first byte has come."""
         self.target = b""
         self.num_body_bytes = 0
         self.request: Request | None = None
@@ -69,6 +72,7 @@ class RequestReader:
 
     def on_message_begin(self) -> None:
         self.is_in_head, self.target, self._headers, self.num_body_bytes = True, b"", [], 0
+        self.num_begun += 1
 
     def on_url(self, part: bytes) -> None:
         self.target += part
@@ -89,14 +93,12 @@ class RequestReader:
         announced = headers.get(b"content-length", b"0")
         if len(announced) > _MAX_LENGTH_DIGITS or int(announced) > self._max_body_bytes:
             raise body_too_large(self._max_body_bytes)
-        url = httptools.parse_url(self.target)
-        path = url.path.decode("ascii")
-        path = unquote(path) if "%" in path else path
+        path, raw_path, query = _parts_of(self.target)
         method, is_http_1_1 = self._parser.get_method().decode("ascii"), self._parser.get_http_version() == "1.1"
         keeps_alive = is_http_1_1 and self._parser.should_keep_alive()
         self.is_in_head = False
         self.request = Request(
-            method, path, url.path, url.query or b"", headers, self._address, self._scheme, is_http_1_1, keeps_alive, time.monotonic()
+            method, path, raw_path, query, headers, self._address, self._scheme, is_http_1_1, keeps_alive, time.monotonic()
         )
 
     def on_body(self, part: bytes) -> None:
@@ -114,3 +116,11 @@ class RequestReader:
             self.request.body, self._body = bytes(self._body), bytearray()
         self.complete.append(self.request)
         self.request, self._num_head_read = None, 0
+
+
+@lru_cache(64)  # clients ask for few targets, again and again
+def _parts_of(target: bytes) -> tuple[str, bytes, bytes]:
+    """The path, decoded and as it came, and the query."""
+    url = httptools.parse_url(target)
+    path = url.path.decode("ascii")
+    return unquote(path) if "%" in path else path, url.path, url.query or b""
