@@ -52,7 +52,10 @@ class Peer:
             options = EngineOptions(config.model, dict(config.engine_options), config.kv_cache_tokens, config.kv_type)
             self._engine = load_engine(config.engine, options)
             self._engine.card = self._engine.card.served_as(config.served_model_names)
-        self._event_log = _open_event_log(config.record)
+        try:
+            self._event_log = EventLog(config.record)
+        except OSError as error:
+            raise StartupFailed(f"--record {config.record}: cannot write there: {error.strerror}") from error
         self.mesh = Mesh(mesh_config, self._engine.card if self._engine else None, event_log=self._event_log)
         self._closers = contextlib.AsyncExitStack()
         self._is_idle: list[Callable[[], bool]] = []
@@ -114,7 +117,9 @@ class Peer:
         if "processor" in self._roles:
             from meshserve.roles.processor.processor import ProcessorRole
 
-            processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers, self._receipts())
+            on_kept = self._exporter.request_ended if self._exporter is not None else None
+            receipts = Receipts(self.mesh, self._config.receipts_kept, on_kept) if self._config.observe else None
+            processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers, receipts)
             self._closers.push_async_callback(processor.close)
             self._is_idle.append(lambda: processor.is_idle)
         serve_status(self.mesh, self._reporter)
@@ -122,13 +127,12 @@ class Peer:
             feed = FeedSource(self.mesh, self._reporter.load if self._reporter is not None else None)
             self._closers.callback(feed.close)
         if "frontend" in self._roles:
-            await self._start_frontend()
+            from meshserve.roles.frontend.server import FrontendRole  # HTTP is a slow import that other roles need not wait for
 
-    def _receipts(self) -> Receipts | None:
-        if not self._config.observe:
-            return None
-        on_kept = self._exporter.request_ended if self._exporter is not None else None
-        return Receipts(self.mesh, self._config.receipts_kept, on_kept)
+            frontend = FrontendRole(self.mesh, self._config, self._exporter)
+            self.http_url = await frontend.start()
+            self._closers.push_async_callback(frontend.close)
+            self._is_idle.append(lambda: frontend.is_idle)
 
     def _start_workers(self, engine: Engine) -> None:
         """Decode and prefill share one engine, its reports, and the paths of the handoff."""
@@ -180,14 +184,6 @@ class Peer:
             log_event(_log, "engine_restarted", "the engine runs again")
             return
 
-    async def _start_frontend(self) -> None:
-        from meshserve.roles.frontend.server import FrontendRole  # HTTP is a slow import that other roles need not wait for
-
-        frontend = FrontendRole(self.mesh, self._config, self._exporter)
-        self.http_url = await frontend.start()
-        self._closers.push_async_callback(frontend.close)
-        self._is_idle.append(lambda: frontend.is_idle)
-
     def _say_workers(self, change: Change | None = None, member: Member | None = None) -> None:
         """One line when the workers that could be routed to come or go."""
         groups = {role: [self.mesh.name_of(info.incarnation) for info in self.mesh.peers_with(role)] for role in ("decode", "prefill")}
@@ -226,10 +222,3 @@ class Peer:
         await self._closers.aclose()
         self._event_log.close()
         gc.unfreeze()
-
-
-def _open_event_log(path: str | None) -> EventLog:
-    try:
-        return EventLog(path)
-    except OSError as error:
-        raise StartupFailed(f"--record {path}: cannot write there: {error.strerror}") from error

@@ -1,7 +1,7 @@
 """KV blocks on the move: their checksums, the window that bounds them, the rate. Pure."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import xxhash
 
@@ -11,7 +11,6 @@ from meshserve.wire.handoff import BlockMark, BulkHeader, Claim
 
 BURST_S = 0.002
 """What a limited link may be ahead of its rate: timers have steps of a millisecond, and the rate must be reached all the same."""
-
 
 checksum = xxhash.xxh3_64_digest
 """Of a payload: 64 bits catch every truncation and flip that TCP's checksum lets through, at memory speed."""
@@ -63,8 +62,7 @@ class BlockWindow:
     def take_all(self) -> tuple[list[BlockMark], list[bytes]]:
         """All that is ready, whatever the bounds: to leave with a claim, which is acknowledged as a whole."""
         ready, self._ready = self._ready, deque()
-        marks = [BlockMark(index, num_tokens, checksum(payload)) for index, num_tokens, payload in ready]
-        return marks, [payload for _, _, payload in ready]
+        return _marked(ready)
 
     @property
     def can_send(self) -> bool:
@@ -73,34 +71,32 @@ class BlockWindow:
         return bool(self._ready) and (not sent_bytes or sent_bytes + len(self._ready[0][2]) <= self._window_bytes)
 
     def take(self) -> tuple[list[BlockMark], list[bytes]]:
-        """What may go out now as one message; nothing if the window is full or nothing is ready.
-
-        A block that is wider than a bound goes alone.
-        """
-        marks: list[BlockMark] = []
-        payloads: list[bytes] = []
+        """What may go out now as one message; nothing if the window is full or nothing is ready."""
+        taken: list[KVBlock] = []
         num_bytes, ready = 0, self._ready
-        while ready and len(payloads) < self._max_blocks:
-            index, num_tokens, payload = ready[0]
-            sent_bytes, size_bytes = self._unacknowledged_bytes, len(payload)
-            if sent_bytes and sent_bytes + size_bytes > self._window_bytes:
+        while ready and len(taken) < self._max_blocks:
+            sent_bytes, size_bytes = self._unacknowledged_bytes, len(ready[0][2])
+            # a block that is wider than a bound goes alone: it could never go otherwise
+            is_over_window = sent_bytes > 0 and sent_bytes + size_bytes > self._window_bytes
+            if is_over_window or (taken and num_bytes + size_bytes > self._max_message_bytes):
                 break
-            if payloads and num_bytes + size_bytes > self._max_message_bytes:
-                break
-            ready.popleft()
-            marks.append(BlockMark(index, num_tokens, checksum(payload)))
-            payloads.append(payload)
+            taken.append(ready.popleft())
             num_bytes += size_bytes
             self._unacknowledged_bytes += size_bytes
-        return marks, payloads
+        return _marked(taken)
 
     def acknowledged(self, num_bytes: int) -> None:
         """The receiver has taken so much."""
         self._unacknowledged_bytes = max(0, self._unacknowledged_bytes - num_bytes)
 
 
+def _marked(blocks: Collection[KVBlock]) -> tuple[list[BlockMark], list[bytes]]:
+    marks = [BlockMark(index, num_tokens, checksum(payload)) for index, num_tokens, payload in blocks]
+    return marks, [payload for _, _, payload in blocks]
+
+
 class RateLimit:
-    """So many bytes a second, with a burst of :data:`BURST_S`: a message may go while nothing is owed, and what it was too big is owed."""
+    """So many bytes a second, with a burst of :data:`BURST_S`: a message may go while nothing is owed, and its excess is owed."""
 
     def __init__(self, bytes_per_s: float) -> None:
         self._bytes_per_s = bytes_per_s

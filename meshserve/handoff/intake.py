@@ -32,8 +32,6 @@ class HandoffResult:
     num_bytes: int
     num_tokens: int
     """Of the prompt, whose KV came from elsewhere."""
-    queue_ms: float
-    """From the first ticket to the claim that succeeded."""
     prefill_ms: float
     """Of the engine that computed the blocks, by its own clock."""
     transfer_ms: float
@@ -64,22 +62,23 @@ class RunningTask:
 
 
 def missing_blocks(
-    running: RunningTask,
-    header: BulkHeader,
-    payloads: Sequence[Payload],
-    layout: KVLayout,
-    model_hash: str,
+    running: RunningTask, header: BulkHeader, payloads: Sequence[Payload], layout: KVLayout, model_hash: str
 ) -> list[tuple[int, Payload]]:
-    """The blocks of a message that no earlier one brought, as index and payload.
+    """The blocks of a message that no earlier message brought, as index and payload.
 
-    Raises BlockRefused, for all of them, if one has another layout, is of other tokens than the prompt's,
-    is beyond the prompt's end, or if its checksum is wrong.
+    Raises BlockRefused for the whole message if one of its blocks has another layout, belongs to other
+    tokens, lies beyond the prompt's end, or has a wrong checksum.
     """
     reservation = running.reservation
     assert reservation is not None, "a claim was granted"
     if header.layout != layout.fingerprint:
         raise BlockRefused("the blocks have another KV layout")
-    _check_tokens(running, header, layout.block_size, model_hash)
+    if not running.prefix_hashes:
+        running.prefix_hashes = prefix_hashes(running.request.tokens[:-1], layout.block_size, model_hash)
+    # a block's hash stands for all tokens up to its end: that of the last block is enough
+    last = header.marks[-1].index if header.marks else -1
+    if 0 <= last < len(running.prefix_hashes) and running.prefix_hashes[last] != header.prefix_hash:
+        raise BlockRefused(f"block {last} is of other tokens than the prompt's")
     check_blocks(header, payloads)
     missing, blocks = set(reservation.missing()), []
     for mark, payload in zip(header.marks, payloads, strict=True):
@@ -89,12 +88,3 @@ def missing_blocks(
             missing.discard(mark.index)
             blocks.append((mark.index, payload))
     return blocks
-
-
-def _check_tokens(running: RunningTask, header: BulkHeader, block_size: int, model_hash: str) -> None:
-    """A block's hash stands for all tokens up to its end: that of the last block is enough."""
-    if not running.prefix_hashes:
-        running.prefix_hashes = prefix_hashes(running.request.tokens[:-1], block_size, model_hash)
-    last = header.marks[-1].index if header.marks else -1
-    if 0 <= last < len(running.prefix_hashes) and running.prefix_hashes[last] != header.prefix_hash:
-        raise BlockRefused(f"block {last} is of other tokens than the prompt's")

@@ -104,10 +104,6 @@ class TicketList:
         if known is None and self.num_waiting >= self._max:
             return False
         self.strike(ticket.decode_peer, ticket.request_id)
-        self._append(ticket)
-        return True
-
-    def _append(self, ticket: Ticket) -> None:
         own = self._tickets.get(ticket.decode_peer)
         if own is None:
             own = self._tickets[ticket.decode_peer] = OrderedDict()
@@ -117,6 +113,7 @@ class TicketList:
             for waiting in [found.request_id for found in own.values() if found.attempt == 1]:
                 own.move_to_end(waiting)
         self.num_waiting += 1
+        return True
 
     def strike(self, decode_peer: str, request_id: str) -> bool:
         """This one is void. False if it is not here (any more)."""

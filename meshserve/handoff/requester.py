@@ -188,11 +188,9 @@ class PrefillRequester:
             running.on_done(self._result(running, finish.state))
 
     def _result(self, running: RunningTask, state: TaskState) -> HandoffResult:
-        task, names, reservation = running.task, running.names, None
-        waited_s, took_ms = time.monotonic() - task.created_s, 0.0
+        task, names, reservation, took_ms = running.task, running.names, None, 0.0
         if state is TaskState.DONE:
-            reservation, last = running.reservation, task.attempts[-1]
-            waited_s, took_ms = last.claimed_s - task.created_s, last.took_s * 1000
+            reservation, took_ms = running.reservation, task.attempts[-1].took_s * 1000
         result = HandoffResult(
             state=state,
             reservation=reservation,
@@ -202,14 +200,13 @@ class PrefillRequester:
             num_blocks=sum(attempt.num_blocks for attempt in task.attempts),
             num_bytes=sum(attempt.num_bytes for attempt in task.attempts),
             num_tokens=reservation.num_tokens - reservation.num_cached_tokens if reservation is not None else 0,
-            queue_ms=waited_s * 1000,
             prefill_ms=min(running.computed_ms, took_ms),
             transfer_ms=max(0.0, took_ms - running.computed_ms),
         )
         if state is TaskState.DONE:
             self.choice.rates.handed_over(result.num_tokens, result.transfer_ms / 1000)
             histograms = self._mesh.histograms.named
-            histograms["prefill_wait"].observe(result.queue_ms / 1000)
+            histograms["prefill_wait"].observe(task.attempts[-1].claimed_s - task.created_s)
             histograms["prefill_compute"].observe(result.prefill_ms / 1000)
             histograms["kv_transfer"].observe(result.transfer_ms / 1000)
         return result

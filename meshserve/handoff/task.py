@@ -183,17 +183,15 @@ class PrefillTask:
         self._asked.discard(peer)
         if was_offer:
             self._offered_to = None
-        if self.state is not TaskState.QUEUED:
-            return []
-        if not self._is_hedged and self._unasked(besides=peer):
+        if self.state is TaskState.QUEUED and not self._is_hedged and self._unasked(besides=peer):
             return self._hedge(besides=peer)
-        self._reminder_s = min(self._reminder_s, now_s - self.queued_s + self.config.hedge_ms / 1000)
+        self._remind_soon(now_s)
         return []
 
     def claim(self, peer: str, now_s: float, began_s: float | None = None) -> bool:
         """Whether this peer gets the task. False is "gone": claimed by another, ended, or failed there before.
 
-        `began_s` is when it began, where that was before.
+        `began_s` is when the peer began on an offer, if it did.
         """
         if peer == self._offered_to:
             self._offered_to = None
@@ -255,7 +253,9 @@ class PrefillTask:
         """A prefill worker is suspect or dead."""
         if self.state is TaskState.CLAIMED and self.peer == peer:
             return self.attempt_failed(peer, self.attempt, "peer died" if is_dead else "peer silent", now_s, is_peer_dead=is_dead)
-        if is_dead and not self.is_final and self._may_have_had_it(peer):
+        # a peer that fell silent and then died took that attempt down too; a peer that was offered the prompt may have begun unheard
+        is_suspect = peer == self._offered_to or any(past.peer == peer and past.outcome in _SILENT for past in self.attempts)
+        if is_dead and is_suspect and not self.is_final and peer not in self.lost_peers:
             lost = self._lose(peer)
             if self._has_lost_too_many():
                 return [lost, *self._revoke_running("gave up", now_s), *self._finish(TaskState.GAVE_UP)]
@@ -282,12 +282,6 @@ class PrefillTask:
     def _has_lost_too_many(self) -> bool:
         return self.num_lost_before + len(self.lost_peers) >= self.config.max_lost_peers
 
-    def _may_have_had_it(self, peer: str) -> bool:
-        """First silent, then dead: that attempt took a worker down too. Who was offered it may have begun, and had no time to say so."""
-        if peer in self.lost_peers:
-            return False
-        return peer == self._offered_to or any(past.peer == peer and past.outcome in _SILENT for past in self.attempts)
-
     def _revoke_running(self, outcome: str, now_s: float) -> list[Action]:
         if self.state is not TaskState.CLAIMED:
             return []
@@ -299,8 +293,11 @@ class PrefillTask:
         """A prefill worker that came, or came back, is one more to ask, in a moment: its connection for tickets has to come up first."""
         if not self.is_final and peer not in self._candidates and peer not in self._tried:
             self._candidates.append(peer)
-            if self.state is TaskState.QUEUED:
-                self._reminder_s = min(self._reminder_s, now_s - self.queued_s + self.config.hedge_ms / 1000)
+            self._remind_soon(now_s)
+
+    def _remind_soon(self, now_s: float) -> None:
+        if self.state is TaskState.QUEUED:
+            self._reminder_s = min(self._reminder_s, now_s - self.queued_s + self.config.hedge_ms / 1000)
 
     def fall_back(self, now_s: float, outcome: str = "no room") -> list[Action]:
         """The decode worker can take no blocks from elsewhere: it will prefill itself when its engine's turn comes."""
@@ -321,23 +318,20 @@ class PrefillTask:
         if self.state is TaskState.CLAIMED and now_s - self._renewed_s > self.lease_s:
             assert self.peer is not None
             return self.attempt_failed(self.peer, self.attempt, "no longer named", now_s)
-        if self.state is TaskState.QUEUED and now_s - self.queued_s > self._longest_wait_s():
+        if self.state is not TaskState.QUEUED:
+            return []
+        waited_s = now_s - self.queued_s
+        # half of what the request has left stays for prefilling it here
+        if waited_s > min(self.config.claim_timeout_s, (self.deadline_s - self.queued_s) / 2):
             return self._finish(TaskState.LOCAL)
-        if self.state is TaskState.QUEUED and not self._is_hedged and now_s - self.queued_s >= self.config.hedge_ms / 1000:
+        if not self._is_hedged and waited_s >= self.config.hedge_ms / 1000:
             return self._hedge()
-        if self.state is TaskState.QUEUED and now_s - self.queued_s >= self._reminder_s:
-            return self._remind()
+        if waited_s >= self._reminder_s:
+            # tickets are not acknowledged: all are sent again, ever more seldom, in case some were lost; one that arrived changes nothing
+            self._reminder_s = max(2 * self._reminder_s, self.config.reminder_ms / 1000)
+            self._is_hedged = True
+            return [self._push(self._candidates)]
         return []
-
-    def _longest_wait_s(self) -> float:
-        """For a claim. Half of what the request has left stays for prefilling it here."""
-        return min(self.config.claim_timeout_s, (self.deadline_s - self.queued_s) / 2)
-
-    def _remind(self) -> list[Action]:
-        """Tickets are not acknowledged: one that was lost is sent again, ever more seldom; one that waits there changes nothing."""
-        self._reminder_s = max(2 * self._reminder_s, self.config.reminder_ms / 1000)
-        self._is_hedged = True
-        return [self._push(self._candidates)]
 
     def _hedge(self, besides: str | None = None) -> list[Action]:
         self._is_hedged = True

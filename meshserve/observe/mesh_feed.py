@@ -13,9 +13,9 @@ from typing import Any
 from meshserve.errors import Overloaded
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh, Watcher
-from meshserve.mesh.transport.sockets import endpoint
 from meshserve.observe.latencies import WorkerLatencies
 from meshserve.observe.peer_feed import INTERVAL_S, MAX_FOLLOWED, MAX_NEW_PER_S
+from meshserve.observe.status import address_of, state_of
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.messages import FEED
 from meshserve.wire.observing import MAX_EVENTS, MAX_SAMPLES, FeedBatch
@@ -205,18 +205,16 @@ class Reader:
     """One reader's place in the feed. The owner of the reader calls `next` again and again."""
 
     def __init__(self, snapshot: Callable[[], bytes]) -> None:
-        self._snapshot = snapshot
-        self._has_news = asyncio.Event()
+        self._snapshot, self._has_news = snapshot, asyncio.Event()
         self._has_news.set()
-        self._updates: list[bytes] = []
-        self._is_behind = True
+        self._updates: list[bytes] | None = None
+        """None: the reader has missed some, or has just come, and gets the whole state next."""
         self._is_closed = False
 
     def push(self, update: bytes) -> None:
-        """One update more. A reader that has missed some gets the state instead, with `next`."""
-        if not self._is_behind:
-            self._updates.append(update)
-            self._is_behind = len(self._updates) > _MAX_BACKLOG
+        """One update more."""
+        if self._updates is not None:
+            self._updates = [*self._updates, update] if len(self._updates) < _MAX_BACKLOG else None
         self._has_news.set()
 
     def close(self) -> None:
@@ -230,9 +228,8 @@ class Reader:
         if self._is_closed:
             return b""
         self._has_news.clear()
-        found = self._snapshot() if self._is_behind else b"".join(self._updates)
-        self._updates, self._is_behind = [], False
-        return found
+        updates, self._updates = self._updates, []
+        return self._snapshot() if updates is None else b"".join(updates)
 
 
 class MeshFeed:
@@ -279,10 +276,10 @@ class MeshFeed:
 
     def _begin(self) -> None:
         self._merge = Merge(time.monotonic())
-        self._show(self._mesh.own, "draining" if self._mesh.own.is_draining else "alive")
+        self._show(self._mesh.own, None)
         self._follow(self._mesh.incarnation)
         for member in self._mesh.links.membership.listed():
-            self._show_member(member)
+            self._show(member.info, member)
             if member.is_callable:
                 self._follow(member.info.incarnation)
         self._changed.clear()
@@ -305,7 +302,7 @@ class MeshFeed:
         if change in (Change.DIED, Change.LEFT):
             self._forget(incarnation, "dead" if change is Change.DIED else "left")
             return
-        self._show_member(member)
+        self._show(member.info, member)
         if change is Change.CALLABLE:
             self._follow(incarnation)
 
@@ -326,13 +323,12 @@ class MeshFeed:
             self._gone_s[incarnation] = time.monotonic()
             self._changed[incarnation] = None
 
-    def _show_member(self, member: Member) -> None:
-        state = "joining" if not member.is_callable and not member.was_cut else member.state.value
-        self._show(member.info, "draining" if member.info.is_draining else state, member)
-
-    def _show(self, info: PeerInfo, state: str, member: Member | None = None) -> None:
+    def _show(self, info: PeerInfo, member: Member | None) -> None:
+        """`member` is None for this very peer."""
         known = self._peers.get(info.incarnation)
-        host = member.linked_at[0] if member is not None and member.linked_at else info.addresses[0]
+        state = state_of(info, member)
+        if member is not None and not (member.is_callable or member.was_cut or info.is_draining):
+            state = "joining"
         is_same_state = known is not None and known["state"] == state
         self._gone_s.pop(info.incarnation, None)
         self._changed[info.incarnation] = None
@@ -342,7 +338,7 @@ class MeshFeed:
             "roles": list(info.roles),
             "model": info.card.model if info.card else None,
             "block_bytes": info.layout.block_bytes if info.layout else None,
-            "address": endpoint(host, info.port),
+            "address": address_of(info, member),
             "version": info.version,
             "state": state,
             "since_ms": known["since_ms"] if known is not None and is_same_state else self._merge.time_ms(time.monotonic()),

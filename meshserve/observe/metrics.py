@@ -137,27 +137,29 @@ class _Mesh(Collector):
 
     def _histograms(self) -> Iterator[Metric]:
         for key, (name, help_text) in _HISTOGRAMS.items():
-            family = HistogramMetricFamily(f"meshserve_{name}_seconds", help_text, labels=_LABELS)
-            for labels, peer in self._peers:
-                if key in peer["histograms"]:
-                    sum_s, counts = peer["histograms"][key]
-                    family.add_metric(labels, _cumulated(counts), sum_s)
-            yield family
+            rows = [(labels, peer["histograms"][key]) for labels, peer in self._peers if key in peer["histograms"]]
+            yield _family(name, help_text, _LABELS, rows)
 
     def _by_worker(self) -> Iterator[Metric]:
         names = {peer["incarnation"]: peer["name"] for _, peer in self._peers}
         for key, (name, help_text) in _BY_WORKER.items():
-            family = HistogramMetricFamily(f"meshserve_{name}_seconds", help_text, labels=(*_LABELS, "worker", "worker_incarnation"))
-            for labels, peer in self._peers:
-                for worker, histograms in peer["histograms_by_worker"].items():
-                    if key in histograms and worker in names:
-                        sum_s, counts = histograms[key]
-                        family.add_metric((*labels, names[worker], worker), _cumulated(counts), sum_s)
-            yield family
+            rows = [
+                ((*labels, names[worker], worker), histograms[key])
+                for labels, peer in self._peers
+                for worker, histograms in peer["histograms_by_worker"].items()
+                if key in histograms and worker in names
+            ]
+            yield _family(name, help_text, (*_LABELS, "worker", "worker_incarnation"), rows)
 
 
-def _cumulated(counts: list[int]) -> list[tuple[str, float]]:
-    return list(zip((*map(str, BUCKETS_S), "+Inf"), map(float, accumulate(counts)), strict=True))
+def _family(name: str, help_text: str, labels: tuple[str, ...], rows: list[Any]) -> Metric:
+    """Of rows as :meth:`~meshserve.telemetry.Histogram.to_row` makes them, each with the values of its labels."""
+    family = HistogramMetricFamily(f"meshserve_{name}_seconds", help_text, labels=labels)
+    for values, (sum_s, counts) in rows:
+        # Prometheus counts what does not exceed a bound, meshserve what lies between two
+        cumulated = zip((*map(str, BUCKETS_S), "+Inf"), map(float, accumulate(counts)), strict=True)
+        family.add_metric(values, list(cumulated), sum_s)
+    return family
 
 
 def metrics_text(peers: list[dict[str, Any]]) -> bytes:

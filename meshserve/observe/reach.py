@@ -24,7 +24,6 @@ _KEEP_S = 2.0
 _MAX_PLACES, _MAX_ADDRESSES, _MAX_AT_ONCE = 64, 8, 64
 _OUTCOMES = frozenset(Outcome)
 
-
 Place = tuple[str, str, tuple[str, ...], int]
 """Incarnation, name or nothing, addresses, first port: as `Membership.places` gives them."""
 
@@ -60,7 +59,7 @@ class Reach:
         self._began_s = float("-inf")
         mesh.serve_async(REACH, self._on_reach)
         mesh.serve(VIEW, self._on_view)
-        mesh.serve(ECHO, self._on_echo)
+        mesh.serve(ECHO, lambda call: call.end(call.body))
 
     async def _on_reach(self, call: IncomingCall) -> PortKnocks:
         """All calls within two seconds share one round of knocks, which goes on if one of them is cancelled."""
@@ -77,9 +76,6 @@ class Reach:
         linked = [member.info.incarnation for member in links.membership.listed() if member.is_callable]
         listed, linked_to, heard_of = (tuple(found[:MAX_LISTED]) for found in (interfaces, linked, heard))
         call.end(NetworkView(listed, links.mdns, heard_of, linked_to, time.time()))
-
-    def _on_echo(self, call: IncomingCall) -> None:
-        call.end(call.body)
 
 
 async def ask_view(mesh: Mesh, peer: str, timeout_s: float) -> tuple[NetworkView, float] | None:
