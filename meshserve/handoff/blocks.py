@@ -10,14 +10,15 @@ from meshserve.errors import BlockRefused
 from meshserve.wire.handoff import BlockMark, BulkHeader, Claim
 
 BURST_S = 0.002
-"""What a limited link may be ahead of its rate: timers have steps of a millisecond, and the rate must be reached all the same."""
+"""How far a limited link may be ahead of its rate: timers have steps of a millisecond, and the rate must be
+reached all the same."""
 
 checksum = xxhash.xxh3_64_digest
 """Of a payload: 64 bits catch every truncation and flip that TCP's checksum lets through, at memory speed."""
 
 
 def check_blocks(header: BulkHeader, payloads: Sequence[bytes | memoryview]) -> None:
-    """Raises BlockRefused unless each payload is what its mark says. Whose tokens the blocks are is for the caller to check."""
+    """Raises BlockRefused unless each payload is what its mark says. The caller checks the tokens."""
     if len(payloads) != len(header.marks):
         raise BlockRefused(f"{len(header.marks)} blocks announced, {len(payloads)} came")
     for mark, payload in zip(header.marks, payloads, strict=True):
@@ -26,12 +27,12 @@ def check_blocks(header: BulkHeader, payloads: Sequence[bytes | memoryview]) -> 
 
 
 def began_s(claim: Claim, queued_s: float, now_s: float) -> float | None:
-    """When the prompt was begun whose blocks this claim brings now, if its ticket left at `queued_s`; None for a claim without blocks.
-
-    On the clock of the decode worker: ticket and blocks are taken to have been on their way for as long.
+    """When the prefill worker began on the offer whose blocks this claim brings, on the clock of the decode
+    worker, where the ticket left at `queued_s`. None for a claim without blocks.
     """
     if claim.header is None:
         return None
+    # of the time since then that was neither waiting nor computing, half is taken for the ticket's way
     computed_s, took_s = claim.header.computed_ms / 1000, now_s - queued_s
     way_s = max(0.0, took_s - computed_s - claim.waited_ms / 1000)
     return now_s - min(took_s, computed_s + way_s / 2)
@@ -60,7 +61,7 @@ class BlockWindow:
         return sum([len(payload) for _, _, payload in self._ready])
 
     def take_all(self) -> tuple[list[BlockMark], list[bytes]]:
-        """All that is ready, whatever the bounds: to leave with a claim, which is acknowledged as a whole."""
+        """All ready blocks, whatever the bounds: they leave with a claim, which is acknowledged as a whole."""
         ready, self._ready = self._ready, deque()
         return _marked(ready)
 
@@ -86,7 +87,7 @@ class BlockWindow:
         return _marked(taken)
 
     def acknowledged(self, num_bytes: int) -> None:
-        """The receiver has taken so much."""
+        """The receiver has taken in so many bytes."""
         self._unacknowledged_bytes = max(0, self._unacknowledged_bytes - num_bytes)
 
 

@@ -82,10 +82,10 @@ J = TypeVar("J", bound=Job)
 class TicketList:
     """Unclaimed tickets, one per request. A newer attempt's replaces an older one's.
 
-    Decode workers take turns by tokens served: next is the one that got least, so that one with a thousand long prompts cannot
-    keep another with one prompt waiting behind them all. (Start-time fair queueing, Goyal et al., SIGCOMM 1996; who comes back after a
-    pause starts level with the others, not with a credit.) Within one decode worker's tickets, those of a second or later attempt come
-    first: they have waited once already. All else is in order of arrival.
+    Decode workers take turns by tokens served: next is the worker that got least, so that a thousand long
+    prompts of one worker cannot keep one prompt of another waiting (start-time fair queueing, Goyal et al.,
+    SIGCOMM 1996). Of one decode worker's tickets, those of later attempts come first: they have waited once
+    already. All else is in order of arrival.
     """
 
     def __init__(self, max_tickets: int) -> None:
@@ -107,6 +107,7 @@ class TicketList:
         own = self._tickets.get(ticket.decode_peer)
         if own is None:
             own = self._tickets[ticket.decode_peer] = OrderedDict()
+            # a worker that comes back after a pause starts level with the others, not with a credit
             self._served_tokens[ticket.decode_peer] = max(self._level_tokens, self._served_tokens.get(ticket.decode_peer, 0))
         own[ticket.request_id] = ticket
         if ticket.attempt > 1:
@@ -116,7 +117,7 @@ class TicketList:
         return True
 
     def strike(self, decode_peer: str, request_id: str) -> bool:
-        """This one is void. False if it is not here (any more)."""
+        """The ticket is void. False if it is not here (any more)."""
         own = self._tickets.get(decode_peer)
         if own is None or own.pop(request_id, None) is None:
             return False
@@ -131,14 +132,14 @@ class TicketList:
         self._served_tokens.pop(decode_peer, None)
 
     def peek(self) -> Ticket | None:
-        """The next one to claim, if any."""
+        """The next ticket to claim, if any."""
         if not self._tickets:
             return None
         decode_peer = min(self._tickets, key=self._served_tokens.__getitem__)
         return next(iter(self._tickets[decode_peer].values()))
 
     def take(self) -> Ticket | None:
-        """The next one to claim, off the list."""
+        """The next ticket to claim, off the list."""
         ticket = self.peek()
         if ticket is not None:
             self._level_tokens = max(self._level_tokens, self._served_tokens[ticket.decode_peer])
@@ -146,18 +147,17 @@ class TicketList:
         return ticket
 
     def serve(self, decode_peer: str, num_tokens: int) -> None:
-        """A claim was granted: its decode worker is served so much more."""
+        """A claim was granted: its decode worker is served so many tokens more."""
         if decode_peer in self._served_tokens:
             self._served_tokens[decode_peer] += num_tokens
 
 
 class ClaimPace:
-    """When a prefill worker claims its next prompt, from what it has claimed and not yet computed.
+    """When a prefill worker claims its next prompt, by the prompts that it has claimed and not yet computed.
 
-    Too late, and the worker is idle for a round trip between two prompts. Too early, and a prompt is bound to a worker that still computes
-    a long one, while another comes free. So a worker claims when it has nothing, and when it is about to have nothing. Where so many wait
-    that nobody will come free for lack of work, it also claims what fits into one batch, which an engine computes in less time than one
-    by one. Keys are the caller's; times are seconds of one monotonic clock.
+    Too late, and the worker is idle for a round trip between two prompts. Too early, and a prompt is bound
+    to a worker that still computes a long one, while another comes free. So a worker claims when it has
+    nothing, and when it is about to have nothing. Keys are the caller's; times are seconds of one clock.
     """
 
     def __init__(self, config: HandoffConfig) -> None:
@@ -172,21 +172,21 @@ class ClaimPace:
         """How fast this worker computes prompts; None before the first one ended."""
 
     def may_claim(self, num_tokens: int, num_waiting: int, now_s: float) -> bool:
-        """Whether now is the time for the next prompt, which has so many tokens, when so many wait."""
+        """Whether to claim the next prompt now, which has `num_tokens`, while `num_waiting` tickets wait."""
         if len(self._remaining) >= self._config.prefill_slots:
             return False
         unanswered = [since_s for since_s in self._unanswered_since_s.values() if now_s - since_s > _ANSWER_S]
         if len(self._remaining) == len(unanswered):
             return True
+        # where so many wait that no worker comes free, a batch is computed in less time than its prompts one by one
         batch_tokens = sum(self._remaining.values()) + num_tokens
         if num_waiting > self._config.prefill_slots and batch_tokens <= self._config.prefill_batch_tokens:
             return True
         return self.claim_in_s(now_s) <= 0
 
     def claim_in_s(self, now_s: float) -> float:
-        """How long until all that it has takes no longer than `claim_ahead_ms`, if it goes on at the rate that was measured.
-
-        Infinite where no rate was measured yet, or where it has all that it may have.
+        """Until the claimed prompts take no longer than `claim_ahead_ms` at the measured rate. Infinite
+        where no rate was measured yet, or where all slots are taken.
         """
         if self.tokens_per_s is None or len(self._remaining) >= self._config.prefill_slots:
             return math.inf
@@ -201,7 +201,7 @@ class ClaimPace:
         self._unanswered_since_s[key] = now_s
 
     def granted(self, key: Hashable, num_tokens: int, now_s: float) -> None:
-        """The claim was granted, and so many tokens are left to compute."""
+        """The claim was granted; `num_tokens` are left to compute."""
         self._unanswered_since_s.pop(key, None)
         if len(self._remaining) == 1:
             self._computed_tokens, self._marked_s, self._progressed_s = 0, now_s, now_s  # nothing ran while it was on its way
@@ -217,7 +217,7 @@ class ClaimPace:
             self._progressed_s = now_s
 
     def was_cached(self, num_tokens: int) -> None:
-        """So many of the tokens that were given out had been there already, and say nothing about the rate."""
+        """So many of the computed tokens were prefix hits, which say nothing about the rate."""
         self._computed_tokens = max(0, self._computed_tokens - num_tokens)
 
     def ended(self, key: Hashable, now_s: float) -> None:
@@ -261,7 +261,7 @@ class PrefillQueue(Generic[J]):
         return len(self.jobs) - self._num_delivered
 
     def ticket(self, ticket: Ticket, now_s: float) -> bool:
-        """There is a prompt to compute. False if the list is full. A ticket for what is claimed already is passed over."""
+        """There is a prompt to compute. False if the list is full. A ticket for a claimed prompt is ignored."""
         offer, decode_peer = ticket.offer, ticket.decode_peer
         if offer is not None and offer.number > self._last_offers.get(decode_peer, 0):
             # an offer that comes again keeps its time of -inf: it is an ordinary ticket
@@ -276,7 +276,7 @@ class PrefillQueue(Generic[J]):
         return self._tickets.strike(*key)
 
     def peer_gone(self, decode_peer: str) -> None:
-        """The decode worker is dead: its tickets are void. What runs for it ends with its claim's stream."""
+        """The decode worker is dead: its tickets are void. Its running jobs end with their claims' streams."""
         self._tickets.strike_all_of(decode_peer)
         self._last_offers.pop(decode_peer, None)
 
@@ -301,18 +301,18 @@ class PrefillQueue(Generic[J]):
         return None
 
     def may_begin(self, ticket: Ticket, now_s: float) -> bool:
-        """Whether its prompt may be computed before it is claimed: what was offered long ago may be another worker's by now."""
+        """Whether its prompt may be computed before it is claimed: by now, an old offer may be another worker's."""
         return ticket.offer is not None and now_s - ticket.offer.came_s < self._offer_s
 
     def claim_in_s(self, now_s: float) -> float | None:
-        """When to ask :meth:`next_claim` again if nothing happens until then; None if nothing waits, or only an event can make room."""
+        """When to call :meth:`next_claim` again if nothing happens; None if only an event can make room."""
         if not self._tickets.num_waiting:
             return None
         wait_s = self._pace.claim_in_s(now_s)
         return wait_s if 0 < wait_s < math.inf else None
 
     def granted(self, job: J, attempt: int, num_tokens: int, now_s: float) -> bool:
-        """The claim was the first: so many tokens are to be computed. False if they are not wanted (any more)."""
+        """The claim was the first: `num_tokens` are to be computed. False if they are not wanted (any more)."""
         if job.state is not JobState.CLAIMING:
             return False
         job.state, job.attempt = JobState.COMPUTING, attempt
@@ -321,31 +321,31 @@ class PrefillQueue(Generic[J]):
         return True
 
     def granted_otherwise(self, job: J, now_s: float) -> None:
-        """What was begun on an offer is claimed now, and its task is another: computed is nothing yet, and `granted` follows."""
+        """The granted task is another than was begun on the offer: nothing of it is computed, `granted` follows."""
         if job.state is JobState.DELIVERED:
             self._num_delivered -= 1
         job.state = JobState.CLAIMING
         self._pace.ended(job.key, now_s)
 
     def delivered(self, job: J) -> None:
-        """All is computed, and its blocks leave with its claim."""
+        """The whole prompt is computed, and its blocks leave with its claim."""
         if job.state is JobState.SENDING:
             job.state = JobState.DELIVERED
             self._num_delivered += 1
 
     def computed(self, job: J, num_tokens: int, now_s: float) -> None:
-        """So many more of its tokens are done."""
+        """`num_tokens` more are computed."""
         self._pace.computed(job.key, num_tokens, now_s)
 
     def all_computed(self, job: J, num_cached_tokens: int, now_s: float) -> None:
-        """The engine has room again. So many of the tokens had been in its cache."""
+        """The engine has room again. `num_cached_tokens` of the prompt were prefix hits."""
         self._pace.was_cached(num_cached_tokens)
         if job.state is JobState.COMPUTING:
             job.state = JobState.SENDING
             self._pace.ended(job.key, now_s)
 
     def ended(self, job: J, now_s: float) -> JobState:
-        """Delivered, gone, revoked or lost. Returns where it stood: `OVER` if it had ended before."""
+        """Delivered, gone, revoked or lost. Returns the state before: `OVER` if the job had ended already."""
         stood, job.state = job.state, JobState.OVER
         if stood is not JobState.OVER:
             del self.jobs[job.key]

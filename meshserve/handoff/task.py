@@ -1,7 +1,8 @@
 """A prefill task as its decode worker sees it: a pure state machine.
 
-The decode worker owns the task until the KV is in. Tickets say that there is work; a claim is what assigns it; an attempt is one
-assignment. Every input takes the time and returns what to do. Inputs that come late, twice, or for what has ended change nothing.
+The decode worker owns the task until the KV is in. Tickets announce the task, a claim assigns it, an
+attempt is one assignment. Every input takes the time and returns actions. Inputs that come late or twice,
+or for a task that has ended, change nothing.
 """
 
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ class TaskState(StrEnum):
     DONE = "done"
     """All blocks are in."""
     LOCAL = "local"
-    """Nobody else can do it: the decode worker prefills itself."""
+    """No other worker can do it: the decode worker prefills the prompt itself."""
     GAVE_UP = "gave_up"
     """It took too many workers down."""
     CANCELLED = "cancelled"
@@ -38,7 +39,7 @@ class Push:
     peers: tuple[str, ...]
     attempt: int
     is_offer: bool = False
-    """Whether the prompt may go along, for one peer to begin at once."""
+    """Whether the prompt goes along, so that the one peer can begin at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class Finish:
 
 @dataclass(frozen=True, slots=True)
 class Lose:
-    """This peer died while it had the task; whoever tries the request next must know."""
+    """This peer died while it had the task; the next worker that tries the request must know."""
 
     peer: str
 
@@ -87,7 +88,7 @@ class Attempt:
     ended_s: float = 0.0
     num_blocks: int = 0
     num_bytes: int = 0
-    """Of KV that came, whatever became of it: what crossed the network."""
+    """Of all KV that came, refused blocks included: what crossed the network."""
 
     @property
     def took_s(self) -> float:
@@ -123,7 +124,7 @@ class PrefillTask:
     attempt: int = 1
     """The one that is queued or running now; blocks of any other are refused."""
     peer: str | None = None
-    """Who claimed it."""
+    """The peer that claimed the task."""
     attempts: list[Attempt] = field(default_factory=list)
     num_lost_before: int = 0
     """Workers that this request took down before this task began."""
@@ -147,12 +148,11 @@ class PrefillTask:
         return self.state not in (TaskState.QUEUED, TaskState.CLAIMED)
 
     def start(self, candidates: Sequence[str], now_s: float, num_preferred: int = 1, is_short: bool = False) -> list[Action]:
-        """Tickets to the first `num_preferred` of these peers, ranked; to the others if none of them claims in time.
-
-        A short prompt is offered if only one is asked: of several, all but one would compute it in vain. What is sent later than this
-        is an ordinary ticket, as somebody may have begun.
+        """Send tickets to the first `num_preferred` of these peers, best first; to the others if none of
+        the preferred claims in time.
         """
         self._candidates = list(candidates)
+        # a short prompt is offered if one peer is asked: of several peers, all but one would compute in vain
         if is_short and num_preferred == 1 and self._candidates:
             self._offered_to = self._candidates[0]
         return self._queue(now_s, num_preferred, is_offer=self._offered_to is not None)
@@ -167,11 +167,11 @@ class PrefillTask:
         return [self._push(self._candidates[:num_preferred], is_offer)]
 
     def _retry(self, now_s: float) -> list[Action]:
-        """Elsewhere, asking everybody at once, as it is late already; or locally, if another failure would only show after the deadline."""
+        """Elsewhere, or locally if another failure would only show after the deadline."""
         longest_s = max([self.lease_s, *(attempt.took_s for attempt in self.attempts)])
         if self.deadline_s - now_s < longest_s:
             return self._finish(TaskState.LOCAL)
-        return self._queue(now_s, len(self._candidates))
+        return self._queue(now_s, len(self._candidates))  # all at once, as it is late already
 
     def _push(self, peers: Sequence[str], is_offer: bool = False) -> Push:
         self._ticketed += [peer for peer in peers if peer not in self._ticketed]
@@ -179,7 +179,7 @@ class PrefillTask:
         return Push(tuple(peers), self.attempt, is_offer)
 
     def push_failed(self, peer: str, now_s: float, was_offer: bool = False) -> list[Action]:
-        """The ticket could not be sent: the others get theirs at once; without any, this one is asked again in a moment."""
+        """The ticket could not be sent: the other peers are asked at once; if there is none, this peer again soon."""
         self._asked.discard(peer)
         if was_offer:
             self._offered_to = None
@@ -213,7 +213,7 @@ class PrefillTask:
         self.attempts[-1].num_bytes += num_bytes
 
     def stalled(self, stall_s: float) -> None:
-        """This very process stood still for so long: whoever waits for it is given as much more time."""
+        """This process itself stood still for so long: its peers are given as much more time."""
         self._renewed_s += stall_s
         self.queued_s += stall_s
 
@@ -222,7 +222,7 @@ class PrefillTask:
         return self.state is TaskState.CLAIMED and self.peer == peer and self.attempt == attempt
 
     def is_offered_to(self, peer: str) -> bool:
-        """Whether this peer may have begun, and has not claimed yet."""
+        """Whether this peer may have begun on an offer, and has not claimed yet."""
         return peer == self._offered_to
 
     def complete(self, now_s: float) -> list[Action]:
@@ -233,7 +233,7 @@ class PrefillTask:
         return self._finish(TaskState.DONE)
 
     def attempt_failed(self, peer: str, attempt: int, reason: str, now_s: float, *, is_peer_dead: bool = False) -> list[Action]:
-        """The running attempt came to nothing: the worker died, fell silent, gave up, or a block was refused. Try elsewhere."""
+        """The running attempt failed: the worker died, fell silent or gave up, or a block was refused."""
         if not self.is_current(peer, attempt):
             return []
         self._close_attempt(reason, now_s)
@@ -244,7 +244,8 @@ class PrefillTask:
             actions.append(self._lose(peer))
             if self._has_lost_too_many():
                 return [*actions, *self._finish(TaskState.GAVE_UP)]
-            if self._offered_to in self._candidates:  # it may be dying of the same, and a third must not
+            if self._offered_to in self._candidates:
+                # the peer with the offer may be dying of this prompt too: a third peer must not get it
                 self._candidates = [self._offered_to]
         self.attempt += 1
         return [*actions, *self._retry(now_s)]
@@ -271,7 +272,7 @@ class PrefillTask:
         return self._hedge() if self.state is TaskState.QUEUED and peer in self._asked else []
 
     def peer_draining(self, peer: str, now_s: float) -> list[Action]:
-        """A prefill worker takes no new work: what it runs it finishes, what waits there goes to others."""
+        """A prefill worker takes no new work: it finishes running attempts; tickets that wait there go elsewhere."""
         is_running_there = self.state is TaskState.CLAIMED and self.peer == peer
         return [] if is_running_there else self.peer_gone(peer, now_s, is_dead=False)
 
@@ -290,17 +291,18 @@ class PrefillTask:
         return [Revoke(self.peer, self.attempt)]
 
     def peer_joined(self, peer: str, now_s: float) -> None:
-        """A prefill worker that came, or came back, is one more to ask, in a moment: its connection for tickets has to come up first."""
+        """A prefill worker came, or came back: one more to ask."""
         if not self.is_final and peer not in self._candidates and peer not in self._tried:
             self._candidates.append(peer)
             self._remind_soon(now_s)
 
     def _remind_soon(self, now_s: float) -> None:
+        """Not now: the connection for tickets to a peer that has just come must come up first."""
         if self.state is TaskState.QUEUED:
             self._reminder_s = min(self._reminder_s, now_s - self.queued_s + self.config.hedge_ms / 1000)
 
     def fall_back(self, now_s: float, outcome: str = "no room") -> list[Action]:
-        """The decode worker can take no blocks from elsewhere: it will prefill itself when its engine's turn comes."""
+        """The decode worker has no room for blocks: it prefills the prompt itself when its engine has room."""
         if self.is_final:
             return []
         if self.state is TaskState.CLAIMED:
@@ -314,7 +316,7 @@ class PrefillTask:
         return [*self._revoke_running("cancelled", now_s), *self._finish(TaskState.CANCELLED)]
 
     def tick(self, now_s: float) -> list[Action]:
-        """What the time alone brings: hedging, a lease that ran out, a claim that never came."""
+        """Hedging, a lease that ran out, a claim that never came. To be called every few milliseconds."""
         if self.state is TaskState.CLAIMED and now_s - self._renewed_s > self.lease_s:
             assert self.peer is not None
             return self.attempt_failed(self.peer, self.attempt, "no longer named", now_s)

@@ -13,9 +13,9 @@ from typing import Any
 from meshserve.errors import Overloaded
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh, Watcher
+from meshserve.mesh.transport.sockets import endpoint
 from meshserve.observe.latencies import WorkerLatencies
 from meshserve.observe.peer_feed import INTERVAL_S, MAX_FOLLOWED, MAX_NEW_PER_S
-from meshserve.observe.status import address_of, state_of
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.messages import FEED
 from meshserve.wire.observing import MAX_EVENTS, MAX_SAMPLES, FeedBatch
@@ -325,10 +325,11 @@ class MeshFeed:
 
     def _show(self, info: PeerInfo, member: Member | None) -> None:
         """`member` is None for this very peer."""
-        known = self._peers.get(info.incarnation)
-        state = state_of(info, member)
-        if member is not None and not (member.is_callable or member.was_cut or info.is_draining):
-            state = "joining"
+        known, state, host = self._peers.get(info.incarnation), "alive", info.addresses[0]
+        if member is not None:
+            state = member.state.value if member.is_callable or member.was_cut else "joining"
+            host = member.linked_at[0] if member.linked_at else host
+        state = "draining" if info.is_draining else state
         is_same_state = known is not None and known["state"] == state
         self._gone_s.pop(info.incarnation, None)
         self._changed[info.incarnation] = None
@@ -338,7 +339,7 @@ class MeshFeed:
             "roles": list(info.roles),
             "model": info.card.model if info.card else None,
             "block_bytes": info.layout.block_bytes if info.layout else None,
-            "address": address_of(info, member),
+            "address": endpoint(host, info.port),
             "version": info.version,
             "state": state,
             "since_ms": known["since_ms"] if known is not None and is_same_state else self._merge.time_ms(time.monotonic()),
