@@ -16,9 +16,9 @@ BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
 
 
-def log_event(logger: logging.Logger, event: str, text: str, **fields: Any) -> None:
-    """Logs one line at level info; with `--log-json`, `event` and the fields stand beside the text."""
-    logger.info("%s", text, extra={"event": event, "fields": fields})
+def log_event(logger: logging.Logger, event: str, text: str, level: int = logging.INFO, **fields: Any) -> None:
+    """Logs one line; with `--log-json`, `event` and the fields stand beside the text."""
+    logger.log(level, "%s", text, extra={"event": event, "fields": fields})
 
 
 class Counters:

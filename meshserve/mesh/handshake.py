@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from meshserve.config import PROTOCOL_MAJOR, MeshConfig
 from meshserve.errors import HandshakeRefused, MeshserveError, PeerLost, ProtocolError, from_wire
+from meshserve.mesh.interfaces import Addresses, dialling_order
 from meshserve.mesh.membership import Dial
 from meshserve.mesh.network import Outcome, knock
 from meshserve.mesh.tasks import TaskOwner
@@ -46,15 +47,26 @@ class DialFailed(MeshserveError):
         self.is_refused, self.kinds = is_refused, kinds
 
 
+_MAX_STAGGERED = 4
+
 _Failure = MeshserveError | ConnectionRefusedError
 """Why one address did not lead to the peer."""
+
+
+def _delay_s(index: int, stagger_s: float) -> float:
+    """Before an address is tried. The likely ones come first and get time to answer; of many others none has to wait long."""
+    return min(index, _MAX_STAGGERED) * stagger_s + max(0, index - _MAX_STAGGERED) * stagger_s / 5
 
 
 class Dialler:
     """Dials peers: all their addresses, each a little later than the one before, until one answers with the right hello."""
 
-    def __init__(self, config: MeshConfig, transport: Transport, own_hello: Callable[[str | None], Hello]) -> None:
+    def __init__(
+        self, config: MeshConfig, transport: Transport, own_hello: Callable[[str | None], Hello], addresses: Addresses
+    ) -> None:
         self._config, self._transport, self._own_hello = config, transport, own_hello
+        self.addresses = addresses
+        """This host's own, which tell what it reaches best."""
         self._greeted: dict[Channel, asyncio.Future[Envelope]] = {}
 
     def answered(self, channel: Channel, message: Envelope) -> bool:
@@ -74,8 +86,9 @@ class Dialler:
     async def dial(self, dial: Dial) -> Reached:
         """Raises DialFailed with the reason of each address."""
         owner = TaskOwner()
+        hosts = dialling_order(dial.addresses, self.addresses.local)
         stagger_s = self._config.dial_stagger_s
-        attempts = [owner.spawn(self._attempt(dial, host, index * stagger_s)) for index, host in enumerate(dial.addresses)]
+        attempts = [owner.spawn(self._attempt(dial, host, _delay_s(index, stagger_s))) for index, host in enumerate(hosts)]
         failures: list[_Failure] = []
         chosen: Reached | None = None
         try:

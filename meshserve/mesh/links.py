@@ -5,14 +5,15 @@ import logging
 import random
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from meshserve.config import FIRST_PORT, ROLES, MeshConfig
+from meshserve.config import ROLES, MeshConfig
 from meshserve.errors import HandshakeRefused, ProtocolError
 from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, CallTable
 from meshserve.mesh.handshake import DialFailed, Dialler, check_hello
+from meshserve.mesh.interfaces import Addresses
 from meshserve.mesh.membership import Change, Dial, Member, Membership, PeerState
-from meshserve.mesh.network import parse_host_port, resolve
+from meshserve.mesh.search import Search
 from meshserve.mesh.sightings import Sightings, describe_stranger
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.channel import Channel
@@ -22,9 +23,6 @@ from meshserve.telemetry import Counters, log_event
 from meshserve.wire import frames
 from meshserve.wire.frames import Envelope
 from meshserve.wire.hello import MAX_HINTS, Hello, PeerHint, PeerInfo
-
-if TYPE_CHECKING:
-    from meshserve.mesh.discovery import MdnsDiscovery
 
 _log = logging.getLogger(__name__)
 
@@ -37,60 +35,58 @@ _MAX_INBOUND_PER_PEER = 8
 class Links:
     """Owns the transport and the membership."""
 
-    def __init__(self, config: MeshConfig, own: PeerInfo, factory: SocketFactory, counters: Counters, calls: CallTable) -> None:
+    def __init__(
+        self, config: MeshConfig, own: PeerInfo, addresses: Addresses, factory: SocketFactory, counters: Counters, calls: CallTable
+    ) -> None:
         self._config, self._counters, self._calls = config, counters, calls
         self._loop = asyncio.get_running_loop()
         self._started_s = time.monotonic()
         self.own = own
+        self._addresses = addresses
         self.membership = Membership(own, config, self._started_s)
         self.transport = Transport(factory, config.transport, counters, calls.turn, self._on_frame, self._on_lost)
         self.listeners: list[Callable[[Change, Member], None]] = []
         self.refused: dict[str, str] = {}
         """Peers that could not be joined, and why: for people."""
         self.sightings = Sightings()
-        self.mdns = "off"
-        """For people: `on`, or why not."""
         self.channels: dict[str, Channel] = {}
         """Our own connection to each peer that is up."""
         self._inbound: dict[str, list[Channel]] = {}
         self._broken: set[str] = set()
-        self._dialler = Dialler(config, self.transport, self._hello)
-        self._discovery: MdnsDiscovery | None = None
+        self._dialler = Dialler(config, self.transport, self._hello, addresses)
+        self.search = Search(config, self._on_seed, self._on_announced, self._started_s)
         self._tasks = TaskOwner()
         self._is_dial_due = self._is_changed = False
 
     # --- life
 
-    async def join(self, mdns_interfaces: tuple[str, ...]) -> None:
+    async def join(self) -> None:
         """Find others and be found, from now on until `close`. Returns at once; peers come as they answer."""
-        for seed in self._config.seeds:
-            host, port = parse_host_port(seed, FIRST_PORT)
-            self._tasks.spawn(self._seed(host, port))
         self._tasks.spawn(self._tick_forever())
-        if self._config.use_mdns:
-            await self._start_discovery(mdns_interfaces)
+        await self._search_now()
 
-    async def _seed(self, host: str, port: int) -> None:
-        while not (found := await asyncio.to_thread(resolve, host)):
-            _log.warning("--peer %s: no such host; trying again", host)
-            await asyncio.sleep(self._config.redial_max_s)
-        for address in found[:4]:
-            self.membership.seed(address, port, time.monotonic())
+    async def _search_now(self) -> None:
+        interfaces = self._addresses.mdns_interfaces
+        await self.search.ask(self.own, interfaces, time.monotonic())
+        if interfaces != self._addresses.mdns_interfaces:  # they changed meanwhile
+            await self._search_now()
+
+    def _on_seed(self, host: str, port: int) -> None:
+        self.membership.seed(host, port, time.monotonic())
         self._dial_soon()
 
-    async def _start_discovery(self, interfaces: tuple[str, ...]) -> None:
-        from meshserve.mesh.discovery import MdnsDiscovery  # a slow import that peers without mDNS need not wait for
-
-        discovery = MdnsDiscovery(self.own.incarnation, interfaces, self._on_announced)
-        try:
-            await discovery.start()
-        except OSError as error:
-            self.mdns = str(error.strerror or error)
-            _log.warning("mDNS does not work here (%s): peers are found by --peer only", self.mdns)
-            return
-        self._discovery, self.mdns = discovery, "on"
-        if self._config.roles:
-            discovery.announce(self.own)
+    def moved(self, addresses: Addresses) -> None:
+        """This host has other addresses: connections from one that it no longer has are made again, and failed dials are tried again."""
+        self._addresses = self._dialler.addresses = addresses
+        here = {local.address for local in addresses.local}
+        for channel in list(self.channels.values()):
+            near = channel.near_address.partition("%")[0]
+            if near and near not in here and not near.startswith("127."):
+                self.transport.lost(channel, "this host's address changed")
+        self.membership.network_changed(time.monotonic())
+        self.search.start_over()
+        self._tasks.spawn(self._search_now())
+        self._dial_soon()
 
     def announce(self, own: PeerInfo) -> None:
         """Tell all peers what changed about this one."""
@@ -106,8 +102,7 @@ class Links:
         if self.channels:
             await asyncio.sleep(0.02)  # LINGER is 0: ZeroMQ's own thread gets a moment to send the goodbyes, which nothing depends on
         await self._tasks.close()
-        if self._discovery is not None:
-            await self._discovery.close()
+        await self.search.close()
         self.transport.close()
 
     # --- what comes in
@@ -176,7 +171,7 @@ class Links:
             return
         channel.peer = hello.peer.incarnation
         self._accept(channel, is_reset=hello.is_reset)
-        self._learn(hello)
+        self._learn(hello, channel.far_address)
         channel.send([frames.WELCOME, self._hello(None).to_wire()])
 
     def _accept(self, channel: Channel, *, is_reset: bool) -> None:
@@ -200,9 +195,9 @@ class Links:
         if hello.peer.incarnation == channel.peer:
             self._learn(hello)
 
-    def _learn(self, hello: Hello) -> None:
+    def _learn(self, hello: Hello, speaks_from: str = "") -> None:
         now_s = time.monotonic()
-        self._tell(self.membership.hello(hello.peer, hello.age_s, now_s))
+        self._tell(self.membership.hello(hello.peer, hello.age_s, now_s, speaks_from))
         for hint in hello.hints:
             self.membership.hint(hint, now_s)
         self._dial_soon()
@@ -296,6 +291,10 @@ class Links:
         for change, member in changes:
             if change in (Change.DIED, Change.LEFT):
                 self._forget(member.info.incarnation, PEER_DIED if change is Change.DIED else "it left")
+            if change is Change.MOVED:
+                moved = self.channels.get(member.info.incarnation)
+                if moved is not None:
+                    self.transport.lost(moved, "the peer's address changed")
             self._is_changed = True
             if not member.info.is_observer:
                 if change in (Change.DIED, Change.LEFT):
@@ -320,6 +319,8 @@ class Links:
             if now_s - last_gossip_s >= (_GOSSIP_INTERVAL_S if self._is_changed else _GOSSIP_QUIET_INTERVAL_S):
                 last_gossip_s = now_s
                 self._gossip()
+            if not self.channels and not self.own.is_observer and self.search.is_due(now_s):
+                self._tasks.spawn(self._search_now())
             if not lonely_s and now_s - self._started_s > self._config.lonely_after_s:
                 lonely_s = now_s
                 self._warn_if_lonely()

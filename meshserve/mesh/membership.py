@@ -27,6 +27,8 @@ class Change(StrEnum):
 
     JOINED = "joined"
     UPDATED = "updated"
+    MOVED = "moved"
+    """Our connection leads to an address that the peer no longer has."""
     CALLABLE = "callable"
     SUSPECTED = "suspected"
     RECOVERED = "recovered"
@@ -52,6 +54,15 @@ _ROUND_TRIP_INTERVAL_S = 5.0
 """A peer that is heard all the time is pinged so often, to know how far away it is."""
 
 
+_MAX_HEARD_AT = 8
+
+
+def _has_left(address: str, before: PeerInfo, now: PeerInfo) -> bool:
+    """Whether a peer had this address and has it no more. Of an address that it never told, as behind a NAT, nothing is known."""
+    plain = address.partition("%")[0]
+    return plain in before.addresses and plain not in now.addresses and not plain.startswith("127.")
+
+
 def are_talking(one: PeerInfo, other: PeerInfo) -> bool:
     """Whether the two need to notice quickly that the other hangs."""
     if one.is_observer or other.is_observer:
@@ -75,12 +86,24 @@ class Member:
     was_cut: bool = False
     """Its connection was lost and has not come back."""
     linked_at: tuple[str, int] | None = None
+    heard_at: tuple[str, ...] = ()
+    """Addresses that its hellos came from, or that others told while it could not be reached: dialled too, the latest first."""
     next_dial_s: float = 0.0
     num_failed_dials: int = 0
     is_dialling: bool = False
     pinged_s: float = -math.inf
     shown_name: str = ""
     rtt_ms: float | None = None
+
+    def note_address(self, address: str) -> None:
+        """The peer was heard of at this address."""
+        if address and address not in self.heard_at:
+            self.heard_at = (address, *self.heard_at)[:_MAX_HEARD_AT]
+
+    def places_to_dial(self) -> tuple[str, ...]:
+        """All addresses that may lead to it, the one that did lately first."""
+        linked = (self.linked_at[0],) if self.linked_at is not None else ()
+        return tuple(dict.fromkeys((*linked, *self.info.addresses, *self.heard_at)))
 
     @property
     def can_take_work(self) -> bool:
@@ -143,6 +166,10 @@ class Membership:
     def hint(self, hint: PeerHint, now_s: float) -> None:
         """Hearsay from mDNS or gossip. Members, this peer, and peers that are known to have ended are not dialled for it."""
         incarnation = hint.incarnation
+        member = self.members.get(incarnation)
+        if member is not None and not member.is_callable:  # it may be elsewhere by now
+            for address in reversed(hint.addresses[:_MAX_HEARD_AT]):
+                member.note_address(address)
         if incarnation in self.members or incarnation in self._gone or incarnation == self.own.incarnation or not hint.addresses:
             return
         known = self._candidates.get(incarnation)
@@ -152,15 +179,24 @@ class Membership:
         elif len(self._candidates) < self._config.max_hints:
             self._candidates[incarnation] = _Candidate(hint.addresses, hint.port, incarnation, now_s, now_s)
 
-    def hello(self, info: PeerInfo, age_s: float, now_s: float) -> list[tuple[Change, Member]]:
-        """A peer introduced itself (or told what changed). An earlier incarnation at the same place ends at once."""
+    def hello(self, info: PeerInfo, age_s: float, now_s: float, speaks_from: str = "") -> list[tuple[Change, Member]]:
+        """A peer introduced itself (or told what changed). An earlier incarnation at the same place ends at once.
+
+        `speaks_from` is the address that the hello came from, if the peer made the connection.
+        """
         candidate = self._candidates.pop(info.incarnation, None)
         member = self.members.get(info.incarnation)
         if member is not None:
-            is_changed, member.info = member.info != info, info
-            return ([(Change.UPDATED, member)] if is_changed else []) + self._heard(member, now_s)
+            before, member.info = member.info, info
+            member.note_address(speaks_from)
+            changes = [(Change.UPDATED, member)] if before != info else []
+            if member.linked_at is not None and _has_left(member.linked_at[0], before, info):
+                member.linked_at, member.next_dial_s, member.num_failed_dials = None, now_s, 0
+                changes.append((Change.MOVED, member))
+            return changes + self._heard(member, now_s)
         changes = [self._remove(old, Change.DIED, now_s) for old in self._superseded(info)]
         member = Member(info, are_talking(self.own, info), heard_s=now_s, started_s=now_s - age_s, next_dial_s=now_s)
+        member.note_address(speaks_from)
         member.is_dialling = candidate is not None and candidate.is_dialling  # its outcome will be told under the same key
         self.members[info.incarnation] = member
         self._gone.pop(info.incarnation, None)
@@ -293,16 +329,19 @@ class Membership:
             forget_late_s = now_s + self._config.forget_dead_s - self._config.forget_hint_s
             self._candidates[info.incarnation] = _Candidate(info.addresses, info.port, info.incarnation, forget_late_s, now_s)
 
+    def network_changed(self, now_s: float) -> None:
+        """This host has other addresses: what could not be reached may be reached now."""
+        all_dialled: list[Member | _Candidate] = [*self.members.values(), *self._candidates.values()]
+        for dialled in all_dialled:
+            dialled.num_failed_dials, dialled.next_dial_s = 0, now_s
+
     def due_dials(self, now_s: float) -> list[Dial]:
         """Dials that are due, marked as under way: each ends in `dial_found` or `dial_failed`."""
         dials: list[Dial] = []
         for incarnation, member in self.members.items():
             if not member.is_callable and not member.is_dialling and not member.info.is_observer and now_s >= member.next_dial_s:
                 member.is_dialling = True
-                addresses = member.info.addresses
-                if member.linked_at is not None:
-                    addresses = tuple(dict.fromkeys((member.linked_at[0], *addresses)))
-                dials.append(Dial(incarnation, addresses, member.info.port, incarnation))
+                dials.append(Dial(incarnation, member.places_to_dial(), member.info.port, incarnation))
         for key, candidate in self._candidates.items():
             if not candidate.is_dialling and now_s >= candidate.next_dial_s and not self._is_at_member(candidate):
                 candidate.is_dialling = True

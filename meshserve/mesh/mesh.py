@@ -14,14 +14,14 @@ from meshserve import __version__
 from meshserve.config import MeshConfig
 from meshserve.errors import Cancelled, MeshserveError, PeerLost, ProtocolError
 from meshserve.mesh.calls import CallTable, Handler, IgnoredAnswer, IncomingCall, OutgoingCall, Sink
+from meshserve.mesh.interfaces import AddressWatch, choose_addresses, interface_names, local_addresses
 from meshserve.mesh.keys import MeshKey, read_key_file
 from meshserve.mesh.links import Links
 from meshserve.mesh.membership import Change, Member
-from meshserve.mesh.network import choose_addresses, local_addresses
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.channel import Turn
 from meshserve.mesh.transport.sockets import BoundPorts, SocketFactory, bind_port_block
-from meshserve.telemetry import Counters, EventLog, Gauges, Histograms
+from meshserve.telemetry import Counters, EventLog, Gauges, Histograms, log_event
 from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.messages import Method
@@ -30,6 +30,7 @@ from meshserve.wire.structs import Message, plain, read, replace
 _log = logging.getLogger(__name__)
 
 _MAX_ANSWERS = 64
+_MAX_SHOWN_ADDRESSES = 4
 _FOREVER_S = 30 * 86_400.0
 _REOPEN_S = 0.05
 """Until a broken watch is opened again: well under a heartbeat, as what the watcher knows is out of date
@@ -78,6 +79,7 @@ class Mesh:
         self._card, self._layout = card, layout
         self.key: MeshKey | None = None
         self.ports: BoundPorts | None = None
+        self._watch: AddressWatch | None = None
         self._able: dict[str, list[PeerInfo]] = {}
         """Answers of `peers_with`, until a peer changes: every request asks several times."""
         self._serving: dict[tuple[str, str], list[PeerInfo]] = {}
@@ -87,7 +89,7 @@ class Mesh:
 
     async def start(self) -> None:
         """Bind this peer's ports (an observer binds none). Raises StartupFailed, UsageError or KeyRefused."""
-        self._addresses = choose_addresses(self.config.interface, local_addresses())
+        self._addresses = choose_addresses(self.config.interface, local_addresses(), interface_names())
         self.key = read_key_file(Path(self.config.key_file)) if self.config.key_file else None
         silence_limit_s = self.config.failure_timeout_s + self.config.death_timeout_s
         self.factory = SocketFactory(self.config.transport, self.key, self.counters, silence_limit_s)
@@ -101,7 +103,7 @@ class Mesh:
         self.turn = Turn()
         max_streams = self.config.transport.max_streams_per_peer
         self.calls = CallTable(self.incarnation, self.turn, max_streams, self.name_of, self.counters)
-        self.links = Links(self.config, self.own, self.factory, self.counters, self.calls)
+        self.links = Links(self.config, self.own, self._addresses, self.factory, self.counters, self.calls)
         self.links.listeners.append(lambda change, member: self._changed())
         if self.ports is not None:
             self.links.transport.serve(self.ports.calls, self.links.on_stranger)
@@ -116,7 +118,23 @@ class Mesh:
     async def join(self, http: str | None = None) -> None:
         """Find others and be found, from now on until `close`. Returns at once; peers come as they answer."""
         self._announce(replace(self.own, http=http))
-        await self.links.join(self._addresses.mdns_interfaces)
+        await self.links.join()
+        if self.config.roles:
+            self._watch = AddressWatch(self._on_network)
+
+    def _on_network(self) -> None:
+        """This host's addresses changed: bind, announce and dial anew what they concern; all else goes on."""
+        pinned = (self.config.interface,) if self.config.interface else ()  # it may be gone for a while, which is no fault of its name
+        before, self._addresses = self._addresses, choose_addresses(self.config.interface, local_addresses(), pinned)
+        if self._addresses == before:
+            return
+        if self.ports is not None and self._addresses.bind_hosts != before.bind_hosts:
+            self.ports.move(before.bind_hosts, self._addresses.bind_hosts)
+        if self._addresses.advertised != before.advertised:
+            addresses = ", ".join(self._addresses.advertised[:_MAX_SHOWN_ADDRESSES])
+            log_event(_log, "addresses_changed", f"this host's addresses changed: now {addresses}", level=logging.WARNING)
+            self._announce(replace(self.own, addresses=self._addresses.advertised))
+        self.links.moved(self._addresses)
 
     def describe(self, layout: KVLayout) -> None:
         """How this peer's engine keeps KV, where that is known only now: before `start`, or before others hear of it again."""
@@ -137,6 +155,8 @@ class Mesh:
 
     async def close(self) -> None:
         """End all streams, say goodbye, and give everything back."""
+        if self._watch is not None:
+            self._watch.close()
         self.calls.close()
         await self.tasks.close()
         await self.links.close()

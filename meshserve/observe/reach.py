@@ -10,8 +10,9 @@ import time
 
 from meshserve.errors import MeshserveError
 from meshserve.mesh.calls import IncomingCall
+from meshserve.mesh.interfaces import local_addresses, without_spare
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.network import Outcome, knock, local_addresses
+from meshserve.mesh.network import Outcome, knock
 from meshserve.wire.hello import MAX_LISTED, NetworkView, PortKnock, PortKnocks
 from meshserve.wire.messages import ECHO, MAX_ECHO_BYTES, REACH, VIEW
 from meshserve.wire.structs import replace
@@ -72,10 +73,10 @@ class Reach:
     def _on_view(self, call: IncomingCall) -> None:
         links = self._mesh.links
         heard = [incarnation for incarnation, said in links.sightings.announcements.items() if said.mesh == self._mesh.own.mesh]
-        interfaces = [f"{local.address}/{local.prefix}" for local in local_addresses() if local.prefix]
+        interfaces = [f"{local.address}/{local.prefix}" for local in without_spare(local_addresses()) if local.prefix]
         linked = [member.info.incarnation for member in links.membership.listed() if member.is_callable]
         listed, linked_to, heard_of = (tuple(found[:MAX_LISTED]) for found in (interfaces, linked, heard))
-        call.end(NetworkView(listed, links.mdns, heard_of, linked_to, time.time()))
+        call.end(NetworkView(listed, links.search.mdns, heard_of, linked_to, time.time()))
 
 
 async def ask_view(mesh: Mesh, peer: str, timeout_s: float) -> tuple[NetworkView, float] | None:

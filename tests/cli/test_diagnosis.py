@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from meshserve.mesh.network import LocalAddress
+from meshserve.mesh.interfaces import LocalAddress
 from meshserve.observe.diagnosis import diagnose
 from meshserve.observe.diagnosis.facts import (
     Facts,

@@ -45,9 +45,10 @@ class Host:
         Raises:
             ToolError: the right to do so is missing.
         """
-        self.name = name
+        self.name, self.number = name, number
         self.address = f"10.77.{number // 250}.{number % 250 + 1}"
         self.address6 = f"fd77::{number + 1:x}"
+        self.link_local6 = f"fe80::77:{number + 1:x}"
         self.netns = namespace_name(lan.number, name)
         self.home = lan.directory / name
         self.home.mkdir()
@@ -120,6 +121,16 @@ class Host:
             f"link set {name} up",
             f"link set {name}x up",
         )
+
+    def add_address(self, address: str, interface: str = INTERFACE) -> None:
+        """One more IPv4 or IPv6 address, with its prefix as in 10.77.9.9/16, at once usable."""
+        _ip(self.netns, f"address add {address} dev {interface}{' nodad' if ':' in address else ''}")
+
+    def remove_address(self, address: str, interface: str = INTERFACE) -> None:
+        """An address of this host is gone; `address` has its prefix."""
+        # otherwise the kernel takes all other addresses of the same network with it, which no desktop system lets it do
+        self.inside(lambda: Path("/proc/sys/net/ipv4/conf/all/promote_secondaries").write_text("1"))
+        _ip(self.netns, f"address del {address} dev {interface}")
 
     def drop_long_packets(self, most_bytes: int) -> None:
         """Lose, in each direction, what is longer than `most_bytes`, as a path does whose MTU its ends do not know. With 1600 single
@@ -214,7 +225,7 @@ class Host:
             f"address add {self.address}/16 brd + dev {INTERFACE}",
             f"link set {INTERFACE} up",
             f"address add {self.address6}/64 dev {INTERFACE} nodad",
-            f"address add fe80::77:{number + 1:x}/64 dev {INTERFACE} nodad",
+            f"address add {self.link_local6}/64 dev {INTERFACE} nodad",
             f"route add 224.0.0.0/4 dev {INTERFACE}",
             f"route add default dev {INTERFACE}",
         )

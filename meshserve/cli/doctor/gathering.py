@@ -9,8 +9,9 @@ from meshserve.cli.doctor.path_mtu import probe_paths
 from meshserve.cli.observing import settle
 from meshserve.config import FIRST_PORT, PORTS_PER_PEER, MeshConfig
 from meshserve.mesh.handshake import DialFailed
+from meshserve.mesh.interfaces import choose_addresses, local_addresses, without_spare
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.network import Outcome, choose_addresses, knock, local_addresses, parse_host_port, resolve, security_of
+from meshserve.mesh.network import Outcome, knock, parse_host_port, resolve, security_of
 from meshserve.mesh.transport.reading import KEYS_DIFFER
 from meshserve.observe.diagnosis.facts import Facts, Listener, PeerFacts, Stranger, is_loopback, place
 from meshserve.observe.reach import ask_reach, ask_view, carries_large_messages, knock_at
@@ -30,7 +31,7 @@ _LARGE_AT_ONCE, _LARGE_AFTER_S = 8, 0.05
 
 async def gather(config: MeshConfig) -> Facts:
     """Look at everything, as an observer. Raises UsageError or KeyRefused."""
-    own = local_addresses()
+    own = without_spare(local_addresses())
     chosen = choose_addresses(config.interface, own)
     pinned = [local for local in own if local.address in chosen.advertised] if config.interface else own
     listeners = await _listeners(list(dict.fromkeys((*chosen.advertised, *(local.address for local in pinned)))))
@@ -39,7 +40,7 @@ async def gather(config: MeshConfig) -> Facts:
     await mesh.start()
     try:
         await mesh.join()
-        speaking = [local for local in own if local.address in chosen.mdns_interfaces] if config.use_mdns else []
+        speaking = [local for local in own if local.address in (*chosen.advertised, *chosen.mdns_interfaces)] if config.use_mdns else []
         multicast, _ = await asyncio.gather(
             ask_by_multicast(speaking, frozenset(local.address for local in own), _LISTEN_S),
             settle(mesh, _SETTLE_S, _GIVE_UP_S, least_s=_LISTEN_S if config.use_mdns else 0.0),
@@ -137,7 +138,7 @@ async def _of_the_mesh(mesh: Mesh, seeds: list[tuple[str, int]], listeners: list
         mesh=mesh.own.mesh,
         has_key=mesh.key is not None,
         fingerprint=mesh.key.fingerprint if mesh.key else "",
-        mdns=mesh.links.mdns,
+        mdns=mesh.links.search.mdns,
         peers=(*asked, *hearsay),
         knocks=tuple(knocks),
         heard=frozenset(incarnation for incarnation, said in mesh.links.sightings.announcements.items() if said.mesh == mesh.own.mesh),

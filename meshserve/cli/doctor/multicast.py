@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from meshserve.mesh.network import LocalAddress, is_virtual
+from meshserve.mesh.interfaces import InterfaceKind, LocalAddress
 from meshserve.observe.diagnosis.facts import Multicast, is_within
 
 _GROUPS, _PORT = {4: "224.0.0.251", 6: "ff02::fb"}, 5353
@@ -40,12 +40,15 @@ class _Ear(asyncio.DatagramProtocol):
         """The sending socket reports the error."""
 
 
+_INNER = (InterfaceKind.VIRTUAL, InterfaceKind.TUNNEL)
+
+
 async def ask_by_multicast(interfaces: Iterable[LocalAddress], own: frozenset[str], listen_s: float) -> list[Multicast]:
     """Ask on each of these IPv4 addresses, and by IPv6 on interfaces that have none but are no tunnels; listen for so long."""
     found = list(interfaces)
     by_4 = [local for local in found if _version(local) == 4]
     done = {local.interface for local in by_4}
-    by_6 = {local.interface: local for local in reversed(found) if local.interface not in done and not is_virtual(local.interface)}
+    by_6 = {local.interface: local for local in reversed(found) if local.interface not in done and local.kind not in _INNER}
     answers = await asyncio.gather(_ask(4, by_4, own, listen_s), _ask(6, list(by_6.values()), own, listen_s))
     return [*answers[0], *answers[1]]
 

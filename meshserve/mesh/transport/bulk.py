@@ -87,7 +87,6 @@ class BulkSender:
         member = self._mesh.member(peer)
         if member is None or member.linked_at is None:
             raise PeerLost("no bulk connection", peer=self._mesh.name_of(peer))
-        host, port = member.linked_at
 
         def on_answer(frames: list[bytes]) -> None:
             try:
@@ -99,13 +98,16 @@ class BulkSender:
             self._outlets.pop(peer, None)
             self._on_lost(peer, reason)
 
-        address = endpoint(host, port + BULK_OFFSET)
-        outlet = self._outlets[peer] = _Outlet(self._mesh.factory, address, on_answer, on_lost)
+        outlet = self._outlets[peer] = _Outlet(self._mesh.factory, member.linked_at, on_answer, on_lost)
         return outlet
 
     def _on_change(self, change: Change, member: Member) -> None:
-        if change in (Change.DIED, Change.LEFT) and member.info.incarnation in self._outlets:
-            self._outlets.pop(member.info.incarnation).close()
+        outlet = self._outlets.get(member.info.incarnation)
+        if outlet is not None and change in (Change.DIED, Change.LEFT):
+            del self._outlets[member.info.incarnation]
+            outlet.close()
+        elif outlet is not None and change is Change.CALLABLE and member.linked_at != outlet.place:
+            outlet.lost("the peer's address changed")
 
     def close(self) -> None:
         """Close all sockets."""
@@ -121,10 +123,12 @@ class _Outlet:
     def __init__(
         self,
         factory: SocketFactory,
-        address: str,
+        place: tuple[str, int],
         on_answer: Callable[[list[bytes]], None],
         on_lost: Callable[[str], None],
     ) -> None:
+        self.place = place
+        """Host and port of the peer's calls."""
         self._socket = factory.client_socket(zmq.DEALER)
         self._loop = asyncio.get_running_loop()
         self._waiting: deque[list[bytes]] = deque()
@@ -132,8 +136,8 @@ class _Outlet:
         self._is_up = self._is_closed = False
         self._retry: asyncio.TimerHandle | None = None
         self._reader = SocketReader(self._socket, on_answer, None, _MAX_READS_PER_TURN)
-        self._monitor = ConnectionMonitor(self._socket, self._on_up, self._on_down)
-        self._socket.connect(address)
+        self._monitor = ConnectionMonitor(self._socket, self._on_up, self.lost)
+        self._socket.connect(endpoint(place[0], place[1] + BULK_OFFSET))
 
     def send(self, header: bytes, payloads: list[bytes]) -> None:
         """One message, in order after those before it."""
@@ -160,7 +164,8 @@ class _Outlet:
         self._is_up = True
         self._pump()
 
-    def _on_down(self, reason: str) -> None:
+    def lost(self, reason: str) -> None:
+        """What was on its way is lost with the connection: its owner is told."""
         if not self._is_closed:
             self.close()
             self._on_lost(reason)

@@ -51,6 +51,8 @@ class Channel:
         self.on_broken = on_broken
         self.peer = ""
         """Incarnation at the other end, once it said hello."""
+        self.near_address = self.far_address = ""
+        """Of this end and of the other one, as this host sees them; empty if not known."""
         self._outbox: list[Envelope] = []
         self._waiting: deque[bytes] = deque()
         self._waiting_bytes = self._unconfirmed_bytes = self._unreported_bytes = 0

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import socket
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import zmq
@@ -113,6 +113,47 @@ class SocketReader:
         return frames if len(frames) <= self._max_frames else []
 
 
+class RouterReader(SocketReader):
+    """Of a ROUTER: tells of each new connection, before its first message, where it comes from.
+
+    Only a message that is received without a copy says so, which costs as much as three plain ones; so the first one
+    of a connection is received in that way, and no other.
+    """
+
+    def __init__(
+        self,
+        socket: "zmq.Socket[bytes]",
+        on_frames: Callable[[list[Any]], None],
+        on_turn: Callable[[], None] | None,
+        max_reads_per_turn: int,
+        known: Container[bytes],
+        on_connection: Callable[[bytes, str], None],
+    ) -> None:
+        """`known` are the routing ids of connections that were told of."""
+        super().__init__(socket, on_frames, on_turn, max_reads_per_turn)
+        self._known, self._on_connection = known, on_connection
+
+    def _receive(self) -> list[Any] | None:
+        if self._is_closed:
+            return None
+        try:
+            routing_id = self._socket.recv(_NOBLOCK)
+        except zmq.Again:
+            return None
+        frames = [routing_id]
+        is_new = routing_id not in self._known
+        while self._socket.get(_RCVMORE):
+            if is_new and len(frames) == 1:
+                frame = self._socket.recv(_NOBLOCK, copy=False)
+                self._on_connection(routing_id, str(frame.get("Peer-Address")).removeprefix("::ffff:"))
+                frames.append(frame.bytes)
+                continue
+            data = self._socket.recv(_NOBLOCK)
+            if len(frames) <= self._max_frames:
+                frames.append(data)
+        return frames if len(frames) <= self._max_frames else []
+
+
 class BufferReader(SocketReader):
     """For big frames: views of ZeroMQ's own memory, which lives as long as they do."""
 
@@ -175,11 +216,15 @@ class ConnectionMonitor(_Monitor):
     def __init__(
         self, socket: "zmq.Socket[bytes]", on_up: Callable[[], None], on_down: Callable[[str], None]
     ) -> None:
-        super().__init__(socket, _HANDSHAKE_EVENTS | zmq.EVENT_CLOSED)
+        super().__init__(socket, _HANDSHAKE_EVENTS | zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED)
         self._on_up, self._on_down = on_up, on_down
+        self.near_address = ""
+        """Of this host, at which the connection ends; empty before there is one."""
 
     def _on_event(self, event: int, value: int) -> None:
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+        if event == zmq.EVENT_CONNECTED:
+            self.near_address = _address_of(value, is_far=False)
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._on_up()
         else:
             self._on_down(KEYS_DIFFER if event in _FAILED else CONNECTION_CLOSED)
@@ -222,8 +267,9 @@ class StrangerMonitor(_Monitor):
             self._reason = None
 
 
-def _address_of(descriptor: int) -> str:
-    """Of the other end. The connection may be gone by now, and its number another's: it is only for people."""
+def _address_of(descriptor: int, is_far: bool = True) -> str:
+    """Of the other end, or of this one. The connection may be gone by now, and its number another's: no more than a hint."""
     with contextlib.suppress(OSError), socket.fromfd(descriptor, socket.AF_INET6, socket.SOCK_STREAM) as connection:
-        return str(connection.getpeername()[0]).removeprefix("::ffff:")
+        name = connection.getpeername() if is_far else connection.getsockname()
+        return str(name[0]).removeprefix("::ffff:")
     return ""

@@ -7,6 +7,7 @@ nobody gets in, and a self-test at start tries a wrong key, which must be refuse
 
 import contextlib
 import errno
+import logging
 import resource
 import struct
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from meshserve.config import FIRST_PORT, PORTS_PER_PEER, TransportConfig
 from meshserve.errors import KeyRefused, StartupFailed
 from meshserve.mesh.keys import MeshKey
 from meshserve.telemetry import Counters
+
+_log = logging.getLogger(__name__)
 
 _ZAP_DOMAIN = "meshserve"
 
@@ -175,6 +178,20 @@ class BoundPorts:
     calls: "zmq.Socket[bytes]"
     bulk: "zmq.Socket[bytes]"
     tickets: "zmq.Socket[bytes]"
+
+    def move(self, before: Sequence[str], hosts: Sequence[str]) -> None:
+        """Listen on these addresses instead of those before. One that cannot be bound is said and left out."""
+        for offset, socket in enumerate((self.calls, self.bulk, self.tickets)):
+            for host in before:
+                if host not in hosts:
+                    with contextlib.suppress(zmq.ZMQError):  # its address is gone, and the listener may be as well
+                        socket.unbind(endpoint(host, self.first + offset))
+            for host in hosts:
+                if host not in before:
+                    try:
+                        socket.bind(endpoint(host, self.first + offset))
+                    except zmq.ZMQError as error:
+                        _log.warning("cannot listen on %s port %d: %s", host, self.first + offset, error.strerror)
 
     def close(self) -> None:
         """Close all of them; harmless for those that are closed already."""

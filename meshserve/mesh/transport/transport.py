@@ -10,7 +10,7 @@ from meshserve.config import TransportConfig
 from meshserve.errors import PeerLost, ProtocolError
 from meshserve.mesh.calls import CONNECTION_CLOSED
 from meshserve.mesh.transport.channel import Channel, SendFrame, Turn
-from meshserve.mesh.transport.reading import KEYS_DIFFER, ConnectionMonitor, OnStranger, SocketReader, StrangerMonitor
+from meshserve.mesh.transport.reading import KEYS_DIFFER, ConnectionMonitor, OnStranger, RouterReader, SocketReader, StrangerMonitor
 from meshserve.mesh.transport.sockets import SocketFactory, endpoint
 from meshserve.telemetry import Counters
 from meshserve.wire import frames
@@ -49,6 +49,7 @@ class _Dealer:
         self._transport.received(self.channel, parts[-1])
 
     def _on_up(self) -> None:
+        self.channel.near_address = self._monitor.near_address
         if not self.is_up.done():
             self.is_up.set_result(None)
 
@@ -97,7 +98,8 @@ class Transport:
 
     def serve(self, socket: "zmq.Socket[bytes]", on_stranger: OnStranger) -> None:
         """Read and close this bound ROUTER. A stranger, which fails its handshake, is told of and never heard."""
-        reader = SocketReader(socket, self._on_router_frames, self.turn.flush, self.config.max_reads_per_turn)
+        max_reads = self.config.max_reads_per_turn
+        reader = RouterReader(socket, self._on_router_frames, self.turn.flush, max_reads, self._inbound, self._accept)
         monitor = StrangerMonitor(socket, self._factory.has_key, self._counters, on_stranger)
         self._router = _Router(socket, reader, monitor)
 
@@ -153,14 +155,13 @@ class Transport:
 
     def _on_router_frames(self, parts: list[bytes]) -> None:
         channel = self._inbound.get(parts[0])
-        if channel is None:
-            if len(self._inbound) >= _MAX_CHANNELS:
-                self._counters.add("channels_refused")
-                return
-            channel = self._accept(parts[0])
-        self.received(channel, parts[-1])
+        if channel is not None:
+            self.received(channel, parts[-1])
 
-    def _accept(self, routing_id: bytes) -> Channel:
+    def _accept(self, routing_id: bytes, address: str) -> None:
+        if len(self._inbound) >= _MAX_CHANNELS:
+            self._counters.add("channels_refused")
+            return
         assert self._router is not None
         socket, reader = self._router.socket, self._router.reader
 
@@ -177,9 +178,9 @@ class Transport:
             return True
 
         channel = self.channel(send)
+        channel.far_address = address
         self._inbound[routing_id] = channel
         self._routing_ids[channel] = routing_id
-        return channel
 
     def close(self) -> None:
         """Close every socket. What waits to be sent is lost: what must arrive was acknowledged before."""

@@ -7,7 +7,7 @@ from enum import StrEnum
 from functools import partial
 
 from meshserve.config import FIRST_PORT
-from meshserve.mesh.network import LocalAddress
+from meshserve.mesh.interfaces import LocalAddress
 from meshserve.wire.hello import NetworkView, PortKnock
 
 HERE = ""

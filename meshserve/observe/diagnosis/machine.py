@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from meshserve.config import FIRST_PORT
-from meshserve.mesh.network import LocalAddress, is_virtual
+from meshserve.mesh.interfaces import InterfaceKind, LocalAddress
 from meshserve.observe.diagnosis.facts import (
     MULTICAST_PORT,
     PORTS,
@@ -39,13 +39,13 @@ def _interfaces(facts: Facts) -> Iterator[Finding]:
         yield warning("no_network", "this machine is in no network", "its only interface is the loopback", advice)
         return
     yield info("interfaces", f"this machine's addresses: {', '.join(map(_described, outside))}")
-    real = {local.interface for local in outside if not is_virtual(local.interface)}
+    real = {local.interface for local in outside if local.kind is InterfaceKind.LAN}
     if len(real) > 1 and facts.interface is None:
         yield info("several_networks", f"this machine is in several networks: {names(real)}", advice="--interface NAME pins one of them.")
 
 
 def _described(local: LocalAddress) -> str:
-    kind = ", VPN or containers" if is_virtual(local.interface) else ""
+    kind = {InterfaceKind.TUNNEL: ", VPN", InterfaceKind.VIRTUAL: ", containers"}.get(local.kind, "")
     return f"{local.address} ({local.interface}{kind})"
 
 
