@@ -109,7 +109,7 @@ def test_a_key_ring_tells_which_key_was_shown_and_takes_no_other() -> None:
     keys = KeyRing(["first", "second", "first", "schlüssel"])
     assert [keys.find(shown.encode()) for shown in ("first", "second", "schlüssel")] == [0, 1, 2]
     assert [keys.find(shown) for shown in (b"", b"firs", b"first ", b"FIRST", b"third" * 100)] == [None] * 5
-    assert keys and not KeyRing([]) and KeyRing([]).find(b"") is None
+    assert KeyRing([]).find(b"") is None
 
 
 def test_a_session_is_good_until_it_is_over_or_ended_and_cannot_be_forged() -> None:
@@ -156,7 +156,7 @@ def test_only_named_origins_are_allowed_and_every_answer_depends_on_the_origin()
     assert origins.preflight_headers({b"origin": b"https://evil.example"}) == []
     asked = {b"origin": b"https://chat.example.org", b"access-control-request-headers": b"x-stainless-os"}
     assert (b"access-control-allow-headers", b"x-stainless-os") in origins.preflight_headers(asked)
-    assert Origins(["*"]).allows(b"null") and not Origins([]) and not Origins([]).allows(b"")
+    assert Origins(["*"]).allows(b"null") and not Origins([]).allows(b"")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ _MAX_SESSIONS_ENDED = 4096
 _FREE_GUESSES = 5
 _GUESS_EVERY_S = 10.0
 _PREFLIGHT_S = b"600"
-_ANY = "*"
 _EXPOSED = b"x-request-id, retry-after"
 
 
@@ -29,10 +28,6 @@ class KeyRing:
     def __init__(self, keys: Sequence[str]) -> None:
         self._secret = secrets.token_bytes(32)
         self._digests = [self._digest(key.encode()) for key in dict.fromkeys(keys)]
-
-    def __bool__(self) -> bool:
-        """Whether any key is asked for."""
-        return bool(self._digests)
 
     def _digest(self, key: bytes) -> bytes:
         return hashlib.blake2b(key, key=self._secret, digest_size=32).digest()
@@ -109,11 +104,7 @@ class Origins:
 
     def __init__(self, allowed: Sequence[str]) -> None:
         self._allowed = frozenset(origin.encode() for origin in allowed)
-        self._is_any = _ANY in allowed
-
-    def __bool__(self) -> bool:
-        """Whether any page may ask."""
-        return bool(self._allowed)
+        self._is_any = "*" in allowed
 
     def allows(self, origin: bytes) -> bool:
         """Whether pages of this origin may ask."""

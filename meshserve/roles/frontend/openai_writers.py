@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meshserve.errors import MeshserveError
-from meshserve.roles.frontend.shapes import FINGERPRINT, chat_logprobs, completion_logprobs, dump, error_body, error_event
+from meshserve.roles.frontend.shapes import FINGERPRINT, chat_logprobs, completion_logprobs, dump, error_body
 from meshserve.roles.frontend.writers import Collected, EventWriter, Part, Reply, WholeWriter
 from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, TextItem
 
@@ -110,7 +110,7 @@ class ChunkWriter(EventWriter):
         return (last + DONE).encode()
 
     def fail(self, error: MeshserveError) -> bytes:
-        return error_event(error)
+        return b"data: " + error_body(error) + b"\n\n"  # no [DONE] follows
 
 
 class ChatChunkWriter(ChunkWriter):

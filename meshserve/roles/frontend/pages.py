@@ -11,6 +11,7 @@ from meshserve.config import ServeConfig
 from meshserve.observe.mesh_feed import MeshFeed
 from meshserve.roles.frontend.http.messages import JSON, Response, header_lines
 from meshserve.roles.frontend.routes import Routes, Streamed
+from meshserve.roles.frontend.shapes import dump
 
 _TYPES = {
     ".html": b"text/html; charset=utf-8",
@@ -65,18 +66,18 @@ async def _updates(feed: MeshFeed) -> AsyncGenerator[bytes, None]:
 def add_documents(routes: Routes, config: ServeConfig) -> None:
     """The routes."""
     folder = Path(meshserve.roles.frontend.openapi.page.__file__).parent
-    document: bytes | None = None
+    made: bytes | None = None
 
     def make() -> bytes:
-        from meshserve.roles.frontend.openapi.document import document_bytes  # nobody pays for it who does not ask
+        from meshserve.roles.frontend.openapi.document import document  # nobody pays for it who does not ask
 
-        return document_bytes(bool(config.api_keys), config.observe)
+        return dump(document(bool(config.api_keys), config.observe)).encode()
 
     async def openapi() -> Response:
-        nonlocal document
-        if document is None:
-            document = await asyncio.to_thread(make)  # tokens of requests need not wait for it
-        return Response(200, document, JSON + b"cache-control: no-cache\r\n")
+        nonlocal made
+        if made is None:
+            made = await asyncio.to_thread(make)  # tokens of requests need not wait for it
+        return Response(200, made, JSON + b"cache-control: no-cache\r\n")
 
     routes.add_async("GET", "/openapi.json", lambda request: openapi())
     routes.add("GET", "/docs", lambda request: _page_file(folder, "docs.html"))

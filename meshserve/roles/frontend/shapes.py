@@ -26,11 +26,6 @@ def error_body(error: MeshserveError) -> bytes:
     return dump({"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}).encode()
 
 
-def error_event(error: MeshserveError) -> bytes:
-    """The end of a stream that failed after its first byte: no [DONE] follows."""
-    return b"data: " + error_body(error) + b"\n\n"
-
-
 def models_body(cards: Sequence[ModelCard], created_s: int) -> dict[str, Any]:
     """`GET /v1/models`: one entry for each name of a model, however many workers serve it."""
     unique = {name: card for card in cards for name in card.names}

@@ -10,7 +10,7 @@ from meshserve.roles.frontend.models.chat import parse_tokenize
 from meshserve.roles.frontend.models.completions import parse_detokenize
 from meshserve.roles.frontend.models.reading import read_json
 from meshserve.roles.frontend.routes import Routes, json_response
-from meshserve.wire.completion import CompletionRequest, Tokenized, TokenizeRequest
+from meshserve.wire.completion import Tokenized, TokenizeRequest
 from meshserve.wire.messages import DETOKENIZE, TOKENIZE, Method
 from meshserve.wire.structs import Message
 
@@ -34,14 +34,14 @@ class Tokenizing:
         """`{"prompt"}` or `{"messages"}` to tokens."""
         request, wants_texts = await read_json(http.body, lambda body: parse_tokenize(body, self._completions.new_id()))
         request.model = request.model or self._completions.first_model()
-        found = await self._tokenize(request, wants_texts)
+        found: Tokenized = await self._ask(TOKENIZE, TokenizeRequest(request, wants_texts))
         shape = {"count": len(found.tokens), "max_model_len": found.context_length, "tokens": list(found.tokens)}
         return json_response({**shape, "token_strs": found.texts() if wants_texts else None})
 
     async def _count_of(self, http: Request) -> Response:
         """Anthropic's count of a message's tokens."""
         request = await read_json(http.body, lambda body: parse_count(body, self._completions.new_id()))
-        found = await self._tokenize(request, False)
+        found: Tokenized = await self._ask(TOKENIZE, TokenizeRequest(request))
         return json_response({"input_tokens": len(found.tokens)})
 
     async def _text_of(self, http: Request) -> Response:
@@ -49,10 +49,6 @@ class Tokenizing:
         request = await read_json(http.body, parse_detokenize)
         request.model = request.model or self._completions.first_model()
         return json_response({"prompt": await self._ask(DETOKENIZE, request)})
-
-    async def _tokenize(self, request: CompletionRequest, wants_texts: bool) -> Tokenized:
-        found: Tokenized = await self._ask(TOKENIZE, TokenizeRequest(request, wants_texts))
-        return found
 
     async def _ask(self, method: Method, body: Message) -> Any:
         return await self._mesh.call(self._completions.processor(), method, body, _TIMEOUT_S)

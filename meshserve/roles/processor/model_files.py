@@ -72,15 +72,11 @@ class FileCache:
             self._make_room(self._directory, len(data))
             _write(self._directory, file.sha256, data)
         except OSError as error:
-            self._complain(error)
-
-    def _complain(self, error: OSError) -> None:
-        if not self._has_complained:
-            self._has_complained = True
             where = f" in {self._directory}" if self._directory else ""
-            _log.warning(
-                "models' tokenizers cannot be kept%s (%s): they are fetched again at the next start", where, error.strerror or error
-            )
+            words = "models' tokenizers cannot be kept%s (%s): they are fetched again at the next start"
+            if not self._has_complained:
+                _log.warning(words, where, error.strerror or error)
+            self._has_complained = True
 
     def _make_room(self, directory: Path, num_bytes: int) -> None:
         """Remove what was used longest ago; what a crash has left half written is a file like any other."""

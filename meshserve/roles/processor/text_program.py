@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -41,18 +41,23 @@ class TextProgram:
         self._settings = TextSettings()
         self._default_template = ""
         self._templates: dict[str, ChatTemplate] = {}
-        self._kinds: dict[str, Callable[..., bytes]] = {
-            "load": self.load,
-            "encode": self.encode,
-            "chat": self.chat,
-            "template": self.template,
-            "decode": self.decode,
-        }
 
-    def answer(self, request: tuple[Any, ...]) -> bytes:
-        """Do it. Raises the MeshserveError that is the answer instead."""
-        kind, *arguments = request
-        return self._kinds[kind](*arguments)
+    def answer(self, request: tuple[Any, ...]) -> tuple[bytes, bool]:
+        """The answer to the name of a method and its arguments, or the error that is the answer instead."""
+        name, *arguments = request
+        try:
+            answer: bytes = getattr(self, name)(*arguments)
+        except MeshserveError as error:
+            failure = error
+        except MemoryError:
+            words = "the model's chat template needs too much memory for these messages"
+            failure = InvalidRequest(words, param="messages")
+        except Exception as error:  # of foreign code on foreign data
+            words = f"the model's text could not be dealt with: {type(error).__name__}: {error}"
+            failure = TokenizerFailed(words)
+        else:
+            return answer, False
+        return json.dumps(failure.to_wire()).encode(), True
 
     def load(self, kind: str, files: Mapping[str, bytes], template: str) -> bytes:
         """Make the tokenizer of this kind; the answer is its vocabulary's table, or empty for the one that is known everywhere."""
@@ -120,18 +125,6 @@ def _limit_time(seconds: float) -> None:
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
-def _answer_one(program: TextProgram, request: tuple[Any, ...]) -> tuple[bytes, bool]:
-    try:
-        return program.answer(request), False
-    except MeshserveError as error:
-        failure = error
-    except MemoryError:
-        failure = InvalidRequest("the model's chat template needs too much memory for these messages", param="messages")
-    except Exception as error:  # of foreign code on foreign data
-        failure = TokenizerFailed(f"the model's text could not be dealt with: {type(error).__name__}: {error}")
-    return json.dumps(failure.to_wire()).encode(), True
-
-
 def main() -> None:
     """Until stdin ends. Signals to all processes of a terminal or a service are for the parent, which may have requests to finish."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -141,7 +134,7 @@ def main() -> None:
     program, requests, answers = TextProgram(), sys.stdin.buffer, sys.stdout.buffer
     while len(head := requests.read(HEAD.size)) == HEAD.size:
         request = marshal.loads(requests.read(HEAD.unpack(head)[0]))  # from our own parent, of the same version
-        answer, is_error = _answer_one(program, request)
+        answer, is_error = program.answer(request)
         _limit_time(0)
         answers.write(HEAD.pack(len(answer), is_error) + answer)
         answers.flush()

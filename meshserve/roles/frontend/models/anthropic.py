@@ -11,10 +11,8 @@ from meshserve.roles.frontend.models.common import (
     MAX_SESSION_CHARACTERS,
     Body,
     Fields,
-    NotDone,
     Parsed,
     ResponseOptions,
-    Rules,
     either,
     given,
     not_done,
@@ -89,7 +87,7 @@ class AnthropicChoice(Body, kw_only=True):
     name: Annotated[kinds.NonEmpty | None, Meta(description="Of the `tool`.")] = None
     disable_parallel_tool_use: bool = False
 
-    RULES: ClassVar[Rules] = (
+    RULES = (
         either(given("type", enum=["auto", "any", "none"]), given("name", type="string")),
     )
 
@@ -131,8 +129,8 @@ class CountBody(Body, kw_only=True):
     tools: _Tools | None = None
     tool_choice: AnthropicChoice | None = None
 
-    NOT_DONE: ClassVar[NotDone] = _NOT_DONE
-    RULES: ClassVar[Rules] = (_RULE,)
+    NOT_DONE = _NOT_DONE
+    RULES = (_RULE,)
     EXAMPLE: ClassVar[Fields] = {"model": "dummy", **HELLO}
 
 
@@ -150,8 +148,8 @@ class MessageBody(SampledBody, kw_only=True):
     metadata: UserMetadata | None = None
     stream: kinds.Stream = False
 
-    NOT_DONE: ClassVar[NotDone] = _NOT_DONE
-    RULES: ClassVar[Rules] = (_RULE,)
+    NOT_DONE = _NOT_DONE
+    RULES = (_RULE,)
     EXAMPLE: ClassVar[Fields] = {"model": "dummy", **HELLO, "max_tokens": 16}
 
 

@@ -6,8 +6,8 @@ from msgspec import Meta, to_builtins
 
 from meshserve.errors import InvalidRequest
 from meshserve.roles.frontend.models import kinds
-from meshserve.roles.frontend.models.common import Body, Fields, NotDone, Parsed, Rules, either, given, not_done, only_with
-from meshserve.roles.frontend.models.completions import OpenAiBody, StreamOptions, TokenizePrompt, openai_fields, stream_of
+from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, either, given, not_done
+from meshserve.roles.frontend.models.completions import OpenAiBody, StreamOptions, TokenizePrompt, openai_fields
 from meshserve.roles.frontend.models.reading import read, read_object
 from meshserve.roles.frontend.models.requests import Message, check_calls, tool_fields
 from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
@@ -83,7 +83,7 @@ class AssistantMessage(Body, kw_only=True, tag_field="role", tag="assistant"):
     function_call: kinds.Refused = None
     audio: kinds.Refused = None
 
-    RULES: ClassVar[Rules] = (
+    RULES = (
         either(
             given("content", type=["string", "array"]),
             given("tool_calls", type="array", minItems=1),
@@ -150,28 +150,22 @@ class ChatBody(OpenAiBody, kw_only=True):
     stream: kinds.Stream = False
     stream_options: Annotated[StreamOptions | None, kinds.STREAM_ONLY] = None
 
-    NOT_DONE: ClassVar[NotDone] = {
-        **OpenAiBody.NOT_DONE,
-        **not_done(
-            null="audio prediction web_search_options moderation",
-            false="store echo continue_final_message",
-            empty="functions documents",
-            function_call=("none", "auto"),
-            modalities=(["text"],),
-            reasoning_effort=("none",),
-            service_tier=("auto", "default"),
-            verbosity=("medium",),
-            best_of=(1,),
-            chat_template=("",),
-            chat_template_kwargs=({},),
-            add_generation_prompt=(True,),
-        ),
-    }
-    RULES: ClassVar[Rules] = (
-        kinds.STREAM_RULE,
-        kinds.TOOLS_RULE,
-        only_with(given("logprobs", const=True), "top_logprobs", 0),
+    NOT_DONE = OpenAiBody.NOT_DONE | not_done(
+        null="audio prediction web_search_options moderation",
+        false="store echo continue_final_message",
+        empty="functions documents",
+        function_call=("none", "auto"),
+        modalities=(["text"],),
+        reasoning_effort=("none",),
+        service_tier=("auto", "default"),
+        verbosity=("medium",),
+        best_of=(1,),
+        chat_template=("",),
+        chat_template_kwargs=({},),
+        add_generation_prompt=(True,),
     )
+    GOES_WITH: ClassVar[dict[str, str]] = {"stream_options": "stream", "top_logprobs": "logprobs"}
+    RULES = (kinds.TOOLS_RULE,)
     EXAMPLE: ClassVar[Fields] = {"model": "dummy", **HELLO, "max_tokens": 16}
 
 
@@ -187,16 +181,14 @@ class TokenizeChat(Body, kw_only=True):
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
 
-    NOT_DONE: ClassVar[NotDone] = {**TokenizePrompt.NOT_DONE, "add_special_tokens": (False,)}
-    RULES: ClassVar[Rules] = (kinds.TOOLS_RULE,)
+    NOT_DONE = TokenizePrompt.NOT_DONE | not_done(add_special_tokens=(False,))
+    RULES = (kinds.TOOLS_RULE,)
 
 
 def parse_chat(body: bytes, request_id: str, client_id: str) -> Parsed:
     """`POST /v1/chat/completions`. Raises InvalidRequest that names the field."""
     fields = read_object(body)
     asked = read(ChatBody, fields)
-    if asked.top_logprobs and not asked.logprobs:
-        raise InvalidRequest("top_logprobs goes with logprobs only", param="top_logprobs")
     newer = asked.max_completion_tokens
     max_tokens = asked.max_tokens if newer is None else newer
     request = CompletionRequest(
@@ -210,7 +202,8 @@ def parse_chat(body: bytes, request_id: str, client_id: str) -> Parsed:
         **_tools(asked),
         **openai_fields(asked, fields, max_tokens),
     )
-    return request, stream_of(asked.stream, asked.stream_options)
+    options = asked.stream_options or StreamOptions()
+    return request, ResponseOptions(asked.stream, options.include_usage)
 
 
 def parse_tokenize(body: bytes, request_id: str) -> tuple[CompletionRequest, bool]:

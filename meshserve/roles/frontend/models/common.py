@@ -27,8 +27,10 @@ class Body(Struct, kw_only=True, omit_defaults=True):
     NOT_DONE: ClassVar[NotDone] = {}
     """Fields that ask for what is not done here, each with the values besides null that ask for nothing.
     Other values are refused by name, and never silently ignored."""
+    GOES_WITH: ClassVar[dict[str, str]] = {}
+    """Fields that may ask for something only where another field is true."""
     RULES: ClassVar[Rules] = ()
-    """Rules between fields, for the schema; what makes a request of the body checks them."""
+    """Other rules between fields, for the schema; what makes a request of the body checks them."""
     IS_UNTAGGED: ClassVar[bool] = False
     """Of several kinds of objects, the one that need not say its `type`."""
     EXAMPLE: ClassVar[Fields] = {}

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.frontend.models import kinds
-from meshserve.roles.frontend.models.common import Body, Fields, NotDone, Parsed, ResponseOptions, Rules, Schema, either, given, not_done
+from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, Schema, either, given, not_done
 from meshserve.roles.frontend.models.reading import read, read_object, refuse_not_done
 from meshserve.roles.frontend.models.requests import ANY_OBJECT, MAX_SCHEMA_CHARACTERS, LabelledBody, format_schema, json_text, sampled
 from meshserve.wire.completion import MAX_CHOICES, CompletionRequest, DetokenizeRequest, Prompts
@@ -54,7 +54,7 @@ class StructuredOutputs(Body):
     regex: Annotated[str, _REGEX] | None = None
     choice: OneOf | None = None
 
-    NOT_DONE: ClassVar[NotDone] = not_done(
+    NOT_DONE = not_done(
         null="grammar structural_tag whitespace_pattern",
         false="disable_fallback disable_any_whitespace disable_additional_properties",
     )
@@ -80,7 +80,7 @@ class OpenAiBody(LabelledBody, kw_only=True):
     guided_regex: Annotated[str, _REGEX] | None = None
     guided_choice: OneOf | None = None
 
-    NOT_DONE: ClassVar[NotDone] = not_done(
+    NOT_DONE = not_done(
         null="prompt_logprobs truncate_prompt_tokens guided_grammar regex ebnf",
         false="use_beam_search include_stop_str_in_output return_token_ids return_tokens_as_token_ids",
         empty="stop_token_ids bad_words logits_processors",
@@ -142,13 +142,6 @@ def _schema_text(value: Fields | str | None, param: str) -> str:
     return "" if value is None else json_text(value, param, MAX_SCHEMA_CHARACTERS)
 
 
-def stream_of(is_stream: bool, options: StreamOptions | None) -> ResponseOptions:
-    """`stream` and `stream_options`. Raises InvalidRequest for the second without the first."""
-    if options is not None and not is_stream:
-        raise InvalidRequest("stream_options goes with stream only", param="stream_options")
-    return ResponseOptions(is_stream, options is not None and options.include_usage)
-
-
 # --- completions and the simple form
 
 _TOKEN_ID: Schema = {"type": "integer", "minimum": 0, "maximum": 2**32 - 1}
@@ -162,10 +155,9 @@ def _prompts(most: int) -> Schema:
     return either(*_TEXT_OR_TOKENS, several)
 
 
-_NOT_IN_COMPLETIONS = {
-    **OpenAiBody.NOT_DONE,
-    **not_done(null="prompt_embeds", empty="tools", suffix=("",)),
-}
+_NOT_IN_COMPLETIONS = OpenAiBody.NOT_DONE | not_done(
+    null="prompt_embeds", empty="tools", suffix=("",)
+)
 _PROMPTS = f"Text or token ids, or a list of these. Prompts times `n` are {MAX_CHOICES} at most."
 _LIMIT = f"must be an integer between 1 and {MAX_COUNT}, or 0 with echo"
 _LOGPROBS = Meta(description="So many alternatives for each token.")
@@ -185,9 +177,9 @@ class CompletionBody(OpenAiBody, kw_only=True):
     stream: kinds.Stream = False
     stream_options: Annotated[StreamOptions | None, kinds.STREAM_ONLY] = None
 
-    NOT_DONE: ClassVar[NotDone] = _NOT_IN_COMPLETIONS
-    RULES: ClassVar[Rules] = (
-        kinds.STREAM_RULE,
+    NOT_DONE = _NOT_IN_COMPLETIONS
+    GOES_WITH: ClassVar[dict[str, str]] = {"stream_options": "stream"}
+    RULES = (
         either(
             {"properties": {"max_tokens": {"type": ["integer", "null"], "minimum": 1}}},
             given("echo", const=True),
@@ -204,10 +196,7 @@ class GenerateBody(OpenAiBody, kw_only=True):
     max_tokens: kinds.TokenLimit = 64
     model: kinds.AnyModel = None  # type: ignore[assignment]  # a default, where the other APIs have none
 
-    NOT_DONE: ClassVar[NotDone] = {
-        **_NOT_IN_COMPLETIONS,
-        **not_done(null="logprobs", false="echo", n=(1,), best_of=(1,)),
-    }
+    NOT_DONE = _NOT_IN_COMPLETIONS | not_done(null="logprobs", false="echo", n=(1,), best_of=(1,))
     EXAMPLE: ClassVar[Fields] = {"prompt": "Hello", "max_tokens": 16}
 
 
@@ -219,7 +208,7 @@ class TokenizePrompt(Body, kw_only=True):
     messages: None = None
     return_token_strs: Annotated[bool, Meta(description="The tokens' texts too.")] = False
 
-    NOT_DONE: ClassVar[NotDone] = not_done(
+    NOT_DONE = not_done(
         false="continue_final_message",
         empty="documents",
         add_special_tokens=(True,),
@@ -262,7 +251,8 @@ def parse_completion(body: bytes, request_id: str, client_id: str) -> Parsed:
         client_id=client_id,
         **openai_fields(asked, fields, asked.max_tokens),
     )
-    return request, stream_of(asked.stream, asked.stream_options)
+    options = asked.stream_options or StreamOptions()
+    return request, ResponseOptions(asked.stream, options.include_usage)
 
 
 def parse_generate(body: bytes, request_id: str, client_id: str, default_model: str) -> CompletionRequest:

@@ -34,7 +34,6 @@ Stops = Annotated[
 PART = mistake("must be an object with a type and a text", "*")
 CONTENT = mistake("must be text, or a list of parts")
 STREAM_ONLY = Meta(description="Goes with `stream` only.")
-STREAM_RULE = only_with(given("stream", const=True), "stream_options")
 
 
 class TextPart(Body, kw_only=True):

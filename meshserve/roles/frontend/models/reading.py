@@ -44,6 +44,14 @@ def read(kind: type[_Kind], fields: Fields) -> _Kind:
         refuse_not_done(kind, fields)
     if None in fields.values():
         fields = {name: value for name, value in fields.items() if value is not None}
+    found = _converted(fields, kind)
+    for name, other in kind.GOES_WITH.items():
+        if getattr(found, name) not in (None, 0) and not getattr(found, other):
+            raise InvalidRequest(f"{name} goes with {other} only", param=name)
+    return found
+
+
+def _converted(fields: Fields, kind: type[_Kind]) -> _Kind:
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError:

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.frontend.models import kinds
-from meshserve.roles.frontend.models.common import Body, Fields, NotDone, Parsed, ResponseOptions, Rules, given, not_done, only_with
+from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, given, not_done, only_with
 from meshserve.roles.frontend.models.reading import read, read_object, refuse_not_done
 from meshserve.roles.frontend.models.requests import LabelledBody, Message, check_calls, format_schema, sampled, text_of, tool_fields
 from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
@@ -45,7 +45,7 @@ class InputMessage(Body, kw_only=True, tag_field="type", tag="message"):
     role: Literal["user", "assistant", "system", "developer"]
     content: _Content
 
-    IS_UNTAGGED: ClassVar[bool] = True
+    IS_UNTAGGED = True
 
 
 class FunctionCall(Body, kw_only=True, tag_field="type", tag="function_call"):
@@ -80,7 +80,7 @@ class TextOptions(Body):
 
     format: kinds.FreeText | kinds.JsonObject | TextSchema | None = None
 
-    NOT_DONE: ClassVar[NotDone] = not_done(verbosity=("medium",))
+    NOT_DONE = not_done(verbosity=("medium",))
 
 
 class FlatTool(kinds.Described, kw_only=True):
@@ -118,7 +118,7 @@ class ResponseBody(LabelledBody, kw_only=True):
     stream: kinds.Stream = False
     stream_options: Annotated[dict[str, Any] | None, kinds.STREAM_ONLY] = None
 
-    NOT_DONE: ClassVar[NotDone] = not_done(
+    NOT_DONE = not_done(
         null="conversation previous_response_id prompt",
         false="background store",
         empty="context_management",
@@ -130,8 +130,8 @@ class ResponseBody(LabelledBody, kw_only=True):
         frequency_penalty=(0,),
         presence_penalty=(0,),
     )
-    RULES: ClassVar[Rules] = (
-        kinds.STREAM_RULE,
+    GOES_WITH: ClassVar[dict[str, str]] = {"stream_options": "stream"}
+    RULES = (
         kinds.TOOLS_RULE,
         only_with(given("include", type="array", contains={"const": LOGPROBS}), "top_logprobs", 0),
     )
@@ -145,8 +145,6 @@ def parse_response(body: bytes, request_id: str, client_id: str) -> Parsed:
         fields["input"] = [{"type": "message", **item} if isinstance(item, dict) else item for item in items]
     asked = read(ResponseBody, fields)
     refuse_not_done(TextOptions, fields.get("text") or {}, "text.")
-    if asked.stream_options is not None and not asked.stream:
-        raise InvalidRequest("stream_options goes with stream only", param="stream_options")
     tools, choice = [(tool, tool.parameters) for tool in asked.tools or ()], asked.tool_choice
     name = choice.name if isinstance(choice, FlatChoice) else None
     request = CompletionRequest(

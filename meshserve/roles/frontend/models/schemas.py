@@ -5,7 +5,7 @@ from typing import Any
 
 from msgspec import json
 
-from meshserve.roles.frontend.models.common import Body, Schema
+from meshserve.roles.frontend.models.common import Body, Schema, given, only_with
 
 _ROOT = "#/components/schemas/"
 _NULL: Schema = {"type": "null"}
@@ -43,8 +43,13 @@ def _complete(schema: Schema, kind: type[Body]) -> None:
         schema["properties"][name] = {"description": NOT_DONE, "enum": [*values, None]}
     if kind.IS_UNTAGGED:
         required.remove("type")
-    if kind.RULES:
-        schema["allOf"] = list(kind.RULES)
+    rules = []
+    for name, other in kind.GOES_WITH.items():
+        default = schema["properties"][name].get("default")
+        asks_nothing = () if default is None else (default,)
+        rules.append(only_with(given(other, const=True), name, *asks_nothing))
+    if rules or kind.RULES:
+        schema["allOf"] = [*rules, *kind.RULES]
 
 
 def _or_null(schema: Schema) -> Schema:

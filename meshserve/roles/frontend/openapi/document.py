@@ -14,7 +14,7 @@ from meshserve.roles.frontend.models import anthropic, chat, completions, respon
 from meshserve.roles.frontend.models.answers import ANSWERS, ref, schema_of
 from meshserve.roles.frontend.models.common import Body, Schema
 from meshserve.roles.frontend.models.schemas import components, name_of
-from meshserve.roles.frontend.shapes import ERROR_TYPES, dump
+from meshserve.roles.frontend.shapes import ERROR_TYPES
 
 _ABOUT = """LLM requests, served by a mesh of peers. OpenAI's and Anthropic's clients work with their base URL changed.
 
@@ -93,25 +93,10 @@ _ERRORS: dict[str, Any] = {
 """Shapes, by name."""
 
 
-def _codes(status: int) -> list[str]:
-    """404 is also what an unknown path gets, and that is no request at all."""
-    return sorted({*codes_of(status), *((InvalidRequest.code,) if status == 404 else ())})
-
-
-def _responses_by_name() -> dict[str, Schema]:
-    """All failures, by name."""
-    named = {"Error": "", "AnthropicError": "Anthropic"}
-    return {f"{prefix}{status}": _failure(status, schema) for schema, prefix in named.items() for status in _WORDS}
-
-
-def _failures(statuses: Iterable[int], is_anthropic: bool) -> dict[str, Schema]:
-    """References to the failures with these statuses."""
-    prefix = "Anthropic" if is_anthropic else ""
-    return {str(status): {"$ref": f"#/components/responses/{prefix}{status}"} for status in sorted(set(statuses))}
-
-
 def _failure(status: int, schema: str) -> Schema:
-    code = {"properties": {"error": {"properties": {"code": {"enum": _codes(status)}}}}}
+    # 404 is also what an unknown path gets, and that is no request at all
+    codes = {*codes_of(status), *((InvalidRequest.code,) if status == 404 else ())}
+    code = {"properties": {"error": {"properties": {"code": {"enum": sorted(codes)}}}}}
     response = {"description": _WORDS[status], "content": {"application/json": {"schema": {"allOf": [ref(schema), code]}}}}
     return {**response, "headers": _RETRY} if status in (429, 503) else response
 
@@ -208,7 +193,9 @@ def _operation(line: str, has_keys: bool) -> tuple[str, str, Schema]:
         found["200"] = _answer(answers.split(","), tag)
     if has_keys and is_open:
         operation["security"] = []
-    told = _failures(statuses, path.startswith(ANTHROPIC_PREFIX)) | found | _RESPONSES.get(name, {})
+    prefix = "Anthropic" if path.startswith(ANTHROPIC_PREFIX) else ""
+    told = {str(status): {"$ref": f"#/components/responses/{prefix}{status}"} for status in statuses}
+    told |= found | _RESPONSES.get(name, {})
     return path, method, {**operation, "responses": dict(sorted(told.items()))}
 
 
@@ -249,7 +236,11 @@ def document(has_keys: bool, observes: bool) -> Schema:
         "paths": paths,
         "components": {
             "schemas": _schemas(),
-            "responses": _responses_by_name(),
+            "responses": {
+                f"{prefix}{status}": _failure(status, f"{prefix}Error")
+                for prefix in ("", "Anthropic")
+                for status in _WORDS
+            },
             "parameters": dict(map(_parameter, filter(None, _PARAMETERS.splitlines()))),
         },
     }
@@ -257,11 +248,6 @@ def document(has_keys: bool, observes: bool) -> Schema:
         made["components"]["securitySchemes"] = _SECURITY
         made["security"] = [{name: []} for name in _SECURITY]
     return made
-
-
-def document_bytes(has_keys: bool, observes: bool) -> bytes:
-    """The same as JSON."""
-    return dump(document(has_keys, observes)).encode()
 
 
 def _parameter(line: str) -> tuple[str, Schema]:
