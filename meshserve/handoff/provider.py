@@ -26,18 +26,19 @@ from meshserve.wire.structs import read
 
 _RENEW_TIMEOUT_S = 5.0
 _CLAIM_AFTER_S = 0.002
-"""A prompt that was begun on an offer and takes longer than this is claimed at once: its decode worker must know who has it."""
+"""A prompt that was begun on an offer and takes longer than this is claimed: its decode worker must know
+that it is being computed."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class PrefillJob(Job):
-    """A job with its claim and its run in the engine: the sink of both."""
+    """A job with its claim and its run in the engine: the sink of the claim's stream and of the engine."""
 
     provider: "PrefillProvider"
     call: OutgoingCall | None = None
     """The claim's stream, once it is open."""
     claim_timer: asyncio.TimerHandle | None = None
-    """When the prompt is claimed at the latest, if it was begun on an offer."""
+    """For the claim of a prompt that was begun on an offer, and takes long."""
     engine_id: str = ""
     """Of the run in the engine; "" before it."""
     num_tokens: int = 0
@@ -65,7 +66,7 @@ class PrefillJob(Job):
             self.claim_timer = provider.loop.call_later(_CLAIM_AFTER_S, self.claim)
 
     def claim(self) -> None:
-        """Ask for the task, unless that was done: of what was begun already, the same."""
+        """Ask the decode worker for the task, unless that was done."""
         if self.call is None and self.state is not JobState.OVER:
             self._open_claim(Claim(self.ticket.request_id), self.provider.config.attempt_timeout_s)
 
@@ -81,13 +82,14 @@ class PrefillJob(Job):
     # --- the claim's answers
 
     def on_item(self, item: Any) -> None:
-        """The claim was the first: the task is ours."""
+        """The claim was granted. What was begun on an offer goes on, if the granted task is that one."""
+        provider = self.provider
         try:
             grant: Grant = read(CLAIM.item, item)
             if not self._is_within(grant.first_block, grant.tokens):
                 raise ProtocolError("a task begins within its prompt")
         except ProtocolError:
-            self.provider.mesh.counters.add("tasks_malformed")
+            provider.mesh.counters.add("tasks_malformed")
             self.give_up("malformed task")
             return
         self.is_granted = True
@@ -97,9 +99,12 @@ class PrefillJob(Job):
             self._begin(grant.tokens, grant.attempt, grant.first_block)
         elif self._goes_on(grant):
             self.acknowledged_s = time.monotonic()
-            self.provider.sender.line_up(self)
+            provider.sender.line_up(self)
         else:
-            self._begin_again(grant)
+            provider.engine.cancel(self.engine_id)
+            self.note("prefill_ended", outcome="granted otherwise")
+            provider.queue.granted_otherwise(self, time.monotonic())
+            self._begin(grant.tokens, grant.attempt, grant.first_block)
 
     def on_end(self, value: Any) -> None:
         """The decode worker has all blocks."""
@@ -134,22 +139,17 @@ class PrefillJob(Job):
             self.on_prefill_failed(error)
 
     def _goes_on(self, grant: Grant) -> bool:
-        """Whether what was begun on an offer is what was granted. What was delivered and was not enough is not."""
+        """Whether the task that was begun on an offer is the granted one."""
         assert self.ticket.offer is not None
+        # delivered blocks that were answered with a grant were not what the decode worker lacks
         is_here = self.state is not JobState.DELIVERED
         return is_here and grant.attempt == self.attempt and grant.first_block >= self.ticket.offer.first_block
-
-    def _begin_again(self, grant: Grant) -> None:
-        self.provider.engine.cancel(self.engine_id)
-        self.note("prefill_ended", outcome="granted otherwise")
-        self.provider.queue.granted_otherwise(self, time.monotonic())
-        self._begin(grant.tokens, grant.attempt, grant.first_block)
 
     def _is_within(self, first_block: int, tokens: "array[int]") -> bool:
         return 0 <= first_block * self.provider.engine.kv_layout.block_size < len(tokens)
 
     def on_blocks(self, blocks: list[KVBlock]) -> None:
-        """Blocks leave while the next step is computed; those of an offer once it is granted."""
+        """Blocks leave while the engine computes the next step; those of an offer once the claim is granted."""
         now_s = time.monotonic()
         self.acknowledged_s = self.acknowledged_s or now_s
         self.computed_ms = (now_s - self.began_s) * 1000
@@ -173,22 +173,22 @@ class PrefillJob(Job):
         provider.pump()
 
     def on_prefill_failed(self, error: MeshserveError) -> None:
-        """The engine cannot, but another worker may. Who is to be told so is known with the grant, if this was begun on an offer."""
+        """This engine failed, but another worker may succeed."""
         self.provider.mesh.counters.add("prefills_failed")
         if self.is_granted:
             self.give_up("engine failed")
-        else:
+        else:  # begun on an offer: the decode worker learns of it by a claim that is given up once it is granted
             self.has_failed = True
             self.claim()
 
     def _can_deliver(self) -> bool:
-        """Little enough for the connection of the calls, and nothing that a limit of the bulk path would hold back."""
+        """Whether the blocks are few enough for the connection of the calls, and not subject to a rate limit."""
         if self.window is None or self.provider.mesh.config.transport.bulk_bytes_per_s > 0:
             return False
         return self.window.num_ready <= MAX_PAYLOADS and self.window.ready_bytes <= self.provider.config.offer_kv_bytes
 
     def _deliver(self) -> None:
-        """All was computed on the offer before anybody was asked: the claim brings it."""
+        """The whole prompt was computed on the offer before its claim left: the claim brings the blocks."""
         provider, window = self.provider, self.window
         assert window is not None, "it can be delivered"
         self.num_delivered_bytes = window.ready_bytes
@@ -203,7 +203,7 @@ class PrefillJob(Job):
     # --- its way out, and its end
 
     def acknowledged(self, num_bytes: int) -> None:
-        """The decode worker has taken in so much."""
+        """The decode worker has taken in so many bytes."""
         self.acknowledged_s = time.monotonic()
         self.note("ack", num_bytes=num_bytes)
         if self.window is not None:
@@ -211,9 +211,10 @@ class PrefillJob(Job):
             self.provider.sender.line_up(self)
 
     def overdue_s(self) -> float | None:
-        """How long computing is overdue, and, once all is computed, the blocks' way: slow is not lost, until `block_timeout_s`."""
+        """How long the next sign of progress is overdue; None if the job was given up for that."""
         if self.state is JobState.COMPUTING:
             return self.provider.engine.overdue_s(self.engine_id)
+        # blocks on a slow link are not lost: until the timeout, the job is on time
         if time.monotonic() - self.acknowledged_s <= self.provider.config.block_timeout_s:
             return 0.0
         self.give_up("blocks not acknowledged")
@@ -226,13 +227,13 @@ class PrefillJob(Job):
             log.note(event, self.ticket.request_id, decode=self.ticket.decode_peer, attempt=self.attempt, **details)
 
     def give_up(self, outcome: str) -> None:
-        """The decode worker is told so by the end of the claim."""
+        """End the claim, which tells the decode worker."""
         if self.call is not None:
             self.call.cancel()
         self.end(outcome)
 
     def end(self, outcome: str) -> None:
-        """Delivered, gone, revoked or lost: whatever it was, free what the job holds."""
+        """Delivered, gone, revoked or lost: free what the job holds. Harmless when the job is over."""
         provider = self.provider
         stood = provider.queue.ended(self, time.monotonic())
         if stood is JobState.OVER:
@@ -249,7 +250,7 @@ class PrefillJob(Job):
 class PrefillProvider:
     """Pulls tickets, and claims prompts as the engine comes free; each job computes one and sends its blocks.
 
-    Deciding is :class:`~meshserve.handoff.queue.PrefillQueue`'s; this carries it out on the mesh and the engine.
+    :class:`~meshserve.handoff.queue.PrefillQueue` decides; this class does the I/O.
     """
 
     def __init__(self, mesh: Mesh, engine: Engine, config: HandoffConfig) -> None:
@@ -269,8 +270,8 @@ class PrefillProvider:
         self._tickets = receive_tickets(mesh, self._on_ticket)
 
     def subscribe(self, listener: Callable[[str], None]) -> None:
-        """Call `listener` when prompts come or go: with the request of a ticket that is counted in
-        `queue.num_queued` from now on, else with ""."""
+        """Call `listener` when prompts come or go: with the request that `queue.num_queued` counts from
+        now on, else with ""."""
         self._listeners.append(listener)
 
     def changed(self, request_id: str = "") -> None:
@@ -333,7 +334,7 @@ class PrefillProvider:
             job.acknowledged(done.num_bytes)
 
     def _on_bulk_lost(self, decode_peer: str, reason: str) -> None:
-        """Blocks may be lost with the connection: these attempts are over, and their decode worker decides what next."""
+        """Blocks may be lost with the connection: give up these attempts; their decode worker decides."""
         for job in [job for job in self.queue.jobs.values() if job.is_granted and job.ticket.decode_peer == decode_peer]:
             job.give_up("bulk lost")
 
@@ -342,7 +343,8 @@ class PrefillProvider:
             self.queue.peer_gone(member.info.incarnation)
 
     async def _renew_forever(self) -> None:
-        """Name the attempts that make progress, with how long it is overdue: what a hung engine runs is tried elsewhere."""
+        """Name the running attempts, with how long their progress is overdue: the decode worker tries
+        elsewhere what a hung engine runs."""
         while True:
             await asyncio.sleep(self.mesh.config.heartbeat_interval_s)
             self.pump()  # claims that are not answered no longer keep others waiting

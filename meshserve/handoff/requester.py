@@ -1,6 +1,6 @@
 """The decode worker's side of the handoff: tickets out, claims in, blocks in.
 
-Deciding is :class:`~meshserve.handoff.task.PrefillTask`'s; this carries it out on the mesh and the engine.
+:class:`~meshserve.handoff.task.PrefillTask` decides; this module does the I/O.
 """
 
 import asyncio
@@ -32,12 +32,13 @@ _STRIKE_TIMEOUT_S = 5.0
 _MAX_OFFERED_TOKENS = 2048
 """In one offer: tickets are small notes."""
 _ROUNDS = 2
-"""Of a worker's slots that may be offered: what is short waits for one round only, and comes back sooner than a claim would be answered."""
+"""Prompts are offered while so many times the slots of a worker are outstanding: short prompts wait for one
+round at most."""
 _ANSWER_S = 0.004
-"""Until a claim that brought its blocks is told that they were taken. Nothing waits for it, and a message holds many such answers: one
-for each prompt cost both sides a wake-up of two threads."""
+"""Until a claim that brought its blocks is answered. Nothing waits for the answer, and one message holds many:
+a message for each prompt woke two threads on both sides."""
 _STALL_S = 0.1
-"""A tick that comes later than this says that this process stood still, and could not hear what others said meanwhile."""
+"""A tick that is later than this says that this process stood still, and could not hear other peers."""
 
 
 class PrefillRequester:
@@ -53,7 +54,7 @@ class PrefillRequester:
         self._ticked_s = 0.0
         self._num_offers = 0
         self._complete_claims: list[IncomingCall] = []
-        """Claims that brought all blocks, and are told so together."""
+        """Claims that brought all blocks, and are answered together."""
         self._answer_timer: asyncio.TimerHandle | None = None
         mesh.gauges.derive("handoffs", lambda: len(self._running))
         mesh.serve(CLAIM, self._on_claim)
@@ -82,10 +83,8 @@ class PrefillRequester:
             self._timer = self._loop.call_later(_TICK_S, self._tick)
 
     def _offered_block(self, request: GenerateRequest) -> int | None:
-        """Of a prompt that may go with its ticket, the first block that is missing here; else None.
-
-        It has little KV to compute, and so few are outstanding that it is begun before its offer is too old.
-        """
+        """Of a prompt that may go with its ticket, the first block that is missing here; else None."""
+        # with many prompts outstanding, the offer is too old before the prefill worker can begin
         num_tokens, layout = len(request.tokens) - 1, self._engine.kv_layout
         if num_tokens > _MAX_OFFERED_TOKENS or len(self._running) >= _ROUNDS * self._config.prefill_slots:
             return None
@@ -94,13 +93,13 @@ class PrefillRequester:
         return num_cached // layout.block_size if is_short else None
 
     def engine_failed(self) -> None:
-        """The blocks that were reserved are gone: these prompts wait for no more, and end as the engine's own requests do."""
+        """The reserved blocks are gone: their prompts end as the engine's own requests do."""
         for running in list(self._running.values()):
             if running.reservation is not None:
                 self._carry_out(running, running.task.fall_back(time.monotonic(), "the decode engine failed"))
 
     def cancel(self, request_id: str) -> None:
-        """Nobody wants this any more: tickets are struck, a running attempt is revoked, blocks are given back."""
+        """The request was cancelled: strike tickets, revoke a running attempt, release the blocks."""
         running = self._running.get(request_id)
         if running is not None:
             self._carry_out(running, running.task.cancel(time.monotonic()))
@@ -151,7 +150,7 @@ class PrefillRequester:
         self._end_claim(running, "this attempt is over")
 
     def _end_claim(self, running: RunningTask, reason: str) -> None:
-        """Tell the prefill worker that its attempt is done, if there is no reason, or over before that."""
+        """Tell the prefill worker that its attempt is done (no `reason`), or over for this reason."""
         claim, running.claim = running.claim, None
         if claim is None:
             return
@@ -236,7 +235,7 @@ class PrefillRequester:
             call.send(Grant(running.request.tokens[:-1], attempt, missing[0]))
 
     def _take_brought(self, running: RunningTask, peer: str, header: BulkHeader, payloads: Sequence[bytes]) -> None:
-        """The blocks of a claim that was granted. Those of another attempt are left, and the claim is as good as any."""
+        """Take the blocks of a claim that was granted; those of another attempt are dropped, and only they."""
         if (header.decode_peer, header.prefill_peer, header.attempt) != (self._mesh.incarnation, peer, running.task.attempt):
             self._mesh.counters.add("kv_blocks_stale", len(payloads))
             return
@@ -244,7 +243,7 @@ class PrefillRequester:
         self._take(running, header, payloads, lambda acknowledgement: None)
 
     def _reserve(self, running: RunningTask) -> Reservation | None:
-        """All blocks or none. Without room the prompt waits its turn in the engine's own queue, and is prefilled there."""
+        """All blocks or none. Without room the prompt waits in the engine's own queue, and is prefilled here."""
         try:
             running.reservation = self._engine.reserve(running.request)
         except MeshserveError as error:
@@ -253,7 +252,7 @@ class PrefillRequester:
         return running.reservation
 
     def _claim_ended(self, running: RunningTask, call: IncomingCall, attempt: int) -> None:
-        """By the worker, by its death, or by a link that broke: what the call ended by tells which."""
+        """The worker gave up, died, or its link broke: `ended_by` tells which."""
         is_lost = call.ended_by in (CONNECTION_CLOSED, PEER_DIED)
         self._attempt_failed(running, call.peer, attempt, "peer died" if is_lost else "the worker gave up", is_peer_dead=is_lost)
 
@@ -278,9 +277,10 @@ class PrefillRequester:
             self._take(running, header, payloads, answer)
 
     def _take(self, running: RunningTask, header: BulkHeader, payloads: Sequence[Payload], answer: _Answer) -> None:
-        """Blocks of the running attempt: all of them, or the attempt has failed. Acknowledged once the engine has them."""
+        """Give blocks of the running attempt to the engine; acknowledge them once the engine has them. A wrong
+        block fails the attempt."""
         size_bytes, layout = sum(map(len, payloads)), self._engine.kv_layout
-        running.task.received(len(payloads), size_bytes)  # now: the attempt may be over when the engine has them
+        running.task.received(len(payloads), size_bytes)  # counted now: the attempt may be over when the engine has them
         try:
             blocks = missing_blocks(running, header, payloads, layout, self._engine.card.model_hash)
             running.task.renew(header.prefill_peer, header.attempt, time.monotonic())
@@ -304,11 +304,11 @@ class PrefillRequester:
         acknowledge: Callable[[], None],
         error: MeshserveError | None,
     ) -> None:
-        """The engine has the blocks, or cannot take them; perhaps some time after they came, when the attempt may be over."""
+        """The engine has written the blocks, or refused them; the attempt may be over by now."""
         if self._running.get(header.request_id) is not running:
-            return  # nobody waits for this prompt any more
+            return  # the task has ended
         if error is not None:
-            # the engine stops at the first block that is wrong; the others of the message are only not kept
+            # the engine stops at the first wrong block: one was refused, the others of the message were not kept
             self._refuse(running, header, error, 1)
             return
         self._mesh.counters.add("kv_blocks_received", len(blocks))
@@ -330,7 +330,7 @@ class PrefillRequester:
             self._carry_out(running, running.task.complete(time.monotonic()))
 
     def _attempt_failed(self, running: RunningTask, peer: str, attempt: int, reason: str, is_peer_dead: bool = False) -> None:
-        """An attempt is over, unless it was already; another one is made elsewhere, or the prompt is computed here."""
+        """An attempt failed, unless it was over already; the task tries elsewhere, or the prompt is computed here."""
         now_s = time.monotonic()
         self._carry_out(running, running.task.attempt_failed(peer, attempt, reason, now_s, is_peer_dead=is_peer_dead))
 
@@ -343,8 +343,9 @@ class PrefillRequester:
         for running in list(self._running.values()):
             task = running.task
             if change in (Change.DIED, Change.LEFT, Change.SUSPECTED):
+                # a connection that closed counts as a death where the peer may have begun on an offer, as it does for a claim
                 is_cut = change is Change.SUSPECTED and peer not in self._mesh.links.channels
-                is_dead = change is Change.DIED or (is_cut and task.is_offered_to(peer))  # as for a claim that ends so
+                is_dead = change is Change.DIED or (is_cut and task.is_offered_to(peer))
                 self._carry_out(running, task.peer_gone(peer, now_s, is_dead=is_dead))
             elif change is Change.UPDATED and (member.info.is_draining or not member.info.can_play("prefill")):
                 self._carry_out(running, task.peer_draining(peer, now_s))
