@@ -1,4 +1,4 @@
-"""What every floor may report to: counters, gauges, histograms, phases of a request, an event log. Costs next to nothing."""
+"""Counters, gauges, histograms, phases of a request, an event log: every floor reports to them. Costs next to nothing."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histograms' buckets: from a hop on loopback to a prompt of 100,000 tokens on one GPU."""
@@ -119,7 +119,7 @@ class Histogram:
         return math.nan
 
     def since(self, before: "Histogram | None") -> "Histogram":
-        """What was counted since this was `before`; all of it if nothing was, or if some of that is not counted any more."""
+        """What was counted since this was `before`; all of it if there is no such difference."""
         if before is None:
             return self
         changes = [self.counts.get(bucket, 0) - before.counts.get(bucket, 0) for bucket in range(len(self.bounds_s) + 1)]
@@ -137,7 +137,7 @@ class Histogram:
             yield min(self._bounds_of(bucket)[1], self.most_s) * 1000, num_seen / total
 
     def to_dict(self) -> dict[str, float | int]:
-        """For people: milliseconds, and how many; no figures where there is none."""
+        """For people: the count, and figures in milliseconds if it is not 0."""
         if not self.counts:
             return {"count": 0}
         found: dict[str, float | int] = {"count": self.count, "mean": round(self.mean_ms, 4)}
@@ -148,8 +148,7 @@ class Histogram:
 class Histograms:
     """Histograms by name, of all durations since the process started. One instance a peer.
 
-    What is counted in a part is in the whole too: they are added up when somebody looks, so that keeping them apart costs nothing until
-    then.
+    The whole includes its parts: they are added up when they are read, so that parts cost nothing until then.
     """
 
     def __init__(self) -> None:
@@ -158,16 +157,16 @@ class Histograms:
         self.parts: defaultdict[str, Histograms] = defaultdict(Histograms)
         """Of one alone, e.g. of one worker's requests; made when first asked for."""
         self._told_s: defaultdict[str, float] = defaultdict(float)
-        """The sums when somebody last looked."""
+        """The sums as they were last read."""
 
     def fold(self, of: str) -> None:
-        """There is no such part any more; what was counted in it stays in the whole. Nobody may add to it afterwards."""
+        """End this part; its counts stay in the whole. Nobody may add to it afterwards."""
         part = self.parts.pop(of, None)
         for name, histogram in part.named.items() if part is not None else ():
             self.named[name].add(histogram)
 
     def snapshot(self) -> dict[str, Any]:
-        """By name: the row of each that counted something. Neither sum nor counts ever fall, whatever is folded."""
+        """By name: the row of each that counted something. Neither sums nor counts ever fall."""
         whole: defaultdict[str, Histogram] = defaultdict(Histogram)
         for histograms in (self, *self.parts.values()):
             for name, histogram in histograms.named.items():
@@ -195,55 +194,49 @@ def added_up(snapshots: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return _rows(total)
 
 
-class Listener(Protocol):
-    """Receives the events of an event log as they happen. It must not block."""
-
-    def heard(self, event: str, request_id: str, details: dict[str, Any]) -> None:
-        """One event of a request."""
-
-    def follows(self, request_id: str) -> bool:
-        """Whether every step of this request is wanted, or only its beginning and its end."""
-
-
 class EventLog:
     """What happened to each request on this peer: for tests, for people who look for a fault, and for the event feed.
 
-    The log has two consumers, a file and a listener. Without either it is off and keeps nothing: callers ask `is_on` before they make
-    an event. In the file an event is one line of JSON, and is there when `note` returns, so that a killed process loses none. Times are
-    of the host's monotonic clock, which all its processes share.
+    The log has two consumers, a file and a listener. Without either it is off: callers ask `is_on` before
+    they make an event. In the file an event is one line of JSON, written when `note` returns, so that a
+    killed process loses none. Times are of the monotonic clock that all processes of a host share.
     """
 
     def __init__(self, path: str | None = None) -> None:
         self.is_on = path is not None
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if path is not None else -1
-        self._listener: Listener | None = None
+        self._heard: Callable[[str, str, dict[str, Any]], None] | None = None
+        self._follows: Callable[[str], bool] | None = None
         self._peer = ""
 
     def begin(self, peer: str) -> None:
         """All events from now on are this peer's (an incarnation)."""
         self._peer = peer
 
-    def listen(self, listener: Listener | None) -> None:
-        """Every event from now on goes to this listener; None: to nobody."""
-        self._listener = listener
-        self.is_on = listener is not None or self._descriptor >= 0
+    def listen(self, heard: Callable[[str, str, dict[str, Any]], None] | None, follows: Callable[[str], bool] | None) -> None:
+        """Every event from now on goes to `heard`, with the request and its details; None: to nobody.
+
+        `follows` says whether every step of a request is wanted, or only its beginning and its end.
+        """
+        self._heard, self._follows = heard, follows
+        self.is_on = heard is not None or self._descriptor >= 0
 
     def follows(self, request_id: str) -> bool:
-        """Whether the steps of this request are wanted. To be asked after its beginning was noted: under load most requests are not
-        followed, and need not make events of their steps."""
-        return self.is_on and (self._descriptor >= 0 or (self._listener is not None and self._listener.follows(request_id)))
+        """Whether the steps of this request are wanted. To be asked after its beginning was noted: under load
+        most requests are not followed, and need not make events of their steps."""
+        return self.is_on and (self._descriptor >= 0 or (self._follows is not None and self._follows(request_id)))
 
     def note(self, event: str, request_id: str, **details: Any) -> None:
         """One event, e.g. `ticket` or `block`, of a request."""
-        if self._listener is not None:
-            self._listener.heard(event, request_id, details)
+        if self._heard is not None:
+            self._heard(event, request_id, details)
         if self._descriptor >= 0:
             line = json.dumps({"at_s": time.monotonic(), "peer": self._peer, "event": event, "request": request_id, **details})
             os.write(self._descriptor, line.encode() + b"\n")
 
     def close(self) -> None:
         """No more events."""
-        self.is_on, self._listener = False, None
+        self.is_on, self._heard = False, None
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -1,8 +1,8 @@
-"""A peer's side of the event feed: what happens on the peer, as batches for those that watch it. Without a watcher nothing runs.
+"""A peer's side of the event feed: its events, as batches for the frontends that watch it. Without a watcher nothing runs.
 
-The feed must cost next to nothing under any load. So a few requests are followed step by step, and all others are only counted. Which
-requests are followed is decided once, when a request is first seen on a peer, and all peers decide alike: a request can be followed from
-one peer to the next without a message between them.
+The feed must cost next to nothing under any load. So a few requests are followed step by step, and all others
+are only counted. All peers decide alike which requests to follow, each when it first sees the request: so a
+request is followed from one peer to the next without a message between them.
 """
 
 import asyncio
@@ -21,8 +21,8 @@ from meshserve.wire.observing import MAX_EVENTS, MAX_SAMPLES, FeedBatch, FeedEve
 from meshserve.wire.routing import WorkerLoad
 
 INTERVAL_S = 0.2
-"""Between two batches, and between two updates to a reader. Half of it cost a mesh under full load about 1 % more CPU time, and a page that
-shows everything in slow motion looks the same."""
+"""Between two batches, and between two updates to a reader. Half of it cost about 1 % more CPU time under full
+load, and the dashboard, which shows everything in slow motion, looked the same."""
 MAX_NEW_PER_S = 20
 """Requests that are begun to be followed in a second. Higher shows more of the load, at the cost of bandwidth."""
 MAX_FOLLOWED = 64
@@ -42,7 +42,7 @@ _MAX_CANDIDATES = 6
 class Sample:
     """Chooses which requests are followed: a bounded number a second, and the same ones on all peers.
 
-    One request of 1, 2, 4, ... is taken, by a hash of its id: what a busy peer takes, a peer that sees fewer requests takes too.
+    One request of 1, 2, 4, ... is taken, by a hash of its id: a quiet peer takes what a busy peer takes.
     """
 
     def __init__(self, max_per_s: int, now_s: float) -> None:
@@ -86,9 +86,7 @@ class _Followed:
 
 
 class Digest:
-    """The listener of a peer's event log while the peer is watched. `take` gives what came since the last call, as the fields of a
-    :class:`~meshserve.wire.observing.FeedBatch`; times are those of followed requests.
-    """
+    """Listens to a peer's event log while the peer is watched."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -169,7 +167,8 @@ class Digest:
         followed.new_blocks = followed.new_tokens = 0
 
     def take(self) -> dict[str, Any]:
-        """Everything since the last call; empty if nothing happened."""
+        """Everything since the last call, as fields of a FeedBatch; empty if nothing happened. Times are those
+        of followed requests."""
         now_s = self._clock()
         for request_id, followed in list(self._followed.items()):
             self._show_counts(followed, request_id, now_s)
@@ -207,7 +206,7 @@ class FeedSource:
         """The state now; events begin now."""
         if self._digest is None:
             self._digest = Digest()
-            self._mesh.event_log.listen(self._digest)
+            self._mesh.event_log.listen(self._digest.heard, self._digest.follows)
             self._timer = self._loop.call_later(INTERVAL_S, self._publish)
         if self._load is not None:
             yield FeedBatch(load=_shown(self._load()))
@@ -237,7 +236,7 @@ class FeedSource:
         """Listen no more."""
         if self._digest is not None:
             self._digest = None
-            self._mesh.event_log.listen(None)
+            self._mesh.event_log.listen(None, None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -2,9 +2,8 @@
 
 from meshserve.observe.diagnosis.facts import Facts, Finding, Severity
 from meshserve.observe.diagnosis.machine import judge_alone, judge_machine
-from meshserve.observe.diagnosis.mesh import judge_mesh
+from meshserve.observe.diagnosis.mesh import judge_mesh, judge_strangers
 from meshserve.observe.diagnosis.pairs import judge_pairs
-from meshserve.observe.diagnosis.strangers import judge_strangers
 
 
 def diagnose(facts: Facts) -> list[Finding]:
