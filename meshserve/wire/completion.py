@@ -1,7 +1,7 @@
-"""What a frontend asks of a processor: a completion, as the client meant it; and what comes back.
+"""What a frontend asks of a processor, and what comes back.
 
-The items of the answer's stream are, for a request that asks for one answer in plain text, bare strings: the text as it comes. Every
-other request gets items, which :func:`read_item` tells apart. The stream's end is an :class:`Ending`.
+The items of the stream are bare strings for a request that asks for one answer in plain text. Every other
+request gets structs, which :func:`read_item` tells apart. The stream's end is an :class:`Ending`.
 """
 
 import re
@@ -42,10 +42,10 @@ class CompletionRequest(AskedSampling):
     echo: bool = False
     """The text begins with the prompt."""
     tools: str = ""
-    """A JSON list of functions, each in OpenAI's form: `{"type": "function", "function": {"name", "description", "parameters"}}`;
-    `"strict": true` there says that its calls must be valid."""
+    """A JSON list of functions in OpenAI's form, `{"type": "function", "function": {"name", "description",
+    "parameters"}}`, with `"strict": true` where calls must be valid."""
     tool_choice: Annotated[str, Meta(pattern=r"^(none|auto|strict|required|function)\Z")] = "none"
-    """`function` is the one that `tool_name` names; `strict` is `auto` where a tool is strict."""
+    """`function`: the one that `tool_name` names; `strict`: `auto` where a tool is strict."""
     tool_name: str = ""
     parallel_tool_calls: bool = True
     """An answer may have several calls."""
@@ -108,7 +108,7 @@ _NO_FEATURES = _features_of(CompletionRequest("", "chat", ""))
 
 
 def _read_prompts(data: Any) -> Prompts:
-    """Of plain data. Raises ProtocolError for what is no prompt."""
+    """From plain data. Raises ProtocolError for what is no prompt."""
     if isinstance(data, (list, tuple)):
         if not 1 <= len(data) <= MAX_CHOICES:
             raise ProtocolError("malformed CompletionRequest: no prompts, or too many")
@@ -178,7 +178,7 @@ Item = TextItem | CallItem | PartItem | EndItem | StartItem
 
 
 class _Box(Row):
-    """Around an item, since a struct's types are worked out once, and those of a bare union for each item (25 us instead of 2)."""
+    """Holds an item: msgspec prepares the types of a struct once, those of a bare union for each item (25 us, not 2)."""
 
     item: Item
 
@@ -221,11 +221,11 @@ class Tokenized(Row):
     context_length: Count
     """The model's."""
     data: bytes = b""
-    """What all tokens stand for, if that was asked for, and how many bytes of it are each one's."""
+    """The bytes of all tokens, if texts were asked for, and below how many of them each token has."""
     lengths: Tokens = array("I")
 
     def texts(self) -> list[str]:
-        """Each token's text; what is not whole characters is shown with replacement characters."""
+        """Each token's text; partial characters are shown as replacement characters."""
         ends = list(accumulate(self.lengths))
         return [self.data[end - length : end].decode("utf-8", "replace") for end, length in zip(ends, self.lengths, strict=True)]
 
@@ -256,7 +256,7 @@ class TraceContext(NamedTuple):
 
 
 def read_traceparent(text: str) -> TraceContext | None:
-    """None for what is malformed, or names nothing: such a header is ignored (section 3.2.2). Later versions may append to theirs."""
+    """None for a malformed header, which is ignored (section 3.2.2). Later versions may append to theirs."""
     found = _FORM.fullmatch(text)
     if found is None or (found[4] and text.startswith("00")) or not int(found[1], 16) or not int(found[2], 16):
         return None

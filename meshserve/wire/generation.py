@@ -1,4 +1,4 @@
-"""What a processor asks of a decode worker. What comes back is a stream; its items are, with positions counted from 0:
+"""What a processor asks of a decode worker. The items of the stream that comes back are, with positions from 0:
 
 - `[position, token, ...]`: tokens, and the position of the first one;
 - `[[position, token, ...], logprobs]`: the same with as many log probabilities;
@@ -65,9 +65,9 @@ class AskedSampling(Map, kw_only=True):
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever the model says."""
     presence_penalty: float = 0.0
-    """Taken from the logits of tokens that are in the output so far."""
+    """Subtracted from the logits of tokens that are in the output so far."""
     frequency_penalty: float = 0.0
-    """Taken from a token's logit for each time that it is in the output so far."""
+    """Subtracted from a token's logit for each time that it is in the output so far."""
     repetition_penalty: float | None = None
     """Divides the logits above 0 of tokens that are in the prompt or the output, and multiplies those below; 1 is none."""
     logit_bias: LogitBias = ()
@@ -82,7 +82,7 @@ class AskedSampling(Map, kw_only=True):
 
 
 class Sampling(AskedSampling, kw_only=True):
-    """How tokens are chosen. Sampling is a function of these, the position and the logits, never of the worker or the time."""
+    """Sampling parameters. Sampling is a function of these, the position and the logits, never of the worker or the time."""
 
     max_tokens: int = 16
     temperature: float = 0.0
@@ -132,15 +132,15 @@ class GenerationEnd(Map):
     """A row of a :class:`WorkerAccount`."""
 
 
-# --- what a decode worker says of one sequence: with its first tokens what was done by then, and with its end all of it
+# --- a decode worker's account of one sequence, with its first tokens and, complete, with its end
 #
-# An account serves people only: what cannot be read of it is taken for nothing, and costs no request its answer.
+# An account serves people only: a field that cannot be read counts as 0 or None, and costs no request its answer.
 
 _MAX_COUNT = 1 << 63
 
 
 def milliseconds(value: Any) -> float:
-    """What a peer says that something took; 0 for what no clock says."""
+    """A duration from a peer; 0 for what no clock says."""
     if type(value) is float and 0.0 <= value < MAX_MS:
         return value
     return min(float(value), MAX_MS) if type(value) in (int, float) and math.isfinite(value) and value > 0 else 0.0
@@ -151,7 +151,7 @@ def _count(value: Any) -> int:
 
 
 class HandedOver(NamedTuple):
-    """How a prompt's KV came from another worker, or why it did not."""
+    """How a prompt's KV came from another worker, or which attempts failed."""
 
     prefill_peer: str | None
     """Incarnation of the worker whose blocks these are."""
@@ -164,9 +164,9 @@ class HandedOver(NamedTuple):
         """None for None, which is said of most prompts."""
         if data is None or type(data) is cls:
             return data
-        num_fields = len(cls._fields)
-        row = data[:num_fields] if isinstance(data, (list, tuple)) and len(data) >= num_fields else (None, None, 0, 0)
-        peer, attempts, num_blocks, num_bytes = row
+        if not isinstance(data, (list, tuple)) or len(data) < len(cls._fields):
+            return cls(None, [], 0, 0)
+        peer, attempts, num_blocks, num_bytes = data[: len(cls._fields)]
         read = [attempt for attempt in attempts if isinstance(attempt, dict)] if isinstance(attempts, list) else []
         return cls(peer if isinstance(peer, str) else None, read, _count(num_blocks), _count(num_bytes))
 
@@ -189,11 +189,11 @@ class HandoffDecision(NamedTuple):
 
     is_handoff: bool
     reason: str
-    """One of the few words that :func:`meshserve.routing.policies.decide_handoff` answers with."""
+    """As :func:`meshserve.routing.policies.decide_handoff` words it."""
     local_ms: float | None = None
     """Expected time to the first token if the decode worker computes the prompt; None: not measured."""
     remote_ms: float | None = None
-    """The same if the best prefill worker does."""
+    """The same if the best prefill worker computes it."""
 
     @classmethod
     def from_wire(cls, data: Any) -> "HandoffDecision | None":
@@ -244,7 +244,7 @@ class WorkerAccount(NamedTuple):
 
 
 def handed_over_in(data: Any) -> HandedOver | None:
-    """This alone of an account of which a later one tells the rest. Mostly there is none."""
+    """The handoff alone, of an account that a later one completes. Mostly there is none."""
     is_account = isinstance(data, (list, tuple)) and len(data) >= _NUM_FIELDS
     return HandedOver.from_wire(data[_NUM_FIELDS - 1]) if is_account else None
 

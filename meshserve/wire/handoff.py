@@ -14,24 +14,23 @@ _Attempt = Annotated[int, Meta(ge=1)]
 
 
 class Offer(Row):
-    """What a claim would be answered with, sent along with the ticket: its prefill worker may begin at once, and claims with the result.
+    """The task, sent along with its ticket: the prefill worker may begin at once, and claims with the result.
 
-    The work stays with its decode worker, as with any ticket: the decode worker takes the blocks of the first claim, and a prefill worker
-    that computed in vain finds it gone. (On one machine this took a third off the time of a prompt of 40 tokens: two messages until its KV
-    is in, instead of four.)
+    The decode worker owns the task, as with any ticket, and takes the blocks of the first claim. (Measured on
+    one machine: a third less time for a prompt of 40 tokens, whose KV takes two messages instead of four.)
     """
 
     number: Annotated[int, Meta(ge=1)]
-    """Rises with each offer of its decode worker: one that comes again is an ordinary ticket."""
+    """Rises with each offer of its decode worker: an offer that comes again is an ordinary ticket."""
     first_block: Count
     tokens: Tokens
     """All that are to be prefilled, as in a granted claim."""
     came_s: float = -math.inf
-    """On the clock of the prefill worker, which sets it; what a peer says here is dropped."""
+    """On the clock of the prefill worker, which sets it; a value from a peer is dropped."""
 
 
 class Ticket(Row):
-    """A note that there is a prompt to prefill. It promises nothing: a worker that wants the work claims it."""
+    """Announces a prompt to prefill. It assigns nothing: a prefill worker claims the task."""
 
     decode_peer: str
     """Incarnation of the decode worker that owns the task."""
@@ -64,22 +63,22 @@ class BulkHeader(FrozenRow, frozen=True):
     attempt: int
     marks: tuple[BlockMark, ...]
     computed_ms: Milliseconds
-    """What the worker's engine has taken so far, from the claim on, by its own clock."""
+    """Time of the prefill worker's engine since the claim, by its own clock."""
     layout: str = ""
     """Fingerprint of the KV layout that the blocks have."""
     prefix_hash: int = 0
-    """Of all tokens up to the end of the last block here: blocks of other tokens, or of other places, have another."""
+    """Of all tokens up to the end of the last block here: other tokens or other places have another hash."""
 
 
 class Claim(Row):
-    """A claim for a prompt; one that was begun on an offer brings its blocks."""
+    """A claim for a prompt; the claim of a prompt that was computed on an offer brings its blocks."""
 
     request_id: str
     header: BulkHeader | None = None
     payloads: list[bytes] = field(default_factory=list)
-    """Whether the blocks are what the header says is checked later."""
+    """Compared with the header when they are taken in."""
     waited_ms: Milliseconds = 0.0
-    """Between the offer's coming and the prompt's beginning, at the prefill worker."""
+    """From the arrival of the offer to the beginning of the prompt, at the prefill worker."""
 
     def _check(self) -> None:
         if self.header is not None and self.header.request_id != self.request_id:
@@ -87,7 +86,7 @@ class Claim(Row):
 
 
 class Grant(Map):
-    """The item with which a decode worker grants the first claim: the task."""
+    """A decode worker grants the first claim with this item: the task."""
 
     tokens: Tokens
     """The prompt's, but for the last one."""
@@ -112,7 +111,7 @@ class Renewal(Row):
 
 
 class Acknowledgement(Row):
-    """The decode worker's engine has so many bytes of blocks of an attempt."""
+    """The decode worker's engine has taken in `num_bytes` of blocks of an attempt."""
 
     request_id: str
     attempt: int

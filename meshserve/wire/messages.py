@@ -1,11 +1,11 @@
 """Every method of the mesh: its name, the type of its body, of the items of its stream, and of the answer at the stream's end.
 
-Messages outside of streams are defined elsewhere: the hello in :mod:`meshserve.wire.hello`, tickets and the headers and acknowledgements
-of KV blocks in :mod:`meshserve.wire.handoff`, the frames of the call sockets in :mod:`meshserve.wire.frames`.
+Messages outside of streams: the hello (:mod:`meshserve.wire.hello`), tickets and what goes with KV blocks
+(:mod:`meshserve.wire.handoff`), and the frames of the call sockets (:mod:`meshserve.wire.frames`).
 
-A peer opens a stream with :meth:`meshserve.mesh.mesh.Mesh.open`, another one answers it with :meth:`meshserve.mesh.mesh.Mesh.serve`. The
-fields of each message, with units and bounds, stand in the modules that are imported here. Between roles of one peer messages go as they
-are; from another peer they are read, and what is malformed ends the stream in a ProtocolError that names the place.
+A peer opens a stream with :meth:`meshserve.mesh.mesh.Mesh.open`; another peer serves it with
+:meth:`meshserve.mesh.mesh.Mesh.serve`. Between roles of one peer messages go as objects. From another peer
+they are read, and a malformed one ends the stream in a ProtocolError that names the place.
 """
 
 from dataclasses import dataclass
@@ -27,14 +27,13 @@ RequestName = Annotated[str, Meta(min_length=1, max_length=256)]
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A kind of request stream. Types are those of :mod:`meshserve.wire.structs`, or of plain data; None: there is none, or the
-    receiver reads the plain data."""
+    """A kind of request stream. A type is a struct or a type of plain data; None: there is none, or the receiver
+    reads the plain data."""
 
     name: str
     body: Any = None
     item: Any = None
-    """What each item of the stream is, in watches and claims. The items of tokens and text are described in the modules of
-    `GENERATE` and `COMPLETE`."""
+    """Of each item, in watches and claims. The modules of `GENERATE` and `COMPLETE` describe theirs."""
     answer: Any = None
 
 
@@ -47,8 +46,7 @@ ROUTE = Method("route", RouteRequest, answer=RoutingDecision)
 GENERATE = Method("generate", GenerateRequest, answer=GenerationEnd)
 """A processor asks a decode worker; items are described in :mod:`meshserve.wire.generation`."""
 CLAIM = Method("prefill.claim", Claim, item=Grant)
-"""A prefill worker asks the decode worker of a ticket. The decode worker ends the stream
-when it has all blocks."""
+"""A prefill worker asks the decode worker of a ticket, which ends the stream when it has all blocks."""
 RENEW = Method("prefill.renew", Renewal)
 """A prefill worker names the attempts that make progress, so that their leases go on."""
 STRIKE = Method("prefill.strike", str)

@@ -53,8 +53,8 @@ class Message:
         return found
 
     def _check(self) -> None:
-        """Raises ProtocolError for fields that do not go together. :func:`read` calls the check of the outermost message, which calls
-        the checks of the messages in it."""
+        """Raises ProtocolError for fields that do not go together. :func:`read` calls it for the outermost
+        message, which calls the checks of the messages in it."""
 
 
 class Map(Message, msgspec.Struct, omit_defaults=True):
@@ -124,22 +124,15 @@ def _unpack(kind: type, data: Any) -> Any:
 # --- how deep plain data goes
 
 MAX_NESTING = 64
-"""Levels of maps and lists in tools, schemas and arguments: what recurses over them must not reach
-the end of its stack."""
+"""Levels of maps and lists in tools, schemas and arguments: code that recurses over them has a bounded stack."""
 
 
 def is_shallow(value: Any, max_levels: int = MAX_NESTING) -> bool:
     """Whether maps and lists are in each other no deeper than this. Takes no stack itself."""
-    level = [value]
+    level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(max_levels):
-        children = [child for parent in level for child in _children(parent)]
+        children = (child for parent in level for child in (parent.values() if isinstance(parent, dict) else parent))
         level = [child for child in children if isinstance(child, (dict, list))]
         if not level:
             return True
     return False
-
-
-def _children(parent: Any) -> Any:
-    if isinstance(parent, dict):
-        return parent.values()
-    return parent if isinstance(parent, list) else ()
