@@ -1,9 +1,9 @@
-"""Paged KV memory by number: which block is held by how many, which can be found by its hash, which goes next. Those hashes:
-a block's hash stands for its whole prefix. And which worker's pool holds which of them.
+"""Block hashes, the block pool of an engine, and the prefix index that mirrors the pools of all workers.
 
-The idea is that of PagedAttention (Kwon et al., "Efficient Memory Management for Large Language Model Serving with
-PagedAttention", SOSP 2023) with vLLM's automatic prefix caching: fixed-size blocks, reference counts, full blocks found again by
-the hash of their prefix, least recently used ones evicted first. The pool knows no bytes and no sequences.
+The idea is that of PagedAttention (Kwon et al., "Efficient Memory Management for Large Language Model Serving
+with PagedAttention", SOSP 2023) with vLLM's automatic prefix caching: fixed-size blocks, reference counts, full
+blocks found again by the hash of their prefix, least recently used ones evicted first. The pool knows no bytes
+and no sequences.
 """
 
 from array import array
@@ -23,9 +23,9 @@ _SWEPT_AT_ONCE = 4096
 def block_hashes(tokens: "array[int]", block_size: int, salt: str) -> list[int]:
     """Hashes of the full blocks of `tokens`, in order, as non-negative 64-bit integers.
 
-    Each is xxh3_64 over the block's token bytes, seeded with the hash of the block before it, so that equal hashes mean
-    equal prefixes. The first is seeded with the hash of `salt` (the model's hash: equal tokens of two models are not equal KV).
-    A partial last block has no hash. The idea of chained block hashes is that of vLLM's automatic prefix caching.
+    Each is xxh3_64 over the block's token bytes, seeded with the hash of the block before it: a hash stands
+    for the whole prefix. The first is seeded with the hash of `salt`, which is the model's hash, since equal
+    tokens of two models are not equal KV.
     """
     data = tokens.tobytes()
     size = block_size * tokens.itemsize
@@ -39,9 +39,7 @@ def block_hashes(tokens: "array[int]", block_size: int, salt: str) -> list[int]:
 
 
 def prefix_hashes(tokens: "array[int]", block_size: int, salt: str) -> list[int]:
-    """The hashes of the full blocks, and after them one for a partial last block: each stands for all
-    tokens up to its block's end.
-    """
+    """The hashes of the full blocks, and after them one for a partial last block."""
     hashes = block_hashes(tokens, block_size, salt)
     rest = tokens[len(hashes) * block_size :]
     if rest:
@@ -65,7 +63,7 @@ class BlockPool:
         self._never_used = 0
         self._free: list[int] = []
         self.idle: OrderedDict[int, None] = OrderedDict()  # a plain dict pops its head in linear time
-        """Blocks that nobody holds and that can be found by their hash, least recently used first."""
+        """Cached blocks that nobody holds, least recently used first."""
         self._block_of: dict[int, int] = {}
         self._hash_of: dict[int, int] = {}
         self.on_freed: Callable[[Sequence[int]], None] | None = None
@@ -97,7 +95,8 @@ class BlockPool:
         return found
 
     def allocate(self, num_blocks: int) -> list[int]:
-        """So many blocks, held once each; idle blocks are evicted when no free one is left. Raises PoolFull and then changes nothing."""
+        """`num_blocks` blocks, held once each; without free ones, idle ones are evicted. Raises PoolFull and
+        then changes nothing."""
         if num_blocks > self.num_blocks - self.num_used:
             raise PoolFull(f"{num_blocks} blocks are needed and {self.num_available} of {self.num_blocks} are available")
         self.num_used += num_blocks
@@ -110,7 +109,7 @@ class BlockPool:
         if num_new:
             blocks += range(self._never_used, self._never_used + num_new)
             self._never_used += num_new
-        while len(blocks) < num_blocks:
+        while len(blocks) < num_blocks:  # no block is free: the least recently used prefix loses its end
             blocks.append(self._evict())
         holders = self._holders
         for block in blocks:
@@ -122,6 +121,7 @@ class BlockPool:
         if not prefix:
             return self.allocate(num_fresh)
         idle = self.idle
+        # idle blocks of the prefix count as available, and are about to be held
         available = self.num_available - sum([block in idle for block in prefix])
         if num_fresh > available:
             raise PoolFull(f"{num_fresh} blocks are needed and {available} of {self.num_blocks} are available")
@@ -140,12 +140,10 @@ class BlockPool:
                 self.num_used += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Hold each once less. What nobody holds becomes idle if it is registered, else free.
-
-        The last block is released first: a prefix is worth more than what follows it, so its end is evicted before its start.
-        """
+        """Hold each once less. A block that nobody holds becomes idle if it is registered, else free."""
         holders, idle, hash_of = self._holders, self.idle, self._hash_of
         num_free = len(self._free)
+        # the last block first: a prefix is worth more than the blocks after it, so its end is evicted before its start
         for block in reversed(blocks):
             if holders[block] > 1:
                 holders[block] -= 1
@@ -171,18 +169,16 @@ class BlockPool:
         return True
 
     def register(self, blocks: Sequence[int], hashes: Sequence[int]) -> int:
-        """Make full, held blocks known under their hashes; returns how many became known.
-
-        The first one wins: a block that has a hash already, or whose hash is another block's, is passed over.
-        """
+        """Make full, held blocks known under their hashes; returns how many became known."""
         block_of, hash_of, num_registered = self._block_of, self._hash_of, 0
         for block, block_hash in zip(blocks, hashes, strict=True):
             assert block in self._holders, "only a held block can be registered"
             if block_hash in block_of or block in hash_of:
-                continue
+                continue  # two sequences computed the same block: the first stays known
             block_of[block_hash] = block
             hash_of[block] = block_hash
             num_registered += 1
+            # `pop` returns 0 where the hash was not there: an eviction that was not told yet cancels out
             if self._is_recording and self._evicted.pop(block_hash, 0) == 0:
                 self._stored[block_hash] = None
         self.has_changes = self._is_recording
@@ -194,7 +190,7 @@ class BlockPool:
             self._free.append(self._evict())
 
     def record_changes(self, is_recording: bool) -> None:
-        """Whether to keep what :meth:`take_changes` returns; nothing is kept at first, as nobody may ever ask."""
+        """Whether to keep changes for :meth:`take_changes`; at first none are kept."""
         self._is_recording, self.has_changes = is_recording, False
         self._stored, self._evicted = {}, {}
 
@@ -225,10 +221,9 @@ class BlockPool:
 class PrefixIndex:
     """Which worker holds which prefix: what a router knows of all workers' block pools.
 
-    A block's hash stands for its whole prefix, so a lookup goes along the prompt's hashes until nobody
-    holds one. Workers are bits of an integer: one dict of integers, which the garbage collector does
-    not walk, however many blocks there are. A block costs about 90 bytes, whoever holds it (measured
-    by `bench.index`).
+    A lookup goes along the prompt's hashes until nobody holds one. Workers are bits of an integer: the garbage
+    collector does not walk one dict of integers, however many blocks there are. A block costs about 90 bytes,
+    however many workers hold it (measured by `bench.index`).
     """
 
     def __init__(self) -> None:
@@ -237,7 +232,7 @@ class PrefixIndex:
         self._free_bits: list[int] = []
         self._num_bits = 0
         self._num_blocks: dict[str, int] = {}
-        # the bits of workers that are gone stay in the dict for a while: taking them out of a million entries at once takes 0.1 s
+        # bits of workers that are gone are swept out in small steps: a million entries at once take 0.1 s
         self._gone = 0
         self._being_swept = 0
         self._to_sweep: list[int] = []
@@ -271,7 +266,7 @@ class PrefixIndex:
             self._sweep()
 
     def evicted(self, worker: str, hashes: Iterable[int]) -> list[int]:
-        """The worker holds these no longer; returns those that nobody holds any more. Unknown ones are ignored."""
+        """The worker holds these no longer; returns those that no worker holds any more. Unknown hashes are ignored."""
         bit = self._bits.get(worker) or self._new_bit(worker)
         lost, removed = [], 0
         gone = self._gone | self._being_swept
@@ -288,7 +283,7 @@ class PrefixIndex:
         return lost
 
     def forget(self, worker: str) -> None:
-        """The worker is gone, or its watch begins anew: it holds nothing, at once. The memory is freed bit by bit in later calls."""
+        """The worker is gone, or its watch begins anew: it holds nothing. The memory is freed in later calls."""
         bit = self._bits.pop(worker, None)
         self._num_blocks.pop(worker, None)
         if bit is not None:
@@ -305,7 +300,7 @@ class PrefixIndex:
         depth_of: dict[int, int] = {}
         for block_hash in hashes:
             held = get(block_hash, 0) & alive
-            if held != alive:
+            if held != alive:  # the prefix of some workers ends before this block
                 if not held:
                     break
                 _note(depth_of, alive ^ held, depth)
@@ -331,7 +326,7 @@ class PrefixIndex:
         return bit
 
     def _sweep(self) -> None:
-        """Take the bits of workers that are gone out of some more entries; once through, give them to others."""
+        """Take the bits of workers that are gone out of some more entries; after the last, new workers get them."""
         if not self._being_swept:
             self._being_swept, self._gone = self._gone, 0
             self._to_sweep = list(self._holders)

@@ -1,4 +1,4 @@
-"""How long clients of each worker wait for the first token and between tokens, from what processors count. Pure."""
+"""TTFT and ITL of each worker's requests, from the histograms of processors. Pure."""
 
 from collections import defaultdict, deque
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any
 from meshserve.telemetry import Histogram
 
 WINDOW_S = 30
-"""Of percentiles: a few requests make none."""
+"""Of percentiles, which need many requests."""
 _NAMES = ("ttft", "itl")
 Counts = dict[str, dict[str, list[int]]]
 """Of a processor's histograms, by worker and name: the counts of their buckets."""

@@ -1,4 +1,4 @@
-"""The event feed of a whole mesh: the batches of all peers, merged into what one page can show. Without a reader nobody is followed."""
+"""The event feed of a whole mesh: the batches of all peers, merged for the dashboard. Without a reader no peer is watched."""
 
 import asyncio
 import json
@@ -27,16 +27,16 @@ RETRY_MS = 1000
 """After which a reader whose stream broke off asks again; it gets the whole state anew."""
 
 _STRAY_S = 1.0
-"""Peers' batches are not in step: an event of a request may arrive before the request's beginning, or after its end."""
+"""For events that arrive before their request's beginning, or after its end: peers' batches are not in step."""
 _SILENT_S = 180.0
 _CACHED_S = 10
 """Points that a cache hit rate is of."""
 _MAX_KEPT = 24
 """Events of one request kept for pages that open while it runs."""
 _MAX_STORIES = 512
-"""Requests with events here, most of them not followed from their beginning: each peer chooses for itself what to follow."""
+"""Requests with events here. Most lack their beginning: each peer chooses for itself what to follow."""
 _MAX_BACKLOG = 20
-"""Updates that wait for one reader: four seconds. One that falls behind further skips them and gets the state as it is then."""
+"""Updates that wait for one reader: four seconds. A slower reader skips them and gets the state instead."""
 _KEEP_ALIVE_S = 1.0
 _MAX_GONE = 32
 _GONE_S = 30.0
@@ -107,7 +107,7 @@ class Merge:
             if self._can_begin(now_s):
                 self._begin(story or _Story(0.0), event, now_s)
         elif story is None:
-            # the beginning may still arrive from the processor; if it does not, the request is not shown
+            # the beginning may still arrive from the processor; without it the request is never shown
             if len(self._stories) < _MAX_STORIES:
                 self._stories[request_id] = _Story(now_s + _STRAY_S, events=[event])
         elif story.is_known:
@@ -125,7 +125,7 @@ class Merge:
             self._keep(story, event)
 
     def _can_begin(self, now_s: float) -> bool:
-        """Each processor keeps to the bounds; here the mesh as a whole does, however many processors it has."""
+        """Each processor keeps to these bounds; here all processors together do."""
         if now_s - self._second_s >= 1.0:
             self._second_s, self._num_begun = now_s, 0
         self._num_begun += 1
@@ -143,7 +143,7 @@ class Merge:
             story.events.append(event)
 
     def forget(self, peer: str) -> None:
-        """The peer left, or its batches begin anew: its load and its counts say nothing any more."""
+        """The peer left, or its batches begin anew: its load and its latencies are void."""
         self._by_worker.forget(peer)
         self._loads.pop(peer, None)
         self._new_loads.discard(peer)
@@ -184,7 +184,7 @@ class Merge:
         return point
 
     def _cache_hits(self, sums: Counter[str]) -> float | None:
-        """Of prompt tokens, over the last seconds: a request is all hit or all miss so often that a second alone says little."""
+        """Of prompt tokens. Many requests are all hit or all miss, so one second alone says little."""
         self._cached.append((sums["cached_tokens"], sums["prompt_tokens"]))
         num_cached, num_prompt = (sum(pair[rank] for pair in self._cached) for rank in (0, 1))
         return round(num_cached / num_prompt, 4) if num_prompt else None

@@ -1,8 +1,7 @@
-"""What a peer finds out for `doctor` about the network around it: which peers it can connect to, and
-which announcements it hears.
+"""What a peer tells `doctor` of the network around it: to which peers it can connect, and which announcements it hears.
 
-A peer knocks only at addresses that it would dial anyway, those of members and of peers that it was
-told of, and at most every two seconds: so nobody can use it to scan a network.
+A peer knocks only at addresses that it would dial anyway, and at most every two seconds: so nobody can use
+it to scan a network.
 """
 
 import asyncio
@@ -30,8 +29,8 @@ Place = tuple[str, str, tuple[str, ...], int]
 
 
 async def knock_at(places: list[Place]) -> list[PortKnock]:
-    """Try to connect to the calls port of every address, and to the other two ports of each peer's first
-    address at which that port is open. Takes two seconds at most."""
+    """Try to connect to the calls port of every address, and to the other ports of each peer's first address at
+    which that port is open. Takes two seconds at most."""
     limit = asyncio.Semaphore(_MAX_AT_ONCE)
 
     async def one(place: Place, address: str, offset: int) -> PortKnock:
@@ -99,8 +98,7 @@ async def ask_reach(mesh: Mesh, peer: str, timeout_s: float) -> list[PortKnock] 
 
 
 async def carries_large_messages(mesh: Mesh, peer: str, timeout_s: float) -> bool:
-    """Whether a message of many packets gets there and back. Where the MTU of a path is smaller than its
-    ends believe, only small messages do."""
+    """Whether a message of many packets gets there and back: not where a path's MTU is smaller than its ends believe."""
     payload = bytes(MAX_ECHO_BYTES)
     try:
         return bool(await mesh.call(peer, ECHO, payload, timeout_s) == payload)

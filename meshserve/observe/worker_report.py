@@ -14,12 +14,9 @@ from meshserve.wire.routing import MAX_HASHES_PER_REPORT, WorkerLoad, WorkerRepo
 _REPORT_INTERVAL_S = 0.02
 """Changes within it leave as one report: well under the time that an in-flight reservation lasts, and at
 most 50 small messages a second."""
-
-
 _RUNNING_INTERVAL_S = 0.1
-"""Between two reports while sequences run and nothing comes or goes: progress alone. Each costs a core 0.3 ms at both ends together, which
-at the interval above took a twentieth of a decode worker's time from a model that runs on the same core."""
-
+"""Between two reports of progress alone. Each costs 0.3 ms of a core at both ends together: at the interval above,
+reports took a twentieth of the time of a model on the same core."""
 _LOAD_INTERVAL_S = 0.1
 """Between two loads to frontends, which know their own part of it better."""
 
@@ -28,11 +25,7 @@ class WorkerReporter:
     """One a peer that has an engine, whatever its roles."""
 
     def __init__(
-        self,
-        mesh: Mesh,
-        engine: Engine,
-        provider: PrefillProvider | None = None,
-        requester: PrefillRequester | None = None,
+        self, mesh: Mesh, engine: Engine, provider: PrefillProvider | None = None, requester: PrefillRequester | None = None
     ) -> None:
         self._engine, self._provider, self._requester = engine, provider, requester
         self._loop = asyncio.get_running_loop()
@@ -65,17 +58,15 @@ class WorkerReporter:
         )
 
     def changed(self, admitted: str = "", is_kept: bool = False) -> None:
-        """Tell the watchers soon, with all else that changes until then.
-
-        The engine, the handoff or the queue of tickets counts the request `admitted` from now on.
-        `is_kept`: its prompt, which might have been handed over, is computed here.
+        """Report soon, with all other changes until then. From now on the load counts the request `admitted`,
+        whose prompt might have been handed over and is computed here (`is_kept`).
         """
         if self._source.watchers:
             if admitted:
                 self._admitted.append(admitted)
             if is_kept:
                 self._kept.append(admitted)
-            if self._timer is None or self._is_slow:
+            if self._timer is None or self._is_slow:  # a report of progress alone is brought forward
                 if self._timer is not None:
                     self._timer.cancel()
                 self._timer, self._is_slow = self._loop.call_later(_REPORT_INTERVAL_S, self._publish), False
@@ -93,9 +84,10 @@ class WorkerReporter:
         for block_hash in evicted:
             self._held.pop(block_hash, None)
         self._held.update(dict.fromkeys(stored))
-        if not self._source.watchers:  # who comes later starts with what is held then
+        if not self._source.watchers:  # a later watcher starts with a snapshot
             self._stored, self._evicted = {}, {}
             return
+        # net changes, as the engine's own: a block that came and went since the last report is in neither
         for block_hash in evicted:
             if self._stored.pop(block_hash, 0) is not None:
                 self._evicted[block_hash] = None
@@ -116,7 +108,7 @@ class WorkerReporter:
             self._timer, self._is_slow = self._loop.call_later(_RUNNING_INTERVAL_S, self._publish), True
 
     def _snapshot(self) -> Iterable[Any]:
-        """Changes that are not published yet are part of it: hearing of them again does no harm."""
+        """Includes changes that are not published yet: to hear of them twice does no harm."""
         held = tuple(self._held)
         yield WorkerReport(self.load(), held[:MAX_HASHES_PER_REPORT])
         for start in range(MAX_HASHES_PER_REPORT, len(held), MAX_HASHES_PER_REPORT):

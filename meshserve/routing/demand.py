@@ -1,6 +1,4 @@
-"""What is asked for again: the price of evictions, measured, and when a prefix is worth a second home.
-Pure.
-"""
+"""Which evicted blocks are asked for again, and when a prefix is worth a copy on another worker. Pure."""
 
 from collections.abc import Iterable, Sequence
 from math import exp2
@@ -16,11 +14,11 @@ _MAX_PREFIXES = 8192
 
 
 class Regret:
-    """A ghost list: the hashes evicted lately, of which nobody holds a copy any more.
+    """A ghost list: the hashes evicted lately, of which no worker holds a copy any more.
 
-    The idea is the ghost lists of ARC (Megiddo and Modha, FAST 2003). Two generations take turns instead of one queue: dropping the
-    older is one step, and dicts of integers are not walked by the garbage collector. `capacity` is how many evicted blocks are
-    remembered: as many as all caches hold, so that "again" means within one more lifetime of a cached block.
+    The idea is the ghost lists of ARC (Megiddo and Modha, FAST 2003). Two generations take turns instead of one
+    queue: dropping the older is one step. `capacity` is how many evicted blocks are remembered: as many as all
+    caches hold, so that "again" means within one more lifetime of a cached block.
     """
 
     def __init__(self) -> None:
@@ -36,18 +34,19 @@ class Regret:
         return self._num_regretted / self._num_evicted
 
     def evicted(self, lost: Iterable[int], num_copies: int) -> None:
-        """These blocks are held nowhere now; of `num_copies` more, a copy remains elsewhere, and nobody will miss them."""
+        """No worker holds these blocks now; of `num_copies` more evicted blocks, a copy remains elsewhere."""
         before = len(self._young)
         self._young.update(dict.fromkeys(lost))
         self._num_evicted += len(self._young) - before + num_copies
         if len(self._young) * 2 >= self.capacity:
             self._old, self._young = self._young, {}
+        # older evictions count less: the demand changes
         if self._num_evicted > max(self.capacity, 10 * _PRIOR_EVICTIONS):
             self._num_evicted /= 2
             self._num_regretted /= 2
 
     def asked(self, hashes: Sequence[int], num_held: int) -> None:
-        """A prompt has these blocks, and nobody holds more than the first `num_held`."""
+        """A prompt has these blocks, and no worker holds more than the first `num_held`."""
         for place in range(num_held, len(hashes)):
             block_hash = hashes[place]
             if block_hash in self._young:
@@ -62,15 +61,14 @@ class Regret:
 class Replication:
     """Rent or buy: the rent paid for each prefix, which is named by the hash of its last block.
 
-    Whoever is sent where a prefix lies, and waits there longer than a worker with less to do would have kept him waiting if it held the
-    prefix too, pays rent. A copy there is bought once the rent that others paid for this prefix has reached its price: what computing it
-    again, and what that evicts, costs this one request more. Whatever the demand turns out to be, rent and price together are at most twice
-    what knowing it beforehand would have cost (Karlin, Manasse, Rudolph and Sleator, "Competitive snoopy caching", Algorithmica 1988, who
-    decide so whether a cache should keep a copy of a block).
+    A request pays rent if it is sent where its prefix lies and waits there longer than a less busy worker would
+    have kept it waiting if it held the prefix too. A copy is bought once the rent that others paid for the
+    prefix has reached its price: what computing it again, and what that evicts, costs this one request more.
+    Rent and price together are at most twice the cost with foreknowledge (Karlin, Manasse, Rudolph and Sleator,
+    "Competitive snoopy caching", Algorithmica 1988).
 
-    Two things are known here that the theorem does not assume. A copy does not live for ever, so rent that was paid long ago, as the caches
-    count time, says little about what one will save: it fades with every block that is evicted. And a prefix of which copies were bought
-    lately is in demand, so the next one is bought the sooner.
+    Two things differ from the theorem. A copy does not live for ever: rent fades with every block that is
+    evicted. And a prefix that was copied lately is in demand, so its next copy is bought the sooner.
     """
 
     def __init__(self) -> None:
@@ -82,7 +80,7 @@ class Replication:
         self._age += share
 
     def is_due(self, prefix: int, rent_ms: float, price_ms: float) -> bool:
-        """Whether this request should make a copy, at `price_ms`, instead of paying `rent_ms` once more. Takes note of its answer."""
+        """Whether this request should make a copy, at `price_ms`, instead of paying `rent_ms`; keeps account."""
         paid_ms, num_copies, age = self._paid.pop(prefix, (0.0, 0.0, self._age))
         fade = exp2((age - self._age) * _HALVINGS)
         paid_ms, num_copies = paid_ms * fade, num_copies * fade

@@ -11,8 +11,8 @@ _LEAST_PREFILL_MS_PER_TOKEN = 0.005
 
 _TYPICAL_TOKENS = 2048
 _ALIKE = 1.5
-"""Rates within this factor are taken for one: which prompts a worker happened to see makes as much difference, and taking that for
-speed would send the next ones there, or keep them away, for nothing."""
+"""Rates within this factor are taken for equal: the prompts that a worker happened to see make as much
+difference, and say nothing about its speed."""
 
 _NO_LOAD = WorkerLoad()
 
@@ -43,8 +43,8 @@ class Rates:
 
     @classmethod
     def reported(cls, load: WorkerLoad, others: "Rates") -> "Rates | None":
-        """As this load says, and as the others' where it says nothing: a worker may only ever decode, or only prefill. None if it never
-        says anything."""
+        """By this load, and by the others' rates where it says nothing: a worker may only decode, or only prefill.
+        None if it says nothing at all."""
         if not load.prefill_ns_per_token and not load.decode_base_us:
             return None
         prefill = others.prefill_base_ms, others.prefill_ms_per_token
@@ -88,10 +88,9 @@ class Rates:
 
 
 CostBreakdown = tuple[float, float, float, float, float, float, int, float]
-"""What the cost formula needs of one worker, as :func:`~meshserve.routing.policies.breakdown_of` lists
-the parts. They change with reports and reservations only, so they are worked out once for many requests.
-A tuple, as each question unpacks every worker's: looking up the fields of an object takes three times as
-long."""
+"""The parts of the cost formula for one worker, in the order of :func:`~meshserve.routing.policies.breakdown_of`.
+They change with reports and reservations only, so they are computed once for many requests. A tuple, since each
+question unpacks every worker's: looking up fields of an object takes three times as long."""
 
 
 @dataclass(slots=True)
@@ -125,22 +124,16 @@ class CostSettings:
     """The parameters of the cost formula, which stands in :mod:`meshserve.routing.policies`."""
 
     stream_weight: float = 0.1
-    """w, 0 to 1. Higher spreads sequences over workers and decodes faster, lower keeps prefixes together
-    and starts sooner. Below 1, since who reads a stream notices a late start and not a late token, and
-    since what spreads sequences also scatters prefixes."""
+    """w, 0 to 1. Higher spreads sequences over workers and decodes faster, lower keeps prefixes together and
+    starts sooner. Below 1, since readers notice a late start and not a late token."""
     regret_weight: float = 1.0
-    """Multiplies the measured regret. Higher keeps more in the caches, lower waits less; 0 forgets about
-    evictions."""
+    """Multiplies the measured regret. Higher keeps more in the caches, lower waits less; 0 ignores evictions."""
     max_turnover: float = 2.0
-    """Turnover counts between 1 over this and this: beyond it the estimate says more about chance than
-    about the cache."""
+    """Turnover counts between 1 over this and this: beyond, the estimate is chance."""
     tie_ms: float = 2.0
-    """Milliseconds that nobody notices. Higher follows sessions and load more, lower trusts estimates to
-    the last digit."""
+    """Milliseconds that nobody notices. Higher follows sessions and load more, lower trusts estimates more."""
     max_local_prefill_tokens: int | None = None
-    """Where there are prefill workers: uncached tokens up to which a decode worker computes a prompt
-    itself, as in HandoffConfig. Workers do not report theirs, so routers are given the same. None: as
-    expected times say."""
+    """As in HandoffConfig: workers do not report theirs, so routers are given the same value."""
 
 
 @dataclass(slots=True)
