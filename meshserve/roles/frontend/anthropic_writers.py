@@ -5,7 +5,7 @@ from typing import Any
 
 from meshserve.errors import InvalidRequest, MeshserveError
 from meshserve.roles.frontend.shapes import dump
-from meshserve.roles.frontend.writers import Collected, EventWriter, Part, Reply, WholeWriter
+from meshserve.roles.frontend.writers import EventWriter, Part, Reply, WholeWriter
 from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, StartItem, TextItem
 
 Json = dict[str, Any]
@@ -70,13 +70,11 @@ class WholeMessage(WholeWriter):
 
     def _body(self, ending: Ending) -> bytes:
         choice = self._choices[0]
-        message = _message(self._reply, self._content(choice), stop_of(choice.reason, choice.stop), usage_of(ending))
+        content = [self._block(number, part) for number, part in enumerate(choice.shown)]
+        message = _message(self._reply, content, stop_of(choice.reason, choice.stop), usage_of(ending))
         if ending.receipt is not None:
             message["meshserve"] = ending.receipt
         return dump(message).encode()
-
-    def _content(self, choice: Collected) -> list[Json]:
-        return [self._block(number, part) for number, part in enumerate(choice.shown)]
 
     def _block(self, number: int, part: Part) -> Json:
         if part.kind == "call":

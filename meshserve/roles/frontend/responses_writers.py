@@ -9,9 +9,10 @@ from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, TextI
 
 Json = dict[str, Any]
 
+_TYPES = {"text": "message", "reasoning": "reasoning", "call": "function_call"}
 _PREFIXES = {"text": "msg_", "reasoning": "rs_", "call": "fc_"}
 _EVENTS = {"text": "response.output_text", "reasoning": "response.reasoning_text", "call": "response.function_call_arguments"}
-"""By kind of item: of its id, and of the events of its text."""
+"""By kind of part: the type of its item, the prefixes of the item's id and of the events of its text."""
 
 
 def response_object(reply: Reply, status: str, output: list[Json], ending: Ending | None = None) -> Json:
@@ -55,24 +56,21 @@ def _status_of(reason: str) -> str:
     return "incomplete" if reason == "length" else "completed"
 
 
-def _text_part(text: str, logprobs: list[Json]) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
-
-
-def _thought_part(text: str) -> Json:
-    return {"type": "reasoning_text", "text": text}
+def _content_of(part: Part, logprobs: list[Json]) -> Json:
+    if part.kind == "reasoning":
+        return {"type": "reasoning_text", "text": part.text}
+    return {"type": "output_text", "text": part.text, "annotations": [], "logprobs": logprobs}
 
 
 def output_item(reply: Reply, number: int, status: str, part: Part, logprobs: list[Json], *, is_begun: bool = False) -> Json:
     """One item of the output: a message, reasoning or a call; one that has just begun has no content."""
-    if part.kind == "call":
-        named = {"id": reply.call_id(0, "fc_", number), "type": "function_call", "status": status}
+    kind = part.kind
+    named = {"id": reply.call_id(0, _PREFIXES[kind], number), "type": _TYPES[kind], "status": status}
+    if kind == "call":
         return {**named, "call_id": reply.call_id(0, "call_", number), "name": part.name, "arguments": part.text}
-    if part.kind == "reasoning":
-        content = [] if is_begun else [_thought_part(part.text)]
-        return {"id": reply.call_id(0, "rs_", number), "type": "reasoning", "status": status, "summary": [], "content": content}
-    content = [] if is_begun else [_text_part(part.text, logprobs)]
-    return {"id": reply.call_id(0, "msg_", number), "type": "message", "status": status, "role": "assistant", "content": content}
+    content = [] if is_begun else [_content_of(part, logprobs)]
+    more: Json = {"summary": []} if kind == "reasoning" else {"role": "assistant"}
+    return {**named, **more, "content": content}
 
 
 class WholeResponse(WholeWriter):
@@ -121,11 +119,6 @@ class ResponseEvents(EventWriter):
     def _item(self, status: str, *, is_begun: bool = False) -> Json:
         return output_item(self._reply, len(self._output), status, self._current, self._logprobs, is_begun=is_begun)
 
-    @property
-    def _content(self) -> Json:
-        text = self._current.text
-        return _text_part(text, self._logprobs) if self._current.kind == "text" else _thought_part(text)
-
     def _open(self) -> str:
         """The item's beginning, once it is known what it will be."""
         if self._is_open:
@@ -135,7 +128,7 @@ class ResponseEvents(EventWriter):
         opening = self._created() + self._event("response.output_item.added", added)
         if self._current.kind == "call":
             return opening
-        return opening + self._event("response.content_part.added", {**self._place, "part": self._content})
+        return opening + self._event("response.content_part.added", {**self._place, "part": _content_of(self._current, self._logprobs)})
 
     def _text(self, item: TextItem) -> str:
         if not item.text and not item.logprobs:
@@ -179,7 +172,7 @@ class ResponseEvents(EventWriter):
             said["logprobs"] = self._logprobs
         closing = self._event(f"{_EVENTS[kind]}.done", {**place, **said})
         if kind != "call":
-            closing += self._event("response.content_part.done", {**place, "part": self._content})
+            closing += self._event("response.content_part.done", {**place, "part": _content_of(self._current, self._logprobs)})
         closing += self._event("response.output_item.done", {"output_index": len(self._output), "item": item})
         self._output.append(item)
         self._is_open = False
