@@ -45,7 +45,7 @@ def test_every_field_of_a_struct_is_a_property_and_every_property_a_field(name: 
 
 def test_every_route_is_in_the_document_and_nothing_else_is() -> None:
     sources = [path.read_text() for path in ROUTES.rglob("*.py")]
-    found = [pair for source in sources for pair in re.findall(r'routes\.add\("(\w+)", "([^"]+)"', source)]
+    found = [pair for source in sources for pair in re.findall(r'routes\.add(?:_async)?\("(\w+)", "([^"]+)"', source)]
     found += [("POST", path) for source in sources for path in re.findall(r'\bApi\(\s*"(/[^"]+)"', source)]
     named = {f"{method} {re.sub(r'{.*}', '{}', path)}" for method, path in found}
     files, forms = {"GET /dashboard/{}", "GET /docs/{}"}, {"GET /login", "POST /login", "POST /logout"}

@@ -7,17 +7,7 @@ from msgspec import Meta
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.frontend.models import kinds
 from meshserve.roles.frontend.models.chat import HELLO
-from meshserve.roles.frontend.models.common import (
-    MAX_SESSION_CHARACTERS,
-    Body,
-    Fields,
-    Parsed,
-    ResponseOptions,
-    either,
-    given,
-    not_done,
-    unasked,
-)
+from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, either, given, invalid, not_done, unasked
 from meshserve.roles.frontend.models.reading import read, read_object
 from meshserve.roles.frontend.models.requests import Message, SampledBody, check_calls, json_text, sampled, text_of, tool_fields
 from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
@@ -157,8 +147,7 @@ def parse_message(body: bytes, request_id: str, client_id: str) -> Parsed:
     """`POST /v1/messages`. Raises InvalidRequest that names the field."""
     fields = read_object(body)
     asked = read(MessageBody, fields)
-    stop = asked.stop_sequences or ()
-    user = (asked.metadata and asked.metadata.user_id) or ""
+    stop, metadata = asked.stop_sequences or (), asked.metadata or UserMetadata()
     request = CompletionRequest(
         request_id,
         "chat",
@@ -167,9 +156,8 @@ def parse_message(body: bytes, request_id: str, client_id: str) -> Parsed:
         stop=(stop,) if isinstance(stop, str) else tuple(stop),
         wants_start=asked.stream,
         client_id=client_id,
-        session=user[:MAX_SESSION_CHARACTERS],
         **_tool_fields(asked),
-        **sampled(asked, fields, asked.max_tokens),
+        **sampled(asked, fields, asked.max_tokens, metadata.user_id),
     )
     return request, ResponseOptions(asked.stream)
 
@@ -185,7 +173,7 @@ def _tool_fields(asked: MessageBody | CountBody) -> Fields:
     tools = [(tool, tool.input_schema) for tool in asked.tools or ()]
     choice = asked.tool_choice or AnthropicChoice(type="auto")
     if choice.type == "tool" and choice.name is None:
-        raise InvalidRequest("tool_choice.name is missing", param="tool_choice.name")
+        raise invalid("tool_choice.name", "is missing")
     kind, name = ("required" if choice.type == "any" else choice.type), choice.name
     is_parallel = not choice.disable_parallel_tool_use
     return tool_fields(tools, "input_schema", kind, name if kind == "tool" else None, is_parallel)

@@ -6,7 +6,7 @@ from msgspec import Meta, to_builtins
 
 from meshserve.errors import InvalidRequest
 from meshserve.roles.frontend.models import kinds
-from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, either, given, not_done
+from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, either, given, invalid, not_done
 from meshserve.roles.frontend.models.completions import OpenAiBody, StreamOptions, TokenizePrompt, openai_fields
 from meshserve.roles.frontend.models.reading import read, read_object
 from meshserve.roles.frontend.models.requests import Message, check_calls, tool_fields
@@ -253,7 +253,7 @@ def _settle_answer(message: Message, param: str) -> Any:
     refusal, calls = message.pop("refusal", None), message.pop("tool_calls", None)
     if "content" not in message:
         if not calls and refusal is None:
-            raise InvalidRequest(f"{param}.content is missing", param=f"{param}.content")
+            raise invalid(f"{param}.content", "is missing")
         message["content"] = refusal or ""
     if calls:
         message["tool_calls"] = [

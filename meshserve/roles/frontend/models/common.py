@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from msgspec import Struct
 
+from meshserve.errors import InvalidRequest
 from meshserve.wire.completion import CompletionRequest
 
 Fields = dict[str, Any]
@@ -49,6 +50,11 @@ class ResponseOptions:
 
 
 Parsed = tuple[CompletionRequest, ResponseOptions]
+
+
+def invalid(param: str, words: str) -> InvalidRequest:
+    """The error for a field that is at fault: "PARAM WORDS"."""
+    return InvalidRequest(f"{param} {words}", param=param)
 
 
 def not_done(null: str = "", false: str = "", empty: str = "", **others: tuple[Any, ...]) -> NotDone:

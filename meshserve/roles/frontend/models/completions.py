@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.frontend.models import kinds
-from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, Schema, either, given, not_done
+from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, Schema, either, given, invalid, not_done
 from meshserve.roles.frontend.models.reading import read, read_object, refuse_not_done
 from meshserve.roles.frontend.models.requests import ANY_OBJECT, MAX_SCHEMA_CHARACTERS, LabelledBody, format_schema, json_text, sampled
 from meshserve.wire.completion import MAX_CHOICES, CompletionRequest, DetokenizeRequest, Prompts
@@ -95,7 +95,7 @@ _CONSTRAINTS |= {"guided_json", "guided_regex", "guided_choice"}
 
 def openai_fields(asked: OpenAiBody, fields: Fields, max_tokens: int | None) -> Fields:
     """What the three have in a CompletionRequest. Raises InvalidRequest that names the field."""
-    found = sampled(asked, fields, max_tokens)
+    found = sampled(asked, fields, max_tokens, asked.prompt_cache_key or asked.user)
     if asked.top_k == -1:
         found["top_k"] = 0
     if asked.stop:
@@ -239,7 +239,7 @@ def parse_completion(body: bytes, request_id: str, client_id: str) -> Parsed:
         words = f"best_of must be {n}, as n is: no answers are made to be thrown away"
         raise Unsupported(words, param="best_of")
     if asked.max_tokens == 0 and not asked.echo:
-        raise InvalidRequest(f"max_tokens {_LIMIT}", param="max_tokens")
+        raise invalid("max_tokens", _LIMIT)
     request = CompletionRequest(
         request_id,
         "completion",
@@ -262,7 +262,7 @@ def parse_generate(body: bytes, request_id: str, client_id: str, default_model: 
     asked.model = asked.model or default_model
     prompt = _read_prompt(asked.prompt)
     if isinstance(prompt, tuple):
-        raise InvalidRequest("prompt must be one prompt", param="prompt")
+        raise invalid("prompt", "must be one prompt")
     return CompletionRequest(
         request_id,
         "completion",
@@ -285,8 +285,7 @@ def _read_prompt(value: Any) -> Prompts:
         return value
     if isinstance(value, list) and value and isinstance(value[0], (str, list)):
         if len(value) > MAX_CHOICES:
-            words = f"prompt must be at most {MAX_CHOICES} prompts, not {len(value)}"
-            raise InvalidRequest(words, param="prompt")
+            raise invalid("prompt", f"must be at most {MAX_CHOICES} prompts, not {len(value)}")
         prompts = tuple(part if isinstance(part, str) else _prompt_tokens(part) for part in value)
         return prompts if len(prompts) > 1 else prompts[0]
     return _prompt_tokens(value)
@@ -310,4 +309,4 @@ def _token_ids(value: Any, param: str, form: str) -> "array[int]":
             return array("I", map(int, value))
     except OverflowError:
         pass
-    raise InvalidRequest(f"{param} must be {form}", param=param)
+    raise invalid(param, f"must be {form}")

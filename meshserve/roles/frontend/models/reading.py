@@ -18,7 +18,7 @@ import msgspec
 from msgspec import inspect
 
 from meshserve.errors import InvalidRequest, RequestTooLarge, Unsupported
-from meshserve.roles.frontend.models.common import Body, Fields
+from meshserve.roles.frontend.models.common import Body, Fields, invalid
 
 MAX_VALUES = 524_288
 """Of all kinds, in one body: four times the tokens of the longest prompts."""
@@ -47,7 +47,7 @@ def read(kind: type[_Kind], fields: Fields) -> _Kind:
     found = _converted(fields, kind)
     for name, other in kind.GOES_WITH.items():
         if getattr(found, name) not in (None, 0) and not getattr(found, other):
-            raise InvalidRequest(f"{name} goes with {other} only", param=name)
+            raise invalid(name, f"goes with {other} only")
     return found
 
 
@@ -218,10 +218,6 @@ def _type_of(kind: type[Body]) -> inspect.Type:
     return inspect.type_info(kind)
 
 
-def _invalid(param: str, words: str) -> InvalidRequest:
-    return InvalidRequest(f"{param} {words}", param=param)
-
-
 def _mend(value: Any, kind: Any, param: str) -> Any:
     """The value as `msgspec` takes it. Raises InvalidRequest for what is not of this kind."""
     if isinstance(kind, inspect.Metadata):
@@ -236,7 +232,7 @@ def _mend(value: Any, kind: Any, param: str) -> Any:
         value = int(value)  # JSON knows one kind of numbers only
     form, words = _FORMS[type(kind)]
     if not isinstance(value, form) or (isinstance(value, bool) and form is not bool):
-        raise _invalid(param, f"must be {words}")
+        raise invalid(param, f"must be {words}")
     if isinstance(kind, inspect.StructType):
         return _mend_struct(value, kind, param)
     _check_bounds(value, kind, param)
@@ -260,16 +256,15 @@ def _check_bounds(value: Any, kind: Any, param: str) -> None:
             between = f"above {least} and at most" if kind.ge is None else f"between {least} and"
             # a number may have thousands of digits
             shown = f", not {value}" if isinstance(value, float) or abs(value) < 10**18 else ""
-            raise _invalid(param, f"must be {between} {most}{shown}")
+            raise invalid(param, f"must be {between} {most}{shown}")
     elif isinstance(kind, (inspect.StrType, inspect.ListType, inspect.DictType)):
         things = "characters" if isinstance(value, str) else "elements"
         if kind.max_length is not None and len(value) > kind.max_length:
-            words = f"must have at most {kind.max_length} {things}, not {len(value)}"
-            raise _invalid(param, words)
+            raise invalid(param, f"must have at most {kind.max_length} {things}, not {len(value)}")
         if kind.min_length is not None and len(value) < kind.min_length:
-            raise _invalid(param, f"must have at least {kind.min_length} {things[:-1]}" if value != "" else "is empty")
+            raise invalid(param, f"must have at least {kind.min_length} {things[:-1]}" if value != "" else "is empty")
         if isinstance(kind, inspect.StrType) and kind.pattern and not re.search(kind.pattern, value):
-            raise _invalid(param, "is malformed")
+            raise invalid(param, "is malformed")
 
 
 def _mend_struct(value: Fields, kind: inspect.StructType, param: str) -> Fields:
@@ -281,7 +276,7 @@ def _mend_struct(value: Fields, kind: inspect.StructType, param: str) -> Fields:
         if found is not None:
             mended[field.name] = _mend(found, field.type, place)
         elif field.required:
-            raise _invalid(place, "is missing")
+            raise invalid(place, "is missing")
     return mended
 
 
@@ -297,7 +292,7 @@ def _mend_union(value: Any, kind: inspect.UnionType, param: str) -> Any:
     for way in ways:
         if len(ways) == 1 or isinstance(value, _FORMS[type(way)][0]):
             return _mend(value, way, param)
-    raise _invalid(param, "is of the wrong type")
+    raise invalid(param, "is of the wrong type")
 
 
 def _check_kind(value: Any, name: str, known: tuple[Any, ...], param: str) -> Any:
@@ -305,9 +300,9 @@ def _check_kind(value: Any, name: str, known: tuple[Any, ...], param: str) -> An
     place = param if name == "type" and param.endswith("]") else f"{param}.{name}"
     found = value.get(name) if isinstance(value, dict) else None
     if not isinstance(value, dict) or (place == param and not isinstance(found, str)):
-        raise _invalid(param, f"must be an object with a {name}")
+        raise invalid(param, f"must be an object with a {name}")
     if found is None:
-        raise _invalid(place, "is missing")
+        raise invalid(place, "is missing")
     if found in known:
         return found
     shown = repr(str(found)[:64])
@@ -317,7 +312,7 @@ def _check_kind(value: Any, name: str, known: tuple[Any, ...], param: str) -> An
     if found == "function" and "tool" in known:
         words = f"{param}: the role function is the old form of tools; use the role tool"
         raise Unsupported(words, param=place)
-    raise _invalid(place, f"must be one of {', '.join(known)}, not {shown}")
+    raise invalid(place, f"must be one of {', '.join(known)}, not {shown}")
 
 
 def _mend_described(value: Any, kind: inspect.Metadata, param: str) -> Any:

@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from meshserve.errors import InvalidRequest
 from meshserve.roles.frontend.models import kinds
-from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS, Body, Fields
+from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS, Body, Fields, invalid
 from meshserve.routing.policies import POLICIES
 from meshserve.wire.generation import AskedSampling, TokenCount
 from meshserve.wire.structs import MAX_NESTING, is_shallow
@@ -77,16 +77,15 @@ class LabelledBody(SampledBody, kw_only=True):
 # --- what they become
 
 
-def sampled(asked: SampledBody, fields: Fields, max_tokens: int | None) -> Fields:
+def sampled(
+    asked: SampledBody, fields: Fields, max_tokens: int | None, session: str | None
+) -> Fields:
     """Sampling, the model and meshserve's own field. Raises InvalidRequest that names the field."""
     # a body has few of the fields that it might have: only those are looked at
     found = {name: getattr(asked, name) for name in _passed_on(type(asked)) & fields.keys()}
-    found["model"] = asked.model
-    if isinstance(asked, LabelledBody):
-        found["session"] = (asked.prompt_cache_key or asked.user or "")[:MAX_SESSION_CHARACTERS]
+    found |= {"model": asked.model, "session": (session or "")[:MAX_SESSION_CHARACTERS]}
     if max_tokens is not None and asked.min_tokens > max_tokens:
-        words = f"min_tokens must be at most max_tokens, which is {max_tokens}"
-        raise InvalidRequest(words, param="min_tokens")
+        raise invalid("min_tokens", f"must be at most max_tokens, which is {max_tokens}")
     if asked.meshserve is not None:
         policy = asked.meshserve.policy
         if policy is not None and policy not in POLICIES:
@@ -114,10 +113,8 @@ def check_calls(messages: Sequence[Message], param: str) -> None:
         if message["role"] == "tool":
             answered = message["tool_call_id"]
             if answered not in open_ids:
-                words = "answers no tool call of the assistant's message before it"
-                raise InvalidRequest(
-                    f"{param}: the tool message for {answered[:64]!r} {words}", param=param
-                )
+                words = f"the tool message for {answered[:64]!r} answers no tool call of the assistant's message before it"
+                raise InvalidRequest(f"{param}: {words}", param=param)
             open_ids.remove(answered)
             continue
         if open_ids:
@@ -149,11 +146,10 @@ def tool_fields(
         raise InvalidRequest("two tools have the same name", param="tools")
     if not names:
         if choice == "required" or name is not None:
-            raise InvalidRequest("tool_choice goes with tools only", param="tool_choice")
+            raise invalid("tool_choice", "goes with tools only")
         return {}
     if name is not None and name not in names:
-        words = f"tool_choice names {name[:64]!r}, which is not among the tools"
-        raise InvalidRequest(words, param="tool_choice")
+        raise invalid("tool_choice", f"names {name[:64]!r}, which is not among the tools")
     if choice in (None, "auto"):
         choice = "strict" if any(function.strict for function, _ in tools) else "auto"
     told = [_tool(*tool, f"tools[{index}].{param}") for index, tool in enumerate(tools)]
@@ -169,7 +165,7 @@ def _tool(function: kinds.Described, parameters: Fields | None, param: str) -> F
     """In OpenAI's form."""
     schema = parameters or {"type": "object", "properties": {}}
     if schema.get("type", "object") != "object":
-        raise InvalidRequest(f"{param} must be a schema of type 'object'", param=param)
+        raise invalid(param, "must be a schema of type 'object'")
     json_text(schema, param, MAX_SCHEMA_CHARACTERS)
     told: Fields = {"name": function.name, "description": function.description, "parameters": schema}
     if function.description is None:
@@ -189,13 +185,11 @@ def format_schema(wanted: object, param: str) -> str:
 def json_text(value: Any, param: str, max_characters: int) -> str:
     """What is passed on as JSON. Raises InvalidRequest for what is nested too deeply or too long."""
     if not is_shallow(value):
-        words = f"{param} is nested too deeply: at most {MAX_NESTING} levels"
-        raise InvalidRequest(words, param=param)
+        raise invalid(param, f"is nested too deeply: at most {MAX_NESTING} levels")
     try:
         text = _dump(value)
     except ValueError as error:  # a number like 1e999, which JSON can write and floats cannot hold
-        raise InvalidRequest(f"{param} holds a number that is out of range", param=param) from error
+        raise invalid(param, "holds a number that is out of range") from error
     if len(text) > max_characters:
-        words = f"{param} is too long: at most {max_characters} characters of JSON"
-        raise InvalidRequest(words, param=param)
+        raise invalid(param, f"is too long: at most {max_characters} characters of JSON")
     return text

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.frontend.models import kinds
-from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, given, not_done, only_with
+from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, given, invalid, not_done, only_with
 from meshserve.roles.frontend.models.reading import read, read_object, refuse_not_done
 from meshserve.roles.frontend.models.requests import LabelledBody, Message, check_calls, format_schema, sampled, text_of, tool_fields
 from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
@@ -156,7 +156,7 @@ def parse_response(body: bytes, request_id: str, client_id: str) -> Parsed:
         json_schema=format_schema(asked.text and asked.text.format, "text.format"),
         client_id=client_id,
         **tool_fields(tools, "parameters", choice, name, asked.parallel_tool_calls),
-        **sampled(asked, fields, None),
+        **sampled(asked, fields, None, asked.prompt_cache_key or asked.user),
     )
     return request, ResponseOptions(asked.stream, echoed=_echoed(asked, fields))
 
@@ -182,8 +182,7 @@ def _logprobs(asked: ResponseBody) -> int:
     if LOGPROBS in included:
         return asked.top_logprobs
     if asked.top_logprobs:
-        words = f"top_logprobs goes with include of {LOGPROBS} only"
-        raise InvalidRequest(words, param="top_logprobs")
+        raise invalid("top_logprobs", f"goes with include of {LOGPROBS} only")
     return -1
 
 
@@ -196,7 +195,7 @@ def _messages(asked: ResponseBody) -> list[Message]:
     for index, item in enumerate(asked.input):
         _add_item(messages, item, f"input[{index}]")
     if not messages:
-        raise InvalidRequest("input has no message", param="input")
+        raise invalid("input", "has no message")
     check_calls(messages, "input")
     return messages
 
