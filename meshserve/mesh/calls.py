@@ -281,8 +281,7 @@ Handler = Callable[[IncomingCall], None]
 
 
 class CallTable:
-    """All streams of one peer. Every method takes `now_s` of the same monotonic clock where time
-    matters."""
+    """All streams of one peer. Where time matters, `now_s` is of the same monotonic clock."""
 
     def __init__(
         self, own: str, turn: Turn, max_streams: int, name_of: Callable[[str], str], counters: Counters
@@ -387,10 +386,11 @@ class CallTable:
             outgoing.take_error(PeerLost(f"{name} was lost: {reason}", peer=name))
         self.peer_stopped_listening(peer, reason)
 
-    def peer_stopped_listening(self, peer: str, reason: str) -> None:
-        """Abandon the streams that this peer opened: no end of them can reach it."""
+    def peer_stopped_listening(self, peer: str, reason: str, wire: Channel | None = None) -> None:
+        """Abandon the streams that this peer opened, or those over this one of its connections."""
         for incoming in [call for call in self.incoming.values() if call.peer == peer]:
-            incoming.abandon(reason)
+            if wire is None or incoming.wire is wire:
+                incoming.abandon(reason)
 
     def close(self) -> None:
         """End everything: this peer stops."""

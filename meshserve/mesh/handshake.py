@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from meshserve.config import PROTOCOL_MAJOR, MeshConfig
 from meshserve.errors import HandshakeRefused, MeshserveError, PeerLost, ProtocolError, from_wire
+from meshserve.mesh.hearsay import Dial
 from meshserve.mesh.interfaces import Addresses, dialling_order
-from meshserve.mesh.membership import Dial
 from meshserve.mesh.network import Outcome, knock
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.channel import Channel
@@ -37,20 +37,35 @@ class Reached:
     address: tuple[str, int]
 
 
-class DialFailed(MeshserveError):
-    """No address led to the peer. `is_refused`: every one was refused by a host that is there. `kinds`: those of refused hellos."""
+class AnotherAnswered(HandshakeRefused):
+    """A peer lives at this address, and is not the one that was meant."""
 
-    code = "dial_failed"
+    def __init__(self, name: str, incarnation: str, host: str) -> None:
+        super().__init__(f"another peer lives there: {name}", kind="other")
+        self.incarnation, self.host = incarnation, host
 
-    def __init__(self, reasons: list[str], is_refused: bool, kinds: tuple[str, ...] = ()) -> None:
-        super().__init__("; ".join(dict.fromkeys(reasons)))
-        self.is_refused, self.kinds = is_refused, kinds
-
-
-_MAX_STAGGERED = 4
 
 _Failure = MeshserveError | ConnectionRefusedError
 """Why one address did not lead to the peer."""
+
+
+class DialFailed(MeshserveError):
+    """No address led to the peer.
+
+    `is_refused`: every one was refused by a host that is there. `kinds`: those of refused hellos. `answered_by`: another
+    peer's incarnation, by the address at which it answered.
+    """
+
+    code = "dial_failed"
+
+    def __init__(self, failures: list[_Failure]) -> None:
+        super().__init__("; ".join(dict.fromkeys(map(str, failures))))
+        self.is_refused = bool(failures) and all(isinstance(failure, ConnectionRefusedError) for failure in failures)
+        self.kinds = tuple(failure.kind for failure in failures if isinstance(failure, HandshakeRefused))
+        self.answered_by = {failure.host: failure.incarnation for failure in failures if isinstance(failure, AnotherAnswered)}
+
+
+_MAX_STAGGERED = 4
 
 
 def _delay_s(index: int, stagger_s: float) -> float:
@@ -104,9 +119,7 @@ class Dialler:
                 other = task.result() if task.done() and not task.cancelled() else None
                 if isinstance(other, Reached) and other is not chosen:
                     self._transport.drop(other.channel)
-        num_refused = sum(isinstance(failure, ConnectionRefusedError) for failure in failures)
-        kinds = tuple(failure.kind for failure in failures if isinstance(failure, HandshakeRefused))
-        raise DialFailed([str(failure) for failure in failures], num_refused == len(attempts) > 0, kinds)
+        raise DialFailed(failures)
 
     async def _attempt(self, dial: Dial, host: str, delay_s: float) -> "Reached | _Failure":
         await asyncio.sleep(delay_s)
@@ -128,7 +141,7 @@ class Dialler:
             channel.send([HELLO, self._own_hello(dial.incarnation).to_wire()])
             async with asyncio.timeout(self._config.dial_timeout_s):
                 message = await waiting
-            return Reached(channel, self._checked(message, dial.incarnation), (host, dial.port))
+            return Reached(channel, self._checked(message, dial.incarnation, host), (host, dial.port))
         except BaseException as error:
             self._transport.drop(channel)
             if isinstance(error, TimeoutError):
@@ -137,7 +150,7 @@ class Dialler:
         finally:
             del self._greeted[channel]
 
-    def _checked(self, message: Envelope, expected: str | None) -> Hello:
+    def _checked(self, message: Envelope, expected: str | None, host: str) -> Hello:
         if message[0] != WELCOME:
             raise from_wire(message[1])
         try:
@@ -145,5 +158,5 @@ class Dialler:
         except ProtocolError as error:
             raise HandshakeRefused("it answered with something that is no hello", kind="hello") from error
         if expected is not None and hello.peer.incarnation != expected:
-            raise HandshakeRefused(f"another peer lives there: {hello.peer.name}", kind="other")
+            raise AnotherAnswered(hello.peer.name, hello.peer.incarnation, host)
         return hello

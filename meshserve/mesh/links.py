@@ -11,8 +11,9 @@ from meshserve.config import ROLES, MeshConfig
 from meshserve.errors import HandshakeRefused, ProtocolError
 from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, CallTable
 from meshserve.mesh.handshake import DialFailed, Dialler, check_hello
+from meshserve.mesh.hearsay import Dial
 from meshserve.mesh.interfaces import Addresses
-from meshserve.mesh.membership import Change, Dial, Member, Membership, PeerState
+from meshserve.mesh.membership import Change, Member, Membership, PeerState
 from meshserve.mesh.search import Search
 from meshserve.mesh.sightings import Sightings, describe_stranger
 from meshserve.mesh.tasks import TaskOwner
@@ -30,6 +31,7 @@ _GOSSIP_FANOUT = 3
 _GOSSIP_INTERVAL_S = 0.2
 _GOSSIP_QUIET_INTERVAL_S = 5.0
 _MAX_INBOUND_PER_PEER = 8
+_MAX_ERRORS = 32
 
 
 class Links:
@@ -57,6 +59,7 @@ class Links:
         self.search = Search(config, self._on_seed, self._on_announced, self._started_s)
         self._tasks = TaskOwner()
         self._is_dial_due = self._is_changed = False
+        self._errors: set[str] = set()
 
     # --- life
 
@@ -72,7 +75,7 @@ class Links:
             await self._search_now()
 
     def _on_seed(self, host: str, port: int) -> None:
-        self.membership.seed(host, port, time.monotonic())
+        self.membership.hearsay.seed(host, port, time.monotonic())
         self._dial_soon()
 
     def moved(self, addresses: Addresses) -> None:
@@ -99,8 +102,6 @@ class Links:
         for channel in self.channels.values():
             channel.send([frames.GOODBYE, "bye"])
         self.transport.turn.flush()
-        if self.channels:
-            await asyncio.sleep(0.02)  # LINGER is 0: ZeroMQ's own thread gets a moment to send the goodbyes, which nothing depends on
         await self._tasks.close()
         await self.search.close()
         self.transport.close()
@@ -169,9 +170,12 @@ class Links:
             return
         if channel.peer not in ("", hello.peer.incarnation):
             return
+        self._learn(hello, channel.far_address)
+        if hello.peer.incarnation not in self.membership.members:  # it left, and this is late
+            self.transport.drop(channel)
+            return
         channel.peer = hello.peer.incarnation
         self._accept(channel, is_reset=hello.is_reset)
-        self._learn(hello, channel.far_address)
         channel.send([frames.WELCOME, self._hello(None).to_wire()])
 
     def _accept(self, channel: Channel, *, is_reset: bool) -> None:
@@ -199,13 +203,13 @@ class Links:
         now_s = time.monotonic()
         self._tell(self.membership.hello(hello.peer, hello.age_s, now_s, speaks_from))
         for hint in hello.hints:
-            self.membership.hint(hint, now_s)
+            self.membership.hint(hint, hello.peer.incarnation, now_s)
         self._dial_soon()
 
     def _on_announced(self, mesh: str, hint: PeerHint) -> None:
         self.sightings.announced(mesh, hint)
         if mesh == self.own.mesh:
-            self.membership.hint(hint, time.monotonic())
+            self.membership.hint(hint, "mdns", time.monotonic())
             self._dial_soon()
 
     def on_stranger(self, who: str, reason: str) -> None:
@@ -225,12 +229,13 @@ class Links:
         elif self.channels.get(channel.peer) is channel:
             del self.channels[channel.peer]
             self._broken.add(channel.peer)
+            self._counters.add("links_lost")
             self._calls.peer_lost(channel.peer, reason)
             self._tell(self.membership.unlinked(channel.peer, time.monotonic()))
             self._dial_soon()
         elif channel in self._inbound.get(channel.peer, ()):
             self._inbound[channel.peer].remove(channel)
-            self._calls.peer_stopped_listening(channel.peer, CONNECTION_CLOSED)
+            self._calls.peer_stopped_listening(channel.peer, CONNECTION_CLOSED, channel)
 
     # --- what goes out
 
@@ -259,18 +264,18 @@ class Links:
             reached = await self._dialler.dial(dial)
         except DialFailed as error:
             self._note_refusal(dial, error)
-            self._tell(self.membership.dial_failed(dial.key, error.is_refused, time.monotonic()))
+            self._tell(self.membership.dial_failed(dial, error.is_refused, time.monotonic(), error.answered_by))
             return
         incarnation = reached.hello.peer.incarnation
         self.refused.pop(dial.key, None)
         reached.channel.peer = incarnation
         self._learn(reached.hello)
         self.membership.dial_found(dial.key, incarnation, time.monotonic())
-        if incarnation in self.channels:
+        if incarnation in self.channels or incarnation not in self.membership.members:  # the other dial was faster; or it left
             self.transport.drop(reached.channel)
             return
         if reached.channel.is_broken:  # lost again before it could be of use
-            self._tell(self.membership.dial_failed(dial.key, False, time.monotonic()))
+            self._tell(self.membership.dial_failed(dial, False, time.monotonic()))
             return
         self.channels[incarnation] = reached.channel
         self._broken.discard(incarnation)
@@ -300,7 +305,7 @@ class Links:
                 if change in (Change.DIED, Change.LEFT):
                     self.sightings.ended(change, member, time.monotonic())
                 for listener in self.listeners:
-                    listener(change, member)
+                    self._safely(listener, change, member)
 
     def _forget(self, incarnation: str, reason: str) -> None:
         self._broken.discard(incarnation)
@@ -315,7 +320,7 @@ class Links:
         last_gossip_s = lonely_s = 0.0
         while True:
             now_s = time.monotonic()
-            self._tick(now_s)
+            self._safely(self._tick, now_s)
             if now_s - last_gossip_s >= (_GOSSIP_INTERVAL_S if self._is_changed else _GOSSIP_QUIET_INTERVAL_S):
                 last_gossip_s = now_s
                 self._gossip()
@@ -325,6 +330,15 @@ class Links:
                 lonely_s = now_s
                 self._warn_if_lonely()
             await asyncio.sleep(self._config.tick_interval_s)
+
+    def _safely(self, call: Callable[..., None], *arguments: Any) -> None:
+        """What a listener or a deadline raises stops neither the others nor the clock."""
+        try:
+            call(*arguments)
+        except Exception as error:
+            if repr(error) not in self._errors and len(self._errors) < _MAX_ERRORS:  # once, not ten times a second
+                self._errors.add(repr(error))
+                _log.error("an error beside the links, which go on: %r", error, exc_info=_log.isEnabledFor(logging.DEBUG))
 
     def _tick(self, now_s: float) -> None:
         actions = self.membership.tick(now_s)
@@ -338,6 +352,7 @@ class Links:
                 channel.send([frames.PING, number])
                 self._counters.add("pings_sent")
         self._calls.expire(now_s)
+        self.transport.expire(now_s)
 
     def _gossip(self) -> None:
         """Tell a few peers of those that we know: gossip reaches all in a few rounds, whatever the mesh's size."""

@@ -7,10 +7,12 @@ lateness (the idea of local health awareness: Dadgar et al., "Lifeguard", 2018).
 
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from meshserve.config import MeshConfig
+from meshserve.mesh.hearsay import Dial, Hearsay, backoff_s
 from meshserve.wire.hello import PeerHint, PeerInfo
 
 
@@ -55,6 +57,8 @@ _ROUND_TRIP_INTERVAL_S = 5.0
 
 
 _MAX_HEARD_AT = 8
+_MAX_LEFT = 4096
+NOBODY: Mapping[str, str] = {}
 
 
 def _has_left(address: str, before: PeerInfo, now: PeerInfo) -> bool:
@@ -92,6 +96,8 @@ class Member:
     num_failed_dials: int = 0
     is_dialling: bool = False
     pinged_s: float = -math.inf
+    doubted_for: str = ""
+    """Another incarnation claims its place; which of the two is there a dial will tell."""
     shown_name: str = ""
     rtt_ms: float | None = None
 
@@ -107,33 +113,18 @@ class Member:
 
     @property
     def can_take_work(self) -> bool:
-        """Alive, reachable, and not on its way out."""
-        return self.is_callable and self.state is PeerState.ALIVE and not self.info.is_draining
+        """Alive, reachable, where it says that it is, and not on its way out."""
+        return self.is_callable and self.state is PeerState.ALIVE and not self.info.is_draining and not self.doubted_for
 
 
-@dataclass(slots=True)
-class _Candidate:
-    """A peer to dial, known by hearsay. `incarnation` is None for a seed, which is an address only."""
-
-    addresses: tuple[str, ...]
-    port: int
-    incarnation: str | None
-    since_s: float
-    next_dial_s: float
-    num_failed_dials: int = 0
-    is_dialling: bool = False
-    led_to: str | None = None
-    """The peer that a seed's address turned out to be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Dial:
-    """Connect to this peer: try its addresses, say hello."""
-
-    key: str
-    addresses: tuple[str, ...]
-    port: int
-    incarnation: str | None
+def _claims_place_of(info: PeerInfo, old: Member) -> bool:
+    """Whether a newcomer says that it is where an older member was reached; only one process can be there."""
+    if info.is_observer or old.info.is_observer or old.info.port != info.port:
+        return False
+    # addresses of container bridges are alike on many hosts, so one in common proves nothing: only the one that led us there does
+    if old.linked_at is None:
+        return set(old.info.addresses) == set(info.addresses)
+    return old.linked_at[0] in info.addresses
 
 
 @dataclass(slots=True)
@@ -151,40 +142,34 @@ class Membership:
     def __init__(self, own: PeerInfo, config: MeshConfig, now_s: float, rng: random.Random | None = None) -> None:
         self.own, self._config = own, config
         self.members: dict[str, Member] = {}
-        self._candidates: dict[str, _Candidate] = {}
-        self._gone: dict[str, float] = {}
-        self._last_tick_s = now_s
         self._rng = rng or random.Random()
+        self.hearsay = Hearsay(config, self._rng)
+        self._gone: dict[str, float] = {}
+        """Members that died or left, and when. The dead may speak again."""
+        self._left: dict[str, float] = {}
+        """Those that said goodbye: whatever of them still comes in is late."""
+        self._last_tick_s = now_s
 
     # --- what was heard of
 
-    def seed(self, address: str, port: int, now_s: float) -> None:
-        """An address from the command line: dialled for ever."""
-        key = f"{address}:{port}"
-        self._candidates.setdefault(key, _Candidate((address,), port, None, now_s, now_s))
-
-    def hint(self, hint: PeerHint, now_s: float) -> None:
-        """Hearsay from mDNS or gossip. Members, this peer, and peers that are known to have ended are not dialled for it."""
+    def hint(self, hint: PeerHint, source: str, now_s: float) -> None:
+        """Hearsay from mDNS or a member. Members, this peer, and peers that are known to have ended are not dialled for it."""
         incarnation = hint.incarnation
         member = self.members.get(incarnation)
         if member is not None and not member.is_callable:  # it may be elsewhere by now
             for address in reversed(hint.addresses[:_MAX_HEARD_AT]):
                 member.note_address(address)
-        if incarnation in self.members or incarnation in self._gone or incarnation == self.own.incarnation or not hint.addresses:
-            return
-        known = self._candidates.get(incarnation)
-        if known is not None:
-            known.addresses = tuple(dict.fromkeys((*hint.addresses, *known.addresses)))[:64]
-            known.since_s = now_s
-        elif len(self._candidates) < self._config.max_hints:
-            self._candidates[incarnation] = _Candidate(hint.addresses, hint.port, incarnation, now_s, now_s)
+        if member is None and incarnation not in self._gone and incarnation != self.own.incarnation:
+            self.hearsay.hint(hint, source, now_s)
 
     def hello(self, info: PeerInfo, age_s: float, now_s: float, speaks_from: str = "") -> list[tuple[Change, Member]]:
-        """A peer introduced itself (or told what changed). An earlier incarnation at the same place ends at once.
+        """A peer introduced itself (or told what changed). One that left is not let in again.
 
         `speaks_from` is the address that the hello came from, if the peer made the connection.
         """
-        candidate = self._candidates.pop(info.incarnation, None)
+        if info.incarnation in self._left:
+            return []
+        is_dialling = self.hearsay.forget(info.incarnation)
         member = self.members.get(info.incarnation)
         if member is not None:
             before, member.info = member.info, info
@@ -194,23 +179,16 @@ class Membership:
                 member.linked_at, member.next_dial_s, member.num_failed_dials = None, now_s, 0
                 changes.append((Change.MOVED, member))
             return changes + self._heard(member, now_s)
-        changes = [self._remove(old, Change.DIED, now_s) for old in self._superseded(info)]
         member = Member(info, are_talking(self.own, info), heard_s=now_s, started_s=now_s - age_s, next_dial_s=now_s)
         member.note_address(speaks_from)
-        member.is_dialling = candidate is not None and candidate.is_dialling  # its outcome will be told under the same key
+        member.is_dialling = is_dialling  # its outcome will be told under the same key
+        doubted = [old for old in self.members.values() if _claims_place_of(info, old)]
+        for old in doubted:
+            old.doubted_for = info.incarnation
         self.members[info.incarnation] = member
         self._gone.pop(info.incarnation, None)
         self._name_all()
-        return [*changes, (Change.JOINED, member)]
-
-    def _superseded(self, info: PeerInfo) -> list[Member]:
-        def is_same_place(old: Member) -> bool:
-            if old.info.is_observer or old.info.port != info.port:
-                return False
-            # Addresses of container bridges are alike on many hosts, so one in common proves nothing: only the one that led us there does.
-            return old.linked_at[0] in info.addresses if old.linked_at else set(old.info.addresses) == set(info.addresses)
-
-        return [] if info.is_observer else [old for old in self.members.values() if is_same_place(old)]
+        return [*((Change.UPDATED, old) for old in doubted), (Change.JOINED, member)]
 
     def heard(self, incarnation: str, now_s: float) -> list[tuple[Change, Member]]:
         """Any sign of life."""
@@ -231,7 +209,7 @@ class Membership:
         member = self.members[incarnation]
         member.is_callable, member.was_cut, member.is_dialling, member.num_failed_dials = True, False, False, 0
         member.linked_at = address
-        return [*self._heard(member, now_s), (Change.CALLABLE, member)]
+        return [*self._answered(address, incarnation, now_s), *self._heard(member, now_s), (Change.CALLABLE, member)]
 
     def unlinked(self, incarnation: str, now_s: float) -> list[tuple[Change, Member]]:
         """Our connection to it was lost; whether it is dead the next dial tells, which is due at once."""
@@ -241,33 +219,56 @@ class Membership:
         member.is_callable, member.was_cut, member.next_dial_s = False, True, now_s
         return self._suspect(member, now_s) if member.state is PeerState.ALIVE else []
 
-    def dial_failed(self, key: str, is_refused: bool, now_s: float) -> list[tuple[Change, Member]]:
-        """None of the addresses led to this peer. Refused everywhere after its connection was lost: it is dead."""
-        member, candidate = self.members.get(key), self._candidates.get(key)
-        if member is not None and is_refused and member.was_cut:
-            return [self._remove(member, Change.DIED, now_s)]
-        for dialled in (member, candidate):
-            if dialled is not None:
-                dialled.is_dialling = False
-                dialled.num_failed_dials += 1
-                dialled.next_dial_s = now_s + self._backoff_s(dialled.num_failed_dials)
-        if candidate is not None and candidate.incarnation is not None and now_s - candidate.since_s > self._config.forget_hint_s:
-            del self._candidates[key]
-        return []
+    def dial_failed(
+        self, dial: Dial, is_refused: bool, now_s: float, answered_by: Mapping[str, str] = NOBODY
+    ) -> list[tuple[Change, Member]]:
+        """None of the addresses led to this peer. Refused everywhere after its connection was lost: it is dead.
+
+        `answered_by` tells which other peer answered at an address.
+        """
+        changes: list[tuple[Change, Member]] = []
+        for host, incarnation in answered_by.items():
+            changes += self._answered((host, dial.port), incarnation, now_s)
+        member = self.members.get(dial.key)
+        self.hearsay.failed(dial.key, now_s)
+        if member is None:
+            return changes
+        if is_refused and member.was_cut:
+            return [*changes, self._remove(member, Change.DIED, now_s)]
+        member.is_dialling = False
+        member.num_failed_dials += 1
+        member.next_dial_s = now_s + backoff_s(member.num_failed_dials, self._config, self._rng)
+        return changes
 
     def dial_found(self, key: str, incarnation: str, now_s: float) -> None:
-        """A dial led to this peer. A seed is asked again only when the peer it led to is gone."""
-        candidate = self._candidates.get(key)
-        if candidate is not None:
-            candidate.is_dialling, candidate.num_failed_dials = False, 0
-            candidate.next_dial_s = now_s + self._config.redial_max_s
-            candidate.led_to = incarnation
+        """A dial led to this peer."""
+        self.hearsay.found(key, incarnation, now_s)
         member = self.members.get(incarnation)
         if member is not None:
             member.is_dialling = False
 
+    def _answered(self, place: tuple[str, int], incarnation: str, now_s: float) -> list[tuple[Change, Member]]:
+        """This peer answers at this place, so no other lives there: what one merely claims in its hello ends nobody."""
+        self.hearsay.answered(place, incarnation)
+
+        def was_there(member: Member) -> bool:
+            is_same = member.linked_at == place or (member.linked_at is None and member.doubted_for == incarnation)
+            return is_same and member.info.incarnation != incarnation
+
+        changes = [self._remove(member, Change.DIED, now_s) for member in list(self.members.values()) if was_there(member)]
+        found = self.members.get(incarnation)
+        for member in self.members.values():
+            if member.doubted_for == incarnation or (member is found and member.doubted_for):
+                member.doubted_for = ""
+                changes.append((Change.UPDATED, member))
+        return changes
+
     def goodbye(self, incarnation: str, now_s: float) -> list[tuple[Change, Member]]:
         """The peer itself said, on its own link, that it leaves."""
+        self._left[incarnation] = now_s
+        if len(self._left) > _MAX_LEFT:
+            del self._left[next(iter(self._left))]
+        self.hearsay.forget(incarnation)
         member = self.members.get(incarnation)
         return [self._remove(member, Change.LEFT, now_s)] if member is not None else []
 
@@ -284,8 +285,9 @@ class Membership:
             self._check(member, now_s, actions)
         actions.dials = self.due_dials(now_s)
         actions.pings = self._due_pings(now_s)
-        for incarnation in [gone for gone, since_s in self._gone.items() if now_s - since_s > self._config.forget_hint_s]:
-            del self._gone[incarnation]
+        for ended, kept_s in ((self._gone, self._config.forget_hint_s), (self._left, self._config.forget_dead_s)):
+            for incarnation in [old for old, since_s in ended.items() if now_s - since_s > kept_s]:
+                del ended[incarnation]
         return actions
 
     def _due_pings(self, now_s: float) -> list[str]:
@@ -323,17 +325,14 @@ class Membership:
 
     def _look_out_for(self, member: Member, now_s: float) -> None:
         """Silence may end: a link comes up again, a host wakes. The peer is dialled on, as if known by hearsay."""
-        info = member.info
-        if not info.is_observer and len(self._candidates) < self._config.max_hints:
-            del self._gone[info.incarnation]
-            forget_late_s = now_s + self._config.forget_dead_s - self._config.forget_hint_s
-            self._candidates[info.incarnation] = _Candidate(info.addresses, info.port, info.incarnation, forget_late_s, now_s)
+        if self.hearsay.look_out_for(member.info, now_s):
+            del self._gone[member.info.incarnation]
 
     def network_changed(self, now_s: float) -> None:
         """This host has other addresses: what could not be reached may be reached now."""
-        all_dialled: list[Member | _Candidate] = [*self.members.values(), *self._candidates.values()]
-        for dialled in all_dialled:
-            dialled.num_failed_dials, dialled.next_dial_s = 0, now_s
+        self.hearsay.network_changed(now_s)
+        for member in self.members.values():
+            member.num_failed_dials, member.next_dial_s = 0, now_s
 
     def due_dials(self, now_s: float) -> list[Dial]:
         """Dials that are due, marked as under way: each ends in `dial_found` or `dial_failed`."""
@@ -342,16 +341,10 @@ class Membership:
             if not member.is_callable and not member.is_dialling and not member.info.is_observer and now_s >= member.next_dial_s:
                 member.is_dialling = True
                 dials.append(Dial(incarnation, member.places_to_dial(), member.info.port, incarnation))
-        for key, candidate in self._candidates.items():
-            if not candidate.is_dialling and now_s >= candidate.next_dial_s and not self._is_at_member(candidate):
-                candidate.is_dialling = True
-                dials.append(Dial(key, candidate.addresses, candidate.port, candidate.incarnation))
-        return dials
+        return dials + list(self.hearsay.due(now_s, self._is_at_member))
 
-    def _is_at_member(self, candidate: _Candidate) -> bool:
-        place = (candidate.addresses[0], candidate.port)
-        is_known = candidate.led_to in self.members or any(member.linked_at == place for member in self.members.values())
-        return candidate.incarnation is None and is_known
+    def _is_at_member(self, led_to: str | None, place: tuple[str, int]) -> bool:
+        return led_to in self.members or any(member.linked_at == place for member in self.members.values())
 
     def _suspect(self, member: Member, now_s: float) -> list[tuple[Change, Member]]:
         member.state, member.suspect_since_s = PeerState.SUSPECT, now_s
@@ -360,12 +353,11 @@ class Membership:
     def _remove(self, member: Member, change: Change, now_s: float) -> tuple[Change, Member]:
         del self.members[member.info.incarnation]
         self._gone[member.info.incarnation] = now_s
+        for other in self.members.values():
+            if other.doubted_for == member.info.incarnation:
+                other.doubted_for = ""
         self._name_all()
         return change, member
-
-    def _backoff_s(self, num_failed: int) -> float:
-        longest = min(self._config.redial_max_s, 0.1 * 2.0 ** min(num_failed, 10))
-        return longest * (0.5 + self._rng.random() / 2)
 
     # --- names and lists
 
@@ -388,12 +380,7 @@ class Membership:
         """Peers that this one reaches or would dial, members first: incarnation, name (empty if known by hearsay
         only), addresses, port."""
         members = [(member.info.incarnation, member.shown_name, member.info.addresses, member.info.port) for member in self.listed()]
-        hearsay = [
-            (candidate.incarnation, "", candidate.addresses, candidate.port)
-            for candidate in self._candidates.values()
-            if candidate.incarnation is not None
-        ]
-        return members + hearsay
+        return members + [(incarnation, "", addresses, port) for incarnation, addresses, port in self.hearsay.places()]
 
     def hints(self) -> tuple[PeerHint, ...]:
         """What we pass on about others: only peers that we reach ourselves."""

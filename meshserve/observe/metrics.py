@@ -56,6 +56,8 @@ _COUNTERS = {
     "prompt_tokens_cached": "Of those, the ones whose KV was on the worker when the request came.",
     "prefill_tokens": "Prompt tokens of prompts that a prefill worker computed for others.",
     "prefill_tokens_cached": "Of those, the ones whose KV it had.",
+    "links_lost": "Connections of this peer to members that broke.",
+    "connections_without_hello": "Connections that were dropped as their peer did not introduce itself in time.",
     "strangers_refused": "Connections without the mesh's key.",
 }
 """Every peer shows these, at 0 if need be. A counter that is not listed here shows as soon as it counts."""

@@ -2,7 +2,11 @@
 
 import random
 
+from hypothesis import given
+from hypothesis import strategies as st
+
 from meshserve.config import MeshConfig
+from meshserve.mesh.hearsay import Dial
 from meshserve.mesh.membership import Actions, Change, Member, Membership, PeerState
 from meshserve.wire.hello import PeerHint, PeerInfo
 from meshserve.wire.structs import replace
@@ -123,9 +127,9 @@ def test_a_cut_connection_whose_redial_is_refused_is_a_death_at_once() -> None:
     story.joins(a_peer("worker"))
     story.tell(story.membership.unlinked("worker", story.now_s))
     (dial,) = story.membership.due_dials(story.now_s)
-    story.tell(story.membership.dial_failed(dial.key, True, story.now_s))
+    story.tell(story.membership.dial_failed(dial, True, story.now_s))
     assert story.told[-2:] == [(Change.SUSPECTED, "worker"), (Change.DIED, "worker")]
-    story.membership.hint(PeerHint("worker", ("10.0.0.2",), 7800), story.now_s)
+    story.membership.hint(PeerHint("worker", ("10.0.0.2",), 7800), "mdns", story.now_s)
     assert story.passes(3.0).dials == [], "hearsay about the dead is not followed"
 
 
@@ -134,7 +138,7 @@ def test_a_cut_connection_whose_redial_only_times_out_stays_suspect_and_is_looke
     story.joins(a_peer("worker"))
     story.tell(story.membership.unlinked("worker", story.now_s))
     for dial in story.membership.due_dials(story.now_s):
-        story.tell(story.membership.dial_failed(dial.key, False, story.now_s))
+        story.tell(story.membership.dial_failed(dial, False, story.now_s))
     assert story.state("worker") is PeerState.SUSPECT
     story.passes(5.2)
     assert story.state("worker") is None
@@ -153,11 +157,73 @@ def test_a_cut_peer_is_not_alive_by_words_alone_before_its_connection_is_back() 
     assert story.state("worker") is PeerState.ALIVE
 
 
-def test_a_hello_from_the_place_of_an_earlier_incarnation_ends_that_one() -> None:
+def test_a_hello_that_claims_the_place_of_a_member_ends_nobody_before_a_dial_there_is_answered() -> None:
     story = Story()
     story.joins(a_peer("old"))
+    story.tell(story.membership.hello(a_peer("new"), 1.0, story.now_s))
+    assert set(story.membership.members) == {"old", "new"}
+    assert not any(member.can_take_work for member in story.membership.members.values()), "new work goes to neither"
+    (dial,) = story.membership.due_dials(story.now_s)
+    assert dial.key == "new"
+    story.tell(story.membership.linked("new", ("10.0.0.2", 7800), story.now_s))
+    assert set(story.membership.members) == {"new"} and story.told[-2:] == [(Change.DIED, "old"), (Change.CALLABLE, "new")]
+
+
+def test_a_forged_claim_of_a_members_place_costs_the_member_nothing_once_it_has_answered() -> None:
+    story = Story()
+    story.joins(a_peer("victim"))
+    story.tell(story.membership.hello(a_peer("forger"), 1.0, story.now_s))
+    (dial,) = story.membership.due_dials(story.now_s)
+    story.tell(story.membership.dial_failed(dial, False, story.now_s, {"10.0.0.2": "victim"}))
+    assert story.membership.members["victim"].can_take_work
+
+
+def test_a_newcomer_that_is_reached_elsewhere_puts_nobody_in_doubt() -> None:
+    story = Story()
+    story.joins(a_peer("old"))
+    claims_both = replace(a_peer("new"), addresses=("10.0.0.7", "10.0.0.2"))
+    story.tell(story.membership.hello(claims_both, 1.0, story.now_s))
+    assert not story.membership.members["old"].can_take_work
+    story.tell(story.membership.linked("new", ("10.0.0.7", 7800), story.now_s))
+    assert all(story.membership.members[peer].can_take_work for peer in ("old", "new"))
+
+
+def test_row_38_an_incarnation_that_is_gone_is_no_longer_dialled_where_another_answers() -> None:
+    story = Story()
+    story.joins(a_peer("old"))
+    dials = story.passes(7.0).dials
+    assert story.state("old") is None
+    assert dials and all(dial.key == "old" for dial in dials), "a silent peer is looked for"
     story.joins(a_peer("new"))
-    assert story.told[2:4] == [(Change.DIED, "old"), (Change.JOINED, "new")]
+    story.tell(story.membership.dial_failed(dials[0], False, story.now_s, {"10.0.0.2": "new"}))
+    dialled = set()
+    for _ in range(6000):
+        story.tell(story.membership.heard("new", story.now_s))
+        dialled |= {dial.key for dial in story.passes(TICK_S).dials}
+    assert not dialled and story.state("new") is PeerState.ALIVE
+
+
+@given(st.lists(st.sampled_from(["hello", "hint", "dial fails", "heard", "unlinked", "time"]), max_size=30))
+def test_row_42_a_peer_that_said_goodbye_never_returns_whatever_comes_in_late(events: list[str]) -> None:
+    story = Story()
+    story.joins(a_peer("worker"))
+    story.tell(story.membership.goodbye("worker", story.now_s))
+    num_told = len(story.told)
+    dial = Dial("worker", ("10.0.0.2",), 7800, "worker")
+    for event in events:
+        if event == "hello":
+            story.tell(story.membership.hello(a_peer("worker"), 1.0, story.now_s, "10.0.0.2"))
+        elif event == "hint":
+            story.membership.hint(PeerHint("worker", ("10.0.0.2",), 7800), "mdns", story.now_s)
+        elif event == "dial fails":
+            story.tell(story.membership.dial_failed(dial, False, story.now_s))
+        elif event == "heard":
+            story.tell(story.membership.heard("worker", story.now_s))
+        elif event == "unlinked":
+            story.tell(story.membership.unlinked("worker", story.now_s))
+        else:
+            assert story.passes(2.0).dials == []
+    assert story.state("worker") is None and len(story.told) == num_told
 
 
 def test_an_address_that_many_hosts_share_proves_nothing() -> None:
@@ -173,7 +239,7 @@ def test_a_goodbye_ends_a_membership_and_hearsay_does_not_bring_it_back() -> Non
     story.joins(a_peer("worker"))
     story.tell(story.membership.goodbye("worker", story.now_s))
     assert story.told[-1] == (Change.LEFT, "worker")
-    story.membership.hint(PeerHint("worker", ("10.0.0.2",), 7800), story.now_s)
+    story.membership.hint(PeerHint("worker", ("10.0.0.2",), 7800), "mdns", story.now_s)
     assert story.membership.due_dials(story.now_s) == []
 
 
@@ -193,13 +259,13 @@ def test_observers_are_neither_dialled_nor_listed_nor_passed_on() -> None:
 
 def test_a_seed_is_dialled_for_ever_with_pauses_and_left_alone_once_it_led_to_a_peer() -> None:
     story = Story()
-    story.membership.seed("10.0.0.9", 7800, story.now_s)
+    story.membership.hearsay.seed("10.0.0.9", 7800, story.now_s)
     num_dials = 0
     for _ in range(600):
         story.now_s += TICK_S
         for dial in story.membership.tick(story.now_s).dials:
             num_dials += 1
-            story.membership.dial_failed(dial.key, True, story.now_s)
+            story.membership.dial_failed(dial, True, story.now_s)
     assert 25 <= num_dials <= 80
     story.passes(3.0)
     story.joins(a_peer("found", address="10.0.0.8"))
@@ -208,12 +274,38 @@ def test_a_seed_is_dialled_for_ever_with_pauses_and_left_alone_once_it_led_to_a_
     assert story.passes(1.0).dials == []
 
 
-def test_hints_beyond_the_cap_are_ignored_and_fruitless_ones_forgotten() -> None:
+def test_hints_are_dialled_few_at_a_time_and_fruitless_ones_forgotten() -> None:
     story = Story()
     for number in range(CONFIG.max_hints + 50):
-        story.membership.hint(PeerHint(f"forged{number}", ("10.9.9.9",), 7800), story.now_s)
-    assert len(story.membership.due_dials(story.now_s)) == CONFIG.max_hints
-    story.now_s += CONFIG.forget_hint_s + 1
-    for number in range(CONFIG.max_hints):
-        story.membership.dial_failed(f"forged{number}", False, story.now_s)
-    assert story.passes(5.0).dials == []
+        forged = PeerHint(f"forged{number}", (f"10.9.{number // 250}.{number % 250}",), 7800)
+        story.membership.hint(forged, f"source{number % 7}", story.now_s)
+    under_way = story.membership.due_dials(story.now_s)
+    assert 0 < len(under_way) <= 64 and story.membership.due_dials(story.now_s) == []
+    num_dials = len(under_way)
+    for _ in range(600):
+        story.now_s += TICK_S
+        for dial in under_way:
+            story.tell(story.membership.dial_failed(dial, False, story.now_s))
+        under_way = story.membership.tick(story.now_s).dials
+        num_dials += len(under_way)
+        assert len(under_way) <= 64
+    assert num_dials <= 100 * 61
+    story.now_s += CONFIG.forget_hint_s
+    for _ in range(300):
+        for dial in under_way:
+            story.tell(story.membership.dial_failed(dial, False, story.now_s))
+        story.now_s += TICK_S
+        under_way = story.membership.tick(story.now_s).dials
+    assert under_way == [], "all are forgotten"
+
+
+def test_one_source_and_one_address_get_no_more_than_their_share_of_dials() -> None:
+    story = Story()
+    for number in range(200):
+        story.membership.hint(PeerHint(f"one-place{number}", ("10.9.9.9",), 7800), "flood", story.now_s)
+        story.membership.hint(PeerHint(f"many-places{number}", (f"10.8.0.{number}",), 7800), "flood", story.now_s)
+    story.membership.hint(PeerHint("honest", ("10.0.0.7",), 7800), "mdns", story.now_s)
+    story.membership.hearsay.seed("10.0.0.8", 7800, story.now_s)
+    dials = story.membership.due_dials(story.now_s)
+    assert {"honest", "10.0.0.8:7800"} <= {dial.key for dial in dials}
+    assert sum(dial.addresses == ("10.9.9.9",) for dial in dials) <= 2 and len(dials) <= 34

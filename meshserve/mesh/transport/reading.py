@@ -69,11 +69,11 @@ class SocketReader:
                     num_read += 1
                     if frames := self._receive():
                         self._on_frames(frames)
-                    has_input = (num_read > 1 or self._is_busy) and self._has_input()
+                    has_input = (num_read > 1 or self._is_busy) and self.has_input()
                 self._has_sent = num_read == 1 and not self._is_busy  # or it did not look yet
                 if self._on_turn is not None:
                     self._on_turn()
-                has_input = num_read < self._max_reads and (has_input or (self._has_sent and self._has_input()))
+                has_input = num_read < self._max_reads and (has_input or (self._has_sent and self.has_input()))
         except BaseException:
             if not self._is_closed:
                 self._loop.call_soon(self.drain)  # what is left has no edge of its own any more
@@ -86,10 +86,11 @@ class SocketReader:
     def drain_soon(self) -> None:
         """To be called after every send on this socket."""
         self._has_sent = True
-        if not self._is_draining and self._has_input():
+        if not self._is_draining and self.has_input():
             self._loop.call_soon(self.drain)
 
-    def _has_input(self) -> bool:
+    def has_input(self) -> bool:
+        """Whether a message waits to be read."""
         return not self._is_closed and bool(self._socket.get(_EVENTS) & _POLLIN)  # type: ignore[operator]  # EVENTS is an integer
 
     def close(self) -> None:
@@ -127,9 +128,9 @@ class RouterReader(SocketReader):
         on_turn: Callable[[], None] | None,
         max_reads_per_turn: int,
         known: Container[bytes],
-        on_connection: Callable[[bytes, str], None],
+        on_connection: Callable[[bytes, int], None],
     ) -> None:
-        """`known` are the routing ids of connections that were told of."""
+        """`known` are the routing ids of connections that were told of; `on_connection` gets one, and its descriptor."""
         super().__init__(socket, on_frames, on_turn, max_reads_per_turn)
         self._known, self._on_connection = known, on_connection
 
@@ -145,7 +146,7 @@ class RouterReader(SocketReader):
         while self._socket.get(_RCVMORE):
             if is_new and len(frames) == 1:
                 frame = self._socket.recv(_NOBLOCK, copy=False)
-                self._on_connection(routing_id, str(frame.get("Peer-Address")).removeprefix("::ffff:"))
+                self._on_connection(routing_id, int(frame.get(zmq.SRCFD)))
                 frames.append(frame.bytes)
                 continue
             data = self._socket.recv(_NOBLOCK)
@@ -183,7 +184,6 @@ _HANDSHAKE_EVENTS = (
 )
 _FAILED = (int(zmq.EVENT_HANDSHAKE_FAILED_AUTH), int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL))
 _MECHANISM_MISMATCH = 0x11000002
-_MAX_OPEN = 4096
 
 
 class _Monitor:
@@ -234,33 +234,44 @@ OnStranger = Callable[[str, str], None]
 """Called with an address, empty if it is not known any more, and the reason."""
 
 
-class StrangerMonitor(_Monitor):
-    """Tells of each stranger: a peer that fails the handshake, and of which no frame is read.
+class RouterMonitor(_Monitor):
+    """Tells of each stranger, a peer that fails the handshake and of which no frame is read; and of each connection that closed.
 
-    A context has one I/O thread, so a failure is followed by the end of that very connection.
+    A context has one I/O thread, so a failure is followed by the end of that very connection, and a descriptor is given
+    to a new connection only after the end of the old one was told.
     """
 
     def __init__(
-        self, socket: "zmq.Socket[bytes]", has_key: bool, counters: Counters, on_stranger: OnStranger
+        self,
+        socket: "zmq.Socket[bytes]",
+        has_key: bool,
+        counters: Counters,
+        on_stranger: OnStranger,
+        on_closed: Callable[[int], None],
     ) -> None:
         super().__init__(socket, zmq.EVENT_ACCEPTED | _HANDSHAKE_EVENTS)
-        self._counters, self._on_stranger = counters, on_stranger
+        self._counters, self._on_stranger, self._on_closed = counters, on_stranger, on_closed
         self._mismatch = "it has a key, and this mesh has none"
         if has_key:
             self._mismatch = "it has no key, and this mesh has one"
-        self._addresses: dict[int, str] = {}
+        self.addresses: dict[int, str] = {}
+        """Of the other ends of the connections that are open, by descriptor."""
         self._reason: str | None = None
+
+    def catch_up(self) -> None:
+        """Tell what is to be told now."""
+        self._reader.drain()
 
     def _on_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
-            if len(self._addresses) < _MAX_OPEN:
-                self._addresses[value] = _address_of(value)
+            self.addresses[value] = _address_of(value)
         elif event in _FAILED:
             if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:  # those of ZAP count themselves
                 self._counters.add("strangers_refused")
             self._reason = self._mismatch if value == _MECHANISM_MISMATCH else "its key is not this mesh's"
         elif event == zmq.EVENT_DISCONNECTED:
-            address, reason, self._reason = self._addresses.pop(value, ""), self._reason, None
+            address, reason, self._reason = self.addresses.pop(value, ""), self._reason, None
+            self._on_closed(value)
             if reason is not None:
                 self._on_stranger(address, reason)
         else:

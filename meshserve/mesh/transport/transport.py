@@ -1,6 +1,7 @@
 """The call sockets of one peer: a ROUTER that is bound, and a DEALER for every peer that it calls."""
 
 import asyncio
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from meshserve.config import TransportConfig
 from meshserve.errors import PeerLost, ProtocolError
 from meshserve.mesh.calls import CONNECTION_CLOSED
 from meshserve.mesh.transport.channel import Channel, SendFrame, Turn
-from meshserve.mesh.transport.reading import KEYS_DIFFER, ConnectionMonitor, OnStranger, RouterReader, SocketReader, StrangerMonitor
+from meshserve.mesh.transport.reading import KEYS_DIFFER, ConnectionMonitor, OnStranger, RouterMonitor, RouterReader, SocketReader
 from meshserve.mesh.transport.sockets import SocketFactory, endpoint
 from meshserve.telemetry import Counters
 from meshserve.wire import frames
@@ -21,6 +22,10 @@ OnLost = Callable[[Channel, str], None]
 
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _MAX_CHANNELS = 4096
+_LINGER_MS = 200
+_HELLO_TIMEOUT_S = 5.0
+_MAX_TURNS_TO_READ = 50
+"""Of a connection that closed, for what it sent before: a busy ROUTER has other input at every turn."""
 
 
 class _Dealer:
@@ -59,12 +64,12 @@ class _Dealer:
         else:
             self._transport.lost(self.channel, reason)
 
-    def close(self) -> None:
+    def close(self, linger_ms: int = 0) -> None:
         if not self.is_up.done():
             self.is_up.cancel()
         self._monitor.close()
         self.reader.close()
-        self.socket.close()
+        self.socket.close(linger_ms)
 
 
 class _Router(NamedTuple):
@@ -72,7 +77,7 @@ class _Router(NamedTuple):
 
     socket: "zmq.Socket[bytes]"
     reader: SocketReader
-    monitor: StrangerMonitor
+    monitor: RouterMonitor
 
 
 class Transport:
@@ -90,17 +95,21 @@ class Transport:
         """`on_frame` gets the messages of each frame, `on_lost` a channel that broke, and why."""
         self.config, self._factory, self._counters = config, factory, counters
         self._on_frame, self._on_lost = on_frame, on_lost
-        self.turn = turn
+        self.turn, self._loop = turn, asyncio.get_running_loop()
         self._dealers: dict[Channel, _Dealer] = {}
         self._inbound: dict[bytes, Channel] = {}
         self._routing_ids: dict[Channel, bytes] = {}
         self._router: _Router | None = None
+        self._by_descriptor: dict[int, Channel] = {}
+        """Inbound connections, by the descriptor that ZeroMQ reads them from."""
+        self._unknown_since_s: dict[Channel, float] = {}
+        """Inbound connections whose peer has said no hello yet."""
 
     def serve(self, socket: "zmq.Socket[bytes]", on_stranger: OnStranger) -> None:
         """Read and close this bound ROUTER. A stranger, which fails its handshake, is told of and never heard."""
         max_reads = self.config.max_reads_per_turn
         reader = RouterReader(socket, self._on_router_frames, self.turn.flush, max_reads, self._inbound, self._accept)
-        monitor = StrangerMonitor(socket, self._factory.has_key, self._counters, on_stranger)
+        monitor = RouterMonitor(socket, self._factory.has_key, self._counters, on_stranger, self._on_closed)
         self._router = _Router(socket, reader, monitor)
 
     async def dial(self, host: str, port: int, timeout_s: float) -> Channel:
@@ -131,6 +140,7 @@ class Transport:
         dealer = self._dealers.pop(channel, None)
         if dealer is not None:
             dealer.close()
+        self._unknown_since_s.pop(channel, None)
         routing_id = self._routing_ids.pop(channel, None)
         if routing_id is not None:
             self._inbound.pop(routing_id, None)
@@ -158,11 +168,12 @@ class Transport:
         if channel is not None:
             self.received(channel, parts[-1])
 
-    def _accept(self, routing_id: bytes, address: str) -> None:
+    def _accept(self, routing_id: bytes, descriptor: int) -> None:
         if len(self._inbound) >= _MAX_CHANNELS:
             self._counters.add("channels_refused")
             return
         assert self._router is not None
+        self._router.monitor.catch_up()  # the descriptor may have been another connection's, whose end is not read yet
         socket, reader = self._router.socket, self._router.reader
 
         def send(data: bytes) -> bool:
@@ -178,14 +189,54 @@ class Transport:
             return True
 
         channel = self.channel(send)
-        channel.far_address = address
+        channel.far_address = self._router.monitor.addresses.get(descriptor, "")
         self._inbound[routing_id] = channel
         self._routing_ids[channel] = routing_id
+        self._unknown_since_s[channel] = time.monotonic()
+        self._by_descriptor[descriptor] = channel
+        if not channel.far_address:  # it closed again before its first message was read
+            self._on_closed(descriptor)
+
+    def _on_closed(self, descriptor: int) -> None:
+        """A connection to the ROUTER is gone, on which messages may still wait to be read, such as a goodbye."""
+        channel = self._by_descriptor.pop(descriptor, None)
+        if channel is not None:
+            self._loop.call_soon(self._lose_when_read, channel, _MAX_TURNS_TO_READ)
+
+    def _lose_when_read(self, channel: Channel, num_turns_left: int) -> None:
+        if num_turns_left and self._router is not None and self._router.reader.has_input():
+            self._loop.call_soon(self._lose_when_read, channel, num_turns_left - 1)
+        else:
+            self.lost(channel, CONNECTION_CLOSED)
+
+    @property
+    def num_inbound(self) -> int:
+        """Connections to this peer that are open, as far as it has noticed."""
+        return len(self._inbound)
+
+    @property
+    def num_unknown(self) -> int:
+        """Of them, those whose peer has said no hello."""
+        return sum(not channel.peer for channel in self._unknown_since_s)
+
+    def expire(self, now_s: float) -> None:
+        """Forget connections whose peer says no hello."""
+        for channel, since_s in list(self._unknown_since_s.items()):
+            if channel.peer:
+                del self._unknown_since_s[channel]
+            elif now_s - since_s > _HELLO_TIMEOUT_S:
+                self._counters.add("connections_without_hello")
+                self.drop(channel)
 
     def close(self) -> None:
-        """Close every socket. What waits to be sent is lost: what must arrive was acknowledged before."""
-        for channel in list(self._dealers):
-            self.drop(channel)
+        """Close every socket. What was sent last, the goodbyes, gets a moment to leave, for which the end of the context waits.
+
+        Nothing depends on its arrival: what must arrive was acknowledged before.
+        """
+        for channel, dealer in self._dealers.items():
+            channel.is_broken = True
+            dealer.close(_LINGER_MS)
+        self._dealers.clear()
         if self._router is not None:
             self._router.monitor.close()
             self._router.reader.close()

@@ -1,0 +1,54 @@
+"""Links between hosts that are rebooted, left, or told lies: rows 38 and 42, and a flood of hints."""
+
+import time
+
+import pytest
+
+from tests.harness import Lan, wait_until
+from tests.harness.waiting import pace
+from tests.lan.meshes import READY_S, LanMesh, start_aggregated, text_of
+
+
+def counter(mesh: LanMesh, name: str) -> int:
+    """Of all peers together."""
+    return sum(peer["counters"].get(name, 0) for peer in mesh.peers())
+
+
+@pytest.mark.parametrize("watched_s", [15.0, pytest.param(600.0, marks=pytest.mark.full)])
+def test_row_38_a_host_that_is_rebooted_at_the_same_address_keeps_its_links(lan: Lan, watched_s: float) -> None:
+    mesh = start_aggregated(lan, "--failure-timeout", "1.5")
+    rebooted = lan.hosts[1]
+    rebooted.link_down()  # it falls silent: nobody is told that its processes end
+    mesh.decode[1].kill()
+    mesh.frontend.wait_for_line("^1 decode", READY_S)
+    wait_until(lambda: len(mesh.peers()) == 2, READY_S, "the old incarnation is given up")
+    rebooted.link_up()
+    mesh.decode[1] = rebooted.run("--role", "decode")
+    mesh.wait_until_ready()
+    mesh.wait_until_all_meet()
+    before = {peer["name"]: peer["incarnation"] for peer in mesh.peers()}
+    lost, began_at = counter(mesh, "links_lost"), time.monotonic()
+    while time.monotonic() - began_at < watched_s:
+        assert text_of(mesh.complete("a question"))
+        pace(0.5)
+    assert {peer["name"]: peer["incarnation"] for peer in mesh.peers()} == before
+    assert counter(mesh, "links_lost") == lost
+
+
+@pytest.mark.parametrize("num_leavers", [4, pytest.param(15, marks=pytest.mark.full)])
+def test_row_42_peers_that_leave_stay_gone(lan: Lan, num_leavers: int) -> None:
+    mesh = start_aggregated(lan)
+    host = lan.add_host()
+    for _ in range(num_leavers):
+        began_at = time.monotonic()
+        leaver = host.run("--role", "decode")
+        mesh.frontend.wait_for_line("^3 decode", READY_S, began_at)
+        left_at = time.monotonic()
+        leaver.terminate()
+        assert leaver.wait() == 0
+        mesh.frontend.wait_for_line("^2 decode", READY_S, left_at)
+    pace(3.0)  # in which late hellos and outcomes of dials come in
+    gone = [line.text for line in mesh.frontend.stdout if line.text.startswith("3 decode")]
+    assert len(gone) == num_leavers, "nobody rose again"
+    assert len(mesh.peers()) == 3
+
