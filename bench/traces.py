@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from meshserve.cli.bench.trace import TRACE_BLOCK_SIZE, TraceLine, read_lines
+from meshserve.cli.bench.prompts import TRACE_BLOCK_SIZE, TraceLine, read_lines
 from meshserve.errors import UsageError
 
 __all__ = ["TRACE_BLOCK_SIZE", "TraceRequest", "format_trace", "parse_trace", "read_trace"]

@@ -43,15 +43,12 @@ class _Printer:
 
 
 async def _generate(settings: dict[str, Any], prompt: str, max_tokens: int, model: str | None, wants_receipt: bool) -> int:
-    from meshserve.cli.observing import observer, wait_for
+    from meshserve.cli.observing import observer, wait_for_workers
     from meshserve.wire.completion import CompletionRequest, Ending
     from meshserve.wire.messages import COMPLETE
 
     async with observer(mesh_config(settings)) as mesh:
-        await wait_for(
-            mesh, lambda: bool(mesh.peers_with("processor") and mesh.peers_with("decode")), "found no processor and decode worker"
-        )
-        cards = [info.card for info in mesh.peers_with("decode") if info.card is not None]
+        cards = await wait_for_workers(mesh)
         request = CompletionRequest(
             request_id=f"{mesh.incarnation}-1",
             kind="completion",

@@ -2,21 +2,20 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from meshserve.config import MeshConfig
 from meshserve.errors import StartupFailed
 from meshserve.mesh.mesh import Mesh
+from meshserve.wire.card import ModelCard
 
 FIND_TIMEOUT_S = 3.0
 _CHECK_S = 0.01
 
 
-@asynccontextmanager
-async def observer(config: MeshConfig) -> AsyncIterator[Mesh]:
+def observer(config: MeshConfig) -> AbstractAsyncContextManager[Mesh]:
     """A mesh to look at, joined without a role."""
-    async with joined(Mesh(config)) as mesh:
-        yield mesh
+    return joined(Mesh(config))
 
 
 @asynccontextmanager
@@ -56,3 +55,10 @@ async def wait_for(mesh: Mesh, condition: Callable[[], bool], what: str) -> None
         raise StartupFailed(
             f"{what} in mesh {mesh.own.mesh!r}{f' ({reasons})' if reasons else ''}; try --peer HOST with the address of one"
         ) from error
+
+
+async def wait_for_workers(mesh: Mesh) -> list[ModelCard]:
+    """The model cards of decode workers, once there are a processor and a decode worker. Raises StartupFailed if not in time."""
+    able = mesh.peers_with
+    await wait_for(mesh, lambda: bool(able("processor") and able("decode")), "found no processor and decode worker")
+    return [info.card for info in able("decode") if info.card is not None]

@@ -2,16 +2,23 @@
 
 import asyncio
 import contextlib
+import json
 import logging
 import os
 import sys
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import click
 
-from meshserve.cli.logs import JsonFormatter, PlainFormatter, RepeatFilter
 from meshserve.errors import MeshserveError, UsageError
+
+_WINDOW_S = 10.0
+_MAX_PER_PLACE = 20
+_MAX_REMEMBERED = 512
 
 
 def set_up_logging(settings: dict[str, Any]) -> None:
@@ -72,3 +79,74 @@ def execute(settings: dict[str, Any], make: Callable[[], Coroutine[Any, Any, int
         logging.getLogger("meshserve").debug("unexpected", exc_info=error)
         leave(MeshserveError(f"unexpected {type(error).__name__}: {error}; --log-level debug shows where"))
     sys.exit(code)
+
+
+# --- how log lines look, and that none of them storms
+
+
+class PlainFormatter(logging.Formatter):
+    """One line each; what others sent cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """A traceback, which only `--log-level debug` brings, keeps its lines."""
+        return "".join(letter if letter.isprintable() or (letter == "\n" and record.exc_info) else "?" for letter in super().format(record))
+
+
+class JsonFormatter(logging.Formatter):
+    """A JSON object a line: time, level, logger, message; of events also their name and fields, such as `peer` or `request_id`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Without a traceback, whatever the record holds."""
+        line = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower(), "logger": record.name}
+        event = getattr(record, "event", None)
+        fields = {"event": event, **getattr(record, "fields", {})} if event else {}
+        return json.dumps({**line, "message": record.getMessage(), **fields}, default=str)
+
+
+@dataclass(slots=True)
+class _Repeats:
+    began_s: float
+    num_passed: int = 0
+    num_held: int = 0
+
+
+class RepeatFilter(logging.Filter):
+    """Holds repeated lines back, and says with the next how many they were.
+
+    The same text passes once in ten seconds, and twenty lines of one place in the code, whatever they say.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known: OrderedDict[str, _Repeats] = OrderedDict()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """False: not this one."""
+        text = record.getMessage()
+        place = f"{record.name}:{record.lineno}:{getattr(record, 'event', '')}"
+        num_held = self.passes(place, text, time.monotonic())
+        if num_held:
+            record.msg, record.args = f"{text} ({num_held} like this held back)", ()
+        return num_held is not None
+
+    def passes(self, place: str, text: str, now_s: float) -> int | None:
+        """None if this line is held back; else how many of this place were, since the last one that passed. Pure."""
+        by_text, by_place = self._of(text, now_s), self._of(place, now_s)
+        if by_text.num_passed >= 1 or by_place.num_passed >= _MAX_PER_PLACE:
+            by_place.num_held += 1
+            return None
+        by_text.num_passed += 1
+        by_place.num_passed += 1
+        num_held, by_place.num_held = by_place.num_held, 0
+        return num_held
+
+    def _of(self, key: str, now_s: float) -> _Repeats:
+        known = self._known.pop(key, None)
+        if known is None:
+            known = _Repeats(now_s)
+        elif now_s - known.began_s >= _WINDOW_S:
+            known = _Repeats(now_s, 0, known.num_held)
+        self._known[key] = known
+        while len(self._known) > _MAX_REMEMBERED:
+            self._known.popitem(last=False)
+        return known

@@ -29,20 +29,15 @@ _REFRESHED, _RESIZED, _INTERRUPTED = "refreshed", "resized", "ctrl-c"
 _BEGIN_FRAME, _END_FRAME = "\x1b[?2026h", "\x1b[?2026l"
 """Synchronized output: a terminal that knows it shows a frame when all of it is there."""
 _KEYS = {
-    "\x1b[A": "up",
-    "\x1bOA": "up",
-    "\x1b[B": "down",
-    "\x1bOB": "down",
-    "\x1b[C": "right",
-    "\x1bOC": "right",
-    "\x1b[D": "left",
-    "\x1bOD": "left",
+    **dict.fromkeys(("\x1b[A", "\x1bOA"), "up"),
+    **dict.fromkeys(("\x1b[B", "\x1bOB"), "down"),
+    **dict.fromkeys(("\x1b[C", "\x1bOC"), "right"),
+    **dict.fromkeys(("\x1b[D", "\x1bOD"), "left"),
     "\x1b[5~": "page-up",
     "\x1b[6~": "page-down",
     "\x1b[H": "home",
     "\x1b[F": "end",
-    "\r": "enter",
-    "\n": "enter",
+    **dict.fromkeys("\r\n", "enter"),
     "\x7f": "backspace",
     "\x03": _INTERRUPTED,
     "\x1b": "escape",
@@ -186,28 +181,26 @@ class _Terminal:
         self._console.file.flush()
 
 
-class _LogLines:
+class _LogLines(logging.Handler):
     """Log lines that come while the screen is taken: at its foot for a moment, printed later."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._kept: deque[str] = deque(maxlen=_MAX_LOG_LINES)
         self._last_s = float("-inf")
-        self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
+        self._others: list[logging.Handler] = []
 
     def divert(self) -> None:
-        """Become the stream of all log handlers that write to one."""
-        for handler in logging.getLogger().handlers:
-            if type(handler) is logging.StreamHandler:
-                self._streams.append((handler, handler.setStream(self)))
+        """Take the place of the log's handlers, with the form and the filters of the first."""
+        root = logging.getLogger()
+        self._others, root.handlers = root.handlers, [self]
+        for other in self._others[:1]:
+            self.formatter, self.filters = other.formatter, other.filters
 
-    def write(self, text: str) -> None:
-        """Called by a log handler."""
-        if text.strip():
-            self._kept.append(text.strip())
-            self._last_s = time.monotonic()
-
-    def flush(self) -> None:
-        """Called by a log handler; nothing is buffered."""
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by the log."""
+        self._kept.append(self.format(record))
+        self._last_s = time.monotonic()
 
     def latest(self) -> str:
         """The last line, if it is recent."""
@@ -216,7 +209,6 @@ class _LogLines:
 
     def give_back(self) -> None:
         """Print the lines where they would have been."""
-        for handler, stream in self._streams:
-            handler.setStream(stream)
+        logging.getLogger().handlers = self._others
         for line in self._kept:
             sys.stderr.write(f"{line}\n")

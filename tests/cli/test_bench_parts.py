@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 
 from meshserve.cli.bench.arrivals import Level, due_times, parse_ramp
 from meshserve.cli.bench.compare import compare_runs, interval_rank, left_out, ratio_of
-from meshserve.cli.bench.prompts import PROBE_CHARS, Scale, Shape, Texts, Workload, parse_lengths, trace_requests
+from meshserve.cli.bench.prompts import PROBE_CHARS, Scale, Shape, Texts, TraceLine, Workload, parse_lengths, read_lines, trace_requests
 from meshserve.cli.bench.requests import Ending, Request, RequestRecord
 from meshserve.cli.bench.selfcheck import findings
 from meshserve.cli.bench.sse import EventReader
 from meshserve.cli.bench.sweep import find_knee, parse_sweep
 from meshserve.cli.bench.tally import Goal, Tally, fine_histogram
-from meshserve.cli.bench.trace import TraceLine, read_lines
 from meshserve.errors import UsageError
 from tests.cli.bench_server import FINISH, event, text
 
@@ -60,7 +59,7 @@ def test_a_histogram_of_nothing_has_no_figures() -> None:
 )
 def test_lengths_are_drawn_as_asked_for(words: str, low: int, high: int, mean: float | None) -> None:
     rng = random.Random(1)
-    drawn = [parse_lengths(words).draw(rng) for _ in range(4000)]
+    drawn = [parse_lengths(words)(rng) for _ in range(4000)]
     assert low <= min(drawn) and max(drawn) <= high
     if mean is not None:
         assert abs(sum(drawn) / len(drawn) - mean) <= mean * 0.05

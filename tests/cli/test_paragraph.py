@@ -2,7 +2,7 @@
 
 import pytest
 
-from meshserve.cli.demo.paragraph import Paragraph
+from meshserve.cli.demo.view import Paragraph
 
 
 def broken(*pieces: str, width: int = 24, indent: int = 4) -> str:

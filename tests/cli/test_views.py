@@ -11,8 +11,8 @@ from rich.cells import cell_len
 
 from meshserve.cli.activities import Samples, sparkline
 from meshserve.cli.columns import Column, duration, plain, table
-from meshserve.cli.logs import JsonFormatter, PlainFormatter, RepeatLimit
 from meshserve.cli.peers import gone_lines, refused_lines
+from meshserve.cli.running import JsonFormatter, PlainFormatter, RepeatFilter
 from meshserve.cli.terminal import parse_keys
 from meshserve.telemetry import BUCKETS_S, Counters, Histogram, Histograms, added_up, log_event
 
@@ -201,10 +201,10 @@ def test_strangers_and_those_who_left_are_merged_over_all_who_saw_them() -> None
 
 
 def test_the_same_line_passes_once_in_ten_seconds_and_a_storm_of_others_is_held_back() -> None:
-    limit = RepeatLimit()
+    limit = RepeatFilter()
     assert [limit.passes("place", "same", now_s) for now_s in (0, 1, 9.9)] == [0, None, None]
     assert limit.passes("place", "same", 10.1) == 2
-    limit = RepeatLimit()
+    limit = RepeatFilter()
     passed = [limit.passes("place", f"peer {number}", number * 0.01) for number in range(100)]
     assert passed[:20] == [0] * 20 and passed[20:] == [None] * 80
     assert limit.passes("elsewhere", "another", 1.0) == 0
@@ -213,7 +213,7 @@ def test_the_same_line_passes_once_in_ten_seconds_and_a_storm_of_others_is_held_
 
 @given(st.lists(st.tuples(st.text(max_size=3), st.floats(0, 5)), max_size=60))
 def test_no_line_is_lost_without_being_counted(lines: list[tuple[str, float]]) -> None:
-    limit, now_s, num_seen = RepeatLimit(), 0.0, 0
+    limit, now_s, num_seen = RepeatFilter(), 0.0, 0
     for text, pause_s in lines:
         now_s += pause_s
         num_held = limit.passes("place:", text, now_s)

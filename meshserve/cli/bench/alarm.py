@@ -4,16 +4,11 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import struct
 import sys
 import time
 
 _TFD_NONBLOCK, _TFD_CLOEXEC, _TFD_TIMER_ABSTIME = os.O_NONBLOCK, os.O_CLOEXEC, 1
-
-
-class _TimerSpec(ctypes.Structure):
-    """`struct itimerspec` where longs have 64 bits."""
-
-    _fields_ = (("interval_s", ctypes.c_long), ("interval_ns", ctypes.c_long), ("at_s", ctypes.c_long), ("at_ns", ctypes.c_long))
 
 
 class Alarm:
@@ -35,15 +30,12 @@ class Alarm:
         if left_s <= 0 or self._descriptor < 0:
             await asyncio.sleep(max(0.0, left_s))
             return
-        self._waiting = self._loop.create_future()
-        self._set(at_s)
-        await self._waiting
-
-    def _set(self, at_s: float) -> None:
         assert self._libc is not None
-        nanoseconds = int(at_s * 1e9)
-        spec = _TimerSpec(0, 0, nanoseconds // 1_000_000_000, nanoseconds % 1_000_000_000)
-        self._libc.timerfd_settime(self._descriptor, _TFD_TIMER_ABSTIME, ctypes.byref(spec), None)
+        self._waiting = self._loop.create_future()
+        # `struct itimerspec` where longs have 64 bits: no interval, then seconds and nanoseconds
+        spec = struct.pack("@4l", 0, 0, *divmod(int(at_s * 1e9), 1_000_000_000))
+        self._libc.timerfd_settime(self._descriptor, _TFD_TIMER_ABSTIME, spec, None)
+        await self._waiting
 
     def _rang(self) -> None:
         with contextlib.suppress(BlockingIOError):

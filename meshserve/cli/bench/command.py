@@ -57,13 +57,12 @@ def _sides(context: click.Context, options: Mapping[str, Any]) -> list[tuple[str
         return [(_without_key(spec), read_settings(found, _TURN_S)) for spec, found in specs]
     if not options["sweep"]:
         return [("run", read_settings(options, _DURATION_S))]
-    sweep = parse_sweep(options["sweep"])
-    given = [name for name in ("concurrency", "rate", "ramp") if options[name] is not None]
+    name, steps = parse_sweep(options["sweep"])
+    given = [level for level in ("concurrency", "rate", "ramp") if options[level] is not None]
     if given:
         raise UsageError(f"--sweep says what the load is: without --{given[0]}")
     return [
-        (f"{sweep.name} {step:g}", read_settings({**options, sweep.name: step}, _STEP_S))
-        for step in sweep.steps
+        (f"{name} {step:g}", read_settings({**options, name: step}, _STEP_S)) for step in steps
     ]
 
 

@@ -144,7 +144,7 @@ class Connection(asyncio.Protocol):
         self._now_s = 0.0
         self._num_served = 0
         self._is_answered = self._is_complete = self._has_length = False
-        self._is_reusable = self._is_discarded = False
+        self._is_reusable = False
 
     def send(self, request: bytes, reply: Reply) -> None:
         """Ask, if no other reply is under way."""
@@ -161,7 +161,6 @@ class Connection(asyncio.Protocol):
     def discard(self) -> None:
         """Close, and call nothing of the reply any more."""
         self._take_reply()
-        self._is_discarded = True
         if self._transport is not None:
             self._transport.abort()
 
@@ -238,14 +237,13 @@ class Connection(asyncio.Protocol):
         self._is_reusable = self._parser.should_keep_alive()
 
     def _finish(self) -> None:
-        reply, self._reply = self._reply, None
+        reply = self._take_reply()
         self._num_served += 1
-        if self._is_reusable and not self._is_discarded:
+        if self._is_reusable and self.is_usable:
             self._pool.idle.append(self)
         elif self._transport is not None:
             self._transport.close()
         if reply is not None:
-            reply.connection = None
             reply.complete(self._now_s)
 
 

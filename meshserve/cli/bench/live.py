@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from meshserve.cli.bench.load import Load, Plan
+from meshserve.cli.bench.load import Load
 from meshserve.cli.bench.tally import Tally
 
 _REFRESH_S = 0.5
@@ -39,27 +39,26 @@ class Live:
         )
         self._task = self._progress.add_task("asking the target", total=num_runs, figures="")
         self._num_runs, self._num_begun = num_runs, 0
-        self._watched: tuple[Plan, int | None, Load, Tally] | None = None
+        self._load: Load | None = None
+        self._num_requests: int | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def watch(self, label: str, plan: Plan, num_planned: int | None, load: Load, tally: Tally) -> None:
+    def watch(self, label: str, load: Load, num_planned: int | None) -> None:
         """Follow the next run; `num_planned` is the number of requests, if a trace has it."""
         self._num_begun += 1
-        self._watched = plan, plan.num_requests or num_planned, load, tally
+        self._load, self._num_requests = load, load.plan.num_requests or num_planned
         count = f"{self._num_begun}/{self._num_runs} " if self._num_runs > 1 else ""
         self._progress.update(self._task, description=f"{count}{label}"[: self._label_chars])
         if self._is_shown and self._timer is None:
             self._draw()
 
     def _draw(self) -> None:
+        assert self._load is not None
         self._timer = asyncio.get_running_loop().call_later(_REFRESH_S, self._draw)
-        if self._watched is None:
-            return
-        plan, num_requests, load, tally = self._watched
-        done = share_done(plan.duration_s, num_requests, tally, time.monotonic())
-        self._progress.update(
-            self._task, completed=self._num_begun - 1 + done, figures=_line(load, tally)
-        )
+        tally = self._load.tally
+        done = share_done(self._load.plan.duration_s, self._num_requests, tally, time.monotonic())
+        figures = _line(self._load.num_open, tally)
+        self._progress.update(self._task, completed=self._num_begun - 1 + done, figures=figures)
         self._progress.refresh()
 
     def __enter__(self) -> Self:
@@ -85,10 +84,10 @@ def share_done(duration_s: float | None, num_requests: int | None, tally: Tally,
     return min(1.0, max(shares))
 
 
-def _line(load: Load, tally: Tally) -> str:
+def _line(num_open: int, tally: Tally) -> str:
     elapsed_s = time.monotonic() - tally.began_s if tally.began_s is not None else math.inf
     ttft_ms, itl_ms = tally.times["ttft"].quantile_ms(0.5), tally.times["itl"].quantile_ms(0.5)
-    parts = [f"{tally.num_done} done", f"{load.num_open} open", f"{tally.num_done / elapsed_s:.1f}/s"]
+    parts = [f"{tally.num_done} done", f"{num_open} open", f"{tally.num_done / elapsed_s:.1f}/s"]
     if tally.num_done:
         parts.append(f"TTFT {ttft_ms:.2f} ms")
     if not math.isnan(itl_ms):

@@ -54,10 +54,9 @@ class Load:
         dues: Iterator[float] | None,
         tally: Tally,
         next_turn: Callable[[Request, str], Request | None] | None = None,
-        on_end: Callable[[RequestRecord], None] | None = None,
     ) -> None:
-        self._target, self._plan, self._tally = target, plan, tally
-        self._requests, self._dues, self._next_turn, self._on_end = iter(requests), dues, next_turn, on_end
+        self._target, self.plan, self.tally = target, plan, tally
+        self._requests, self._dues, self._next_turn = iter(requests), dues, next_turn
         self.check = SelfCheck()
         self._loop = asyncio.get_running_loop()
         self._began_s = 0.0
@@ -77,11 +76,6 @@ class Load:
         """Requests under way."""
         return len(self._open)
 
-    @property
-    def elapsed_s(self) -> float:
-        """Since the start."""
-        return time.monotonic() - self._began_s
-
     def stop(self) -> None:
         """End now, with what there is: no more is sent, and what is under way is left out."""
         if self._task is not None and not self.is_stopped:
@@ -96,7 +90,7 @@ class Load:
         self._began_s = time.monotonic()
         watch = self._loop.create_task(self._watch())
         try:
-            if self._plan.clients is None:
+            if self.plan.clients is None:
                 await self._run_open()
             else:
                 self._fill()
@@ -106,7 +100,7 @@ class Load:
         except asyncio.CancelledError:
             if not self.is_stopped or self._task.uncancel():
                 raise
-            self._tally.close_window(time.monotonic())
+            self.tally.close_window(time.monotonic())
             self.num_left = sum(record.is_measured for record in self._open.values())
         finally:
             self._task = None
@@ -117,7 +111,7 @@ class Load:
 
     def _is_over(self, now_s: float) -> bool:
         """Whether no more is to be sent."""
-        tally, num_wanted = self._tally, self._plan.num_requests
+        tally, num_wanted = self.tally, self.plan.num_requests
         if self._is_exhausted or (num_wanted is not None and self._num_measured >= num_wanted):
             return True
         return tally.ends_s is not None and now_s >= tally.ends_s
@@ -134,16 +128,16 @@ class Load:
 
     def _is_measured(self, due_s: float) -> bool:
         """Whether the warm-up is over; the first request after it opens the window."""
-        if self._tally.began_s is not None:
+        if self.tally.began_s is not None:
             return True
-        if self._num_started < self._plan.num_warmup or due_s < self._began_s + self._plan.warmup_s:
+        if self._num_started < self.plan.num_warmup or due_s < self._began_s + self.plan.warmup_s:
             return False
-        self._tally.open_window(due_s, self._plan.duration_s)
+        self.tally.open_window(due_s, self.plan.duration_s)
         self.check.start()
         return True
 
     def _encode(self, request: Request) -> Any:
-        every = self._plan.receipt_every
+        every = self.plan.receipt_every
         return self._target.encode(request, bool(every) and self._target.is_mesh and self._num_started % every == 0)
 
     def _next_request(self) -> Request | None:
@@ -164,7 +158,7 @@ class Load:
                 encoded = self._encode(request)
                 await alarm.until(due_s)
                 self.check.late.observe(time.monotonic() - due_s)
-                if self.num_open >= self._plan.max_open and not await self._wait_for_room(due_s):
+                if self.num_open >= self.plan.max_open and not await self._wait_for_room(due_s):
                     return
                 self._start(request, due_s, encoded)
         finally:
@@ -177,10 +171,10 @@ class Load:
 
     async def _wait_for_room(self, due_s: float) -> bool:
         """False if the time to send was over before there was any; then what was due until now is counted."""
-        self._tally.num_delayed += 1
-        while self.num_open >= self._plan.max_open:
+        self.tally.num_delayed += 1
+        while self.num_open >= self.plan.max_open:
             if self._is_over(time.monotonic()):
-                self._tally.num_unsent += 1 + self._num_due_before(self._tally.ends_s or due_s)
+                self.tally.num_unsent += 1 + self._num_due_before(self.tally.ends_s or due_s)
                 return False
             self._changed.clear()
             await self._changed.wait()
@@ -199,9 +193,10 @@ class Load:
 
     def _fill(self) -> None:
         """As many under way as there are clients now."""
-        assert self._plan.clients is not None
-        num_clients = math.floor(self._plan.clients.at(self.elapsed_s) + 1e-9)
-        while len(self._open) + len(self._pauses) < num_clients and not self._is_over(time.monotonic()):
+        assert self.plan.clients is not None
+        now_s = time.monotonic()
+        num_clients = math.floor(self.plan.clients.at(now_s - self._began_s) + 1e-9)
+        while len(self._open) + len(self._pauses) < num_clients and not self._is_over(now_s):
             request = self._next_request()
             if request is None:
                 return
@@ -215,16 +210,14 @@ class Load:
 
     def _ended(self, record: RequestRecord) -> None:
         self._open.pop(id(record), None)
-        self._tally.ended(record)
-        if self._on_end is not None:
-            self._on_end(record)
+        self.tally.ended(record)
         self._changed.set()
         request = None
         if self._next_turn is not None and record.error is None:
             request = self._next_turn(record.request, record.ending.text)
         if request is not None:
-            self._pause(self._plan.think_s, request)
-        elif self._plan.clients is not None:
+            self._pause(self.plan.think_s, request)
+        elif self.plan.clients is not None:
             if record.error is None:
                 self._fill()
             else:
@@ -238,7 +231,7 @@ class Load:
             self._changed.set()
             if request is not None and not self._is_over(time.monotonic()):
                 self._send_now(request)
-            elif self._plan.clients is not None:
+            elif self.plan.clients is not None:
                 self._fill()
 
         handle = self._loop.call_later(seconds, go_on)
@@ -250,12 +243,12 @@ class Load:
             await asyncio.sleep(_TICK_S)
             now_s = time.monotonic()
             for record in list(self._open.values()):
-                if now_s - (record.sent_s or record.due_s) < self._plan.timeout_s:
+                if now_s - (record.sent_s or record.due_s) < self.plan.timeout_s:
                     break
                 if record.cancel is not None:
                     record.cancel()
                 record.fail(now_s, "timeout")
-            if self._plan.clients is not None:
+            if self.plan.clients is not None:
                 self._fill()
             self._changed.set()
 
@@ -273,7 +266,6 @@ class Stop:
 
     def __init__(self) -> None:
         self._load: Load | None = None
-        self._loop: asyncio.AbstractEventLoop | None = None
         self.is_asked = False
 
     def watch(self, load: Load) -> None:
@@ -283,20 +275,15 @@ class Stop:
             load.stop()
 
     def __enter__(self) -> Self:
-        self._loop = asyncio.get_running_loop()
-        self._loop.add_signal_handler(signal.SIGINT, self._asked)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, self._asked)
         return self
 
     def _asked(self) -> None:
         self.is_asked = True
-        self._leave()
+        self.__exit__()
         if self._load is not None:
             self._load.stop()
 
-    def _leave(self) -> None:
-        if self._loop is not None:
-            self._loop.remove_signal_handler(signal.SIGINT)  # and Python's own, KeyboardInterrupt, is back
-            self._loop = None
-
     def __exit__(self, *error: object) -> None:
-        self._leave()
+        # Python's own handler, KeyboardInterrupt, is back
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)

@@ -6,8 +6,9 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any
 
+from meshserve.cli.bench.http_target import HttpSettings
 from meshserve.cli.bench.requests import Ending, Request, RequestRecord
-from meshserve.cli.observing import observer, wait_for
+from meshserve.cli.observing import observer, wait_for_workers
 from meshserve.config import MeshConfig
 from meshserve.errors import MeshserveError, PeerLost, StartupFailed, UsageError
 from meshserve.mesh.calls import OutgoingCall
@@ -22,18 +23,17 @@ _ASK_TIMEOUT_S = 30.0
 class MeshTarget:
     """See :class:`meshserve.cli.bench.requests.Target`."""
 
-    def __init__(
-        self, config: MeshConfig, endpoint: str, model: str | None, ignore_eos: bool, timeout_s: float, extra: dict[str, Any]
-    ) -> None:
-        self._config, self._timeout_s, self._ignore_eos = config, timeout_s, ignore_eos
-        self._is_chat = endpoint == "chat"
+    def __init__(self, config: MeshConfig, settings: HttpSettings, timeout_s: float) -> None:
+        self._config, self._settings, self._timeout_s = config, settings, timeout_s
+        self._is_chat = settings.endpoint == "chat"
         self.name = f"mesh {config.mesh}"
-        self.model = model or ""
+        self.model = settings.model or ""
         self.is_mesh = True
         self.notes: list[str] = []
-        self._policy = (extra.get("meshserve") or {}).get("policy")
-        if set(extra) - {"meshserve"}:
-            raise UsageError(f"--extra {', '.join(extra)}: fields of HTTP requests; a mesh is asked without HTTP")
+        self._policy = (settings.extra.get("meshserve") or {}).get("policy")
+        if set(settings.extra) - {"meshserve"}:
+            names = ", ".join(settings.extra)
+            raise UsageError(f"--extra {names}: fields of HTTP requests; a mesh is asked without HTTP")
         self._stack = AsyncExitStack()
         self._ids = itertools.count(1)
         self._mesh: Mesh | None = None
@@ -41,13 +41,10 @@ class MeshTarget:
     async def open(self) -> None:
         mesh = self._mesh = await self._stack.enter_async_context(observer(self._config))
         try:
-            await wait_for(
-                mesh, lambda: bool(mesh.peers_with("processor") and mesh.peers_with("decode")), "found no processor and decode worker"
-            )
+            cards = await wait_for_workers(mesh)
         except StartupFailed:
             await self.close()
             raise
-        cards = [info.card for info in mesh.peers_with("decode") if info.card is not None]
         self.model = self.model or (cards[0].model if cards else "")
 
     async def count_tokens(self, text: str) -> int | None:
@@ -71,7 +68,7 @@ class MeshTarget:
             prompt=None if self._is_chat else request.prompt,
             messages=[{"role": role, "content": text} for role, text in request.messages] if self._is_chat else None,
             max_tokens=request.max_tokens,
-            ignore_eos=self._ignore_eos,
+            ignore_eos=self._settings.ignore_eos,
             wants_receipt=wants_receipt,
             policy=self._policy,
         )

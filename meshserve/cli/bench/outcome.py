@@ -1,10 +1,9 @@
 """Runs as they belong together: one, a comparison, a sweep; and all that is said of them."""
 
 import csv
-import itertools
 import platform
 import random
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -66,7 +65,11 @@ class Outcome:
 
     def side_times(self, side: int) -> dict[str, Histogram]:
         """All times of A (0) or B (1)."""
-        return _all_times(self.runs[side::2])
+        merged = {name: fine_histogram() for name in TIMES}
+        for run in self.runs[side::2]:
+            for name, histogram in run.tally.times.items():
+                merged[name].add(histogram)
+        return merged
 
     def to_dict(self) -> dict[str, Any]:
         """For `--json`; docs/measuring.md says what the fields are."""
@@ -159,8 +162,18 @@ async def _sweep(session: Session, steps: Sides, stop: Stop) -> Outcome:
 
 
 async def _compare(sessions: list[Session], sides: Sides, num_pairs: int, stop: Stop) -> Outcome:
-    a, b = (_turns(name, session) for name, session in zip("AB", sessions, strict=True))
-    pairs = await _alternate(a, b, num_pairs, sides[0][1].seed, lambda: stop.is_asked)
+    """Turns in pairs. Which of a pair comes first is drawn, so that a drift favours neither; one that was stopped is left out."""
+    rng = random.Random(f"order {sides[0][1].seed}")
+    pairs: list[tuple[Run, Run]] = []
+    while len(pairs) < num_pairs and not stop.is_asked:
+        order = (0, 1) if rng.random() < 0.5 else (1, 0)
+        runs = {}
+        for side in order:
+            name, session = "AB"[side], sessions[side]
+            label, shown = f"{name}{len(pairs) + 1}", f"{name} {session.target.name}"
+            runs[side] = await session.run(label, shown, sides[side][1])
+        if not stop.is_asked:
+            pairs.append((runs[0], runs[1]))
     tallies = [(one.tally, other.tally) for one, other in pairs]
     return Outcome(
         "compare",
@@ -171,36 +184,3 @@ async def _compare(sessions: list[Session], sides: Sides, num_pairs: int, stop: 
         left_out(tallies),
         interruption=f"interrupted after {len(pairs)} of {num_pairs} pairs" if stop.is_asked else "",
     )
-
-
-def _turns(name: str, session: Session) -> Callable[[], Awaitable[Run]]:
-    numbers = itertools.count(1)
-    shown = f"{name} {session.target.name}"
-    return lambda: session.run(f"{name}{next(numbers)}", shown, session.settings)
-
-
-async def _alternate(
-    run_a: Callable[[], Awaitable[Run]], run_b: Callable[[], Awaitable[Run]], num_pairs: int, seed: int, is_stopped: Callable[[], bool]
-) -> list[tuple[Run, Run]]:
-    """Pairs of runs; which of a pair comes first is drawn, so that a drift favours neither. A pair that was stopped counts for nothing."""
-    rng = random.Random(f"order {seed}")
-    pairs: list[tuple[Run, Run]] = []
-    while len(pairs) < num_pairs and not is_stopped():
-        if rng.random() < 0.5:
-            a = await run_a()
-            b = await run_b()
-        else:
-            b = await run_b()
-            a = await run_a()
-        if not is_stopped():
-            pairs.append((a, b))
-    return pairs
-
-
-def _all_times(runs: Iterable[Run]) -> dict[str, Histogram]:
-    """Of several runs together."""
-    merged = {name: fine_histogram() for name in TIMES}
-    for run in runs:
-        for name, histogram in run.tally.times.items():
-            merged[name].add(histogram)
-    return merged

@@ -5,14 +5,16 @@ The characters of a token are measured at the target, which counts the tokens of
 """
 
 import itertools
+import json
 import math
 import random
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from meshserve.cli.bench.requests import Request
-from meshserve.cli.bench.trace import TRACE_BLOCK_SIZE, TraceLine
 from meshserve.errors import UsageError
 
 FORMS = "N | uniform:LOW:HIGH | normal:MEAN:DEVIATION | lognormal:MEDIAN:SIGMA"
@@ -25,19 +27,12 @@ the of and to in that it was for with as his on be at by had not are but from or
 she there would their we him been has when who will more no if out so said what up its about into than them can only other
 """
 PROBE_CHARS = (400, 2000)
+TRACE_BLOCK_SIZE = 512
+"""Tokens that one id of `hash_ids` stands for."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lengths:
-    """Token counts from 1 to 1,000,000."""
-
-    text: str
-    """As it was asked for."""
-    draw_raw: Callable[[random.Random], float]
-
-    def draw(self, rng: random.Random) -> int:
-        """The next one."""
-        return max(1, min(MAX_TOKENS, round(self.draw_raw(rng))))
+Lengths = Callable[[random.Random], int]
+"""Draws the next token count, from 1 to 1,000,000."""
 
 
 def parse_lengths(text: str) -> Lengths:
@@ -52,7 +47,7 @@ def parse_lengths(text: str) -> Lengths:
     draw = _draw(kind, numbers)
     if draw is None:
         raise UsageError(f"{text!r} is no distribution of lengths: {FORMS}")
-    return Lengths(text, draw)
+    return lambda rng: max(1, min(MAX_TOKENS, round(draw(rng))))
 
 
 def _draw(kind: str, numbers: list[float]) -> Callable[[random.Random], float] | None:
@@ -144,10 +139,10 @@ class Workload:
         while True:
             prefix = self._rng.choice(self._prefixes)
             text = prefix + self._own_text(is_first=not prefix)
-            yield Request((("user", text),), self._shape.output_tokens.draw(self._rng), self._shape.num_turns - 1)
+            yield Request((("user", text),), self._shape.output_tokens(self._rng), self._shape.num_turns - 1)
 
     def _own_text(self, is_first: bool) -> str:
-        num_tokens = self._shape.prompt_tokens.draw(self._rng)
+        num_tokens = self._shape.prompt_tokens(self._rng)
         return self._texts.make(f"{self._seed}.{next(self._numbers)}", self._scale.num_chars(num_tokens, is_first))
 
     def next_turn(self, request: Request, answer: str) -> Request | None:
@@ -158,9 +153,57 @@ class Workload:
         return replace(
             request,
             messages=messages,
-            max_tokens=self._shape.output_tokens.draw(self._rng),
+            max_tokens=self._shape.output_tokens(self._rng),
             num_turns_left=request.num_turns_left - 1,
         )
+
+
+# --- traces in Mooncake's format (Qin et al., FAST 2025): one JSON object a line. Its `hash_ids` name blocks of 512 prompt
+# tokens, the partial last one included; equal ids mean an equal block and an equal prefix.
+
+
+@dataclass(frozen=True, slots=True)
+class TraceLine:
+    """One request as the file has it."""
+
+    arrival_s: float
+    num_tokens: int
+    num_output_tokens: int
+    hash_ids: tuple[int, ...]
+
+
+def read_line(number: int, line: str, speed: float = 1.0) -> TraceLine:
+    """One request, `speed` times as early. Raises UsageError that names the line."""
+    try:
+        found: dict[str, Any] = json.loads(line)
+        arrival_s = float(found["timestamp"]) / 1000 / speed
+        if not math.isfinite(arrival_s):
+            raise ValueError("it never comes")
+        return TraceLine(
+            arrival_s,
+            max(1, int(found["input_length"])),
+            max(1, int(found["output_length"])),
+            tuple(int(hash_id) for hash_id in found["hash_ids"]),
+        )
+    except (ValueError, TypeError, KeyError, OverflowError) as exc:
+        raise UsageError(f"line {number} is not a request of a trace: {exc}") from exc
+
+
+def read_lines(lines: Iterable[str], speed: float = 1.0) -> list[TraceLine]:
+    """All requests in order of arrival. Raises UsageError for a line that is none, or if there is none."""
+    found = [read_line(number, line, speed) for number, line in enumerate(lines, 1) if line.strip()]
+    if not found:
+        raise UsageError("the trace has no requests")
+    return sorted(found, key=lambda request: request.arrival_s)
+
+
+def read_trace_file(path: Path, speed: float = 1.0) -> list[TraceLine]:
+    """As :func:`read_lines`, of a file. Raises UsageError also for a file that cannot be read."""
+    try:
+        with path.open() as lines:
+            return read_lines(lines, speed)
+    except (OSError, UnicodeDecodeError) as exc:
+        raise UsageError(f"the trace {str(path)!r} cannot be read: {exc}") from exc
 
 
 def trace_requests(lines: Sequence[TraceLine], scale: Scale, seed: int) -> Iterator[Request]:

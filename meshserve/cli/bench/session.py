@@ -9,12 +9,11 @@ from meshserve.cli.bench.http_target import HttpTarget
 from meshserve.cli.bench.live import Live
 from meshserve.cli.bench.load import Load, Stop
 from meshserve.cli.bench.mesh_target import MeshTarget
-from meshserve.cli.bench.prompts import PROBE_CHARS, Scale, Texts, Workload, trace_requests
+from meshserve.cli.bench.prompts import PROBE_CHARS, Scale, Texts, TraceLine, Workload, read_trace_file, trace_requests
 from meshserve.cli.bench.requests import Request, RequestRecord, Target
 from meshserve.cli.bench.selfcheck import findings
 from meshserve.cli.bench.settings import Settings
 from meshserve.cli.bench.tally import Second, Tally
-from meshserve.cli.bench.trace import TraceLine, read_trace_file
 from meshserve.config import MeshConfig
 
 CSV_COLUMNS = ("due_s", "queue_ms", "ttft_ms", "tpot_ms", "e2e_ms", "prompt_tokens", "output_tokens", "error", "run")
@@ -88,8 +87,7 @@ class Session:
         self.target: Target = _target(settings, mesh)
         self._scale = Scale()
         self._lines: list[TraceLine] = read_trace_file(settings.trace, settings.speed) if settings.trace is not None else []
-        self._num_runs = 0
-        self._rows: list[tuple[str, RequestRecord]] = []
+        self._runs: list[Run] = []
 
     async def open(self) -> None:
         """Connect, and learn how long the target's tokens are. Raises StartupFailed."""
@@ -107,17 +105,15 @@ class Session:
 
     async def run(self, label: str, shown: str, settings: Settings) -> Run:
         """One run, `shown` beside the progress bar. Prompts are new: the target may know the last run's."""
-        seed = settings.seed + 1_000_003 * self._num_runs
-        self._num_runs += 1
+        seed = settings.seed + 1_000_003 * len(self._runs)
         workload = Workload(settings.shape, self._scale, seed)
         requests: Iterable[Request] = trace_requests(self._lines, self._scale, seed) if self._lines else workload
         if settings.plan.clients is not None and self._lines:
             requests = (replace(request, due_s=None) for request in requests)
-        tally = Tally(settings.goal)
+        tally = Tally(settings.goal, self._is_keeping_rows)
         next_turn = workload.next_turn if settings.shape.num_turns > 1 else None
-        keep = (lambda record: self._rows.append((label, record))) if self._is_keeping_rows else None
-        load = Load(self.target, settings.plan, requests, settings.dues(seed), tally, next_turn, keep)
-        self._live.watch(shown, settings.plan, len(self._lines) or None, load, tally)
+        load = Load(self.target, settings.plan, requests, settings.dues(seed), tally, next_turn)
+        self._live.watch(shown, load, len(self._lines) or None)
         self._stop.watch(load)
         gc.collect()
         gc.freeze()  # a full collection over what is there for good would be a stall of the generator's own
@@ -129,12 +125,15 @@ class Session:
         found = findings(check.cpu_share, check.late, check.lag, tally)
         if load.is_stopped:
             found.insert(0, _interruption(tally, load.num_left))
-        return Run(label, settings.load, self.target.name, self.target.model, tally, check.to_dict(), found)
+        run = Run(label, settings.load, self.target.name, self.target.model, tally, check.to_dict(), found)
+        self._runs.append(run)
+        return run
 
     def rows(self) -> list[list[Any]]:
-        """The measured requests of all runs that kept theirs, with the columns of :data:`CSV_COLUMNS`."""
-        began_s = min((row.due_s for _, row in self._rows), default=0.0)
-        return [[*_row(row, began_s), label] for label, row in self._rows if row.is_measured]
+        """The measured requests of all runs, with the columns of :data:`CSV_COLUMNS`."""
+        records = [(run.label, record) for run in self._runs for record in run.tally.records or ()]
+        began_s = min((record.due_s for _, record in records), default=0.0)
+        return [[*_row(record, began_s), label] for label, record in records]
 
     async def close(self) -> None:
         """End all connections."""
@@ -145,7 +144,7 @@ def _target(settings: Settings, mesh: MeshConfig) -> Target:
     http = settings.http
     if settings.url is not None:
         return HttpTarget(settings.url, http)
-    return MeshTarget(mesh, http.endpoint, http.model, http.ignore_eos, settings.plan.timeout_s, http.extra)
+    return MeshTarget(mesh, http, settings.plan.timeout_s)
 
 
 def _row(row: RequestRecord, began_s: float) -> list[Any]:

@@ -11,16 +11,8 @@ RULE = "the step of greatest power, requests/s over mean end-to-end latency (Kle
 GOOD_SHARE = 0.99
 
 
-@dataclass(frozen=True, slots=True)
-class Sweep:
-    """What is raised, and to what."""
-
-    name: str
-    steps: tuple[float, ...]
-
-
-def parse_sweep(text: str) -> Sweep:
-    """`concurrency=1,2,4` or `rate=10,20,40`, rising. Raises UsageError."""
+def parse_sweep(text: str) -> tuple[str, tuple[float, ...]]:
+    """What is raised, and its steps: `concurrency=1,2,4` or `rate=10,20,40`, rising. Raises UsageError."""
     name, _, rest = text.partition("=")
     try:
         steps = tuple(float(part) for part in rest.split(","))
@@ -30,7 +22,7 @@ def parse_sweep(text: str) -> Sweep:
     is_rising = all(0 < step < 1e6 for step in steps) and list(steps) == sorted(set(steps))
     if name not in ("concurrency", "rate") or len(steps) < 2 or not is_rising or not is_whole:
         raise UsageError(f"--sweep {text!r} is not concurrency=N,N,... or rate=R,R,..., rising")
-    return Sweep(name, steps)
+    return name, steps
 
 
 def power(tally: Tally) -> float:

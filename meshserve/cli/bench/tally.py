@@ -1,6 +1,6 @@
 """What a run showed: histograms, rates, errors by kind, seconds as they passed. Pure."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -59,15 +59,17 @@ class Second:
 class Tally:
     """Takes records as they end. The window is what rates are measured in: from the end of the warm-up until no more was sent."""
 
-    def __init__(self, goal: Goal) -> None:
+    def __init__(self, goal: Goal, is_keeping_records: bool = False) -> None:
         self.goal = goal
+        self.records: list[RequestRecord] | None = [] if is_keeping_records else None
+        """The measured ones, if they were to be kept."""
         self.times = {name: fine_histogram() for name in TIMES}
         self.errors: Counter[str] = Counter()
         self.num_done = self.num_good = self.num_pieces = 0
         self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
         self.num_delayed = self.num_unsent = 0
         """Requests that had to wait for others to end, and requests that were due and never sent."""
-        self.seconds: dict[int, Second] = {}
+        self.seconds: defaultdict[int, Second] = defaultdict(Second)
         self.phases_ms: Counter[str] = Counter()
         self.num_receipts = 0
         self.began_s: float | None = None
@@ -92,9 +94,11 @@ class Tally:
         if not record.is_measured:
             return
         assert record.ended_s is not None
+        if self.records is not None:
+            self.records.append(record)
         self.last_s = max(self.last_s, record.ended_s)
-        self._second(record.due_s).num_due += 1
-        second = self._second(record.ended_s)
+        self.seconds[max(0, self._number(record.due_s))].num_due += 1
+        second = self.seconds[max(0, self._number(record.ended_s))]
         if record.error is not None:
             self.errors[record.error] += 1
             second.num_errors += 1
@@ -153,20 +157,11 @@ class Tally:
         counts = {first: len(stamps)} if first == last else Counter(map(self._number, stamps))
         for number, count in counts.items():
             if number >= 0:
-                self._second_of(number).num_pieces += count
+                self.seconds[number].num_pieces += count
 
     def _number(self, now_s: float) -> int:
-        return int((now_s - (self.began_s or now_s)) // 1)
-
-    def _second(self, now_s: float) -> Second:
-        return self._second_of(max(0, self._number(now_s)))
-
-    def _second_of(self, number: int) -> Second:
-        number = min(number, MAX_SECONDS)
-        found = self.seconds.get(number)
-        if found is None:
-            found = self.seconds[number] = Second()
-        return found
+        """Of the second of the window; negative before it."""
+        return min(MAX_SECONDS, int((now_s - (self.began_s or now_s)) // 1))
 
     # --- figures
 

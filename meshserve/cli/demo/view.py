@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.cells import cell_len
 from rich.live import Live
 from rich.spinner import Spinner
 from rich.table import Table
@@ -10,7 +11,6 @@ from rich.text import Text
 from meshserve.cli.columns import Output
 from meshserve.cli.demo.asking import Answered
 from meshserve.cli.demo.children import Child
-from meshserve.cli.demo.paragraph import Paragraph
 from meshserve.cli.demo.prompts import Question
 
 _PHASES = {
@@ -172,3 +172,37 @@ def _cells(answered: Answered) -> tuple[str, ...]:
         f"{answered.ttft_s * 1000:,.0f} ms" if answered.ttft_s >= 0.01 else f"{answered.ttft_s * 1000:.1f} ms",
         f"{answered.tokens_per_s:,.0f}" if answered.tokens_per_s else "-",
     )
+
+
+class Paragraph:
+    """An answer that comes in pieces. Gives out each word once its end is known; lines after the first are indented."""
+
+    def __init__(self, width: int, indent: int) -> None:
+        """`width` and `indent` in columns; the first line begins at the indent, with what stands there already."""
+        self._width, self._indent = max(10, width - indent), indent
+        self._column = 0
+        self._space = self._word = ""
+
+    def add(self, text: str) -> str:
+        """What is to be printed now. Spaces and empty lines before the first word are left out."""
+        out = []
+        for letter in text:
+            if not letter.isspace():
+                self._word += letter
+                continue
+            out.append(self.end())
+            if self._column or self._space:
+                self._space = "\n" if letter == "\n" or self._space == "\n" else " "
+        return "".join(out)
+
+    def end(self) -> str:
+        """The last word."""
+        word, space, self._word = self._word, self._space, ""
+        if not word:
+            return ""
+        width = cell_len(word)
+        if space == "\n" or (self._column and self._column + len(space) + width > self._width):
+            space, self._column = "\n" + " " * self._indent, 0
+        self._column += width + (len(space) if space == " " else 0)
+        self._space = ""
+        return space + word
