@@ -29,24 +29,20 @@ _MAX_NAME_LETTERS = 255
 
 model_options = together(
     option(
-        "--engine",
-        metavar="NAME",
+        "--engine", metavar="NAME",
         help=f"An installed engine, or module:Class.  [default: {LLAMA} for a real model, else {_SERVE.engine}]",
     ),
     option("--model", metavar="SPEC", help=f"{MODEL_HELP}  [default: the engine's]"),
     option(
-        "--served-model-name",
-        metavar="NAME[,NAME]",
+        "--served-model-name", metavar="NAME[,NAME]",
         help="What clients call the model; it answers to each of these names alone.  [default: the model's own]",
     ),
     option(
-        "--kv-cache-tokens",
-        type=click.IntRange(1),
+        "--kv-cache-tokens", type=click.IntRange(1),
         help="Tokens of all sequences together that the KV cache holds.  [default: as fits into memory]",
     ),
     option(
-        "--kv-type",
-        type=click.Choice(KV_TYPES, case_sensitive=False),
+        "--kv-type", type=click.Choice(KV_TYPES, case_sensitive=False),
         help="Elements of the KV cache.  [default: q8_0]",
     ),
     option("--engine-opt", "engine_options", multiple=True, metavar="KEY=VALUE", help="An option of the engine; repeatable."),

@@ -48,15 +48,11 @@ mesh_options = together(
     option("--name", help="What people call this peer.  [default: HOST-xxxx]"),
     option("--interface", help="Use only this interface or address.  [default: all]"),
     option(
-        "--port",
-        type=click.IntRange(1, 65532),
+        "--port", type=click.IntRange(1, 65532),
         help="First of four ports in a row.  [default: the first free four from 7800]",
     ),
     option(
-        "--peer",
-        "seeds",
-        multiple=True,
-        metavar="HOST[:PORT]",
+        "--peer", "seeds", multiple=True, metavar="HOST[:PORT]",
         help="A peer to join through, where mDNS does not reach.",
     ),
     option("--no-mdns", is_flag=True, help="Neither announce this peer by mDNS nor look for others."),

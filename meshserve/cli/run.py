@@ -22,10 +22,7 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
 
 @click.command()
 @option(
-    "--role",
-    "roles",
-    multiple=True,
-    metavar="ROLE",
+    "--role", "roles", multiple=True, metavar="ROLE",
     help=f"{', '.join(ROLES)}, or all; repeatable or comma-separated.",
 )
 @option("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="Where the frontend listens; port 0 takes a free one.")
@@ -33,31 +30,21 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
 @model_options
 @option("--policy", type=click.Choice(_POLICIES), default="kv", help="How the router chooses.")
 @option(
-    "--max-local-prefill-tokens",
-    type=click.IntRange(0),
-    default=_HANDOFF.max_local_prefill_tokens,
+    "--max-local-prefill-tokens", type=click.IntRange(0), default=_HANDOFF.max_local_prefill_tokens,
     help="No hand-over of prompts with at most so many uncached tokens. By default expected times decide, and 256 until they are known.",
 )
 @option("--max-prefill-queue", type=click.IntRange(0), default=_HANDOFF.max_prefill_queue, help="No hand-over to a queue as long as this.")
 @option(
-    "--failure-timeout",
-    "failure_timeout_s",
-    type=click.FloatRange(0.1, 60),
-    default=_MESH.failure_timeout_s,
+    "--failure-timeout", "failure_timeout_s",
+    type=click.FloatRange(0.1, 60), default=_MESH.failure_timeout_s,
     help="Seconds of silence until a peer gets no new work.",
 )
 @option(
-    "--drain-timeout",
-    "drain_timeout_s",
-    type=click.FloatRange(0),
-    default=_SERVE.drain_timeout_s,
+    "--drain-timeout", "drain_timeout_s", type=click.FloatRange(0), default=_SERVE.drain_timeout_s,
     help="Seconds that running requests get to finish.",
 )
 @option(
-    "--bulk-limit",
-    "bulk_limit_mb_per_s",
-    type=click.FloatRange(0),
-    default=0.0,
+    "--bulk-limit", "bulk_limit_mb_per_s", type=click.FloatRange(0), default=0.0,
     help="Megabytes of KV that this peer sends in a second, so that tokens stay smooth on a slow link; 0 is no limit.",
 )
 @option("--record", type=click.Path(), metavar="FILE", help="Append what happens to each request, as lines of JSON.")

@@ -18,7 +18,7 @@ _PLAIN_WIDTH = 100
 _NARROWEST_BAR = 10
 _PARTS = " ▏▎▍▌▋▊▉█"
 
-_PHASES = {
+PHASES = {
     "http": ("bright_black", "frontend"),
     "process": ("blue", "processor"),
     "route": ("magenta", "router"),
@@ -145,17 +145,17 @@ def _path(peers: Mapping[str, Any]) -> str:
 def _phases(receipt: Mapping[str, Any], width: int | None) -> list[Text]:
     """Each bar begins where the one before it ends, though http, network and other are sums of several times on the path."""
     total_ms, phases = receipt["total_ms"], receipt["phases_ms"]
-    spent = [(phase, float(phases[phase])) for phase in _PHASES if phases[phase] > 0]
+    spent = [(phase, float(phases[phase])) for phase in PHASES if phases[phase] > 0]
     if not spent or total_ms <= 0:
         return [Text("nothing took time", "dim")]
-    names = {phase: plain(_peer(receipt["peers"], _PHASES[phase][1])) for phase, _ in spent}
+    names = {phase: plain(_peer(receipt["peers"], PHASES[phase][1])) for phase, _ in spent}
     widest = min(max(map(len, names.values())), 24)
     head = 12 + 10 + widest + 2
     room = max(_NARROWEST_BAR, (width or _PLAIN_WIDTH) - head - 1)
     lines, before_ms = [], 0.0
     for phase, took_ms in spent:
         line = Text.assemble(f"{phase:12}", f"{took_ms:9.3f} ", (f"{names[phase][:widest]:{widest}}  ", "dim"))
-        line.append(_bar(before_ms / total_ms, took_ms / total_ms, room), _PHASES[phase][0])
+        line.append(_bar(before_ms / total_ms, took_ms / total_ms, room), PHASES[phase][0])
         lines.append(line)
         before_ms += took_ms
     return lines

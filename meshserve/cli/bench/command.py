@@ -12,10 +12,9 @@ from typing import Any
 import click
 
 from meshserve.cli.bench.load import EXIT_CODE, Stop
-from meshserve.cli.bench.options import GroupedCommand, bench_options
+from meshserve.cli.bench.options import GroupedCommand, Settings, bench_options, read_settings
 from meshserve.cli.bench.outcome import Outcome, measure
 from meshserve.cli.bench.report import report
-from meshserve.cli.bench.settings import Settings, read_settings
 from meshserve.cli.bench.sweep import parse_sweep
 from meshserve.cli.options import mesh_config, mesh_options
 from meshserve.cli.running import execute, leave

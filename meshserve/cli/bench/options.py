@@ -1,17 +1,21 @@
-"""The options of `meshserve bench`, in groups, so that `--help` can be read."""
+"""The options of `meshserve bench`, in groups, so that `--help` can be read; and what they say, as one value."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from meshserve.cli.bench.arrivals import ARRIVALS, parse_ramp
-from meshserve.cli.bench.prompts import FORMS, parse_lengths
+from meshserve.cli.bench.arrivals import ARRIVALS, Level, constant_level, parse_ramp
+from meshserve.cli.bench.http_target import HttpSettings
+from meshserve.cli.bench.load import Plan
+from meshserve.cli.bench.prompts import FORMS, Shape, parse_lengths
 from meshserve.cli.bench.requests import PATHS
-from meshserve.cli.options import option, together
+from meshserve.cli.bench.tally import Goal
+from meshserve.cli.options import option, pick, together
 from meshserve.errors import UsageError
 
 _MESH_GROUP = "The mesh, where no URL is given"
@@ -97,68 +101,46 @@ bench_options = together(
     _target("--timeout", "timeout_s", type=click.FloatRange(0.1, 86_400), default=120.0, metavar="S", help="For one request."),
     _load("--concurrency", type=click.IntRange(1, 100_000), metavar="N", help="Closed loop: N clients.  [default: 1]"),
     _load(
-        "--rate",
-        type=_rate,
-        metavar="R",
+        "--rate", type=_rate, metavar="R",
         help="Open loop: R requests a second (conversations, with --turns). Latency counts from the time each was due.",
     ),
     _load("--arrival", type=click.Choice(ARRIVALS), default="poisson", help="Of an open loop."),
     _load(
-        "--ramp",
-        callback=_parsed(parse_ramp),
-        metavar="NAME=FROM:TO:S",
+        "--ramp", callback=_parsed(parse_ramp), metavar="NAME=FROM:TO:S",
         help="rate or concurrency that goes from FROM to TO in S seconds, and stays there.",
     ),
     _load("--trace", type=click.Path(path_type=Path), metavar="FILE", help="Arrivals, lengths and shared blocks of a Mooncake trace."),
     _load("--speed", type=_rate, default=1.0, metavar="X", help="Play the trace X times as fast."),
     _load("--requests", "num_requests", type=click.IntRange(1), metavar="N", help="Measure so many."),
     _load(
-        "--duration",
-        "duration_s",
-        type=click.FloatRange(0.1, 86_400),
-        metavar="S",
+        "--duration", "duration_s", type=click.FloatRange(0.1, 86_400), metavar="S",
         help="Measure so long.  [default: 10, where nothing else ends it; 2 a turn of --compare; 5 a step of --sweep]",
     ),
     _load(
-        "--warmup",
-        callback=_parsed(_parse_warmup),
-        default="1s",
-        metavar="N|Ss",
+        "--warmup", callback=_parsed(_parse_warmup), default="1s", metavar="N|Ss",
         help="Left out of all figures: the first N requests, or S seconds (as 2s).",
     ),
     _load("--max-open", type=click.IntRange(1, 1_000_000), default=10_000, metavar="N", help="Open loop: so many under way at most."),
     _load("--seed", type=int, default=0, metavar="N", help="Of prompts, lengths and arrivals."),
     _prompts(
-        "--prompt-tokens",
-        callback=_lengths,
-        default="256",
-        metavar="LENGTH",
+        "--prompt-tokens", callback=_lengths, default="256", metavar="LENGTH",
         help=f"{FORMS}; of each turn, without the shared prefix.",
     ),
     _prompts("--output-tokens", callback=_lengths, default="64", metavar="LENGTH", help="The same; goes out as max_tokens."),
     _prompts("--ignore-eos", is_flag=True, help="Ask for all of them, whatever the model says."),
     _prompts(
-        "--shared-prefix-tokens",
-        "num_shared_tokens",
-        type=click.IntRange(0, 1_000_000),
-        default=0,
-        metavar="N",
+        "--shared-prefix-tokens", "num_shared_tokens",
+        type=click.IntRange(0, 1_000_000), default=0, metavar="N",
         help="Which prompts have in common.",
     ),
     _prompts("--num-prefixes", type=click.IntRange(1, 100_000), default=1, metavar="N", help="So many such prefixes, drawn evenly."),
     _prompts(
-        "--turns",
-        "num_turns",
-        type=click.IntRange(1, 1000),
-        default=1,
-        metavar="N",
+        "--turns", "num_turns", type=click.IntRange(1, 1000), default=1, metavar="N",
         help="Conversations: each prompt has all that was said before.",
     ),
     _prompts("--think-time", "think_s", type=_seconds, default=0.0, metavar="S", help="Between an answer and the next turn."),
     _prompts(
-        "--chars-per-token",
-        type=click.FloatRange(0.1, 100),
-        metavar="X",
+        "--chars-per-token", type=click.FloatRange(0.1, 100), metavar="X",
         help="[default: what the target counts in two probes]",
     ),
     _kind("--target-ttft-ms", type=_rate, metavar="MS", help="Goodput: requests whose first token comes in time ..."),
@@ -177,3 +159,83 @@ bench_options = together(
     _output("--report", type=click.Path(dir_okay=False), metavar="FILE", help="Plots and tables in one HTML file."),
     _output("--csv", "csv_file", type=click.Path(dir_okay=False), metavar="FILE", help="A line for each measured request."),
 )
+
+
+# --- what they say, as one value
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One load on one target."""
+
+    url: str | None
+    """None: the mesh itself."""
+    plan: Plan
+    rate: Level | None
+    """Of an open loop that no trace paces."""
+    arrival: str
+    shape: Shape
+    trace: Path | None
+    speed: float
+    http: HttpSettings
+    goal: Goal
+    seed: int
+    chars_per_token: float | None
+
+    @property
+    def load(self) -> str:
+        """In words."""
+        if self.plan.clients is not None:
+            level, what = self.plan.clients, "clients"
+        elif self.rate is not None:
+            level, what = self.rate, f"requests/s, {self.arrival}"
+        else:
+            return f"as {self.trace} has it" + (f", {self.speed:g} times as fast" if self.speed != 1 else "")
+        if level.ramp_s:
+            return f"{level.first:g} to {level.last:g} {what} in {level.ramp_s:g} s"
+        return "1 client" if what == "clients" and level.last == 1 else f"{level.last:g} {what}"
+
+
+def read_settings(options: Mapping[str, Any], default_duration_s: float) -> Settings:
+    """From options as click gives them. Raises UsageError for options that exclude each other."""
+    is_traced, is_conversing = options["trace"] is not None, options["num_turns"] > 1
+    if is_traced and is_conversing:
+        raise UsageError("--trace has its own prompts: without --turns")
+    clients, rate = _levels(options)
+    num_warmup, warmup_s = options["warmup"]
+    found = {
+        **options,
+        "clients": clients,
+        "rate": rate,
+        "num_warmup": num_warmup,
+        "warmup_s": warmup_s,
+        "is_keeping_text": is_conversing,
+        "is_checking_certificates": not options["insecure"],
+        "extra": options["extra"] or {},
+    }
+    if options["num_requests"] is None and options["duration_s"] is None and not is_traced:
+        found["duration_s"] = default_duration_s
+    goal = Goal(_in_seconds(options["target_ttft_ms"]), _in_seconds(options["target_itl_ms"]))
+    plan, shape, http = pick(Plan, found), pick(Shape, found), pick(HttpSettings, found)
+    return pick(Settings, {**found, "plan": plan, "shape": shape, "http": http, "goal": goal})
+
+
+def _levels(options: Mapping[str, Any]) -> tuple[Level | None, Level | None]:
+    """Of clients, or of requests a second; neither where a trace paces."""
+    given = [name for name in ("concurrency", "rate", "ramp") if options[name] is not None]
+    if len(given) > 1:
+        raise UsageError(f"--{given[0]} and --{given[1]}: one of them says what the load is")
+    if options["ramp"] is not None:
+        name, level = options["ramp"]
+        return (level, None) if name == "concurrency" else (None, level)
+    if options["rate"] is not None:
+        if options["trace"] is not None:
+            raise UsageError("--trace says when requests are due: --speed scales it, --concurrency ignores it")
+        return None, constant_level(options["rate"])
+    if options["trace"] is not None and options["concurrency"] is None:
+        return None, None
+    return constant_level(options["concurrency"] or 1), None
+
+
+def _in_seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1000

@@ -12,8 +12,8 @@ from meshserve import __version__
 from meshserve.cli.bench.compare import Compared, compare_runs, left_out
 from meshserve.cli.bench.live import Live
 from meshserve.cli.bench.load import Stop
+from meshserve.cli.bench.options import Settings
 from meshserve.cli.bench.session import CSV_COLUMNS, Run, Session
-from meshserve.cli.bench.settings import Settings
 from meshserve.cli.bench.sweep import RULE, Knee, find_knee, power
 from meshserve.cli.bench.tables import console, print_comparison, print_findings, print_run, print_sweep
 from meshserve.cli.bench.tally import TIMES, fine_histogram

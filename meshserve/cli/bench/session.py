@@ -1,18 +1,20 @@
 """A target that is open, and runs on it: connections and what was learnt of the target stay from one run to the next."""
 
 import gc
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from meshserve.cli.bench.arrivals import due_times
 from meshserve.cli.bench.http_target import HttpTarget
 from meshserve.cli.bench.live import Live
 from meshserve.cli.bench.load import Load, Stop
 from meshserve.cli.bench.mesh_target import MeshTarget
+from meshserve.cli.bench.options import Settings
 from meshserve.cli.bench.prompts import PROBE_CHARS, Scale, Texts, TraceLine, Workload, read_trace_file, trace_requests
 from meshserve.cli.bench.requests import Request, RequestRecord, Target
 from meshserve.cli.bench.selfcheck import findings
-from meshserve.cli.bench.settings import Settings
 from meshserve.cli.bench.tally import Second, Tally
 from meshserve.config import MeshConfig
 
@@ -112,7 +114,10 @@ class Session:
             requests = (replace(request, due_s=None) for request in requests)
         tally = Tally(settings.goal, self._is_keeping_rows)
         next_turn = workload.next_turn if settings.shape.num_turns > 1 else None
-        load = Load(self.target, settings.plan, requests, settings.dues(seed), tally, next_turn)
+        dues = None
+        if settings.rate is not None:
+            dues = due_times(settings.rate, settings.arrival, random.Random(f"arrivals {seed}"))
+        load = Load(self.target, settings.plan, requests, dues, tally, next_turn)
         self._live.watch(shown, load, len(self._lines) or None)
         self._stop.watch(load)
         gc.collect()

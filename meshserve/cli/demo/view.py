@@ -1,5 +1,6 @@
 """How the demo looks: on a terminal a live view, elsewhere plain lines."""
 
+import sys
 from typing import Any
 
 from rich.cells import cell_len
@@ -12,31 +13,21 @@ from meshserve.cli.columns import Output
 from meshserve.cli.demo.asking import Answered
 from meshserve.cli.demo.children import Child
 from meshserve.cli.demo.prompts import Question
+from meshserve.cli.trace import PHASES
 
-_PHASES = {
-    "http": "blue",
-    "process": "cyan",
-    "route": "magenta",
-    "queue": "yellow",
-    "prefill": "green",
-    "kv_transfer": "bright_red",
-    "decode": "bright_green",
-    "network": "bright_blue",
-    "other": "bright_black",
-}
-
+_FIGURES = ("PROMPT", "CACHED", "KV SENT", "TTFT", "TOKENS/S")
 _INDENT = 11
+_PLAIN_WIDTH = 110
+"""Without a terminal."""
 
 
 class View:
     """Prints to stdout."""
 
     def __init__(self) -> None:
-        self.console = Output(highlight=False, soft_wrap=False)
+        self.console = Output(highlight=False, width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
         self._live: Live | None = None
         self._all: list[Answered] = []
-        if not self.console.is_terminal:
-            self.console = Output(highlight=False, width=110)
         self._paragraph = Paragraph(self.console.width, _INDENT)
 
     # --- peers becoming ready
@@ -58,14 +49,13 @@ class View:
         self._live.update(self._table(children))
 
     def _table(self, children: list[Child]) -> Table:
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for column in ("PEER", "ROLES", "", "ADDRESS"):
-            table.add_column(column, no_wrap=True)
+        table = _table("PEER", "ROLES", "", "ADDRESS")
         for child in children:
-            state: Any = Spinner("dots", text="starting") if child.ready_s is None else Text(f"ready in {child.ready_s:.2f} s", "green")
-            table.add_row(
-                Text(child.name, "bold"), child.roles.replace(",", " "), state, child.fields.get("address", "").removeprefix("tcp://")
-            )
+            state: Spinner | Text = Spinner("dots", text="starting")
+            if child.ready_s is not None:
+                state = Text(f"ready in {child.ready_s:.2f} s", "green")
+            address = child.fields.get("address", "").removeprefix("tcp://")
+            table.add_row(Text(child.name, "bold"), child.roles.replace(",", " "), state, address)
         return table
 
     def started(self, children: list[Child], seconds: float) -> None:
@@ -74,10 +64,7 @@ class View:
             self._live.update(self._table(children))
             self.close()
         else:
-            for child in children:
-                self.console.print(
-                    f"{child.name:12} {child.roles:26} ready in {child.ready_s or 0:.2f} s  {child.fields.get('address', '')}"
-                )
+            self.console.print(self._table(children))
         self.console.print(f"\n{len(children)} peers found each other and serve after [bold]{seconds:.2f} s[/]\n")
 
     # --- prompts
@@ -95,7 +82,7 @@ class View:
 
     def _print_answer(self, text: str) -> None:
         if text:
-            self.console.print(Text(text, "bold green" if self.console.is_terminal else ""), end="", soft_wrap=True)
+            self.console.print(Text(text, "bold green"), end="", soft_wrap=True)
 
     def answered(self, answered: Answered) -> None:
         """The path that it took, and where its time went."""
@@ -105,15 +92,15 @@ class View:
         peers, kv, tokens = receipt["peers"], receipt["kv"], receipt["tokens"]
         path = Text.assemble("   path    ", (peers["frontend"] or "?", "bold"), " -> ", (peers["decode"] or "?", "bold"))
         if peers["prefill"]:
-            path.append_text(Text.assemble(" <- ", (peers["prefill"], "bold"), f"  {kv['blocks']} KV blocks, {kv['bytes'] / 1e6:.2f} MB"))
+            path.append(" <- ").append(peers["prefill"], "bold")
+            path.append(f"  {kv['blocks']} KV blocks, {kv['bytes'] / 1e6:.2f} MB")
         else:
             path.append("  prefilled locally")
         if tokens["cached"]:
             path.append(f", {tokens['cached']} of {tokens['prompt']} tokens cached")
         self.console.print(path)
-        chosen = receipt["candidates"][0] if receipt["candidates"] else None
-        if chosen:
-            self.console.print(Text.assemble("   why     ", f"{chosen['peer']}: {chosen['reason']}"))
+        for chosen in receipt["candidates"][:1]:
+            self.console.print(Text(f"   why     {chosen['peer']}: {chosen['reason']}"))
         self.console.print(self._bar(receipt))
         self.console.print()
 
@@ -121,22 +108,19 @@ class View:
         total_ms = receipt["total_ms"] or 1.0
         width = max(10, min(40, self.console.width - 40))
         line = Text(f"   time    {total_ms:7.2f} ms ")
-        spent = [(phase, receipt["phases_ms"].get(phase, 0.0)) for phase in _PHASES]
+        spent = [(phase, style, receipt["phases_ms"].get(phase, 0.0)) for phase, (style, _) in PHASES.items()]
         if self.console.is_terminal:
-            for phase, milliseconds in spent:
-                line.append("█" * round(milliseconds / total_ms * width), _PHASES[phase])
+            for _, style, took_ms in spent:
+                line.append("█" * round(took_ms / total_ms * width), style)
             line.append("\n           ")
-        shares = sorted((item for item in spent if item[1] >= total_ms * 0.05), key=lambda item: -item[1])[:4]
-        for phase, milliseconds in shares:
-            line.append(f" {phase.replace('_', ' ')}", _PHASES[phase] if self.console.is_terminal else "")
-            line.append(f" {milliseconds:.2f}")
+        for phase, style, took_ms in sorted(spent, key=lambda phase: -phase[2])[:4]:
+            if took_ms >= total_ms * 0.05:
+                line.append(f" {phase.replace('_', ' ')}", style).append(f" {took_ms:.2f}")
         return line
 
     def finished(self) -> None:
         """All answers in one table."""
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-        for column in ("", "DECODED BY", "PREFILLED BY", "PROMPT", "CACHED", "KV SENT", "TTFT", "TOKENS/S"):
-            table.add_column(column, no_wrap=True, justify="right" if column not in ("DECODED BY", "PREFILLED BY") else "left")
+        table = _table("", "DECODED BY", "PREFILLED BY", *_FIGURES)
         for number, answered in enumerate(self._all, 1):
             table.add_row(str(number), *_cells(answered))
         self.console.print(table)
@@ -159,6 +143,13 @@ class View:
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column in columns:
+        table.add_column(column, no_wrap=True, justify="right" if column in _FIGURES else "left")
+    return table
 
 
 def _cells(answered: Answered) -> tuple[str, ...]:
