@@ -94,7 +94,7 @@ class Peer:
         return self._engine.description if self._engine is not None else ""
 
     def ready_line(self) -> str:
-        """Of the contract: for scripts, and for people."""
+        """The one line on stdout that scripts and people wait for."""
         own = self.mesh.own
         address = endpoint(own.addresses[0], own.port)
         http = f" http={self.http_url}" if self.http_url else ""
@@ -109,7 +109,7 @@ class Peer:
         if self._engine is not None:
             self._start_workers(self._engine)
         if "router" in self._roles:
-            from meshserve.roles.router import RouterRole  # as below: what a peer does not do, it need not load
+            from meshserve.roles.router import RouterRole  # as below: a peer loads only the roles that it has
 
             settings = CostSettings(max_local_prefill_tokens=self._config.handoff.max_local_prefill_tokens)
             router = RouterRole(self.mesh, self._config.policy, settings)
@@ -159,7 +159,7 @@ class Peer:
         self._closers.callback(reporter.close)
 
     def _engine_failed(self, error: MeshserveError) -> None:
-        """Its requests have ended. Nobody sends more until it runs again: this peer plays its other roles meanwhile."""
+        """The engine has ended its requests. Until it runs again, this peer plays its other roles only."""
         _log.error("the engine failed: %s; it is started again", error.message)
         self.mesh.announce_withdrawn(tuple(role for role in self._roles if role in _WORKER_ROLES))
         if self._requester is not None:
@@ -167,7 +167,7 @@ class Peer:
         self.mesh.tasks.spawn(self._restart_engine())
 
     async def _restart_engine(self) -> None:
-        """With growing pauses, for as long as it takes: what was wrong may pass, as memory that others held."""
+        """Try again and again, with growing pauses: the cause may pass, such as a lack of memory."""
         assert self._engine is not None
         for pause_s in chain(_RESTART_PAUSES_S, repeat(_RESTART_PAUSES_S[-1])):
             await asyncio.sleep(pause_s)

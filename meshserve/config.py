@@ -1,4 +1,4 @@
-"""What can be set, with defaults for a LAN. Every field says its unit, and what raising or lowering it costs."""
+"""Settings, with defaults for a LAN. Every field says its unit, and what raising or lowering it costs."""
 
 from dataclasses import dataclass, field
 
@@ -43,7 +43,7 @@ class TransportConfig:
 
 @dataclass(frozen=True, slots=True)
 class MeshConfig:
-    """What a peer says it is, how it finds others, and when it takes them for dead."""
+    """Who a peer is, how it finds others, and when it counts them as dead."""
 
     mesh: str = "default"
     """Peers of other meshes are ignored."""
@@ -60,7 +60,7 @@ class MeshConfig:
     use_mdns: bool = True
     key_file: str | None = None
     tick_interval_s: float = 0.1
-    """How often deadlines are looked at. Lower notices sooner by as much and wakes an idle peer more often."""
+    """Between two checks of deadlines. Lower notices sooner by as much and wakes an idle peer more often."""
     heartbeat_interval_s: float = 0.3
     """A peer whose roles talk to ours is pinged when silent for so long. Must be well under `failure_timeout_s`; lower costs idle CPU."""
     failure_timeout_s: float = 1.5
@@ -86,7 +86,7 @@ class MeshConfig:
 
 @dataclass(frozen=True, slots=True)
 class HandoffConfig:
-    """When prompts are prefilled elsewhere, and what is waited for."""
+    """When prompts are prefilled elsewhere, and how long each step may take."""
 
     max_local_prefill_tokens: int | None = None
     """Prompts with at most so many uncached tokens are never handed over. Lower hands over more, at a round trip each. None: expected
@@ -96,10 +96,10 @@ class HandoffConfig:
     hedge_ms: float = 20.0
     """An unclaimed ticket goes to all other prefill workers after this. Lower costs messages, higher waits for a busy one."""
     reminder_ms: float = 250.0
-    """A ticket that nobody claimed for so long is sent again, then after twice the time, and so on: it may have been lost on its way.
+    """A ticket that was not claimed for so long is sent again, then after twice the time, and so on: it may have been lost on its way.
     Lower costs messages where many prompts wait, higher delays the few whose ticket was lost."""
     claim_timeout_s: float = 10.0
-    """A task that nobody claimed in this time is prefilled locally, however alive the prefill workers look."""
+    """A task that was not claimed in this time is prefilled locally, however alive the prefill workers look."""
     offer_kv_bytes: int = 256 * 1024
     """A prompt with at most so much KV to compute goes with its ticket, if that goes to one worker, and its KV comes back with the claim.
     Higher puts more KV on the connection of the calls and computes more in vain where a worker is late; 0 offers nothing."""

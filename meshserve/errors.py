@@ -17,7 +17,7 @@ class MeshserveError(Exception):
     _fields: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        """What a class annotates with a default value travels with the error, and is set by keyword."""
+        """Annotated class attributes with a default travel with the error, and are set by keyword."""
         cls._fields = (*cls._fields, *get_annotations(cls))
 
     def __init__(self, message: str = "internal error", **details: Any) -> None:
@@ -190,12 +190,12 @@ class TokenizerFailed(MeshserveError):
 
 
 class Unsupported(InvalidRequest):
-    """An engine was asked for what it cannot do."""
+    """The request needs a feature that the engine lacks."""
 
     code = "unsupported"
 
 
-# --- what a peer said that it must not say
+# --- malformed or forbidden messages from peers
 
 
 class ProtocolError(MeshserveError):
@@ -253,7 +253,7 @@ _BY_CODE: dict[str, type[MeshserveError]] = {found.code: found for found in _all
 
 
 def from_wire(data: Any) -> MeshserveError:
-    """The error that a peer's :meth:`MeshserveError.to_wire` described; what is malformed or unknown becomes the root class."""
+    """The error that a peer's :meth:`MeshserveError.to_wire` described; the root class if that is malformed or unknown."""
     if not isinstance(data, dict):
         return MeshserveError("a peer reported an error that cannot be read")
     message = str(data.get("message", ""))[:2000]

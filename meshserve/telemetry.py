@@ -48,7 +48,7 @@ class Gauges:
         self._derived: dict[str, Callable[[], int]] = {}
 
     def derive(self, name: str, level: Callable[[], int]) -> None:
-        """So many of `name`, e.g. `connections`, are held now."""
+        """Registers a gauge, e.g. `connections`, whose value is computed when it is read."""
         self._derived[name] = level
 
     def snapshot(self) -> dict[str, int]:
@@ -72,7 +72,7 @@ class Histogram:
 
     @classmethod
     def of_row(cls, row: Sequence[Any]) -> "Histogram":
-        """What :meth:`to_row` of another peer gave. The longest duration is not in it: what exceeds the last bound counts as that bound."""
+        """From :meth:`to_row` of another peer, which lacks the longest duration: a longer one counts as the last bound."""
         made = cls()
         made.sum_s, counts = row
         made.counts.update({bucket: count for bucket, count in enumerate(counts) if count})
@@ -155,7 +155,7 @@ class Histograms:
         self.named: defaultdict[str, Histogram] = defaultdict(Histogram)
         """Such as `prefill_wait`; made when first asked for."""
         self.parts: defaultdict[str, Histograms] = defaultdict(Histograms)
-        """Of one alone, e.g. of one worker's requests; made when first asked for."""
+        """Subsets, e.g. of one worker's requests; made when first asked for."""
         self._told_s: defaultdict[str, float] = defaultdict(float)
         """The sums as they were last read."""
 

@@ -19,7 +19,7 @@ Payload = bytes | memoryview
 
 @dataclass(slots=True)
 class HandoffResult:
-    """How a prefill task ended, for the generation that waits for it and for the receipt."""
+    """How a prefill task ended, for the sequence that waits for it and for the receipt."""
 
     state: TaskState
     reservation: Reservation | None
@@ -35,12 +35,12 @@ class HandoffResult:
     prefill_ms: float
     """Of the engine that computed the blocks, by its own clock."""
     transfer_ms: float
-    """From that claim to the last block, less what was computing."""
+    """From the claim to the last block, less the time of computing."""
 
 
 @dataclass(slots=True)
 class RunningTask:
-    """A prefill task with what it takes to carry it out, and what has come of it."""
+    """A prefill task with its request, its callbacks, its blocks and its claim."""
 
     task: PrefillTask
     request: GenerateRequest
@@ -58,7 +58,7 @@ class RunningTask:
     """The claim brought blocks."""
     computed_ms: float = 0.0
     names: dict[str, str] = field(default_factory=dict)
-    """Of the peers that claimed, as a dead one's is soon forgotten."""
+    """Of the peers that claimed: the mesh soon forgets the name of a dead peer."""
 
 
 def missing_blocks(

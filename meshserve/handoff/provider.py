@@ -371,5 +371,5 @@ class PrefillProvider:
         self._tickets.close()
 
     def stop_claiming(self) -> None:
-        """Draining: what is claimed is finished, what waits is left to others."""
+        """Draining: finish the claimed prompts, leave waiting tickets to other workers."""
         self._is_closing = True

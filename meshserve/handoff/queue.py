@@ -16,7 +16,7 @@ from meshserve.handoff.blocks import BlockWindow
 from meshserve.wire.handoff import Ticket
 
 _ANSWER_S = 0.05
-"""A claim that is not answered by then keeps nobody else waiting: its decode worker may be hung."""
+"""A claim that is not answered by then holds up no other: its decode worker may be hung."""
 _RATE_WEIGHT = 0.25
 """Of a new measurement in the running average."""
 
@@ -34,7 +34,7 @@ class JobState(StrEnum):
     SENDING = "sending"
     """All is computed; blocks are still on their way."""
     DELIVERED = "delivered"
-    """All blocks went with the claim itself, and nothing is held here any more; its answer is to come."""
+    """All blocks left with the claim, and none is held here; the answer is to come."""
     OVER = "over"
     """Done, or given up."""
 
@@ -51,7 +51,7 @@ class Job:
     attempt: int = 0
     """The ticket's, then that of the granted claim."""
     is_granted: bool = False
-    """The claim got its task. Until then, the blocks of what was begun on an offer stay here."""
+    """The claim was granted. Until then, the blocks of a prompt that was begun on an offer stay here."""
     prefix_hashes: list[int] = field(default_factory=list)
     """Of the prompt's blocks, see :func:`~meshserve.kv.pool.prefix_hashes`."""
     window: BlockWindow | None = None
@@ -208,7 +208,7 @@ class ClaimPace:
         self._remaining[key] = num_tokens
 
     def computed(self, key: Hashable, num_tokens: int, now_s: float) -> None:
-        """So many of its tokens are done."""
+        """So many of its tokens are computed."""
         remaining = self._remaining.get(key)
         if remaining is not None:
             done = min(num_tokens, remaining)
@@ -230,7 +230,7 @@ class ClaimPace:
 
 
 class PrefillQueue(Generic[J]):
-    """Owns what waits and what runs, and decides what is claimed next. `make_job` makes the job of a ticket whose time has come."""
+    """Owns waiting tickets and jobs, and decides which ticket is claimed next, for which `make_job` makes the job."""
 
     def __init__(self, config: HandoffConfig, make_job: Callable[[Ticket], J]) -> None:
         self._tickets = TicketList(config.max_tickets)

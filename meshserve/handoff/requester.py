@@ -210,7 +210,7 @@ class PrefillRequester:
             histograms["kv_transfer"].observe(result.transfer_ms / 1000)
         return result
 
-    # --- what comes in
+    # --- claims and blocks in
 
     def _on_claim(self, call: IncomingCall) -> None:
         claim: Claim = call.body

@@ -23,7 +23,7 @@ class BlockSender:
         self._handle: asyncio.Handle | None = None
 
     def line_up(self, job: Job) -> None:
-        """Send what is ready of a job, in its turn. Called when blocks are computed, and when some are acknowledged."""
+        """Send the ready blocks of a job, in its turn. Called when blocks are computed or acknowledged."""
         if not job.is_in_line and _can_send(job):
             job.is_in_line = True
             self._line.append(job)
@@ -58,7 +58,7 @@ class BlockSender:
         return size_bytes
 
     def header(self, job: Job, marks: list[BlockMark]) -> BulkHeader:
-        """What goes before blocks of this job."""
+        """The header for these blocks of this job."""
         label = job.ticket.decode_peer, self._mesh.incarnation, job.ticket.request_id, job.attempt
         prefix_hash = job.prefix_hashes[marks[-1].index] if marks else 0
         return BulkHeader(*label, tuple(marks), job.computed_ms, job.layout, prefix_hash)

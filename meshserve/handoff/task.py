@@ -20,7 +20,7 @@ class TaskState(StrEnum):
     """Where a task stands. The last four are final."""
 
     QUEUED = "queued"
-    """Tickets are out; nobody claimed."""
+    """Tickets are out; no worker has claimed."""
     CLAIMED = "claimed"
     """A prefill worker computes; its lease is renewed by its heartbeats."""
     DONE = "done"
@@ -116,7 +116,7 @@ class PrefillTask:
     request_id: str
     config: HandoffConfig
     lease_s: float
-    """How long an attempt lives without being named."""
+    """How long an attempt lives without a renewal."""
     created_s: float
     deadline_s: float = float("inf")
     """Of the request, on the same clock."""
@@ -140,7 +140,7 @@ class PrefillTask:
     _is_hedged: bool = False
     _offered_to: str | None = None
     _reminder_s: float = 0.0
-    """How long after the queueing the next reminder goes out."""
+    """From the queueing to the next reminder."""
 
     @property
     def is_final(self) -> bool:
@@ -310,7 +310,7 @@ class PrefillTask:
         return self._finish(TaskState.LOCAL)
 
     def cancel(self, now_s: float) -> list[Action]:
-        """Nobody wants the result any more."""
+        """The request was cancelled."""
         if self.is_final:
             return []
         return [*self._revoke_running("cancelled", now_s), *self._finish(TaskState.CANCELLED)]

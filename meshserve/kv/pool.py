@@ -53,21 +53,21 @@ def _first_parent(salt: str) -> int:
 
 
 class BlockPool:
-    """`num_blocks` blocks, numbered from 0. A block is either free, held (by one or more), or idle: cached and held by nobody."""
+    """`num_blocks` blocks, numbered from 0. A block is free, held (by one or more sequences), or idle: cached, not held."""
 
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.num_used = 0
-        """Blocks that somebody holds."""
+        """Blocks that are held."""
         self._holders: dict[int, int] = {}
         self._never_used = 0
         self._free: list[int] = []
         self.idle: OrderedDict[int, None] = OrderedDict()  # a plain dict pops its head in linear time
-        """Cached blocks that nobody holds, least recently used first."""
+        """Cached blocks that are not held, least recently used first."""
         self._block_of: dict[int, int] = {}
         self._hash_of: dict[int, int] = {}
         self.on_freed: Callable[[Sequence[int]], None] | None = None
-        """Called with blocks whose contents are lost: nobody holds them, and no hash finds them any more."""
+        """Called with blocks whose contents are lost: they are not held, and no hash finds them any more."""
         self._is_recording = False
         self.has_changes = False
         """Whether :meth:`take_changes` has something to return."""
@@ -140,7 +140,7 @@ class BlockPool:
                 self.num_used += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Hold each once less. A block that nobody holds becomes idle if it is registered, else free."""
+        """Hold each once less. A block that is not held any more becomes idle if it is registered, else free."""
         holders, idle, hash_of = self._holders, self.idle, self._hash_of
         num_free = len(self._free)
         # the last block first: a prefix is worth more than the blocks after it, so its end is evicted before its start
@@ -158,7 +158,7 @@ class BlockPool:
             self.on_freed(self._free[num_free:])
 
     def evict(self, blocks: Iterable[int]) -> bool:
-        """Forget these blocks, if nobody holds any of them; False, and nothing has changed, if somebody does."""
+        """Forget these blocks if none is held; else nothing changes, and the answer is False."""
         evicted = list(blocks)
         if not all(block in self.idle for block in evicted):
             return False
@@ -185,7 +185,7 @@ class BlockPool:
         return num_registered
 
     def evict_idle(self) -> None:
-        """Forget all blocks that nobody holds: their contents are lost."""
+        """Forget all idle blocks: their contents are lost."""
         while self.idle:
             self._free.append(self._evict())
 
@@ -195,7 +195,7 @@ class BlockPool:
         self._stored, self._evicted = {}, {}
 
     def take_changes(self) -> tuple[list[int], list[int]]:
-        """Hashes stored and hashes evicted since the last call. Net: what came and went between two calls is in neither."""
+        """Hashes stored and hashes evicted since the last call. Net: a block that came and went is in neither."""
         changes = list(self._stored), list(self._evicted)
         self._stored, self._evicted, self.has_changes = {}, {}, False
         return changes

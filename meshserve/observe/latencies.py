@@ -10,7 +10,7 @@ WINDOW_S = 30
 """Of percentiles, which need many requests."""
 _NAMES = ("ttft", "itl")
 Counts = dict[str, dict[str, list[int]]]
-"""Of a processor's histograms, by worker and name: the counts of their buckets."""
+"""Counts of the buckets of a processor's histograms, by worker and name."""
 
 
 def latencies_by_worker(parts: Mapping[str, Mapping[str, Any]]) -> Counts:

@@ -80,10 +80,10 @@ class Merge:
         self._history: deque[dict[str, Any]] = deque(maxlen=HISTORY_S)
 
     def time_ms(self, now_s: float) -> float:
-        """Of this feed: since it began."""
+        """Since this feed began."""
         return round((now_s - self._began_s) * 1000, 1)
 
-    # --- what comes in
+    # --- batches in
 
     def add(self, peer: str, batch: FeedBatch, now_s: float) -> None:
         """One batch of this peer. Loads, counts and times add to the second that ends next."""
@@ -148,7 +148,7 @@ class Merge:
         self._loads.pop(peer, None)
         self._new_loads.discard(peer)
 
-    # --- what goes out
+    # --- updates out
 
     def take(self, now_s: float) -> dict[str, Any]:
         """What is new since the last call; empty if nothing is."""

@@ -155,7 +155,7 @@ class _Mesh(Collector):
 
 
 def _family(name: str, help_text: str, labels: tuple[str, ...], rows: list[Any]) -> Metric:
-    """Of rows as :meth:`~meshserve.telemetry.Histogram.to_row` makes them, each with the values of its labels."""
+    """Rows are those of :meth:`~meshserve.telemetry.Histogram.to_row`, each with the values of its labels."""
     family = HistogramMetricFamily(f"meshserve_{name}_seconds", help_text, labels=labels)
     for values, (sum_s, counts) in rows:
         # Prometheus counts what does not exceed a bound, meshserve what lies between two

@@ -79,7 +79,7 @@ class Reach:
 
 
 async def ask_view(mesh: Mesh, peer: str, timeout_s: float) -> tuple[NetworkView, float] | None:
-    """What the peer says of the network around it, and the offset of its wall clock to ours in seconds; None without a proper answer."""
+    """The peer's view of its network, and the offset of its wall clock to ours in seconds; None without an answer."""
     began_s = time.time()
     try:
         view: NetworkView = await mesh.call(peer, VIEW, None, timeout_s)

@@ -1,4 +1,4 @@
-"""Who is in the mesh: what every peer says of itself when asked, in one list; and a line in the log for every peer that comes or goes."""
+"""The peers of the mesh with their states, as a list; and a line in the log for every peer that comes or goes."""
 
 import asyncio
 import itertools
@@ -51,7 +51,7 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
 
 
 async def list_peers(mesh: Mesh) -> list[dict[str, Any]]:
-    """All peers but observers, oldest first, with what they say of themselves; those that do not answer are listed all the same."""
+    """All peers but observers, oldest first, with their states; a peer that does not answer is listed without one."""
     members = mesh.links.membership.listed()
     asked: list[tuple[PeerInfo, Member | None]] = [] if mesh.own.is_observer else [(mesh.own, None)]
     asked += [(member.info, member) for member in members]

@@ -87,7 +87,7 @@ class Replication:
         is_due = paid_ms * (1 + num_copies) > price_ms
         found = (0.0, num_copies + 1, self._age) if is_due else (paid_ms + max(0.0, rent_ms), num_copies, self._age)
         if is_due or found[0]:
-            self._paid[prefix] = found  # the newest last: what was not asked for lately is forgotten first
+            self._paid[prefix] = found  # the newest last: the prefix that was not asked for longest is forgotten first
             if len(self._paid) > _MAX_PREFIXES:
                 del self._paid[next(iter(self._paid))]
         return is_due

@@ -29,7 +29,7 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """How fast one worker is. The defaults stand for a mid-size model on one current accelerator, until somebody has measured."""
+    """How fast one worker is. Until rates are measured, the defaults are those of a mid-size model on one accelerator."""
 
     prefill_base_ms: float = 5.0
     """Of a step that computes prompt tokens, however few."""
@@ -95,7 +95,7 @@ question unpacks every worker's: looking up fields of an object takes three time
 
 @dataclass(slots=True)
 class Worker:
-    """One worker as a router sees it: what the worker reported, and what was sent there since."""
+    """One worker as a router sees it: its latest report, and the load that was sent there since."""
 
     incarnation: str
     name: str

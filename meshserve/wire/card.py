@@ -13,7 +13,7 @@ FEATURES = ("logprobs", "penalties", "logit_bias", "json_schema", "regex", "tool
 schema; `tool_text`: it writes calls and reasoning as text. Requests for what a model cannot do are refused."""
 
 FILE_NAMES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
-"""What a card may name: files of a Hugging Face model directory. A name from the network is only ever compared with these."""
+"""Files of a Hugging Face model directory that a card may name. A name from the network is only compared with these."""
 MAX_ALIASES = 16
 """More names of one model are refused: each is an entry of `/v1/models`."""
 MAX_FILE_BYTES = 64 * 1024 * 1024
@@ -27,7 +27,7 @@ class ModelFile(FrozenMap, frozen=True):
     """Of :data:`FILE_NAMES`."""
     size_bytes: Annotated[int, Meta(ge=0, le=MAX_FILE_BYTES)]
     sha256: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
-    """Of its contents, in hexadecimal digits; what it is asked for by, and what it is checked against."""
+    """Of its contents, in hexadecimal digits: names the file in requests, and checks it."""
 
 
 class ModelCard(FrozenMap, frozen=True):
@@ -47,7 +47,7 @@ class ModelCard(FrozenMap, frozen=True):
     features: tuple[str, ...] = ()
     """What the engine can do beyond sampling with temperature, top_p, top_k and a seed: of :data:`FEATURES`."""
     files: Annotated[tuple[ModelFile, ...], Meta(max_length=16)] = ()
-    """What makes the tokenizer and the chat template: of each name one at most."""
+    """Files of the tokenizer and the chat template, at most one of each name."""
     aliases: Annotated[tuple[str, ...], Meta(max_length=MAX_ALIASES)] = ()
     """More names that requests may carry. They say nothing of the model: cards that differ in them alone are equal."""
 

@@ -60,7 +60,7 @@ class CompletionRequest(AskedSampling):
     traceparent: str = ""
     """The client's trace, or the frontend's own (W3C Trace Context, level 1, section 3.2); empty for none."""
     session: str = ""
-    """Requests of one session like to go where the last one went; empty for none. A hint."""
+    """Requests of one session prefer the worker of the last one; empty for none. A hint."""
 
     @property
     def prompts(self) -> "tuple[str | array[int], ...]":
@@ -85,7 +85,7 @@ class CompletionRequest(AskedSampling):
 
     @property
     def needs_features(self) -> bool:
-        """It asks for more than text: for what not every engine can do."""
+        """The request asks for features that not every engine has."""
         return _features_of(self) != _NO_FEATURES
 
     def _check(self) -> None:

@@ -14,7 +14,7 @@ HELLO, WELCOME, REFUSED, GOODBYE, PING, PONG, CREDIT, RESET = 0, 1, 2, 3, 4, 5, 
 OPEN, ITEM, END, ERROR, CANCEL = 10, 11, 12, 13, 14
 
 Envelope = list[Any]
-"""Its kind, then what :data:`_SHAPES` says; bodies, items and answers are messages of :mod:`meshserve.wire.messages`, as plain data."""
+"""Its kind, then values as in :data:`_SHAPES`; bodies, items and answers are plain data of :mod:`meshserve.wire.messages`."""
 
 # What follows the kind. `object` is checked where it is used.
 _SHAPES: dict[int, tuple[type, ...]] = {
@@ -40,7 +40,7 @@ _packer = msgpack.Packer(use_bin_type=True, autoreset=True)
 
 
 def pack(messages: list[Envelope]) -> bytes:
-    """One frame for these messages. Raises TypeError for what is not plain data: that is our own misuse."""
+    """One frame for these messages. Raises TypeError for anything but plain data: that is our own misuse."""
     data: bytes = _packer.pack(messages)
     return data
 

@@ -161,7 +161,7 @@ class HandedOver(NamedTuple):
 
     @classmethod
     def from_wire(cls, data: Any) -> "HandedOver | None":
-        """None for None, which is said of most prompts."""
+        """None for None, as for most prompts."""
         if data is None or type(data) is cls:
             return data
         if not isinstance(data, (list, tuple)) or len(data) < len(cls._fields):
@@ -197,7 +197,7 @@ class HandoffDecision(NamedTuple):
 
     @classmethod
     def from_wire(cls, data: Any) -> "HandoffDecision | None":
-        """None for what cannot be read."""
+        """None for malformed data."""
         if type(data) is cls:
             return data
         if not isinstance(data, (list, tuple)) or len(data) < len(cls._fields):
@@ -235,7 +235,7 @@ class WorkerAccount(NamedTuple):
 
     @classmethod
     def from_wire(cls, data: Any) -> "WorkerAccount":
-        """All zero for what is no account."""
+        """All zero for malformed data."""
         if type(data) is cls:
             return data
         if not isinstance(data, (list, tuple)) or len(data) < _NUM_FIELDS:

@@ -1,4 +1,4 @@
-"""How peers introduce themselves: the hello that decides on membership. Also what a peer reports of the network."""
+"""The hello by which peers introduce themselves, and which decides on membership; and a peer's view of its network."""
 
 import contextlib
 import ipaddress
@@ -29,7 +29,7 @@ class PeerHint(FrozenMap, frozen=True):
 
 
 class PeerInfo(FrozenMap, frozen=True):
-    """All that a peer says of itself."""
+    """A peer as it describes itself."""
 
     incarnation: _ShortLabel
     """Random, new at every process start; what membership is keyed by."""
@@ -51,9 +51,9 @@ class PeerInfo(FrozenMap, frozen=True):
     http: Annotated[str, Meta(max_length=255)] | None = None
     """URL of its HTTP side, if it has one."""
     is_draining: bool = field(default=False, name="draining")
-    """It finishes what it has and takes no new work."""
+    """The peer finishes its work and takes no more."""
     withdrawn: _Labels = ()
-    """Of its roles, those that it cannot play now: its engine failed and is started again."""
+    """Roles that the peer cannot play now: its engine failed and is started again."""
 
     def can_play(self, role: str) -> bool:
         """Whether it has this role, and nothing keeps it from it."""
@@ -92,7 +92,7 @@ class Hello(Map):
 
     @classmethod
     def from_wire(cls, data: Any) -> "Hello":
-        """As every message; one without a protocol version is refused as well."""
+        """As every message; a hello without a protocol version is refused too."""
         protocol_of(data)
         return super().from_wire(data)
 
@@ -135,7 +135,7 @@ class PortKnock(FrozenRow, frozen=True):
 
 
 class PortKnocks(Row):
-    """What a peer's knocks at all addresses that it knows met."""
+    """The outcomes of a peer's knocks at all addresses that it knows."""
 
     knocks: Annotated[list[PortKnock], Meta(max_length=4096)]
 

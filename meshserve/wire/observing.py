@@ -1,4 +1,4 @@
-"""What a peer tells those that watch the mesh: its state when asked, and what happens on it."""
+"""For those that watch the mesh: a peer's state when asked, and its events."""
 
 from typing import Annotated, Any, TypedDict
 
@@ -39,7 +39,7 @@ class Departure(TypedDict):
 
 
 class PeerStatus(Map, omit_defaults=False):
-    """What a peer says of itself. A peer that does not answer has the defaults."""
+    """A peer's state as it reports it. A peer that does not answer has the defaults."""
 
     up_s: float | None = None
     load: dict[str, int] | None = None
@@ -52,7 +52,7 @@ class PeerStatus(Map, omit_defaults=False):
     gone: Annotated[list[Departure], Meta(max_length=MAX_LISTED)] = field(default_factory=list)
     counters: dict[str, int] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
-    """The gauges: what it holds now."""
+    """The gauges."""
     calls_made: dict[str, int] = field(default_factory=dict)
     calls_served: dict[str, int] = field(default_factory=dict)
     """Streams that are open now, by method, watches among them."""
@@ -61,7 +61,7 @@ class PeerStatus(Map, omit_defaults=False):
 
 
 class ReceiptForm(Map):
-    """What a receipt must have to be shown. Receipts travel as plain data, which may have more fields."""
+    """Fields that a receipt must have to be shown. Receipts travel as plain data, which may have more."""
 
     request_id: str
     client_id: str
@@ -102,7 +102,7 @@ class FeedEvent(FrozenRow, frozen=True):
 
 
 class FeedBatch(FrozenMap, frozen=True):
-    """What happened on a peer since its last batch."""
+    """The events and counts of a peer since its last batch."""
 
     events: Annotated[list[FeedEvent], Meta(max_length=MAX_EVENTS)] = field(default_factory=list)
     counts: Annotated[dict[_Text, int], Meta(max_length=32)] = field(default_factory=dict)

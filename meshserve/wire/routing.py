@@ -1,5 +1,4 @@
-"""What a processor asks a router, what the router answers, what routers tell each other, and
-what workers report to the routers that watch them."""
+"""Questions to routers and their answers, reservations between routers, and reports of workers to routers."""
 
 from typing import Annotated, Any
 
@@ -67,7 +66,7 @@ class RoutingDecision(Map):
 
 
 class Share(Row):
-    """What one worker gets of a request."""
+    """The load that a request puts on one worker."""
 
     incarnation: str
     num_tokens: Figure
@@ -77,9 +76,7 @@ class Share(Row):
 
 
 class InFlightReservation(Row):
-    """Load that a router has just sent to workers. Known to all routers, so that two of them do not pile
-    onto one worker.
-    """
+    """Load that a router has just sent to workers: all routers learn of it, so that two do not choose one worker."""
 
     request_id: str
     shares: Annotated[tuple[Share, ...], Meta(min_length=1, max_length=2)]
@@ -87,7 +84,7 @@ class InFlightReservation(Row):
     session: str = ""
 
 
-# --- what a worker reports of itself to the routers that watch it
+# --- reports of a worker to the routers that watch it
 
 MAX_HASHES_PER_REPORT = 8192
 
@@ -131,4 +128,4 @@ class WorkerReport(FrozenRow, frozen=True):
     admitted: tuple[str, ...] = ()
     """Requests that the worker counts in its load by now, so that routers need not."""
     kept: tuple[str, ...] = ()
-    """Of these, those whose prompts it computes itself though there are prefill workers: no prefill worker is going to report them."""
+    """Those of `admitted` whose prompts it computes itself though there are prefill workers, which never report them."""

@@ -14,7 +14,7 @@ from msgspec.structs import asdict, replace
 from meshserve.errors import ProtocolError
 
 __all__ = ["Meta", "asdict", "field", "replace"]
-"""What other modules need of msgspec, which this folder imports, and the models of the HTTP APIs."""
+"""Of msgspec, for other modules: only this folder and the models of the HTTP APIs import it."""
 
 if TYPE_CHECKING:
     Tokens = array[int]
@@ -35,7 +35,7 @@ NonEmpty = Annotated[str, Meta(min_length=1)]
 
 
 class Message:
-    """What all messages can do."""
+    """Base of all messages."""
 
     __slots__ = ()
 
@@ -88,7 +88,7 @@ def read(kind: Any, data: Any) -> Any:
 
 
 def plain(message: Any) -> Any:
-    """What :func:`read` reads again."""
+    """Plain data for :func:`read`."""
     return message.to_wire() if isinstance(message, Message) else message
 
 

@@ -1,4 +1,4 @@
-"""What the diagnosis takes, facts about a mesh and the network around it, and what it gives: findings."""
+"""Input of the diagnosis, facts about a mesh and the network around it, and its output: findings."""
 
 import ipaddress
 from collections.abc import Iterable
@@ -51,7 +51,7 @@ class Listener:
 
 @dataclass(frozen=True, slots=True)
 class Stranger:
-    """What answers at an address and is no member of the mesh: announced, named by `--peer`, or listening on this machine."""
+    """A listener that is no member of the mesh: announced, named by `--peer`, or on this machine."""
 
     address: str
     port: int
@@ -107,7 +107,7 @@ class PeerFacts:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """All that was found out; the rest is empty."""
+    """Everything that was found out; fields without a finding are empty."""
 
     mesh: str
     has_key: bool = False
@@ -176,7 +176,7 @@ PORTS, MULTICAST_PORT = f"{FIRST_PORT}-{FIRST_PORT + 99}/tcp", "5353/udp"
 
 
 class Severity(StrEnum):
-    """How bad it is."""
+    """Of a finding."""
 
     ERROR = "error"
     """Peers do not see each other, or cannot work together."""

@@ -132,7 +132,7 @@ def _clocks(peers: list[PeerFacts]) -> Iterator[Finding]:
 
 
 def _large_messages(peers: list[PeerFacts]) -> Iterator[Finding]:
-    """Where packets of full length are lost it matters only if nobody says so to those who send them: then long messages are too."""
+    """Lost packets of full length matter only if their senders are not told: then long messages are lost too."""
     stuck = [peer for peer in peers if peer.carries_large is False]
     short = [peer for peer in peers if peer.path is not None and peer.path.largest < peer.path.mtu]
     measured = [_packets(peer, peer.path) for peer in short if peer.path is not None]

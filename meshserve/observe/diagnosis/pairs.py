@@ -65,7 +65,7 @@ class _Table:
 
 
 def judge_pairs(facts: Facts) -> Iterator[Finding]:
-    """First who is reached by nobody, then the pairs that do not reach each other."""
+    """First the peers that no other peer reaches, then the pairs that do not reach each other."""
     table = _Table(facts)
     by_target = {peer.incarnation: finding for peer in facts.peers if (finding := _judge_target(table, peer)) is not None}
     findings = [*by_target.values(), *_judge_each_pair(table, set(by_target))]
@@ -81,7 +81,7 @@ def judge_pairs(facts: Facts) -> Iterator[Finding]:
 
 
 def _judge_target(table: _Table, target: PeerFacts) -> Finding | None:
-    """Why nobody on another machine reaches this one; None if somebody does, or nobody tried."""
+    """Why no peer on another machine reaches this one; None if one does, or if none tried."""
     sources = [source for source in table.others(target) if target.incarnation in table.calls[source.incarnation]]
     tried = [(source.label, table.calls[source.incarnation][target.incarnation]) for source in sources]
     outcomes = {outcome for _, outcome in tried}
