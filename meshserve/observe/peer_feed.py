@@ -15,7 +15,7 @@ from typing import Any
 import xxhash
 
 from meshserve.mesh.mesh import Mesh, WatchSource
-from meshserve.observe.latencies import Counts, latencies_by_worker
+from meshserve.observe.latencies import latencies_by_worker
 from meshserve.wire.messages import FEED
 from meshserve.wire.observing import MAX_EVENTS, MAX_SAMPLES, FeedBatch, FeedEvent
 from meshserve.wire.routing import WorkerLoad
@@ -198,8 +198,8 @@ class FeedSource:
         self._source = WatchSource(mesh, FEED, self._snapshot)
         self._digest: Digest | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._told: WorkerLoad | None = None
-        self._told_latencies: Counts = {}
+        self._told: dict[str, Any] = {"latencies": {}}
+        """Load and latencies as they were last published."""
         self._num_ticks = 0
 
     def _snapshot(self) -> Iterable[FeedBatch]:
@@ -208,10 +208,16 @@ class FeedSource:
             self._digest = Digest()
             self._mesh.event_log.listen(self._digest.heard, self._digest.follows)
             self._timer = self._loop.call_later(INTERVAL_S, self._publish)
+        yield FeedBatch(**self._state(has_latencies=True))
+
+    def _state(self, has_latencies: bool) -> dict[str, Any]:
+        found: dict[str, Any] = {}
         if self._load is not None:
-            yield FeedBatch(load=_shown(self._load()))
-        if latencies := latencies_by_worker(self._mesh.histograms.snapshot_parts()):
-            yield FeedBatch(latencies=latencies)
+            load = self._load()
+            found["load"] = {name: getattr(load, name) for name in _LOAD}
+        if has_latencies:
+            found["latencies"] = latencies_by_worker(self._mesh.histograms.snapshot_parts())
+        return found
 
     def _publish(self) -> None:
         if not self._source.watchers:
@@ -220,15 +226,11 @@ class FeedSource:
         assert self._digest is not None
         self._timer = self._loop.call_later(INTERVAL_S, self._publish)
         batch = self._digest.take()
-        load = self._load() if self._load is not None else None
-        if load is not None and load != self._told:
-            self._told = load
-            batch["load"] = _shown(load)
         self._num_ticks += 1
-        if self._num_ticks % _TICKS_A_SECOND == 0:
-            latencies = latencies_by_worker(self._mesh.histograms.snapshot_parts())
-            if latencies != self._told_latencies:
-                self._told_latencies = batch["latencies"] = latencies
+        # latencies once a second: percentiles of half a minute change slowly, and to collect them costs more than a load
+        for name, value in self._state(self._num_ticks % _TICKS_A_SECOND == 0).items():
+            if value != self._told.get(name):
+                self._told[name] = batch[name] = value
         if batch:
             self._source.publish(FeedBatch(**batch))
 
@@ -240,7 +242,3 @@ class FeedSource:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-
-def _shown(load: WorkerLoad) -> dict[str, int]:
-    return {name: getattr(load, name) for name in _LOAD}
