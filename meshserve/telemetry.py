@@ -1,4 +1,4 @@
-"""Counters, gauges, histograms, phases of a request, an event log: every floor reports to them. Costs next to nothing."""
+"""Counters, gauges, histograms, an event log: every floor reports to them. Costs next to nothing."""
 
 import json
 import logging
@@ -6,8 +6,9 @@ import math
 import os
 import time
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -91,6 +92,13 @@ class Histogram:
         if duration_s > self.most_s:
             self.most_s = duration_s
 
+    def observe_all(self, durations_s: Sequence[float]) -> None:
+        """Several at once, none of them negative."""
+        for bucket, count in Counter(map(bisect_left, repeat(self.bounds_s), durations_s)).items():
+            self.counts[bucket] += count
+        self.sum_s += sum(durations_s)
+        self.most_s = max((self.most_s, *durations_s))
+
     def add(self, other: "Histogram") -> None:
         """All that the other one counted, between the same bounds."""
         for bucket, count in other.counts.items():
@@ -156,6 +164,8 @@ class Histograms:
         """Such as `prefill_wait`; made when first asked for."""
         self.parts: defaultdict[str, Histograms] = defaultdict(Histograms)
         """Subsets, e.g. of one worker's requests; made when first asked for."""
+        self.before_reading: list[Callable[[], None]] = []
+        """Count what was put aside, so that no request waits for it."""
         self._told_s: defaultdict[str, float] = defaultdict(float)
         """The sums as they were last read."""
 
@@ -167,6 +177,8 @@ class Histograms:
 
     def snapshot(self) -> dict[str, Any]:
         """By name: the row of each that counted something. Neither sums nor counts ever fall."""
+        for count_rest in self.before_reading:
+            count_rest()
         whole: defaultdict[str, Histogram] = defaultdict(Histogram)
         for histograms in (self, *self.parts.values()):
             for name, histogram in histograms.named.items():
@@ -240,22 +252,3 @@ class EventLog:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-
-class Phases:
-    """The phases of one request on this peer's monotonic clock: each ends where the next begins, so that they partition the time."""
-
-    __slots__ = ("began_s", "last_s")
-
-    def __init__(self) -> None:
-        self.began_s = self.last_s = time.monotonic()
-        """When the request came, and when its last phase ended."""
-
-    def end(self) -> float:
-        """Everything since the last call was one phase; returns its milliseconds."""
-        last_s, self.last_s = self.last_s, time.monotonic()
-        return (self.last_s - last_s) * 1000
-
-    def total_ms(self) -> float:
-        """Since the request came."""
-        return (time.monotonic() - self.began_s) * 1000

@@ -32,6 +32,8 @@ _SHAPES: dict[int, tuple[type, ...]] = {
     ERROR: (int, dict),
     CANCEL: (int,),
 }
+_COMMON = ITEM, END
+"""Nearly all messages: of one shape."""
 
 MAX_MESSAGES_PER_FRAME = 65_536
 _MAX_LENGTH = 16 * 1024 * 1024
@@ -67,7 +69,8 @@ def unpack(data: bytes | memoryview) -> list[Envelope]:
         if type(message) is not list or not message:
             raise ProtocolError("a message is an array")
         kind = message[0]
-        if kind != ITEM or len(message) != 3 or type(kind) is not int or type(message[1]) is not int:  # nearly all are items
+        is_common = kind in _COMMON and type(kind) is int  # without another call
+        if not is_common or len(message) != 3 or type(message[1]) is not int:
             _check(kind, message)
     return messages
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
 from meshserve.errors import ProtocolError
-from meshserve.wire.structs import MAX_MS, FrozenMap, Map, Meta, Milliseconds, NonEmpty, Tokens, field
+from meshserve.wire.structs import MAX_MS, Count, FrozenMap, Map, Meta, Milliseconds, NonEmpty, Tokens, field, read
 
 MAX_LOGIT_BIASES, MAX_CHOICE_TEXTS = 4096, 1024
 LogitBias = Annotated[tuple[tuple[int, float], ...], Meta(max_length=MAX_LOGIT_BIASES)]
@@ -156,8 +156,8 @@ class HandedOver(NamedTuple):
     prefill_peer: str | None
     """Incarnation of the worker whose blocks these are."""
     attempts: list[dict[str, Any]]
-    num_blocks: int
-    num_bytes: int
+    num_blocks: Count
+    num_bytes: Count
 
     @classmethod
     def from_wire(cls, data: Any) -> "HandedOver | None":
@@ -190,9 +190,9 @@ class HandoffDecision(NamedTuple):
     is_handoff: bool
     reason: str
     """As :func:`meshserve.routing.policies.decide_handoff` words it."""
-    local_ms: float | None = None
+    local_ms: Milliseconds | None = None
     """Expected time to the first token if the decode worker computes the prompt; None: not measured."""
-    remote_ms: float | None = None
+    remote_ms: Milliseconds | None = None
     """The same if the best prefill worker computes it."""
 
     @classmethod
@@ -221,13 +221,13 @@ class HandoffDecision(NamedTuple):
 class WorkerAccount(NamedTuple):
     """Times are of the worker's monotonic clock, and 0 as long as they are not known. On the wire it is a row of these."""
 
-    queue_ms: float = 0.0
-    prefill_ms: float = 0.0
-    kv_transfer_ms: float = 0.0
-    decode_ms: float = 0.0
-    total_ms: float = 0.0
+    queue_ms: Milliseconds = 0.0
+    prefill_ms: Milliseconds = 0.0
+    kv_transfer_ms: Milliseconds = 0.0
+    decode_ms: Milliseconds = 0.0
+    total_ms: Milliseconds = 0.0
     """Since the call came."""
-    num_cached_tokens: int = 0
+    num_cached_tokens: Count = 0
     handed_over: HandedOver | None = None
     """None for a prompt that was computed where it is decoded, and where it was said before."""
     decision: HandoffDecision | None = None
@@ -238,6 +238,11 @@ class WorkerAccount(NamedTuple):
         """All zero for malformed data."""
         if type(data) is cls:
             return data
+        try:
+            found: WorkerAccount = read(cls, data)  # nearly every account is sound
+            return found
+        except ProtocolError:
+            pass
         if not isinstance(data, (list, tuple)) or len(data) < _NUM_FIELDS:
             return cls()
         return cls(*[read(said) for read, said in zip(_READERS, data, strict=False)])

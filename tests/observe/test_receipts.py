@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from meshserve.cli.trace import waterfall
 from meshserve.observe.otlp import export_body, receipt_spans
 from meshserve.observe.receipts import PHASES, FrontendReceipt, PhaseTimes, Receipt, after_first_token, merged, partition, with_frontend
 from meshserve.roles.processor.sequences import Account
-from meshserve.telemetry import Histograms, Phases
+from meshserve.telemetry import Histograms
 from meshserve.wire.completion import TraceContext, read_traceparent
 from meshserve.wire.generation import HandedOver, HandoffDecision, WorkerAccount, milliseconds
 from meshserve.wire.routing import Candidate
@@ -82,8 +83,13 @@ def test_several_answers_make_one_receipt_that_names_who_served_each() -> None:
     assert [choice["decode"] for choice in whole["choices"]] == [None, "other", None]
 
 
+def new_account(histograms: Histograms | None = None) -> Account:
+    now_s = monotonic()
+    return Account(Receipt("r", "", "m"), now_s, now_s, histograms, str)
+
+
 def test_a_call_that_ends_without_an_account_counts_what_its_worker_said_before_the_first_token() -> None:
-    account = Account(Receipt("r", "", "m"), Phases(), Histograms(), str)
+    account = new_account(Histograms())
     account.now_in = "call"
     account.early = WorkerAccount(queue_ms=1.0, num_cached_tokens=3, handed_over=HandedOver("p", [], 0, 0))
     last_s = account.first_token("w")
@@ -94,7 +100,7 @@ def test_a_call_that_ends_without_an_account_counts_what_its_worker_said_before_
 
 
 def test_a_call_that_came_to_nothing_was_waiting() -> None:
-    account = Account(Receipt("r", "", "m"), Phases(), None, str)
+    account = new_account()
     account.now_in = "route"
     account.settle()
     account.now_in = "call"
@@ -103,7 +109,7 @@ def test_a_call_that_came_to_nothing_was_waiting() -> None:
 
 
 def test_what_a_worker_said_twice_counts_once() -> None:
-    account = Account(Receipt("r", "", "m"), Phases(), None, str)
+    account = new_account()
     account.now_in = "call"
     account.early = [2.0, 3.0, 0.0, 0.0, 5.0, 0, [None, [{"peer": "p"}], 0, 0]]
     account.first_token("w")
@@ -119,7 +125,7 @@ def test_bytes_are_counted_whatever_their_number() -> None:
 
 @given(hostile | st.lists(hostile | st.lists(hostile, min_size=4, max_size=4), max_size=9), st.booleans())
 def test_an_account_of_any_form_does_no_harm(said: Any, is_complete: bool) -> None:
-    account = Account(Receipt("r", "", "m"), Phases(), None, str)
+    account = new_account()
     account.now_in = "call"
     account.early = said
     account.first_token("w")

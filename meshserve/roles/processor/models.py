@@ -3,9 +3,10 @@ a model: prompts of tokens, and sampling parameters.
 """
 
 import asyncio
-import itertools
 from array import array
 from collections import OrderedDict
+from functools import lru_cache
+from itertools import count
 from operator import attrgetter
 from typing import Any
 
@@ -25,6 +26,7 @@ from meshserve.wire.generation import AskedSampling, Sampling, SamplingDefaults
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.messages import DETOKENIZE, TOKENIZE
 from meshserve.wire.routing import Candidate
+from meshserve.wire.structs import asdict, replace
 
 _CHATS_COME_AFTER_S = 0.5
 """What first chats need is made ready once the peer serves, so that it does not delay that."""
@@ -51,7 +53,7 @@ class Dispatcher:
     def __init__(self, mesh: Mesh, max_lost_peers: int, histograms: Histograms | None) -> None:
         self.mesh, self.max_lost_peers, self.histograms = mesh, max_lost_peers, histograms
         """Histograms are of latencies, a part for each worker; None if nobody wants them."""
-        self._router_turn, self._worker_turn = itertools.count(), itertools.count()
+        self._router_turn, self._worker_turn = count(), count()
 
     def next_router(self, asked: tuple[str, ...]) -> str | None:
         """A router that was not asked yet: this peer's own, else each in turn; None if none is left."""
@@ -283,10 +285,15 @@ def check_prompts(
         raise InvalidRequest(text, param="prompt")
 
 
-_FILLED_IN = {"max_tokens", "seed", *SamplingDefaults.__struct_fields__}
-_ASKED_AS_THEY_ARE = tuple(name for name in AskedSampling.__struct_fields__ if name not in _FILLED_IN)
-"""Sampling parameters that are passed on as they are asked for, by their names alone."""
-_asked_as_they_are = attrgetter(*_ASKED_AS_THEY_ARE)
+_ASKED = tuple(name for name in AskedSampling.__struct_fields__ if name not in ("max_tokens", "seed"))
+"""Sampling parameters that are passed on by their names alone, as they are asked for."""
+_asked_in = attrgetter(*_ASKED)
+_UNASKED = _asked_in(AskedSampling())
+
+
+@lru_cache(64)
+def _unasked_sampling(defaults: SamplingDefaults) -> Sampling:
+    return Sampling(**asdict(defaults))
 
 
 def sampling_of(
@@ -295,17 +302,18 @@ def sampling_of(
     """The sampling parameters: what the client left open is filled in by the model's card, by the room that
     is left, and by a seed that was drawn for it.
     """
-    defaults, room = card.sampling_defaults, min(MAX_UNASKED_TOKENS, card.context_length - num_prompt_tokens)
-    values = dict(zip(_ASKED_AS_THEY_ARE, _asked_as_they_are(request), strict=True))
-    for name in SamplingDefaults.__struct_fields__:
-        value = getattr(request, name)
-        values[name] = getattr(defaults, name) if value is None else value
-    found = Sampling(
+    room = min(MAX_UNASKED_TOKENS, card.context_length - num_prompt_tokens)
+    # Requests name few parameters: the model's own come as a whole, and only what is asked for is looked at.
+    found = replace(
+        _unasked_sampling(card.sampling_defaults),
         max_tokens=room if request.max_tokens is None else max(1, request.max_tokens),
         seed=drawn_seed if request.seed is None else request.seed,
-        prompt_logprobs=request.logprobs if request.echo else -1,
-        **values,
     )
+    for name, value, unasked in zip(_ASKED, _asked_in(request), _UNASKED, strict=True):
+        if value != unasked:
+            setattr(found, name, value)
+    if request.echo:
+        found.prompt_logprobs = request.logprobs
     if request.tool_choice != "none" and wants_call(request, card):
         # the output is made to be a call: whatever else was asked of its form does not count
         name = request.tool_name if request.tool_choice == "function" else ""

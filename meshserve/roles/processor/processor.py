@@ -11,6 +11,7 @@ import logging
 import random
 from array import array
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Any
 
 from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MeshserveError
@@ -32,7 +33,7 @@ from meshserve.roles.processor.models import (
 )
 from meshserve.roles.processor.sequences import Account, Sequence
 from meshserve.roles.processor.tools import StrictCalls, tools_of, wants_call, writes_calls
-from meshserve.telemetry import Phases, log_event
+from meshserve.telemetry import log_event
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartItem
 from meshserve.wire.generation import Sampling
@@ -113,7 +114,8 @@ class Request:
     role: ProcessorRole
     call: IncomingCall
     asked: CompletionRequest
-    phases: Phases = field(default_factory=Phases)
+    began_s: float = field(default_factory=monotonic)
+    """When the request came."""
     card: ModelCard = field(init=False)
     token_texts: TokenTexts = field(init=False)
     prompts: list["array[int]"] = field(default_factory=list)
@@ -168,7 +170,7 @@ class Request:
         self._close()
         if self.role.receipts is not None:
             receipt = self._new_receipt(self.asked.request_id)
-            receipt.phases_ms.process = receipt.total_ms = self.phases.end()
+            receipt.phases_ms.process = receipt.total_ms = (monotonic() - self.began_s) * 1000
             receipt.outcome, receipt.error = error.code, error.message
             self.role.receipts.keep(receipt)
 
@@ -194,9 +196,10 @@ class Request:
                 if choice:  # the prompt's log probabilities of the first answer are for all
                     sampling = replace(sampling, choice=choice, prompt_logprobs=-1)
                 self._add_sequence(tokens, sampling)
-        process_ms = self.phases.end()
+        now_s = monotonic()
         for sequence in self.sequences:
-            sequence.receipt.phases_ms.process = process_ms
+            sequence.account.last_s = now_s
+            sequence.receipt.phases_ms.process = (now_s - self.began_s) * 1000
         if asked.wants_start:
             self.call.send(StartItem(sum(map(len, prompts))))
         for sequence in self.sequences[:: asked.n]:
@@ -216,7 +219,6 @@ class Request:
         dispatcher = self.role.dispatcher
         receipt = self._new_receipt(asked.request_id if self._num_open == 1 else f"{asked.request_id}/{index}")
         receipt.num_prompt_tokens = len(tokens)
-        phases = Phases() if index else self.phases
         choice: Choice | PlainChoice
         if self._is_parsed or self._is_call or asked.max_tokens == 0 or asked.logprobs >= 0 or asked.stop:
             choice = self._choice(index, tokens)
@@ -227,7 +229,7 @@ class Request:
             call,
             asked,
             receipt,
-            Account(receipt, phases, dispatcher.histograms, dispatcher.mesh.name_of),
+            Account(receipt, self.began_s, self.began_s, dispatcher.histograms, dispatcher.mesh.name_of),
             tokens,
             sampling,
             choice,
@@ -279,7 +281,7 @@ class Request:
             sequence.choice.echo(self._prompt_text(index // asked.n))
         if index % asked.n == 0:
             for other in self.sequences[index + 1 : index + asked.n]:
-                other.waited_ms = other.account.phases.end()
+                other.waited_ms = other.account.end_phase()
                 other.route()
 
     def _prompt_text(self, place: int) -> str:
@@ -323,7 +325,8 @@ class Request:
     def _keep_receipt(self, last: Sequence, outcome: str, error: str = "") -> Receipt:
         """The path of the first answer, the times of the one that the end waited for."""
         receipt = last.receipt if len(self.sequences) == 1 else self._merged_receipt(last)
-        receipt.total_ms, receipt.outcome, receipt.error = self.phases.total_ms(), outcome, error
+        receipt.total_ms = (monotonic() - self.began_s) * 1000
+        receipt.outcome, receipt.error = outcome, error
         if self.role.receipts is not None:
             self.role.receipts.keep(receipt)
         self.sequences = []  # they hold this request: only the collector could free them

@@ -17,7 +17,7 @@ from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.choices import Choice, PlainChoice
 from meshserve.roles.processor.models import Dispatcher
-from meshserve.telemetry import BUCKETS_S, Histograms, Phases
+from meshserve.telemetry import BUCKETS_S, Histograms
 from meshserve.wire.completion import CompletionRequest, EndItem
 from meshserve.wire.generation import GenerateRequest, GenerationEnd, HandedOver, Sampling, WorkerAccount, handed_over_in
 from meshserve.wire.messages import GENERATE, ROUTE
@@ -43,7 +43,10 @@ class Account:
     """
 
     receipt: Receipt
-    phases: Phases
+    began_s: float
+    """When the request came, on the monotonic clock."""
+    last_s: float
+    """When the last phase ended: phases partition the time."""
     histograms: Histograms | None
     """With a part for each worker; None if nobody wants them."""
     name_of: Callable[[str], str]
@@ -58,13 +61,18 @@ class Account:
     _first_ms: float = 0.0
     _first_s: float = 0.0
 
+    def end_phase(self) -> float:
+        """All since the last phase was one phase; returns its milliseconds."""
+        last_s, self.last_s = self.last_s, monotonic()
+        return (self.last_s - last_s) * 1000
+
     def first_token(self, worker: str) -> float:
         """The first one came, from the worker of this incarnation; returns when, on the monotonic clock."""
-        phases, now_s = self.phases, monotonic()
-        self._first_ms, self._first_s = (now_s - phases.last_s) * 1000, now_s
+        now_s = monotonic()
+        self._first_ms, self._first_s = (now_s - self.last_s) * 1000, now_s
         if self.histograms is not None:
             self.histograms = of_worker = self.histograms.parts[worker]
-            of_worker.named["ttft"].observe(now_s - phases.began_s)
+            of_worker.named["ttft"].observe(now_s - self.began_s)
             self.gaps = of_worker.named["itl"].counts
         return now_s
 
@@ -73,7 +81,7 @@ class Account:
         self.now_in = ""
         # of a worker in this very peer there is nothing to read
         said = account if type(account) is WorkerAccount else WorkerAccount.from_wire(account)
-        self._take(said, self.phases.end())
+        self._take(said, self.end_phase())
         if said.handed_over is None and self.early is not None:  # said once, it need not be said again
             self._take_handed_over(handed_over_in(self.early))
 
@@ -82,7 +90,7 @@ class Account:
         was_in, self.now_in = self.now_in, ""
         if not was_in:
             return 0.0
-        took_ms = self.phases.end()
+        took_ms = self.end_phase()
         phases_ms = self.receipt.phases_ms
         if was_in == "route":
             phases_ms.route += took_ms
@@ -215,7 +223,7 @@ class Sequence:
         account, receipt, mesh = self.account, self.receipt, self.dispatcher.mesh
         receipt.router, receipt.policy = decision.router, decision.policy
         receipt.candidates, receipt.prefill_candidates = decision.decode, decision.prefill or ()
-        receipt.phases_ms.route += account.phases.end()
+        receipt.phases_ms.route += account.end_phase()
         account.now_in = "call"
         chosen = decision.decode[0]
         self.worker, self._num_overlap_blocks = chosen.incarnation, chosen.overlap_blocks

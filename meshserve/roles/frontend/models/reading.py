@@ -140,7 +140,7 @@ def read_object(body: bytes) -> Fields:
     if len(body) > MAX_VALUES:
         _refuse_many_values(body)
     try:
-        fields = _decoder.decode(body.decode())
+        fields = _decoded(body.decode())
     except UnicodeDecodeError as error:
         raise InvalidRequest("the body is not UTF-8") from error
     except RecursionError as error:
@@ -149,7 +149,7 @@ def read_object(body: bytes) -> Fields:
         raise InvalidRequest(f"the body is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise InvalidRequest("the body must be a JSON object")
-    if b"\\ud" in body or b"\\uD" in body:
+    if b"\\" in body and (b"\\ud" in body or b"\\uD" in body):
         _refuse_surrogates(fields)
     return fields
 
@@ -174,6 +174,14 @@ def _refuse_constant(name: str) -> None:
 
 
 _decoder = json.JSONDecoder(object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
+
+
+def _decoded(text: str) -> Any:
+    if text.startswith("{"):
+        value, end = _decoder.raw_decode(text)
+        if end == len(text):  # nearly always: no regular expressions need to look for white space around it
+            return value
+    return _decoder.decode(text)
 
 
 def _refuse_surrogates(fields: Fields) -> None:
