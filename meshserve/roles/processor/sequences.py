@@ -184,9 +184,7 @@ class Sequence:
     # --- which worker
 
     def route(self) -> None:
-        """Ask a router that was not asked yet; without one, the workers take turns. A sequence without
-        tokens to generate ends at once.
-        """
+        """Ask a router that was not asked yet; without one, workers take turns."""
         dispatcher, asked, receipt = self.dispatcher, self.asked, self.receipt
         if self.is_over:
             return
@@ -349,13 +347,8 @@ class Sequence:
             self.route()
 
     def _note_attempt(self, error: MeshserveError, took_ms: float) -> None:
-        attempt = {
-            "peer": self.dispatcher.mesh.name_of(self.worker or ""),
-            "role": "decode",
-            "outcome": error.code,
-            "tokens": self.num_tokens,
-            "ms": round(took_ms, 3),
-        }
+        peer, ms = self.dispatcher.mesh.name_of(self.worker or ""), round(took_ms, 3)
+        attempt = {"peer": peer, "role": "decode", "outcome": error.code, "tokens": self.num_tokens, "ms": ms}
         self.receipt.attempts = [*self.receipt.attempts, attempt]
 
     def worker_suspected(self) -> None:
