@@ -17,7 +17,7 @@ from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.processor.detokenizing import TokenTexts
 from meshserve.roles.processor.model_files import FileCache, ModelFiles, cache_directory
-from meshserve.roles.processor.texts import ModelText, ProcessText
+from meshserve.roles.processor.texts import Chat, ModelText, ProcessText
 from meshserve.roles.processor.tools import call_schema, tools_of, wants_call, writes_calls
 from meshserve.telemetry import Histograms
 from meshserve.wire.card import ModelCard
@@ -162,8 +162,7 @@ class Models:
             return None
         own = self._own
         if request.kind == "chat":
-            messages, tools, variables = _chat_of(request, card)
-            prompts = [own.chat_nowait(messages, tools, **variables)]
+            prompts = [own.chat_nowait(_chat_of(request, card))]
         elif isinstance(request.prompt, str):
             prompts = [own.tokenizer.encode(request.prompt)]
         else:
@@ -182,8 +181,7 @@ class Models:
         text = self.text(card)
         token_texts = await text.token_texts()
         if request.kind == "chat":
-            messages, tools, variables = _chat_of(request, card)
-            prompts = [await text.encode_chat(messages, tools, **variables)]
+            prompts = [await text.encode_chat(_chat_of(request, card))]
         else:
             found = request.prompts
             prompts = [await text.encode(prompt) if isinstance(prompt, str) else prompt for prompt in found]
@@ -240,10 +238,7 @@ def check_features(request: CompletionRequest, card: ModelCard) -> None:
             raise Unsupported(f"{name} is not supported by the model {card.model!r}", param=name)
 
 
-def _chat_of(
-    request: CompletionRequest, card: ModelCard
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None, dict[str, Any]]:
-    """A chat: its messages, its tools, and the template's variables."""
+def _chat_of(request: CompletionRequest, card: ModelCard) -> Chat:
     variables: dict[str, Any] = {"add_generation_prompt": request.add_generation_prompt}
     if writes_calls(card):
         variables["tells_tools"] = True

@@ -17,6 +17,8 @@ from meshserve.roles.processor.templating import render_chat
 from meshserve.roles.processor.text_process import TextProcess, load_request
 from meshserve.wire.card import ModelCard
 
+Chat = tuple[Sequence[Mapping[str, Any]], Sequence[Any] | None, dict[str, Any]]
+"""Messages, tools if there are any, and what else the chat template may use."""
 LONG_CHARACTERS = 65_536
 """Longer texts (15 ms and more) take a process of their own, so that short ones need not wait behind them."""
 _UNFETCHED_FOR_S, _UNUSABLE_FOR_S = 1.0, 30.0
@@ -39,27 +41,25 @@ class ModelText:
         """
         render_chat(CHAT_TEMPLATE, ())
 
-    def chat_nowait(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any
-    ) -> "array[int]":
+    def chat_nowait(self, chat: Chat) -> "array[int]":
         """The tokens of a chat in this program's own template."""
+        messages, tools, variables = chat
         return self.tokenizer.encode(render_chat(CHAT_TEMPLATE, messages, tools, **variables))
 
     async def token_texts(self) -> TokenTexts:
         """What tokens stand for."""
         return self.own_texts
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
+    async def encode(self, text: str) -> "array[int]":
         """A text's tokens, with what the model wants around it."""
-        return self.tokenizer.encode(text, add_special_tokens)
+        return self.tokenizer.encode(text)
 
-    async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any
-    ) -> "array[int]":
-        """The tokens of a chat, rendered by the model's own template. Raises InvalidRequest if that refuses
-        or exceeds its limits.
+    async def encode_chat(self, chat: Chat) -> "array[int]":
+        """The tokens of a chat, rendered by the model's own template.
+
+        Raises InvalidRequest if the template refuses the chat or exceeds its limits.
         """
-        return self.chat_nowait(messages, tools, **variables)
+        return self.chat_nowait(chat)
 
     async def decode(self, tokens: "array[int]") -> str:
         """The text that these tokens are, with nothing before them and special ones left out."""
@@ -95,14 +95,18 @@ class ProcessText(ModelText):
             self._failure = None
             self._loading = self._tasks.spawn(self._load())
 
-    async def _loaded(self) -> dict[bool, TextProcess]:
+    async def _process_for(self, length: int) -> TextProcess:
+        await self.token_texts()
+        return self._processes[length > LONG_CHARACTERS]
+
+    async def token_texts(self) -> TokenTexts:
         if self._token_texts is None:
             self.begin()
             assert self._loading is not None
             await asyncio.wait([self._loading])  # shared: who stops waiting does not stop it
             if self._token_texts is None:
                 raise self._failure or TokenizerFailed("this peer is stopping")
-        return self._processes
+        return self._token_texts
 
     async def _load(self) -> None:
         failed_for_s = _UNFETCHED_FOR_S
@@ -118,26 +122,18 @@ class ProcessText(ModelText):
             _log.warning("the tokenizer of the model %s cannot be had: %s", self._card.model, error.message)
             self._failure, self._fails_until = error, time.monotonic() + failed_for_s
 
-    async def token_texts(self) -> TokenTexts:
-        await self._loaded()
-        assert self._token_texts is not None
-        return self._token_texts
+    async def encode(self, text: str) -> "array[int]":
+        process = await self._process_for(len(text))
+        return array("I", await process.ask("encode", text, True))
 
-    async def encode(self, text: str, add_special_tokens: bool = True) -> "array[int]":
-        processes = await self._loaded()
-        return array("I", await processes[len(text) > LONG_CHARACTERS].ask("encode", text, add_special_tokens))
-
-    async def encode_chat(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, **variables: Any
-    ) -> "array[int]":
-        processes = await self._loaded()
-        is_long = sum(len(message["content"]) for message in messages) > LONG_CHARACTERS
-        asked = (list(messages), list(tools) if tools else None, variables)
-        return array("I", await processes[is_long].ask("chat", *asked))
+    async def encode_chat(self, chat: Chat) -> "array[int]":
+        messages, _, _ = chat
+        process = await self._process_for(sum(len(message["content"]) for message in messages))
+        return array("I", await process.ask("chat", *chat))
 
     async def decode(self, tokens: "array[int]") -> str:
-        processes = await self._loaded()
-        return (await processes[len(tokens) > LONG_CHARACTERS].ask("decode", tokens.tobytes())).decode("utf-8", "replace")
+        process = await self._process_for(len(tokens))
+        return (await process.ask("decode", tokens.tobytes())).decode("utf-8", "replace")
 
     async def close(self) -> None:
         """End the processes. Callers that wait get an error."""
