@@ -319,3 +319,4 @@ class AddressWatch:
         if self._kernel is not None:
             self._loop.remove_reader(self._kernel)
             self._kernel.close()
+            self._kernel = None  # a mesh may be closed twice
