@@ -51,12 +51,13 @@ class _Model:
         self.peaks = [0, 0]
         self.began_s = 0.0
 
-    def peak(self, now_s: float) -> int:
+    def note(self, now_s: float) -> None:
+        """More may be under way than before."""
+        num_running, peaks = self.admission.num_running, self.peaks
         if now_s - self.began_s > _PEAK_S:
-            self.peaks = [self.admission.num_running, self.peaks[0]]
-            self.began_s = now_s
-        self.peaks[0] = max(self.peaks[0], self.admission.num_running)
-        return max(self.peaks)
+            self.peaks, self.began_s = [num_running, peaks[0]], now_s
+        elif num_running > peaks[0]:
+            peaks[0] = num_running
 
 
 class AdmissionSlots:
@@ -66,8 +67,8 @@ class AdmissionSlots:
         self._mesh, self._limits = mesh, limits
         self._loop = asyncio.get_running_loop()
         self._models: dict[str, _Model] = {}
-        self._first_names: dict[str, str] = {}
-        """Of each name that was asked for: a model's requests share its slots, whatever they call it. Never changed, so that a request
+        self._asked: dict[str, _Model] = {}
+        """By each name that was asked for: a model's requests share its slots, whatever they call it. Never changed, so that a request
         leaves where it came in."""
         self._loads: dict[str, WorkerLoad] = {}
         self._watchers: dict[str, Watcher] = {}
@@ -92,27 +93,31 @@ class AdmissionSlots:
         serving = self._mesh.peers_serving("decode", model)
         if not serving or serving[0].card is None:
             return True  # the processor knows best how to say that nobody serves this
-        name = self._first_names.setdefault(model, serving[0].card.model)
-        found = self._models.get(name)
-        if found is None:
-            found = self._models[name] = _Model(self._limits)
-            self._recount(name)
+        found = self._asked.get(model) or self._first_asked(model, serving[0].card.model)
         try:
             decisions = found.admission.arrive(entry, entry.arrived_s)
         except (Overloaded, RateLimited):
             self._mesh.counters.add("requests_refused")
             raise
         if not entry.is_waiting:
-            found.peak(entry.arrived_s)
+            found.note(entry.arrived_s)
             return True
         self._waiting.add(entry)
         self._decide(decisions)
         self._sweep_soon()
         return False
 
+    def _first_asked(self, model: str, name: str) -> _Model:
+        """Nobody asked for the model by this word before; `name` is its own."""
+        is_new = name not in self._models
+        found = self._asked[model] = self._models.setdefault(name, _Model(self._limits))
+        if is_new:
+            self._recount(name)
+        return found
+
     def leave(self, entry: QueueEntry, model: str, is_done: bool) -> None:
         """The request ended (well, if `is_done`), or nobody waits for it any more. Harmless after it was refused."""
-        found = self._models.get(self._first_names.get(model, model))
+        found = self._asked.get(model)
         if found is not None:
             self._waiting.discard(entry)
             decisions = found.admission.leave(entry, self._mesh.now_s(), is_done)
@@ -186,7 +191,8 @@ class AdmissionSlots:
     def _recount(self, model: str) -> None:
         found, now_s = self._models[model], self._mesh.now_s()
         loads = [self._loads.get(info.incarnation) for info in self._mesh.peers_serving("decode", model)]
-        share = share_of(loads, found.peak(now_s), len(self._mesh.peers_with("frontend")))
+        found.note(now_s)
+        share = share_of(loads, max(found.peaks), len(self._mesh.peers_with("frontend")))
         self._decide(found.admission.set_capacity(share, now_s))
 
     def _forget(self, incarnation: str) -> None:

@@ -40,6 +40,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_LABEL_BYTES = 128
 _TIMEOUT_HEADER = "x-request-timeout"
+_HEEDED_HEADERS = frozenset((b"x-request-timeout", b"x-session-id", b"traceparent"))
 MIN_TIMEOUT_S = 0.001
 
 
@@ -152,7 +153,10 @@ class Exchange(QueueEntry):
             receipt.client_id, receipt.model, receipt.asked_s = request.client_id, request.model, self.arrived_s
             if self._is_over:  # the client left while a long body was parsed
                 return
-            self._request = request = self._with_headers(request)  # raises InvalidRequest
+            self.deadline_s = receipt.began_s + completions.config.request_timeout_s
+            if completions.exporter is not None or not _HEEDED_HEADERS.isdisjoint(self._http.headers):
+                request = self._with_headers(request)  # raises InvalidRequest
+            self._request = request
             self._writer = self._api.writer(int(time.time()), request, options)
             # Whether this frontend takes it in.
             if completions.mesh.own.is_draining:
@@ -174,10 +178,9 @@ class Exchange(QueueEntry):
     def _with_headers(self, request: CompletionRequest) -> CompletionRequest:
         """Heed what the headers say: how long it may take, whose session it is, and of which trace. Raises InvalidRequest."""
         headers, receipt, exporter = self._http.headers, self._receipt, self._completions.exporter
-        timeout_s = self._completions.config.request_timeout_s
         if (given := headers.get(b"x-request-timeout")) is not None:
-            timeout_s = _request_timeout_s(given, timeout_s)
-        self.deadline_s = receipt.began_s + timeout_s
+            most_s = self._completions.config.request_timeout_s
+            self.deadline_s = receipt.began_s + _request_timeout_s(given, most_s)
         if session := headers.get(b"x-session-id"):
             request = replace(request, session=session.decode("latin-1")[:MAX_SESSION_CHARACTERS])
         if trace := headers.get(b"traceparent", b"").decode("latin-1"):

@@ -242,7 +242,7 @@ def _chat_of(request: CompletionRequest, card: ModelCard) -> Chat:
     variables: dict[str, Any] = {"add_generation_prompt": request.add_generation_prompt}
     if writes_calls(card):
         variables["tells_tools"] = True
-    return request.messages or [], tools_of(request) or None, variables
+    return request.messages or [], tools_of(request) if request.tools else None, variables
 
 
 def check_prompts(

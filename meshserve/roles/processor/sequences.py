@@ -56,8 +56,7 @@ class Account:
     early: Any = None
     """What the worker said with the first token, unread: mostly its end says it all."""
     gaps: dict[int, int] | None = None
-    """From the first token on: the worker's counts of times between tokens, to which each later one adds
-    itself."""
+    """From the first token on: the worker's counts of times between tokens."""
     _first_ms: float = 0.0
     _first_s: float = 0.0
 
@@ -72,7 +71,9 @@ class Account:
         self._first_ms, self._first_s = (now_s - self.last_s) * 1000, now_s
         if self.histograms is not None:
             self.histograms = of_worker = self.histograms.parts[worker]
-            of_worker.named["ttft"].observe(now_s - self.began_s)
+            ttft, took_s = of_worker.named["ttft"], now_s - self.began_s
+            ttft.counts[bisect_left(BUCKETS_S, took_s)] += 1  # `observe` in line, as with the gaps
+            ttft.sum_s += took_s
             self.gaps = of_worker.named["itl"].counts
         return now_s
 
