@@ -268,8 +268,8 @@ def check_prompts(
             f" {longest}",
             param="echo",
         )
-    most = max(MAX_PROMPT_TOKENS, card.context_length)
-    if longest * len(prompts) * request.n > most and sum(map(len, prompts)) * request.n > most:
+    is_one = len(prompts) == request.n == 1  # which fits in the context
+    if not is_one and sum(map(len, prompts)) * request.n > max(MAX_PROMPT_TOKENS, card.context_length):
         raise InvalidRequest(
             f"all prompts, each times n, have more than {MAX_PROMPT_TOKENS} tokens",
             param="n" if request.n > 1 else "prompt",

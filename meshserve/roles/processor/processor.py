@@ -208,7 +208,7 @@ class Request:
     def _prepare_answers(self) -> None:
         """What it takes to read reasoning and calls in the answers."""
         asked, card = self.asked, self.card
-        self._is_call = wants_call(asked, card)
+        self._is_call = asked.tool_choice != "none" and wants_call(asked, card)
         if writes_calls(card):
             self._is_parsed = asked.kind == "chat" and not self._is_call and not asked.is_constrained
             self._formats = formats_of(self.role.models.template(card))
