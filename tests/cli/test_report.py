@@ -58,9 +58,9 @@ def is_plotted(value: float) -> bool:
 @given(st.lists(st.floats().filter(is_plotted), max_size=5), st.booleans(), st.booleans())
 def test_an_axis_has_room_for_whatever_comes(page: Page, values: list[float], is_log: bool, is_from_zero: bool) -> None:
     options = json.dumps({"isLog": is_log, "isFromZero": is_from_zero})
-    given = f"const values = {json.dumps(values)}; const scale = plot.Scale.around(values, 'ms', {options});"
+    scale = f"const values = {json.dumps(values)}; const scale = plot.Scale.around(values, 'ms', {options});"
     found: dict[str, Any] = page.evaluate(
-        f"(() => {{ {given} return {{ ...scale, ticks: scale.ticks(), places: values.map((value) => scale.place(value)) }}; }})()"
+        f"(() => {{ {scale} return {{ ...scale, ticks: scale.ticks(), places: values.map((value) => scale.place(value)) }}; }})()"
     )
     assert found["low"] < found["high"] and found["ticks"]
     for value, place in zip(values, found["places"], strict=True):

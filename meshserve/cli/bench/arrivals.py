@@ -32,7 +32,7 @@ class Level:
 
     def time_of(self, count: float) -> float:
         """Seconds until a rate of this level has brought `count` arrivals."""
-        if count <= 0:
+        if count < 1e-9:  # of whose square root nothing would be left below
             return 0.0
         ramped = (self.first + self.last) / 2 * self.ramp_s
         if count >= ramped:

@@ -37,13 +37,14 @@ class HttpSettings:
 
 
 class HttpTarget:
-    """See :class:`meshserve.cli.bench.requests.Target`."""
+    """Where load goes. `notes` are what a reader of the figures should know about the target."""
 
     def __init__(self, url: str, settings: HttpSettings) -> None:
         self.name, self._settings = url, settings
         self._origin, self._host, self._base = parse_url(url, settings.is_checking_certificates)
         self.model = settings.model or ""
         self.is_mesh = False
+        """Whether it gives receipts."""
         self.notes: list[str] = []
         self._head = self._tail = b""
         self._pool: Pool | None = None
@@ -55,6 +56,7 @@ class HttpTarget:
         return self._pool
 
     async def open(self) -> None:
+        """Connect and find the model. Raises StartupFailed."""
         raise_file_limit()
         self._pool = Pool(self._origin)
         status, fields = await self._ask("GET", "/v1/models")
@@ -83,6 +85,7 @@ class HttpTarget:
         return request_head(method, self._host, self._base + path, self._settings.api_key)
 
     async def count_tokens(self, text: str) -> int | None:
+        """Of a prompt, as the target counts them; None if it does not say."""
         request = Request((("user", text),), 1)
         body = {**self._fields(request), "model": self.model, **self._settings.extra, "stream": False}
         _, fields = await self._ask("POST", PATHS[self._settings.endpoint], body)
@@ -95,6 +98,7 @@ class HttpTarget:
         return {"prompt": request.prompt, "max_tokens": request.max_tokens}
 
     def encode(self, request: Request, wants_receipt: bool) -> bytes:
+        """What :meth:`start` takes: made before the request is due."""
         fields = self._fields(request)
         # later names win, and what is fixed for all requests is encoded once
         if wants_receipt:
@@ -104,12 +108,14 @@ class HttpTarget:
         return with_body(self._head, json.dumps(fields).encode()[:-1] + b", " + self._tail)
 
     def start(self, encoded: Any, record: RequestRecord) -> None:
+        """Send. Never blocks and never raises; what comes of it goes to the record, not before this returns."""
         kind = _StreamReply if self._settings.is_stream else _WholeReply
         reply = kind(record, self._settings.is_keeping_text)
         record.cancel = reply.cancel
         self.pool.start(encoded, reply)
 
     async def close(self) -> None:
+        """End what is open."""
         if self._pool is not None:
             if count := self._pool.num_repeated:
                 self.notes.append(f"{self.name} closed idle connections: {count} requests were sent again on new ones")

@@ -14,7 +14,8 @@ from typing import Any, Self
 
 from meshserve.cli.bench.alarm import Alarm
 from meshserve.cli.bench.arrivals import Level
-from meshserve.cli.bench.requests import Request, RequestRecord, Target
+from meshserve.cli.bench.mesh_target import Target
+from meshserve.cli.bench.requests import Request, RequestRecord
 from meshserve.cli.bench.selfcheck import SelfCheck
 from meshserve.cli.bench.tally import Tally
 

@@ -6,7 +6,7 @@ import time
 from contextlib import AsyncExitStack
 from typing import Any
 
-from meshserve.cli.bench.http_target import HttpSettings
+from meshserve.cli.bench.http_target import HttpSettings, HttpTarget
 from meshserve.cli.bench.requests import Ending, Request, RequestRecord
 from meshserve.cli.observing import observer, wait_for_workers
 from meshserve.config import MeshConfig
@@ -21,7 +21,7 @@ _ASK_TIMEOUT_S = 30.0
 
 
 class MeshTarget:
-    """See :class:`meshserve.cli.bench.requests.Target`."""
+    """Has the members of :class:`HttpTarget`."""
 
     def __init__(self, config: MeshConfig, settings: HttpSettings, timeout_s: float) -> None:
         self._config, self._settings, self._timeout_s = config, settings, timeout_s
@@ -94,6 +94,9 @@ class MeshTarget:
 
     async def close(self) -> None:
         await self._stack.aclose()
+
+
+Target = HttpTarget | MeshTarget
 
 
 class _Sink:

@@ -1,8 +1,8 @@
-"""One request and what came back, as the generator saw it, and what a target has to do with it."""
+"""One request and what came back, as the generator saw it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 PATHS = {"completions": "/v1/completions", "chat": "/v1/chat/completions"}
 """Of the APIs that can be asked, by the values of `--endpoint`."""
@@ -95,29 +95,3 @@ class RequestRecord:
         if len(self.times_s) < 2:
             return None
         return (self.times_s[-1] - self.times_s[0]) / max(1, self.num_tokens - 1)
-
-
-class Target(Protocol):
-    """Where load goes."""
-
-    name: str
-    model: str
-    is_mesh: bool
-    """Whether it gives receipts."""
-    notes: list[str]
-    """What a reader of the figures should know about it."""
-
-    async def open(self) -> None:
-        """Connect and find the model. Raises StartupFailed."""
-
-    async def count_tokens(self, text: str) -> int | None:
-        """Of a prompt, as the target counts them; None if it does not say."""
-
-    def encode(self, request: Request, wants_receipt: bool) -> Any:
-        """What :meth:`start` takes: made before the request is due."""
-
-    def start(self, encoded: Any, record: RequestRecord) -> None:
-        """Send. Never blocks and never raises; what comes of it goes to the record, not before this returns."""
-
-    async def close(self) -> None:
-        """End what is open."""

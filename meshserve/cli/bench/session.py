@@ -10,10 +10,10 @@ from meshserve.cli.bench.arrivals import due_times
 from meshserve.cli.bench.http_target import HttpTarget
 from meshserve.cli.bench.live import Live
 from meshserve.cli.bench.load import Load, Stop
-from meshserve.cli.bench.mesh_target import MeshTarget
+from meshserve.cli.bench.mesh_target import MeshTarget, Target
 from meshserve.cli.bench.options import Settings
 from meshserve.cli.bench.prompts import PROBE_CHARS, Scale, Texts, TraceLine, Workload, read_trace_file, trace_requests
-from meshserve.cli.bench.requests import Request, RequestRecord, Target
+from meshserve.cli.bench.requests import Request, RequestRecord
 from meshserve.cli.bench.selfcheck import findings
 from meshserve.cli.bench.tally import Second, Tally
 from meshserve.config import MeshConfig

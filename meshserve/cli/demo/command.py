@@ -230,12 +230,12 @@ def _joining(settings: dict[str, Any]) -> str:
 
 def _example(model: _Model) -> str:
     """The rest of a curl command."""
-    if not model.is_real:
-        return f'/v1/completions -d \'{{"model": "{model.name}", "prompt": "Hello", "max_tokens": 32, "stream": true}}\''
-    messages = [{"role": "user", "content": "Why do we sleep?"}]
-    return (
-        f"/v1/chat/completions -d {shlex.quote(json.dumps({'model': model.name, 'messages': messages, 'max_tokens': 80, 'stream': True}))}"
-    )
+    path, fields = "/v1/completions", {"prompt": "Hello", "max_tokens": 32}
+    if model.is_real:
+        messages = [{"role": "user", "content": "Why do we sleep?"}]
+        path, fields = "/v1/chat/completions", {"messages": messages, "max_tokens": 80}
+    body = json.dumps({"model": model.name, **fields, "stream": True})
+    return f"{path} -d {shlex.quote(body)}"
 
 
 async def _ask_all(client: Client, view: View, model: _Model) -> None:

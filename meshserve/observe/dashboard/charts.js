@@ -49,8 +49,11 @@ export class Charts {
 
   grid(width, height, words) {
     const lines = [14, Math.round((height + 14) / 2) - 0.5, height - 0.5].map((y) => `M0 ${y}H${width}`);
-    const [left, right] = [svg("text", { y: 10 }, `${SPAN_S} s`), svg("text", { x: width, y: 10, "text-anchor": "end" }, words)];
-    return [svg("path", { class: "grid", d: lines.join("") }), left, right];
+    return [
+      svg("path", { class: "grid", d: lines.join("") }),
+      svg("text", { y: 10 }, `${SPAN_S} s`),
+      svg("text", { x: width, y: 10, "text-anchor": "end" }, words),
+    ];
   }
 
   line(points, height) {

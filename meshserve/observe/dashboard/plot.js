@@ -1,5 +1,6 @@
-// What plots are made of: scales with round numbers, and lines. For the dashboard's charts, and for the reports of `meshserve bench`.
-// All is SVG whose colours are the page's CSS: one picture is right in light, in dark and on paper.
+// What plots are made of: scales with round numbers, and lines. For the dashboard's charts, and for the
+// reports of `meshserve bench`. All is SVG whose colours are the page's CSS: one picture is right in
+// light, in dark and on paper.
 
 export function svg(tag, attributes = {}, ...children) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
@@ -22,7 +23,8 @@ function linearTicks(low, high) {
   return Array.from({ length: count }, (_, rank) => Number(((first + rank) * step).toPrecision(12)));
 }
 
-// 1, 2 and 5 times powers of ten, or powers alone where those would be many; even steps where all is of one magnitude.
+// 1, 2 and 5 times powers of ten, or powers alone where those would be many; even steps where all is of
+// one magnitude.
 function logTicks(low, high) {
   if (high / low < 8) return linearTicks(low, high);
   const factors = high / low < 2000 ? [1, 2, 5] : [1];
@@ -74,6 +76,8 @@ export function stretches(points) {
 
 // The path through the points of a stretch, in pixels; a point alone is a dot, as line ends are round.
 export function pathOf(stretch, isStepped = false) {
-  const [[left, top], ...others] = stretch.map((point) => point.map((pixels) => Math.round(pixels * 10) / 10));
-  return `M${left} ${top}` + (others.map(([x, y]) => (isStepped ? `H${x}V${y}` : `L${x} ${y}`)).join("") || "h0");
+  const tenths = (pixels) => Math.round(pixels * 10) / 10;
+  const [[left, top], ...others] = stretch.map((point) => point.map(tenths));
+  const steps = others.map(([x, y]) => (isStepped ? `H${x}V${y}` : `L${x} ${y}`));
+  return `M${left} ${top}${steps.join("") || "h0"}`;
 }
