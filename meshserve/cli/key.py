@@ -4,9 +4,6 @@ from pathlib import Path
 
 import click
 
-from meshserve.cli.running import leave
-from meshserve.errors import KeyRefused
-
 
 @click.group()
 def key() -> None:
@@ -19,11 +16,7 @@ def new(file: Path) -> None:
     """Write a new key to FILE, readable by you only. Copy it to every machine of the mesh."""
     from meshserve.mesh.keys import create_key_file
 
-    try:
-        made = create_key_file(file)
-    except KeyRefused as error:
-        leave(error)
-    click.echo(f"{file}: {made.fingerprint}")
+    click.echo(f"{file}: {create_key_file(file).fingerprint}")
 
 
 @key.command()
@@ -32,7 +25,4 @@ def show(file: Path) -> None:
     """Print the fingerprint of the key in FILE: equal on all machines of a mesh."""
     from meshserve.mesh.keys import read_key_file
 
-    try:
-        click.echo(read_key_file(file).fingerprint)
-    except KeyRefused as error:
-        leave(error)
+    click.echo(read_key_file(file).fingerprint)

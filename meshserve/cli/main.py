@@ -8,7 +8,7 @@ import click
 
 from meshserve import __version__
 from meshserve.cli.running import leave
-from meshserve.errors import UsageError
+from meshserve.errors import MeshserveError, UsageError
 
 _COMMANDS = {
     "run": "meshserve.cli.run",
@@ -28,7 +28,7 @@ class _Commands(click.Group):
     """Loads a command when it is asked for: a peer that starts waits for no other command's imports."""
 
     def main(self, *arguments: Any, **settings: Any) -> NoReturn:
-        """Run, and exit; what is wrong with a command line is said in one line, where click would print its usage too."""
+        """Run, and exit; what is wrong is said in one line, where click would print its usage too."""
         try:
             code = super().main(*arguments, **{**settings, "standalone_mode": False})
         except click.exceptions.NoArgsIsHelpError as error:
@@ -36,6 +36,8 @@ class _Commands(click.Group):
             code = error.exit_code
         except click.ClickException as error:
             leave(UsageError(_one_line(error)))
+        except MeshserveError as error:
+            leave(error)
         except click.Abort:
             code = 130
         sys.exit(code)

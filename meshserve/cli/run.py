@@ -12,9 +12,9 @@ import click
 from meshserve.cli.frontend_options import api_keys, frontend_config, frontend_options
 from meshserve.cli.model_options import model_options, model_settings, say_dummy, with_model
 from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles, pick
-from meshserve.cli.running import declare, execute, leave
+from meshserve.cli.running import declare, execute
 from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
-from meshserve.errors import MeshserveError, UsageError
+from meshserve.errors import UsageError
 
 _HANDOFF, _SERVE, _MESH = HandoffConfig(), ServeConfig(), MeshConfig()
 _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
@@ -53,11 +53,8 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
 @mesh_options
 def run(**settings: Any) -> None:
     """Run one peer of a mesh, with one or more roles."""
-    try:
-        roles = parse_roles(settings["roles"], ROLES)
-        config = serve_config(settings)
-    except MeshserveError as error:
-        leave(error)
+    roles = parse_roles(settings["roles"], ROLES)
+    config = serve_config(settings)
 
     def start() -> Coroutine[Any, Any, int]:
         if settings["engine"] is None and {"decode", "prefill"} & set(roles):

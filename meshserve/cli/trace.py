@@ -9,7 +9,7 @@ from rich.text import Text
 
 from meshserve.cli.columns import Cell, Column, Output, duration, plain, table
 from meshserve.cli.options import mesh_config, mesh_options
-from meshserve.cli.running import execute, leave
+from meshserve.cli.running import execute
 from meshserve.errors import UsageError
 from meshserve.observe.receipts import OK
 
@@ -54,7 +54,7 @@ def trace(request_id: str | None, is_last: bool, as_json: bool, **settings: Any)
     processor are known, with those that failed or were cancelled.
     """
     if (request_id is None) != is_last:
-        leave(UsageError("name one request by its x-request-id, or ask for --last"))
+        raise UsageError("name one request by its x-request-id, or ask for --last")
     execute(settings, lambda: _trace(settings, request_id, as_json))
 
 

@@ -17,7 +17,7 @@ from meshserve.cli.bench.outcome import Outcome, measure
 from meshserve.cli.bench.report import report
 from meshserve.cli.bench.sweep import parse_sweep
 from meshserve.cli.options import mesh_config, mesh_options
-from meshserve.cli.running import execute, leave
+from meshserve.cli.running import execute
 from meshserve.errors import StartupFailed, UsageError
 
 _DURATION_S, _TURN_S, _STEP_S = 10.0, 2.0, 5.0
@@ -37,11 +37,8 @@ def bench(context: click.Context, /, **options: Any) -> None:
     meshserve bench --sweep concurrency=1,2,4,8,16            the mesh, without HTTP
     meshserve bench --compare http://one:8000 http://other:8000 --concurrency 4
     """
-    try:
-        _check_files(options)
-        sides = _sides(context, options)
-    except UsageError as error:
-        leave(error)
+    _check_files(options)
+    sides = _sides(context, options)
     execute(options, lambda: _run(options, sides))
 
 
