@@ -17,12 +17,9 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec import inspect
 
-from meshserve.errors import InvalidRequest, RequestTooLarge, Unsupported
+from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.frontend.models.common import Body, Fields, invalid
 
-MAX_VALUES = 524_288
-"""Of all kinds, in one body: four times the tokens of the longest prompts."""
-_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"')
 _Kind = TypeVar("_Kind", bound=Body)
 _Parsed = TypeVar("_Parsed")
 
@@ -137,8 +134,6 @@ def read_object(body: bytes) -> Fields:
     Those are NaN and infinities, names that occur twice in one object, and halves of characters (lone
     surrogates). `msgspec` would take the later of two names, so the library's own parser reads the text.
     """
-    if len(body) > MAX_VALUES:
-        _refuse_many_values(body)
     try:
         fields = _decoded(body.decode())
     except UnicodeDecodeError as error:
@@ -152,12 +147,6 @@ def read_object(body: bytes) -> Fields:
     if b"\\" in body and (b"\\ud" in body or b"\\uD" in body):
         _refuse_surrogates(fields)
     return fields
-
-
-def _refuse_many_values(body: bytes) -> None:
-    """A megabyte of empty objects takes seventy of memory. Commas in strings are let off, where there are many."""
-    if body.count(b",") > MAX_VALUES and _STRING.sub(b"", body).count(b",") > MAX_VALUES:
-        raise RequestTooLarge(f"the body has more than {MAX_VALUES} values")
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> Fields:
