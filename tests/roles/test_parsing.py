@@ -330,17 +330,18 @@ def test_only_an_api_with_a_role_for_tools_is_told_of_that_role() -> None:
         (b'{"prompt": "\\ud800"}', "half a character"),
         (b'{"x": {"\\udc00": 1}}', "half a character"),
         (b'{"\\ud800": 1}', "half a character"),
-        (b'{"x": [' + b"0," * 600_000 + b"0]}", "too many values"),
     ],
 )
 def test_a_body_that_parsers_disagree_about_is_refused(body: bytes, words: str) -> None:
     with pytest.raises(InvalidRequest, match=words):
-        check_json(body)  # as every route does
         read_object(body)
 
 
 def test_a_long_text_full_of_commas_is_not_many_values() -> None:
+    with pytest.raises(InvalidRequest, match="too many values"):
+        check_json(b'{"x": [' + b"0," * 600_000 + b"0]}")
     text = "a, " * 600_000
+    check_json(json.dumps({"prompt": text}).encode())
     assert read_object(json.dumps({"prompt": text}).encode()) == {"prompt": text}
     assert read_object(b'{"prompt": "\\ud83d\\ude00 \\\\ud800"}') == {"prompt": "\U0001f600 \\ud800"}
 
