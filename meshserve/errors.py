@@ -204,6 +204,12 @@ class ProtocolError(MeshserveError):
     code, http_status = "protocol_error", 502
 
 
+class UnknownField(ProtocolError):
+    """A request has a field that a peer of an older version does not know. Another peer may know the field."""
+
+    code = "unknown_field"
+
+
 class HandshakeRefused(MeshserveError):
     """A peer answered our hello with a no. `kind`: another `mesh`, another `protocol` version, our own incarnation (`self`), no `hello`
     at all, an `other` peer than was meant."""

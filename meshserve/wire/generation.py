@@ -11,64 +11,77 @@ The end is a :class:`GenerationEnd`.
 
 import math
 from collections.abc import Callable
-from typing import Annotated, Any, NamedTuple
+from functools import cached_property
+from math import inf, nextafter
+from operator import attrgetter
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
-from meshserve.errors import ProtocolError
+from meshserve.errors import InvalidRequest, ProtocolError
 from meshserve.wire.structs import MAX_MS, Count, FrozenMap, Map, Meta, Milliseconds, NonEmpty, Tokens, field, read
-
-MAX_LOGIT_BIASES, MAX_CHOICE_TEXTS = 4096, 1024
-LogitBias = Annotated[tuple[tuple[int, float], ...], Meta(max_length=MAX_LOGIT_BIASES)]
-"""Token ids and what is added to their logits."""
-ChoiceTexts = Annotated[tuple[NonEmpty, ...], Meta(max_length=MAX_CHOICE_TEXTS)]
-"""Texts of which an output has to be one."""
 
 TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
 """A token's log probability, and the likeliest tokens at its place with theirs, likeliest first. Natural logarithms."""
 
+# --- sampling parameters: what each may be
 
+MAX_LOGIT_BIASES, MAX_CHOICE_TEXTS = 4096, 1024
 MAX_COUNT = 10_000_000
 """Of tokens to be made, or to choose from."""
 MAX_LOGPROBS = 20
 TokenCount = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 NumLogprobs = Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)]
+Share = Annotated[float, Meta(ge=0, le=1)]
+TopP = Annotated[float, Meta(gt=0, le=1)]
+Temperature = Annotated[float, Meta(ge=0, lt=1e6)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, lt=1e6)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
+MAX_BIAS = 100
+Bias = Annotated[float, Meta(ge=-MAX_BIAS, le=MAX_BIAS)]
+LogitBias = Annotated[tuple[tuple[int, Bias], ...], Meta(max_length=MAX_LOGIT_BIASES)]
+"""Token ids and what is added to their logits."""
+ChoiceTexts = Annotated[tuple[NonEmpty, ...], Meta(max_length=MAX_CHOICE_TEXTS)]
+"""Texts of which an output has to be one."""
 
 
 class SamplingDefaults(FrozenMap, frozen=True):
     """Sampling parameters of requests that name none, as a model's `generation_config.json` has them."""
 
-    temperature: Annotated[float, Meta(ge=0, lt=1e6)] = 0.0
-    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=0, lt=2**31)] = 0
-    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(ge=0.01, lt=1e6)] = 1.0
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TokenCount = 0
+    min_p: Share = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
 
 
-class AskedSampling(Map, kw_only=True):
+class AskedSampling(Map, kw_only=True, forbid_unknown_fields=True):
     """Sampling parameters as a request names them: None is open, and filled in by the model's card and the processor.
 
-    A body of an HTTP API passes a field on that has the name of one here, and the processor passes it on to the worker.
+    A body of an HTTP API passes a field on that has the name of one here, and the processor passes it on to the worker. Only what
+    differs from its default travels. A peer of an older version refuses a parameter that it does not know (`UnknownField`): to ignore
+    the parameter would be to answer something else than what was asked.
     """
 
     max_tokens: TokenCount | None = None
     """None: the processor's own limit. 0: nothing, for a prompt that is only echoed."""
     min_tokens: TokenCount = 0
     """Neither an end-of-sequence token nor a stop string ends an output before so many tokens."""
-    temperature: float | None = None
+    temperature: Temperature | None = None
     """0 is greedy."""
-    top_p: float | None = None
+    top_p: TopP | None = None
+    """The likeliest tokens that have this share of the probability together, and no others, are chosen."""
     top_k: TokenCount | None = None
-    """0 is all."""
-    min_p: float | None = None
+    """So many of the likeliest tokens, and no others, are chosen; 0 is all."""
+    min_p: Share | None = None
     """Tokens less likely than this share of the likeliest one's probability, at the temperature, are not chosen; 0 is none."""
     seed: int | None = None
     """Drawn by the processor where the client named none, so that another worker can continue identically."""
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever the model says."""
-    presence_penalty: float = 0.0
+    presence_penalty: Penalty = 0.0
     """Subtracted from the logits of tokens that are in the output so far."""
-    frequency_penalty: float = 0.0
+    frequency_penalty: Penalty = 0.0
     """Subtracted from a token's logit for each time that it is in the output so far."""
-    repetition_penalty: float | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     """Divides the logits above 0 of tokens that are in the prompt or the output, and multiplies those below; 1 is none."""
     logit_bias: LogitBias = ()
     logprobs: NumLogprobs = -1
@@ -81,20 +94,84 @@ class AskedSampling(Map, kw_only=True):
     """The output's text must be one of these. Of schema, expression and choices there is one at most."""
 
 
-class Sampling(AskedSampling, kw_only=True):
-    """Sampling parameters. Sampling is a function of these, the position and the logits, never of the worker or the time."""
+LeastWeight = Callable[[float, Callable[[], float]], float]
+LEAST_WEIGHTS: dict[str, LeastWeight] = {
+    "min_p": lambda min_p, total: min_p,
+}
+"""Parameters that forbid tokens of little weight: of the parameter's value, where it is not 0, and of the sum of all weights, the least
+weight that a token must have. A token's weight is exp(logit - best logit) at the temperature: the likeliest one's is 1."""
+
+
+class Sampling(AskedSampling, kw_only=True, dict=True):
+    """Sampling parameters. Sampling is a function of these, the position and the logits, never of the worker or the time.
+
+    The order is the same for all engines, and vLLM's: bias and penalties change the logits, `temperature` divides them, then the
+    least weight (`min_p`), `top_k` and `top_p` in turn forbid tokens, and one of the others is drawn by its weight.
+    """
 
     max_tokens: int = 16
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    top_k: TokenCount = 0
+    min_p: Share = 0.0
+    repetition_penalty: RepetitionPenalty = 1.0
     seed: int = 0
     choice: int = 0
     """Which of several answers to one prompt this is: each draws its own tokens from the one seed."""
     prompt_logprobs: int = -1
     """`logprobs` of the prompt's tokens, all at once and before the first token; the prompt's first one has none."""
+
+    def least_weight(self, total: Callable[[], float]) -> float:
+        """The least weight of a token that may be drawn. `total` gives the sum of all weights, and is called only if the sum counts."""
+        rules = LEAST_WEIGHTS.items()
+        return max([rule(value, total) for name, rule in rules if (value := getattr(self, name))], default=0.0)
+
+    @cached_property
+    def filters(self) -> tuple[float, ...]:
+        """All that decides, with the logits, which tokens may be drawn and how often. Not to be changed after the first look."""
+        return _filters_of(self)
+
+
+_filters_of = attrgetter("temperature", "top_k", "top_p", *LEAST_WEIGHTS)
+
+
+class Bounds(NamedTuple):
+    """Of a parameter that is a number, as its type has them."""
+
+    name: str
+    least: float
+    most: float
+    """Both are allowed."""
+    limits: Meta
+
+    @classmethod
+    def of(cls, name: str, kind: type, limits: Meta) -> "Bounds":
+        """`kind` is the parameter's type of number, in which the bounds are kept: two types compare half as fast."""
+        least = limits.ge if limits.gt is None else nextafter(limits.gt, inf)
+        most = limits.le if limits.lt is None else nextafter(limits.lt, -inf)
+        assert least is not None and most is not None, "a number has both bounds"
+        return cls(name, kind(least), kind(most), limits)
+
+
+BOUNDS = tuple(
+    Bounds.of(name, kind.__origin__, meta)
+    for name, kind in get_type_hints(Sampling, include_extras=True).items()
+    for meta in getattr(kind, "__metadata__", ())
+    if meta.ge is not None or meta.gt is not None
+)
+
+
+def check_bounds(sampling: Sampling) -> None:
+    """For engines, as a request of another role of their peer was not read. Raises InvalidRequest, which names the parameter."""
+    for name, least, most, limits in BOUNDS:
+        if not least <= (value := getattr(sampling, name)) <= most:
+            raise InvalidRequest(f"{name} must be {_in_words(limits, value)}, not {value}", param=name)
+
+
+def _in_words(limits: Meta, value: float) -> str:
+    if limits.lt is not None:  # far above what anybody asks for: told to those alone who ask for more
+        return f"below {limits.lt:g}" if value >= limits.lt else f"at least {limits.ge}"
+    return f"from {limits.ge} to {limits.le}" if limits.gt is None else f"above {limits.gt} and at most {limits.le}"
 
 
 class GenerateRequest(Map, dict=True):

@@ -3,6 +3,7 @@
 Plain data is what :mod:`meshserve.wire.frames` packs: None, bool, int, float, str, bytes, lists, and maps with text as keys.
 """
 
+import re
 import sys
 from array import array
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -11,7 +12,7 @@ import msgspec
 from msgspec import Meta, field
 from msgspec.structs import asdict, replace
 
-from meshserve.errors import ProtocolError
+from meshserve.errors import ProtocolError, UnknownField
 
 __all__ = ["Meta", "asdict", "field", "replace"]
 """Of msgspec, for other modules: only this folder and the models of the HTTP APIs import it."""
@@ -24,6 +25,8 @@ else:
 
 MAX_TOKENS_ON_WIRE = 4_194_304
 _MOST_ERROR_CHARACTERS = 200
+_UNKNOWN_FIELD = re.compile(r"unknown field `(\w{1,64})`")
+"""In the words of `msgspec`, which has one class for all that is malformed."""
 MAX_FIGURE = 2**40
 """Beyond any real load. Sums and products of such figures still fit on the wire, where an integer has 64 bits."""
 
@@ -74,12 +77,15 @@ class FrozenRow(Message, msgspec.Struct, array_like=True, frozen=True):
 
 
 def read(kind: Any, data: Any) -> Any:
-    """Read plain data as this type, which is a struct or a type of plain data. Raises ProtocolError, as :meth:`Message.from_wire`."""
+    """Read plain data as this type, which is a struct or a type of plain data. Raises ProtocolError, as :meth:`Message.from_wire`,
+    which is an UnknownField if a field is unknown to a struct that forbids such fields."""
     if isinstance(data, Message):  # from this very peer
         return data
     try:
         found = msgspec.convert(data, kind, builtin_types=(bytes,), dec_hook=_unpack)
     except msgspec.ValidationError as error:
+        if (unknown := _UNKNOWN_FIELD.search(str(error))) is not None:
+            raise UnknownField(f"a peer of an older version does not know {unknown[1]}: upgrade meshserve there") from error
         # cut, since the library repeats what it found
         raise ProtocolError(f"malformed {kind.__name__ if isinstance(kind, type) else 'data'}: {error}"[:_MOST_ERROR_CHARACTERS]) from error
     if isinstance(found, Message):

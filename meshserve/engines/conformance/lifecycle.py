@@ -11,6 +11,7 @@ from meshserve.engines.conformance.recorders import Output, Recorder, demand
 from meshserve.engines.conformance.subject import Promise, Subject, Trial
 from meshserve.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, MeshserveError, PoolFull, Unsupported
 from meshserve.kv.pool import block_hashes
+from meshserve.wire.generation import BOUNDS
 
 
 async def an_engine_describes_its_model(subject: Subject) -> None:
@@ -28,10 +29,9 @@ async def what_cannot_be_served_is_refused_at_once(subject: Subject) -> None:
     """A request that is out of bounds, too long for the context or for the pool raises in the call, and leaves nothing behind."""
     async with subject.trial() as trial:
         prompt = subject.prompt(5)
-        invalid: tuple[tuple[int, dict[str, float]], ...] = (
-            (0, {"max_tokens": 0}), (0, {"temperature": -1.0}), (0, {"top_p": 0.0}), (0, {"top_p": 1.5}), (0, {"min_p": 2.0}),
-            (0, {"repetition_penalty": 0.0}), (0, {"presence_penalty": 3.0}), (0, {"choice": -1}), (12, {}), (5, {}), (-1, {}),
-        )  # fmt: skip
+        beyond = [{bounds.name: value} for bounds in BOUNDS for value in (bounds.least - 1, bounds.most + 1)]
+        others: tuple[dict[str, float], ...] = ({"max_tokens": 0}, {"top_p": 0.0}, {"repetition_penalty": 0.0}, {"choice": -1})
+        invalid = [*((0, sampling) for sampling in (*others, *beyond)), (12, {}), (5, {}), (-1, {})]
         for num_generated, sampling in invalid:
             request = trial.request(prompt, num_generated, "same", **sampling)
             _demand_raises(InvalidRequest, partial(trial.engine.check, request), f"{sampling} or {num_generated} of 5 tokens generated")

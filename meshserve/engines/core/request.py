@@ -9,14 +9,11 @@ from typing import Any
 from meshserve.engines.core.scheduler import Sequence
 from meshserve.engines.protocol import GenerationSink, GenerationStats, PrefillSink
 from meshserve.errors import ContextLengthExceeded, InvalidRequest, MeshserveError
-from meshserve.wire.generation import GenerateRequest, Sampling, TokenLogprobs
+from meshserve.wire.generation import MAX_BIAS, MAX_LOGPROBS, GenerateRequest, Sampling, TokenLogprobs, check_bounds
 
 END = -1
 """In place of a token: the model ended the sequence. Its end-of-sequence token is not given out."""
 
-_MOST_LOGPROBS = 20
-_MOST_PENALTY, _MOST_BIAS = 2.0, 100.0
-_LEAST_REPETITION, _MOST_REPETITION = 0.01, 1e6
 _MOST_PROMPT_LOGPROBS = 32_768
 """Of all tokens of a prompt together, alternatives included: they travel as one message, and to read that takes 10 ms."""
 
@@ -130,27 +127,18 @@ def too_long(num_prompt: int, num_output: int, context_length: int) -> ContextLe
 
 
 def _check_sampling(sampling: Sampling, vocab_size: int) -> None:
-    if not sampling.temperature >= 0:
-        raise InvalidRequest(f"temperature must not be negative, as {sampling.temperature} is", param="temperature")
-    if not 0 < sampling.top_p <= 1:
-        raise InvalidRequest(f"top_p must be above 0 and at most 1, not {sampling.top_p}", param="top_p")
-    if not 0 <= sampling.min_p <= 1:
-        raise InvalidRequest(f"min_p must be from 0 to 1, not {sampling.min_p}", param="min_p")
-    if not _LEAST_REPETITION <= sampling.repetition_penalty <= _MOST_REPETITION:
-        raise InvalidRequest(f"repetition_penalty must be at least 0.01, not {sampling.repetition_penalty}", param="repetition_penalty")
     if not 0 <= sampling.choice < 2**32:
         raise InvalidRequest(f"there is no choice {sampling.choice}", param="n")
-    for name, value in (("presence_penalty", sampling.presence_penalty), ("frequency_penalty", sampling.frequency_penalty)):
-        if not -_MOST_PENALTY <= value <= _MOST_PENALTY:
-            raise InvalidRequest(f"{name} must be from -2 to 2, not {value}", param=name)
     for wanted in (sampling.logprobs, sampling.prompt_logprobs):
-        if not -1 <= wanted <= _MOST_LOGPROBS:
-            raise InvalidRequest(f"logprobs must be from 0 to {_MOST_LOGPROBS}, not {wanted}", param="logprobs")
+        if not -1 <= wanted <= MAX_LOGPROBS:
+            raise InvalidRequest(f"logprobs must be from 0 to {MAX_LOGPROBS}, not {wanted}", param="logprobs")
+    check_bounds(sampling)
     for token, bias in sampling.logit_bias:
         if not 0 <= token < vocab_size:
             raise InvalidRequest(f"logit_bias names the token {token}; there are 0 to {vocab_size - 1}", param="logit_bias")
-        if not -_MOST_BIAS <= bias <= _MOST_BIAS:
-            raise InvalidRequest(f"logit_bias must be from -100 to 100, not {bias} as for the token {token}", param="logit_bias")
+        if not -MAX_BIAS <= bias <= MAX_BIAS:
+            words = f"logit_bias must be from -{MAX_BIAS} to {MAX_BIAS}, not {bias} as for the token {token}"
+            raise InvalidRequest(words, param="logit_bias")
 
 
 def _check_prompt_logprobs(request: GenerateRequest, vocab_size: int) -> None:

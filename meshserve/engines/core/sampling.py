@@ -1,8 +1,8 @@
 """Chooses tokens from logits. Sampling is a function of (seed, choice, position) and the logits, nowhere stateful, so that another worker
 continues identically: what penalties need to know is the output so far, which travels with the request.
 
-The order is that of vLLM: bias and penalties, temperature, min-p, top-k, top-p. Log probabilities are those of the logits after bias,
-penalties and constraint, before temperature.
+The order of the filters is that of :class:`~meshserve.wire.generation.Sampling`. Bias comes before the repetition penalty, the other
+penalties come after it. Log probabilities are those of the logits after bias, penalties and constraint, before temperature.
 """
 
 from collections.abc import Iterable, Sequence
@@ -104,10 +104,10 @@ class Sampler:
 
 
 def _kept_by_rank(scaled: Any, sampling: Sampling) -> Any:
-    """Which of these logits (after temperature, less the best) min-p, top-k and top-p leave, in the order of the token ids."""
+    """Which of these logits (after temperature, less the best) the filters leave, in the order of the token ids."""
     is_kept = np.ones(len(scaled), dtype=bool)
-    if sampling.min_p > 0:
-        is_kept &= scaled >= np.log(sampling.min_p)
+    if (least := sampling.least_weight(lambda: float(np.exp(scaled).sum()))) > 0:
+        is_kept &= scaled >= np.log(least)
     if 0 < sampling.top_k < len(scaled):
         is_kept &= scaled >= np.partition(scaled, -sampling.top_k)[-sampling.top_k]
     if sampling.top_p < 1:

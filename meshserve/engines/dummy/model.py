@@ -213,7 +213,7 @@ class Logits:
     def __init__(self, values: Sequence[float], most_below: float = inf) -> None:
         self.values, self._most_below = values, most_below
         self._log_total: float | None = None
-        self._cumulative: dict[tuple[float, int, float, float], list[float]] = {}
+        self._cumulative: dict[tuple[float, ...], list[float]] = {}
 
     @property
     def log_total(self) -> float:
@@ -227,26 +227,26 @@ class Logits:
         """Which candidate is output number `position`: of nothing but (seed, choice, position) and these logits."""
         if sampling.temperature <= 0:
             return 0
-        law = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-        cumulative = self._cumulative.get(law)
+        cumulative = self._cumulative.get(sampling.filters)
         if cumulative is None:
             if len(self._cumulative) == _MOST_KEPT:
                 self._cumulative.clear()
-            cumulative = self._cumulative[law] = self._weigh(*law)
+            cumulative = self._cumulative[sampling.filters] = self._weigh(sampling)
         # the choice is the hash's seed: 0, the only one of most requests, costs nothing
         fraction = xxhash.xxh3_64_intdigest(_pack_draw(sampling.seed & _MASK, position), sampling.choice) / 2**64
         return min(bisect_right(cumulative, fraction * cumulative[-1]), len(cumulative) - 1)
 
-    def _weigh(self, temperature: float, top_k: int, top_p: float, min_p: float) -> list[float]:
-        """Running sums of the weights that are left after min-p, top-k and top-p, best candidate first."""
+    def _weigh(self, sampling: Sampling) -> list[float]:
+        """Running sums of the weights that the filters leave, best candidate first."""
         best, most_below = self.values[0], self._most_below
-        weights = [exp((value - best) / temperature) for value in self.values if best - value <= most_below]
-        if min_p > 0:
-            weights = [weight for weight in weights if weight >= min_p]
-        if top_k > 0:
-            weights = weights[:top_k]
-        total, sums = sum(weights), list(accumulate(weights))
-        num_kept = next((index + 1 for index, reached in enumerate(sums) if reached >= top_p * total), len(sums))
+        weights = [exp((value - best) / sampling.temperature) for value in self.values if best - value <= most_below]
+        if (least := sampling.least_weight(lambda: sum(weights))) > 0:
+            weights = [weight for weight in weights if weight >= least]
+        if sampling.top_k > 0:
+            weights = weights[: sampling.top_k]
+        sums = list(accumulate(weights))
+        enough = sampling.top_p * sum(weights)
+        num_kept = next((index + 1 for index, reached in enumerate(sums) if reached >= enough), len(sums))
         return sums[:num_kept]
 
 

@@ -1,9 +1,9 @@
 """The sampler of requests that ask for more than plain sampling: penalties, bias, log probabilities, constraints.
 
-The repetition penalty scales the model's logits, bias and the other penalties are added; temperature, min-p, top-k and top-p then
-choose among what they made of them. Log probabilities are those of these same logits, before temperature, min-p, top-k
-and top-p, over all tokens that may come at their place: so they sum to 1 over the vocabulary, and say how likely a token was to the
-model, not to the sampler.
+The repetition penalty scales the model's logits, bias and the other penalties are added; the filters then leave some of the tokens, in
+the order of :class:`~meshserve.wire.generation.Sampling`. Log probabilities are those of the logits before temperature and filters, over
+all tokens that may come at their place: so they sum to 1 over the vocabulary, and say how likely a token was to the model, not to the
+sampler.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
-from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
+from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError, UnknownField
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.choices import Choice, PlainChoice
@@ -25,7 +25,7 @@ from meshserve.wire.routing import RouteRequest, RoutingDecision
 
 _MAX_ATTEMPTS = 4
 _RETRIED_CODES = frozenset(
-    ("peer_lost", "peer_silent", "draining", "no_worker", "unknown_method", "overloaded")
+    ("peer_lost", "peer_silent", "draining", "no_worker", "unknown_method", "unknown_field", "overloaded")
 )
 """Errors that say nothing about the request itself: another worker may do."""
 _ROUTE_TIMEOUT_S = 0.5
@@ -167,8 +167,8 @@ class Sequence:
     """Incarnations of workers that were tried."""
     _lost: tuple[str, ...] = ()
     """Names of workers that died with this sequence."""
-    _overloaded: Overloaded | None = None
-    """What a worker said that is full: the reason if there is no other."""
+    _refusal: Overloaded | UnknownField | None = None
+    """What a worker said that is full, or older than the request: the reason if there is no other."""
     _num_overlap_blocks: int = 0
     _last_s: float = 0.0
     """When the last tokens came, on the monotonic clock."""
@@ -214,8 +214,8 @@ class Sequence:
             self.route()
 
     def _not_routed(self, error: MeshserveError) -> None:
-        """No worker can take the sequence; one that is full is the better reason."""
-        self._fail(self._overloaded if isinstance(error, NoWorker) and self._overloaded else error)
+        """No worker can take the sequence; why one refused it is the better reason."""
+        self._fail(self._refusal if isinstance(error, NoWorker) and self._refusal else error)
 
     def _routed(self, decision: RoutingDecision) -> None:
         """Send the prompt to the first candidate, with the prefill workers that the router ranked."""
@@ -332,8 +332,8 @@ class Sequence:
         to be what takes workers down.
         """
         self._note_attempt(error, self.account.settle())
-        if isinstance(error, Overloaded):
-            self._overloaded = error
+        if isinstance(error, (Overloaded, UnknownField)):
+            self._refusal = error
         is_fresh = self.num_tokens == 0 and len(self.receipt.attempts) < _MAX_ATTEMPTS
         if not is_fresh or error.code not in _RETRIED_CODES or self.worker is None:
             self._fail(error)

@@ -12,7 +12,14 @@ from meshserve.roles.frontend.models.common import Body, Fields, Parsed, Respons
 from meshserve.roles.frontend.models.reading import read, read_object, refuse_not_done
 from meshserve.roles.frontend.models.requests import ANY_OBJECT, MAX_SCHEMA_CHARACTERS, LabelledBody, format_schema, json_text, sampled
 from meshserve.wire.completion import MAX_CHOICES, CompletionRequest, DetokenizeRequest, Prompts
-from meshserve.wire.generation import MAX_CHOICE_TEXTS, MAX_COUNT, MAX_LOGIT_BIASES, TokenCount
+from meshserve.wire.generation import (
+    MAX_CHOICE_TEXTS,
+    MAX_COUNT,
+    MAX_LOGIT_BIASES,
+    Bias,
+    Penalty,
+    TokenCount,
+)
 
 # --- what completions, chats and the simple form share
 
@@ -32,12 +39,11 @@ OneOf = Annotated[
 LogitBias = Annotated[
     dict[
         Annotated[str, Meta(pattern="^[0-9]{1,10}$")],
-        Annotated[float, Meta(ge=-100, le=100)] | None,
+        Bias | None,
     ],
     Meta(max_length=MAX_LOGIT_BIASES, description="By token id, what is added to its logit."),
     kinds.mistake(f"must be an object from up to {MAX_LOGIT_BIASES} token ids to numbers from -100 to 100", "*"),
 ]
-Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
 class JsonSchema(Body, kw_only=True, tag_field="type", tag="json_schema"):

@@ -11,7 +11,7 @@ from meshserve.errors import InvalidRequest
 from meshserve.roles.frontend.models import kinds
 from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS, Body, Fields, invalid
 from meshserve.routing.policies import POLICIES
-from meshserve.wire.generation import AskedSampling, TokenCount
+from meshserve.wire.generation import AskedSampling, Share, TokenCount, TopP
 from meshserve.wire.structs import MAX_NESTING, is_shallow
 
 MAX_SCHEMA_CHARACTERS = 262_144
@@ -55,8 +55,8 @@ class SampledBody(Body, kw_only=True):
     model: kinds.ModelName
     min_tokens: Annotated[TokenCount, Meta(description="At most the limit of tokens.")] = 0
     temperature: Annotated[float, Meta(ge=0, le=2, description=_TEMPERATURE)] | None = None
-    top_p: Annotated[float, Meta(gt=0, le=1, description=_UNASKED)] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1, description=_MIN_P)] | None = None
+    top_p: Annotated[TopP, Meta(description=_UNASKED)] | None = None
+    min_p: Annotated[Share, Meta(description=_MIN_P)] | None = None
     repetition_penalty: (
         Annotated[float, Meta(ge=0.01, le=10, description=_REPETITION_PENALTY)] | None
     ) = None
