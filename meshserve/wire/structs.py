@@ -61,7 +61,8 @@ class Message:
 
 
 class Map(Message, msgspec.Struct, omit_defaults=True):
-    """A message that is a map on the wire. Fields with their default value are left out, and unknown ones are ignored."""
+    """A message that is a map on the wire. Fields with their default value are left out. Unknown fields are ignored, unless the class
+    forbids them."""
 
 
 class FrozenMap(Message, msgspec.Struct, omit_defaults=True, frozen=True):

@@ -134,6 +134,23 @@ async def scene(
 
 
 @asynccontextmanager
+async def another_worker(found: Scene) -> AsyncIterator[Worker]:
+    """A second worker of the scene's model, on a peer of its own; the processor knows it."""
+    own = found.mesh.own
+    config = MeshConfig(mesh="scripted", roles=("decode",), interface="127.0.0.1", use_mdns=False, seeds=(f"127.0.0.1:{own.port}",))
+    mesh, worker = Mesh(config, own.card, own.layout), Worker()
+    await mesh.start()
+    mesh.serve(GENERATE, worker.on_generate)
+    try:
+        await found.mesh.join()
+        await mesh.join()
+        await until(lambda: len(found.mesh.peers_serving("decode", "dummy")) == 2, DEADLINE_S, "both meet")
+        yield worker
+    finally:
+        await mesh.close()
+
+
+@asynccontextmanager
 async def served(**options: Any) -> AsyncIterator[tuple[Scene, str]]:
     """A frontend in front of a scene, and its address."""
     async with scene(**options) as found:

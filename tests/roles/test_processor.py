@@ -7,14 +7,14 @@ import pytest
 
 from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
-from meshserve.errors import EngineFailed, InvalidRequest, MeshserveError
+from meshserve.errors import EngineFailed, InvalidRequest, MeshserveError, UnknownField
 from meshserve.roles.processor.models import sampling_of
 from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, StartItem, TextItem
 from meshserve.wire.generation import Sampling, SamplingDefaults
 from meshserve.wire.messages import COMPLETE, ROUTE
 from meshserve.wire.structs import asdict, replace
 from tests.harness import run_async, until
-from tests.roles.scripted import DEADLINE_S, Client, scene, tokens
+from tests.roles.scripted import DEADLINE_S, Client, another_worker, scene, tokens
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
 ASK = [{"role": "user", "content": "hi"}]
@@ -309,6 +309,23 @@ def test_what_a_worker_must_not_say_fails_the_request_and_nothing_else(item: Any
             assert (await client.failure()).code == "protocol_error"
             await until(lambda: found.worker.cancelled == ["r"], DEADLINE_S, "the worker is told")
             assert found.processor.is_idle
+
+    run_async(check())
+
+
+def test_a_request_that_is_too_new_for_a_worker_goes_to_another_one_or_fails_with_the_reason() -> None:
+    async def check() -> None:
+        async with scene() as found:
+            found.worker.error = UnknownField("a peer of an older version does not know top_x")
+            error = await found.ask().failure()
+            assert isinstance(error, UnknownField) and "top_x" in error.message
+            async with another_worker(found) as newer:
+                newer.script = ("yes",)
+                clients = [found.ask(request_id=f"r{number}", wants_receipt=True) for number in range(2)]  # one for each, in turn
+                receipts = [(await client.end()).receipt or {} for client in clients]
+            assert ["".join(client.raw) for client in clients] == ["yes", "yes"]
+            attempts = [[attempt["outcome"] for attempt in receipt["attempts"]] for receipt in receipts]
+            assert sorted(attempts) == [[], ["unknown_field"]]
 
     run_async(check())
 

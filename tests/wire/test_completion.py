@@ -1,5 +1,6 @@
 """A completion request over the wire: what goes in comes out, and nothing else gets in."""
 
+import math
 from array import array
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshserve.errors import ProtocolError
+from meshserve.errors import InvalidRequest, ProtocolError, UnknownField
 from meshserve.wire.completion import (
     CallItem,
     CompletionRequest,
@@ -17,10 +18,11 @@ from meshserve.wire.completion import (
     StartItem,
     TextItem,
     Tokenized,
+    TokenizeRequest,
     read_item,
 )
 from meshserve.wire.frames import pack_body, unpack_body
-from meshserve.wire.generation import Sampling
+from meshserve.wire.generation import BOUNDS, GenerateRequest, Sampling, check_bounds
 from meshserve.wire.structs import plain
 
 FULL: dict[str, Any] = {
@@ -109,6 +111,41 @@ def test_every_field_crosses_the_wire_and_defaults_take_no_room() -> None:
 def test_a_request_with_a_malformed_field_is_refused(change: dict[str, Any]) -> None:
     with pytest.raises(ProtocolError):
         CompletionRequest.from_wire({**CompletionRequest(**FULL).to_wire(), **change})
+
+
+def test_a_parameter_of_a_newer_version_is_refused_by_its_name() -> None:
+    """Else the answer would be another one than was asked for."""
+    request = {**CompletionRequest(**FULL).to_wire(), "top_x": 0.5}
+    with pytest.raises(UnknownField, match="does not know top_x"):
+        CompletionRequest.from_wire(over_the_wire(request))
+    with pytest.raises(UnknownField, match="does not know top_x"):
+        TokenizeRequest.from_wire(over_the_wire([request]))
+    worker_request = GenerateRequest("r", "m", array("I", [1]), Sampling(temperature=0.5)).to_wire()
+    worker_request["a_hint"] = 1
+    assert GenerateRequest.from_wire(over_the_wire(worker_request)).sampling == Sampling(temperature=0.5)
+    worker_request["sampling"]["top_x"] = 0.5
+    with pytest.raises(UnknownField, match="does not know top_x"):
+        GenerateRequest.from_wire(over_the_wire(worker_request))
+
+
+def test_what_is_not_in_bounds_is_refused_by_name_and_the_bounds_themselves_are_not() -> None:
+    for name, least, most, _ in BOUNDS:
+        for value in (least, most):
+            check_bounds(Sampling(**{name: value}))
+            Sampling.from_wire(over_the_wire(Sampling(**{name: value}).to_wire()))
+        for value in (least - 1, most + 1, math.nan):
+            with pytest.raises(InvalidRequest, match=f"^{name} must be (from|at least|above|below) .*, not {value}$") as refused:
+                check_bounds(Sampling(**{name: value}))
+            assert refused.value.param == name
+            with pytest.raises(ProtocolError):
+                Sampling.from_wire(over_the_wire({name: value}))
+
+
+def test_what_is_computed_of_sampling_parameters_neither_travels_nor_counts() -> None:
+    sampling = Sampling(temperature=0.5, min_p=0.1, seed=1)
+    assert sampling.filters == Sampling(temperature=0.5, min_p=0.1, seed=2).filters != Sampling(temperature=0.5).filters
+    assert sampling.to_wire() == {"temperature": 0.5, "min_p": 0.1, "seed": 1}
+    assert sampling == Sampling(temperature=0.5, min_p=0.1, seed=1)
 
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.text(max_size=4) | st.binary(max_size=4)
