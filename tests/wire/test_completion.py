@@ -129,13 +129,17 @@ def test_a_parameter_of_a_newer_version_is_refused_by_its_name() -> None:
 
 
 def test_what_is_not_in_bounds_is_refused_by_name_and_the_bounds_themselves_are_not() -> None:
+    def sampled(name: str, value: float) -> Sampling:
+        values: dict[str, Any] = {name: value}
+        return Sampling(**values)
+
     for name, least, most, _ in BOUNDS:
         for value in (least, most):
-            check_bounds(Sampling(**{name: value}))
-            Sampling.from_wire(over_the_wire(Sampling(**{name: value}).to_wire()))
+            check_bounds(sampled(name, value))
+            Sampling.from_wire(over_the_wire(sampled(name, value).to_wire()))
         for value in (least - 1, most + 1, math.nan):
             with pytest.raises(InvalidRequest, match=f"^{name} must be (from|at least|above|below) .*, not {value}$") as refused:
-                check_bounds(Sampling(**{name: value}))
+                check_bounds(sampled(name, value))
             assert refused.value.param == name
             with pytest.raises(ProtocolError):
                 Sampling.from_wire(over_the_wire({name: value}))
