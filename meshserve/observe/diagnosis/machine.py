@@ -9,7 +9,6 @@ from meshserve.observe.diagnosis.facts import (
     PORTS,
     Facts,
     Finding,
-    Multicast,
     count,
     error,
     info,
@@ -59,7 +58,9 @@ def _mdns(facts: Facts) -> Iterator[Finding]:
         if asked.error is not None:
             yield warning("multicast_out", f"no multicast on {asked.interface} ({asked.address})", asked.error, _PEER_HINT)
     heard = frozenset[str]().union(*(asked.others for asked in facts.multicast))
-    if _is_deaf(facts.multicast):
+    # a machine that hears others is not deaf, whether its own questions come back or not
+    asked_well = [asked for asked in facts.multicast if asked.error is None]
+    if asked_well and not any(asked.is_heard_back or asked.others for asked in asked_well):
         yield warning(
             "multicast_deaf",
             "this machine does not hear its own multicast",
@@ -68,11 +69,6 @@ def _mdns(facts: Facts) -> Iterator[Finding]:
         )
     elif heard:
         yield info("multicast_in", f"multicast arrives from {count(len(heard), 'other machine')}: {names(heard)}")
-
-
-def _is_deaf(multicast: tuple[Multicast, ...]) -> bool:
-    asked = [found for found in multicast if found.error is None]
-    return bool(asked) and not any(found.is_heard_back or found.others for found in asked)
 
 
 def _ports(facts: Facts) -> Iterator[Finding]:
@@ -99,7 +95,9 @@ def judge_alone(facts: Facts) -> Iterator[Finding]:
             yield judged("seed_silent", f"--peer {seed.place}: {_WORDS.get(seed.outcome, seed.outcome)}", "", _SEED_ADVICE)
     if facts.elsewhere():
         return
-    silence = _silence(facts)
+    is_heard = any(asked.others for asked in facts.multicast)
+    silence = "" if is_heard or not facts.use_mdns else "no other machine answers multicast"
+    has_network = not all(is_loopback(local.address) for local in facts.interfaces)
     if not any(peer.is_alive for peer in facts.peers):
         yield error(
             "no_peers",
@@ -107,7 +105,7 @@ def judge_alone(facts: Facts) -> Iterator[Finding]:
             silence,
             f"Is one running? Then: the same --mesh and --key-file everywhere; --peer ADDRESS of one; a firewall that lets {PORTS} in.",
         )
-    elif silence and facts.interface is None and facts.use_mdns and _has_network(facts):
+    elif silence and facts.interface is None and has_network:
         yield warning(
             "alone",
             "all peers that can be seen are on this machine",
@@ -126,13 +124,3 @@ _WORDS = {
     "reset": "the connection was closed at once",
 }
 _SEED_ADVICE = f"Compare with the address in the ready line of that peer; let {PORTS} through its machine's firewall."
-
-
-def _silence(facts: Facts) -> str:
-    if any(asked.others for asked in facts.multicast) or not facts.use_mdns:
-        return ""
-    return "no other machine answers multicast"
-
-
-def _has_network(facts: Facts) -> bool:
-    return any(not is_loopback(local.address) for local in facts.interfaces)

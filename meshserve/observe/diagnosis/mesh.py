@@ -9,7 +9,6 @@ from meshserve.observe.diagnosis.facts import (
     MULTICAST_PORT,
     Facts,
     Finding,
-    PathMtu,
     PeerFacts,
     Stranger,
     count,
@@ -134,10 +133,13 @@ def _clocks(peers: list[PeerFacts]) -> Iterator[Finding]:
 def _large_messages(peers: list[PeerFacts]) -> Iterator[Finding]:
     """Lost packets of full length matter only if their senders are not told: then long messages are lost too."""
     stuck = [peer for peer in peers if peer.carries_large is False]
-    short = [peer for peer in peers if peer.path is not None and peer.path.largest < peer.path.mtu]
-    measured = [_packets(peer, peer.path) for peer in short if peer.path is not None]
+    short = [(peer, peer.path) for peer in peers if peer.path is not None and peer.path.largest < peer.path.mtu]
+    measured = [
+        f"packets of {path.largest} bytes get to {peer.label}, those of {path.mtu} that {path.interface} sends do not"
+        for peer, path in short
+    ]
     if stuck:
-        paths = [peer.path for peer in short if peer in stuck and peer.path is not None]
+        paths = [path for peer, path in short if peer in stuck]
         least = min(paths, key=lambda path: path.largest, default=None)
         device, mtu = (least.interface, least.largest) if least is not None else ("NAME", 1280)
         yield error(
@@ -149,10 +151,6 @@ def _large_messages(peers: list[PeerFacts]) -> Iterator[Finding]:
         )
     elif measured:
         yield info("path_mtu", f"{names(measured)}; long messages get there all the same")
-
-
-def _packets(peer: PeerFacts, path: PathMtu) -> str:
-    return f"packets of {path.largest} bytes get to {peer.label}, those of {path.mtu} that {path.interface} sends do not"
 
 
 # --- strangers: other keys, other meshes, other versions

@@ -1,6 +1,7 @@
 """Who can connect to whom: every peer's own attempts at all others, put together."""
 
 from collections.abc import Iterator
+from itertools import product
 
 from meshserve.mesh.network import Outcome
 from meshserve.observe.diagnosis.facts import HERE, PORTS, Facts, Finding, PeerFacts, count, error, info, is_within, names, warning
@@ -88,7 +89,10 @@ def _judge_target(table: _Table, target: PeerFacts) -> Finding | None:
     if not sources or Outcome.OPEN in outcomes:
         return None
     if not target.is_alive:
-        return _gone(target, outcomes)
+        if outcomes == {Outcome.REFUSED}:
+            return info("stale", f"{target.label} has ended: nothing listens there any more, and the mesh forgets it by itself")
+        cause = f"{target.label} was in the mesh before and does not answer"
+        return info("stale", cause, advice="Its machine is off, asleep, or behind a firewall.")
     who = f"{target.label} ({target.place})"
     seen = "; ".join(f"from {label}: {_WORDS[Outcome(outcome)]}" for label, outcome in tried[:4])
     if _advertises_wrongly(table, target, sources):
@@ -102,21 +106,11 @@ def _judge_target(table: _Table, target: PeerFacts) -> Finding | None:
     return error("port_blocked", f"no peer can connect to {who}, though it runs", seen, advice)
 
 
-def _gone(target: PeerFacts, outcomes: set[str]) -> Finding:
-    if outcomes == {Outcome.REFUSED}:
-        return info("stale", f"{target.label} has ended: nothing listens there any more, and the mesh forgets it by itself")
-    cause = f"{target.label} was in the mesh before and does not answer"
-    return info("stale", cause, advice="Its machine is off, asleep, or behind a firewall.")
-
-
 def _advertises_wrongly(table: _Table, target: PeerFacts, sources: list[PeerFacts]) -> bool:
     """Its addresses are in networks that none of the others is in, or are such as every machine has of its own."""
     known = [view for source in sources if (view := table.views[source.incarnation]).networks]
-
-    def is_of_use(address: str) -> bool:
-        return any(is_within(address, view.networks) and address not in view.addresses for view in known)
-
-    return bool(known) and not any(map(is_of_use, target.addresses))
+    pairs = product(target.addresses, known)
+    return bool(known) and not any(is_within(address, view.networks) and address not in view.addresses for address, view in pairs)
 
 
 def _wrong_interface(table: _Table, target: PeerFacts, sources: list[PeerFacts], seen: str) -> Finding:
