@@ -70,6 +70,7 @@ class Peer:
         """Bind, build the roles, join the mesh, and say so in the ready line. Raises StartupFailed, UsageError or KeyRefused."""
         try:
             if self._engine is not None:
+                # before the mesh: a hello names the KV layout, and a peer that cannot load its model must not be seen
                 self._closers.push_async_callback(self._engine.close)
                 await self._engine.start()
                 self.mesh.describe(self._engine.kv_layout)
@@ -122,6 +123,7 @@ class Peer:
             processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers, receipts)
             self._closers.push_async_callback(processor.close)
             self._is_idle.append(lambda: processor.is_idle)
+        # after the roles of which it reports, before the frontend: the first HTTP request may ask for all peers
         serve_status(self.mesh, self._reporter)
         if self._config.observe:
             feed = FeedSource(self.mesh, self._reporter.load if self._reporter is not None else None)

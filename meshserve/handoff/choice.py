@@ -90,6 +90,7 @@ class HandoffChoice:
         if is_short and not there_ms:
             return _SHORT, []
         load = self._engine.load()
+        # in order of cost: lookups in the pool and among the peers only for prompts that may be handed over
         if is_short and self._is_done_soon(num_to_compute, load):
             return _SHORT, []
         num_uncached = num_to_compute - self._engine.num_cached_tokens(request)
@@ -100,6 +101,7 @@ class HandoffChoice:
             candidates = self.candidates(request)
             most = self._config.max_prefill_queue
             if not candidates or self._num_queued(candidates[0], request) >= most:
+                # the rule says handoff, but no worker can take the prompt soon
                 is_handoff, reason = QUEUE_FULL if candidates else NO_PEER
                 candidates = []
         elif reason == "faster-here":

@@ -181,6 +181,7 @@ class PrefillRequester:
         self._mesh.counters.add("tickets_hedged", running.task.num_hedges)
         self._note(running, "handoff_ended", attempt=running.task.attempt, state=finish.state.value)
         self._end_claim(running, "" if finish.state is TaskState.DONE else "the task is over")
+        # the sequence gets the blocks of a task that is done; else they go back to the pool
         if finish.state is not TaskState.DONE and running.reservation is not None:
             running.reservation.release()
         if finish.state is not TaskState.CANCELLED:
@@ -226,10 +227,12 @@ class PrefillRequester:
         reservation = running.reservation if running.reservation is not None else self._reserve(running)
         if reservation is None:
             return
+        # from here on the end of the claim's stream ends the attempt
         call.on_cancel = lambda: self._claim_ended(running, call, attempt)
         if claim.header is not None and reservation.missing():
             self._take_brought(running, call.peer, claim.header, claim.payloads)
         self._complete_if_all_came(running)
+        # what a refused or stale message did not bring is granted, unless the refusal has ended the attempt
         missing = reservation.missing()
         if missing and running.task.is_current(call.peer, attempt):
             call.send(Grant(running.request.tokens[:-1], attempt, missing[0]))
@@ -358,7 +361,7 @@ class PrefillRequester:
         stall_s = now_s - self._ticked_s - _TICK_S
         self._ticked_s = now_s
         for running in list(self._running.values()):
-            if stall_s > _STALL_S:
+            if stall_s > _STALL_S:  # renewals wait unread in the sockets: leases must not run out by our own delay
                 running.task.stalled(stall_s)
             self._carry_out(running, running.task.tick(now_s))
         if self._running:

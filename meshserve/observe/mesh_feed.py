@@ -118,6 +118,7 @@ class Merge:
             story.events.append(event)
 
     def _begin(self, story: _Story, submit: Event, now_s: float) -> None:
+        # events that came before the beginning are told after it, as if they had come in order
         early, story.events = story.events, []
         story.is_known, story.forget_s = True, now_s + _SILENT_S
         self._stories[submit[3]] = story
@@ -195,7 +196,7 @@ class Merge:
         for request_id, story in self._stories.items():
             if story.is_known and not story.is_over:
                 events += story.events
-                if story.num_tokens:
+                if story.num_tokens:  # tokens are kept as one count: a page needs the progress, not each step
                     events.append([story.events[-1][0], story.events[0][1], "tokens", request_id, {"count": story.num_tokens}])
         events.sort(key=lambda event: float(event[0]))
         return {"loads": self._loads, "latencies": self._latencies, "history": list(self._history), "events": events}

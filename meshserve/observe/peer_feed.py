@@ -116,6 +116,7 @@ class Digest:
     def _count_result(self, details: dict[str, Any], is_followed: bool) -> None:
         """Tokens of requests that are not followed count at their end."""
         outcome, counts = details["outcome"], self._counts
+        # what a client cancelled did not fail
         counts[outcome if outcome in ("ok", "cancelled") else "failed"] += 1
         counts["prompt_tokens"] += details["num_prompt_tokens"]
         counts["cached_tokens"] += details["num_cached_tokens"]

@@ -77,7 +77,7 @@ class WorkerReporter:
         self._load_timer = None
         load = self.load()
         self._loads.publish(load)
-        if load.num_running or load.num_waiting:
+        if load.num_running or load.num_waiting:  # the load of a busy worker changes without any event
             self.changed()
 
     def _on_blocks(self, stored: Sequence[int], evicted: Sequence[int]) -> None:
@@ -104,7 +104,7 @@ class WorkerReporter:
         evicted, self._evicted = tuple(self._evicted), {}
         load = self.load()
         self._source.publish(WorkerReport(load, stored, evicted, admitted, kept))
-        if load.num_running and self._source.watchers:
+        if load.num_running and self._source.watchers:  # progress changes the load without any event
             self._timer, self._is_slow = self._loop.call_later(_RUNNING_INTERVAL_S, self._publish), True
 
     def _snapshot(self) -> Iterable[Any]:
