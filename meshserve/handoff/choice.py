@@ -130,7 +130,7 @@ class HandoffChoice:
     def _ready_ms(self, request: GenerateRequest) -> float:
         """Until the best prefill peer that the router named has computed the KV; 0 if the router did not say."""
         for (peer, _, _), ready_ms in zip(request.prefill_peers, request.prefill_ms, strict=False):
-            if peer != self._mesh.incarnation:
+            if peer != self._mesh.incarnation and self._mesh.reaches_us(peer):
                 return ready_ms
         return 0.0
 
@@ -140,7 +140,8 @@ class HandoffChoice:
         able = [
             info.incarnation
             for info in self._mesh.peers_with("prefill")
-            if layout.accepts(info.layout) and info.incarnation != own
+            # one that cannot dial this worker would never claim the task, which would wait for it in vain
+            if layout.accepts(info.layout) and info.incarnation != own and self._mesh.reaches_us(info.incarnation)
         ]
         ranked = [peer for peer, _, _ in request.prefill_peers if peer in able]
         return ranked + [peer for peer in able if peer not in ranked]

@@ -91,6 +91,10 @@ class Links:
         self._tasks.spawn(self._search_now())
         self._dial_soon()
 
+    def is_dialled_by(self, incarnation: str) -> bool:
+        """Whether a connection that this peer made to us is open."""
+        return bool(self._inbound.get(incarnation))
+
     def announce(self, own: PeerInfo) -> None:
         """Tell all peers what changed about this one."""
         self.own = self.membership.own = own

@@ -222,6 +222,11 @@ class Mesh:
         member = self.links.membership.members.get(incarnation)
         return member is not None and member.can_take_work
 
+    def reaches_us(self, incarnation: str) -> bool:
+        """Whether this peer has a connection of its own to us: it can make calls, and send KV blocks. A firewall may let only one of two
+        peers dial the other."""
+        return incarnation == self.incarnation or self.links.is_dialled_by(incarnation)
+
     # --- calls
 
     now_s = staticmethod(time.monotonic)

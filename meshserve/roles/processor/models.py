@@ -47,6 +47,9 @@ Encoded = tuple[list["array[int]"], TokenTexts]
 """The prompts' tokens, and what tokens stand for."""
 
 
+_MAX_OUT_OF_REACH = 64
+
+
 class Dispatcher:
     """What all sequences of a processor share: the mesh, and whose turn it is."""
 
@@ -54,6 +57,8 @@ class Dispatcher:
         self.mesh, self.max_lost_peers, self.histograms = mesh, max_lost_peers, histograms
         """Histograms are of latencies, a part for each worker; None if nobody wants them."""
         self._router_turn, self._worker_turn = count(), count()
+        self._out_of_reach: tuple[str, ...] = ()
+        """Workers that a router chose and that this processor does not reach."""
 
     def next_router(self, asked: tuple[str, ...]) -> str | None:
         """A router that was not asked yet: this peer's own, else each in turn; None if none is left."""
@@ -75,6 +80,28 @@ class Dispatcher:
             Candidate(worker, self.mesh.name_of(worker), 0, 0, 0.0, 0.0, why)
             for worker in able[start:] + able[:start]
         ]
+
+    def first_reachable(self, candidates: list[Candidate]) -> Candidate | None:
+        """The best that this processor can call now, which is moved to the front.
+
+        Routers reach others than this processor does, and notice silence sooner or later; the next questions to them
+        name the workers that are out of reach.
+        """
+        first = candidates[0]
+        if self.mesh.can_take_work(first.incarnation):
+            return first
+        able = [candidate for candidate in candidates if self.mesh.can_take_work(candidate.incarnation)]
+        missed = [candidate for candidate in candidates if candidate not in able]
+        named = (*self._out_of_reach, *(candidate.incarnation for candidate in missed))
+        self._out_of_reach = tuple(dict.fromkeys(named))[-_MAX_OUT_OF_REACH:]
+        candidates[:] = able + missed
+        return able[0] if able else None
+
+    def out_of_reach(self) -> tuple[str, ...]:
+        """Workers that a router should not choose for this processor."""
+        if self._out_of_reach:
+            self._out_of_reach = tuple(peer for peer in self._out_of_reach if not self.mesh.can_take_work(peer))
+        return self._out_of_reach
 
     def block_size(self, model: str) -> int:
         """Tokens in a KV block of this model's workers; 0 if none is left."""

@@ -205,9 +205,8 @@ class Sequence:
                 self._not_routed(NoWorker(text))
             return
         self._routers += (router,)
-        question = RouteRequest(
-            receipt.request_id, asked.model, self.tokens, asked.policy, asked.session, self._excluded
-        )
+        excluded = self._excluded + dispatcher.out_of_reach()
+        question = RouteRequest(receipt.request_id, asked.model, self.tokens, asked.policy, asked.session, excluded)
         try:
             self._stream = dispatcher.mesh.open(router, ROUTE, question, self, _ROUTE_TIMEOUT_S)
         except PeerLost:
@@ -224,20 +223,21 @@ class Sequence:
         receipt.candidates, receipt.prefill_candidates = decision.decode, decision.prefill or ()
         receipt.phases_ms.route += account.end_phase()
         account.now_in = "call"
-        chosen = decision.decode[0]
+        chosen = self.dispatcher.first_reachable(decision.decode)
+        if chosen is None:  # another router may know better; else the workers that this processor reaches take turns
+            self._excluded += tuple(candidate.incarnation for candidate in decision.decode)
+            self.route()
+            return
         self.worker, self._num_overlap_blocks = chosen.incarnation, chosen.overlap_blocks
         receipt.decode = chosen.peer
         if self._is_followed:
             shown = [candidate.for_receipt() for candidate in decision.decode]
-            path = {"router": decision.router, "policy": decision.policy, "candidates": shown}
-            self._note("routed", decode=chosen.incarnation, **path)
-        prefill_peers, prefill_ms = [], []
-        for found in decision.prefill or ():
-            prefill_peers.append((found.incarnation, found.load, found.overlap_blocks))
-            prefill_ms.append(found.ready_ms)
+            self._note("routed", decode=chosen.incarnation, router=decision.router, policy=decision.policy, candidates=shown)
         request = GenerateRequest(receipt.request_id, receipt.model, self.tokens, self.sampling)
-        request.prefill_peers, request.prefill_ms = tuple(prefill_peers), tuple(prefill_ms)
         request.lost_peers = self._lost
+        if prefill := decision.prefill:
+            request.prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in prefill)
+            request.prefill_ms = tuple(found.ready_ms for found in prefill)
         remaining_s = max(0.001, self.call.deadline_s - mesh.now_s())
         try:
             self._stream = mesh.open(chosen.incarnation, GENERATE, request, self, remaining_s)
