@@ -44,6 +44,10 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
     help="Seconds that running requests get to finish.",
 )
 @option(
+    "--max-migrations", type=click.IntRange(0), default=_SERVE.max_migrations,
+    help="Times that a request whose output has begun goes on at another worker when it loses its own.",
+)
+@option(
     "--bulk-limit", "bulk_limit_mb_per_s", type=click.FloatRange(0), default=0.0,
     help="Megabytes of KV that this peer sends in a second, so that tokens stay smooth on a slow link; 0 is no limit.",
 )

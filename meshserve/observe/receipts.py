@@ -59,6 +59,9 @@ class Receipt:
     num_blocks: int = 0
     num_bytes: int = 0
     attempts: Sequence[dict[str, Any]] = ()
+    continuations: Sequence[dict[str, Any]] = ()
+    """Each time that another worker went on where one was lost: `from` and `to` (names), `outcome` of the lost one, `position` (tokens so
+    far), `pause_ms` (between the last token of the one and the first of the other)."""
     decision: HandoffDecision | None = None
     """Of the decode worker; None for a short prompt where there was no prefill worker to hand over to."""
     phases_ms: PhaseTimes = field(default_factory=PhaseTimes)
@@ -92,7 +95,8 @@ class Receipt:
             "kv": {"blocks": self.num_blocks, "bytes": self.num_bytes},
             "attempts": list(self.attempts),
             "handoff": None if self.decision is None else self.decision.for_receipt(),
-            "migrations": 0,
+            "migrations": len(self.continuations),
+            "continuations": list(self.continuations),
             "outcome": self.outcome,
             "error": self.error,
             "traceparent": self.traceparent,
@@ -128,7 +132,7 @@ def after_first_token(first_ms: PhaseTimes, waited_ms: float, own_ms: PhaseTimes
 
 
 def merged(receipts: Sequence[Receipt], request_id: str, num_prompt_tokens: int, num_cached_tokens: int) -> Receipt:
-    """One receipt of all answers to a request: the path of the first one, the tokens, blocks, bytes and attempts of all."""
+    """One receipt of all answers to a request: the path of the first one, the tokens, blocks, bytes, attempts and continuations of all."""
     return replace(
         receipts[0],
         request_id=request_id,
@@ -138,6 +142,7 @@ def merged(receipts: Sequence[Receipt], request_id: str, num_prompt_tokens: int,
         num_blocks=sum(receipt.num_blocks for receipt in receipts),
         num_bytes=sum(receipt.num_bytes for receipt in receipts),
         attempts=[attempt for receipt in receipts for attempt in receipt.attempts],
+        continuations=[found for receipt in receipts for found in receipt.continuations],
         choices=list(_choices(receipts)),
     )
 

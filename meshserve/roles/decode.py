@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from meshserve.engines.protocol import Engine, GenerationStats, Reservation
-from meshserve.errors import Draining, GaveUp, InvalidRequest, MeshserveError, Overloaded
+from meshserve.errors import Cancelled, Draining, GaveUp, InvalidRequest, MeshserveError, Overloaded
 from meshserve.handoff.intake import HandoffResult
 from meshserve.handoff.requester import PrefillRequester
 from meshserve.handoff.task import TaskState
@@ -100,6 +100,16 @@ class _Sequence:
     def cancel(self) -> None:
         """Nobody waits for the sequence any more: stop the work on it, wherever that is."""
         self._role.cancel(self)
+
+    def give_way_to(self, call: IncomingCall) -> None:
+        """The same request came again. Its processor lost the link to this worker and came back: what it does not wait for any more, this
+        worker may not have heard of yet. Raises InvalidRequest if it is no later attempt of the same processor.
+        """
+        request: GenerateRequest = call.body
+        if call.peer != self._call.peer or request.attempt <= self.request.attempt:
+            raise InvalidRequest("this request is running here already")
+        self.cancel()
+        self._call.fail(Cancelled("the request came again"))
 
     # --- the engine's sink
 
@@ -213,8 +223,8 @@ class DecodeRole:
             raise Draining("this worker is shutting down")
         request: GenerateRequest = call.body
         request_id = request.request_id
-        if request_id in self._running:
-            raise InvalidRequest("this request is running here already")
+        if (earlier := self._running.get(request_id)) is not None:
+            earlier.give_way_to(call)
         if len(self._running) >= self._max_queue:
             self._check_queue()
         decision, candidates = self._requester.choice.choose(request)

@@ -192,6 +192,8 @@ class GenerateRequest(Map, dict=True):
     prefill_ms: tuple[Milliseconds, ...] = ()
     """For each of these, until it is expected to have computed the prompt's KV; 0: its rate is not measured. Empty: not known."""
     lost_peers: tuple[str, ...] = ()
+    attempt: Annotated[int, Meta(ge=0)] = 0
+    """Counts the workers that were tried before. A worker that still has an earlier attempt of the request drops that one."""
     """Names of workers that died while they had this request."""
 
     def _check(self) -> None:

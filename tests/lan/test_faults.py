@@ -51,8 +51,8 @@ def test_what_had_not_started_on_a_stopped_worker_is_served_elsewhere(lan: Lan) 
     assert rerouted and all(attempt["role"] == "decode" for answer in rerouted for attempt in answer["meshserve"]["attempts"])
 
 
-def test_a_stream_that_had_started_on_a_killed_worker_ends_in_a_clear_error_and_without_done(lan: Lan) -> None:
-    mesh = start_paced(lan)
+def test_a_stream_that_must_not_migrate_ends_in_a_clear_error_and_without_done_when_its_worker_is_killed(lan: Lan) -> None:
+    mesh = start_paced(lan, "--max-migrations", "0")
     lines: dict[int, list[str]] = {0: [], 1: []}
 
     def follow(number: int) -> None:
@@ -74,11 +74,11 @@ def test_a_stream_that_had_started_on_a_killed_worker_ends_in_a_clear_error_and_
     assert error["code"] == "peer_lost" and mesh.names(mesh.decode[1:])[0] in error["message"]
 
 
-def start_paced(lan: Lan) -> LanMesh:
+def start_paced(lan: Lan, *front: str) -> LanMesh:
     """Two workers that take 10 ms a token, in turn."""
     options = ("--engine-opt", "step_ms=10")
     host1, host2 = lan.add_host(), lan.add_host()
-    mesh = LanMesh(host1, host1.run("--role", "frontend,processor,router", "--policy", "round-robin"))
+    mesh = LanMesh(host1, host1.run("--role", "frontend,processor,router", "--policy", "round-robin", *front))
     mesh.decode = [host1.run("--role", "decode", *options), host2.run("--role", "decode", *options)]
     mesh.wait_until_ready()
     return mesh

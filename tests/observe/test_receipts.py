@@ -13,7 +13,7 @@ from rich.cells import cell_len
 from meshserve.cli.trace import waterfall
 from meshserve.observe.otlp import export_body, receipt_spans
 from meshserve.observe.receipts import PHASES, FrontendReceipt, PhaseTimes, Receipt, after_first_token, merged, partition, with_frontend
-from meshserve.roles.processor.sequences import Account
+from meshserve.roles.processor.accounts import Account
 from meshserve.telemetry import Histograms
 from meshserve.wire.completion import TraceContext, read_traceparent
 from meshserve.wire.generation import HandedOver, HandoffDecision, WorkerAccount, milliseconds

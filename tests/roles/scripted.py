@@ -106,7 +106,7 @@ class Scene:
 
     def __init__(self, mesh: Mesh) -> None:
         self.mesh, self.worker = mesh, Worker()
-        self.processor = ProcessorRole(mesh, 2)
+        self.processor = ProcessorRole(mesh, 2, 16)
         mesh.serve(GENERATE, self.worker.on_generate)
 
     def ask(self, **fields: Any) -> Client:

@@ -110,7 +110,7 @@ def check_request(request: GenerateRequest, vocab_size: int, context_length: int
     if not 0 <= request.num_generated < min(sampling.max_tokens, len(request.tokens)):
         raise InvalidRequest(f"num_generated is {request.num_generated} with max_tokens {sampling.max_tokens}", param="num_generated")
     _check_sampling(sampling, vocab_size)
-    if sampling.prompt_logprobs >= 0:
+    if sampling.prompt_logprobs >= 0 and not request.num_generated:
         _check_prompt_logprobs(request, vocab_size)
     num_prompt = len(request.tokens) - request.num_generated
     if num_prompt + sampling.max_tokens > context_length:

@@ -53,9 +53,10 @@ _MAX_OUT_OF_REACH = 64
 class Dispatcher:
     """What all sequences of a processor share: the mesh, and whose turn it is."""
 
-    def __init__(self, mesh: Mesh, max_lost_peers: int, histograms: Histograms | None) -> None:
-        self.mesh, self.max_lost_peers, self.histograms = mesh, max_lost_peers, histograms
+    def __init__(self, mesh: Mesh, max_lost_peers: int, max_migrations: int, histograms: Histograms | None) -> None:
+        self.mesh, self.histograms = mesh, histograms
         """Histograms are of latencies, a part for each worker; None if nobody wants them."""
+        self.max_lost_peers, self.max_migrations = max_lost_peers, max_migrations
         self._router_turn, self._worker_turn = count(), count()
         self._out_of_reach: tuple[str, ...] = ()
         """Workers that a router chose and that this processor does not reach."""

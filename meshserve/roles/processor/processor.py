@@ -20,6 +20,7 @@ from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.receipts import OK, Receipt, after_first_token, merged
+from meshserve.roles.processor.accounts import Account
 from meshserve.roles.processor.answers import THINK, AnswerParser
 from meshserve.roles.processor.call_formats import Accepts, CallFormat, CallParser, formats_of
 from meshserve.roles.processor.choices import Choice, EchoOnly, PlainChoice
@@ -31,7 +32,7 @@ from meshserve.roles.processor.models import (
     check_prompts,
     sampling_of,
 )
-from meshserve.roles.processor.sequences import Account, Sequence
+from meshserve.roles.processor.sequences import Sequence
 from meshserve.roles.processor.tools import StrictCalls, tools_of, wants_call, writes_calls
 from meshserve.telemetry import log_event
 from meshserve.wire.card import ModelCard
@@ -58,11 +59,11 @@ class ProcessorRole:
     `tokenize` and `detokenize`.
     """
 
-    def __init__(self, mesh: Mesh, max_lost_peers: int, receipts: Receipts | None = None) -> None:
+    def __init__(self, mesh: Mesh, max_lost_peers: int, max_migrations: int, receipts: Receipts | None = None) -> None:
         self.mesh, self.name, self.receipts = mesh, mesh.own.name, receipts
         """The name is this peer's; receipts are of requests that are over; None if nobody is to keep any."""
         self.models = Models(mesh)
-        self.dispatcher = Dispatcher(mesh, max_lost_peers, None if receipts is None else mesh.histograms)
+        self.dispatcher = Dispatcher(mesh, max_lost_peers, max_migrations, None if receipts is None else mesh.histograms)
         self.strict_calls = StrictCalls()
         self.rng = random.Random()
         self.running: dict[str, Request] = {}

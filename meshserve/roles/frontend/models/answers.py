@@ -159,7 +159,7 @@ _MESH: dict[str, Any] = {
         ),
         **each(str, "request_id client_id? model policy?"),
         "peers": each(_TEXT, "frontend processor router decode prefill"),
-        **each([dict], "candidates? prefill_candidates? attempts?"),
+        **each([dict], "candidates? prefill_candidates? attempts? continuations?"),
         "tokens": each(int, "prompt cached completion"),
         "kv?": each(int, "blocks bytes"),
         "handoff?": (dict, None),
