@@ -83,7 +83,8 @@ def sampled(
     """Sampling, the model and meshserve's own field. Raises InvalidRequest that names the field."""
     passed_on = _passed_on(type(asked))
     # a body has few of the fields that it might have: only those are looked at
-    found = {name: getattr(asked, name) for name in fields if name in passed_on}
+    named = [name for name in fields if name in passed_on]
+    found = {name: value for name in named if (value := getattr(asked, name)) is not None}
     found |= {"model": asked.model, "session": (session or "")[:MAX_SESSION_CHARACTERS]}
     if max_tokens is not None and asked.min_tokens > max_tokens:
         raise invalid("min_tokens", f"must be at most max_tokens, which is {max_tokens}")
