@@ -159,8 +159,8 @@ class Sequence:
         request.attempt = self._attempt
         request.lost_peers = self._lost
         if prefill := decision.prefill:
-            request.prefill_peers = tuple((found.incarnation, found.load, found.overlap_blocks) for found in prefill)
-            request.prefill_ms = tuple(found.ready_ms for found in prefill)
+            request.prefill_peers = tuple([(found.incarnation, found.load, found.overlap_blocks) for found in prefill])
+            request.prefill_ms = tuple([found.ready_ms for found in prefill])
         remaining_s = max(0.001, self.call.deadline_s - mesh.now_s())
         try:
             self._stream = mesh.open(chosen.incarnation, GENERATE, request, self, remaining_s)
