@@ -2,8 +2,7 @@
 
 A stream is opened with a deadline, carries items from its handler to its opener, and ends in
 exactly one end or error, whatever dies. It is named by its opener's incarnation and a counter.
-Items of one stream arrive in order, none lost, none twice; streams are not ordered among each
-other.
+Items of one stream arrive in order, none lost, none twice; streams have no order among them.
 
 A stream between two roles of one peer keeps the same promises, but nothing is packed or read: each
 end calls the other at the end of the turn of the event loop.
@@ -17,6 +16,7 @@ from typing import Any, Protocol
 from meshserve.errors import (
     Cancelled,
     DeadlineExceeded,
+    Draining,
     MeshserveError,
     Overloaded,
     PeerLost,
@@ -397,4 +397,4 @@ class CallTable:
         for outgoing in list(self.outgoing.values()):
             outgoing.give_up(Cancelled("this peer is stopping"))
         for incoming in list(self.incoming.values()):
-            incoming.abandon("stop", Cancelled("the peer is stopping"))
+            incoming.abandon("stop", Draining("the peer is stopping"))

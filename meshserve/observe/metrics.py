@@ -31,6 +31,7 @@ _COUNTERS = {
     "prefill_attempts_failed": "Attempts at a prompt that failed.",
     "prefill_attempts_revoked": "Attempts that the decode worker revoked.",
     "requests_rerouted": "Requests that went to another decode worker.",
+    "requests_migrated": "Of those, times that the other one went on with output that had begun.",
     "reservations_refused": "Handoffs that found no room in the decode worker's pool.",
     "kv_blocks_sent": "KV blocks sent.",
     "kv_blocks_received": "KV blocks taken in.",

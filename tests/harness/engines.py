@@ -73,6 +73,16 @@ class HoldingEngine(DummyEngine):
         super().cancel(request_id)
 
 
+class FatalContinuationEngine(DummyEngine):
+    """A marked prompt kills the process that goes on with output of another worker, before it gives a token of its own."""
+
+    def generate(self, request: GenerateRequest, sink: GenerationSink, reservation: Reservation | None = None) -> None:
+        """Die if it is marked."""
+        if request.num_generated:
+            _die_if(request.tokens)
+        super().generate(request, sink, reservation)
+
+
 class KillingEngine(DummyEngine):
     """A marked prompt kills its process, as a CUDA fault would."""
 

@@ -3,11 +3,15 @@
 import json
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
-from tests.harness import Lan, wait_until
+from tests.harness import Host, Lan, pace, wait_until
+from tests.harness.engines import KILL_MARK
+from tests.harness.pressure import allowance_s
 from tests.lan.meshes import HTTP, READY_S, LanMesh
 
+FAILURE_TIMEOUT_S = 1.5
 PACED = ("--engine-opt", "step_ms=10")
 
 
@@ -52,13 +56,41 @@ class Stream:
         return max(later - sooner for sooner, later in zip(self.came_s, self.came_s[1:], strict=False))
 
 
-def start(lan: Lan, num_decode: int, *options: str) -> LanMesh:
+@dataclass
+class Workers(LanMesh):
+    """A mesh whose decode workers can be started again."""
+
+    hosts: list[Host] = field(default_factory=list)
+    """Of the decode workers."""
+    options: tuple[str, ...] = ()
+
+    def start_again(self, index: int) -> None:
+        """Kill a decode worker, and start another one on its host."""
+        self.decode[index].kill()
+        self.decode[index] = self.hosts[index].run("--role", "decode", *self.options)
+
+    def busy(self) -> list[str]:
+        """Names of the workers that have sequences."""
+        return [peer["name"] for peer in self.peers() if (peer["load"] or {}).get("num_running")]
+
+
+def start(lan: Lan, num_decode: int, *options: str, front: tuple[str, ...] = ()) -> Workers:
     """Frontend, processor and router on one host, each worker on a host of its own."""
-    front = lan.add_host()
-    mesh = LanMesh(front, front.run("--role", "frontend,processor,router", "--policy", "round-robin", *options))
-    mesh.decode = [lan.add_host().run("--role", "decode", *PACED, *options) for _ in range(num_decode)]
+    host = lan.add_host()
+    mesh = Workers(host, host.run("--role", "frontend,processor,router", "--policy", "round-robin", *front))
+    mesh.options = (*PACED, *options)
+    mesh.hosts = [lan.add_host() for _ in range(num_decode)]
+    mesh.decode = [host.run("--role", "decode", *mesh.options) for host in mesh.hosts]
     mesh.wait_until_ready()
     return mesh
+
+
+def undisturbed_texts(mesh: LanMesh, count: int, max_tokens: int) -> list[str]:
+    """What the same streams say while nothing is lost."""
+    with ThreadPoolExecutor(count) as pool:
+        streams = list(pool.map(lambda number: Stream(mesh, f"stream {number}", max_tokens).run(), range(count)))
+    assert not any(stream.receipt["migrations"] for stream in streams)
+    return [stream.text for stream in streams]
 
 
 def test_row_6_a_stream_goes_on_at_another_worker_when_its_own_is_killed(lan: Lan) -> None:
@@ -71,10 +103,78 @@ def test_row_6_a_stream_goes_on_at_another_worker_when_its_own_is_killed(lan: La
         mesh.decode[1].kill()
         for stream in running:
             stream.result()
-        (moved,) = [stream for stream in streams if stream.receipt["migrations"]]
-        (continued,) = moved.receipt["continuations"]
-        assert (continued["from"], continued["to"], continued["outcome"]) == (lost, survivor, "peer_lost")
-        assert moved.receipt["peers"]["decode"] == survivor and moved.receipt["tokens"]["completion"] == 200
-        assert continued["pause_ms"] <= 500, continued
-        texts = [stream.text for stream in streams]
-        assert texts == [Stream(mesh, f"stream {number}", 200).run().text for number in range(2)]
+    (moved,) = [stream for stream in streams if stream.receipt["migrations"]]
+    (continued,) = moved.receipt["continuations"]
+    assert (continued["from"], continued["to"], continued["outcome"]) == (lost, survivor, "peer_lost")
+    assert moved.receipt["peers"]["decode"] == survivor and moved.receipt["tokens"]["completion"] == 200
+    assert continued["pause_ms"] <= 500, continued
+    assert [stream.text for stream in streams] == undisturbed_texts(mesh, 2, 200)
+
+
+def test_row_6_a_worker_that_is_stopped_for_3_s_doubles_no_token(lan: Lan) -> None:
+    mesh = start(lan, 2)
+    streams = [Stream(mesh, f"stream {number}", 500) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(stream.run) for stream in streams]
+        wait_until(lambda: all(len(stream.chunks) > 10 for stream in streams), READY_S, "all streams run")
+        mesh.decode[1].stop()
+        began_s = time.monotonic()
+        pace(3.0)
+        mesh.decode[1].resume()
+        for stream in running:
+            stream.result()
+    moved = [stream for stream in streams if stream.receipt["migrations"]]
+    assert len(moved) == 2 and all(stream.receipt["continuations"][0]["outcome"] == "peer_silent" for stream in moved)
+    longest_s = max(stream.longest_pause_s for stream in streams)
+    assert longest_s <= FAILURE_TIMEOUT_S + 0.5 + allowance_s(began_s), longest_s
+    wait_until(lambda: not mesh.busy(), READY_S, "nothing runs any more")
+    assert [stream.text for stream in streams] == undisturbed_texts(mesh, 4, 500)
+
+
+def test_row_6_the_only_worker_may_be_silent_and_go_on_or_be_killed_and_started_again(lan: Lan) -> None:
+    mesh = start(lan, 1)
+    stream = Stream(mesh, "stream 0", 500)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(stream.run)
+        wait_until(lambda: len(stream.chunks) > 10, READY_S, "the stream runs")
+        mesh.decode[0].stop()
+        pace(FAILURE_TIMEOUT_S + 1.0)
+        mesh.decode[0].resume()
+        num_before = len(stream.chunks)
+        wait_until(lambda: len(stream.chunks) > num_before + 10, READY_S, "the stream goes on")
+        mesh.start_again(0)
+        running.result()
+    assert [found["outcome"] for found in stream.receipt["continuations"]] == ["peer_lost"]
+    assert [stream.text] == undisturbed_texts(mesh, 1, 500)
+
+
+def kill_whoever_has(mesh: Workers, stream: Stream) -> None:
+    """Wait until the only stream that runs has more tokens, and kill its worker."""
+    num_before = len(stream.chunks)
+    wait_until(lambda: len(stream.chunks) > num_before + 10, READY_S, "the stream goes on")
+    wait_until(lambda: len(mesh.busy()) == 1, READY_S, "one worker has it")
+    next(found for found in mesh.decode if mesh.names([found]) == mesh.busy()).kill()
+
+
+def test_row_6_a_stream_survives_each_of_the_workers_that_have_it(lan: Lan) -> None:
+    mesh = start(lan, 4)
+    stream = Stream(mesh, "stream 0", 600)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(stream.run)
+        for _ in range(3):
+            kill_whoever_has(mesh, stream)
+        running.result()
+    assert stream.receipt["migrations"] == 3
+    assert [stream.text] == undisturbed_texts(mesh, 1, 600)
+
+
+def test_row_20_a_stream_that_kills_whoever_goes_on_with_it_ends_after_two(lan: Lan) -> None:
+    mesh = start(lan, 4, "--engine", "tests.harness.engines:FatalContinuationEngine")
+    stream = Stream(mesh, KILL_MARK, 600)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(stream.run)
+        kill_whoever_has(mesh, stream)
+        running.result()
+    error = stream.chunks[-1]["error"]
+    assert error["code"] == "gave_up" and not stream.is_done
+    assert len([process for process in mesh.decode if process.exit_code is None]) == 1

@@ -98,6 +98,15 @@ class Dispatcher:
         candidates[:] = able + missed
         return able[0] if able else None
 
+    def model_hash(self, worker: str) -> str:
+        """Of the model that this worker serves; empty if it is not known."""
+        info = self.mesh.info_of(worker)
+        return info.card.model_hash if info is not None and info.card is not None else ""
+
+    def of_model(self, candidates: list[Candidate], model_hash: str) -> list[Candidate]:
+        """Those that serve the very model of this hash; all if it is not known."""
+        return [candidate for candidate in candidates if not model_hash or self.model_hash(candidate.incarnation) == model_hash]
+
     def out_of_reach(self) -> tuple[str, ...]:
         """Workers that a router should not choose for this processor."""
         if self._out_of_reach:

@@ -16,7 +16,7 @@ from typing import Any
 
 from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MeshserveError
 from meshserve.mesh.calls import IncomingCall
-from meshserve.mesh.membership import Change, Member
+from meshserve.mesh.membership import Change, Member, PeerState
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.receipts import OK, Receipt, after_first_token, merged
@@ -97,10 +97,15 @@ class ProcessorRole:
         incarnation, histograms = member.info.incarnation, self.dispatcher.histograms
         if change in (Change.DIED, Change.LEFT) and histograms is not None:
             histograms.fold(incarnation)  # its streams ended before anybody was told
-        if change is Change.SUSPECTED and "decode" in member.info.roles:
-            running = list(self.running.values())
-            for sequence in [sequence for request in running for sequence in request.sequences]:
-                if sequence.worker == incarnation and not sequence.is_over:
+        if change in (Change.SUSPECTED, Change.RECOVERED, Change.CALLABLE) and "decode" in member.info.roles:
+            self._leave_silent_workers()
+
+    def _leave_silent_workers(self) -> None:
+        """Have other workers take over from those that are suspect, also where none was there when they fell silent."""
+        silent = {member.info.incarnation for member in self.mesh.links.membership.listed() if member.state is PeerState.SUSPECT}
+        if silent:
+            for sequence in [sequence for request in list(self.running.values()) for sequence in request.sequences]:
+                if sequence.worker in silent and not sequence.is_over:
                     sequence.worker_suspected()
 
     async def close(self) -> None:

@@ -11,6 +11,7 @@ as its stream ends before the next one begins.
 """
 
 from array import array
+from asyncio import TimerHandle, get_running_loop
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ _ROUTE_TIMEOUT_S = 0.5
 """A router answers within a millisecond; one that has not answered by now hangs. Higher waits longer for
 it, lower asks two where the machine is merely busy."""
 _NO_ROUTER = "round-robin (no router)"
+_LOOK_AGAIN_S = 0.1
+"""Until a sequence that has begun, and finds no worker, asks again. Lower finds a new worker sooner, and costs a question each time."""
 
 
 @dataclass(slots=True, eq=False)
@@ -83,6 +86,12 @@ class Sequence:
     """Of them, those since the last token."""
     _num_migrations: int = 0
     """Of them, those that were lost after they had given tokens."""
+    _waits_until_s: float = 0.0
+    """While no worker can go on with the sequence: when it fails, on the monotonic clock."""
+    _timer: TimerHandle | None = None
+    """While it waits so."""
+    _model_hash: str = ""
+    """Of the model whose output it is, once a worker was lost: another model would go on with other tokens."""
     _moved: dict[str, Any] | None = None
     """The continuation that is under way, as the receipt will show it."""
     _has_worker_begun: bool = False
@@ -134,8 +143,19 @@ class Sequence:
             self.route()
 
     def _not_routed(self, error: MeshserveError) -> None:
-        """No worker can take the sequence; why one refused it is the better reason."""
-        self._fail(self._refusal if isinstance(error, NoWorker) and self._refusal else error)
+        """No worker can take the sequence; why one refused it is the better reason. A sequence that has begun waits for a while: silent
+        workers come back or turn out to be dead, and those that were killed are started again.
+        """
+        if not isinstance(error, NoWorker):
+            self._fail(error)
+            return
+        now_s, config = monotonic(), self.dispatcher.mesh.config
+        self._waits_until_s = self._waits_until_s or now_s + config.failure_timeout_s + config.death_timeout_s
+        if not self.output or now_s >= self._waits_until_s:
+            self._fail(self._refusal or error)
+            return
+        self._routers, self._excluded = (), ()  # the one that was lost may be the one that comes back
+        self._timer = get_running_loop().call_later(_LOOK_AGAIN_S, self.route)
 
     def _routed(self, decision: RoutingDecision) -> None:
         """Send the prompt and the tokens so far to the first candidate, with the prefill workers that the router ranked."""
@@ -144,7 +164,8 @@ class Sequence:
         receipt.candidates, receipt.prefill_candidates = decision.decode, decision.prefill or ()
         receipt.phases_ms.route += account.end_phase()
         account.now_in = "call"
-        chosen = self.dispatcher.first_reachable(decision.decode)
+        able = self.dispatcher.of_model(decision.decode, self._model_hash) if self.output else decision.decode
+        chosen = self.dispatcher.first_reachable(able) if able else None
         if chosen is None:  # another router may know better; else the workers that this processor reaches take turns
             self._excluded += tuple(candidate.incarnation for candidate in decision.decode)
             self.route()
@@ -202,9 +223,10 @@ class Sequence:
         if self._moved is not None:
             moved = {**self._moved, "to": self.receipt.decode, "pause_ms": round((now_s - self._last_s) * 1000, 3)}
             self.receipt.continuations, self._moved = [*self.receipt.continuations, moved], None
+            self.dispatcher.mesh.counters.add("requests_migrated")
         elif self.on_began is not None:
             self.on_began(self)
-        self._lost, self._excluded, self._num_fruitless = (), (), 0
+        self._lost, self._excluded, self._num_fruitless, self._waits_until_s = (), (), 0, 0.0
 
     def _unusual(self, item: Any) -> tuple[list[int] | None, Any]:
         """Read the rarer items of a worker's stream. Returns tokens after their position, and their log
@@ -293,13 +315,17 @@ class Sequence:
             self._num_fruitless += 1
             return
         self._num_migrations += 1
+        self._model_hash = self._model_hash or self.dispatcher.model_hash(self.worker or "")
         self._moved = {"from": self.receipt.decode, "outcome": error.code, "position": num_tokens}
         if self.account.histograms is None:  # nobody wrote down when each token came
             self._last_s = monotonic()
 
     def worker_suspected(self) -> None:
-        """Its worker fell silent: another one takes over. Should the silent one go on, its tokens are not taken any more."""
-        if self._stream is not None:
+        """Its worker is silent: another one takes over if there is one, and should the silent one go on, its tokens are not taken any more.
+        If there is none, the silent one is all there is to wait for.
+        """
+        workers = self.dispatcher.mesh.peers_serving("decode", self.asked.model)
+        if self._stream is not None and any(info.incarnation not in self._excluded for info in workers):
             self._stream.cancel()
             self.on_error(PeerSilent("the worker fell silent"))
 
@@ -332,6 +358,8 @@ class Sequence:
     def _close(self, outcome: str) -> None:
         if self._stream is not None:  # what nobody waits for any more: the worker goes on to others
             self._stream.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
         self.account.close(self._last_s)
         self.is_over = True
         self.receipt.num_completion_tokens = self.choice.num_tokens
