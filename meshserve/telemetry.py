@@ -1,5 +1,6 @@
 """Counters, gauges, histograms, an event log: every floor reports to them. Costs next to nothing."""
 
+import errno
 import json
 import logging
 import math
@@ -10,6 +11,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import repeat
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histograms' buckets: from a hop on loopback to a prompt of 100,000 tokens on one GPU."""
@@ -212,14 +215,26 @@ class EventLog:
     The log has two consumers, a file and a listener. Without either it is off: callers ask `is_on` before
     they make an event. In the file an event is one line of JSON, written when `note` returns, so that a
     killed process loses none. Times are of the monotonic clock that all processes of a host share.
+
+    A file that takes no more (a full disk, a FIFO that nobody reads) ends the recording, with one warning, and nothing else.
     """
 
     def __init__(self, path: str | None = None) -> None:
+        """Raises OSError if the file cannot be opened."""
         self.is_on = path is not None
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if path is not None else -1
+        self._path, self._descriptor = path, -1
         self._heard: Callable[[str, str, dict[str, Any]], None] | None = None
         self._follows: Callable[[str], bool] | None = None
         self._peer = ""
+        if path is not None:
+            # non-blocking, which means nothing for files on disk: a FIFO is neither waited for here nor at a write
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK
+            try:
+                self._descriptor = os.open(path, flags, 0o644)
+            except OSError as error:
+                if error.errno != errno.ENXIO:  # a FIFO that nobody has opened for reading
+                    raise
+                self._stop_recording("nobody reads it")
 
     def begin(self, peer: str) -> None:
         """All events from now on are this peer's (an incarnation)."""
@@ -244,11 +259,30 @@ class EventLog:
             self._heard(event, request_id, details)
         if self._descriptor >= 0:
             line = json.dumps({"at_s": time.monotonic(), "peer": self._peer, "event": event, "request": request_id, **details})
-            os.write(self._descriptor, line.encode() + b"\n")
+            self._write(line.encode() + b"\n")
+
+    def _write(self, line: bytes) -> None:
+        try:
+            is_whole = os.write(self._descriptor, line) == len(line)
+        except BlockingIOError:
+            self._stop_recording("nobody reads it")
+        except OSError as error:
+            self._stop_recording(error.strerror or type(error).__name__)
+        else:
+            if not is_whole:  # nothing may follow half a line
+                self._stop_recording("it takes no more")
+
+    def _stop_recording(self, reason: str) -> None:
+        self._close_file()
+        self.is_on = self._heard is not None
+        log_event(_log, "record_stopped", f"--record {self._path}: {reason}; nothing is recorded from now on", logging.WARNING)
+
+    def _close_file(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
     def close(self) -> None:
         """No more events."""
         self.is_on, self._heard = False, None
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._close_file()

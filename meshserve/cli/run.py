@@ -12,7 +12,8 @@ import click
 from meshserve.cli.frontend_options import api_keys, frontend_config, frontend_options
 from meshserve.cli.model_options import model_options, model_settings, say_dummy, with_model
 from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles, pick
-from meshserve.cli.running import declare, execute
+from meshserve.cli.outputs import queued_outputs
+from meshserve.cli.running import declare, declared, execute
 from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
 from meshserve.errors import UsageError
 
@@ -65,7 +66,8 @@ def run(**settings: Any) -> None:
             say_dummy(settings["model"])
         return serve(mesh_config(settings, roles), with_model(config, roles))
 
-    execute(settings, start)
+    with queued_outputs(declared):
+        execute(settings, start)
 
 
 def serve_config(settings: dict[str, Any]) -> ServeConfig:
@@ -109,8 +111,9 @@ async def serve(mesh: MeshConfig, config: ServeConfig) -> int:
         told_to_stop.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, on_signal)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the terminal's end is to change nothing
+            loop.add_signal_handler(number, on_signal)
     peer = Peer(mesh, config, lambda line: click.echo(line))
     await peer.start()
     if peer.engine_description:

@@ -33,10 +33,15 @@ def set_up_logging(settings: dict[str, Any]) -> None:
 
 def declare(event: str, text: str) -> None:
     """One line on stderr whatever the level: plain, or JSON where log lines are."""
+    click.echo(declared(event, text), err=True)
+
+
+def declared(event: str, text: str) -> str:
+    """The line itself."""
     formatters = [handler.formatter for handler in logging.getLogger().handlers]
     as_json = next((found for found in formatters if isinstance(found, JsonFormatter)), None)
     record = logging.makeLogRecord({"name": "meshserve", "levelno": logging.WARNING, "levelname": "WARNING", "msg": text, "event": event})
-    click.echo(f"meshserve: {text}" if as_json is None else as_json.format(record), err=True)
+    return f"meshserve: {text}" if as_json is None else as_json.format(record)
 
 
 def run_loop(coroutine: Coroutine[Any, Any, int]) -> int:

@@ -327,12 +327,12 @@ class Links:
             self._safely(self._tick, now_s)
             if now_s - last_gossip_s >= (_GOSSIP_INTERVAL_S if self._is_changed else _GOSSIP_QUIET_INTERVAL_S):
                 last_gossip_s = now_s
-                self._gossip()
+                self._safely(self._gossip)
             if not self.channels and not self.own.is_observer and self.search.is_due(now_s):
                 self._tasks.spawn(self._search_now())
             if not lonely_s and now_s - self._started_s > self._config.lonely_after_s:
                 lonely_s = now_s
-                self._warn_if_lonely()
+                self._safely(self._warn_if_lonely)
             await asyncio.sleep(self._config.tick_interval_s)
 
     def _safely(self, call: Callable[..., None], *arguments: Any) -> None:
