@@ -4,11 +4,15 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.harness import Host, Lan, pace, wait_until
 from tests.harness.engines import KILL_MARK
 from tests.harness.pressure import allowance_s
+from tests.harness.records import Record
 from tests.lan.meshes import HTTP, READY_S, LanMesh
 
 FAILURE_TIMEOUT_S = 1.5
@@ -178,3 +182,35 @@ def test_row_20_a_stream_that_kills_whoever_goes_on_with_it_ends_after_two(lan: 
     error = stream.chunks[-1]["error"]
     assert error["code"] == "gave_up" and not stream.is_done
     assert len([process for process in mesh.decode if process.exit_code is None]) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_streams", "num_tokens", "most_kills"),
+    [(10, 400, 6), pytest.param(100, 1000, 60, marks=pytest.mark.full)],
+    ids=["ten", "hundred"],
+)
+def test_row_6_streams_are_whole_while_a_worker_is_killed_every_second(
+    lan: Lan, tmp_path: Path, num_streams: int, num_tokens: int, most_kills: int
+) -> None:
+    path = tmp_path / "record.jsonl"
+    mesh = start(lan, 3, "--record", str(path), front=("--record", str(path)))
+    streams = [Stream(mesh, f"stream {number}", num_tokens) for number in range(num_streams)]
+    with ThreadPoolExecutor(num_streams) as pool:
+        running = [pool.submit(stream.run) for stream in streams]
+        began_s = due_s = time.monotonic()
+        for number in range(most_kills):
+            due_s += 1.0
+            pace(max(0.0, due_s - time.monotonic()))
+            if all(stream.done() for stream in running):
+                break
+            mesh.start_again(number % 3)
+        for stream in running:
+            stream.result()
+    Record(path).check()
+    continued = [found for stream in streams for found in stream.receipt["continuations"]]
+    assert len(continued) >= num_streams / 2 and {found["outcome"] for found in continued} == {"peer_lost"}
+    longest_ms = max(found["pause_ms"] for found in continued)
+    print(f"\n{len(continued)} migrations, longest pause {longest_ms:.0f} ms")
+    assert longest_ms <= 500 + allowance_s(began_s) * 1000
+    mesh.wait_until_ready()
+    assert [stream.text for stream in streams] == undisturbed_texts(mesh, num_streams, num_tokens)
