@@ -1,0 +1,402 @@
+"""`python -m bench.chaos --seed N --seconds S`: a mesh on five hosts under faults, and what its clients notice of them.
+
+Five network namespaces on one switch, real processes: 3 decode, 2 prefill, 2 routers, 2 processors, and the clients'
+frontend. Every two seconds one of these befalls a host or a peer: kill (and a new start after 1 to 3 s), stop (0.5 to 10 s), link
+down (0.5 to 10 s), another address, multicast off, a router that is restarted, a drain. At each moment one decode worker,
+one router and one processor are alive and reachable. Sixteen clients ask all the while, half of them for streams, and
+compare each answer with that of an undisturbed peer. A seed repeats its faults.
+"""
+
+import json
+import random
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import click
+
+from tests.harness import Host, Lan, Process, pace
+from tests.harness.held import held
+
+PERIOD_S = 2.0
+KINDS = ("kill", "stop", "link_down", "move", "multicast_off", "router_restart", "drain")
+NUM_CLIENTS = 16
+STREAM_TOKENS, WHOLE_TOKENS = 200, 24
+FAILURE_TIMEOUT_S, DEATH_S = 1.5, 6.5
+"""Of a silent peer: suspect, dead."""
+_RECOVERY_S = 6.0
+"""After a fault until its target counts as usable again, when the next faults are planned."""
+_ANSWER_TIMEOUT_S = 120.0
+_HTTP = "http://127.0.0.1:8000"
+_PACE = ("--engine-opt", "profile=reference")
+
+PEERS = {
+    "frontend": (0, "frontend"),
+    "processor-1": (0, "processor"),
+    "router-1": (0, "router"),
+    "decode-1": (0, "decode"),
+    "processor-2": (1, "processor"),
+    "router-2": (1, "router"),
+    "decode-2": (2, "decode"),
+    "decode-3": (3, "decode"),
+    "prefill-1": (3, "prefill"),
+    "prefill-2": (4, "prefill"),
+}
+"""Each peer's host and role."""
+NEEDED = ("processor", "router", "decode")
+NUM_HOSTS, FRONT_HOST = 5, 0
+
+
+# --- the plan, which is pure
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """What befalls a target: a peer, or `host N`."""
+
+    at_s: float
+    kind: str
+    target: str
+    lasts_s: float
+
+
+class _Planned:
+    """What is disturbed until when, as far as it is planned."""
+
+    def __init__(self) -> None:
+        self._peers: dict[str, float] = dict.fromkeys(PEERS, 0.0)
+        self._hosts: dict[int, float] = dict.fromkeys(range(NUM_HOSTS), 0.0)
+
+    def add(self, fault: Fault) -> None:
+        """This fault is planned too."""
+        until_s = fault.at_s + fault.lasts_s + _RECOVERY_S
+        if fault.target in PEERS:
+            self._peers[fault.target] = until_s
+        else:
+            self._hosts[_number(fault.target)] = until_s
+
+    def allows(self, target: str, at_s: float) -> bool:
+        """Whether the target has no other fault, and the frontend then still reaches one undisturbed peer of each needed role."""
+        if (self._peers[target] if target in PEERS else self._hosts[_number(target)]) > at_s:
+            return False
+        cut = {number for number, until_s in self._hosts.items() if until_s > at_s}
+        if target not in PEERS:
+            cut.add(_number(target))
+
+        def is_left(peer: str) -> bool:
+            is_reached = PEERS[peer][0] == FRONT_HOST or not cut & {PEERS[peer][0], FRONT_HOST}
+            return is_reached and peer != target and self._peers[peer] <= at_s
+
+        return set(NEEDED) <= {role for peer, (_, role) in PEERS.items() if is_left(peer)}
+
+
+def plan(seed: int, seconds: float) -> list[Fault]:
+    """One fault every period, each kind as often as any other as far as the mesh can bear it."""
+    rng, planned, faults = random.Random(seed), _Planned(), list[Fault]()
+    counts = dict.fromkeys(KINDS, 0)
+    at_s = PERIOD_S
+    while at_s < seconds:
+        for kind in sorted(KINDS, key=lambda kind: (counts[kind], rng.random())):
+            targets = [target for target in _targets(kind) if planned.allows(target, at_s)]
+            if targets:
+                faults.append(Fault(at_s, kind, rng.choice(targets), _lasts_s(kind, rng)))
+                planned.add(faults[-1])
+                counts[kind] += 1
+                break
+        at_s += PERIOD_S
+    return faults
+
+
+def _lasts_s(kind: str, rng: random.Random) -> float:
+    """Half beyond the failure timeout, a fifth beyond the time after which a silent peer is dead, where a fault has a length."""
+    if kind in ("kill", "router_restart", "drain"):
+        return rng.uniform(1.0, 3.0)
+    if kind == "move":
+        return rng.uniform(0.0, 1.0)
+    share = rng.random()
+    if share < 0.2:
+        return rng.uniform(DEATH_S + 0.1, 10.0)
+    return rng.uniform(FAILURE_TIMEOUT_S + 0.1, DEATH_S) if share < 0.5 else rng.uniform(0.5, FAILURE_TIMEOUT_S)
+
+
+def _targets(kind: str) -> list[str]:
+    if kind in ("link_down", "move", "multicast_off"):
+        return [f"host {number}" for number in range(NUM_HOSTS)]
+    if kind == "router_restart":
+        return ["router-1", "router-2"]
+    return [peer for peer, (_, role) in PEERS.items() if role not in ("frontend", "router")]
+
+
+def _number(target: str) -> int:
+    return int(target.split()[1])
+
+
+# --- the mesh, and what befalls it
+
+
+class Mesh:
+    """The hosts and processes. Peers are started again as their faults ask for it."""
+
+    def __init__(self, lan: Lan) -> None:
+        self.hosts = [lan.add_host() for _ in range(NUM_HOSTS)]
+        self.processes: dict[str, Process] = {}
+        self.num_moves = 0
+        for peer in PEERS:
+            self.start(peer)
+        for process in self.processes.values():
+            process.ready(30.0)
+
+    def start(self, peer: str) -> None:
+        number, role = PEERS[peer]
+        workers = _PACE if role in ("decode", "prefill") else ()
+        self.processes[peer] = self.hosts[number].run("--role", role, "--name", peer, "--drain-timeout", "5", *workers)
+
+    def begin(self, fault: Fault) -> None:
+        """The fault begins."""
+        if fault.target.startswith("host"):
+            host = self.hosts[_number(fault.target)]
+            if fault.kind == "link_down":
+                host.link_down()
+            elif fault.kind == "multicast_off":
+                host.block_multicast()
+            else:
+                self._move(host)
+            return
+        process = self.processes[fault.target]
+        if fault.kind == "stop":
+            process.stop()
+        elif fault.kind == "drain":
+            process.terminate()
+        else:
+            process.kill()
+
+    def end(self, fault: Fault) -> None:
+        """The fault is over."""
+        if fault.kind == "link_down":
+            self.hosts[_number(fault.target)].link_up()
+        elif fault.kind == "multicast_off":
+            self.hosts[_number(fault.target)].unblock()
+        elif fault.kind == "stop":
+            self.processes[fault.target].resume()
+        elif fault.kind != "move":
+            self.processes[fault.target].wait(20.0)
+            self.start(fault.target)
+
+    def _move(self, host: Host) -> None:
+        self.num_moves += 1
+        old, host.address = host.address, f"10.77.{100 + self.num_moves // 200}.{self.num_moves % 200 + 1}"
+        host.remove_address(f"{old}/16")
+        host.add_address(f"{host.address}/16")
+
+    def peers(self) -> list[dict[str, Any]]:
+        """What `/mesh/peers` says."""
+        found: list[dict[str, Any]] = self.hosts[0].get(f"{_HTTP}/mesh/peers").json()
+        return found
+
+
+class Faults(threading.Thread):
+    """Carries the plan out."""
+
+    def __init__(self, mesh: Mesh, faults: list[Fault]) -> None:
+        super().__init__()
+        self._mesh, self._faults = mesh, faults
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Begin and end each fault at its time."""
+        steps = sorted(
+            [(fault.at_s, 0, fault) for fault in self._faults] + [(fault.at_s + fault.lasts_s, 1, fault) for fault in self._faults],
+            key=lambda step: step[:2],
+        )
+        began_at = time.monotonic()
+        try:
+            for at_s, is_end, fault in steps:
+                pace(max(0.0, began_at + at_s - time.monotonic()))
+                (self._mesh.end if is_end else self._mesh.begin)(fault)
+        except BaseException as error:
+            self.error = error
+
+
+# --- the clients
+
+
+@dataclass
+class Seen:
+    """What the clients saw, all together."""
+
+    num_right: int = 0
+    num_wrong: int = 0
+    num_hung: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
+    num_migrated: int = 0
+    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def num_asked(self) -> int:
+        """In all."""
+        return self.num_right + self.num_wrong + self.num_hung + sum(self.errors.values())
+
+
+class Clients:
+    """Ask until they are told to end."""
+
+    def __init__(self, host: Host, expected: dict[tuple[str, int], str]) -> None:
+        self._host, self._expected = host, expected
+        self.seen = Seen()
+        self.is_over = threading.Event()
+        self._lock = threading.Lock()
+
+    def run(self, number: int) -> None:
+        """One client: streams, if its number is even."""
+        rng = random.Random(number)
+        is_stream = number % 2 == 0
+        mine = [key for key in self._expected if key[1] == (STREAM_TOKENS if is_stream else WHOLE_TOKENS)]
+        while not self.is_over.is_set():
+            key = rng.choice(mine)
+            body = {"model": "dummy", "prompt": key[0], "max_tokens": key[1], "ignore_eos": True, "stream": is_stream}
+            body["meshserve"] = {"receipt": True}
+            began_at = time.monotonic()
+            try:
+                text, receipt, error = self._stream(body) if is_stream else self._whole(body)
+            except (OSError, AssertionError) as failure:
+                text, receipt, error = "", {}, f"{type(failure).__name__}: {str(failure)[:80]}"
+            with self._lock:
+                self._count(key, text, receipt, error, time.monotonic() - began_at)
+
+    def _count(self, key: tuple[str, int], text: str, receipt: dict[str, Any], error: str, took_s: float) -> None:
+        self.seen.num_migrated += bool(receipt.get("migrations"))
+        if took_s > _ANSWER_TIMEOUT_S:
+            self.seen.num_hung += 1
+        elif error:
+            self.seen.errors[error] += 1
+        elif text == self._expected[key]:
+            self.seen.num_right += 1
+        else:
+            self.seen.num_wrong += 1
+            self.seen.wrong.append(f"{key[0][:40]!r}: {text!r} instead of {self._expected[key]!r}")
+
+    def _whole(self, body: dict[str, Any]) -> tuple[str, dict[str, Any], str]:
+        response = self._host.post_json(f"{_HTTP}/v1/completions", body, timeout_s=2 * _ANSWER_TIMEOUT_S)
+        answer = response.json()
+        if response.status != 200:
+            return "", {}, f"{response.status} {answer['error']['code']}"
+        return answer["choices"][0]["text"], answer["meshserve"], ""
+
+    def _stream(self, body: dict[str, Any]) -> tuple[str, dict[str, Any], str]:
+        texts: list[str] = []
+        receipt: dict[str, Any] = {}
+        with self._host.stream("POST", f"{_HTTP}/v1/completions", body, timeout_s=2 * _ANSWER_TIMEOUT_S) as lines:
+            for fields in _events(lines):
+                if "error" in fields:
+                    return "", receipt, f"stream {fields['error'].get('code')}"
+                texts += [choice["text"] for choice in fields.get("choices", ())]
+                receipt = fields.get("meshserve") or receipt
+        return "".join(texts), receipt, ""
+
+
+def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        data = line.removeprefix("data: ").strip()
+        if data and data != "[DONE]":
+            yield json.loads(data)
+
+
+def undisturbed(lan: Lan) -> dict[tuple[str, int], str]:
+    """What a peer alone answers to each prompt."""
+    host = lan.add_host()
+    host.run("--role", "all", "--mesh", "undisturbed").wait_for_line("^1 decode, 1 prefill ready", 30.0)
+    long = "It is a long document, and worth handing over. " * 12
+    prompts = [(f"{number} {long if number % 3 else ''}", STREAM_TOKENS if number % 2 else WHOLE_TOKENS) for number in range(60)]
+
+    def ask(key: tuple[str, int]) -> str:
+        body = {"model": "dummy", "prompt": key[0], "max_tokens": key[1], "ignore_eos": True}
+        return str(host.post_json(f"{_HTTP}/v1/completions", body).json()["choices"][0]["text"])
+
+    with ThreadPoolExecutor(8) as pool:
+        return dict(zip(prompts, pool.map(ask, prompts), strict=True))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one run."""
+
+    seed: int
+    seconds: float
+    faults: dict[str, int]
+    seen: Seen
+    left: dict[str, int]
+    """What peers still held when all was over."""
+    is_whole: bool
+    """Whether all peers knew all others again."""
+
+
+def run(seed: int, seconds: float) -> Outcome:
+    """Faults for so many seconds, then peace until everything is back where it began."""
+    with Lan() as lan:
+        expected = undisturbed(lan)
+        mesh = Mesh(lan)
+        _until(lambda: _is_whole(mesh), 30.0)
+        clients, faults = Clients(mesh.hosts[0], expected), plan(seed, seconds)
+        thread = Faults(mesh, faults)
+        with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+            running = [pool.submit(clients.run, number) for number in range(NUM_CLIENTS)]
+            thread.start()
+            thread.join()
+            pace(2.0)
+            clients.is_over.set()
+            for client in running:
+                client.result()
+        if thread.error is not None:
+            raise thread.error
+        is_whole = _until(lambda: _is_whole(mesh), 30.0)
+        _until(lambda: not held(mesh.peers()), 15.0)
+        assert not lan.tracebacks(), lan.tracebacks()[0]
+        return Outcome(seed, seconds, dict(Counter(fault.kind for fault in faults)), clients.seen, held(mesh.peers()), is_whole)
+
+
+def _is_whole(mesh: Mesh) -> bool:
+    peers = mesh.peers()
+    return len(peers) == len(PEERS) and all(peer["num_reached"] == len(PEERS) - 1 for peer in peers)
+
+
+def _until(condition: Any, most_s: float) -> bool:
+    ends_at = time.monotonic() + most_s
+    while not condition():
+        if time.monotonic() > ends_at:
+            return False
+        pace(0.2)
+    return True
+
+
+@click.command()
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--seconds", type=float, default=600.0, show_default=True)
+@click.option("--json", "is_json", is_flag=True)
+def main(seed: int, seconds: float, is_json: bool) -> None:
+    """Disturb a mesh, and print what its clients saw."""
+    outcome = run(seed, seconds)
+    if is_json:
+        print(json.dumps(asdict(outcome)))
+    else:
+        seen = outcome.seen
+        print(f"faults: {', '.join(f'{count} {kind}' for kind, count in sorted(outcome.faults.items()))}")
+        print(f"{seen.num_asked} requests: {seen.num_right} right ({seen.num_migrated} went on at another worker), {seen.num_wrong} wrong,")
+        print(f"{seen.num_hung} past their deadline, {sum(seen.errors.values())} clear errors {dict(seen.errors)}")
+        print(f"afterwards: {'whole' if outcome.is_whole else 'NOT WHOLE'}, held: {outcome.left or 'nothing'}")
+        for wrong in seen.wrong[:5]:
+            print(f"wrong: {wrong}")
+    sys.exit(0 if outcome.is_whole and not outcome.left and not seen_badly(outcome.seen) else 1)
+
+
+def seen_badly(seen: Seen) -> bool:
+    """Whether clients saw more than a mesh may show: nothing wrong, nothing hung, a clear error in a thousand."""
+    return bool(seen.num_wrong or seen.num_hung or sum(seen.errors.values()) > 0.001 * seen.num_asked)
+
+
+if __name__ == "__main__":
+    main()
