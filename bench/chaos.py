@@ -22,6 +22,7 @@ import click
 
 from tests.harness import Host, Lan, Process, pace
 from tests.harness.held import held
+from tests.harness.leaks import prepare
 
 PERIOD_S = 2.0
 KINDS = ("kill", "stop", "link_down", "move", "multicast_off", "router_restart", "drain")
@@ -379,6 +380,7 @@ def _until(condition: Any, most_s: float) -> bool:
 @click.option("--json", "is_json", is_flag=True)
 def main(seed: int, seconds: float, is_json: bool) -> None:
     """Disturb a mesh, and print what its clients saw."""
+    prepare()  # the harness adopts the processes that it starts
     outcome = run(seed, seconds)
     if is_json:
         print(json.dumps(asdict(outcome)))

@@ -88,6 +88,7 @@ def start_disaggregated(lan: Lan, *options: str) -> LanMesh:
     mesh = start_aggregated(lan, *SLOW_PREFILL, *options)
     mesh.prefill = [lan.add_host().run("--role", "prefill", *options)]
     mesh.wait_until_ready()
+    mesh.wait_until_all_meet()  # a decode worker hands nothing over to a prefill worker that has no connection to it yet
     return mesh
 
 

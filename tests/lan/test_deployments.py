@@ -34,6 +34,7 @@ def test_disaggregated_on_three_hosts_hands_long_prompts_over_and_answers_the_sa
         assert process.wait() == 0
     mesh.decode = [newcomer]
     mesh.wait_until_ready()
+    mesh.wait_until_all_meet()
     for prompts, texts in ((PROMPTS, expected), (list(fresh), undisturbed)):
         for prompt, text in zip(prompts, texts, strict=True):
             answer = mesh.complete(prompt)
