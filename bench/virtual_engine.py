@@ -64,7 +64,7 @@ class SimulatedEngine(Generic[S]):
 
     def end(self, step: Step[S], now: float) -> Outcome[S]:
         """The step was computed, and measured as a real engine would."""
-        self._rates.observe(step.num_prompt_tokens, len(step.decodes), step.used_blocks, self.duration_s(step))
+        self._rates.observe(step.num_prompt_tokens, len(step.decodes), step.used_blocks, self.duration_s(step), now)
         outcome = self._scheduler.update(step, [0] * (len(step.decodes) + len(step.prefills)), now)
         for sequence in outcome.producing:
             if sequence.num_generated == sequence.max_new_tokens:

@@ -71,7 +71,9 @@ class RouterRole:
     def _follow(self, incarnation: str) -> None:
         if incarnation in self._workers:
             return
-        self.fleet.join(incarnation, self._mesh.name_of(incarnation))
+        info = self._mesh.info_of(incarnation)
+        kind = info.layout.fingerprint if info is not None and info.layout is not None else ""
+        self.fleet.join(incarnation, self._mesh.name_of(incarnation), kind)
 
         def on_reset() -> None:
             self.fleet.forget_blocks(incarnation)

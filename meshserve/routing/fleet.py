@@ -2,12 +2,13 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from meshserve.kv.pool import PrefixIndex
 from meshserve.routing.demand import Regret
+from meshserve.routing.kinds import Kind
 from meshserve.routing.policies import rank, rank_prefill
-from meshserve.routing.workers import CostSettings, LoadForecast, Prompt, Rates, Worker
+from meshserve.routing.workers import CostSettings, LoadForecast, Prompt, Worker
 from meshserve.wire.routing import Candidate, InFlightReservation, Share, WorkerLoad, WorkerReport
 
 MAX_CANDIDATES = 8
@@ -18,8 +19,6 @@ MAX_SESSIONS = 10_000
 
 _FOLLOW = 0.02
 """Weight of the newest in a running mean: it follows the last fifty."""
-
-_REFRESH_REPORTS = 64
 
 RESERVATION_TIMEOUT_S = 2.0
 """A reservation that no report ended by then is dropped."""
@@ -162,29 +161,34 @@ class Fleet:
         self.forecast = LoadForecast(settings or CostSettings())
         self._index = PrefixIndex()
         self._workers: dict[str, Worker] = {}
+        self._kinds: dict[str, Kind] = {}
         self._in_flight = InFlight()
         self._regret = Regret()
         self._sessions: dict[str, str] = {}
         self._rng = rng or random.Random()
         self._num_choices = 0
-        self._num_measured = 0
-        self._has_prefill_rate = self._has_decode_rate = False
-        """Whether a worker ever measured that: what stood for it before was a guess."""
         self._num_blocks = 0
+        """Of all workers together."""
+        self._smallest_pool = 0
+        """Blocks of the worker that has the fewest; 0 until a worker says how many it has."""
 
     # --- what workers say
 
-    def join(self, incarnation: str, name: str) -> None:
-        """Follow a worker. Harmless when that is done already."""
+    def join(self, incarnation: str, name: str, kind: str = "") -> None:
+        """Follow a worker. Harmless when that is done already. `kind` names its engine and model."""
         if incarnation not in self._workers:
-            self._workers[incarnation] = Worker(incarnation, name)
+            worker = self._workers[incarnation] = Worker(incarnation, name, kind)
+            self._kinds.setdefault(kind, Kind()).join(worker)
 
     def leave(self, incarnation: str) -> None:
         """Forget a worker that is gone, and its blocks. Harmless for one that is not followed."""
         worker = self._workers.pop(incarnation, None)
         if worker is not None:
             self._index.forget(incarnation)
-            self._num_blocks -= worker.load.num_blocks
+            self._count_blocks()
+            self._kinds[worker.kind].leave(incarnation)
+            if not self._kinds[worker.kind]:
+                del self._kinds[worker.kind]
 
     def forget_blocks(self, incarnation: str) -> None:
         """The worker's watch begins anew: what it holds comes with the next reports."""
@@ -202,60 +206,26 @@ class Fleet:
         if in_flight.reservations:
             for request_id in report.kept:
                 in_flight.kept(incarnation, request_id)
-        if worker.load.num_blocks != report.load.num_blocks:
-            self._num_blocks += report.load.num_blocks - worker.load.num_blocks
-            self._regret.capacity = max(2, self._num_blocks)
-        take_load(worker, report.load, now_s)
-        if report.load.mean_output_tokens:
-            difference = report.load.mean_output_tokens - self.forecast.mean_output_tokens
+        before, load = worker.load, report.load
+        take_load(worker, load, now_s)
+        if before.num_blocks != load.num_blocks:
+            self._count_blocks()
+        if load.mean_output_tokens:
+            difference = load.mean_output_tokens - self.forecast.mean_output_tokens
             self.forecast.mean_output_tokens += difference * _FOLLOW
-        if report.load.prefill_ns_per_token or report.load.decode_base_us:
-            self._measure(worker)  # not of engines without delays
+        if load.prefill_ns_per_token or load.decode_base_us:  # not of engines without delays
+            is_first_prefill = load.prefill_ns_per_token > 0 and not before.prefill_ns_per_token
+            is_first_decode = load.decode_base_us > 0 and not before.decode_base_us
+            is_first = is_first_prefill or is_first_decode
+            self._kinds[worker.kind].measured(worker, is_first, self.forecast, now_s)
         if report.evicted:
             self._take_evictions(worker, report.evicted)
         self._index.stored(incarnation, report.stored)
 
-    def _measure(self, worker: Worker) -> None:
-        """Follow how fast workers are. Cost breakdowns are forgotten from time to time, as idle workers
-        report nothing.
-        """
-        load, forecast = worker.load, self.forecast
-        found = Rates.reported(load, forecast.rates)
-        assert found is not None
-        self._num_measured += 1
-        is_guessing = not (self._has_prefill_rate and self._has_decode_rate)
-        if is_guessing and self._ends_a_guess(load, found):
-            for other in self._workers.values():
-                self._compare(other, Rates.reported(other.load, forecast.rates))
-        elif self._compare(worker, found):
-            forecast.rates = forecast.rates.towards(found, _FOLLOW)
-        if self._num_measured % _REFRESH_REPORTS == 0:
-            for other in self._workers.values():
-                other.breakdown = None
-
-    def _ends_a_guess(self, load: WorkerLoad, found: Rates) -> bool:
-        """Whether a worker is the first that measured its prefill, or its decode steps: its figures stand for all that have none."""
-        is_first_prefill = load.prefill_ns_per_token > 0 and not self._has_prefill_rate
-        is_first_decode = load.decode_base_us > 0 and not self._has_decode_rate
-        rates = self.forecast.rates
-        if is_first_prefill:
-            self._has_prefill_rate = True
-            rates = replace(rates, prefill_base_ms=found.prefill_base_ms, prefill_ms_per_token=found.prefill_ms_per_token)
-        if is_first_decode:
-            self._has_decode_rate = True
-            rates = replace(rates, decode_base_ms=found.decode_base_ms, decode_ms_per_block=found.decode_ms_per_block)
-        if is_first_prefill or is_first_decode:
-            self.forecast.rates = replace(rates, handoff_ms_per_token=found.handoff_ms_per_token)
-        return is_first_prefill or is_first_decode
-
-    def _compare(self, worker: Worker, found: Rates | None) -> bool:
-        """Note whether a worker has rates of its own: `found`, or None if it measured none.
-
-        True if it measured some, and they are like the others'.
-        """
-        worker.breakdown = None
-        worker.rates = None if found is None or found.is_like(self.forecast.rates, worker.load.num_blocks) else found
-        return found is not None and worker.rates is None
+    def _count_blocks(self) -> None:
+        pools = [worker.load.num_blocks for worker in self._workers.values() if worker.load.num_blocks]
+        self._num_blocks, self._smallest_pool = sum(pools), min(pools, default=0)
+        self._regret.capacity = max(2, self._num_blocks)
 
     def _take_evictions(self, worker: Worker, evicted: Sequence[int]) -> None:
         lost = self._index.evicted(worker.incarnation, evicted)
@@ -297,21 +267,27 @@ class Fleet:
         if now_s >= self._in_flight.due_s:
             self._in_flight.expire(now_s)
         prompt, forecast, worker_of = question.prompt, self.forecast, self._workers.__getitem__
+        incarnations, prefill_incarnations = question.decode, question.prefill
+        num_blocks = -(-prompt.num_tokens // prompt.block_size)
+        if num_blocks > self._smallest_pool > 0:
+            prefill_incarnations = self._with_room(prefill_incarnations, num_blocks)
+            # a prompt that fits nowhere goes to a worker all the same: the worker's refusal says what is too small
+            incarnations = self._with_room(incarnations, num_blocks) or incarnations
         prefill: list[Candidate] = []
-        if question.prefill:
+        if prefill_incarnations:
             prefill = rank_prefill(
                 prompt,
-                list(map(worker_of, question.prefill)),
-                self._index.overlaps(prompt.hashes, question.prefill),
+                list(map(worker_of, prefill_incarnations)),
+                self._index.overlaps(prompt.hashes, prefill_incarnations),
                 forecast=forecast,
                 now_s=now_s,
                 limit=MAX_CANDIDATES,
             )
-        overlaps = self._index.overlaps(prompt.hashes, question.decode)
+        overlaps = self._index.overlaps(prompt.hashes, incarnations)
         decode = rank(
             policy,
             prompt,
-            list(map(worker_of, question.decode)),
+            list(map(worker_of, incarnations)),
             overlaps,
             self._rng,
             forecast=forecast,
@@ -327,12 +303,18 @@ class Fleet:
             self._regret.asked(prompt.hashes, num_held)
         return Answer(decode, prefill, self._reserve(question, decode[0], prefill, now_s))
 
+    def _with_room(self, incarnations: Sequence[str], num_blocks: int) -> list[str]:
+        """Those whose pool holds so many blocks, or who have not said yet how many it holds."""
+        pools = {incarnation: self._workers[incarnation].load.num_blocks for incarnation in incarnations}
+        return [incarnation for incarnation, pool in pools.items() if not pool or pool >= num_blocks]
+
     def _reserve(
         self, question: Question, chosen: Candidate, prefill: list[Candidate], now_s: float
     ) -> InFlightReservation:
         prompt, forecast = question.prompt, self.forecast
         uncached = max(1, prompt.num_tokens - chosen.overlap_blocks * prompt.block_size)
-        forecast.mean_uncached_tokens += (uncached - forecast.mean_uncached_tokens) * _FOLLOW
+        follow = max(_FOLLOW, 1 / (self._num_choices + 1))
+        forecast.mean_uncached_tokens += (uncached - forecast.mean_uncached_tokens) * follow
         num_blocks = -(-prompt.num_tokens // prompt.block_size)
         shares: tuple[Share, ...] = (Share(chosen.incarnation, uncached, num_blocks),)
         # a decode worker that waits as long as the best prefill worker takes is assumed to hand over: the
@@ -359,6 +341,7 @@ class Fleet:
         decode = self._workers.get(shares[0].incarnation)
         if decode is not None:
             decode.last_chosen = self._num_choices
+            self._kinds[decode.kind].num_choices += 1
         if len(shares) > 1 and (prefill := self._workers.get(shares[1].incarnation)) is not None:
             prefill.last_prefilled = self._num_choices
         if session:

@@ -136,7 +136,7 @@ def decide_handoff(
 
 def breakdown_of(worker: Worker, forecast: LoadForecast) -> CostBreakdown:
     """Work out the parts of a worker's cost, and keep them in the worker."""
-    load, rates, settings = worker.load, worker.rates or forecast.rates, forecast.settings
+    load, rates, settings = worker.load, worker.rates, forecast.settings
     num_sequences, weight = worker.num_sequences, settings.stream_weight
     base_ms, token_ms = rates.prefill_base_ms, rates.prefill_ms_per_token
     used, queued = load.used_blocks + worker.in_flight_blocks, load.waiting_prefill_tokens
@@ -351,8 +351,7 @@ def rank_prefill(
     for place, worker in enumerate(workers):
         num_unclaimed = worker.load.num_tickets - worker.load.num_running - worker.load.num_waiting
         if num_unclaimed > 0:
-            rates = worker.rates or forecast.rates
-            tickets_ms = num_unclaimed * rates.prefill_ms(round(forecast.mean_uncached_tokens))
+            tickets_ms = num_unclaimed * worker.rates.prefill_ms(round(forecast.mean_uncached_tokens))
             waits_ms[place] += tickets_ms
             costs_ms[place] += tickets_ms
     ranked = sorted(zip(costs_ms, map(_PREFILL_ORDER, workers), range(len(workers)), strict=True))

@@ -9,11 +9,6 @@ from meshserve.wire.routing import WorkerLoad
 _LEAST_PREFILL_MS_PER_TOKEN = 0.005
 """200,000 tokens/s, more than models are served with: a prefix is worth something even to an engine that takes no time."""
 
-_TYPICAL_TOKENS = 2048
-_ALIKE = 1.5
-"""Rates within this factor are taken for equal: the prompts that a worker happened to see make as much
-difference, and say nothing about its speed."""
-
 _NO_LOAD = WorkerLoad()
 
 
@@ -42,31 +37,15 @@ class Rates:
     """For KV that comes from a prefill worker."""
 
     @classmethod
-    def reported(cls, load: WorkerLoad, others: "Rates") -> "Rates | None":
-        """By this load, and by the others' rates where it says nothing: a worker may only decode, or only prefill.
-        None if it says nothing at all."""
-        if not load.prefill_ns_per_token and not load.decode_base_us:
-            return None
+    def reported(cls, load: WorkerLoad, others: "Rates") -> "Rates":
+        """By this load, and by the others' rates where it says nothing: a worker may only decode, or only prefill."""
         prefill = others.prefill_base_ms, others.prefill_ms_per_token
         if load.prefill_ns_per_token:
             prefill = load.prefill_base_us / 1e3, max(_LEAST_PREFILL_MS_PER_TOKEN, load.prefill_ns_per_token / 1e6)
         decode = others.decode_base_ms, others.decode_ms_per_block
         if load.decode_base_us:
             decode = load.decode_base_us / 1e3, load.decode_ns_per_block / 1e6
-        return cls(*prefill, *decode, load.handoff_ns_per_token / 1e6)
-
-    def is_like(self, other: "Rates", num_blocks: int) -> bool:
-        """Whether both could be the same hardware: a prompt, and a decode step with a half-full cache, take about as long."""
-        # `prefill_ms` and `decode_ms` in line: each report of each worker passes here
-        used_blocks = num_blocks // 2
-        prompt_ms = self.prefill_base_ms + self.prefill_ms_per_token * _TYPICAL_TOKENS
-        other_prompt_ms = other.prefill_base_ms + other.prefill_ms_per_token * _TYPICAL_TOKENS
-        step_ms = self.decode_base_ms + self.decode_ms_per_block * used_blocks
-        other_step_ms = other.decode_base_ms + other.decode_ms_per_block * used_blocks
-        return (
-            max(prompt_ms, other_prompt_ms) <= _ALIKE * min(prompt_ms, other_prompt_ms)
-            and max(step_ms, other_step_ms) <= _ALIKE * min(step_ms, other_step_ms)
-        )
+        return cls(*prefill, *decode, load.handoff_ns_per_token / 1e6 or others.handoff_ms_per_token)
 
     def towards(self, other: "Rates", share: float) -> "Rates":
         """A running mean."""
@@ -87,6 +66,8 @@ class Rates:
         return self.decode_base_ms + self.decode_ms_per_block * used_blocks
 
 
+_UNMEASURED = Rates()
+
 CostBreakdown = tuple[float, float, float, float, float, float, int, float]
 """The parts of the cost formula for one worker, in the order of :func:`~meshserve.routing.policies.breakdown_of`.
 They change with reports and reservations only, so they are computed once for many requests. A tuple, since each
@@ -99,9 +80,11 @@ class Worker:
 
     incarnation: str
     name: str
+    kind: str = ""
+    """Workers of one kind, that is, of one engine and model, are taken to be equally fast."""
     load: WorkerLoad = field(default=_NO_LOAD, init=False)
-    rates: Rates | None = None
-    """None if it is like the others."""
+    rates: Rates = _UNMEASURED
+    """Its own, or those of its kind: :class:`~meshserve.routing.kinds.Kind` decides."""
     reported_at_s: float = 0.0
     recent_evictions: float = 0.0
     """Blocks that it evicted, older ones counting less."""
@@ -144,8 +127,6 @@ class LoadForecast:
     regret: float = 0.3
     mean_turnover: float = 0.0
     """Evictions per block held, lately."""
-    rates: Rates = field(default_factory=Rates)
-    """Of workers that are like each other, or have not measured theirs."""
     mean_output_tokens: float = 128.0
     mean_uncached_tokens: float = 1024.0
     replication: Replication = field(default_factory=Replication)

@@ -116,6 +116,8 @@ class WorkerLoad(FrozenRow, frozen=True):
     """Of the sequences that finished here lately."""
     max_running: Figure = 0
     """Most sequences in the engine's batch; 0: the engine does not say."""
+    num_measured: Figure = 0
+    """Prompts that the measured figures are of, or sequences, whichever are more: few are believed less."""
 
 
 class WorkerReport(FrozenRow, frozen=True):

@@ -298,7 +298,7 @@ class CoreEngine:
             return
         try:
             now = self._clock()
-            self.rates.observe(step.num_prompt_tokens, len(step.decodes), step.used_blocks, result.duration_s)
+            self.rates.observe(step.num_prompt_tokens, len(step.decodes), step.used_blocks, result.duration_s, now)
             for request, exc in result.failed:
                 self._end_in_error(request, exc)
             outcome = self._scheduler.update(step, result.tokens, now)

@@ -5,7 +5,18 @@ from meshserve.engines.core.scheduler import StepLimits
 _MEMORY_STEPS = 1000.0
 """Steps after which an observation counts for a third: long enough for a line through them, short enough to follow another load."""
 
-_ENOUGH_STEPS = 3.0
+_FIRST_MEMORY_STEPS = 4.0
+"""The same of the first steps, which are slow: caches are cold, pages are touched for the first time. With
+each step the memory becomes half a step longer, so that the first steps are soon outweighed. Lower forgets
+them sooner, and lets noise in."""
+
+_HALF_LIFE_S = 60.0
+"""Of what was observed before the engine was idle. Another load of its machine may have slowed it then: what it measures now soon
+outweighs that. Longer keeps a line through few prompts steady, shorter finds out sooner that a worker is slow no more."""
+_IDLE_S = 1.0
+"""Shorter pauses between steps age nothing."""
+
+_ENOUGH_STEPS = 4
 
 _ENOUGH_TOKENS = 16.0
 """Prompt tokens in the mean step, below which their steps say nothing of what a token takes: those of prompts that were handed over, or
@@ -16,38 +27,53 @@ _PROMPT_STEP_TOKENS = 8
 
 
 class Line:
-    """y = base + slope x by least squares; a point counts for a third once `memory` others came after it.
+    """y = base + slope x by least squares; a point counts for a third once `memory` others came after it, and
+    the first points for less.
 
     Where all x are alike, all of y is slope, or all of it base (`is_flat`).
     """
 
     def __init__(self, memory: float = _MEMORY_STEPS, is_flat: bool = False) -> None:
-        self._keep, self._is_flat = 1 - 1 / memory, is_flat
-        self.weight = self._x = self._y = self._xx = self._xy = 0.0
+        self._memory, self._longest_memory, self._is_flat = min(memory, _FIRST_MEMORY_STEPS), memory, is_flat
+        self._keep = 1 - 1 / self._memory
+        self.num_added = 0
+        self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, x: float, y: float) -> None:
         """One more point."""
         keep = self._keep
-        self.weight = self.weight * keep + 1
+        self.num_added += 1
+        self._weight = self._weight * keep + 1
         self._x = self._x * keep + x
         self._y = self._y * keep + y
         self._xx = self._xx * keep + x * x
         self._xy = self._xy * keep + x * y
+        if self._memory < self._longest_memory:
+            self._memory += 0.5
+            self._keep = 1 - 1 / self._memory
+
+    def fade(self, share: float) -> None:
+        """Points so far count for so much less against those that come."""
+        self._weight *= share
+        self._x *= share
+        self._y *= share
+        self._xx *= share
+        self._xy *= share
 
     @property
     def mean_x(self) -> float:
         """0 without points."""
-        return self._x / self.weight if self.weight else 0.0
+        return self._x / self._weight if self._weight else 0.0
 
     def fit(self) -> tuple[float, float]:
         """Base and slope, neither negative; 0 without points."""
-        if not self.weight:
+        if not self._weight:
             return 0.0, 0.0
-        mean_x, mean_y = self._x / self.weight, self._y / self.weight
-        variance = self._xx / self.weight - mean_x * mean_x
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        variance = self._xx / self._weight - mean_x * mean_x
         slope = 0.0 if self._is_flat or not mean_x else mean_y / mean_x
         if variance > 0.01 * mean_x * mean_x:
-            slope = max(0.0, (self._xy / self.weight - mean_x * mean_y) / variance)
+            slope = max(0.0, (self._xy / self._weight - mean_x * mean_y) / variance)
         base = mean_y - slope * mean_x
         return (base, slope) if base >= 0 else (0.0, mean_y / mean_x)
 
@@ -64,13 +90,25 @@ class StepRates:
         self._decodes, self._prefills = Line(is_flat=True), Line()
         self._alone, self._beside = Line(), Line()
         self._mean_output_tokens = 0.0
+        self._num_prompts = self._num_finished = 0
+        self._observed_s = 0.0
 
-    def observe(self, num_prompt_tokens: int, num_decodes: int, used_blocks: int, duration_s: float) -> None:
-        """A step took so long. Of one that did both, what decoding alone would have taken is not counted for the prompt."""
+    def observe(
+        self, num_prompt_tokens: int, num_decodes: int, used_blocks: int, duration_s: float, now_s: float = 0.0
+    ) -> None:
+        """A step took so long, and ended `now_s`. Of one that did both, what decoding alone would have taken is not
+        counted for the prompt.
+        """
+        if now_s - self._observed_s > _IDLE_S:
+            share = 0.5 ** ((now_s - self._observed_s) / _HALF_LIFE_S)
+            for line in (self._decodes, self._prefills, self._alone, self._beside):
+                line.fade(share)
+        self._observed_s = now_s
         if not num_prompt_tokens:
             self._decodes.add(used_blocks, duration_s)
             return
         if num_prompt_tokens >= _PROMPT_STEP_TOKENS:
+            self._num_prompts += 1
             (self._beside if num_decodes else self._alone).add(num_prompt_tokens, duration_s)
         if num_decodes:
             base_s, s_per_block = self._decodes.fit()
@@ -79,6 +117,7 @@ class StepRates:
 
     def finished(self, num_output_tokens: int) -> None:
         """A sequence ended after so many tokens. The mean follows the last hundred or so."""
+        self._num_finished += 1
         mean = self._mean_output_tokens
         self._mean_output_tokens = mean + (num_output_tokens - mean) * 0.02 if mean else float(num_output_tokens)
 
@@ -90,9 +129,9 @@ class StepRates:
         """
         line, other = (self._beside, self._alone) if num_decodes else (self._alone, self._beside)
         step_s = 0.0
-        if line.weight < _ENOUGH_STEPS:
+        if line.num_added < _ENOUGH_STEPS:
             line, step_s = other, self.decode_s() if num_decodes else 0.0
-            if line.weight < _ENOUGH_STEPS:
+            if line.num_added < _ENOUGH_STEPS:
                 return None
         base_s, s_per_token = line.fit()
         num_steps = -(-num_tokens // max(1, self._limits.most_new_tokens(num_decodes)))
@@ -105,11 +144,12 @@ class StepRates:
 
     def figures(self) -> dict[str, int]:
         """As fields of a WorkerLoad; what was hardly observed yet is left out."""
-        found = {"mean_output_tokens": round(self._mean_output_tokens)}
-        if self._prefills.weight >= _ENOUGH_STEPS and self._prefills.mean_x >= _ENOUGH_TOKENS:
+        num_measured = max(1, self._num_prompts, self._num_finished)
+        found = {"mean_output_tokens": round(self._mean_output_tokens), "num_measured": num_measured}
+        if self._prefills.num_added >= _ENOUGH_STEPS and self._prefills.mean_x >= _ENOUGH_TOKENS:
             base_s, s_per_token = self._prefills.fit()
             found |= {"prefill_base_us": round(base_s * 1e6), "prefill_ns_per_token": max(1, round(s_per_token * 1e9))}
-        if self._decodes.weight >= _ENOUGH_STEPS:
+        if self._decodes.num_added >= _ENOUGH_STEPS:
             base_s, s_per_block = self._decodes.fit()
             found |= {"decode_base_us": max(1, round(base_s * 1e6)), "decode_ns_per_block": round(s_per_block * 1e9)}
         return found
