@@ -267,12 +267,7 @@ class Fleet:
         if now_s >= self._in_flight.due_s:
             self._in_flight.expire(now_s)
         prompt, forecast, worker_of = question.prompt, self.forecast, self._workers.__getitem__
-        incarnations, prefill_incarnations = question.decode, question.prefill
-        num_blocks = -(-prompt.num_tokens // prompt.block_size)
-        if num_blocks > self._smallest_pool > 0:
-            prefill_incarnations = self._with_room(prefill_incarnations, num_blocks)
-            # a prompt that fits nowhere goes to a worker all the same: the worker's refusal says what is too small
-            incarnations = self._with_room(incarnations, num_blocks) or incarnations
+        incarnations, prefill_incarnations = self._with_room(question)
         prefill: list[Candidate] = []
         if prefill_incarnations:
             prefill = rank_prefill(
@@ -303,10 +298,19 @@ class Fleet:
             self._regret.asked(prompt.hashes, num_held)
         return Answer(decode, prefill, self._reserve(question, decode[0], prefill, now_s))
 
-    def _with_room(self, incarnations: Sequence[str], num_blocks: int) -> list[str]:
-        """Those whose pool holds so many blocks, or who have not said yet how many it holds."""
-        pools = {incarnation: self._workers[incarnation].load.num_blocks for incarnation in incarnations}
-        return [incarnation for incarnation, pool in pools.items() if not pool or pool >= num_blocks]
+    def _with_room(self, question: Question) -> tuple[Sequence[str], Sequence[str]]:
+        """Decode and prefill workers whose pool holds the prompt, or which have not said yet how much it holds."""
+        prompt, worker_of = question.prompt, self._workers.__getitem__
+        num_blocks = -(-prompt.num_tokens // prompt.block_size)
+        if num_blocks <= self._smallest_pool or not self._smallest_pool:  # of nearly all prompts
+            return question.decode, question.prefill
+
+        def have_room(incarnations: Sequence[str]) -> list[str]:
+            pools = [(incarnation, worker_of(incarnation).load.num_blocks) for incarnation in incarnations]
+            return [incarnation for incarnation, pool in pools if not pool or pool >= num_blocks]
+
+        # a prompt that fits nowhere goes to a worker all the same: the worker's refusal says what is too small
+        return have_room(question.decode) or question.decode, have_room(question.prefill)
 
     def _reserve(
         self, question: Question, chosen: Candidate, prefill: list[Candidate], now_s: float
