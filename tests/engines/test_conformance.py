@@ -22,7 +22,7 @@ TINY_PROMISES = {
     "hybrid": Promise.COMPANY,
     "recurrent": Promise.COMPANY,
 }
-ABOUT_COMPANY = {"company_changes_nothing", "another_worker_continues"}
+ABOUT_COMPANY = {"company_changes_nothing", "another_worker_continues", "another_worker_continues_whatever_was_asked"}
 
 
 def a_dummy() -> DummyEngine:

@@ -7,6 +7,7 @@ from meshserve.engines.conformance.subject import GREEDY, SEEDED, Promise, Subje
 from meshserve.errors import Unsupported
 
 _EACH_WAY = (GREEDY, SEEDED)
+_SCHEMA = '{"type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "yz"]}}, "required": ["a", "b"]}'
 
 
 def lengths(block_size: int) -> tuple[int, ...]:
@@ -90,6 +91,38 @@ async def another_worker_continues(subject: Subject) -> None:
                 demand(rest == whole[position:], f"after {position} tokens another worker goes on with the same ones")
 
 
+_FEATURES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("penalties", {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3, "temperature": 0.8, "seed": 3}),
+    ("logit_bias", {"logit_bias": ((40, 3.0), (41, -100.0)), "temperature": 1.2, "top_k": 20, "min_p": 0.01, "seed": 4}),
+    ("logprobs", {"logprobs": 3, "frequency_penalty": 0.5, "temperature": 1.1, "choice": 2, "seed": 5}),
+    ("json_schema", {"json_schema": _SCHEMA, "ignore_eos": False, "temperature": 0.7, "seed": 6}),
+    ("json_schema", {"json_schema": _SCHEMA, "ignore_eos": False, "min_tokens": 8, "logprobs": 1}),
+    ("regex", {"regex": "[a-f]{3,9} [0-9]{2,8}", "ignore_eos": False, "temperature": 1.0, "seed": 7}),
+    ("regex", {"choices": ("a first choice", "a second one"), "ignore_eos": False, "logprobs": 2}),
+)
+"""Sampling parameters, after the feature of the card without which they are left out."""
+
+
+async def another_worker_continues_whatever_was_asked(subject: Subject) -> None:
+    """If promised (COMPANY): wherever an output is cut, another worker goes on with the same tokens, log probabilities and end, as what
+    penalties, constraints and `min_tokens` need to know is in the output so far."""
+    subject.demand_promise(Promise.COMPANY)
+    async with subject.trial() as one, subject.trial() as other:
+        known = one.engine.card.features
+        asked = [dict(way) for way in _EACH_WAY] + [sampling for feature, sampling in _FEATURES if feature in known]
+        for sampling in asked:
+            prompt = subject.prompt(one.block_size + 1)
+            whole = one.generate(one.request(prompt, **sampling))
+            await whole.end()
+            for position in range(1, min(len(whole.tokens) + 1, 12)):
+                so_far = prompt[:]
+                so_far.extend(whole.tokens[:position])
+                rest = other.generate(other.request(so_far, position, **sampling))
+                found = (await rest.end(), rest.reason, rest.logprobs)
+                expected = (whole.tokens[position:], whole.reason, whole.logprobs[position:])
+                demand(found == expected, f"{sampling}: after {position} tokens another worker goes on as the first would: {found}")
+
+
 async def an_end_of_the_model_ends_the_output(subject: Subject) -> None:
     """The model's end token ends a request with `stop` and is not given out; not before `min_tokens`, and never with `ignore_eos`."""
     async with subject.trial() as trial:
@@ -141,6 +174,7 @@ OUTPUT_CHECKS = (
     company_changes_nothing,
     a_cached_prefix_changes_nothing,
     another_worker_continues,
+    another_worker_continues_whatever_was_asked,
     an_end_of_the_model_ends_the_output,
     log_probabilities_come_with_their_tokens,
     more_requests_than_places_are_served_in_turn,
