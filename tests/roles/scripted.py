@@ -104,9 +104,9 @@ class Worker:
 class Scene:
     """Client, processor and worker."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, max_migrations: int = 100) -> None:
         self.mesh, self.worker = mesh, Worker()
-        self.processor = ProcessorRole(mesh, 2, 16)
+        self.processor = ProcessorRole(mesh, 2, max_migrations)
         mesh.serve(GENERATE, self.worker.on_generate)
 
     def ask(self, **fields: Any) -> Client:
@@ -134,11 +134,11 @@ async def scene(
 
 
 @asynccontextmanager
-async def another_worker(found: Scene) -> AsyncIterator[Worker]:
-    """A second worker of the scene's model, on a peer of its own; the processor knows it."""
+async def another_worker(found: Scene, worker: Worker | None = None) -> AsyncIterator[Worker]:
+    """A second worker of the scene's model, on a peer of its own; the processor knows it. Played by `worker`, if one is given."""
     own = found.mesh.own
     config = MeshConfig(mesh="scripted", roles=("decode",), interface="127.0.0.1", use_mdns=False, seeds=(f"127.0.0.1:{own.port}",))
-    mesh, worker = Mesh(config, own.card, own.layout), Worker()
+    mesh, worker = Mesh(config, own.card, own.layout), worker or Worker()
     await mesh.start()
     mesh.serve(GENERATE, worker.on_generate)
     try:
