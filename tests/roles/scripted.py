@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace as replace_fields
 from typing import Any
 
 from meshserve.config import MeshConfig, ServeConfig
@@ -120,12 +121,18 @@ class Scene:
 
 @asynccontextmanager
 async def scene(
-    features: tuple[str, ...] | None = None, roles: tuple[str, ...] = ("processor", "decode"), **card: Any
+    features: tuple[str, ...] | None = None,
+    roles: tuple[str, ...] = ("processor", "decode"),
+    failure_timeout_s: float = 1.5,
+    death_timeout_s: float = 5.0,
+    **card: Any,
 ) -> AsyncIterator[Scene]:
     """One peer that is processor and, by hand, worker of a model with these features; None: the dummy's."""
     engine = DummyEngine(EngineOptions(None, {}))
     made = replace(engine.card, features=engine.card.features if features is None else features, **card)
-    mesh = Mesh(MeshConfig(mesh="scripted", roles=roles, interface="127.0.0.1", use_mdns=False), made, engine.kv_layout)
+    config = MeshConfig(mesh="scripted", roles=roles, interface="127.0.0.1", use_mdns=False)
+    config = replace_fields(config, failure_timeout_s=failure_timeout_s, death_timeout_s=death_timeout_s)
+    mesh = Mesh(config, made, engine.kv_layout)
     await mesh.start()
     try:
         yield Scene(mesh)
