@@ -17,6 +17,7 @@ from meshserve.handoff.requester import PrefillRequester
 from meshserve.mesh.files import offer_files
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.sightings import why_gone
 from meshserve.mesh.transport.sockets import endpoint
 from meshserve.observe.peer_feed import FeedSource
 from meshserve.observe.receipt_store import Receipts
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _IDLE_CHECK_S = 0.02
+_SAY_FIRST_S, _SAY_AGAIN_S = 0.5, 10.0
+"""Into a drain, and between two lines of what it waits for."""
 _WORKER_ROLES = ("decode", "prefill")
 _RESTART_PAUSES_S = (0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Before each try to start an engine that failed; the last one again and again."""
@@ -58,7 +61,8 @@ class Peer:
             raise StartupFailed(f"--record {config.record}: cannot write there: {error.strerror}") from error
         self.mesh = Mesh(mesh_config, self._engine.card if self._engine else None, event_log=self._event_log)
         self._closers = contextlib.AsyncExitStack()
-        self._is_idle: list[Callable[[], bool]] = []
+        self._at_work: dict[str, Callable[[], int]] = {}
+        """By role: how many requests it has under way, for which a drain waits."""
         self._on_drain: list[Callable[[], None]] = []
         self.http_url: str | None = None
         self._workers_line = ""
@@ -122,7 +126,7 @@ class Peer:
             receipts = Receipts(self.mesh, self._config.receipts_kept, on_kept) if self._config.observe else None
             processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers, self._config.max_migrations, receipts)
             self._closers.push_async_callback(processor.close)
-            self._is_idle.append(lambda: processor.is_idle)
+            self._at_work["processor"] = lambda: len(processor.running)
         # after the roles of which it reports, before the frontend: the first HTTP request may ask for all peers
         serve_status(self.mesh, self._reporter)
         if self._config.observe:
@@ -134,7 +138,7 @@ class Peer:
             frontend = FrontendRole(self.mesh, self._config, self._exporter)
             self.http_url = await frontend.start()
             self._closers.push_async_callback(frontend.close)
-            self._is_idle.append(lambda: frontend.is_idle)
+            self._at_work["frontend"] = lambda: frontend.num_under_way
 
     def _start_workers(self, engine: Engine) -> None:
         """Decode and prefill share one engine, its reports, and the paths of the handoff."""
@@ -150,14 +154,14 @@ class Peer:
 
             prefill = PrefillRole(provider, reporter)
             self._closers.callback(provider.close)
-            self._is_idle.append(lambda: prefill.is_idle)
+            self._at_work["prefill"] = lambda: prefill.num_under_way
             self._on_drain.append(prefill.drain)
         if requester is not None:
             from meshserve.roles.decode import DecodeRole
 
             decode = DecodeRole(self.mesh, engine, requester, reporter, config.max_decode_queue, config.observe)
             self._closers.callback(requester.close)
-            self._is_idle.append(lambda: decode.is_idle)
+            self._at_work["decode"] = lambda: decode.num_under_way
         self._closers.callback(reporter.close)
 
     def _engine_failed(self, error: MeshserveError) -> None:
@@ -199,7 +203,8 @@ class Peer:
             line += f"; not used: {others}, whose model is not that of most workers of this name: give it another --served-model-name"
         if "router" in self._roles and line != self._workers_line:
             self._workers_line = line
-            self._say(line)
+            why = _why_fewer(change, member) if change is not None and member is not None else ""
+            self._say(f"{line} ({member.shown_name} {why})" if member is not None and why else line)
 
     async def drain(self) -> bool:
         """Take no new work and finish what runs; False if the drain timeout came first."""
@@ -210,8 +215,7 @@ class Peer:
             stop_taking()
         try:
             async with asyncio.timeout(self._config.drain_timeout_s):
-                while not all(is_idle() for is_idle in self._is_idle):
-                    await asyncio.sleep(_IDLE_CHECK_S)
+                await self._wait_for_work()
         except TimeoutError:
             _log.warning("running requests did not finish within --drain-timeout %gs: they end in an error", self._config.drain_timeout_s)
             return False
@@ -219,8 +223,33 @@ class Peer:
         log_event(_log, "drain_ended", f"drain: all that ran is done after {took_s:.1f} s", took_s=took_s)
         return True
 
+    async def _wait_for_work(self) -> None:
+        """Says what it waits for, to whoever pressed Ctrl-C and sees a process that does not end."""
+        began_s = self.mesh.now_s()
+        said_s = began_s - _SAY_AGAIN_S + _SAY_FIRST_S
+        while at_work := [f"{role} {num}" for role, count in self._at_work.items() if (num := count())]:
+            now_s = self.mesh.now_s()
+            if now_s - said_s >= _SAY_AGAIN_S:
+                said_s = now_s
+                left_s = self._config.drain_timeout_s - (now_s - began_s)
+                work = ", ".join(at_work)
+                words = f"drain: waiting for requests under way ({work}), at most {left_s:.0f} s more; a second signal ends at once"
+                log_event(_log, "drain_waits", words, logging.WARNING, left_s=round(left_s, 3))
+            await asyncio.sleep(_IDLE_CHECK_S)
+
     async def stop(self) -> None:
         """Say goodbye and give everything back. Whatever still runs ends in an error."""
         await self._closers.aclose()
         self._event_log.close()
         gc.unfreeze()
+
+
+def _why_fewer(change: Change, member: Member) -> str:
+    """Why this worker gets no work any more; empty if nothing of the kind happened to it."""
+    if change in (Change.LEFT, Change.DIED):
+        return why_gone(change, member)
+    if change is Change.SUSPECTED:
+        return "lost its connection" if member.was_cut else "is silent"
+    if member.info.is_draining:
+        return "is draining"
+    return "restarts its engine" if member.info.withdrawn else ""

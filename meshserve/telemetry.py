@@ -25,6 +25,11 @@ def log_event(logger: logging.Logger, event: str, text: str, level: int = loggin
     logger.log(level, "%s", text, extra={"event": event, "fields": fields})
 
 
+def printable(text: str) -> str:
+    """The text with a question mark for each letter that could steer a terminal: for what others sent."""
+    return text if text.isprintable() else "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 class Counters:
     """Named counts since the process started. One instance a peer; cheap enough for every message."""
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.text import Text
 
+from meshserve.telemetry import printable
+
 _GAP = 2
 _NARROWEST = 6
 
@@ -52,7 +54,7 @@ def table(
 
 def _text(cell: Cell) -> Text:
     text, style = (cell, "") if isinstance(cell, str) else cell
-    return Text(plain(text), style, overflow="ellipsis")
+    return Text(printable(text), style, overflow="ellipsis")
 
 
 def _fitting(columns: Sequence[Column], widths: list[int], width: int | None) -> list[int]:
@@ -73,11 +75,6 @@ def _fitting(columns: Sequence[Column], widths: list[int], width: int | None) ->
             break
         widths[widest] = max(_NARROWEST, widths[widest] - excess())
     return shown
-
-
-def plain(text: str) -> str:
-    """The text with a question mark for each letter that could steer a terminal."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def duration(seconds: float | None) -> str:

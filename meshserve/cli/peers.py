@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.text import Text
 
-from meshserve.cli.columns import Column, Output, duration, plain, table
+from meshserve.cli.columns import Column, Output, duration, table
 from meshserve.cli.options import mesh_config, mesh_options, option
 from meshserve.cli.running import execute
+from meshserve.telemetry import printable
 
 if TYPE_CHECKING:
     from meshserve.mesh.mesh import Mesh
@@ -94,7 +95,7 @@ class PeersView:
         if not self.found:
             return [Text(f"no peer of mesh {mesh!r} found; try --peer HOST with the address of one, or `meshserve doctor`")]
         own = self._mesh.links.sightings.to_wire(self._mesh.now_s())["gone"]
-        notes = [Text(plain(note), "dim") for note in [*refused_lines(self.found), *gone_lines(self.found, own)]]
+        notes = [Text(printable(note), "dim") for note in [*refused_lines(self.found), *gone_lines(self.found, own)]]
         head, *rows = peer_lines(self.found, width)
         if height is None:
             return [head, *rows, *([Text(), *notes] if notes else [])]

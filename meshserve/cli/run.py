@@ -16,6 +16,7 @@ from meshserve.cli.outputs import queued_outputs
 from meshserve.cli.running import declare, declared, execute
 from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
 from meshserve.errors import UsageError
+from meshserve.telemetry import printable
 
 _HANDOFF, _SERVE, _MESH = HandoffConfig(), ServeConfig(), MeshConfig()
 _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
@@ -114,7 +115,7 @@ async def serve(mesh: MeshConfig, config: ServeConfig) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup: the terminal's end is to change nothing
             loop.add_signal_handler(number, on_signal)
-    peer = Peer(mesh, config, lambda line: click.echo(line))
+    peer = Peer(mesh, config, lambda line: click.echo(printable(line)))
     await peer.start()
     if peer.engine_description:
         declare("engine", peer.engine_description)

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from meshserve.errors import MeshserveError, UsageError
+from meshserve.telemetry import printable
 
 _WINDOW_S = 10.0
 _MAX_PER_PLACE = 20
@@ -41,7 +42,7 @@ def declared(event: str, text: str) -> str:
     formatters = [handler.formatter for handler in logging.getLogger().handlers]
     as_json = next((found for found in formatters if isinstance(found, JsonFormatter)), None)
     record = logging.makeLogRecord({"name": "meshserve", "levelno": logging.WARNING, "levelname": "WARNING", "msg": text, "event": event})
-    return f"meshserve: {text}" if as_json is None else as_json.format(record)
+    return f"meshserve: {printable(text)}" if as_json is None else as_json.format(record)
 
 
 def run_loop(coroutine: Coroutine[Any, Any, int]) -> int:
@@ -57,7 +58,7 @@ def run_loop(coroutine: Coroutine[Any, Any, int]) -> int:
 
 def leave(error: MeshserveError) -> NoReturn:
     """One line, and the exit code of the contract: 2 for usage, 1 for the rest."""
-    click.echo(f"meshserve: {error.message}", err=True)
+    click.echo(f"meshserve: {printable(error.message)}", err=True)
     sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
@@ -94,7 +95,8 @@ class PlainFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """A traceback, which only `--log-level debug` brings, keeps its lines."""
-        return "".join(letter if letter.isprintable() or (letter == "\n" and record.exc_info) else "?" for letter in super().format(record))
+        text = super().format(record)
+        return "\n".join(map(printable, text.split("\n"))) if record.exc_info else printable(text)
 
 
 class JsonFormatter(logging.Formatter):

@@ -9,13 +9,13 @@ import click
 from rich.text import Text
 
 from meshserve.cli.activities import Activity, Samples, sparkline
-from meshserve.cli.columns import Cell, Column, duration, plain, table
+from meshserve.cli.columns import Cell, Column, duration, table
 from meshserve.cli.options import mesh_config, mesh_options, option
 from meshserve.cli.peers import STATE_STYLES
 from meshserve.cli.running import execute
 from meshserve.cli.trace import waterfall
 from meshserve.errors import RequestNotFound
-from meshserve.telemetry import Histogram
+from meshserve.telemetry import Histogram, printable
 
 if TYPE_CHECKING:
     from meshserve.mesh.mesh import Mesh
@@ -215,7 +215,7 @@ class TopView:
             f"{sum(activity.num_running or 0 for activity in self._activities)} running",
             f"{sum((activity.num_waiting or 0) + (activity.num_tickets or 0) for activity in self._activities)} waiting",
         ]
-        first = Text.assemble(("mesh ", "dim"), (plain(self._mesh.own.mesh), "bold"), f": {counts}")
+        first = Text.assemble(("mesh ", "dim"), (printable(self._mesh.own.mesh), "bold"), f": {counts}")
         second = Text("  ".join(numbers), "bold")
         second.append("  " + sparkline(list(self._samples.trend), width - second.cell_len - 2), "green")
         return [first, second]
@@ -241,13 +241,13 @@ class TopView:
 
     def _details(self) -> list[Text]:
         activity = next((found for found in self._activities if found.peer["incarnation"] == self._selected), None)
-        return [Text(plain(line)) for line in details(activity)] if activity is not None else []
+        return [Text(printable(line)) for line in details(activity)] if activity is not None else []
 
     def _trace(self, width: int) -> list[Text]:
         if self._is_trace_due and self._receipt is None:
             return [Text("looking for the last request ...", "dim")]
         if self._receipt is None:
-            return [Text(f"{plain(self._recent[self._at])} is not kept any more" if self._recent else "no request has ended yet")]
+            return [Text(f"{printable(self._recent[self._at])} is not kept any more" if self._recent else "no request has ended yet")]
         place = Text(f"{self._at + 1} of the last {len(self._recent)} requests", "dim") if len(self._recent) > 1 else Text()
         return [place, *waterfall(self._receipt, width)]
 

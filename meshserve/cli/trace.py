@@ -7,11 +7,12 @@ from typing import Any
 import click
 from rich.text import Text
 
-from meshserve.cli.columns import Cell, Column, Output, duration, plain, table
+from meshserve.cli.columns import Cell, Column, Output, duration, table
 from meshserve.cli.options import mesh_config, mesh_options
 from meshserve.cli.running import execute
 from meshserve.errors import UsageError
 from meshserve.observe.receipts import OK
+from meshserve.telemetry import printable
 
 _PLAIN_WIDTH = 100
 """Of the bars without a terminal."""
@@ -83,7 +84,7 @@ def waterfall(receipt: Mapping[str, Any], width: int | None, height: int | None 
     """
     lines = [*_head(receipt), Text(), *_phases(receipt, width)]
     if receipt.get("handoff"):
-        lines.append(_line("handoff", plain(_decision(receipt["handoff"]))))  # instead of an empty line: 24 lines are few
+        lines.append(_line("handoff", printable(_decision(receipt["handoff"]))))  # instead of an empty line: 24 lines are few
     elif receipt["attempts"]:
         lines.append(Text())
     if receipt["attempts"]:
@@ -106,21 +107,21 @@ def _candidates(role: str, found: list[dict[str, Any]], width: int | None, room:
 def _head(receipt: Mapping[str, Any]) -> list[Text]:
     outcome, label, tokens = receipt["outcome"], receipt["client_id"], receipt["tokens"]
     ago = f", {duration(receipt['ended_ago_s'])} ago" if "ended_ago_s" in receipt else ""
-    first = Text.assemble((plain(receipt["request_id"]), "bold"), f" {plain(label)}" if label else "", "  ")
+    first = Text.assemble((printable(receipt["request_id"]), "bold"), f" {printable(label)}" if label else "", "  ")
     first.append(outcome, "green" if outcome == OK else "red")
     first.append(f"  {receipt['total_ms']:.3f} ms{ago}")
     lines = [first]
     if receipt.get("error"):
-        lines.append(_line("error", plain(receipt["error"])))
-    lines += [_line("path", plain(_path(receipt["peers"])))]
+        lines.append(_line("error", printable(receipt["error"])))
+    lines += [_line("path", printable(_path(receipt["peers"])))]
     prompt = f"{tokens.get('prompt')} prompt tokens ({tokens.get('cached')} cached)"
     policy = f", by {receipt['policy']}" if receipt["policy"] else ""
-    lines.append(_line("served", plain(f"{receipt['model']}, {prompt}, {tokens.get('completion')} completed{policy}")))
+    lines.append(_line("served", printable(f"{receipt['model']}, {prompt}, {tokens.get('completion')} completed{policy}")))
     lines += [
-        _line(f"answer {choice.get('index')}", plain(f"{_path(choice)}, {choice.get('completion')} tokens"))
+        _line(f"answer {choice.get('index')}", printable(f"{_path(choice)}, {choice.get('completion')} tokens"))
         for choice in receipt.get("choices") or []
     ]
-    return lines + ([_line("trace", plain(receipt["traceparent"]))] if receipt.get("traceparent") else [])
+    return lines + ([_line("trace", printable(receipt["traceparent"]))] if receipt.get("traceparent") else [])
 
 
 def _decision(handoff: Mapping[str, Any]) -> str:
@@ -148,7 +149,7 @@ def _phases(receipt: Mapping[str, Any], width: int | None) -> list[Text]:
     spent = [(phase, float(phases[phase])) for phase in PHASES if phases[phase] > 0]
     if not spent or total_ms <= 0:
         return [Text("nothing took time", "dim")]
-    names = {phase: plain(_peer(receipt["peers"], PHASES[phase][1])) for phase, _ in spent}
+    names = {phase: printable(_peer(receipt["peers"], PHASES[phase][1])) for phase, _ in spent}
     widest = min(max(map(len, names.values())), 24)
     head = 12 + 10 + widest + 2
     room = max(_NARROWEST_BAR, (width or _PLAIN_WIDTH) - head - 1)

@@ -4,27 +4,36 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from meshserve.config import PROTOCOL_MAJOR, MeshConfig
+from meshserve.config import PROTOCOL_MAJOR, PROTOCOL_MINOR, MeshConfig
 from meshserve.errors import HandshakeRefused, MeshserveError, PeerLost, ProtocolError, from_wire
 from meshserve.mesh.hearsay import Dial
 from meshserve.mesh.interfaces import Addresses, dialling_order
 from meshserve.mesh.network import Outcome, knock
+from meshserve.mesh.sightings import describe_stranger
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.channel import Channel
+from meshserve.mesh.transport.reading import KEYS_DIFFER
 from meshserve.mesh.transport.transport import Transport
+from meshserve.telemetry import printable
 from meshserve.wire.frames import HELLO, WELCOME, Envelope
-from meshserve.wire.hello import Hello, protocol_of
+from meshserve.wire.hello import Hello, PeerInfo, protocol_of
 
 
-def check_hello(data: object, mesh: str) -> Hello:
-    """The hello of a peer that may be a member. Raises HandshakeRefused with words for its user, or ProtocolError."""
+def check_hello(data: object, own: PeerInfo) -> Hello:
+    """The hello of a peer that may be a member. Raises HandshakeRefused, or ProtocolError.
+
+    Users of both peers read the refusal: it calls each by its name, as "this peer" would be another on the other side.
+    """
     major, minor = protocol_of(data)
     if major != PROTOCOL_MAJOR:
-        older = "that peer" if major < PROTOCOL_MAJOR else "this peer"
-        raise HandshakeRefused(f"protocol {major}.{minor} and {PROTOCOL_MAJOR}.x do not go together: upgrade {older}", kind="protocol")
+        other = describe_stranger(data)
+        older = other if major < PROTOCOL_MAJOR else own.name
+        words = f"{other} speaks protocol {major}.{minor}, {own.name} {PROTOCOL_MAJOR}.{PROTOCOL_MINOR}"
+        raise HandshakeRefused(f"{words}: upgrade meshserve of {older}", kind="protocol")
     hello = Hello.from_wire(data)
-    if hello.peer.mesh != mesh:
-        raise HandshakeRefused(f"this peer belongs to the mesh {mesh!r}, not to {hello.peer.mesh!r}", kind="mesh")
+    if hello.peer.mesh != own.mesh:
+        other = printable(hello.peer.name)
+        raise HandshakeRefused(f"{own.name} belongs to the mesh {own.mesh!r}, {other} to {hello.peer.mesh!r}", kind="mesh")
     return hello
 
 
@@ -41,7 +50,7 @@ class AnotherAnswered(HandshakeRefused):
     """A peer lives at this address, and is not the one that was meant."""
 
     def __init__(self, name: str, incarnation: str, host: str) -> None:
-        super().__init__(f"another peer lives there: {name}", kind="other")
+        super().__init__(f"another peer lives there: {printable(name)}", kind="other")
         self.incarnation, self.host = incarnation, host
 
 
@@ -132,6 +141,9 @@ class Dialler:
                 return PeerLost(f"{host}:{dial.port}{met.reason}")
             return await self._greet(dial, host)
         except MeshserveError as error:
+            # a peer that is killed meanwhile closes a connection as one with another key does, but takes no further one
+            if KEYS_DIFFER in error.message and (await knock(host, dial.port, self._config.dial_timeout_s)).outcome is not Outcome.OPEN:
+                return PeerLost(f"{host}:{dial.port} closed the connection")
             return error
 
     async def _greet(self, dial: Dial, host: str) -> Reached:
@@ -154,7 +166,7 @@ class Dialler:
         if message[0] != WELCOME:
             raise from_wire(message[1])
         try:
-            hello = check_hello(message[1], self._config.mesh)
+            hello = check_hello(message[1], self._own_hello(None).peer)
         except ProtocolError as error:
             raise HandshakeRefused("it answered with something that is no hello", kind="hello") from error
         if expected is not None and hello.peer.incarnation != expected:

@@ -160,7 +160,7 @@ class Links:
 
     def _on_hello(self, channel: Channel, data: Any) -> None:
         try:
-            hello = check_hello(data, self.own.mesh)
+            hello = check_hello(data, self.own)
             if hello.peer.incarnation == self.own.incarnation:
                 raise HandshakeRefused("you dialled yourself", kind="self")
         except ProtocolError:
@@ -196,7 +196,7 @@ class Links:
     def _on_news(self, channel: Channel, data: Any) -> None:
         """A peer that we dialled answers a repeated hello."""
         try:
-            hello = check_hello(data, self.own.mesh)
+            hello = check_hello(data, self.own)
         except (ProtocolError, HandshakeRefused):
             self._counters.add("hellos_malformed")
             return
@@ -272,6 +272,7 @@ class Links:
             return
         incarnation = reached.hello.peer.incarnation
         self.refused.pop(dial.key, None)
+        self.sightings.reached(dial)
         reached.channel.peer = incarnation
         self._learn(reached.hello)
         self.membership.dial_found(dial.key, incarnation, time.monotonic())
@@ -286,13 +287,17 @@ class Links:
         self._tell(self.membership.linked(incarnation, reached.address, time.monotonic()))
 
     def _note_refusal(self, dial: Dial, error: DialFailed) -> None:
-        if self.refused.get(dial.key) != error.message and not error.is_refused and "dialled yourself" not in error.message:
-            _log.warning(
-                "cannot join %s: %s",
-                dial.key if dial.incarnation is None else f"the peer at {dial.addresses[0]}:{dial.port}",
-                error.message,
-                extra={"event": "cannot_join", "fields": {"incarnation": dial.incarnation, "reason": error.message}},
-            )
+        if self.membership.has_left(dial.incarnation):
+            return
+        if not error.is_refused and "dialled yourself" not in error.message:
+            place = f"{dial.addresses[0]}:{dial.port}"
+            num_times = self.sightings.not_reached(place, time.monotonic())
+            if num_times:
+                name = self.sightings.name_of_gone(dial.incarnation)
+                who = place if dial.incarnation is None else f"{name} at {place}" if name else f"the peer at {place}"
+                again = f" ({num_times} times so far)" if num_times > 1 else ""
+                fields = {"incarnation": dial.incarnation, "reason": error.message, "times": num_times}
+                log_event(_log, "cannot_join", f"cannot join {who}: {error.message}{again}", logging.WARNING, **fields)
         if len(self.refused) < 256:
             self.refused[dial.key] = error.message
 

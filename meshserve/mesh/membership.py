@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from meshserve.config import MeshConfig
 from meshserve.mesh.hearsay import Dial, Hearsay, backoff_s
+from meshserve.telemetry import printable
 from meshserve.wire.hello import PeerHint, PeerInfo
 
 
@@ -263,6 +264,10 @@ class Membership:
                 changes.append((Change.UPDATED, member))
         return changes
 
+    def has_left(self, incarnation: str | None) -> bool:
+        """Whether it said goodbye."""
+        return incarnation in self._left
+
     def goodbye(self, incarnation: str, now_s: float) -> list[tuple[Change, Member]]:
         """The peer itself said, on its own link, that it leaves."""
         self._left[incarnation] = now_s
@@ -368,9 +373,9 @@ class Membership:
         for member in by_age:
             is_taken = member.info.name in seen
             seen[member.info.name] = 1
-            member.shown_name = (
-                f"{member.info.name}~{member.info.incarnation[:4]}" if is_taken and not member.info.is_observer else member.info.name
-            )
+            # printed everywhere, in lines whose words are split at spaces
+            name = printable(member.info.name).replace(" ", "_")
+            member.shown_name = f"{name}~{member.info.incarnation[:4]}" if is_taken and not member.info.is_observer else name
 
     def listed(self) -> list[Member]:
         """All but observers, oldest first."""

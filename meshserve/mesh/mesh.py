@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 import secrets
 import socket
 import time
@@ -30,6 +31,8 @@ from meshserve.wire.structs import Message, plain, read, replace
 _log = logging.getLogger(__name__)
 
 _MAX_ANSWERS = 64
+_MAX_HOST_NAME = 58
+"""A name has up to 63 letters."""
 _MAX_SHOWN_ADDRESSES = 4
 _FOREVER_S = 30 * 86_400.0
 _REOPEN_S = 0.05
@@ -110,7 +113,8 @@ class Mesh:
             self.links.transport.serve(self.ports.calls, self.links.on_stranger)
 
     def _introduction(self) -> PeerInfo:
-        name = self.config.name or f"{socket.gethostname().split('.')[0]}-{self.incarnation[:4]}"
+        host = re.sub(r"[^\w-]", "-", socket.gethostname().split(".")[0])[:_MAX_HOST_NAME]  # a host may be called anything: spaces too
+        name = self.config.name or f"{host}-{self.incarnation[:4]}"
         advertised = self._addresses.advertised if self.config.roles else ()
         port = self.ports.first if self.ports else 0
         label = self.incarnation, name, self.config.mesh, self.config.roles

@@ -11,7 +11,11 @@ from meshserve.errors import UsageError
 
 
 def parse_host_port(text: str, default_port: int) -> tuple[str, int]:
-    """HOST, HOST:PORT, [IPV6] or [IPV6]:PORT; a bare IPv6 address is a host. Raises UsageError."""
+    """HOST, HOST:PORT, [IPV6] or [IPV6]:PORT, as the ready line prints it too, with `tcp://`; a bare IPv6 address is a host.
+
+    Raises UsageError.
+    """
+    text = text.removeprefix("tcp://")
     host, port = text, ""
     if text.startswith("["):
         host, _, rest = text[1:].partition("]")

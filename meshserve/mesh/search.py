@@ -32,6 +32,8 @@ class Search:
         """For people: `on`, or why not."""
         self._discovery: MdnsDiscovery | None = None
         self._is_discovering = False
+        self._unknown: set[str] = set()
+        """Hosts of `--peer` that have no address, of which was warned."""
         self._tasks = TaskOwner()
         self._next_s, self._num_before = now_s, 0
 
@@ -62,8 +64,9 @@ class Search:
 
     async def _seed(self, host: str, port: int) -> None:
         found = await asyncio.to_thread(resolve, host)
-        if not found:
+        if not found and host not in self._unknown:
             _log.warning("--peer %s: no such host; trying again", host)
+        (self._unknown.discard if found else self._unknown.add)(host)
         for address in found[:_MAX_SEED_ADDRESSES]:
             self._on_seed(address, port)
 

@@ -7,12 +7,16 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+from meshserve.mesh.hearsay import Dial
 from meshserve.mesh.membership import Change, Member, PeerState
+from meshserve.telemetry import printable
 from meshserve.wire.hello import PeerHint
 from meshserve.wire.observing import Departure, Refusal
 
 _MAX_STRANGERS, _MAX_GONE, _MAX_ANNOUNCEMENTS = 32, 32, 512
 _MAX_TEXT = 160
+_MAX_PLACES = 512
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 60.0, 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,8 @@ class Sightings:
         """By incarnation."""
         self._strangers: dict[tuple[str, str], tuple[int, float]] = {}
         """By name and reason, the latest last: how many times, and when last."""
+        self._not_reached: dict[str, tuple[int, float, float]] = {}
+        """By place, the latest last: how many times, when to say so next, and the pause after that."""
         self._gone: deque[tuple[str, str, str, str, float]] = deque(maxlen=_MAX_GONE)
         """Incarnation, name, address, reason, when."""
 
@@ -48,6 +54,29 @@ class Sightings:
         info = member.info
         address = f"{info.addresses[0]}:{info.port}" if info.addresses else ""
         self._gone.append((info.incarnation, member.shown_name, address, why_gone(change, member), now_s))
+
+    def name_of_gone(self, incarnation: str | None) -> str:
+        """Of a member that left or died; empty if it is not known."""
+        return next((name for gone, name, *_ in self._gone if gone == incarnation), "")
+
+    def not_reached(self, place: str, now_s: float) -> int:
+        """A dial to this place was in vain: how often in a row, if people should hear of it now, else 0.
+
+        They hear of the first, after a minute again, then at pauses that grow to an hour: a laptop that was taken home is dialled on.
+        """
+        num_times, say_next_s, pause_s = self._not_reached.pop(place, (0, now_s, _FIRST_PAUSE_S))
+        is_due = now_s >= say_next_s
+        if is_due:
+            say_next_s, pause_s = now_s + pause_s, min(_LONGEST_PAUSE_S, pause_s * 10)
+        self._not_reached[place] = num_times + 1, say_next_s, pause_s
+        if len(self._not_reached) > _MAX_PLACES:
+            del self._not_reached[next(iter(self._not_reached))]
+        return num_times + 1 if is_due else 0
+
+    def reached(self, dial: Dial) -> None:
+        """A dial led to a peer: the next that does not is worth a line again."""
+        for address in dial.addresses:
+            self._not_reached.pop(f"{address}:{dial.port}", None)
 
     def announced(self, mesh: str, hint: PeerHint) -> None:
         """mDNS told of a peer. A flood of new ones changes nothing."""
@@ -82,6 +111,6 @@ def describe_stranger(hello: Any) -> str:
     if not isinstance(peer, dict):
         return "somebody"
     addresses = peer.get("addresses")
-    address = f" at {addresses[0]}" if isinstance(addresses, list) and addresses and isinstance(addresses[0], str) else ""
+    address = f" at {printable(addresses[0])}" if isinstance(addresses, list) and addresses and isinstance(addresses[0], str) else ""
     name = str(peer.get("name"))[:63]
     return (name if name.isprintable() else "somebody") + address[:63]

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import logging
+from functools import partial
 from typing import Any
 
 from meshserve.errors import MeshserveError, ProtocolError
@@ -47,7 +48,7 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
 
     mesh.serve(STATUS, on_status)
     Reach(mesh)
-    mesh.subscribe(_log_change)
+    mesh.subscribe(partial(_log_change, mesh))
 
 
 async def list_peers(mesh: Mesh) -> list[dict[str, Any]]:
@@ -106,7 +107,7 @@ def _since_s(mesh: Mesh, member: Member | None, status: PeerStatus) -> float | N
     return status.up_s
 
 
-def _log_change(change: Change, member: Member) -> None:
+def _log_change(mesh: Mesh, change: Change, member: Member) -> None:
     info, name = member.info, member.shown_name
     address = endpoint(info.addresses[0], info.port) if info.addresses else ""
     cut = "lost its connection" if member.was_cut else "is silent"
@@ -117,6 +118,9 @@ def _log_change(change: Change, member: Member) -> None:
         Change.LEFT: ("peer_left", "left"),
         Change.DIED: ("peer_died", f"died: {why_gone(change, member)}"),
     }
+    if change is Change.JOINED and info.name == mesh.own.name:  # the other one hears of this peer, and warns too
+        text = f"another peer is called {name.partition('~')[0]} too, at {address}: give one of the two another --name"
+        log_event(_log, "peer_twin", text, logging.WARNING, peer=name, incarnation=info.incarnation, address=address)
     if change in words:
         event, said = words[change]
         log_event(_log, event, f"{name} {said}", peer=name, incarnation=info.incarnation, address=address)

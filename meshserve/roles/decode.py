@@ -214,9 +214,9 @@ class DecodeRole:
         mesh.serve(GENERATE, self._on_generate)
 
     @property
-    def is_idle(self) -> bool:
-        """Nothing accepted is unfinished."""
-        return not self._running
+    def num_under_way(self) -> int:
+        """Requests that were accepted and are not finished."""
+        return len(self._running)
 
     def _on_generate(self, call: IncomingCall) -> None:
         if self._mesh.own.is_draining:

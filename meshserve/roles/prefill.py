@@ -12,9 +12,9 @@ class PrefillRole:
         provider.subscribe(reporter.changed)
 
     @property
-    def is_idle(self) -> bool:
-        """Nothing claimed is unfinished."""
-        return self._provider.is_idle
+    def num_under_way(self) -> int:
+        """Prompts that were claimed and are not finished."""
+        return len(self._provider.queue.jobs)
 
     def drain(self) -> None:
         """Claim no more."""

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from meshserve.cli.activities import Samples, sparkline
-from meshserve.cli.columns import Column, duration, plain, table
+from meshserve.cli.columns import Column, duration, table
 from meshserve.cli.peers import gone_lines, refused_lines
 from meshserve.cli.running import JsonFormatter, PlainFormatter, RepeatFilter
 from meshserve.cli.terminal import parse_keys
-from meshserve.telemetry import BUCKETS_S, Counters, Histogram, Histograms, added_up, log_event
+from meshserve.telemetry import BUCKETS_S, Counters, Histogram, Histograms, added_up, log_event, printable
 
 COLUMNS = (Column("NAME"), Column("ROLES", 1), Column("LOAD", 2, is_number=True), Column("RTT", 3, is_number=True))
 
@@ -37,7 +37,7 @@ def test_columns_of_the_highest_rank_go_first_and_names_are_cut_last() -> None:
     assert table(COLUMNS, rows, 36)[0].plain == "NAME                ROLES   LOAD"
     assert table(COLUMNS, rows, 28)[0].plain == "NAME                ROLES"
     assert table(COLUMNS, rows, 10)[1].plain == "a-rather-…"
-    assert plain("a\x1b[2Jb\n") == "a?[2Jb?"
+    assert printable("a\x1b[2Jb\n") == "a?[2Jb?"
 
 
 @pytest.mark.parametrize(

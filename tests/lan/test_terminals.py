@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -104,6 +105,19 @@ def test_row_40_a_record_that_takes_nothing_ends_with_one_warning(lan: Lan, tmp_
     assert mesh.frontend.stderr_text.count("nothing is recorded") == 1
     if reader >= 0:
         os.close(reader)
+
+
+def test_a_host_whose_name_has_a_space_has_a_peer_whose_name_has_none(lan: Lan) -> None:
+    rename = "import os, socket, sys; socket.sethostname('my host'); os.execvp(sys.argv[1], sys.argv[1:])"
+    command = meshserve_command("run", "--role", "decode")
+    peer = lan.add_host().start("unshare", "--uts", sys.executable, "-c", rename, *command)
+    assert peer.ready(READY_S)["name"].startswith("my-host-")
+
+
+def test_a_host_without_any_interface_has_a_peer_all_the_same(lan: Lan) -> None:
+    peer = lan.add_host().start("unshare", "--net", *meshserve_command("run", "--role", "all"))
+    peer.wait_for_line("^1 decode, 1 prefill ready", READY_S)
+    assert len(peer.stderr) <= 2 and not peer.find_line("Traceback")
 
 
 def test_row_40_a_terminal_that_is_gone_drains_the_peer(lan: Lan) -> None:

@@ -309,3 +309,9 @@ def test_one_source_and_one_address_get_no_more_than_their_share_of_dials() -> N
     dials = story.membership.due_dials(story.now_s)
     assert {"honest", "10.0.0.8:7800"} <= {dial.key for dial in dials}
     assert sum(dial.addresses == ("10.9.9.9",) for dial in dials) <= 2 and len(dials) <= 34
+
+
+def test_a_name_that_would_steer_a_terminal_is_shown_without() -> None:
+    story = Story()
+    story.joins(a_peer("worker", name="a \x1b[2J\u202eb"))
+    assert story.membership.members["worker"].shown_name == "a_?[2J?b"

@@ -164,7 +164,7 @@ async def served(**options: Any) -> AsyncIterator[tuple[Scene, str]]:
         frontend = FrontendRole(found.mesh, ServeConfig(http_port=0))
         try:
             yield found, await frontend.start()
-            await until(lambda: frontend.is_idle and found.processor.is_idle, DEADLINE_S, "nothing is under way")
+            await until(lambda: frontend.num_under_way == 0 and found.processor.is_idle, DEADLINE_S, "nothing is under way")
         finally:
             await frontend.close()
             await found.processor.close()

@@ -77,14 +77,15 @@ def _print(findings: list[Any]) -> None:
     from rich.padding import Padding
     from rich.text import Text
 
-    from meshserve.cli.columns import Output, plain
+    from meshserve.cli.columns import Output
+    from meshserve.telemetry import printable
 
     console = Output(highlight=False, soft_wrap=not sys.stdout.isatty())
     for finding in findings:
-        console.print(Text.assemble((f"{finding.severity:7}", _STYLES[finding.severity]), "  ", plain(finding.cause)))
+        console.print(Text.assemble((f"{finding.severity:7}", _STYLES[finding.severity]), "  ", printable(finding.cause)))
         for title, text in (("seen", finding.seen), ("do", finding.advice)):
             if text:
-                line = Text.assemble((f"{title}: ", "dim"), plain(text))
+                line = Text.assemble((f"{title}: ", "dim"), printable(text))
                 console.print(Padding(line, (0, 0, 0, 9)) if sys.stdout.isatty() else Text(" " * 9).append_text(line))
     counts = [(sum(finding.severity == kind for finding in findings), kind) for kind in ("error", "warning")]
     verdict = ", ".join(f"{count} {kind}{'s' * (count > 1)}" for count, kind in counts if count)

@@ -41,9 +41,9 @@ class FrontendRole:
         self._connections: Connections | None = None
 
     @property
-    def is_idle(self) -> bool:
-        """No request is under way."""
-        return not self._completions.num_open
+    def num_under_way(self) -> int:
+        """Requests whose answers are not all written."""
+        return self._completions.num_open
 
     async def start(self) -> str:
         """Bind and serve. Raises StartupFailed if the port is taken, the address not this host's, or the certificate cannot be used."""
