@@ -18,7 +18,7 @@ from meshserve.mesh.calls import CallTable, Handler, IgnoredAnswer, IncomingCall
 from meshserve.mesh.interfaces import AddressWatch, choose_addresses, interface_names, local_addresses
 from meshserve.mesh.keys import MeshKey, read_key_file
 from meshserve.mesh.links import Links
-from meshserve.mesh.membership import Change, Member
+from meshserve.mesh.membership import Change, Member, PeerState
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.channel import Turn
 from meshserve.mesh.transport.sockets import BoundPorts, SocketFactory, bind_port_block
@@ -214,6 +214,12 @@ class Mesh:
                 self._serving.clear()
             self._serving[role, model] = serving
         return serving
+
+    def silent_peers_with(self, role: str) -> list[PeerInfo]:
+        """Peers that are suspect now, and would take work in this role if they spoke again."""
+        members = self.links.membership.listed()
+        silent = [member.info for member in members if member.state is PeerState.SUSPECT]
+        return [info for info in silent if info.can_play(role) and not info.is_draining]
 
     def _changed(self) -> None:
         self._able.clear()

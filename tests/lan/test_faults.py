@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from tests.harness import Lan, wait_until
 from tests.harness.pressure import allowance_s
+from tests.harness.waiting import pace
 from tests.lan.meshes import HTTP, READY_S, LanMesh, start_aggregated, text_of
 
 NOTICED_S = 0.2
@@ -38,6 +39,31 @@ def test_a_stopped_worker_gets_no_new_work_after_the_failure_timeout_and_is_used
     assert {answer["meshserve"]["peers"]["decode"] for answer in answers} == {survivor}
     mesh.decode[1].resume()
     mesh.frontend.wait_for_line("^2 decode", READY_S, time.monotonic() - 0.05)
+
+
+def test_while_the_only_worker_is_silent_requests_wait_for_the_failure_timeout(lan: Lan) -> None:
+    front, host = lan.add_host(), lan.add_host()
+    mesh = LanMesh(front, front.run("--role", "frontend,processor,router"))
+    mesh.decode = [host.run("--role", "decode")]
+    mesh.wait_until_ready()
+    worker = mesh.decode[0]
+    assert text_of(mesh.complete("before"))
+    for is_back in (True, False):
+        stopped_at = time.monotonic()
+        worker.stop()
+        noticed_after_s(mesh, stopped_at, "^no workers")
+        with ThreadPoolExecutor(1) as pool:
+            asked_at = time.monotonic()
+            asked = pool.submit(front.post_json, f"{HTTP}/v1/completions", {"model": "dummy", "prompt": "meanwhile", "max_tokens": 4})
+            if is_back:
+                pace(FAILURE_TIMEOUT_S / 3)
+                worker.resume()
+            response = asked.result()
+        took_s = time.monotonic() - asked_at
+        assert response.status == (200 if is_back else 503), response.body
+        assert took_s <= FAILURE_TIMEOUT_S + 0.5 + allowance_s(asked_at)
+        assert is_back or took_s >= FAILURE_TIMEOUT_S
+    worker.resume()
 
 
 def test_what_had_not_started_on_a_stopped_worker_is_served_elsewhere(lan: Lan) -> None:

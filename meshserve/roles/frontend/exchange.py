@@ -68,7 +68,8 @@ class Completions:
 
     def first_model(self) -> str:
         """For requests that name none. Raises NoWorker if there is none."""
-        cards = [info.card.model for info in self.mesh.peers_with("decode") if info.card is not None]
+        infos = self.mesh.peers_with("decode") or self.mesh.silent_peers_with("decode")
+        cards = [info.card.model for info in infos if info.card is not None]
         if not cards:
             raise NoWorker("no decode worker is in the mesh yet")
         return cards[0]

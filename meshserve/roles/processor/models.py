@@ -107,6 +107,11 @@ class Dispatcher:
         """Those that serve the very model of this hash; all if it is not known."""
         return [candidate for candidate in candidates if not model_hash or self.model_hash(candidate.incarnation) == model_hash]
 
+    def is_waited_for(self, model: str) -> bool:
+        """Whether a worker of this model is silent: it may be back at any moment."""
+        silent = self.mesh.silent_peers_with("decode")
+        return any(info.card is not None and model in info.card.names for info in silent)
+
     def out_of_reach(self) -> tuple[str, ...]:
         """Workers that a router should not choose for this processor."""
         if self._out_of_reach:
@@ -143,7 +148,12 @@ class Models:
         for info in self._mesh.peers_serving("decode", model):
             if info.card is not None:
                 return info.card
-        cards = [info.card for info in self._mesh.peers_with("decode") if info.card is not None]
+        # a request for a model whose workers are all silent has to wait, and is prepared meanwhile
+        infos = self._mesh.peers_with("decode") + self._mesh.silent_peers_with("decode")
+        cards = [info.card for info in infos if info.card is not None]
+        for card in cards:
+            if model in card.names:
+                return card
         if not cards:
             raise NoWorker("no decode worker is in the mesh yet")
         names = ", ".join(sorted({name for card in cards for name in card.names}))

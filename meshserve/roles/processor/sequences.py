@@ -143,15 +143,18 @@ class Sequence:
             self.route()
 
     def _not_routed(self, error: MeshserveError) -> None:
-        """No worker can take the sequence; why one refused it is the better reason. A sequence that has begun waits for a while: silent
-        workers come back or turn out to be dead, and those that were killed are started again.
+        """No worker can take the sequence; why one refused it is the better reason. A sequence waits for a while for
+        workers that are silent, and one that has begun for any: silent workers come back or turn out to be dead,
+        and those that were killed are started again.
         """
         if not isinstance(error, NoWorker):
             self._fail(error)
             return
         now_s, config = monotonic(), self.dispatcher.mesh.config
-        self._waits_until_s = self._waits_until_s or now_s + config.failure_timeout_s + config.death_timeout_s
-        if not self.output or now_s >= self._waits_until_s:
+        longest_s = config.failure_timeout_s + (config.death_timeout_s if self.output else 0.0)
+        self._waits_until_s = self._waits_until_s or now_s + longest_s
+        is_waiting = bool(self.output) or (self._refusal is None and self.dispatcher.is_waited_for(self.asked.model))
+        if not is_waiting or now_s >= self._waits_until_s:
             self._fail(self._refusal or error)
             return
         self._routers, self._excluded = (), ()  # the one that was lost may be the one that comes back
