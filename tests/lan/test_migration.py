@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests.harness import Host, Lan, pace, wait_until
 from tests.harness.engines import KILL_MARK
 from tests.harness.pressure import allowance_s
 from tests.harness.records import Record
+from tests.lan.llama_mesh import SERVED, Load, start_front
 from tests.lan.meshes import HTTP, READY_S, LanMesh
 
 FAILURE_TIMEOUT_S = 1.5
@@ -20,11 +22,13 @@ PACED = ("--engine-opt", "step_ms=10")
 
 
 class Stream:
-    """One streamed completion, as its client reads it."""
+    """One streamed completion or chat, as its client reads it."""
 
-    def __init__(self, mesh: LanMesh, prompt: str, max_tokens: int, **fields: Any) -> None:
+    def __init__(self, mesh: LanMesh, prompt: str | list[int], max_tokens: int, **fields: Any) -> None:
         self._mesh = mesh
-        self._body = {"model": "dummy", "prompt": prompt, "max_tokens": max_tokens, "stream": True, "ignore_eos": True, **fields}
+        self._path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+        asked = {} if "messages" in fields else {"prompt": prompt}
+        self._body = {"model": "dummy", **asked, "max_tokens": max_tokens, "stream": True, "ignore_eos": True, **fields}
         self._body["meshserve"] = {"receipt": True}
         self.chunks: list[dict[str, Any]] = []
         self.came_s: list[float] = []
@@ -32,7 +36,7 @@ class Stream:
 
     def run(self) -> "Stream":
         """Read it to its end."""
-        with self._mesh.front.stream("POST", f"{HTTP}/v1/completions", self._body, timeout_s=60.0) as received:
+        with self._mesh.front.stream("POST", f"{HTTP}{self._path}", self._body, timeout_s=60.0) as received:
             for line in received:
                 data = line.strip().removeprefix("data: ")
                 if data == "[DONE]":
@@ -47,6 +51,15 @@ class Stream:
         """All of it; an error fails the test."""
         assert self.is_done, self.chunks[-1:]
         return "".join(choice["text"] for chunk in self.chunks for choice in chunk["choices"])
+
+    @property
+    def said(self) -> list[str]:
+        """All that was said of each answer, in order: text, calls, log probabilities, how it ended; an error fails the test."""
+        assert self.is_done, self.chunks[-1:]
+        choices = [choice for chunk in self.chunks for choice in chunk["choices"]]
+        for call in [call for choice in choices for call in choice.get("delta", {}).get("tool_calls") or []]:
+            call.pop("id", None)  # made up for each answer
+        return [json.dumps(choice) for choice in sorted(choices, key=lambda choice: int(choice["index"]))]
 
     @property
     def receipt(self) -> dict[str, Any]:
@@ -214,3 +227,78 @@ def test_row_6_streams_are_whole_while_a_worker_is_killed_every_second(
     assert longest_ms <= 500 + allowance_s(began_s) * 1000
     mesh.wait_until_ready()
     assert [stream.text for stream in streams] == undisturbed_texts(mesh, num_streams, num_tokens)
+
+
+LONG = "It is worth handing over to somebody else. " * 30
+FIELDS = [f"field{number}" for number in range(6)]
+SCHEMA = {"type": "object", "properties": {name: {"type": "string"} for name in FIELDS}, "required": FIELDS}
+TOOL = {"type": "function", "function": {"name": "note", "parameters": SCHEMA}}
+CHAT = [{"role": "user", "content": "Say something."}]
+FEATURES: tuple[dict[str, Any], ...] = (
+    {"presence_penalty": 0.8, "frequency_penalty": 0.5, "repetition_penalty": 1.2, "temperature": 0.9, "seed": 1},
+    {"logprobs": 3, "stop": ["never said", "nor this"], "temperature": 0.7, "top_p": 0.9, "seed": 2},
+    {"n": 3, "temperature": 1.1, "seed": 3, "echo": True},
+    {"logit_bias": {"300": 4, "301": -100}, "min_tokens": 50, "temperature": 1.0, "min_p": 0.02, "seed": 4},
+    {"messages": CHAT, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}, "ignore_eos": False},
+    {"messages": CHAT, "tools": [TOOL], "tool_choice": "required", "ignore_eos": False},
+    {"messages": CHAT, "logprobs": True, "top_logprobs": 2, "temperature": 0.8, "seed": 5},
+    {"structured_outputs": {"regex": "([a-z]{4,8} ){40}"}, "ignore_eos": False, "temperature": 0.9, "seed": 6},
+)
+
+
+def run_all(streams: Sequence[Stream], faults: Sequence[Callable[[], None]]) -> list[list[str]]:
+    """What all of them say. Before each fault all go on, or are through."""
+    with ThreadPoolExecutor(len(streams)) as pool:
+        running = [pool.submit(stream.run) for stream in streams]
+        for fault in faults:
+            least = [len(stream.chunks) + 3 for stream in streams]
+
+            def go_on(least: list[int] = least) -> bool:
+                return all(stream.is_done or len(stream.chunks) >= count for stream, count in zip(streams, least, strict=True))
+
+            wait_until(go_on, READY_S, "all streams go on")
+            fault()
+        for stream in running:
+            stream.result()
+    return [stream.said for stream in streams]
+
+
+@pytest.mark.parametrize("num_prefill", [0, 2], ids=["computed there", "handed over"])
+def test_row_6_whatever_was_asked_goes_on_without_gap_or_repeat(lan: Lan, num_prefill: int) -> None:
+    slow = ("--engine-opt", "step_ms=25")
+    mesh = start(lan, 3, *slow, "--max-local-prefill-tokens", "0")
+    mesh.prefill = [lan.add_host().run("--role", "prefill", *slow) for _ in range(num_prefill)]
+    mesh.wait_until_ready()
+    mesh.wait_until_all_meet()
+
+    def streams() -> list[Stream]:
+        return [Stream(mesh, LONG, 100, **fields) for fields in FEATURES]
+
+    disturbed = streams()
+    found = run_all(disturbed, [lambda: mesh.start_again(0), lambda: mesh.start_again(1)])
+    assert sum(stream.receipt["migrations"] for stream in disturbed) >= 3
+    if num_prefill:
+        moved = [stream.receipt for stream in disturbed if stream.receipt["migrations"]]
+        assert any(receipt["peers"]["prefill"] for receipt in moved)
+    mesh.wait_until_ready()
+    assert found == run_all(streams(), [])
+
+
+def test_row_6_a_real_model_goes_on_with_the_same_bits(lan: Lan, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("gguf")
+    from tests.engines.tiny_models import make_model
+
+    load = Load(make_model(tmp_path / "tiny.gguf", seed=1), 4, lengths=(20, 300), kv_cache_tokens=8192)
+    mesh = start_front(lan, "--policy", "round-robin")
+    workers = [mesh.start_worker(lan, "decode", *load.engine()) for _ in range(3)]
+    mesh.wait()
+
+    def streams() -> list[Stream]:
+        fields: dict[str, Any] = {"model": SERVED, "logprobs": 2, "temperature": 0.9, "frequency_penalty": 0.3}
+        return [Stream(mesh, prompt, 700, seed=number, **fields) for number, prompt in enumerate(load.prompts())]
+
+    disturbed = streams()
+    found = run_all(disturbed, [workers[0].kill, workers[1].kill])
+    assert sum(stream.receipt["migrations"] for stream in disturbed) >= 2
+    assert found == run_all(streams(), [])
