@@ -22,6 +22,7 @@ from meshserve.mesh.transport.sockets import endpoint
 from meshserve.observe.peer_feed import FeedSource
 from meshserve.observe.receipt_store import Receipts
 from meshserve.observe.status import serve_status
+from meshserve.observe.variants import differing, serving
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.routing.workers import CostSettings
 from meshserve.telemetry import EventLog, log_event
@@ -66,6 +67,7 @@ class Peer:
         self._on_drain: list[Callable[[], None]] = []
         self.http_url: str | None = None
         self._workers_line = ""
+        self._variants: list[str] = []
         self._reporter: WorkerReporter | None = None
         self._requester: PrefillRequester | None = None
         self._exporter: Exporter | None = None
@@ -203,8 +205,19 @@ class Peer:
             line += f"; not used: {others}, whose model is not that of most workers of this name: give it another --served-model-name"
         if "router" in self._roles and line != self._workers_line:
             self._workers_line = line
+            self._warn_of_variants()
             why = _why_fewer(change, member) if change is not None and member is not None else ""
             self._say(f"{line} ({member.shown_name} {why})" if member is not None and why else line)
+
+    def _warn_of_variants(self) -> None:
+        """Of two models, or two KV layouts, under one name: once for each such state."""
+        workers = {info.incarnation: info for role in _WORKER_ROLES for info in self.mesh.peers_with(role)}
+        found = [one for info in workers.values() if (one := serving(self.mesh.name_of(info.incarnation), info)) is not None]
+        variants = differing(found)
+        for words in variants:
+            if words not in self._variants:
+                log_event(_log, "model_variants", f"{words}; give each model a --served-model-name of its own", logging.WARNING)
+        self._variants = variants
 
     async def drain(self) -> bool:
         """Take no new work and finish what runs; False if the drain timeout came first."""

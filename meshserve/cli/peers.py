@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,8 @@ def peer_lines(found: list[dict[str, Any]], width: int | None) -> list[Text]:
     """The table's head, and a line for each peer as `list_peers` gives them."""
     is_narrow = width is not None and width < _NARROW
     rows = []
+    hashes = {(peer["model"], peer["model_hash"]) for peer in found if peer["model"]}
+    ambiguous = {model for model, times in Counter(model for model, _ in hashes).items() if times > 1}
     for peer in found:
         load = peer["load"] or {}
         roles = [_SHORT_ROLES.get(role, role) for role in peer["roles"]] if is_narrow else peer["roles"]
@@ -121,9 +124,9 @@ def peer_lines(found: list[dict[str, Any]], width: int | None) -> list[Text]:
             (
                 peer["name"],
                 ",".join(roles),
-                peer["model"] or "-",
+                _model(peer, ambiguous),
                 peer["address"].removeprefix("tcp://"),
-                (peer["state"], STATE_STYLES.get(peer["state"], "dim")),
+                _state(peer),
                 duration(peer["since_s"]),
                 peer["version"],
                 str(load.get("num_running", "-")),
@@ -133,6 +136,22 @@ def peer_lines(found: list[dict[str, Any]], width: int | None) -> list[Text]:
             )
         )
     return table(_COLUMNS, rows, width)
+
+
+def _model(peer: dict[str, Any], ambiguous: set[str]) -> str:
+    """With the hash where several models have one name."""
+    if not peer["model"]:
+        return "-"
+    from meshserve.observe.variants import short
+
+    return f"{peer['model']}#{short(peer['model_hash'])}" if peer["model"] in ambiguous else str(peer["model"])
+
+
+def _state(peer: dict[str, Any]) -> tuple[str, str]:
+    state = peer["state"]
+    if state == "alive" and not peer["answered"]:
+        return "no answer", STATE_STYLES["suspect"]
+    return state, STATE_STYLES.get(state, "dim")
 
 
 def refused_lines(found: Iterable[dict[str, Any]]) -> list[str]:

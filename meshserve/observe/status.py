@@ -17,7 +17,7 @@ from meshserve.observe.worker_report import WorkerReporter
 from meshserve.telemetry import added_up, log_event
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.messages import STATUS
-from meshserve.wire.observing import MAX_LISTED, PeerStatus
+from meshserve.wire.observing import MAX_LISTED, PeerStatus, Silence
 from meshserve.wire.structs import asdict
 
 _log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
                 load=asdict(reporter.load()) if reporter is not None else None,
                 num_reached=sum(member.is_callable for member in mesh.links.membership.listed()),
                 cannot_join=dict(itertools.islice(mesh.links.refused.items(), MAX_LISTED)),
+                silent=_silent(mesh),
                 counters=dict(mesh.counters.snapshot()),
                 held=mesh.gauges.snapshot(),
                 calls_made=dict(mesh.calls.num_made()),
@@ -52,17 +53,52 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
 
 
 async def list_peers(mesh: Mesh) -> list[dict[str, Any]]:
-    """All peers but observers, oldest first, with their states; a peer that does not answer is listed without one."""
+    """All peers but observers, oldest first, with their states. A peer that does not answer in time is listed without one; last come
+    those that only others know, as they do not answer our hello."""
     members = mesh.links.membership.listed()
     asked: list[tuple[PeerInfo, Member | None]] = [] if mesh.own.is_observer else [(mesh.own, None)]
     asked += [(member.info, member) for member in members]
     answers = await asyncio.gather(*(_ask(mesh, info.incarnation) for info, _ in asked))
     found = [_entry(mesh, info, member, *answer) for (info, member), answer in zip(asked, answers, strict=True)]
+    found += _known_to_others(mesh, found)
     for entry in found:
         if "decode" in entry["roles"]:  # as all processors measured them, of what this worker served
             worker = entry["incarnation"]
             entry["latencies"] = added_up(peer["histograms_by_worker"].get(worker, {}) for peer in found)
     return found
+
+
+def _silent(mesh: Mesh) -> list[Silence]:
+    silent = [member for member in mesh.links.membership.listed() if member.state is PeerState.SUSPECT]
+    return [
+        Silence(
+            incarnation=member.info.incarnation,
+            name=member.shown_name,
+            roles=list(member.info.roles),
+            address=endpoint(member.info.addresses[0], member.info.port) if member.info.addresses else "",
+            ago_s=round(mesh.now_s() - member.suspect_since_s, 3),
+        )
+        for member in silent[:MAX_LISTED]
+    ]
+
+
+def _known_to_others(mesh: Mesh, found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    listed = {entry["incarnation"] for entry in found}
+    missed = {said["incarnation"]: said for entry in found for said in entry["silent"] if said["incarnation"] not in listed}
+    return [
+        {
+            **dict.fromkeys(("model", "model_hash", "kv_layout", "rtt_ms", "http", "latencies")),
+            **asdict(PeerStatus()),
+            **{name: said[name] for name in ("incarnation", "name", "roles", "address")},
+            "state": PeerState.SUSPECT.value,
+            "mesh": mesh.own.mesh,
+            "since_s": said["ago_s"],
+            "version": "",
+            "addresses": [],
+            "answered": False,
+        }
+        for said in missed.values()
+    ]
 
 
 async def _ask(mesh: Mesh, incarnation: str) -> tuple[PeerStatus, float | None]:
@@ -85,6 +121,8 @@ def _entry(mesh: Mesh, info: PeerInfo, member: Member | None, status: PeerStatus
         "incarnation": info.incarnation,
         "roles": list(info.roles),
         "model": info.card.model if info.card else None,
+        "model_hash": info.card.model_hash if info.card else None,
+        "kv_layout": info.layout.fingerprint if info.layout else None,
         "address": endpoint(host, info.port),
         "state": state,
         "mesh": info.mesh,
@@ -93,6 +131,7 @@ def _entry(mesh: Mesh, info: PeerInfo, member: Member | None, status: PeerStatus
         "version": info.version,
         "http": info.http,
         "addresses": list(info.addresses),
+        "answered": rtt_ms is not None,
         **asdict(status),
         "latencies": None,
     }

@@ -38,6 +38,16 @@ class Departure(TypedDict):
     ago_s: float
 
 
+class Silence(TypedDict):
+    """A member that a peer does not hear any more, or cannot reach."""
+
+    incarnation: str
+    name: str
+    roles: list[str]
+    address: str
+    ago_s: float
+
+
 class PeerStatus(Map, omit_defaults=False):
     """A peer's state as it reports it. A peer that does not answer has the defaults."""
 
@@ -50,6 +60,7 @@ class PeerStatus(Map, omit_defaults=False):
     """Addresses that it tried in vain, with reasons."""
     refused: Annotated[list[Refusal], Meta(max_length=MAX_LISTED)] = field(default_factory=list)
     gone: Annotated[list[Departure], Meta(max_length=MAX_LISTED)] = field(default_factory=list)
+    silent: Annotated[list[Silence], Meta(max_length=MAX_LISTED)] = field(default_factory=list)
     counters: dict[str, int] = field(default_factory=dict)
     held: dict[str, int] = field(default_factory=dict)
     """The gauges."""

@@ -19,6 +19,7 @@ from meshserve.observe.diagnosis.facts import (
     is_wrong,
     names,
 )
+from meshserve.observe.variants import Serving
 from meshserve.wire.hello import NetworkView, PortKnock
 from meshserve.wire.structs import replace as replace_message
 
@@ -234,3 +235,36 @@ def test_errors_come_first_and_lists_stay_short() -> None:
     found = diagnose(facts(peer("a"), replace(peer("b"), carries_large=False), has_key=True))
     assert [finding.severity for finding in found] == sorted((finding.severity for finding in found), key=list(Severity).index)
     assert names(map(str, range(9)), 3) == "0, 1, 2 and 6 more"
+
+
+def findings_of(*peers: PeerFacts, **changes: object) -> dict[str, Finding]:
+    return {found.code: found for found in diagnose(facts(*peers, **changes))}
+
+
+def test_an_address_that_its_machine_does_not_have_is_the_cause_and_no_firewall() -> None:
+    blocked = {("a", "b"): "timeout", ("c", "b"): "timeout"}
+    moved = peer("b", blocked)
+    assert moved.view is not None
+    moved = replace(moved, view=replace_message(moved.view, interfaces=("10.0.0.77/24",)))
+    found = findings_of(peer("a", blocked), moved, peer("c", blocked))
+    assert "b advertises 10.0.0.2, which its machine does not have" in found["stale_address"].cause
+    assert "10.0.0.77" in found["stale_address"].seen and not {"port_blocked", "one_way", "pair_blocked"} & found.keys()
+
+
+def test_an_announcement_of_another_address_is_named() -> None:
+    found = findings_of(peer("a"), replace(peer("b"), announced=("10.0.0.99",)), replace(peer("c"), announced=("10.0.0.3", "10.0.0.98")))
+    assert "mDNS tells of b at 10.0.0.99, and it is at 10.0.0.2" in found["stale_announcement"].cause
+
+
+def test_a_cable_that_is_out_is_named() -> None:
+    out = (*HERE, LocalAddress("eth1", "10.9.0.1", 24, has_carrier=False))
+    assert "eth1 of this machine" in findings_of(peer("a"), peer("b"), peer("c"), interfaces=out)["no_carrier"].cause
+
+
+@pytest.mark.parametrize(
+    ("hashes", "layouts", "words"), [("xy", "ll", "2 different models"), ("xx", "lm", "keep KV in 2 ways"), ("xx", "ll", "")]
+)
+def test_models_that_differ_under_one_name_are_named(hashes: str, layouts: str, words: str) -> None:
+    served = [Serving(name, ("chat",), model, layout) for name, model, layout in zip("bc", hashes, layouts, strict=True)]
+    found = findings_of(peer("a"), replace(peer("b"), serving=served[0]), replace(peer("c"), serving=served[1]))
+    assert (words in found["model_variants"].cause) if words else "model_variants" not in found

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import urllib.request
@@ -16,7 +17,7 @@ from meshserve.mesh.network import parse_host_port
 from meshserve.mesh.sightings import Sightings
 from meshserve.wire.hello import Hello, PeerInfo
 from tests.cli.test_logs import ALONE, READY_S, run
-from tests.harness import Process, wait_until
+from tests.harness import Process, run_command, wait_until
 from tests.harness.processes import meshserve_command
 
 
@@ -115,3 +116,30 @@ def test_a_peer_that_cannot_be_reached_is_warned_of_at_growing_pauses_with_a_cou
     assert said == [(0, 1), (60, 13), (660, 133), (4260, 853)]
     seen.reached(Dial("", ("10.0.0.2",), 7800, None))
     assert seen.not_reached("10.0.0.2:7800", 7200.0) == 1
+
+
+def test_two_models_under_one_name_are_told_apart_by_their_hashes_and_said_loudly() -> None:
+    with run("frontend,processor,router", "front", "--http", "127.0.0.1:0") as front:
+        ready = front.ready(READY_S)
+        served = ("--served-model-name", "chat", "--peer", ready["address"])
+        with run("decode", "one", "--model", "first", *served), run("decode", "two", "--model", "second", *served):
+            front.wait_for_line("WARNING: 2 different models are called 'chat': .{8} at (one; .{8} at two|two; .{8} at one)", READY_S)
+            with urllib.request.urlopen(f"{ready['http']}/v1/models") as response:
+                (entry,) = json.load(response)["data"]
+            assert entry["id"] == "chat" and [found["workers"] for found in entry["variants"]] == [1, 1]
+            assert len({found["model_hash"] for found in entry["variants"]}) == 2
+            shown = run_command(meshserve_command("peers", *ALONE, "--peer", ready["address"]))
+            assert len(set(re.findall("chat#[0-9a-f]{8}", shown.stdout))) == 2, shown.stdout
+
+
+def test_a_member_that_does_not_answer_is_marked_and_not_left_out() -> None:
+    with run("frontend,processor,router", "front", "--http", "127.0.0.1:0") as front:
+        seed = front.ready(READY_S)["address"]
+        with run("decode", "asleep", "--peer", seed) as worker:
+            front.wait_for_line("^1 decode", READY_S)
+            worker.stop()
+            front.wait_for_line(r"^no workers: .*\(asleep is silent\)", READY_S)
+            shown = run_command(meshserve_command("peers", *ALONE, "--peer", seed))
+            assert re.search(r"asleep +decode .* suspect", shown.stdout), shown.stdout
+            worker.resume()
+            front.wait_for_line("^1 decode", READY_S)

@@ -15,6 +15,7 @@ from meshserve.mesh.network import Outcome, knock, parse_host_port, resolve, sec
 from meshserve.mesh.transport.reading import KEYS_DIFFER
 from meshserve.observe.diagnosis.facts import Facts, Listener, PeerFacts, Stranger, is_loopback, place
 from meshserve.observe.reach import ask_reach, ask_view, carries_large_messages, knock_at
+from meshserve.observe.variants import serving
 from meshserve.wire.hello import PeerInfo, PortKnock
 
 _LAST_PORT = FIRST_PORT + 100
@@ -159,11 +160,20 @@ async def _peers(mesh: Mesh) -> list[PeerFacts]:
         asyncio.to_thread(probe_paths, list(outside.values()), own),
     )
     by_peer = {incarnation: paths.get(address) for incarnation, (address, _) in outside.items()}
-    return [replace(peer, path=by_peer.get(peer.incarnation), is_young=peer.incarnation in young) for peer in asked]
+    announced = {incarnation: said.hint.addresses for incarnation, said in mesh.links.sightings.announcements.items()}
+    return [
+        replace(
+            peer,
+            path=by_peer.get(peer.incarnation),
+            announced=announced.get(peer.incarnation, ()),
+            is_young=peer.incarnation in young,
+        )
+        for peer in asked
+    ]
 
 
 def _facts_of(info: PeerInfo) -> PeerFacts:
-    return PeerFacts(info.incarnation, info.name, info.addresses, info.port, info.roles, info.version)
+    return PeerFacts(info.incarnation, info.name, info.addresses, info.port, info.roles, info.version, serving=serving(info.name, info))
 
 
 async def _peer(mesh: Mesh, info: PeerInfo, large_limit: asyncio.Semaphore) -> PeerFacts:

@@ -8,6 +8,7 @@ from functools import partial
 
 from meshserve.config import FIRST_PORT
 from meshserve.mesh.interfaces import LocalAddress
+from meshserve.observe.variants import Serving
 from meshserve.wire.hello import NetworkView, PortKnock
 
 HERE = ""
@@ -89,6 +90,9 @@ class PeerFacts:
     """Of its wall clock to ours."""
     path: PathMtu | None = None
     """None: the path could not be measured."""
+    serving: Serving | None = None
+    announced: tuple[str, ...] = ()
+    """Its addresses as mDNS tells of them; empty if mDNS does not."""
     is_alive: bool = True
     """It said hello to some peer, or announced itself just now; otherwise it is known by old hearsay only."""
     is_young: bool = False
@@ -103,6 +107,12 @@ class PeerFacts:
     def place(self) -> str:
         """Its first address, for people."""
         return place(self.addresses[0] if self.addresses else "?", self.port)
+
+    def advertised_in_vain(self) -> list[str]:
+        """Addresses that it tells others and that its machine does not have, as it sees its machine itself now."""
+        if self.view is None or not self.view.interfaces:
+            return []
+        return [address for address in self.addresses if address not in self.view.addresses and not is_loopback(address)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,3 +227,15 @@ def names(texts: Iterable[str], most: int = 6) -> str:
     found = sorted(set(texts))
     shown = ", ".join(found[:most])
     return shown if len(found) <= most else f"{shown} and {len(found) - most} more"
+
+
+def stale_address(peer: PeerFacts) -> Finding:
+    """Of a peer that tells others of addresses that its machine does not have."""
+    has = frozenset[str]() if peer.view is None else peer.view.addresses
+    return error(
+        "stale_address",
+        f"{peer.label} advertises {', '.join(peer.advertised_in_vain())}, which its machine does not have",
+        f"its machine has {names(address for address in has if not is_loopback(address)) or 'no address'}",
+        "A peer follows its machine's addresses within seconds: ask again. If it stays, it was pinned to an address with "
+        "--interface: name the interface instead, or start it anew.",
+    )

@@ -37,6 +37,10 @@ def _interfaces(facts: Facts) -> Iterator[Finding]:
         advice = "Join the Wi-Fi or plug in the cable; peers on this machine alone find each other all the same."
         yield warning("no_network", "this machine is in no network", "its only interface is the loopback", advice)
         return
+    unplugged = {local.interface for local in outside if local.kind is InterfaceKind.LAN and not local.has_carrier}
+    if unplugged:
+        advice = "Plug in the cable or join the Wi-Fi; or take the address away, so that peers here do not advertise it."
+        yield warning("no_carrier", f"{names(unplugged)} of this machine has an address and no connection", "", advice)
     yield info("interfaces", f"this machine's addresses: {', '.join(map(_described, outside))}")
     real = {local.interface for local in outside if local.kind is InterfaceKind.LAN}
     if len(real) > 1 and facts.interface is None:

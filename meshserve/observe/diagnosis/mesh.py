@@ -15,8 +15,10 @@ from meshserve.observe.diagnosis.facts import (
     error,
     info,
     names,
+    stale_address,
     warning,
 )
+from meshserve.observe.variants import differing
 
 _NEEDED = {
     "frontend": "no peer takes HTTP requests",
@@ -36,6 +38,8 @@ def judge_mesh(facts: Facts) -> Iterator[Finding]:
     yield from _multicast(facts, peers)
     yield from _names(peers)
     yield from _missing(peers)
+    yield from _variants(peers)
+    yield from _advertised(peers)
     yield from _versions(peers)
     yield from _clocks(peers)
     yield from _large_messages(peers)
@@ -119,6 +123,30 @@ def _versions(peers: list[PeerFacts]) -> Iterator[Finding]:
     if len(by_version) > 1:
         text = "; ".join(f"{version}: {names(labels)}" for version, labels in sorted(by_version.items()))
         yield info("versions", f"peers of several versions, which work together: {text}")
+
+
+def _variants(peers: list[PeerFacts]) -> Iterator[Finding]:
+    for words in differing(peer.serving for peer in peers if peer.serving is not None):
+        yield warning(
+            "model_variants",
+            words,
+            "",
+            "Give each model a --served-model-name of its own; or start the workers with the same file, --kv-type and version.",
+        )
+
+
+def _advertised(peers: list[PeerFacts]) -> Iterator[Finding]:
+    """What peers tell of their addresses, compared with what is there."""
+    for peer in peers:
+        if 0 < len(peer.advertised_in_vain()) < len(peer.addresses):  # where all are, nobody reaches it, which judge_pairs sees
+            yield stale_address(peer)
+        elif peer.announced and not set(peer.announced) & set(peer.addresses):
+            yield warning(
+                "stale_announcement",
+                f"mDNS tells of {peer.label} at {', '.join(peer.announced)}, and it is at {', '.join(peer.addresses)}",
+                "the announcement is an old one, or another machine's that repeats it",
+                "Old announcements end within two minutes. If it stays, look for an mDNS repeater or reflector in the router.",
+            )
 
 
 def _clocks(peers: list[PeerFacts]) -> Iterator[Finding]:

@@ -4,7 +4,20 @@ from collections.abc import Iterator
 from itertools import product
 
 from meshserve.mesh.network import Outcome
-from meshserve.observe.diagnosis.facts import HERE, PORTS, Facts, Finding, PeerFacts, count, error, info, is_within, names, warning
+from meshserve.observe.diagnosis.facts import (
+    HERE,
+    PORTS,
+    Facts,
+    Finding,
+    PeerFacts,
+    count,
+    error,
+    info,
+    is_within,
+    names,
+    stale_address,
+    warning,
+)
 from meshserve.observe.reach import PORT_NAMES
 from meshserve.wire.hello import NetworkView
 
@@ -97,6 +110,8 @@ def _judge_target(table: _Table, target: PeerFacts) -> Finding | None:
     seen = "; ".join(f"from {label}: {_WORDS[Outcome(outcome)]}" for label, outcome in tried[:4])
     if _advertises_wrongly(table, target, sources):
         return _wrong_interface(table, target, sources, seen)
+    if set(target.addresses) <= set(target.advertised_in_vain()):  # nobody is there to be reached: no firewall's doing
+        return stale_address(target)
     if len(sources) == 1 and target.incarnation in table.views and table.is_heard_one_way(target, sources[0]):
         return _one_way_lost(sources[0].label, target.label, seen)
     if outcomes == {Outcome.REFUSED}:

@@ -101,15 +101,14 @@ class FrontendRole:
         return routes
 
     def _models(self, request: Request) -> Response:
-        cards = [info.card for info in self._mesh.peers_with("decode") if info.card]
-        return json_response(shapes.models_body(cards, self._started_s))
+        return json_response(shapes.models_body(self._mesh.peers_with("decode"), self._started_s))
 
     def _model(self, request: Request) -> Response:
-        cards = {name: info.card for info in self._mesh.peers_with("decode") if info.card for name in info.card.names}
-        name = request.name
-        if name in cards:
-            return json_response(shapes.model_entry(name, cards[name], self._started_s))
-        raise ModelNotFound(f"the model {name!r} is not served here; there are: {', '.join(sorted(cards)) or 'none yet'}", param="model")
+        workers, name = self._mesh.peers_with("decode"), request.name
+        known = {served for info in workers if info.card for served in info.card.names}
+        if name in known:
+            return json_response(shapes.model_entry(name, workers, self._started_s))
+        raise ModelNotFound(f"the model {name!r} is not served here; there are: {', '.join(sorted(known)) or 'none yet'}", param="model")
 
     def _ready(self, request: Request) -> Response:
         missing = [role for role in ("processor", "decode") if not self._mesh.peers_with(role)]

@@ -1,13 +1,14 @@
 """OpenAI's shapes that several of its APIs have: errors, models, log probabilities. Pure."""
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from meshserve import __version__
 from meshserve.errors import InvalidRequest, MeshserveError
-from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import WireLogprob
+from meshserve.wire.hello import PeerInfo
 
 FINGERPRINT = f"meshserve-{__version__}"
 dump = json.JSONEncoder(separators=(",", ":")).encode
@@ -26,15 +27,24 @@ def error_body(error: MeshserveError) -> bytes:
     return dump({"error": {"message": error.message, "type": kind, "param": param, "code": error.code}}).encode()
 
 
-def models_body(cards: Sequence[ModelCard], created_s: int) -> dict[str, Any]:
+def models_body(workers: Sequence[PeerInfo], created_s: int) -> dict[str, Any]:
     """`GET /v1/models`: one entry for each name of a model, however many workers serve it."""
-    unique = {name: card for card in cards for name in card.names}
-    return {"object": "list", "data": [model_entry(name, card, created_s) for name, card in unique.items()]}
+    names = dict.fromkeys(name for info in workers if info.card is not None for name in info.card.names)
+    return {"object": "list", "data": [model_entry(name, workers, created_s) for name in names]}
 
 
-def model_entry(name: str, card: ModelCard, created_s: int) -> dict[str, Any]:
-    """One model under one of its names."""
-    return {"id": name, "object": "model", "created": created_s, "owned_by": "meshserve", "max_model_len": card.context_length}
+def model_entry(name: str, workers: Sequence[PeerInfo], created_s: int) -> dict[str, Any]:
+    """One model under one of its names, with what differs among the workers of this name: weights, and how they keep KV."""
+    serving = [(info.card, info.layout) for info in workers if info.card is not None and name in info.card.names]
+    counts = Counter((card.model_hash, layout.fingerprint if layout is not None else "") for card, layout in serving)
+    return {
+        "id": name,
+        "object": "model",
+        "created": created_s,
+        "owned_by": "meshserve",
+        "max_model_len": serving[-1][0].context_length,
+        "variants": [{"model_hash": model, "kv_layout": layout, "workers": count} for (model, layout), count in counts.items()],
+    }
 
 
 # --- log probabilities, as the two older APIs show them

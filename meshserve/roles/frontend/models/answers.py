@@ -9,6 +9,7 @@ _KINDS: dict[Any, Schema] = {
     int: {"type": "integer", "minimum": 0},
     float: {"type": "number"},
     str: {"type": "string"},
+    bool: {"type": "boolean"},
     dict: {"type": "object"},
     dict[str, int]: {"type": "object", "additionalProperties": {"type": "integer"}},
     dict[str, float]: {"type": "object", "additionalProperties": {"type": "number"}},
@@ -49,6 +50,7 @@ def each(kind: Any, names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split(), kind)
 
 
+_VARIANT = {**each(str, "model_hash kv_layout"), "workers": int}
 _TEXT, _NUMBER = (str, None), (float, None)
 _TOKEN = {"token": str, "logprob": _NUMBER, "bytes": [int]}
 _LOGPROBS = [ref("TokenLogprob")]
@@ -170,13 +172,14 @@ _MESH: dict[str, Any] = {
     "Peer": {
         **each(str, "name incarnation address mesh version"),
         **each([str], "roles addresses"),
-        **each(_TEXT, "model http"),
+        **each(_TEXT, "model model_hash kv_layout http"),
         "state": {"alive", "suspect", "draining"},
         "load": (dict[str, int], None),
         **each(_NUMBER, "since_s rtt_ms up_s"),
         **each(dict, "counters histograms histograms_by_worker cannot_join"),
         "latencies": (dict, None),
-        **each([dict], "refused gone"),
+        "answered": bool,
+        **each([dict], "refused gone silent"),
     },
     "Peers": [ref("Peer")],
     "Health": {"status": "alive", "name": str},
@@ -191,7 +194,7 @@ ANSWERS: dict[str, Any] = {
     **_MESH,
     "Tokenized": {**each(int, "count max_model_len"), "tokens": [int], "token_strs": ([str], None)},
     "Detokenized": {"prompt": str},
-    "ModelEntry": {**each(str, "id owned_by"), "object": "model", **each(int, "created max_model_len")},
+    "ModelEntry": {**each(str, "id owned_by"), "object": "model", **each(int, "created max_model_len"), "variants": [_VARIANT, ...]},
     "Models": {"object": "list", "data": [ref("ModelEntry")]},
 }
 """By name: `schema_of` reads them."""
