@@ -12,16 +12,17 @@ from meshserve.routing.policies import POLICIES
 from tests.harness import Lan, pace
 from tests.lan.meshes import READY_S, LanMesh, start_aggregated
 
-OPTIONS = ("--engine-opt", "step_ms=4", "--engine-opt", "prefill_tokens_per_s=20000", "--engine-opt", "max_batch=4")
+OPTIONS = ("--engine-opt", "profile=reference", "--engine-opt", "max_batch=4")
 MAX_TOKENS = 8
+NUM_SHORT = 12
 NUM_CLIENTS = 18
 """Half as many again as three workers have in their batches."""
 REQUESTS_PER_S = 15.0
 JOINING_S = 5.0
 FAIR_SHARE, LEAST_SHARE = 1 / 3, 0.8
 
-Asking = Callable[[list[str]], list[str]]
-"""Asks these prompts, and returns which worker answered each."""
+Asking = Callable[[LanMesh, str, list[str]], list[str]]
+"""Asks these prompts by a policy, and returns which worker answered each."""
 
 
 def ask_at_once(mesh: LanMesh, policy: str, num_clients: int, prompts: list[str]) -> list[str]:
@@ -57,15 +58,18 @@ def most_likely_share(num_chosen: int, num_asked: int) -> float:
     return (share + z * z / (2 * num_asked) + spread) / (1 + z * z / num_asked)
 
 
-def share_of_the_third(lan: Lan, ask: Callable[[LanMesh, str, list[str]], list[str]], policy: str, count: int) -> float:
+def share_of_the_third(lan: Lan, ask: Asking, policy: str, count: int) -> float:
     """Of `count` requests that come once the worker has been there for some seconds. All prompts differ from the first token on."""
     mesh = start_aggregated(lan, *OPTIONS)
-    prompts = (f"{number:05} is what we ask. " * (1 + number % 7) for number in itertools.count())
+    # the first ones are short: what the workers measure then is nothing like what they measure later
+    lengths = itertools.chain([1] * NUM_SHORT, itertools.repeat(30))
+    prompts = (f"{number:05} is what we ask. " * length for number, length in enumerate(lengths))
 
     def ask_more(num_prompts: int) -> list[str]:
         return ask(mesh, policy, list(itertools.islice(prompts, num_prompts)))
 
-    assert set(ask_more(30)) == set(mesh.names(mesh.decode))
+    assert set(ask_more(NUM_SHORT)) == set(mesh.names(mesh.decode))
+    ask_more(30)
     third = lan.add_host().run("--role", "decode", *OPTIONS)
     name = third.ready(READY_S)["name"]
     mesh.frontend.wait_for_line("^3 decode", READY_S, third.started_at)
