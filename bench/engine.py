@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from meshserve.engines.core.rates import StepRates
 from meshserve.engines.core.scheduler import StepLimits
-from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, GenerationSink, PrefillSink, Reservation
+from meshserve.engines.protocol import Admission, BlockListener, EngineLoad, GenerationSink, KVPayload, PrefillSink, Reservation, size_of
 from meshserve.errors import BlockRefused, MeshserveError, Unsupported
 from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.generation import GenerateRequest
@@ -47,16 +47,19 @@ class BenchReservation:
 
     def write(
         self,
-        blocks: Sequence[tuple[int, bytes | memoryview]],
+        blocks: Sequence[tuple[int, KVPayload]],
         on_done: Callable[[MeshserveError | None], None],
     ) -> None:
         """Take in blocks. Raises BlockRefused if one is not missing or its length is wrong."""
         for index, payload in blocks:
-            if index not in self._missing or len(payload) != len(self._buffers[0]):
+            if index not in self._missing or size_of(payload) != len(self._buffers[0]):
                 raise BlockRefused(f"block {index} does not fit")
         for index, payload in blocks:
             self._missing.discard(index)
-            self._buffers[index % len(self._buffers)][:] = payload
+            buffer, end = self._buffers[index % len(self._buffers)], 0
+            for piece in payload if isinstance(payload, list) else [payload]:
+                begin, end = end, end + len(piece)
+                buffer[begin:end] = piece
         on_done(None)
 
     def release(self) -> None:

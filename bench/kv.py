@@ -101,6 +101,10 @@ def floor_peer(pipe: Connection) -> None:
                 socket.send(frames[number % 16], copy=False)
 
 
+def _request(request_id: str, num_blocks: int) -> GenerateRequest:
+    return GenerateRequest(request_id, "bench", array("I", bytes(4 * (num_blocks * _BLOCK_TOKENS + 1))))
+
+
 class _Decode:
     """The decode peer's side: asks for prompts and waits for their KV."""
 
@@ -116,8 +120,7 @@ class _Decode:
     async def hand_over(self, num_blocks: int) -> float:
         """Seconds until all blocks of a prompt of this length are here."""
         self._num_requests += 1
-        tokens = array("I", bytes(4 * (num_blocks * _BLOCK_TOKENS + 1)))
-        request = GenerateRequest(f"r{self._num_requests}", "bench", tokens)
+        request = _request(f"r{self._num_requests}", num_blocks)
         done: asyncio.Future[HandoffResult] = asyncio.get_running_loop().create_future()
         began_s = time.monotonic()
         self.requester.start(request, self.requester.choice.candidates(request), began_s + 60.0, done.set_result, lambda name: None)
@@ -160,7 +163,7 @@ async def compare_throughput(
     decode, engine = _Decode(), BenchEngine(layout)
     config = loopback("bench-kv", "decode", seeds=(f"127.0.0.1:{prefill_port}",))
     async with joined(config, engine, lambda mesh: decode.build(mesh, engine)) as mesh:
-        await until(lambda: mesh.peers_with("prefill"))
+        await until(lambda: decode.requester.choice.candidates(_request("probe", 1)))
         with zmq.Context() as context, context.socket(zmq.PULL) as socket:
             socket.linger = 0
             floor.send((socket.bind_to_random_port("tcp://127.0.0.1"), size_bytes))
@@ -192,7 +195,7 @@ async def compare_gaps(prefill_port: int, kv_bytes_per_token: int, num_pairs: in
     decode, engine = _Decode(), BenchEngine(layout)
     config = loopback("bench-kv", "decode", seeds=(f"127.0.0.1:{prefill_port}",))
     async with joined(config, engine, lambda mesh: decode.build(mesh, engine)) as mesh:
-        await until(lambda: mesh.peers_with("prefill"))
+        await until(lambda: decode.requester.choice.candidates(_request("probe", 1)))
         peer = mesh.peers_with("prefill")[0].incarnation
         await decode.hand_over(_WARM_UP_BLOCKS)
         alone, beside, rates = [], [], []

@@ -106,6 +106,16 @@ class EngineLoad:
     """Most sequences that run at once; 0: the engine does not say."""
 
 
+Frame = bytes | memoryview
+KVPayload = Frame | list[Frame]
+"""Of one block: in one piece, or in several, in order."""
+
+
+def size_of(payload: KVPayload) -> int:
+    """Its bytes."""
+    return sum(map(len, payload)) if isinstance(payload, list) else len(payload)
+
+
 class Reservation(Protocol):
     """Blocks that a decode engine set aside for a prompt whose KV comes from another worker. Ends in `generate` or `release`."""
 
@@ -126,7 +136,7 @@ class Reservation(Protocol):
 
     def write(
         self,
-        blocks: Sequence[tuple[int, bytes | memoryview]],
+        blocks: Sequence[tuple[int, KVPayload]],
         on_done: Callable[[MeshserveError | None], None],
     ) -> None:
         """Take in blocks, given as index and payload: in any order, each once, all or none.

@@ -1,7 +1,7 @@
 """KV blocks on the move: their checksums, the window that bounds them, the rate. Pure."""
 
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import xxhash
 
@@ -9,6 +9,9 @@ from meshserve.engines.protocol import KVBlock
 from meshserve.errors import BlockRefused
 from meshserve.wire.handoff import BlockMark, BulkHeader, Claim
 
+_QUICK_S = 0.2
+"""A link that brings an acknowledgement so soon after the one before carries long messages: 10 Mbit/s and more. On a slower
+one a message is one frame, so that its sender hears of progress in time."""
 BURST_S = 0.002
 """How far a limited link may be ahead of its rate: timers have steps of a millisecond, and the rate must be
 reached all the same."""
@@ -18,9 +21,9 @@ checksum = xxhash.xxh3_64_digest
 
 
 def check_blocks(header: BulkHeader, payloads: Sequence[bytes | memoryview]) -> None:
-    """Raises BlockRefused unless each payload is what its mark says. The caller checks the tokens."""
+    """Raises BlockRefused unless each payload, a block or a piece of one, is what its mark says. The caller checks the tokens."""
     if len(payloads) != len(header.marks):
-        raise BlockRefused(f"{len(header.marks)} blocks announced, {len(payloads)} came")
+        raise BlockRefused(f"{len(header.marks)} payloads announced, {len(payloads)} came")
     for mark, payload in zip(header.marks, payloads, strict=True):
         if checksum(payload) != mark.digest:
             raise BlockRefused(f"the checksum of block {mark.index} is wrong", is_checksum=True)
@@ -39,11 +42,22 @@ def began_s(claim: Claim, queued_s: float, now_s: float) -> float | None:
 
 
 class BlockWindow:
-    """Blocks of one attempt on their way: computed, sent, acknowledged."""
+    """Blocks of one attempt on their way: computed, sent, acknowledged.
 
-    def __init__(self, window_bytes: int, max_message_bytes: int, max_blocks_per_message: int) -> None:
-        self._window_bytes, self._max_message_bytes, self._max_blocks = window_bytes, max_message_bytes, max_blocks_per_message
+    A block that is longer than a frame leaves in pieces: ZeroMQ's heartbeat counts whole frames, and would end a
+    connection on which a long one takes its time.
+    """
+
+    def __init__(
+        self, window_bytes: int, max_message_bytes: int, max_frames_per_message: int, max_frame_bytes: int
+    ) -> None:
+        self._window_bytes, self._max_frames = window_bytes, max_frames_per_message
+        self._max_message_bytes, self._max_frame_bytes = max_message_bytes, max_frame_bytes
+        self._message_bytes = max_frame_bytes
+        """The most that leaves in one message now."""
         self._ready: deque[KVBlock] = deque()
+        self._offset = 0
+        """What has left of the first of them."""
         self._unacknowledged_bytes = 0
 
     def add(self, blocks: Sequence[KVBlock]) -> None:
@@ -52,7 +66,7 @@ class BlockWindow:
 
     @property
     def num_ready(self) -> int:
-        """Blocks that are not sent yet."""
+        """Blocks that have not left as a whole."""
         return len(self._ready)
 
     @property
@@ -63,37 +77,52 @@ class BlockWindow:
     def take_all(self) -> tuple[list[BlockMark], list[bytes]]:
         """All ready blocks, whatever the bounds: they leave with a claim, which is acknowledged as a whole."""
         ready, self._ready = self._ready, deque()
-        return _marked(ready)
+        marks = [BlockMark(index, num_tokens, checksum(payload)) for index, num_tokens, payload in ready]
+        return marks, [payload for _, _, payload in ready]
 
     @property
     def can_send(self) -> bool:
         """Whether :meth:`take` has something now."""
-        sent_bytes = self._unacknowledged_bytes
-        return bool(self._ready) and (not sent_bytes or sent_bytes + len(self._ready[0][2]) <= self._window_bytes)
+        return bool(self._ready) and self._has_room(self._next_bytes())
 
-    def take(self) -> tuple[list[BlockMark], list[bytes]]:
-        """What may go out now as one message; nothing if the window is full or nothing is ready."""
-        taken: list[KVBlock] = []
-        num_bytes, ready = 0, self._ready
-        while ready and len(taken) < self._max_blocks:
-            sent_bytes, size_bytes = self._unacknowledged_bytes, len(ready[0][2])
-            # a block that is wider than a bound goes alone: it could never go otherwise
-            is_over_window = sent_bytes > 0 and sent_bytes + size_bytes > self._window_bytes
-            if is_over_window or (taken and num_bytes + size_bytes > self._max_message_bytes):
+    def _has_room(self, size_bytes: int) -> bool:
+        # what is wider than the window goes alone: it could never go otherwise
+        return not self._unacknowledged_bytes or self._unacknowledged_bytes + size_bytes <= self._window_bytes
+
+    def _next_bytes(self) -> int:
+        return min(len(self._ready[0][2]) - self._offset, self._max_frame_bytes)
+
+    def take(self) -> tuple[list[BlockMark], list[bytes | memoryview]]:
+        """What may go out now as one message: blocks, and pieces of long ones. Nothing if the window is full or nothing is ready."""
+        marks: list[BlockMark] = []
+        payloads: list[bytes | memoryview] = []
+        num_bytes = 0
+        while self._ready and len(marks) < self._max_frames:
+            size_bytes = self._next_bytes()
+            if not self._has_room(size_bytes) or (marks and num_bytes + size_bytes > self._message_bytes):
                 break
-            taken.append(ready.popleft())
+            mark, payload = self._cut(size_bytes)
+            marks.append(mark)
+            payloads.append(payload)
             num_bytes += size_bytes
             self._unacknowledged_bytes += size_bytes
-        return _marked(taken)
+        return marks, payloads
 
-    def acknowledged(self, num_bytes: int) -> None:
-        """The receiver has taken in so many bytes."""
+    def _cut(self, size_bytes: int) -> tuple[BlockMark, bytes | memoryview]:
+        """The next piece of the first block that is ready, without a copy."""
+        index, num_tokens, block = self._ready[0]
+        offset, left_bytes = self._offset, len(block) - self._offset - size_bytes
+        payload = memoryview(block)[offset : offset + size_bytes] if offset or left_bytes else block
+        self._offset += size_bytes
+        if not left_bytes:
+            self._ready.popleft()
+            self._offset = 0
+        return BlockMark(index, num_tokens, checksum(payload), offset, left_bytes), payload
+
+    def acknowledged(self, num_bytes: int, waited_s: float) -> None:
+        """So many bytes have come, `waited_s` after the acknowledgement before."""
         self._unacknowledged_bytes = max(0, self._unacknowledged_bytes - num_bytes)
-
-
-def _marked(blocks: Collection[KVBlock]) -> tuple[list[BlockMark], list[bytes]]:
-    marks = [BlockMark(index, num_tokens, checksum(payload)) for index, num_tokens, payload in blocks]
-    return marks, [payload for _, _, payload in blocks]
+        self._message_bytes = self._max_message_bytes if waited_s < _QUICK_S else self._max_frame_bytes
 
 
 class RateLimit:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from meshserve.engines.protocol import Reservation
+from meshserve.engines.protocol import Frame, KVPayload, Reservation
 from meshserve.errors import BlockRefused
 from meshserve.handoff.blocks import check_blocks
 from meshserve.handoff.task import PrefillTask, TaskState
@@ -12,9 +12,32 @@ from meshserve.kv.pool import prefix_hashes
 from meshserve.mesh.calls import IncomingCall
 from meshserve.wire.card import KVLayout
 from meshserve.wire.generation import GenerateRequest
-from meshserve.wire.handoff import BulkHeader
+from meshserve.wire.handoff import BlockMark, BulkHeader
 
-Payload = bytes | memoryview
+_MAX_EXTRA_BYTES = 65_536
+"""Of a block beyond the KV of its tokens: an engine may give it a header."""
+_MIN_PIECE_BYTES = 16_384
+"""Of a piece that more follow: each piece has its cost here."""
+
+
+@dataclass(slots=True)
+class HalfBlock:
+    """A block of which the first pieces came, all of one attempt, in the memory that they came in."""
+
+    index: int
+    size_bytes: int
+    pieces: list[Frame] = field(default_factory=list)
+    num_bytes: int = 0
+
+    def add(self, mark: BlockMark, piece: Frame) -> list[Frame] | None:
+        """The block, if this was its last piece. Raises BlockRefused for a piece that does not follow the others."""
+        if mark.offset != self.num_bytes or mark.offset + len(piece) + mark.left_bytes != self.size_bytes:
+            raise BlockRefused(f"a piece of block {mark.index} does not follow the one before")
+        if mark.left_bytes and len(piece) < _MIN_PIECE_BYTES:
+            raise BlockRefused(f"block {mark.index} comes in pieces that are too short")
+        self.pieces.append(piece)
+        self.num_bytes += len(piece)
+        return None if mark.left_bytes else self.pieces
 
 
 @dataclass(slots=True)
@@ -50,6 +73,9 @@ class RunningTask:
     """Made with the first claim; blocks that an attempt brought are kept for the next one."""
     prefix_hashes: list[int] = field(default_factory=list)
     """Of the prompt's blocks but for its last token, once a block has come."""
+    half: HalfBlock | None = None
+    """The one block of the running attempt that has come in part. Dropped with its attempt: another worker's bytes may
+    differ where the two are of different classes of processors."""
     claim: IncomingCall | None = None
     """The stream of the attempt that runs."""
     offered_block: int | None = None
@@ -62,9 +88,10 @@ class RunningTask:
 
 
 def missing_blocks(
-    running: RunningTask, header: BulkHeader, payloads: Sequence[Payload], layout: KVLayout, model_hash: str
-) -> list[tuple[int, Payload]]:
-    """The blocks of a message that no earlier message brought, as index and payload.
+    running: RunningTask, header: BulkHeader, payloads: Sequence[Frame], layout: KVLayout, model_hash: str
+) -> list[tuple[int, KVPayload]]:
+    """The blocks that end with a message and that no earlier message brought, as index and payload. The last block may
+    have come in part: it is kept for the next message.
 
     Raises BlockRefused for the whole message if one of its blocks has another layout, belongs to other
     tokens, lies beyond the prompt's end, or has a wrong checksum.
@@ -84,7 +111,32 @@ def missing_blocks(
     for mark, payload in zip(header.marks, payloads, strict=True):
         if not 0 <= mark.index * layout.block_size < reservation.num_tokens:
             raise BlockRefused(f"there is no block {mark.index} in this prompt")
-        if mark.index in missing:  # else an earlier message brought it, with a right checksum
+        if mark.index not in missing:
+            continue  # an earlier message brought it, with a right checksum
+        block = _whole(running, mark, payload, layout)
+        if block is not None:
             missing.discard(mark.index)
-            blocks.append((mark.index, payload))
+            blocks.append((mark.index, block))
     return blocks
+
+
+def _whole(running: RunningTask, mark: BlockMark, payload: Frame, layout: KVLayout) -> KVPayload | None:
+    """The block that ends with this payload; None if it goes on.
+
+    Blocks come in order, so that at most one is half here: all tasks together never hold more in halves than the pool
+    has set aside for them.
+    """
+    half = running.half
+    if half is None:
+        if not mark.offset and not mark.left_bytes:
+            return payload
+        size_bytes = len(payload) + mark.left_bytes
+        if size_bytes > layout.block_bytes + _MAX_EXTRA_BYTES:
+            raise BlockRefused(f"block {mark.index} is longer than a block of this KV layout")
+        half = running.half = HalfBlock(mark.index, size_bytes)
+    elif half.index != mark.index:
+        raise BlockRefused(f"block {mark.index} begins before block {half.index} has ended")
+    block = half.add(mark, payload)
+    if block is not None:
+        running.half = None
+    return block

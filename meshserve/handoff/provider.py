@@ -18,7 +18,7 @@ from meshserve.kv.pool import prefix_hashes
 from meshserve.mesh.calls import IgnoredAnswer, IncomingCall, OutgoingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
-from meshserve.mesh.transport.bulk import MAX_PAYLOADS, BulkSender
+from meshserve.mesh.transport.bulk import MAX_PAYLOAD_BYTES, MAX_PAYLOADS, BulkSender
 from meshserve.mesh.transport.tickets import receive_tickets
 from meshserve.wire.handoff import MAX_RENEWED, Acknowledgement, Claim, Grant, NamedAttempt, Renewal, Ticket
 from meshserve.wire.messages import CLAIM, RENEW, STRIKE
@@ -128,7 +128,7 @@ class PrefillJob(Job):
         if not provider.queue.granted(self, attempt, num_tokens, self.began_s):
             return
         transport = provider.mesh.config.transport
-        self.window = BlockWindow(transport.bulk_window_bytes, transport.bulk_message_bytes, MAX_PAYLOADS)
+        self.window = BlockWindow(transport.bulk_window_bytes, transport.bulk_message_bytes, MAX_PAYLOADS, MAX_PAYLOAD_BYTES)
         self.layout = layout.fingerprint
         self.prefix_hashes = prefix_hashes(tokens, layout.block_size, provider.engine.card.model_hash)
         self.engine_id = f"{self.ticket.decode_peer}/{self.ticket.request_id}@{attempt}"
@@ -204,10 +204,10 @@ class PrefillJob(Job):
 
     def acknowledged(self, num_bytes: int) -> None:
         """The decode worker has taken in so many bytes."""
-        self.acknowledged_s = time.monotonic()
+        before_s, self.acknowledged_s = self.acknowledged_s, time.monotonic()
         self.note("ack", num_bytes=num_bytes)
         if self.window is not None:
-            self.window.acknowledged(num_bytes)
+            self.window.acknowledged(num_bytes, self.acknowledged_s - before_s)
             self.provider.sender.line_up(self)
 
     def overdue_s(self) -> float | None:

@@ -10,11 +10,11 @@ from functools import partial
 from typing import Any
 
 from meshserve.config import HandoffConfig
-from meshserve.engines.protocol import Engine, Reservation
+from meshserve.engines.protocol import Engine, Frame, KVPayload, Reservation, size_of
 from meshserve.errors import BlockRefused, Gone, MeshserveError, PoolFull
 from meshserve.handoff.blocks import began_s
 from meshserve.handoff.choice import HandoffChoice
-from meshserve.handoff.intake import HandoffResult, Payload, RunningTask, missing_blocks
+from meshserve.handoff.intake import HandoffResult, RunningTask, missing_blocks
 from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IgnoredAnswer, IncomingCall
 from meshserve.mesh.membership import Change, Member
@@ -146,6 +146,7 @@ class PrefillRequester:
         outcome = running.task.attempts[-1].outcome
         if outcome != "cancelled":
             self._mesh.counters.add("prefill_attempts_failed")
+        running.half = None
         self._note(running, "attempt_failed", attempt=revoke.attempt, peer_failing=revoke.peer, outcome=outcome)
         self._end_claim(running, "this attempt is over")
 
@@ -240,7 +241,7 @@ class PrefillRequester:
     def _take_brought(self, running: RunningTask, peer: str, header: BulkHeader, payloads: Sequence[bytes]) -> None:
         """Take the blocks of a claim that was granted; those of another attempt are dropped, and only they."""
         if (header.decode_peer, header.prefill_peer, header.attempt) != (self._mesh.incarnation, peer, running.task.attempt):
-            self._mesh.counters.add("kv_blocks_stale", len(payloads))
+            self._mesh.counters.add("kv_blocks_stale", header.num_blocks)
             return
         running.has_delivered = True
         self._take(running, header, payloads, lambda acknowledgement: None)
@@ -275,21 +276,23 @@ class PrefillRequester:
             or header.decode_peer != self._mesh.incarnation
             or not running.task.is_current(header.prefill_peer, header.attempt)
         ):
-            self._mesh.counters.add("kv_blocks_stale", len(payloads))
+            self._mesh.counters.add("kv_blocks_stale", header.num_blocks)
+            # refused, but not unread: blocks that wait behind these on a slow link must not count as stuck
+            answer(Acknowledgement(header.request_id, header.attempt, sum(map(len, payloads))))
         else:
             self._take(running, header, payloads, answer)
 
-    def _take(self, running: RunningTask, header: BulkHeader, payloads: Sequence[Payload], answer: _Answer) -> None:
-        """Give blocks of the running attempt to the engine; acknowledge them once the engine has them. A wrong
-        block fails the attempt."""
+    def _take(self, running: RunningTask, header: BulkHeader, payloads: Sequence[Frame], answer: _Answer) -> None:
+        """Give blocks of the running attempt to the engine; acknowledge the message once the engine has those that end in
+        it. A wrong block fails the attempt."""
         size_bytes, layout = sum(map(len, payloads)), self._engine.kv_layout
-        running.task.received(len(payloads), size_bytes)  # counted now: the attempt may be over when the engine has them
+        running.task.received(header.num_ended, size_bytes)  # counted now: the attempt may be over when the engine has them
         try:
             blocks = missing_blocks(running, header, payloads, layout, self._engine.card.model_hash)
             running.task.renew(header.prefill_peer, header.attempt, time.monotonic())
             running.computed_ms = header.computed_ms
-            if len(blocks) < len(payloads):
-                self._mesh.counters.add("kv_blocks_double", len(payloads) - len(blocks))
+            if len(blocks) < header.num_ended:
+                self._mesh.counters.add("kv_blocks_double", header.num_ended - len(blocks))
             acknowledge = partial(answer, Acknowledgement(header.request_id, header.attempt, size_bytes))
             if blocks:
                 assert running.reservation is not None, "its blocks are missing"
@@ -297,13 +300,13 @@ class PrefillRequester:
             else:
                 acknowledge()
         except BlockRefused as error:
-            self._refuse(running, header, error, len(payloads))
+            self._refuse(running, header, error, header.num_blocks)
 
     def _written(
         self,
         running: RunningTask,
         header: BulkHeader,
-        blocks: list[tuple[int, Payload]],
+        blocks: list[tuple[int, KVPayload]],
         acknowledge: Callable[[], None],
         error: MeshserveError | None,
     ) -> None:
@@ -315,7 +318,7 @@ class PrefillRequester:
             self._refuse(running, header, error, 1)
             return
         self._mesh.counters.add("kv_blocks_received", len(blocks))
-        self._mesh.counters.add("kv_bytes_received", sum([len(payload) for _, payload in blocks]))
+        self._mesh.counters.add("kv_bytes_received", sum([size_of(payload) for _, payload in blocks]))
         if self._mesh.event_log.follows(header.request_id):
             for index, _ in blocks:
                 self._note(running, "block", attempt=header.attempt, peer_sending=header.prefill_peer, index=index)

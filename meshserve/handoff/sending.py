@@ -9,7 +9,7 @@ from meshserve.handoff.blocks import RateLimit
 from meshserve.handoff.queue import Job, JobState
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.bulk import BulkSender
-from meshserve.wire.handoff import BlockMark, BulkHeader
+from meshserve.wire.handoff import BlockMark, BulkHeader, num_ended
 
 
 class BlockSender:
@@ -65,7 +65,7 @@ class BlockSender:
 
     def count(self, job: Job, marks: list[BlockMark], size_bytes: int) -> None:
         """Blocks of this job left, by the bulk path or with its claim."""
-        self._mesh.counters.add("kv_blocks_sent", len(marks))
+        self._mesh.counters.add("kv_blocks_sent", num_ended(marks))
         self._mesh.counters.add("kv_bytes_sent", size_bytes)
         ticket, log = job.ticket, self._mesh.event_log
         if log.follows(ticket.request_id):

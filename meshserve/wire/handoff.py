@@ -1,6 +1,7 @@
 """Prefill tickets, claims for them, and what goes before KV blocks on the bulk path."""
 
 import math
+from collections.abc import Collection
 from typing import Annotated
 
 from meshserve.errors import ProtocolError
@@ -45,11 +46,17 @@ class Ticket(Row):
 
 
 class BlockMark(FrozenRow, frozen=True):
-    """Which block a payload is."""
+    """Which block a payload is, or which piece of one: a block that is longer than a frame comes in pieces, in order."""
 
     index: int
     num_tokens: int
+    """In the whole block."""
     digest: bytes
+    """Of this payload."""
+    offset: Count = 0
+    """Bytes of the block before this piece."""
+    left_bytes: Count = 0
+    """Bytes of the block after this piece; 0: the block ends with it."""
 
 
 class BulkHeader(FrozenRow, frozen=True):
@@ -62,12 +69,28 @@ class BulkHeader(FrozenRow, frozen=True):
     request_id: str
     attempt: int
     marks: tuple[BlockMark, ...]
+    """One for each payload."""
     computed_ms: Milliseconds
     """Time of the prefill worker's engine since the claim, by its own clock."""
     layout: str = ""
     """Fingerprint of the KV layout that the blocks have."""
     prefix_hash: int = 0
     """Of all tokens up to the end of the last block here: other tokens or other places have another hash."""
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of which there is a part here."""
+        return len({mark.index for mark in self.marks})
+
+    @property
+    def num_ended(self) -> int:
+        """Blocks that end here."""
+        return num_ended(self.marks)
+
+
+def num_ended(marks: Collection[BlockMark]) -> int:
+    """Blocks that end with one of these pieces."""
+    return sum([not mark.left_bytes for mark in marks])
 
 
 class Claim(Row):
@@ -111,7 +134,8 @@ class Renewal(Row):
 
 
 class Acknowledgement(Row):
-    """The decode worker's engine has taken in `num_bytes` of blocks of an attempt."""
+    """`num_bytes` of an attempt came, and its decode worker holds none of them up: the engine has taken in the blocks that
+    they end, or the attempt was over, and they were refused."""
 
     request_id: str
     attempt: int

@@ -62,23 +62,26 @@ def test_anything_else_is_no_header_and_no_ticket(data: object) -> None:
 
 
 @given(st.lists(st.integers(1, 40), max_size=40), st.integers(8, 100), st.randoms())
-def test_the_window_is_never_exceeded_and_all_blocks_leave_once_in_order(sizes: list[int], window_bytes: int, rng: object) -> None:
-    window = BlockWindow(window_bytes, 50, 4)
+def test_the_window_is_never_exceeded_and_all_blocks_leave_once_in_order_in_short_frames(sizes: list[int], window_bytes: int, rng: object) -> None:
+    window = BlockWindow(window_bytes, 50, 4, 15)
     for index, size in enumerate(sizes):
         window.add([(index, size, bytes(size))])
+    left_of = dict(enumerate(sizes))
     sent: list[int] = []
-    sent_bytes = 0
     on_the_way: list[int] = []
     while window.num_ready or on_the_way:
         marks, payloads = window.take()
         on_the_way += map(len, payloads)
-        sent += [mark.index for mark in marks]
-        sent_bytes += sum(map(len, payloads))
+        for mark, payload in zip(marks, payloads, strict=True):
+            assert 0 < len(payload) <= 15 and mark.offset == sizes[mark.index] - left_of[mark.index]
+            left_of[mark.index] -= len(payload)
+            assert mark.left_bytes == left_of[mark.index]
+            sent += [] if mark.left_bytes else [mark.index]
         assert len(payloads) <= 1 or sum(map(len, payloads)) <= 50
         assert len(marks) == len(payloads) <= 4 and (sum(on_the_way) <= window_bytes or len(on_the_way) == 1)
         if on_the_way:
-            window.acknowledged(on_the_way.pop(0))
-    assert sent == list(range(len(sizes))) and sent_bytes == sum(sizes)
+            window.acknowledged(on_the_way.pop(0), 0.1)
+    assert sent == list(range(len(sizes))) and not any(left_of.values())
 
 
 def test_tickets_wait_in_order_bounded_and_once_a_request() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+from meshserve.engines.protocol import KVPayload
 from meshserve.errors import BlockRefused, MeshserveError
 from meshserve.kv.pool import BlockPool
 from meshserve.wire.generation import GenerateRequest
@@ -58,7 +59,7 @@ class BlockReservation:
         """Of block `index`: whole blocks but for a partial last one."""
         return min(self.block_size, self.num_tokens - index * self.block_size)
 
-    def write(self, blocks: Sequence[tuple[int, bytes | memoryview]], on_done: WriteDone) -> None:
+    def write(self, blocks: Sequence[tuple[int, KVPayload]], on_done: WriteDone) -> None:
         """Take in blocks, given as index and payload: in any order, each once, all or none.
 
         `on_done` is called once, perhaps within this call, unless it raises. Raises BlockRefused if a
@@ -74,7 +75,7 @@ class BlockReservation:
         self._missing.difference_update(indexes)  # before the call below, which may be all there is
         self._in_hand.append(writing)
         try:
-            payloads = [(index, bytes(payload)) for index, payload in blocks]
+            payloads = [(index, b"".join(payload) if isinstance(payload, list) else bytes(payload)) for index, payload in blocks]
             self._write_blocks(self, payloads, partial(self._written, writing))
         except BlockRefused:
             self._take_back(writing)

@@ -1,14 +1,15 @@
 """Bulk messages: KV blocks on a connection of their own, so that tokens never wait behind them.
 
 A message is a header and payload frames, from a DEALER to the receiving peer's ROUTER; short
-answers come back. Payloads are handed to ZeroMQ without a copy; the receiver copies once, from
+answers come back. Frames are short, as ZeroMQ's heartbeat counts whole ones only: a long frame on a
+slow link would end its connection while bytes flow. Payloads are handed to ZeroMQ without a copy; the receiver copies once, from
 ZeroMQ's memory into its pool.
 """
 
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,12 +25,15 @@ from meshserve.wire.structs import plain
 
 MAX_PAYLOADS = 64
 """Payload frames in one message."""
+MAX_PAYLOAD_BYTES = 256 * 1024
+"""In one frame: half a second on 4 Mbit/s."""
 
 _MAX_READS_PER_TURN = 16
 _MAX_BULK_READS_PER_TURN = 1
 """Bulk messages are big: between two of them the loop looks after the tokens."""
 _RETRY_S = 0.002
 
+Frame = bytes | memoryview
 OnBulk = Callable[[Any, list[memoryview], Callable[[Any], None]], None]
 """Called with a header (plain data), payloads, and a function that sends an answer back to where
 they came from. It may raise ProtocolError."""
@@ -78,7 +82,7 @@ class BulkSender:
         self._outlets: dict[str, _Outlet] = {}
         mesh.subscribe(self._on_change)
 
-    def send(self, peer: str, header: Any, payloads: list[bytes]) -> None:
+    def send(self, peer: str, header: Any, payloads: Sequence[Frame]) -> None:
         """One message to a peer. Raises PeerLost if it is not there."""
         outlet = self._outlets.get(peer) or self._connect(peer)
         outlet.send(pack_body(plain(header)), payloads)
@@ -131,7 +135,7 @@ class _Outlet:
         """Host and port of the peer's calls."""
         self._socket = factory.client_socket(zmq.DEALER)
         self._loop = asyncio.get_running_loop()
-        self._waiting: deque[list[bytes]] = deque()
+        self._waiting: deque[list[Frame]] = deque()
         self._on_lost = on_lost
         self._is_up = self._is_closed = False
         self._retry: asyncio.TimerHandle | None = None
@@ -139,7 +143,7 @@ class _Outlet:
         self._monitor = ConnectionMonitor(self._socket, self._on_up, self.lost)
         self._socket.connect(endpoint(place[0], place[1] + BULK_OFFSET))
 
-    def send(self, header: bytes, payloads: list[bytes]) -> None:
+    def send(self, header: bytes, payloads: Sequence[Frame]) -> None:
         """One message, in order after those before it."""
         self._waiting.append([header, *payloads])
         self._pump()
