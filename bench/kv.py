@@ -162,7 +162,7 @@ async def compare_throughput(
     size_bytes = kv_bytes_per_token * _BLOCK_TOKENS
     decode, engine = _Decode(), BenchEngine(layout)
     config = loopback("bench-kv", "decode", seeds=(f"127.0.0.1:{prefill_port}",))
-    async with joined(config, engine, lambda mesh: decode.build(mesh, engine)) as mesh:
+    async with joined(config, engine, lambda mesh: decode.build(mesh, engine)):
         await until(lambda: decode.requester.choice.candidates(_request("probe", 1)))
         with zmq.Context() as context, context.socket(zmq.PULL) as socket:
             socket.linger = 0

@@ -35,8 +35,9 @@ class TransportConfig:
     """Streams that one peer may have open here. Lower refuses bursts, higher lets one peer hold more memory."""
     bulk_window_bytes: int = 8 * 1024 * 1024
     """KV bytes of one transfer that are on their way. Lower leaves a fast link idle, higher delays a cancellation."""
-    bulk_message_bytes: int = 1024 * 1024
-    """KV bytes in one message; a bigger block goes alone. Higher holds up the receiver's event loop, lower costs more of them."""
+    bulk_message_bytes: int = 2 * 1024 * 1024
+    """KV bytes in one message, on a link that is not slow. Higher holds up the receiver's event loop, lower costs more messages (with 1 MiB
+    blocks of 2 MiB are handed over at 0.9 times the rate)."""
     bulk_bytes_per_s: float = 0.0
     """KV bytes that this peer sends in a second, to all others together; 0 is no limit. Lower keeps a slow link smooth for tokens."""
 

@@ -62,7 +62,9 @@ def test_anything_else_is_no_header_and_no_ticket(data: object) -> None:
 
 
 @given(st.lists(st.integers(1, 40), max_size=40), st.integers(8, 100), st.randoms())
-def test_the_window_is_never_exceeded_and_all_blocks_leave_once_in_order_in_short_frames(sizes: list[int], window_bytes: int, rng: object) -> None:
+def test_the_window_is_never_exceeded_and_all_blocks_leave_once_in_order_in_short_frames(
+    sizes: list[int], window_bytes: int, rng: object
+) -> None:
     window = BlockWindow(window_bytes, 50, 4, 15)
     for index, size in enumerate(sizes):
         window.add([(index, size, bytes(size))])
