@@ -142,9 +142,12 @@ class Dialler:
             return await self._greet(dial, host)
         except MeshserveError as error:
             # a peer that is killed meanwhile closes a connection as one with another key does, but takes no further one
-            if KEYS_DIFFER in error.message and (await knock(host, dial.port, self._config.dial_timeout_s)).outcome is not Outcome.OPEN:
-                return PeerLost(f"{host}:{dial.port} closed the connection")
-            return error
+            if KEYS_DIFFER not in error.message:
+                return error
+            again = await knock(host, dial.port, self._config.dial_timeout_s)
+            if again.outcome is Outcome.REFUSED:
+                return ConnectionRefusedError(f"{host}:{dial.port} closed the connection and takes no other")
+            return error if again.outcome is Outcome.OPEN else PeerLost(f"{host}:{dial.port} closed the connection, then{again.reason}")
 
     async def _greet(self, dial: Dial, host: str) -> Reached:
         channel = await self._transport.dial(host, dial.port, self._config.dial_timeout_s)

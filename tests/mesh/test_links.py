@@ -1,11 +1,14 @@
 """Links between peers in one process, over real sockets."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+import pytest
 import zmq
 
 from meshserve.config import MeshConfig
+from meshserve.mesh.handshake import DialFailed
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from tests.harness import run_async, until
@@ -81,5 +84,25 @@ def test_a_listener_that_raises_stops_neither_the_others_nor_the_clock() -> None
             async with a_mesh(place(one)) as other:
                 await until(lambda: other.links.channels and one.links.channels, 10.0, "linked all the same")
             await until(lambda: told[-1:] == [Change.LEFT], 5.0, "and parted")
+
+    run_async(course())
+
+
+def test_a_peer_that_is_killed_while_it_is_dialled_is_not_said_to_have_another_key() -> None:
+    async def course() -> None:
+        num_taken = 0
+
+        def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal num_taken
+            num_taken += 1
+            if num_taken == 2:  # the first only looks whether the port is open
+                dying.close()
+            writer.transport.abort()
+
+        dying = await asyncio.start_server(take, "127.0.0.1", 0)
+        async with a_mesh() as mesh:
+            with pytest.raises(DialFailed) as failed:
+                await mesh.links.introduce("127.0.0.1", dying.sockets[0].getsockname()[1])
+        assert failed.value.is_refused and "keys differ" not in failed.value.message
 
     run_async(course())
