@@ -121,7 +121,14 @@ def _head(receipt: Mapping[str, Any]) -> list[Text]:
         _line(f"answer {choice.get('index')}", printable(f"{_path(choice)}, {choice.get('completion')} tokens"))
         for choice in receipt.get("choices") or []
     ]
+    if continued := receipt.get("continuations") or []:
+        lines.append(_line("went on", printable("; ".join(map(_continuation, continued)))))
     return lines + ([_line("trace", printable(receipt["traceparent"]))] if receipt.get("traceparent") else [])
+
+
+def _continuation(continued: Mapping[str, Any]) -> str:
+    pause = f"{_number(continued.get('pause_ms'))} ms pause"
+    return f"{continued.get('from')} > {continued.get('to')} after {continued.get('position')} tokens, {pause} ({continued.get('outcome')})"
 
 
 def _decision(handoff: Mapping[str, Any]) -> str:

@@ -302,3 +302,24 @@ def test_row_6_a_real_model_goes_on_with_the_same_bits(lan: Lan, tmp_path: Path)
     found = run_all(disturbed, [workers[0].kill, workers[1].kill])
     assert sum(stream.receipt["migrations"] for stream in disturbed) >= 2
     assert found == run_all(streams(), [])
+
+
+def test_row_6_a_link_that_is_down_costs_a_pause_and_the_worker_behind_it_is_told_when_it_is_up(lan: Lan) -> None:
+    mesh = start(lan, 2)
+    streams = [Stream(mesh, f"stream {number}", 700) for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        running = [pool.submit(stream.run) for stream in streams]
+        wait_until(lambda: all(len(stream.chunks) > 10 for stream in streams), READY_S, "all streams run")
+        began_s = time.monotonic()
+        mesh.hosts[1].link_down()
+        wait_until(lambda: mesh.busy() == mesh.names(mesh.decode[:1]), READY_S, "the other one has all of them")
+        pace(1.0)
+        mesh.hosts[1].link_up()
+        for stream in running:
+            stream.result()
+    moved = [stream for stream in streams if stream.receipt["migrations"]]
+    assert len(moved) == 2
+    assert max(stream.longest_pause_s for stream in streams) <= FAILURE_TIMEOUT_S + 0.5 + allowance_s(began_s)
+    wait_until(lambda: len(mesh.peers()) == 3 and not mesh.busy(), READY_S, "both are idle")
+    mesh.wait_until_ready()
+    assert [stream.text for stream in streams] == undisturbed_texts(mesh, 4, 700)

@@ -210,6 +210,16 @@ def test_where_the_prompt_was_prefilled_is_told_with_both_expected_times() -> No
     assert not any(str(line).startswith("handoff") for line in waterfall(a_receipt(), 100))
 
 
+def test_workers_that_went_on_with_the_output_of_lost_ones_are_told_with_the_pause() -> None:
+    first = {"from": "worker-3", "to": "worker-4", "outcome": "peer_lost", "position": 17, "pause_ms": 12.345}
+    second = {"from": "worker-4", "to": "worker-1", "outcome": "peer_silent", "position": 40, "pause_ms": 1501.0}
+    receipt = a_receipt(continuations=[first, second])
+    assert receipt["migrations"] == 2 and receipt["continuations"] == [first, second]
+    (told,) = [line.plain for line in waterfall(receipt, 200) if line.plain.startswith("went on")]
+    assert "worker-3 > worker-4 after 17 tokens, 12.3 ms pause (peer_lost); worker-4 > worker-1 after 40 tokens, 1501.0 ms" in told
+    assert not any(line.plain.startswith("went on") for line in waterfall(a_receipt(), 200))
+
+
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_nothing_in_a_receipt_steers_the_terminal(name: str, reason: str) -> None:
     receipt = a_receipt()
