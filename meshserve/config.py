@@ -104,10 +104,9 @@ class HandoffConfig:
     offer_kv_bytes: int = 256 * 1024
     """A prompt with at most so much KV to compute goes with its ticket, if that goes to one worker, and its KV comes back with the claim.
     Higher puts more KV on the connection of the calls and computes more in vain where a worker is late; 0 offers nothing."""
-    attempt_timeout_s: float = 600.0
-    """For one attempt at a prompt, claim to last block, however lively its worker. Lower ends long prefills, higher holds a slot."""
-    block_timeout_s: float = 30.0
-    """For the acknowledgement of a block by a decode worker that lives otherwise. Lower gives up on slow links, higher holds a slot."""
+    progress_timeout_s: float = 10.0
+    """An attempt whose blocks are on their way fails if its decode worker acknowledges not one byte for so long, of this attempt or of
+    others before it on the same link. Lower gives up on slow links (a frame of 256 KiB takes 10 s at 0.2 Mbit/s), higher holds a slot."""
     prefill_slots: int = 16
     """Most prompts that a prefill worker has at once. Where more than so many wait, it batches small ones."""
     sending_slots: int = 16

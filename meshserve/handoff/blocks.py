@@ -85,6 +85,11 @@ class BlockWindow:
         """Whether :meth:`take` has something now."""
         return bool(self._ready) and self._has_room(self._next_bytes())
 
+    @property
+    def is_waiting(self) -> bool:
+        """Whether something has left that is not acknowledged."""
+        return self._unacknowledged_bytes > 0
+
     def _has_room(self, size_bytes: int) -> bool:
         # what is wider than the window goes alone: it could never go otherwise
         return not self._unacknowledged_bytes or self._unacknowledged_bytes + size_bytes <= self._window_bytes

@@ -25,6 +25,8 @@ from meshserve.wire.messages import CLAIM, RENEW, STRIKE
 from meshserve.wire.structs import read
 
 _RENEW_TIMEOUT_S = 5.0
+_CLAIM_TIMEOUT_S = 86_400.0
+"""No more than a bound of the stream: leases and progress in bytes end attempts, however long a slow link takes."""
 _CLAIM_AFTER_S = 0.002
 """A prompt that was begun on an offer and takes longer than this is claimed: its decode worker must know
 that it is being computed."""
@@ -68,12 +70,12 @@ class PrefillJob(Job):
     def claim(self) -> None:
         """Ask the decode worker for the task, unless that was done."""
         if self.call is None and self.state is not JobState.OVER:
-            self._open_claim(Claim(self.ticket.request_id), self.provider.config.attempt_timeout_s)
+            self._open_claim(Claim(self.ticket.request_id))
 
-    def _open_claim(self, claim: Claim, timeout_s: float) -> None:
+    def _open_claim(self, claim: Claim) -> None:
         mesh = self.provider.mesh
         try:
-            self.call = mesh.open(self.ticket.decode_peer, CLAIM, claim, self, timeout_s)
+            self.call = mesh.open(self.ticket.decode_peer, CLAIM, claim, self, _CLAIM_TIMEOUT_S)
         except PeerLost:
             self.end("decode worker lost")
             return
@@ -196,7 +198,7 @@ class PrefillJob(Job):
         provider.queue.delivered(self)
         claim = Claim(self.ticket.request_id, provider.sender.header(self, marks), payloads, self.waited_ms)
         provider.sender.count(self, marks, self.num_delivered_bytes)
-        self._open_claim(claim, provider.config.block_timeout_s)
+        self._open_claim(claim)
         if len(provider.queue.jobs) == 1:
             provider.mesh.turn.hurry()
 
@@ -214,8 +216,13 @@ class PrefillJob(Job):
         """How long the next sign of progress is overdue; None if the job was given up for that."""
         if self.state is JobState.COMPUTING:
             return self.provider.engine.overdue_s(self.engine_id)
-        # blocks on a slow link are not lost: until the timeout, the job is on time
-        if time.monotonic() - self.acknowledged_s <= self.provider.config.block_timeout_s:
+        if self.is_in_line:  # it waits for its turn within the rate limit
+            return 0.0
+        progressed_s = self.acknowledged_s
+        if self.window is not None and self.window.is_waiting:
+            # on a slow link the blocks of other jobs may be before these
+            progressed_s = max(progressed_s, self.provider.progressed_s.get(self.ticket.decode_peer, 0.0))
+        if time.monotonic() - progressed_s <= self.provider.config.progress_timeout_s:
             return 0.0
         self.give_up("blocks not acknowledged")
         return None
@@ -259,6 +266,8 @@ class PrefillProvider:
         self.queue = PrefillQueue(config, partial(PrefillJob, provider=self))
         self._bulk = BulkSender(mesh, self._on_acknowledgement, self._on_bulk_lost)
         self.sender = BlockSender(mesh, self._bulk)
+        self.progressed_s: dict[str, float] = {}
+        """When each decode worker last acknowledged blocks, whatever job they were of."""
         self._is_closing = False
         self._timer: asyncio.TimerHandle | None = None
         self._listeners: list[Callable[[str], None]] = []
@@ -329,6 +338,7 @@ class PrefillProvider:
         except ProtocolError:
             self.mesh.counters.add("bulk_malformed")
             return
+        self.progressed_s[decode_peer] = time.monotonic()
         job = self.queue.jobs.get((decode_peer, done.request_id))
         if job is not None and job.is_granted and job.is_running(done.attempt):
             job.acknowledged(done.num_bytes)
@@ -341,6 +351,7 @@ class PrefillProvider:
     def _on_change(self, change: Change, member: Member) -> None:
         if change in (Change.DIED, Change.LEFT):
             self.queue.peer_gone(member.info.incarnation)
+            self.progressed_s.pop(member.info.incarnation, None)
 
     async def _renew_forever(self) -> None:
         """Name the running attempts, with how long their progress is overdue: the decode worker tries
