@@ -1,11 +1,13 @@
 """KV blocks of 20 MiB over any link: row 41. They travel in short frames, so that a slow link is seen to be alive."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.harness import Host, Lan
+from tests.harness import Host, Lan, wait_until
+from tests.harness.records import Record
 from tests.lan.meshes import HTTP, READY_S, LanMesh, text_of
 
 BLOCK_TOKENS, NUM_BLOCKS = 64, 5
@@ -85,4 +87,55 @@ def test_row_41_blocks_of_20_mib_are_handed_over_on_a_slow_link(
     answer = complete(mesh, 60.0 + 1000.0 / rate_mbit)
     far.unblock()
     assert_handed_over(answer)
+    assert text_of(answer) == computed_alone(lan)
+
+
+BULK_PORT = 7801
+FAULT_RATE = 100 * MBIT
+
+
+def start_with_two(lan: Lan, record: Path) -> LanMesh:
+    """A decode worker on a host of its own, and two prefill workers behind links of 100 Mbit/s, which write a record."""
+    options = (*BIG_BLOCKS, "--record", str(record))
+    front = lan.add_host()
+    mesh = start(front, lan.add_host(), lan.add_host(), "--record", str(record))
+    mesh.prefill.append(lan.add_host().run("--role", "prefill", *options))
+    mesh.wait_until_ready()
+    mesh.wait_until_all_meet()
+    for host in lan.hosts[2:]:
+        host.limit_rate(FAULT_RATE)
+    return mesh
+
+
+def assert_continued(answer: dict[str, Any], record: Path) -> None:
+    """The second attempt brought what the first had not."""
+    Record(record).check()
+    first, second = answer["meshserve"]["attempts"]
+    assert second["outcome"] == "done" and first["peer"] != second["peer"]
+    kept = [event for event in Record(record).of("block") if event.details["attempt"] == first["attempt"]]
+    assert second["blocks"] == NUM_BLOCKS - len(kept)
+
+
+def test_a_flipped_bit_in_one_frame_costs_an_attempt_and_no_wrong_token(lan: Lan, tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    mesh = start_with_two(lan, record)
+    lan.hosts[1].flip_one_bit(BULK_PORT)
+    answer = complete(mesh, 60.0)
+    assert_continued(answer, record)
+    assert answer["meshserve"]["attempts"][0]["outcome"].startswith("block refused")
+    assert text_of(answer) == computed_alone(lan)
+
+
+def test_a_sender_killed_in_the_middle_of_a_block_leaves_the_whole_ones_to_its_successor(lan: Lan, tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    mesh = start_with_two(lan, record)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(complete, mesh, 60.0)
+        wait_until(lambda: record.exists() and Record(record).of("block"), READY_S, "a block has come")
+        names = {peer["incarnation"]: peer["name"] for peer in mesh.peers()}
+        sender = names[Record(record).of("block")[0].details["peer_sending"]]
+        mesh.prefill[mesh.names(mesh.prefill).index(sender)].kill()
+        answer = running.result()
+    assert_continued(answer, record)
+    assert answer["meshserve"]["attempts"][1]["blocks"] < NUM_BLOCKS
     assert text_of(answer) == computed_alone(lan)
