@@ -19,14 +19,14 @@ from meshserve.errors import PeerLost, ProtocolError
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.reading import BufferReader, ConnectionMonitor, SocketReader
-from meshserve.mesh.transport.sockets import BULK_OFFSET, SocketFactory, endpoint
+from meshserve.mesh.transport.sockets import BULK_FRAME_BYTES, BULK_OFFSET, SocketFactory, endpoint
 from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.structs import plain
 
 MAX_PAYLOADS = 64
 """Payload frames in one message."""
-MAX_PAYLOAD_BYTES = 256 * 1024
-"""In one frame: half a second on 4 Mbit/s."""
+MAX_PAYLOAD_BYTES = BULK_FRAME_BYTES
+"""In one frame."""
 
 _MAX_READS_PER_TURN = 16
 _MAX_BULK_READS_PER_TURN = 1

@@ -120,9 +120,11 @@ class SocketFactory:
         socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
         return socket
 
-    def server_socket(self, kind: int) -> "zmq.Socket[bytes]":
-        """A socket to be bound: ROUTER or PULL."""
+    def server_socket(self, kind: int, max_frame_bytes: int | None = None) -> "zmq.Socket[bytes]":
+        """A socket to be bound: ROUTER or PULL. A longer frame ends its connection."""
         socket = self._socket(kind)
+        if max_frame_bytes is not None:
+            socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
         if kind == zmq.ROUTER:
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         if self._pair is not None:
@@ -167,6 +169,10 @@ def endpoint(host: str, port: int) -> str:
 # --- the four consecutive ports of a peer: calls, bulk, tickets, and one in reserve
 
 BULK_OFFSET, TICKETS_OFFSET = 1, 2
+BULK_FRAME_BYTES = 256 * 1024
+"""The longest on the bulk port: half a second on 4 Mbit/s, where ZeroMQ's heartbeat counts whole frames."""
+_CURVE_BYTES = 33
+"""What a frame has besides its content with a key."""
 _LAST_PORT = 65_532
 
 
@@ -218,7 +224,8 @@ def bind_port_block(factory: SocketFactory, hosts: Sequence[str], first: int | N
 
 
 def _bind(factory: SocketFactory, hosts: Sequence[str], first: int) -> BoundPorts:
-    sockets = [factory.server_socket(kind) for kind in (zmq.ROUTER, zmq.ROUTER, zmq.PULL)]
+    kinds = (zmq.ROUTER, None), (zmq.ROUTER, BULK_FRAME_BYTES + _CURVE_BYTES), (zmq.PULL, None)
+    sockets = [factory.server_socket(kind, max_frame_bytes) for kind, max_frame_bytes in kinds]
     try:
         for offset, socket in enumerate(sockets):
             for host in hosts:
