@@ -230,7 +230,8 @@ class Peer:
             async with asyncio.timeout(self._config.drain_timeout_s):
                 await self._wait_for_work()
         except TimeoutError:
-            _log.warning("running requests did not finish within --drain-timeout %gs: they end in an error", self._config.drain_timeout_s)
+            within = f"within --drain-timeout {self._config.drain_timeout_s:g} s"
+            _log.warning("running requests did not finish %s: they go on elsewhere, or end in an error", within)
             return False
         took_s = round(self.mesh.now_s() - began_s, 3)
         log_event(_log, "drain_ended", f"drain: all that ran is done after {took_s:.1f} s", took_s=took_s)

@@ -165,6 +165,21 @@ def test_row_6_the_only_worker_may_be_silent_and_go_on_or_be_killed_and_started_
     assert [stream.text] == undisturbed_texts(mesh, 1, 500)
 
 
+def test_row_18_a_stream_that_outlasts_the_drain_of_its_worker_goes_on_at_another(lan: Lan) -> None:
+    mesh = start(lan, 2, "--drain-timeout", "0.5")
+    streams = [Stream(mesh, f"stream {number}", 300) for number in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        running = [pool.submit(stream.run) for stream in streams]
+        wait_until(lambda: all(len(stream.chunks) > 10 for stream in streams), READY_S, "both streams run")
+        mesh.decode[1].terminate()
+        for stream in running:
+            stream.result()
+    assert mesh.decode[1].wait() == 0
+    (moved,) = [stream for stream in streams if stream.receipt["migrations"]]
+    assert [found["outcome"] for found in moved.receipt["continuations"]] == ["draining"]
+    assert [stream.text for stream in streams] == undisturbed_texts(mesh, 2, 300)
+
+
 def kill_whoever_has(mesh: Workers, stream: Stream) -> None:
     """Wait until the only stream that runs has more tokens, and kill its worker."""
     num_before = len(stream.chunks)

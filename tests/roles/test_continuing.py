@@ -8,7 +8,7 @@ import pytest
 
 from meshserve.app import Peer
 from meshserve.config import MeshConfig, ServeConfig
-from meshserve.errors import GaveUp, PeerLost
+from meshserve.errors import GaveUp, PeerLost, PoolFull
 from meshserve.wire.generation import GenerateRequest, Sampling, WorkerAccount
 from meshserve.wire.messages import GENERATE
 from tests.harness import run_async, until
@@ -152,6 +152,25 @@ def test_a_request_that_has_begun_waits_for_a_worker_and_ends_in_an_error_if_non
             found.worker.calls[1].fail(PeerLost("it died"))
             assert (await client.failure()).code == "no_worker"
             assert found.mesh.now_s() - began_s >= 0.3 and found.processor.is_idle
+
+    run_async(check())
+
+
+def test_workers_that_are_full_cost_a_request_that_has_begun_time_and_nothing_else() -> None:
+    async def check() -> None:
+        async with scene() as found, another_worker(found, found.worker):
+            client = found.ask(max_tokens=100)
+            (request,) = await found.worker.asked(1)
+            found.worker.calls[0].send([0, *b"xxx"])
+            found.worker.error = PoolFull("no room")
+            found.worker.calls[0].fail(PeerLost("it died"))
+            await found.worker.asked(6)
+            found.worker.error = None
+            await until(lambda: found.worker.calls[-1].is_open, DEADLINE_S, "one has room again")
+            assert found.worker.calls[-1].body.tokens == request.tokens + tokens("xxx")
+            found.worker.say(-1, "y", position=3)
+            await client.end()
+            assert "".join(client.raw) == "xxxy"
 
     run_async(check())
 

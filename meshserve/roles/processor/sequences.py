@@ -32,15 +32,16 @@ from meshserve.wire.routing import RouteRequest, RoutingDecision
 
 _MAX_ATTEMPTS = 4
 _RETRIED_CODES = frozenset(
-    ("peer_lost", "peer_silent", "draining", "no_worker", "unknown_method", "unknown_field", "overloaded")
+    ("peer_lost", "peer_silent", "draining", "no_worker", "unknown_method", "unknown_field", "overloaded", "pool_full")
 )
 """Errors that say nothing about the request itself: another worker may do."""
 _ROUTE_TIMEOUT_S = 0.5
 """A router answers within a millisecond; one that has not answered by now hangs. Higher waits longer for
 it, lower asks two where the machine is merely busy."""
 _NO_ROUTER = "round-robin (no router)"
-_LOOK_AGAIN_S = 0.1
-"""Until a sequence that has begun, and finds no worker, asks again. Lower finds a new worker sooner, and costs a question each time."""
+_LOOK_AGAIN_S, _FULL_S = 0.1, 0.5
+"""Until a sequence that has begun, and finds no worker, asks again; the second where those that are there refused it. Lower finds a new
+worker sooner, and costs a question each time, or one for each worker."""
 
 
 @dataclass(slots=True, eq=False)
@@ -158,7 +159,8 @@ class Sequence:
             self._fail(self._refusal or error)
             return
         self._routers, self._excluded = (), ()  # the one that was lost may be the one that comes back
-        self._timer = get_running_loop().call_later(_LOOK_AGAIN_S, self.route)
+        pause_s, self._refusal = _FULL_S if self._refusal is not None else _LOOK_AGAIN_S, None
+        self._timer = get_running_loop().call_later(pause_s, self.route)
 
     def _routed(self, decision: RoutingDecision) -> None:
         """Send the prompt and the tokens so far to the first candidate, with the prefill workers that the router ranked."""
@@ -315,7 +317,8 @@ class Sequence:
         self.receipt.attempts = [*self.receipt.attempts, attempt]
         self._attempt += 1
         if not self._has_worker_begun:
-            self._num_fruitless += 1
+            # of a sequence that has begun, workers that are full cost time and no attempt: how long it waits is bounded
+            self._num_fruitless += not (self.output and isinstance(error, Overloaded))
             return
         self._num_migrations += 1
         self._model_hash = self._model_hash or self.dispatcher.model_hash(self.worker or "")
