@@ -285,7 +285,7 @@ class Clients:
         response = self._host.post_json(f"{_HTTP}/v1/completions", body, timeout_s=2 * _ANSWER_TIMEOUT_S)
         answer = response.json()
         if response.status != 200:
-            return "", {}, f"{response.status} {answer['error']['code']}"
+            return "", {}, f"{response.status} {answer['error']['code']}: {answer['error']['message']}"
         return answer["choices"][0]["text"], answer["meshserve"], ""
 
     def _stream(self, body: dict[str, Any]) -> tuple[str, dict[str, Any], str]:
@@ -294,7 +294,7 @@ class Clients:
         with self._host.stream("POST", f"{_HTTP}/v1/completions", body, timeout_s=2 * _ANSWER_TIMEOUT_S) as lines:
             for fields in _events(lines):
                 if "error" in fields:
-                    return "", receipt, f"stream {fields['error'].get('code')}"
+                    return "", receipt, f"stream {fields['error'].get('code')}: {fields['error'].get('message')}"
                 texts += [choice["text"] for choice in fields.get("choices", ())]
                 receipt = fields.get("meshserve") or receipt
         return "".join(texts), receipt, ""

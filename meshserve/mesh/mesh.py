@@ -232,6 +232,10 @@ class Mesh:
         member = self.links.membership.members.get(incarnation)
         return member is not None and member.can_take_work
 
+    def is_linked(self, incarnation: str) -> bool:
+        """Whether calls to this peer can be made now."""
+        return incarnation == self.incarnation or incarnation in self.links.channels
+
     def reaches_us(self, incarnation: str) -> bool:
         """Whether this peer has a connection of its own to us: it can make calls, and send KV blocks. A firewall may let only one of two
         peers dial the other."""

@@ -47,6 +47,7 @@ _COUNTERS = {
     "clients_gone": "HTTP clients that left before their answer was complete.",
     "requests_done": "Requests that came to their end, as processors see them.",
     "requests_failed": "Requests that ended in an error, as processors see them.",
+    "requests_started_over": "Requests that went to another processor, as theirs was gone before anything of the answer had left.",
     "requests_left": "Requests that their client left.",
     "requests_refused": "Requests that got no admission slot.",
     "requests_cancelled": "Requests that a client cancelled by id.",

@@ -4,10 +4,12 @@ import json
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
+
 from tests.harness import Lan, wait_until
 from tests.harness.pressure import allowance_s
 from tests.harness.waiting import pace
-from tests.lan.meshes import HTTP, READY_S, LanMesh, start_aggregated, text_of
+from tests.lan.meshes import HTTP, READY_S, LanMesh, start_aggregated, text_of, undisturbed
 
 NOTICED_S = 0.2
 FAILURE_TIMEOUT_S = 1.5
@@ -108,6 +110,37 @@ def start_paced(lan: Lan, *front: str) -> LanMesh:
     mesh.decode = [host1.run("--role", "decode", *options), host2.run("--role", "decode", *options)]
     mesh.wait_until_ready()
     return mesh
+
+
+@pytest.mark.parametrize("is_stream", [False, True], ids=["whole", "stream"])
+def test_row_14_what_a_killed_processor_had_is_started_over_at_another_where_nothing_has_left(lan: Lan, is_stream: bool) -> None:
+    hosts = [lan.add_host() for _ in range(4)]
+    mesh = LanMesh(hosts[0], hosts[0].run("--role", "frontend"))
+    processors = [host.run("--role", "processor,router") for host in hosts[1:3]]
+    slow_start = ("--engine-opt", "prefill_tokens_per_s=20") if is_stream else ("--engine-opt", "step_ms=50")
+    mesh.decode = [hosts[3].run("--role", "decode", *slow_start)]
+    wait_until(lambda: len(mesh.peers()) == 4, READY_S, "all are known")
+    mesh.wait_until_all_meet(4)
+    wait_until(lambda: mesh.front.get(f"{HTTP}/ready").status == 200, READY_S, "the front is ready")
+    prompts = [f"question {number}" for number in range(8)]
+
+    def ask(prompt: str) -> str:
+        if not is_stream:
+            return text_of(mesh.complete(prompt))
+        body = {"model": "dummy", "prompt": prompt, "max_tokens": 24, "stream": True}
+        with mesh.front.stream("POST", f"{HTTP}/v1/completions", body, timeout_s=60.0) as lines:
+            events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+        assert not any("error" in event for event in events), events
+        return "".join(choice["text"] for event in events for choice in event["choices"])
+
+    with ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(ask, prompt) for prompt in prompts]
+        wait_until(lambda: sum(peer["held"].get("requests", 0) for peer in mesh.peers()) == 8, READY_S, "processors have them")
+        processors[0].kill()
+        texts = [answer.result() for answer in asked]
+    assert texts == undisturbed(lan, prompts)
+    (front,) = [peer for peer in mesh.peers() if peer["roles"] == ["frontend"]]
+    assert front["counters"].get("requests_started_over", 0) >= 1
 
 
 def test_draining_finishes_what_runs_and_takes_nothing_new(lan: Lan) -> None:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from meshserve.config import ServeConfig
-from meshserve.errors import Cancelled, Draining, InvalidRequest, MeshserveError, NoWorker, Overloaded, RequestTimedOut
+from meshserve.errors import Cancelled, Draining, InvalidRequest, MeshserveError, NoWorker, Overloaded, PeerLost, RequestTimedOut
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipt_store import FrontendReceipts
@@ -42,6 +42,7 @@ _MAX_LABEL_BYTES = 128
 _TIMEOUT_HEADER = "x-request-timeout"
 _HEEDED_HEADERS = frozenset((b"x-request-timeout", b"x-session-id", b"traceparent"))
 MIN_TIMEOUT_S = 0.001
+_PROCESSOR_GONE = (PeerLost.code, Draining.code)
 
 
 class Completions:
@@ -78,9 +79,11 @@ class Completions:
         """The mesh's name for another request."""
         return f"{self.mesh.incarnation}-{next(self._ids)}"
 
-    def processor(self) -> str:
-        """This peer itself if it can, else each in turn. Raises NoWorker."""
+    def processor(self, tried: tuple[str, ...] = ()) -> str:
+        """This peer itself if it can, else each in turn, but none of those that were tried. Raises NoWorker."""
         able = self.mesh.peers_with("processor")
+        if tried:
+            able = [info for info in able if info.incarnation not in tried]
         if not able:
             raise NoWorker("no processor is in the mesh yet", role="processor")
         if able[0].incarnation == self.mesh.incarnation:
@@ -108,8 +111,10 @@ class Exchange(QueueEntry):
         "_is_over",
         "_items",
         "_label",
+        "_options",
         "_receipt",
         "_request",
+        "_tried",
         "_writer",
     )
 
@@ -121,7 +126,9 @@ class Exchange(QueueEntry):
         self._label = b"x-request-id: %b\r\n" % (label or self._receipt.request_id.encode())
         self._connection: Connection
         self._request: CompletionRequest
+        self._options: ResponseOptions
         self._writer: Writer
+        self._tried: tuple[str, ...] = ()
         self._call: OutgoingCall | None = None
         self._items: list[Any] = []
         self._end: Any = None
@@ -149,7 +156,7 @@ class Exchange(QueueEntry):
         completions, receipt = self._completions, self._receipt
         try:
             # What is asked, and how it will be answered.
-            request, options = parse()  # raises InvalidRequest
+            request, self._options = parse()  # raises InvalidRequest
             self.arrived_s = time.monotonic()
             receipt.client_id, receipt.model, receipt.asked_s = request.client_id, request.model, self.arrived_s
             if self._is_over:  # the client left while a long body was parsed
@@ -158,7 +165,7 @@ class Exchange(QueueEntry):
             if completions.exporter is not None or not _HEEDED_HEADERS.isdisjoint(self._http.headers):
                 request = self._with_headers(request)  # raises InvalidRequest
             self._request = request
-            self._writer = self._api.writer(int(time.time()), request, options)
+            self._writer = self._api.writer(int(time.time()), request, self._options)
             # Whether this frontend takes it in.
             if completions.mesh.own.is_draining:
                 raise Draining("this frontend is shutting down")
@@ -193,7 +200,7 @@ class Exchange(QueueEntry):
         """The request has its slots: ask a processor."""
         completions = self._completions
         try:
-            peer = completions.processor()
+            peer = completions.processor(self._tried)
             self._receipt.passed_s = now_s = time.monotonic()
             self._call = completions.mesh.open(peer, COMPLETE, self._request, self, max(0.001, self.deadline_s - now_s))
         except MeshserveError as error:
@@ -220,9 +227,28 @@ class Exchange(QueueEntry):
         self._flush_soon()
 
     def on_error(self, error: MeshserveError) -> None:
+        if self._call is not None and self._can_start_over(error, self._call.peer):
+            self._start_over(self._call.peer)
+            return
         self._error = error
         self._give_slots_back()
         self._flush_soon()
+
+    def _can_start_over(self, error: MeshserveError, processor: str) -> bool:
+        """Whether the processor is gone, nothing of its answer has left, and there is another one."""
+        mesh = self._completions.mesh
+        if self._is_over or self._connection.is_started or error.code not in _PROCESSOR_GONE:
+            return False
+        if error.code == PeerLost.code and mesh.is_linked(processor):  # a worker was lost, and the processor knew no other
+            return False
+        return any(info.incarnation not in (*self._tried, processor) for info in mesh.peers_with("processor"))
+
+    def _start_over(self, processor: str) -> None:
+        self._completions.mesh.counters.add("requests_started_over")
+        self._tried += (processor,)
+        self._call, self._items = None, []
+        self._writer = self._api.writer(int(time.time()), self._request, self._options)
+        self.admitted()
 
     def stop(self, error: MeshserveError) -> None:
         """Cancel at every hop; the client is told why. Harmless after the end."""
