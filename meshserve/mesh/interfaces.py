@@ -245,14 +245,18 @@ def _is_loopback(text: str) -> bool:
 def dialling_order(addresses: Iterable[str], local: Iterable[LocalAddress]) -> tuple[str, ...]:
     """A peer's addresses, those first that this host most likely reaches, and by the shortest way.
 
-    First those in a LAN that this host is in too, then private ones, then the rest; last those in a VPN or in a network of
-    containers here, where the same address may be this very host's. Otherwise the peer's own order stays. An fe80 address
-    is tried behind each interface that has one.
+    A peer of this very host is dialled over the loopback, which stays when addresses change. Of another host, first those
+    in a LAN that this host is in too, then private ones, then the rest; last those in a VPN or in a network of containers
+    here, where the same address may be this very host's. Otherwise the peer's own order stays. An fe80 address is tried
+    behind each interface that has one.
     """
-    networks = [(ipaddress.ip_network(one.network), one.kind) for one in local if one.network]
-    scopes = [one.interface for one in local if one.is_link_local6 and one.kind in (InterfaceKind.LAN, InterfaceKind.VIRTUAL)]
+    told, found = list(addresses), list(local)
+    networks = [(ipaddress.ip_network(one.network), one.kind) for one in found if one.network]
+    if not {one.address for one in found if one.kind is InterfaceKind.LAN}.isdisjoint(told):
+        told.insert(0, "127.0.0.1")
+    scopes = [one.interface for one in found if one.is_link_local6 and one.kind in (InterfaceKind.LAN, InterfaceKind.VIRTUAL)]
     ranked: list[tuple[int, str]] = []
-    for text in addresses:
+    for text in told:
         address = _parsed(text)
         if address is None:
             ranked.append((2, text))  # a name

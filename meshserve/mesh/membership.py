@@ -113,6 +113,13 @@ class Member:
         return tuple(dict.fromkeys((*linked, *self.info.addresses, *self.heard_at)))
 
     @property
+    def shown_address(self) -> str:
+        """For people: where it was reached, or says that it is; of a peer on this host, where others reach it."""
+        if self.linked_at is not None and not (self.info.addresses and self.linked_at[0].startswith("127.")):
+            return self.linked_at[0]
+        return self.info.addresses[0]
+
+    @property
     def can_take_work(self) -> bool:
         """Alive, reachable, where it says that it is, and not on its way out."""
         return self.is_callable and self.state is PeerState.ALIVE and not self.info.is_draining and not self.doubted_for

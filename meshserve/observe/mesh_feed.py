@@ -329,7 +329,7 @@ class MeshFeed:
         known, state, host = self._peers.get(info.incarnation), "alive", info.addresses[0]
         if member is not None:
             state = member.state.value if member.is_callable or member.was_cut else "joining"
-            host = member.linked_at[0] if member.linked_at else host
+            host = member.shown_address
         state = "draining" if info.is_draining else state
         is_same_state = known is not None and known["state"] == state
         self._gone_s.pop(info.incarnation, None)

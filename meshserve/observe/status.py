@@ -115,7 +115,7 @@ async def _ask(mesh: Mesh, incarnation: str) -> tuple[PeerStatus, float | None]:
 
 def _entry(mesh: Mesh, info: PeerInfo, member: Member | None, status: PeerStatus, rtt_ms: float | None) -> dict[str, Any]:
     state = "draining" if info.is_draining else (member.state.value if member is not None else "alive")
-    host = member.linked_at[0] if member is not None and member.linked_at else info.addresses[0]
+    host = member.shown_address if member is not None else info.addresses[0]
     return {
         "name": mesh.name_of(info.incarnation),
         "incarnation": info.incarnation,

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from meshserve.errors import EngineFailed
-from meshserve.roles.frontend.exchange import Completions
+from meshserve.roles.frontend.completions import Completions
 from meshserve.wire.messages import COMPLETE
 from tests.harness import run_async, until
 from tests.roles.scripted import DEADLINE_S, Scene, served

@@ -4,25 +4,19 @@ No task stands behind an exchange: it is called, and never waits. It is the sink
 turn of the event loop is over, so that all text of one turn leaves in one write. A client that goes away cancels its request at every hop.
 """
 
-import asyncio
-import itertools
 import logging
 import math
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from meshserve.config import ServeConfig
 from meshserve.errors import Cancelled, Draining, InvalidRequest, MeshserveError, NoWorker, Overloaded, PeerLost, RequestTimedOut
 from meshserve.mesh.calls import OutgoingCall
-from meshserve.mesh.mesh import Mesh
-from meshserve.observe.receipt_store import FrontendReceipts
 from meshserve.observe.receipts import FrontendReceipt, with_frontend
 from meshserve.roles.frontend import apis
 from meshserve.roles.frontend.admission import QueueEntry
-from meshserve.roles.frontend.admission_slots import AdmissionSlots
-from meshserve.roles.frontend.cancelling import UnderWay
+from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.http.connection import Connection
 from meshserve.roles.frontend.http.messages import Request
 from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS, Parsed, ResponseOptions
@@ -33,66 +27,16 @@ from meshserve.wire.completion import CompletionRequest, Ending, read_traceparen
 from meshserve.wire.messages import COMPLETE
 from meshserve.wire.structs import replace
 
-if TYPE_CHECKING:
-    from meshserve.observe.otlp import Exporter
-
 _log = logging.getLogger(__name__)
 
 _MAX_LABEL_BYTES = 128
 _TIMEOUT_HEADER = "x-request-timeout"
 _HEEDED_HEADERS = frozenset((b"x-request-timeout", b"x-session-id", b"traceparent"))
 MIN_TIMEOUT_S = 0.001
-_PROCESSOR_GONE = (PeerLost.code, Draining.code)
-
-
-class Completions:
-    """What all exchanges of a frontend share: the way to processors, the admission slots, and what is kept of requests."""
-
-    def __init__(self, mesh: Mesh, config: ServeConfig, exporter: "Exporter | None" = None) -> None:
-        self.mesh, self.config, self.exporter = mesh, config, exporter
-        self.loop = asyncio.get_running_loop()
-        self.slots = AdmissionSlots(mesh, config.frontend)
-        self.under_way = UnderWay(mesh)
-        self.receipts = FrontendReceipts(mesh, config.receipts_kept) if config.observe else None
-        self.num_open = 0
-        """Requests under way."""
-        self._ids = itertools.count(1)
-        self._turn = itertools.count()
-        mesh.gauges.derive("http_requests", lambda: self.num_open)
-
-    def handlers(self) -> dict[str, Callable[[Request], "Exchange"]]:
-        """By path, all with POST."""
-        return {api.path: partial(Exchange, self, api) for api in (*apis.APIS, apis.lines(self._parse_generate))}
-
-    def _parse_generate(self, body: bytes, request_id: str, client_id: str) -> Parsed:
-        return parse_generate(body, request_id, client_id, self.first_model()), ResponseOptions(is_stream=True)
-
-    def first_model(self) -> str:
-        """For requests that name none. Raises NoWorker if there is none."""
-        infos = self.mesh.peers_with("decode") or self.mesh.silent_peers_with("decode")
-        cards = [info.card.model for info in infos if info.card is not None]
-        if not cards:
-            raise NoWorker("no decode worker is in the mesh yet")
-        return cards[0]
-
-    def new_id(self) -> str:
-        """The mesh's name for another request."""
-        return f"{self.mesh.incarnation}-{next(self._ids)}"
-
-    def processor(self, tried: tuple[str, ...] = ()) -> str:
-        """This peer itself if it can, else each in turn, but none of those that were tried. Raises NoWorker."""
-        able = self.mesh.peers_with("processor")
-        if tried:
-            able = [info for info in able if info.incarnation not in tried]
-        if not able:
-            raise NoWorker("no processor is in the mesh yet", role="processor")
-        if able[0].incarnation == self.mesh.incarnation:
-            return self.mesh.incarnation
-        return able[next(self._turn) % len(able)].incarnation
-
-    def close(self) -> None:
-        """No more slots for any request."""
-        self.slots.close()
+_MAX_STARTS = 4
+"""Of one request at processors, one after the other."""
+_LOOK_AGAIN_S = 0.05
+"""Until another look for a processor, while those that are known are out of reach."""
 
 
 class Exchange(QueueEntry):
@@ -111,10 +55,11 @@ class Exchange(QueueEntry):
         "_is_over",
         "_items",
         "_label",
+        "_num_starts",
         "_options",
         "_receipt",
         "_request",
-        "_tried",
+        "_waits_until_s",
         "_writer",
     )
 
@@ -128,7 +73,7 @@ class Exchange(QueueEntry):
         self._request: CompletionRequest
         self._options: ResponseOptions
         self._writer: Writer
-        self._tried: tuple[str, ...] = ()
+        self._num_starts, self._waits_until_s = 0, 0.0
         self._call: OutgoingCall | None = None
         self._items: list[Any] = []
         self._end: Any = None
@@ -200,9 +145,15 @@ class Exchange(QueueEntry):
         """The request has its slots: ask a processor."""
         completions = self._completions
         try:
-            peer = completions.processor(self._tried)
+            peer = completions.processor()
             self._receipt.passed_s = now_s = time.monotonic()
             self._call = completions.mesh.open(peer, COMPLETE, self._request, self, max(0.001, self.deadline_s - now_s))
+            self._num_starts += 1
+        except (NoWorker, PeerLost) as error:
+            if self._may_wait():
+                completions.loop.call_later(_LOOK_AGAIN_S, self._ask_again)
+            else:
+                self.on_error(error)
         except MeshserveError as error:
             self.on_error(error)
         except Exception:
@@ -228,27 +179,37 @@ class Exchange(QueueEntry):
 
     def on_error(self, error: MeshserveError) -> None:
         if self._call is not None and self._can_start_over(error, self._call.peer):
-            self._start_over(self._call.peer)
+            self._start_over()
             return
         self._error = error
         self._give_slots_back()
         self._flush_soon()
 
     def _can_start_over(self, error: MeshserveError, processor: str) -> bool:
-        """Whether the processor is gone, nothing of its answer has left, and there is another one."""
-        mesh = self._completions.mesh
-        if self._is_over or self._connection.is_started or error.code not in _PROCESSOR_GONE:
+        """Whether the processor is gone, or its connection, and nothing of its answer has left."""
+        if self._is_over or self._connection.is_started or self._num_starts >= _MAX_STARTS:
             return False
-        if error.code == PeerLost.code and mesh.is_linked(processor):  # a worker was lost, and the processor knew no other
-            return False
-        return any(info.incarnation not in (*self._tried, processor) for info in mesh.peers_with("processor"))
+        if error.code == Draining.code:
+            return True
+        # of a processor that is there, it is a worker's loss that it tells of
+        return error.code == PeerLost.code and not self._completions.mesh.is_linked(processor)
 
-    def _start_over(self, processor: str) -> None:
+    def _start_over(self) -> None:
         self._completions.mesh.counters.add("requests_started_over")
-        self._tried += (processor,)
         self._call, self._items = None, []
         self._writer = self._api.writer(int(time.time()), self._request, self._options)
         self.admitted()
+
+    def _may_wait(self) -> bool:
+        """Whether a processor that is known may be reached again before it would be suspect for good: a link is made anew, a stall ends."""
+        mesh, now_s = self._completions.mesh, time.monotonic()
+        if not self._waits_until_s:
+            self._waits_until_s = now_s + mesh.config.failure_timeout_s
+        return now_s < self._waits_until_s and bool(mesh.silent_peers_with("processor"))
+
+    def _ask_again(self) -> None:
+        if not self._is_over and self._error is None:
+            self.admitted()
 
     def stop(self, error: MeshserveError) -> None:
         """Cancel at every hop; the client is told why. Harmless after the end."""
@@ -392,3 +353,13 @@ def _request_timeout_s(given: bytes, most_s: float) -> float:
     if not MIN_TIMEOUT_S <= asked_s < math.inf:
         raise InvalidRequest(f"{_TIMEOUT_HEADER} must be a number of seconds, {MIN_TIMEOUT_S} at least", param=_TIMEOUT_HEADER)
     return min(asked_s, most_s)
+
+
+def handlers_of(completions: Completions) -> dict[str, Callable[[Request], Exchange]]:
+    """What begins an exchange, by path; all with POST."""
+
+    def parse(body: bytes, request_id: str, client_id: str) -> Parsed:
+        request = parse_generate(body, request_id, client_id, completions.first_model())
+        return request, ResponseOptions(is_stream=True)
+
+    return {api.path: partial(Exchange, completions, api) for api in (*apis.APIS, apis.lines(parse))}

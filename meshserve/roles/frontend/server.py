@@ -13,7 +13,8 @@ from meshserve.observe.mesh_feed import MeshFeed
 from meshserve.observe.receipt_store import find_receipt
 from meshserve.observe.status import list_peers
 from meshserve.roles.frontend import apis, shapes
-from meshserve.roles.frontend.exchange import Completions
+from meshserve.roles.frontend.completions import Completions
+from meshserve.roles.frontend.exchange import handlers_of
 from meshserve.roles.frontend.guard import Guard
 from meshserve.roles.frontend.http.connection import Application, Connection, Connections
 from meshserve.roles.frontend.http.messages import Request, Response
@@ -82,7 +83,7 @@ class FrontendRole:
 
     def _routes(self, guard: Guard) -> Routes:
         routes = Routes(apis.error_body_for)
-        for path, handler in self._completions.handlers().items():
+        for path, handler in handlers_of(self._completions).items():
             routes.add("POST", path, handler)
         Tokenizing(self._mesh, self._completions).add_routes(routes)
         routes.add("GET", "/v1/models", self._models)

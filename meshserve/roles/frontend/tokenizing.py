@@ -3,7 +3,7 @@
 from typing import Any
 
 from meshserve.mesh.mesh import Mesh
-from meshserve.roles.frontend.exchange import Completions
+from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.http.messages import Request, Response
 from meshserve.roles.frontend.models.anthropic import parse_count
 from meshserve.roles.frontend.models.chat import parse_tokenize
