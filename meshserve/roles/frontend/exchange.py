@@ -150,7 +150,7 @@ class Exchange(QueueEntry):
             self._call = completions.mesh.open(peer, COMPLETE, self._request, self, max(0.001, self.deadline_s - now_s))
             self._num_starts += 1
         except (NoWorker, PeerLost) as error:
-            if self._may_wait():
+            if self._may_wait(error):
                 completions.loop.call_later(_LOOK_AGAIN_S, self._ask_again)
             else:
                 self.on_error(error)
@@ -200,12 +200,13 @@ class Exchange(QueueEntry):
         self._writer = self._api.writer(int(time.time()), self._request, self._options)
         self.admitted()
 
-    def _may_wait(self) -> bool:
-        """Whether a processor that is known may be reached again before it would be suspect for good: a link is made anew, a stall ends."""
+    def _may_wait(self, error: MeshserveError) -> bool:
+        """Whether a processor may be reached in a moment: a connection that was lost just now is made anew, or a stall ends."""
         mesh, now_s = self._completions.mesh, time.monotonic()
         if not self._waits_until_s:
             self._waits_until_s = now_s + mesh.config.failure_timeout_s
-        return now_s < self._waits_until_s and bool(mesh.silent_peers_with("processor"))
+        is_known = isinstance(error, PeerLost) or bool(mesh.silent_peers_with("processor"))
+        return is_known and now_s < self._waits_until_s
 
     def _ask_again(self) -> None:
         if not self._is_over and self._error is None:
