@@ -119,7 +119,7 @@ def test_row_14_what_a_killed_processor_had_is_started_over_at_another_where_not
     processors = [host.run("--role", "processor,router") for host in hosts[1:3]]
     slow_start = ("--engine-opt", "prefill_tokens_per_s=20") if is_stream else ("--engine-opt", "step_ms=50")
     mesh.decode = [hosts[3].run("--role", "decode", *slow_start)]
-    wait_until(lambda: len(mesh.peers()) == 4, READY_S, "all are known")
+    mesh.frontend.ready(READY_S)
     mesh.wait_until_all_meet(4)
     wait_until(lambda: mesh.front.get(f"{HTTP}/ready").status == 200, READY_S, "the front is ready")
     prompts = [f"question {number}" for number in range(8)]

@@ -195,8 +195,15 @@ class Exchange(QueueEntry):
         return error.code == PeerLost.code and not self._completions.mesh.is_linked(processor)
 
     def _start_over(self) -> None:
-        self._completions.mesh.counters.add("requests_started_over")
-        self._call, self._items = None, []
+        """Under another id, as workers may still have the request of before."""
+        completions, receipt = self._completions, self._receipt
+        completions.mesh.counters.add("requests_started_over")
+        open_requests, before, self._call, self._items = completions.under_way.open, receipt.request_id, None, []
+        receipt.request_id = completions.new_id()
+        if not receipt.client_id:
+            self._label = b"x-request-id: %b\r\n" % receipt.request_id.encode()
+        open_requests[receipt.request_id] = open_requests.pop(before)
+        self._request = replace(self._request, request_id=receipt.request_id)
         self._writer = self._api.writer(int(time.time()), self._request, self._options)
         self.admitted()
 
