@@ -209,7 +209,8 @@ def test_row_20_a_stream_that_kills_whoever_goes_on_with_it_ends_after_two(lan: 
         running.result()
     error = stream.chunks[-1]["error"]
     assert error["code"] == "gave_up" and not stream.is_done
-    assert len([process for process in mesh.decode if process.exit_code is None]) == 1
+    wait_until(lambda: len([process for process in mesh.decode if process.exit_code is not None]) == 3, READY_S, "three have died")
+    mesh.frontend.wait_for_line("^1 decode", READY_S)
 
 
 @pytest.mark.parametrize(
@@ -237,6 +238,7 @@ def test_row_6_streams_are_whole_while_a_worker_is_killed_every_second(
     Record(path).check()
     continued = [found for stream in streams for found in stream.receipt["continuations"]]
     assert len(continued) >= num_streams / 2 and {found["outcome"] for found in continued} == {"peer_lost"}
+    assert sum(stream.receipt["migrations"] >= 3 for stream in streams) >= num_streams / 10 or most_kills < 10
     longest_ms = max(found["pause_ms"] for found in continued)
     print(f"\n{len(continued)} migrations, longest pause {longest_ms:.0f} ms")
     assert longest_ms <= 500 + allowance_s(began_s) * 1000
