@@ -124,11 +124,11 @@ class RouterReader(SocketReader):
     def __init__(
         self,
         socket: "zmq.Socket[bytes]",
+        known: Container[bytes],
+        on_connection: Callable[[bytes, int], None],
         on_frames: Callable[[list[Any]], None],
         on_turn: Callable[[], None] | None,
         max_reads_per_turn: int,
-        known: Container[bytes],
-        on_connection: Callable[[bytes, int], None],
     ) -> None:
         """`known` are the routing ids of connections that were told of; `on_connection` gets one, and its descriptor."""
         super().__init__(socket, on_frames, on_turn, max_reads_per_turn)

@@ -108,7 +108,7 @@ class Transport:
     def serve(self, socket: "zmq.Socket[bytes]", on_stranger: OnStranger) -> None:
         """Read and close this bound ROUTER. A stranger, which fails its handshake, is told of and never heard."""
         max_reads = self.config.max_reads_per_turn
-        reader = RouterReader(socket, self._on_router_frames, self.turn.flush, max_reads, self._inbound, self._accept)
+        reader = RouterReader(socket, self._inbound, self._accept, self._on_router_frames, self.turn.flush, max_reads)
         monitor = RouterMonitor(socket, self._factory.has_key, self._counters, on_stranger, self._on_closed)
         self._router = _Router(socket, reader, monitor)
 
