@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sized
 
 from meshserve.config import HandoffConfig
-from meshserve.engines.core.rates import Line
+from meshserve.engines.fitting import Line
 from meshserve.engines.protocol import Engine, EngineLoad
 from meshserve.mesh.mesh import Mesh
 from meshserve.routing.policies import ALIKE_MS, NO_PEER, QUEUE_FULL, UNMEASURED_LOCAL_TOKENS, decide_handoff
