@@ -36,6 +36,8 @@ class MdnsDiscovery:
         self._on_announced = on_announced
         self._num_announced = 0
         self._announced: AsyncServiceInfo | None = None
+        self._registering: asyncio.Task[None] | None = None
+        self._announced_addresses: tuple[str, ...] = ()
         self._zeroconf: AsyncZeroconf | None = None
         self._browser: AsyncServiceBrowser | None = None
         self._tasks = TaskOwner()
@@ -66,7 +68,7 @@ class MdnsDiscovery:
         """
         assert self._zeroconf is not None
         await self._zeroconf.async_update_interfaces(list(interfaces))
-        if self._announced is not None and info.addresses != tuple(self._announced.parsed_addresses(IPVersion.All)):
+        if self._announced is not None and info.addresses != self._announced_addresses:
             self._announced = self._record(info)
             self._tasks.spawn(self._update(self._zeroconf, self._announced))
         if self._browser is not None:
@@ -78,10 +80,11 @@ class MdnsDiscovery:
         and nobody waits for it."""
         assert self._zeroconf is not None
         self._announced = self._record(info)
-        self._tasks.spawn(self._register(self._zeroconf, self._announced))
+        self._registering = self._tasks.spawn(self._register(self._zeroconf, self._announced))
 
     def _record(self, info: PeerInfo) -> AsyncServiceInfo:
         self._num_announced += 1
+        self._announced_addresses = info.addresses
         return AsyncServiceInfo(
             SERVICE_TYPE,
             f"{_label(info)}.{SERVICE_TYPE}",
@@ -98,6 +101,8 @@ class MdnsDiscovery:
         )
 
     async def _update(self, zeroconf: AsyncZeroconf, record: AsyncServiceInfo) -> None:
+        if self._registering is not None:  # while the name is probed, our own new record would look like another's
+            await asyncio.wait([self._registering])
         await (await zeroconf.async_update_service(record))
 
     async def _register(self, zeroconf: AsyncZeroconf, record: AsyncServiceInfo) -> None:
@@ -113,10 +118,10 @@ class MdnsDiscovery:
         if info.load_from_cache(zeroconf):
             self._report(info)
         elif self._num_lookups < _MAX_LOOKUPS:
+            self._num_lookups += 1
             self._tasks.spawn(self._look_up(zeroconf, info))
 
     async def _look_up(self, zeroconf: Zeroconf, info: AsyncServiceInfo) -> None:
-        self._num_lookups += 1
         try:
             if await info.async_request(zeroconf, _REQUEST_MS, DNSQuestionType.QM):
                 self._report(info)

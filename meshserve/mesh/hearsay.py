@@ -16,7 +16,8 @@ _MAX_UNDER_WAY, _MAX_OF_SOURCE, _MAX_AT_PLACE = 64, 32, 2
 """Dials at a time: in all, by what one source told, and at one address."""
 _MAX_PER_S = 100
 """Dials begun in a second. A mesh of 50 that starts at once is dialled in half of one."""
-_SEED = "--peer"
+_SEED, _LOOKED_OUT_FOR = "--peer", "members that fell silent"
+"""Sources beside mDNS and the incarnations of members."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Hearsay:
         known = self._candidates.get(hint.incarnation)
         if known is not None:
             known.addresses = tuple(dict.fromkeys((*hint.addresses, *known.addresses)))[: 2 * MAX_ADDRESSES]
-            known.since_s = now_s
+            known.since_s = max(known.since_s, now_s)  # that of a peer that is looked out for lies ahead
         elif hint.addresses and len(self._candidates) < self._config.max_hints:
             self._candidates[hint.incarnation] = _Candidate(hint.addresses, hint.port, hint.incarnation, source, now_s, now_s)
 
@@ -82,7 +83,7 @@ class Hearsay:
         if info.is_observer or len(self._candidates) >= self._config.max_hints:
             return False
         forget_late_s = now_s + self._config.forget_dead_s - self._config.forget_hint_s
-        self._candidates[info.incarnation] = _Candidate(info.addresses, info.port, info.incarnation, _SEED, forget_late_s, now_s)
+        self._candidates[info.incarnation] = _Candidate(info.addresses, info.port, info.incarnation, _LOOKED_OUT_FOR, forget_late_s, now_s)
         return True
 
     def forget(self, incarnation: str) -> bool:
@@ -100,7 +101,8 @@ class Hearsay:
         under_way = [candidate for candidate in self._candidates.values() if candidate.is_dialling]
         of_source, at_place = Counter(candidate.source for candidate in under_way), Counter(candidate.place for candidate in under_way)
         num_left = _MAX_UNDER_WAY - len(under_way)
-        for key, candidate in self._candidates.items():
+        # those that were tried least come first, so that a flood of hints that lead nowhere delays an honest one only once
+        for key, candidate in sorted(self._candidates.items(), key=lambda item: (item[1].num_failed_dials, item[1].next_dial_s)):
             if num_left <= 0 or (len(self._begun_s) == _MAX_PER_S and now_s - self._begun_s[0] < 1.0):
                 return
             if candidate.is_dialling or now_s < candidate.next_dial_s:

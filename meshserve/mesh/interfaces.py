@@ -172,9 +172,10 @@ _TUNNEL_NAMES, _VIRTUAL_NAMES = ("utun", "tun", "tap", "ppp", "ipsec", "wg", "zt
 def _from_ifaddr() -> Iterator[LocalAddress]:
     """Where there is no netlink. Names are the systems' own there, so that they tell the kind."""
     for adapter in ifaddr.get_adapters():
-        for ip in adapter.ips:
-            parsed = ipaddress.ip_address((ip.ip if isinstance(ip.ip, str) else ip.ip[0]).split("%")[0])
-            kind = InterfaceKind.LOOPBACK if parsed.is_loopback else InterfaceKind.LAN
+        addresses = [ipaddress.ip_address((ip.ip if isinstance(ip.ip, str) else ip.ip[0]).split("%")[0]) for ip in adapter.ips]
+        is_loopback = any(address.is_loopback for address in addresses)  # which may have an fe80 address besides
+        for ip, parsed in zip(adapter.ips, addresses, strict=True):
+            kind = InterfaceKind.LOOPBACK if is_loopback else InterfaceKind.LAN
             kind = InterfaceKind.TUNNEL if adapter.nice_name.startswith(_TUNNEL_NAMES) else kind
             kind = InterfaceKind.VIRTUAL if adapter.nice_name.startswith(_VIRTUAL_NAMES) else kind
             yield LocalAddress(adapter.nice_name, str(parsed), ip.network_prefix, kind)
@@ -280,7 +281,8 @@ def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 
 class AddressWatch:
-    """Calls `on_change` after this host's interfaces or addresses changed, until `close`."""
+    """Calls `on_change` after this host's interfaces or addresses changed, until `close`; again a second later where it
+    raises OSError, as without descriptors."""
 
     def __init__(self, on_change: Callable[[], None]) -> None:
         self._on_change = on_change
@@ -310,11 +312,15 @@ class AddressWatch:
 
     def _look(self) -> None:
         self._timer = None
-        self._on_change()
+        try:
+            self._on_change()
+        except OSError:
+            self._timer = self._loop.call_later(POLL_S, self._look)
 
     def _poll(self) -> None:
         self._timer = self._loop.call_later(POLL_S, self._poll)
-        self._on_change()
+        with contextlib.suppress(OSError):
+            self._on_change()
 
     def close(self) -> None:
         """Stop watching."""

@@ -32,6 +32,7 @@ _GOSSIP_INTERVAL_S = 0.2
 _GOSSIP_QUIET_INTERVAL_S = 5.0
 _MAX_INBOUND_PER_PEER = 8
 _MAX_ERRORS = 32
+_MAX_NUMBERED = 4096
 
 
 class Links:
@@ -54,7 +55,8 @@ class Links:
         self.channels: dict[str, Channel] = {}
         """Our own connection to each peer that is up."""
         self._inbound: dict[str, list[Channel]] = {}
-        self._broken: set[str] = set()
+        self._num_lost: dict[str, int] = {}
+        """Connections to each peer that were lost, by incarnation."""
         self._dialler = Dialler(config, self.transport, self._hello, addresses)
         self.search = Search(config, self._on_seed, self._on_announced, self._started_s)
         self._tasks = TaskOwner()
@@ -119,6 +121,8 @@ class Links:
             self._heard(channel.peer, now_s)
         receive = self._calls.received
         for message in messages:
+            if channel.is_broken:  # the peer said goodbye, say
+                return
             kind = message[0]
             if kind >= frames.OPEN and channel.peer:
                 receive(channel, message, now_s)
@@ -179,18 +183,23 @@ class Links:
             self.transport.drop(channel)
             return
         channel.peer = hello.peer.incarnation
-        self._accept(channel, is_reset=hello.is_reset)
+        self._accept(channel, hello.link_number)
         channel.send([frames.WELCOME, self._hello(None).to_wire()])
 
-    def _accept(self, channel: Channel, *, is_reset: bool) -> None:
-        """A peer may have several connections to us for a while: two of its dials answered, and one is yet to be closed. All count."""
+    def _accept(self, channel: Channel, link_number: int) -> None:
+        """A peer may have several connections to us for a while: two of its dials answered, and one is yet to be closed. All count.
+
+        Those that it lost before, as their lower numbers tell, may still look open here: they are dropped, with their streams.
+        """
         channels = self._inbound.setdefault(channel.peer, [])
         if channel in channels:
             return
-        if is_reset:
-            self._calls.peer_stopped_listening(channel.peer, "its link broke")
-        while channels and (is_reset or len(channels) >= _MAX_INBOUND_PER_PEER):
-            self.transport.drop(channels.pop(0))
+        channel.link_number = link_number
+        lost = [other for other in channels if other.link_number < link_number]
+        for other in lost or channels[: max(0, len(channels) + 1 - _MAX_INBOUND_PER_PEER)]:
+            channels.remove(other)
+            self._calls.peer_stopped_listening(channel.peer, "its link broke", other)
+            self.transport.drop(other)
         channels.append(channel)
 
     def _on_news(self, channel: Channel, data: Any) -> None:
@@ -232,7 +241,9 @@ class Links:
             self._dialler.lost(channel, reason)
         elif self.channels.get(channel.peer) is channel:
             del self.channels[channel.peer]
-            self._broken.add(channel.peer)
+            self._num_lost[channel.peer] = self._num_lost.pop(channel.peer, 0) + 1
+            if len(self._num_lost) > _MAX_NUMBERED:
+                del self._num_lost[next(iter(self._num_lost))]
             self._counters.add("links_lost")
             self._calls.peer_lost(channel.peer, reason)
             self._tell(self.membership.unlinked(channel.peer, time.monotonic()))
@@ -240,6 +251,10 @@ class Links:
         elif channel in self._inbound.get(channel.peer, ()):
             self._inbound[channel.peer].remove(channel)
             self._calls.peer_stopped_listening(channel.peer, CONNECTION_CLOSED, channel)
+            if not self._inbound[channel.peer] and channel.peer not in self.channels:
+                # the only connection that there was: whether the peer lives a dial will tell
+                self._tell(self.membership.unlinked(channel.peer, time.monotonic()))
+                self._dial_soon()
 
     # --- what goes out
 
@@ -251,7 +266,7 @@ class Links:
 
     def _hello(self, expected: str | None) -> Hello:
         hints = () if self.own.is_observer else self.membership.hints()  # an observer must not join the peers that it looks at
-        return Hello(self.own, time.monotonic() - self._started_s, hints[:MAX_HINTS], expected, is_reset=expected in self._broken)
+        return Hello(self.own, time.monotonic() - self._started_s, hints[:MAX_HINTS], expected, self._num_lost.get(expected or "", 0))
 
     def _dial_soon(self) -> None:
         if not self._is_dial_due:
@@ -266,6 +281,10 @@ class Links:
     async def _dial(self, dial: Dial) -> None:
         try:
             reached = await self._dialler.dial(dial)
+        except OSError as error:  # out of descriptors, say: it is dialled again later
+            self._tell(self.membership.dial_failed(dial, False, time.monotonic()))
+            _log.warning("cannot dial: %s", error.strerror)
+            return
         except DialFailed as error:
             self._note_refusal(dial, error)
             self._tell(self.membership.dial_failed(dial, error.is_refused, time.monotonic(), error.answered_by))
@@ -283,7 +302,6 @@ class Links:
             self._tell(self.membership.dial_failed(dial, False, time.monotonic()))
             return
         self.channels[incarnation] = reached.channel
-        self._broken.discard(incarnation)
         self._tell(self.membership.linked(incarnation, reached.address, time.monotonic()))
 
     def _note_refusal(self, dial: Dial, error: DialFailed) -> None:
@@ -317,7 +335,6 @@ class Links:
                     self._safely(listener, change, member)
 
     def _forget(self, incarnation: str, reason: str) -> None:
-        self._broken.discard(incarnation)
         dealer = self.channels.pop(incarnation, None)
         for channel in [*self._inbound.pop(incarnation, ()), *([dealer] if dealer is not None else [])]:
             self.transport.drop(channel)

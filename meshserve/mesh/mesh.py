@@ -216,9 +216,9 @@ class Mesh:
         return serving
 
     def silent_peers_with(self, role: str) -> list[PeerInfo]:
-        """Peers that are suspect now, and would take work in this role if they spoke again."""
+        """Peers that are suspect or in doubt now, and would take work in this role if that ended."""
         members = self.links.membership.listed()
-        silent = [member.info for member in members if member.state is PeerState.SUSPECT]
+        silent = [member.info for member in members if member.state is PeerState.SUSPECT or member.doubted_for]
         return [info for info in silent if info.can_play(role) and not info.is_draining]
 
     def _changed(self) -> None:

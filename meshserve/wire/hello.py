@@ -83,8 +83,8 @@ class Hello(Map):
     """Other members that the peer knows: gossip."""
     expected: str | None = None
     """Incarnation that the dialling peer means to reach; another one answers with a refusal."""
-    is_reset: bool = field(default=False, name="reset")
-    """The dialling peer lost its connection to the other: the streams that it had opened there are over."""
+    link_number: Annotated[int, Meta(ge=0, lt=2**32)] = 0
+    """How many connections to the other the dialling peer has lost: the streams that it had opened over those are over."""
 
     def to_wire(self) -> Any:
         """With the protocol version, which all versions have in the same place."""
@@ -103,6 +103,8 @@ class Hello(Map):
             raise ProtocolError("malformed Hello: a model card and a KV layout go together")
         if peer.card is not None:
             peer.card._check()
+        if peer.roles and not peer.addresses:
+            raise ProtocolError("malformed Hello: no addresses")
         self.peer = replace(peer, roles=tuple(role for role in peer.roles if role in ROLES))
 
 

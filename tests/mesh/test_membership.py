@@ -315,3 +315,37 @@ def test_a_name_that_would_steer_a_terminal_is_shown_without() -> None:
     story = Story()
     story.joins(a_peer("worker", name="a \x1b[2J\u202eb"))
     assert story.membership.members["worker"].shown_name == "a_?[2J?b"
+
+
+def test_an_honest_hint_behind_a_flood_of_others_is_dialled_once_these_have_had_their_turn() -> None:
+    story = Story()
+    for number in range(200):
+        story.membership.hint(PeerHint(f"forged{number}", (f"10.9.0.{number}",), 7800), "mdns", story.now_s)
+    story.membership.hint(PeerHint("honest", ("10.0.0.7",), 7800), "mdns", story.now_s)
+    under_way = story.membership.due_dials(story.now_s)
+    for _ in range(100):  # ten seconds, in which each dial of a forged address takes one
+        if any(dial.key == "honest" for dial in under_way):
+            return
+        failed, under_way = under_way, []
+        for _ in range(10):
+            story.now_s += TICK_S
+            under_way += story.membership.tick(story.now_s).dials
+        for dial in failed:
+            story.tell(story.membership.dial_failed(dial, False, story.now_s))
+    raise AssertionError("it is never dialled")
+
+
+def test_a_member_that_fell_silent_is_looked_out_for_however_often_others_tell_of_it() -> None:
+    story = Story()
+    story.joins(a_peer("sleeper"))
+    under_way = story.passes(7.0).dials
+    assert story.state("sleeper") is None
+    story.membership.hint(PeerHint("sleeper", ("10.0.0.2",), 7800), "mdns", story.now_s)
+    num_dials = 0
+    for _ in range(300):
+        story.now_s += 10 * TICK_S
+        for dial in under_way:
+            story.tell(story.membership.dial_failed(dial, False, story.now_s))
+        under_way = story.membership.tick(story.now_s).dials
+        num_dials += len(under_way)
+    assert num_dials > 100, "for an hour, and not for a minute"

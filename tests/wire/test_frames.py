@@ -55,7 +55,7 @@ def test_wrong_kinds_lengths_and_types_are_refused(messages: Any) -> None:
 
 def test_a_hello_survives_the_wire_and_ignores_what_it_does_not_know() -> None:
     peer = PeerInfo("abc", "name", "default", ("decode",), ("10.0.0.1", "fd00::1"), 7800, "1.0")
-    hello = Hello(peer, 3.5, (PeerHint("def", ("10.0.0.2",), 7804),), "def", is_reset=True)
+    hello = Hello(peer, 3.5, (PeerHint("def", ("10.0.0.2",), 7804),), "def", link_number=2)
     data = {**hello.to_wire(), "later": "field"}
     data["peer"] = {**data["peer"], "later": 1, "roles": ["decode", "juggler"]}
     assert Hello.from_wire(data) == hello

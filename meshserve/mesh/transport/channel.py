@@ -51,6 +51,8 @@ class Channel:
         self.on_broken = on_broken
         self.peer = ""
         """Incarnation at the other end, once it said hello."""
+        self.link_number = 0
+        """Of an inbound connection: how many its peer had lost before."""
         self.near_address = self.far_address = ""
         """Of this end and of the other one, as this host sees them; empty if not known."""
         self._outbox: list[Envelope] = []

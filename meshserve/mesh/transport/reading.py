@@ -47,7 +47,7 @@ class SocketReader:
         self._max_reads, self._max_frames = max_reads_per_turn, max_frames
         self._loop = asyncio.get_running_loop()
         self._descriptor: int = socket.FD
-        self._is_closed = self._is_draining = False
+        self._is_closed = self.is_draining = False
         self._is_busy = self._has_sent = False
         self._loop.add_reader(self._descriptor, self.drain)
         self._loop.call_soon(self.drain)  # what came before the descriptor was watched
@@ -58,9 +58,9 @@ class SocketReader:
         Where there was but one message the last time, its answers leave before it looks for a second: looking costs as much as five
         receives. Where there were more, all are read first: what they lead to leaves together.
         """
-        if self._is_closed or self._is_draining:
+        if self._is_closed or self.is_draining:
             return
-        self._is_draining = True
+        self.is_draining = True
         num_read = 0
         try:
             has_input = True
@@ -79,14 +79,14 @@ class SocketReader:
                 self._loop.call_soon(self.drain)  # what is left has no edge of its own any more
             raise
         finally:
-            self._is_draining, self._is_busy = False, num_read > 1
+            self.is_draining, self._is_busy = False, num_read > 1
         if num_read >= self._max_reads:
             self.drain_soon()
 
     def drain_soon(self) -> None:
         """To be called after every send on this socket."""
         self._has_sent = True
-        if not self._is_draining and self.has_input():
+        if not self.is_draining and self.has_input():
             self._loop.call_soon(self.drain)
 
     def has_input(self) -> bool:
@@ -259,8 +259,10 @@ class RouterMonitor(_Monitor):
         self._reason: str | None = None
 
     def catch_up(self) -> None:
-        """Tell what is to be told now."""
+        """Tell all that is to be told now."""
         self._reader.drain()
+        while self._reader.has_input() and not self._reader.is_draining:
+            self._reader.drain()
 
     def _on_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:

@@ -114,8 +114,15 @@ class Transport:
 
     async def dial(self, host: str, port: int, timeout_s: float) -> Channel:
         """Connect to a peer's calls port. Raises PeerLost with the reason: refused, timed out, keys differ."""
-        socket = self._factory.client_socket(zmq.DEALER)
-        dealer = _Dealer(self, socket)
+        try:
+            socket = self._factory.client_socket(zmq.DEALER)
+        except zmq.ZMQError as error:  # no more sockets or descriptors
+            raise PeerLost(f"{host}:{port}: {error.strerror}") from error
+        try:
+            dealer = _Dealer(self, socket)
+        except (zmq.ZMQError, OSError) as error:
+            socket.close()
+            raise PeerLost(f"{host}:{port}: {error.strerror}") from error
         try:
             socket.connect(endpoint(host, port))
             async with asyncio.timeout(timeout_s):
@@ -194,7 +201,7 @@ class Transport:
         self._routing_ids[channel] = routing_id
         self._unknown_since_s[channel] = time.monotonic()
         self._by_descriptor[descriptor] = channel
-        if not channel.far_address:  # it closed again before its first message was read
+        if descriptor not in self._router.monitor.addresses:  # it closed again before its first message was read
             self._on_closed(descriptor)
 
     def _on_closed(self, descriptor: int) -> None:

@@ -148,7 +148,7 @@ class Exchange(QueueEntry):
             peer = completions.processor()
             self._receipt.passed_s = now_s = time.monotonic()
             self._call = completions.mesh.open(peer, COMPLETE, self._request, self, max(0.001, self.deadline_s - now_s))
-            self._num_starts += 1
+            self._num_starts, self._waits_until_s = self._num_starts + 1, 0.0
         except (NoWorker, PeerLost) as error:
             if self._may_wait(error):
                 completions.loop.call_later(_LOOK_AGAIN_S, self._ask_again)
@@ -200,7 +200,7 @@ class Exchange(QueueEntry):
         completions.mesh.counters.add("requests_started_over")
         open_requests, before, self._call, self._items = completions.under_way.open, receipt.request_id, None, []
         receipt.request_id = completions.new_id()
-        if not receipt.client_id:
+        if not self._http.headers.get(b"x-request-id"):
             self._label = b"x-request-id: %b\r\n" % receipt.request_id.encode()
         open_requests[receipt.request_id] = open_requests.pop(before)
         self._request = replace(self._request, request_id=receipt.request_id)
