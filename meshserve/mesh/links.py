@@ -31,8 +31,7 @@ _GOSSIP_FANOUT = 3
 _GOSSIP_INTERVAL_S = 0.2
 _GOSSIP_QUIET_INTERVAL_S = 5.0
 _MAX_INBOUND_PER_PEER = 8
-_MAX_ERRORS = 32
-_MAX_NUMBERED = 4096
+_MAX_ERRORS, _MAX_NUMBERED = 32, 4096
 
 
 class Links:
@@ -108,6 +107,7 @@ class Links:
         for channel in self.channels.values():
             channel.send([frames.GOODBYE, "bye"])
         self.transport.turn.flush()
+        await self.transport.part(self.channels)
         await self._tasks.close()
         await self.search.close()
         self.transport.close()

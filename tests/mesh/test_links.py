@@ -106,3 +106,17 @@ def test_a_peer_that_is_killed_while_it_is_dialled_is_not_said_to_have_another_k
         assert failed.value.is_refused and "keys differ" not in failed.value.message
 
     run_async(course())
+
+
+def test_a_peer_that_leaves_is_never_taken_for_dead() -> None:
+    async def course() -> None:
+        async with a_mesh() as stays:
+            ends: list[Change] = []
+            stays.subscribe(lambda change, member: ends.append(change) if change in (Change.LEFT, Change.DIED) else None)
+            for number in range(1, 21):
+                async with a_mesh(place(stays)) as goes:
+                    await until(lambda: stays.links.channels and goes.links.channels, 10.0, "both are linked")
+                await until(lambda number=number: len(ends) == number, 10.0, "it is gone")  # type: ignore[misc]
+            assert set(ends) == {Change.LEFT}
+
+    run_async(course())

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import zmq
@@ -22,7 +22,7 @@ OnLost = Callable[[Channel, str], None]
 
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _MAX_CHANNELS = 4096
-_LINGER_MS = 200
+_LINGER_MS, _PARTING_CHECK_S = 200, 0.005
 _HELLO_TIMEOUT_S = 5.0
 _MAX_TURNS_TO_READ = 50
 """Of a connection that closed, for what it sent before: a busy ROUTER has other input at every turn."""
@@ -234,6 +234,15 @@ class Transport:
             elif now_s - since_s > _HELLO_TIMEOUT_S:
                 self._counters.add("connections_without_hello")
                 self.drop(channel)
+
+    async def part(self, peers: Collection[str]) -> None:
+        """Wait until these peers, which were told goodbye, have closed their connections; for a moment at most.
+
+        One that saw ours close before it read the goodbye would take this peer for dead.
+        """
+        ends_s = time.monotonic() + _LINGER_MS / 1000
+        while time.monotonic() < ends_s and any(channel.peer in peers for channel in self._inbound.values()):
+            await asyncio.sleep(_PARTING_CHECK_S)
 
     def close(self) -> None:
         """Close every socket. What was sent last, the goodbyes, gets a moment to leave, for which the end of the context waits.
