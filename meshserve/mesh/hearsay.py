@@ -15,7 +15,7 @@ from meshserve.wire.hello import MAX_ADDRESSES, PeerHint, PeerInfo
 _MAX_UNDER_WAY, _MAX_OF_SOURCE, _MAX_AT_PLACE = 64, 32, 2
 """Dials at a time: in all, by what one source told, and at one address."""
 _MAX_PER_S = 100
-"""Dials begun in a second. A mesh of 50 that starts at once is dialled in half of one."""
+"""Dials begun in a second. A mesh of 50 peers that start at once is dialled in half a second."""
 _SEED, _LOOKED_OUT_FOR = "--peer", "members that fell silent"
 """Sources beside mDNS and the incarnations of members."""
 

@@ -129,7 +129,7 @@ class Exchange(QueueEntry):
             del parse  # a thread's future holds its error, and the error this call: only the collector could free both
 
     def _with_headers(self, request: CompletionRequest) -> CompletionRequest:
-        """Heed what the headers say: how long it may take, whose session it is, and of which trace. Raises InvalidRequest."""
+        """Apply what the headers ask for: how long it may take, whose session it is, and of which trace. Raises InvalidRequest."""
         headers, receipt, exporter = self._http.headers, self._receipt, self._completions.exporter
         if (given := headers.get(b"x-request-timeout")) is not None:
             most_s = self._completions.config.request_timeout_s
@@ -247,7 +247,7 @@ class Exchange(QueueEntry):
             return
         if self._connection.is_stuck:
             if self._end is not None or self._error is not None:
-                self._give_slots_back()  # whoever takes his time to read needs no slots for that
+                self._give_slots_back()  # a client that reads slowly holds no slots
             elif len(self._items) > self._completions.config.frontend.max_unread_texts:
                 self.stop(RequestTimedOut("the client takes its answer in too slowly"))
             return

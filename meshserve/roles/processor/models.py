@@ -54,8 +54,9 @@ class Dispatcher:
     """What all sequences of a processor share: the mesh, and whose turn it is."""
 
     def __init__(self, mesh: Mesh, max_lost_peers: int, max_migrations: int, histograms: Histograms | None) -> None:
-        self.mesh, self.histograms = mesh, histograms
-        """Histograms are of latencies, a part for each worker; None if nobody wants them."""
+        self.mesh = mesh
+        self.histograms = histograms
+        """They are of latencies, a part for each worker; None if nobody wants them."""
         self.max_lost_peers, self.max_migrations = max_lost_peers, max_migrations
         self._router_turn, self._worker_turn = count(), count()
         self._out_of_reach: tuple[str, ...] = ()
