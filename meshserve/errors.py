@@ -258,14 +258,30 @@ def codes_of(http_status: int) -> list[str]:
 _BY_CODE: dict[str, type[MeshserveError]] = {found.code: found for found in _all_classes(MeshserveError)}
 
 
+_MAX_TEXT, _MAX_SECONDS, _MAX_NAMES = 2000, 1e6, 64
+
+
 def from_wire(data: Any) -> MeshserveError:
-    """The error that a peer's :meth:`MeshserveError.to_wire` described; the root class if that is malformed or unknown."""
+    """The error that a peer's :meth:`MeshserveError.to_wire` described; the root class for a code that is unknown here, a
+    ProtocolError for what no peer can have made of an error."""
     if not isinstance(data, dict):
-        return MeshserveError("a peer reported an error that cannot be read")
-    message = str(data.get("message", ""))[:2000]
-    details = data.get("details")
-    error_class = _BY_CODE.get(str(data.get("code")), MeshserveError)
-    try:
-        return error_class(message, **(details if isinstance(details, dict) else {}))
-    except TypeError:  # details of a newer version of this class
-        return error_class(message)
+        return ProtocolError("a peer reported an error that cannot be read")
+    code, message, details = data.get("code"), data.get("message"), data.get("details", {})
+    if not isinstance(code, str) or not isinstance(message, str) or not isinstance(details, dict):
+        return ProtocolError("a peer reported an error that cannot be read")
+    error_class = _BY_CODE.get(code, MeshserveError)
+    known = {name: value for name, value in details.items() if name in error_class._fields}  # others are of newer versions
+    if not all(_may_be(getattr(error_class, name), value) for name, value in known.items()):
+        return ProtocolError("a peer reported an error with a malformed detail")
+    return error_class(message[:_MAX_TEXT], **known)
+
+
+def _may_be(default: Any, value: Any) -> bool:
+    """Whether this can be the value of a detail with that default."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float)) and 0 <= value <= _MAX_SECONDS
+    if isinstance(default, tuple):
+        return isinstance(value, (list, tuple)) and len(value) <= _MAX_NAMES and all(_may_be("", name) for name in value)
+    return (value is None and default is None) or (isinstance(value, str) and len(value) <= _MAX_TEXT)

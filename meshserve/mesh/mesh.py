@@ -1,4 +1,4 @@
-"""One peer of a mesh, as the floors above know it: the other peers, calls to them, and watches of their state."""
+"""One peer of a mesh, as the floors above know it: the other peers, and calls to them."""
 
 import asyncio
 import logging
@@ -7,14 +7,15 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from meshserve import __version__
 from meshserve.config import MeshConfig
-from meshserve.errors import Cancelled, MeshserveError, PeerLost, ProtocolError
+from meshserve.errors import Cancelled, MeshserveError, PeerLost
 from meshserve.mesh.calls import CallTable, Handler, IgnoredAnswer, IncomingCall, OutgoingCall, Sink
+from meshserve.mesh.faults import Faults
 from meshserve.mesh.interfaces import AddressWatch, choose_addresses, interface_names, local_addresses
 from meshserve.mesh.keys import MeshKey, read_key_file
 from meshserve.mesh.links import Links
@@ -26,7 +27,7 @@ from meshserve.telemetry import Counters, EventLog, Gauges, Histograms, log_even
 from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.messages import Method
-from meshserve.wire.structs import Message, plain, read, replace
+from meshserve.wire.structs import replace
 
 _log = logging.getLogger(__name__)
 
@@ -34,12 +35,6 @@ _MAX_ANSWERS = 64
 _MAX_HOST_NAME = 58
 """A name has up to 63 letters."""
 _MAX_SHOWN_ADDRESSES = 4
-_FOREVER_S = 30 * 86_400.0
-_REOPEN_S = 0.05
-"""Until a broken watch is opened again: well under a heartbeat, as what the watcher knows is out of date
-meanwhile. Asking costs nothing while there is no connection."""
-_REOPEN_MAX_S = 1.0
-"""The pause doubles up to this while the peer itself refuses."""
 
 
 class _OneAnswer(IgnoredAnswer):
@@ -73,6 +68,7 @@ class Mesh:
         """`card` and `layout` are those of this peer's engine, if it has one."""
         self.config = config
         self.counters = Counters()
+        self.faults = Faults(self.counters)
         self.histograms = Histograms()
         self.gauges = Gauges()
         self.event_log = event_log or EventLog()
@@ -305,94 +301,3 @@ def _of_one_model(serving: list[PeerInfo]) -> list[PeerInfo]:
         return serving
     chosen = max(counts, key=lambda text: (counts[text], repr(text)))
     return [info for info, text in zip(serving, texts, strict=True) if text == chosen]
-
-
-# --- watches: state of one peer that others follow
-#
-# A watch is a stream that starts with a snapshot and goes on with changes. If it breaks, or overflows
-# with its link, it is opened again and starts with a new snapshot. (PUB/SUB would drop silently and
-# join slowly.)
-
-
-class WatchSource:
-    """The side that has the state."""
-
-    def __init__(self, mesh: Mesh, method: Method, snapshot: Callable[[], Iterable[Any]]) -> None:
-        self._mesh, self._snapshot = mesh, snapshot
-        self.watchers: set[IncomingCall] = set()
-        """While there are none, a change is not worth describing."""
-        mesh.serve(method, self._on_open)
-
-    def _on_open(self, call: IncomingCall) -> None:
-        self._mesh.counters.add("watches_opened")
-        self.watchers.add(call)
-        call.on_cancel = lambda: self.watchers.discard(call)
-        for item in self._snapshot():
-            call.send(item)
-
-    def publish(self, change: Any) -> None:
-        """One change, to all watchers. It is made plain data once, however many other peers watch."""
-        packed = None
-        for call in self.watchers:
-            if call.is_local:
-                call.send(change)
-            else:
-                packed = plain(change) if packed is None else packed
-                call.send(packed)
-
-
-class Watcher:
-    """The side that follows one peer's state, until `close`. Also the sink of its stream."""
-
-    def __init__(self, mesh: Mesh, peer: str, method: Method, on_reset: Callable[[], None], on_change: Callable[[Any], None]) -> None:
-        self._mesh, self._peer, self._method = mesh, peer, method
-        self._on_reset, self._on_change = on_reset, on_change
-        self._call: OutgoingCall | None = None
-        self._timer: asyncio.TimerHandle | None = None
-        self._is_closed = False
-        self._pause_s = _REOPEN_S
-        self._open()
-
-    def _open(self) -> None:
-        self._timer = None
-        self._on_reset()
-        try:
-            self._call = self._mesh.open(self._peer, self._method, None, self, _FOREVER_S)
-        except PeerLost:
-            self._reopen_in(_REOPEN_S)
-
-    def _reopen_in(self, pause_s: float) -> None:
-        self._call = None
-        if not self._is_closed:
-            self._timer = asyncio.get_running_loop().call_later(pause_s, self._open)
-
-    def _refused(self) -> None:
-        self._reopen_in(self._pause_s)
-        self._pause_s = min(2 * self._pause_s, _REOPEN_MAX_S)
-
-    def on_item(self, item: Any) -> None:
-        """The snapshot, then changes. What is malformed is counted and left out: the next one may be sound."""
-        self._pause_s = _REOPEN_S
-        try:
-            is_read = self._method.item is None or isinstance(item, Message)  # a message is from this very peer
-            change = item if is_read else read(self._method.item, item)
-        except ProtocolError:
-            self._mesh.counters.add("reports_malformed")
-            return
-        self._on_change(change)
-
-    def on_end(self, value: Any) -> None:
-        """A watch has no natural end: the peer's side was replaced."""
-        self._refused()
-
-    def on_error(self, error: MeshserveError) -> None:
-        """Broken; once it is open again it starts anew."""
-        self._refused()
-
-    def close(self) -> None:
-        """Follow no longer."""
-        self._is_closed = True
-        if self._timer is not None:
-            self._timer.cancel()
-        if self._call is not None:
-            self._call.cancel()

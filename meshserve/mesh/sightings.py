@@ -9,14 +9,13 @@ from typing import Any
 
 from meshserve.mesh.hearsay import Dial
 from meshserve.mesh.membership import Change, Member, PeerState
+from meshserve.mesh.repeats import Repeats
 from meshserve.telemetry import printable
 from meshserve.wire.hello import PeerHint
 from meshserve.wire.observing import Departure, Refusal
 
 _MAX_STRANGERS, _MAX_GONE, _MAX_ANNOUNCEMENTS = 32, 32, 512
 _MAX_TEXT = 160
-_MAX_PLACES = 512
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 60.0, 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +34,8 @@ class Sightings:
         """By incarnation."""
         self._strangers: dict[tuple[str, str], tuple[int, float]] = {}
         """By name and reason, the latest last: how many times, and when last."""
-        self._not_reached: dict[str, tuple[int, float, float]] = {}
-        """By place, the latest last: how many times, when to say so next, and the pause after that."""
+        self._not_reached = Repeats()
+        """By place."""
         self._gone: deque[tuple[str, str, str, str, float]] = deque(maxlen=_MAX_GONE)
         """Incarnation, name, address, reason, when."""
 
@@ -64,19 +63,12 @@ class Sightings:
 
         They hear of the first, after a minute again, then at pauses that grow to an hour: a laptop that was taken home is dialled on.
         """
-        num_times, say_next_s, pause_s = self._not_reached.pop(place, (0, now_s, _FIRST_PAUSE_S))
-        is_due = now_s >= say_next_s
-        if is_due:
-            say_next_s, pause_s = now_s + pause_s, min(_LONGEST_PAUSE_S, pause_s * 10)
-        self._not_reached[place] = num_times + 1, say_next_s, pause_s
-        if len(self._not_reached) > _MAX_PLACES:
-            del self._not_reached[next(iter(self._not_reached))]
-        return num_times + 1 if is_due else 0
+        return self._not_reached.again(place, now_s)
 
     def reached(self, dial: Dial) -> None:
         """A dial led to a peer: the next that does not is worth a line again."""
         for address in dial.addresses:
-            self._not_reached.pop(f"{address}:{dial.port}", None)
+            self._not_reached.forget(f"{address}:{dial.port}")
 
     def announced(self, mesh: str, hint: PeerHint) -> None:
         """mDNS told of a peer. A flood of new ones changes nothing."""

@@ -12,8 +12,9 @@ from typing import Any
 
 from meshserve.errors import Overloaded
 from meshserve.mesh.membership import Change, Member
-from meshserve.mesh.mesh import Mesh, Watcher
+from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.sockets import endpoint
+from meshserve.mesh.watches import Watcher
 from meshserve.observe.latencies import WorkerLatencies
 from meshserve.observe.peer_feed import INTERVAL_S, MAX_FOLLOWED, MAX_NEW_PER_S
 from meshserve.wire.hello import PeerInfo

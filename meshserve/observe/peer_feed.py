@@ -14,7 +14,8 @@ from typing import Any
 
 import xxhash
 
-from meshserve.mesh.mesh import Mesh, WatchSource
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.watches import WatchSource
 from meshserve.observe.latencies import latencies_by_worker
 from meshserve.wire.messages import FEED
 from meshserve.wire.observing import MAX_EVENTS, MAX_SAMPLES, FeedBatch, FeedEvent

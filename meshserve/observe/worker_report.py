@@ -7,7 +7,8 @@ from typing import Any
 from meshserve.engines.protocol import Engine
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.requester import PrefillRequester
-from meshserve.mesh.mesh import Mesh, WatchSource
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.watches import WatchSource
 from meshserve.wire.messages import WORKER_LOADS, WORKER_REPORTS
 from meshserve.wire.routing import MAX_HASHES_PER_REPORT, WorkerLoad, WorkerReport
 

@@ -137,7 +137,7 @@ class _Sequence:
         """Send the end, and the account of the whole sequence."""
         num_cached = max(0, stats.num_cached_tokens - self._num_handed_over)
         account = self._account(stats.queue_ms, stats.prefill_ms, stats.decode_ms, num_cached)
-        self._call.end(GenerationEnd(reason, account))
+        self._call.end(GenerationEnd(reason, account, self._base + len(self._item)))
         self._role.num_prompt_tokens += stats.num_prompt_tokens
         self._role.num_cached_tokens += num_cached
         self._role.ended(self)

@@ -8,7 +8,8 @@ from meshserve.errors import InvalidRequest, NoWorker
 from meshserve.kv.pool import block_hashes
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
-from meshserve.mesh.mesh import Mesh, Watcher, WatchSource
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.watches import Watcher, WatchSource
 from meshserve.routing.fleet import Fleet, Question
 from meshserve.routing.policies import POLICIES
 from meshserve.routing.workers import CostSettings, Prompt

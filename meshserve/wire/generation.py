@@ -209,6 +209,8 @@ class GenerationEnd(Map):
     reason: Annotated[str, Meta(pattern=r"^(stop|length)\Z")]
     account: Any = None
     """A row of a :class:`WorkerAccount`."""
+    num_tokens: int | None = None
+    """Of the whole output, so that no token is missed at its end, and an output without any is meant so. None: not said."""
 
 
 # --- a decode worker's account of one sequence, with its first tokens and, complete, with its end

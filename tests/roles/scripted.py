@@ -90,7 +90,8 @@ class Worker:
         for place, token in enumerate(text.encode()):
             call.send([position + place, token])
         if reason is not None:
-            call.end({"reason": reason, "account": WorkerAccount(num_cached_tokens=2)})
+            num_tokens = position + len(text.encode()) if reason == "stop" else None
+            call.end({"reason": reason, "account": WorkerAccount(num_cached_tokens=2), "num_tokens": num_tokens})
 
     def recite(self, index: int, steps: Sequence[str], reason: str = "stop") -> None:
         """Each text as the tokens of one step, one a byte, then the end."""

@@ -32,7 +32,7 @@ async def reached() -> AsyncIterator[tuple[Scene, httpx.AsyncClient]]:
 async def streaming(path: str, fields: dict[str, Any]) -> AsyncIterator[tuple[Scene, AsyncIterator[str]]]:
     """A stream that has begun, piece by piece."""
     async with reached() as (found, client):
-        found.worker.opening = "half a sen"
+        found.worker.opening = "half a se"
         async with client.stream("POST", path, json={"model": "dummy", "stream": True, **fields}) as reply:
             yield found, reply.aiter_text()
 

@@ -50,7 +50,7 @@ class Bytes:
 TOKEN_TEXTS = TokenTexts(Bytes())
 
 
-@given(st.lists(st.integers(-1, Bytes.vocab_size), max_size=40), st.booleans(), st.data())
+@given(st.lists(st.integers(0, Bytes.vocab_size - 1), max_size=40), st.booleans(), st.data())
 def test_a_plain_choice_says_one_piece_a_token_in_whatever_steps_they_come(tokens: list[int], is_bare: bool, draw: st.DataObject) -> None:
     said: list[Any] = []
     choice, rest = PlainChoice(said.append, said.extend, TOKEN_TEXTS, 3, is_bare), tokens

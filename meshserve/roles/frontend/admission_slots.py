@@ -10,7 +10,8 @@ from functools import partial
 from meshserve.config import FrontendConfig
 from meshserve.errors import Overloaded, RateLimited
 from meshserve.mesh.membership import Change, Member
-from meshserve.mesh.mesh import Mesh, Watcher
+from meshserve.mesh.mesh import Mesh
+from meshserve.mesh.watches import Watcher
 from meshserve.roles.frontend.admission import Admission, Decision, QueueEntry
 from meshserve.wire.messages import WORKER_LOADS
 from meshserve.wire.routing import WorkerLoad

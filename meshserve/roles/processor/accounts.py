@@ -34,6 +34,8 @@ class Account:
     """What the worker said with the first token, unread: mostly its end says it all."""
     gaps: dict[int, int] | None = None
     """From the first token on: the worker's counts of times between tokens."""
+    moved: dict[str, Any] | None = None
+    """The continuation that is under way, as the receipt will show it."""
     _of_worker: Histograms | None = None
     """From the first token on: the worker's part of `histograms`."""
     _first_ms: float = 0.0
@@ -86,14 +88,21 @@ class Account:
             phases_ms.decode += took_ms - self._first_ms
         return took_ms
 
-    def leave(self, last_s: float) -> float:
-        """The worker is lost, whose last token came then; returns the milliseconds of the call. What follows is another worker's."""
+    def leave(self, worker: str, outcome: str, num_tokens: int, last_s: float) -> None:
+        """The worker of this name has the sequence no more, whose last token came then. What follows is another worker's."""
         took_ms = self.settle()
+        attempt = {"peer": worker, "role": "decode", "outcome": outcome, "tokens": num_tokens, "ms": round(took_ms, 3)}
+        self.receipt.attempts = [*self.receipt.attempts, attempt]
         self._is_continued = self._is_continued or self._first_s > 0
         self.close(last_s)
         self.early = self.gaps = self._of_worker = None
         self._first_s = 0.0
-        return took_ms
+
+    def go_on(self, pause_ms: float) -> None:
+        """Another worker gave its first token, so long after the last one of the worker that was lost."""
+        if self.moved is not None:
+            moved = {**self.moved, "to": self.receipt.decode, "pause_ms": round(pause_ms, 3)}
+            self.receipt.continuations, self.moved = [*self.receipt.continuations, moved], None
 
     def close(self, last_s: float) -> None:
         """The sequence is over, or its worker lost, whose last token came then."""

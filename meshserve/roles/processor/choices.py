@@ -16,11 +16,14 @@ from meshserve.roles.processor.detokenizing import (
     TokenBytes,
     TokenTexts,
     Trail,
+    check_tokens,
     of_prompt,
+    to_wire,
 )
-from meshserve.wire.completion import CallItem, EndItem, PartItem, TextItem
+from meshserve.wire.completion import CallItem, EndItem, PartItem, TextItem, WireLogprob
 from meshserve.wire.generation import TokenLogprobs
 
+_MOST_TOKENS = 1 << 32
 _PROMPT_TOKENS_PER_ITEM = 512
 """With log probabilities, so that no message grows beyond bounds."""
 
@@ -51,16 +54,19 @@ class PlainChoice:
         raise ValueError("nobody asked for them")
 
     def feed(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> bool:
-        """Tokens of one step; never true, as nothing stops the text."""
-        self.num_tokens += len(tokens)
+        """Tokens of one step; never true, as nothing stops the text. Raises ProtocolError for what is no token, and then
+        takes none of them.
+        """
         detokenizer = self._detokenizer
         texts: list[Any] = [None]
         if detokenizer is None or detokenizer.is_between:
             texts = list(map(self.token_texts.texts.__getitem__, tokens))
         if None in texts:  # a token of part of a character, or one that follows such a token
+            check_tokens(tokens, self.token_texts.vocab_size)
             if detokenizer is None:
                 detokenizer = self._detokenizer = Detokenizer(self.token_texts.token_bytes)
             texts = [detokenizer.feed((token,)) for token in tokens]
+        self.num_tokens += len(tokens)
         if not self.is_bare:
             self.send_all([TextItem(self.index, text) for text in texts])
         elif len(texts) == 1:
@@ -98,6 +104,7 @@ class Choice:
         "_stops",
         "_token_bytes",
         "_trail",
+        "_vocab_size",
         "num_tokens",
     )
 
@@ -113,12 +120,13 @@ class Choice:
         wants_logprobs: bool = False,
         parser: AnswerParser | CallParser | None = None,
         is_single: bool = False,
+        vocab_size: int = _MOST_TOKENS,
     ) -> None:
         self._send, self._token_bytes, self._index, self._is_bare = send, token_bytes, index, is_bare
         self._detokenizer = Detokenizer(token_bytes)
         self._stops, self._min_tokens = StopChecker(stops), min_tokens
-        self._trail = Trail(token_bytes) if wants_logprobs else None
-        self._parser, self._is_single = parser, is_single
+        self._trail = Trail() if wants_logprobs else None
+        self._parser, self._is_single, self._vocab_size = parser, is_single, vocab_size
         self._kind = "text"
         self._num_calls = 0
         self._is_over = False
@@ -142,28 +150,31 @@ class Choice:
             texts, entries, starts = map(list, zip(*part, strict=True))
             self._send_text("".join(texts), entries, starts)
         text, _, start = pieces[-1]
-        self._trail = Trail(self._token_bytes, start + len(text))
+        self._trail = Trail(start + len(text))
 
     # --- the output
 
     def feed(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> bool:
-        """Tokens of one step; true if a stop string or the only call ended the text. Raises ProtocolError
-        if log probabilities are missing.
-        """
-        if self._trail is not None and (logprobs is None or len(logprobs) != len(tokens)):
-            raise ProtocolError("a worker left out the log probabilities")
-        # one after the other, so that no token after the end is counted, whatever step it came in
-        return any(
-            self._feed_one(token, logprobs[place] if logprobs else None) for place, token in enumerate(tokens)
-        )
+        """Tokens of one step; true if a stop string or the only call ended the text.
 
-    def _feed_one(self, token: int, logprobs: TokenLogprobs | None) -> bool:
+        Raises ProtocolError, TypeError or ValueError for what is no token, and for log probabilities that are missing or none. Then
+        it takes none of the tokens.
+        """
+        check_tokens(tokens, self._vocab_size)
+        entries: Sequence[WireLogprob | None] = (None,) * len(tokens)
+        if self._trail is not None:
+            if logprobs is None or None in logprobs:
+                raise ProtocolError("a worker left out log probabilities")
+            rated = zip(tokens, logprobs, strict=True)
+            entries = [to_wire(self._token_bytes, token, said) for token, said in rated]
+        # one after the other, so that no token after the end is counted, whatever step it came in
+        return any(map(self._feed_one, tokens, entries))
+
+    def _feed_one(self, token: int, entry: WireLogprob | None) -> bool:
         self.num_tokens += 1
         text = self._detokenizer.feed((token,))
-        if self._trail is not None:
-            if logprobs is None:
-                raise ProtocolError("a worker left out a log probability")
-            self._trail.add(token, logprobs, len(text), self._detokenizer.is_between)
+        if self._trail is not None and entry is not None:
+            self._trail.add(entry, len(text), self._detokenizer.is_between)
         given, is_stopped = self._stops.feed(text, self.num_tokens >= self._min_tokens)
         self._give(given, is_stopped)
         return is_stopped or self._is_over

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from meshserve.engines.tokenizers import Vocabulary
+from meshserve.errors import ProtocolError
 from meshserve.wire.completion import WireLogprob
 from meshserve.wire.generation import TokenLogprobs
 
@@ -15,6 +16,7 @@ _Decoder = codecs.getincrementaldecoder("utf-8")
 
 _MAX_TEXTS = 65_536
 """Tokens whose text is remembered, 0.1 kB each. More than most models use of their vocabularies."""
+_MOST_LOGPROB = 0.01
 
 
 class TokenTexts:
@@ -23,7 +25,8 @@ class TokenTexts:
     def __init__(self, vocabulary: Vocabulary) -> None:
         self.vocab_size, self.token_bytes = vocabulary.vocab_size, vocabulary.token_bytes
         self.texts: Mapping[int, str | None] = _Texts(vocabulary)
-        """Those that are whole characters wherever they stand, which is known of ASCII; None for any other token."""
+        """Those that are whole characters wherever they stand, which is known of ASCII; None for any other token. A lookup
+        raises ProtocolError for what is no token of the vocabulary."""
 
 
 class _Texts(dict[int, str | None]):
@@ -33,11 +36,18 @@ class _Texts(dict[int, str | None]):
         self._vocabulary = vocabulary
 
     def __missing__(self, token: int) -> str | None:
+        check_tokens((token,), self._vocabulary.vocab_size)
         data = self._vocabulary.token_bytes(token)
         text = data.decode("ascii") if data.isascii() else None
-        if 0 <= token < self._vocabulary.vocab_size and len(self) < _MAX_TEXTS:
+        if len(self) < _MAX_TEXTS:
             self[token] = text
         return text
+
+
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    """Raises ProtocolError for what is no token of a vocabulary of this size: a worker must not say it."""
+    if tokens and not 0 <= min(tokens) <= max(tokens) < vocab_size:
+        raise ProtocolError(f"a token that is not from 0 to {vocab_size - 1}")
 
 
 class Detokenizer:
@@ -129,19 +139,18 @@ class Trail:
     in the text, counted in characters from `offset`.
     """
 
-    __slots__ = ("_end", "_given", "_open", "_settled", "_token_bytes")
+    __slots__ = ("_end", "_given", "_open", "_settled")
 
-    def __init__(self, token_bytes: TokenBytes, offset: int = 0) -> None:
-        self._token_bytes = token_bytes
+    def __init__(self, offset: int = 0) -> None:
         self._end = self._given = offset
         self._open: list[tuple[int, WireLogprob]] = []
         """Tokens that share a character that is not complete: start, entry."""
         self._settled: deque[tuple[int, int, WireLogprob]] = deque()
         """Start, end, entry."""
 
-    def add(self, token: int, logprobs: TokenLogprobs, num_characters: int, is_whole: bool) -> None:
+    def add(self, entry: WireLogprob, num_characters: int, is_whole: bool) -> None:
         """One token, which made so many characters complete; not whole if it left a part of another one."""
-        self._open.append((self._end, to_wire(self._token_bytes, token, logprobs)))
+        self._open.append((self._end, entry))
         self._end += num_characters
         if is_whole:
             self.settle(0)
@@ -170,11 +179,18 @@ class Trail:
 
 
 def to_wire(token_bytes: TokenBytes, token: int, logprobs: TokenLogprobs | None) -> WireLogprob:
-    """A token's log probability as clients are told it: by the token's bytes."""
+    """A token's log probability as clients are told it: by the token's bytes. Raises ValueError or TypeError for what is none."""
     if logprobs is None:
         return token_bytes(token), None, []
     own, top = logprobs
-    return token_bytes(token), float(own), [[token_bytes(other), float(value)] for other, value in top]
+    return token_bytes(token), _logarithm(own), [[token_bytes(other), _logarithm(value)] for other, value in top]
+
+
+def _logarithm(value: float) -> float:
+    """Of a probability, which rounding may have left a little above 1. Raises ValueError or TypeError."""
+    if not value <= _MOST_LOGPROB:  # NaN too
+        raise ValueError(f"{value} is no log probability")
+    return float(value)
 
 
 def of_prompt(token_bytes: TokenBytes, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs | None]) -> list[tuple[str, Any, int]]:

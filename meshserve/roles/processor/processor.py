@@ -25,13 +25,7 @@ from meshserve.roles.processor.answers import THINK, AnswerParser
 from meshserve.roles.processor.call_formats import Accepts, CallFormat, CallParser, formats_of
 from meshserve.roles.processor.choices import Choice, EchoOnly, PlainChoice
 from meshserve.roles.processor.detokenizing import TokenTexts
-from meshserve.roles.processor.models import (
-    Dispatcher,
-    Models,
-    check_features,
-    check_prompts,
-    sampling_of,
-)
+from meshserve.roles.processor.models import Dispatcher, Models, check_features, check_prompts, sampling_of
 from meshserve.roles.processor.sequences import Sequence
 from meshserve.roles.processor.tools import StrictCalls, tools_of, wants_call, writes_calls
 from meshserve.telemetry import log_event
@@ -55,9 +49,7 @@ _CONSTRAINTS = {
 
 
 class ProcessorRole:
-    """Serves `complete` (items and end as in :mod:`meshserve.wire.completion`); its models serve
-    `tokenize` and `detokenize`.
-    """
+    """Serves `complete`, as in :mod:`meshserve.wire.completion`; its models serve `tokenize` and `detokenize`."""
 
     def __init__(self, mesh: Mesh, max_lost_peers: int, max_migrations: int, receipts: Receipts | None = None) -> None:
         self.mesh, self.name, self.receipts = mesh, mesh.own.name, receipts
@@ -267,6 +259,7 @@ class Request:
             wants_logprobs=asked.logprobs >= 0,
             parser=parser,
             is_single=self._is_parsed and not asked.parallel_tool_calls,
+            vocab_size=self.token_texts.vocab_size,
         )
 
     def _scored(self, sequence: Sequence, logprobs: list[Any]) -> None:
@@ -276,8 +269,8 @@ class Request:
         first = self.sequences.index(sequence)
         for other in self.sequences[first : first + self.asked.n]:
             if not other.is_scored:
-                other.is_scored = True
                 other.choice.echo_logprobs(sequence.tokens, logprobs)
+                other.is_scored = True
 
     def _began(self, sequence: Sequence) -> None:
         """A first token is about to be given out: it is time for the prompt, and for the other answers."""

@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError, UnknownField
+from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
+from meshserve.mesh.faults import FAULTS
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.accounts import Account
 from meshserve.roles.processor.choices import Choice, PlainChoice
+from meshserve.roles.processor.doubts import is_end, tokens_in
 from meshserve.roles.processor.models import Dispatcher
 from meshserve.telemetry import BUCKETS_S
 from meshserve.wire.completion import CompletionRequest, EndItem
@@ -31,10 +33,11 @@ from meshserve.wire.messages import GENERATE, ROUTE
 from meshserve.wire.routing import RouteRequest, RoutingDecision
 
 _MAX_ATTEMPTS = 4
-_RETRIED_CODES = frozenset(
-    ("peer_lost", "peer_silent", "draining", "no_worker", "unknown_method", "unknown_field", "overloaded", "pool_full")
-)
+_LOSSES = frozenset(("peer_lost", "protocol_error"))
+"""Of a worker that the request itself may have taken down."""
+_RETRIED_CODES = _LOSSES | {"peer_silent", "draining", "no_worker", "unknown_method", "unknown_field", "overloaded", "pool_full"}
 """Errors that say nothing about the request itself: another worker may do."""
+_MAX_NAME = 255
 _ROUTE_TIMEOUT_S = 0.5
 """A router answers within a millisecond; one that has not answered by now hangs. Higher waits longer for
 it, lower asks two where the machine is merely busy."""
@@ -60,7 +63,7 @@ class Sequence:
     choice: Choice | PlainChoice
     """Turns tokens into items of the frontend's stream."""
     on_began: "Callable[[Sequence], None] | None"
-    """Called before the first token is given out, or before the end if there is no token."""
+    """Called before the first token is given out, or before the end if there is no token; then it is None."""
     on_scored: "Callable[[Sequence, list[Any]], None]"
     """Called with the prompt's log probabilities."""
     on_over: "Callable[[Sequence, EndItem | MeshserveError], None]"
@@ -93,12 +96,10 @@ class Sequence:
     """While it waits so."""
     _model_hash: str = ""
     """Of the model whose output it is, once a worker was lost: another model would go on with other tokens."""
-    _moved: dict[str, Any] | None = None
-    """The continuation that is under way, as the receipt will show it."""
     _has_worker_begun: bool = False
     """The worker that has the sequence now has given tokens."""
-    _refusal: Overloaded | UnknownField | None = None
-    """What a worker said that is full, or older than the request: the reason if there is no other."""
+    _refusal: Overloaded | ProtocolError | None = None
+    """Of a worker that is full, older than the request, or has a fault: the reason if there is no other."""
     _num_overlap_blocks: int = 0
     _last_s: float = 0.0
     """When the last tokens came, on the monotonic clock."""
@@ -198,13 +199,23 @@ class Sequence:
     def on_item(self, item: Any) -> None:
         """Tokens of one step, after their position; or something rarer."""
         logprobs, output = None, self.output
-        if type(item) is not list or len(item) < 2 or item[0] != len(output):
+        position, most_tokens = len(output), self.sampling.max_tokens
+        if type(item) is not list or len(item) < 2 or item[0] != position or position + len(item) - 1 > most_tokens:
             item, logprobs = self._unusual(item)
             if item is None:
                 return
         tokens = item[1:]
+        if self.on_began is not None:
+            self._tell_began()
+        try:
+            output.extend(tokens)
+            is_stopped = self.choice.feed(tokens, logprobs)
+        except (ProtocolError, TypeError, ValueError, OverflowError) as error:
+            del output[position:]
+            self._faulty("token", str(error))
+            return
         if self._is_followed:
-            self._note("tokens", position=len(output), count=len(tokens), decode=self.worker)
+            self._note("tokens", position=position, count=len(tokens), decode=self.worker)
         if not self._has_worker_begun:
             now_s = self.account.first_token(self.worker or "")
             self._worker_began(now_s)
@@ -213,53 +224,44 @@ class Sequence:
             now_s = monotonic()
             gaps[bisect_left(BUCKETS_S, now_s - self._last_s)] += 1
             self._last_s = now_s
-        try:
-            output.extend(tokens)
-            is_stopped = self.choice.feed(tokens, logprobs)
-        except (ProtocolError, TypeError, ValueError, OverflowError) as error:
-            self._fail(ProtocolError(f"a worker's tokens cannot be read: {error}"))
-            return
         if is_stopped:
             self._stop_early()
+
+    def _tell_began(self) -> None:
+        """Once, whatever becomes of the worker whose token is about to be given out."""
+        assert self.on_began is not None, "its caller looked"
+        on_began, self.on_began = self.on_began, None
+        on_began(self)
 
     def _worker_began(self, now_s: float) -> None:
         """The worker's first token came, or its end without one: what failed before it counts no more."""
         self._has_worker_begun = True
-        if self._moved is not None:
-            moved = {**self._moved, "to": self.receipt.decode, "pause_ms": round((now_s - self._last_s) * 1000, 3)}
-            self.receipt.continuations, self._moved = [*self.receipt.continuations, moved], None
+        if self.account.moved is not None:
+            self.account.go_on((now_s - self._last_s) * 1000)
             self.dispatcher.mesh.counters.add("requests_migrated")
-        elif self.on_began is not None:
-            self.on_began(self)
         self._lost, self._excluded, self._num_fruitless, self._waits_until_s = (), (), 0, 0.0
 
     def _unusual(self, item: Any) -> tuple[list[int] | None, Any]:
-        """Read the rarer items of a worker's stream. Returns tokens after their position, and their log
-        probabilities; or nothing, if the item was another one.
-        """
+        """Read the rarer items. Returns tokens after their position, and their log probabilities; or nothing, of another item."""
         if isinstance(item, str):  # a prefill worker that died with the prompt
-            self._lost += (item,)
+            self._lost = (*self._lost, item[:_MAX_NAME])[-self.dispatcher.max_lost_peers :]
             return None, None
-        num_tokens = len(self.output)
-        if not self._has_worker_begun and isinstance(item, list) and len(item) > 2 and isinstance(item[0], (list, tuple)):
-            self.account.early, item = item[0], item[1:]  # ahead of the first tokens
-            if item[0] == num_tokens and len(item) > 1:
-                return item, None
-        if isinstance(item, list) and len(item) == 2 and isinstance(item[1], list):
-            numbered, logprobs = item
-            if numbered == "prompt_logprobs":
-                self._score(logprobs)
-                return None, None
-            if isinstance(numbered, list) and len(numbered) > 1 and numbered[0] == num_tokens:
-                return numbered, logprobs
-        self._fail(ProtocolError("a worker's tokens do not follow each other"))
-        return None, None
+        if isinstance(item, list) and len(item) == 2 and item[0] == "prompt_logprobs":
+            self._score(item[1])
+            return None, None
+        found = tokens_in(item, len(self.output), self.sampling.max_tokens, is_first=not self._has_worker_begun)
+        if isinstance(found, str):
+            self._faulty(found, repr(item[0]) if found == "order" else "")
+            return None, None
+        if found.account is not None:
+            self.account.early = found.account
+        return found.item, found.logprobs
 
-    def _score(self, logprobs: list[Any]) -> None:
+    def _score(self, logprobs: Any) -> None:
         try:
             self.on_scored(self, logprobs)
         except (TypeError, ValueError) as error:
-            self._fail(ProtocolError(f"a prompt's log probabilities cannot be read: {error}"))
+            self._faulty("token", str(error))
 
     def on_end(self, value: RoutingDecision | GenerationEnd) -> None:
         """The router's answer, or the end of the worker's tokens."""
@@ -267,6 +269,13 @@ class Sequence:
         if isinstance(value, RoutingDecision):
             self._routed(value)
             return
+        num_tokens = len(self.output)
+        is_usual = value.reason == "stop" and value.num_tokens == num_tokens
+        if not is_usual and not is_end(value, num_tokens, self.sampling.max_tokens):
+            self._faulty("end", f"{value.reason} after {num_tokens} tokens")
+            return
+        if self.on_began is not None:
+            self._tell_began()
         self.account.call_ended(value.account)
         if not self._has_worker_begun:
             self._worker_began(monotonic())
@@ -276,9 +285,9 @@ class Sequence:
         """The router or the worker failed, or was lost."""
         self._stream = None
         if self.worker is not None:
-            if error.code == PeerLost.code and not self._has_worker_begun:
-                self._lost += (self.receipt.decode or "a worker",)
-            self._retry_or_fail(error)
+            if error.code == ProtocolError.code:
+                self._note_fault("error", error.message)
+            self._lose(error)
         elif isinstance(error, InvalidRequest):
             self._not_routed(error)
         else:
@@ -287,11 +296,28 @@ class Sequence:
                 self.dispatcher.mesh.counters.add("routers_failed")
             self.route()
 
+    def _faulty(self, kind: str, detail: str = "") -> None:
+        """Its worker says what no sound worker says: from now on it counts as lost."""
+        if self._stream is not None:
+            self._stream.cancel()
+            self._stream = None
+        self._note_fault(kind, detail)
+        self._lose(ProtocolError(f"{self.receipt.decode} {FAULTS[kind]}"))
+
+    def _note_fault(self, kind: str, detail: str) -> None:
+        self.dispatcher.mesh.faults.note(kind, self.receipt.decode or "a worker", detail)
+
+    def _lose(self, error: MeshserveError) -> None:
+        """The worker has the sequence no more."""
+        if error.code in _LOSSES and not self._has_worker_begun:
+            self._lost += (self.receipt.decode or "a worker",)
+        self._retry_or_fail(error)
+
     def _retry_or_fail(self, error: MeshserveError) -> None:
         """Another worker takes the sequence over, with the tokens so far, unless the request itself seems to be what takes workers down."""
         dispatcher = self.dispatcher
-        self._note_attempt(error, self.account.leave(self._last_s))
-        if isinstance(error, (Overloaded, UnknownField)):
+        self._note_attempt(error)
+        if isinstance(error, (Overloaded, ProtocolError)):
             self._refusal = error
         is_enough = self._num_fruitless >= _MAX_ATTEMPTS or self._num_migrations > dispatcher.max_migrations
         if error.code not in _RETRIED_CODES or self.worker is None:
@@ -310,11 +336,10 @@ class Sequence:
             self.worker, self._routers, self._has_worker_begun = None, (), False
             self.route()
 
-    def _note_attempt(self, error: MeshserveError, took_ms: float) -> None:
+    def _note_attempt(self, error: MeshserveError) -> None:
         """A worker had the sequence and has it no more."""
-        peer, ms, num_tokens = self.dispatcher.mesh.name_of(self.worker or ""), round(took_ms, 3), len(self.output)
-        attempt = {"peer": peer, "role": "decode", "outcome": error.code, "tokens": num_tokens, "ms": ms}
-        self.receipt.attempts = [*self.receipt.attempts, attempt]
+        peer, num_tokens = self.dispatcher.mesh.name_of(self.worker or ""), len(self.output)
+        self.account.leave(peer, error.code, num_tokens, self._last_s)
         self._attempt += 1
         if not self._has_worker_begun:
             # of a sequence that has begun, workers that are full cost time and no attempt: how long it waits is bounded
@@ -322,14 +347,12 @@ class Sequence:
             return
         self._num_migrations += 1
         self._model_hash = self._model_hash or self.dispatcher.model_hash(self.worker or "")
-        self._moved = {"from": self.receipt.decode, "outcome": error.code, "position": num_tokens}
+        self.account.moved = {"from": self.receipt.decode, "outcome": error.code, "position": num_tokens}
         if self.account.histograms is None:  # nobody wrote down when each token came
             self._last_s = monotonic()
 
     def worker_suspected(self) -> None:
-        """Its worker is silent: another one takes over if there is one, and should the silent one go on, its tokens are not taken any more.
-        If there is none, the silent one is all there is to wait for.
-        """
+        """Another worker takes over if there is one; if there is none, the silent one is all there is to wait for."""
         workers = self.dispatcher.mesh.peers_serving("decode", self.asked.model)
         if self._stream is not None and any(info.incarnation not in self._excluded for info in workers):
             self._stream.cancel()
@@ -338,9 +361,7 @@ class Sequence:
     # --- the end
 
     def _stop_early(self) -> None:
-        """A stop string was found: the worker need not go on. What it found in its cache is known from its
-        word with the first tokens, or else from the router.
-        """
+        """A stop string was found. What the worker had cached, it said with its first tokens, or else the router says."""
         self.account.settle()
         if self.account.early is None and not self.receipt.continuations:
             num_overlap = self._num_overlap_blocks * self.dispatcher.block_size(self.asked.model)

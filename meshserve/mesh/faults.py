@@ -1,0 +1,40 @@
+"""What members say that no sound peer says: a counter for each kind, and one warning with a count."""
+
+import logging
+import time
+
+from meshserve.mesh.repeats import Repeats
+from meshserve.telemetry import Counters, log_event, printable
+
+_log = logging.getLogger(__name__)
+
+FAULTS = {
+    "end": "ended a sequence that was not at its end",
+    "excess": "gave more tokens than were asked for",
+    "order": "gave tokens that do not follow each other",
+    "token": "gave a token that its model does not have, or log probabilities that are none",
+    "item": "sent something that cannot be read in place of tokens",
+    "error": "reported an error that cannot be read",
+    "report": "reported a state that cannot be",
+    "stall": "lives, and made no progress on a request for too long",
+}
+"""By kind, in words that follow a peer's name. The counter of a kind is `faults_KIND`."""
+
+_MAX_DETAIL = 200
+
+
+class Faults:
+    """Of all members, as one peer met them. A fault costs its request another worker, and its peer nothing but the words here."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters, self._repeats = counters, Repeats()
+
+    def note(self, kind: str, who: str, detail: str = "") -> None:
+        """The peer of this name had a fault of this kind. People hear of the first, and then now and again how many there were."""
+        self._counters.add(f"faults_{kind}")
+        num_times = self._repeats.again(kind, time.monotonic())
+        if num_times:
+            seen = f", {num_times} times so far" if num_times > 1 else ""
+            said = f": {printable(detail[:_MAX_DETAIL])}" if detail else ""
+            text = f"{who} {FAULTS[kind]}{said}{seen}; it needs an upgrade or a restart"
+            log_event(_log, "peer_faulty", text, logging.WARNING, peer=who, kind=kind, times=num_times)
