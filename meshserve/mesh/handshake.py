@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from meshserve.config import PROTOCOL_MAJOR, PROTOCOL_MINOR, MeshConfig
 from meshserve.errors import HandshakeRefused, MeshserveError, PeerLost, ProtocolError, from_wire
@@ -82,6 +83,14 @@ def _delay_s(index: int, stagger_s: float) -> float:
     return min(index, _MAX_STAGGERED) * stagger_s + max(0, index - _MAX_STAGGERED) * stagger_s / 5
 
 
+class _Greeting(NamedTuple):
+    """A hello that waits for its answer: which incarnation is expected (None: any), at which host."""
+
+    expected: str | None
+    host: str
+    answer: asyncio.Future[Hello]
+
+
 class Dialler:
     """Dials peers: all their addresses, each a little later than the one before, until one answers with the right hello."""
 
@@ -91,21 +100,29 @@ class Dialler:
         self._config, self._transport, self._own_hello = config, transport, own_hello
         self.addresses = addresses
         """This host's own, which tell what it reaches best."""
-        self._greeted: dict[Channel, asyncio.Future[Envelope]] = {}
+        self.is_closed = False
+        """No further hello is sent: this peer leaves."""
+        self._greeted: dict[Channel, _Greeting] = {}
 
     def answered(self, channel: Channel, message: Envelope) -> bool:
         """A WELCOME or REFUSED came in; False if no dial waits for it."""
-        waiting = self._greeted.get(channel)
-        if waiting is None or waiting.done():
+        greeting = self._greeted.get(channel)
+        if greeting is None or greeting.answer.done():
             return False
-        waiting.set_result(message)
+        try:
+            hello = self._checked(message, greeting.expected, greeting.host)
+        except MeshserveError as error:
+            greeting.answer.set_exception(error)
+        else:
+            channel.peer = hello.peer.incarnation  # now: a goodbye may follow in the very frame
+            greeting.answer.set_result(hello)
         return True
 
     def lost(self, channel: Channel, reason: str) -> None:
         """The channel broke before its welcome."""
-        waiting = self._greeted.get(channel)
-        if waiting is not None and not waiting.done():
-            waiting.set_exception(PeerLost(reason))
+        greeting = self._greeted.get(channel)
+        if greeting is not None and not greeting.answer.done():
+            greeting.answer.set_exception(PeerLost(reason))
 
     async def dial(self, dial: Dial) -> Reached:
         """Raises DialFailed with the reason of each address."""
@@ -151,12 +168,14 @@ class Dialler:
 
     async def _greet(self, dial: Dial, host: str) -> Reached:
         channel = await self._transport.dial(host, dial.port, self._config.dial_timeout_s)
-        waiting = self._greeted[channel] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Hello] = asyncio.get_running_loop().create_future()
+        self._greeted[channel] = _Greeting(dial.incarnation, host, answer)
         try:
+            if self.is_closed:
+                raise PeerLost("this peer leaves")
             channel.send([HELLO, self._own_hello(dial.incarnation).to_wire()])
             async with asyncio.timeout(self._config.dial_timeout_s):
-                message = await waiting
-            return Reached(channel, self._checked(message, dial.incarnation, host), (host, dial.port))
+                return Reached(channel, await answer, (host, dial.port))
         except BaseException as error:
             self._transport.drop(channel)
             if isinstance(error, TimeoutError):

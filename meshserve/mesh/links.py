@@ -59,7 +59,7 @@ class Links:
         self._dialler = Dialler(config, self.transport, self._hello, addresses)
         self.search = Search(config, self._on_seed, self._on_announced, self._started_s)
         self._tasks = TaskOwner()
-        self._is_dial_due = self._is_changed = False
+        self._is_dial_due = self._is_changed = self._is_leaving = False
         self._errors: set[str] = set()
 
     # --- life
@@ -103,14 +103,19 @@ class Links:
             channel.send([frames.HELLO, self._hello(None).to_wire()])
 
     async def close(self) -> None:
-        """Say goodbye and give everything back."""
-        for channel in self.channels.values():
+        """Say goodbye on every connection, and give everything back.
+
+        Also where only one of the two peers has dialled, or is about to: a peer that heard our hello and no goodbye would
+        take us for dead.
+        """
+        self._is_leaving = self._dialler.is_closed = True
+        for channel in self.transport.greeted():
             channel.send([frames.GOODBYE, "bye"])
         self.transport.turn.flush()
-        await self.transport.part(self.channels)
+        await self.transport.part()
+        self.transport.close()  # before the tasks end: a dial that is cancelled would drop its connection with the goodbye on it
         await self._tasks.close()
         await self.search.close()
-        self.transport.close()
 
     # --- what comes in
 
@@ -121,7 +126,7 @@ class Links:
             self._heard(channel.peer, now_s)
         receive = self._calls.received
         for message in messages:
-            if channel.is_broken:  # the peer said goodbye, say
+            if channel.is_broken and not self.transport.is_open(channel):  # the peer said goodbye, say
                 return
             kind = message[0]
             if kind >= frames.OPEN and channel.peer:
@@ -185,6 +190,8 @@ class Links:
         channel.peer = hello.peer.incarnation
         self._accept(channel, hello.link_number)
         channel.send([frames.WELCOME, self._hello(None).to_wire()])
+        if self._is_leaving:
+            channel.send([frames.GOODBYE, "bye"])
 
     def _accept(self, channel: Channel, link_number: int) -> None:
         """A peer may have several connections to us for a while: two of its dials answered, and one is yet to be closed. All count.
@@ -305,7 +312,7 @@ class Links:
         self._tell(self.membership.linked(incarnation, reached.address, time.monotonic()))
 
     def _note_refusal(self, dial: Dial, error: DialFailed) -> None:
-        if self.membership.has_left(dial.incarnation):
+        if self._is_leaving or self.membership.has_left(dial.incarnation):
             return
         if not error.is_refused and "dialled yourself" not in error.message:
             place = f"{dial.addresses[0]}:{dial.port}"

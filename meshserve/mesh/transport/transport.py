@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import NamedTuple
 
 import zmq
@@ -62,7 +62,8 @@ class _Dealer:
         if not self.is_up.done():
             self.is_up.set_exception(PeerLost(KEYS_DIFFER if reason == CONNECTION_CLOSED else reason))
         else:
-            self._transport.lost(self.channel, reason)
+            self.reader.drain()  # the last that it sent
+            self._transport.lose_when_read(self.channel, reason)
 
     def close(self, linger_ms: int = 0) -> None:
         if not self.is_up.done():
@@ -139,7 +140,11 @@ class Transport:
 
     def channel(self, send: SendFrame) -> Channel:
         """A new channel over this socket."""
-        return Channel(self.config, self.turn, send, lambda channel: self.lost(channel, "overflow or unreachable"))
+        return Channel(self.config, self.turn, send, lambda channel: self.lose_when_read(channel, "overflow or unreachable"))
+
+    def is_open(self, channel: Channel) -> bool:
+        """Whether messages of this channel still count."""
+        return channel in self._dealers or channel in self._routing_ids
 
     def drop(self, channel: Channel) -> None:
         """Forget a channel and close its socket if it has one of its own. Safe to call twice."""
@@ -208,13 +213,15 @@ class Transport:
         """A connection to the ROUTER is gone, on which messages may still wait to be read, such as a goodbye."""
         channel = self._by_descriptor.pop(descriptor, None)
         if channel is not None:
-            self._loop.call_soon(self._lose_when_read, channel, _MAX_TURNS_TO_READ)
+            self._loop.call_soon(self.lose_when_read, channel, CONNECTION_CLOSED)
 
-    def _lose_when_read(self, channel: Channel, num_turns_left: int) -> None:
-        if num_turns_left and self._router is not None and self._router.reader.has_input():
-            self._loop.call_soon(self._lose_when_read, channel, num_turns_left - 1)
+    def lose_when_read(self, channel: Channel, reason: str, num_turns: int = _MAX_TURNS_TO_READ) -> None:
+        """A connection broke, and the ROUTER may still hold a goodbye of its peer."""
+        if num_turns and self._router is not None and self._router.reader.has_input():
+            self._router.reader.drain_soon()  # looking may have swallowed the edge of what came in
+            self._loop.call_soon(self.lose_when_read, channel, reason, num_turns - 1)
         else:
-            self.lost(channel, CONNECTION_CLOSED)
+            self.lost(channel, reason)
 
     @property
     def num_inbound(self) -> int:
@@ -235,13 +242,17 @@ class Transport:
                 self._counters.add("connections_without_hello")
                 self.drop(channel)
 
-    async def part(self, peers: Collection[str]) -> None:
-        """Wait until these peers, which were told goodbye, have closed their connections; for a moment at most.
+    def greeted(self) -> list[Channel]:
+        """Channels on which a hello has passed, or may be on its way."""
+        return [*self._dealers, *(channel for channel in self._inbound.values() if channel.peer)]
+
+    async def part(self) -> None:
+        """Wait until the peers, which were told goodbye, have closed their connections; for a moment at most.
 
         One that saw ours close before it read the goodbye would take this peer for dead.
         """
         ends_s = time.monotonic() + _LINGER_MS / 1000
-        while time.monotonic() < ends_s and any(channel.peer in peers for channel in self._inbound.values()):
+        while time.monotonic() < ends_s and any(channel.peer for channel in self._inbound.values()):
             await asyncio.sleep(_PARTING_CHECK_S)
 
     def close(self) -> None:
@@ -256,4 +267,4 @@ class Transport:
         if self._router is not None:
             self._router.monitor.close()
             self._router.reader.close()
-            self._router.socket.close()
+            self._router.socket.close(_LINGER_MS)
