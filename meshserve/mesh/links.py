@@ -103,11 +103,7 @@ class Links:
             channel.send([frames.HELLO, self._hello(None).to_wire()])
 
     async def close(self) -> None:
-        """Say goodbye on every connection, and give everything back.
-
-        Also where only one of the two peers has dialled, or is about to: a peer that heard our hello and no goodbye would
-        take us for dead.
-        """
+        """Say goodbye wherever a hello may have passed, as who hears no goodbye takes us for dead; and give everything back."""
         self._is_leaving = self._dialler.is_closed = True
         for channel in self.transport.greeted():
             channel.send([frames.GOODBYE, "bye"])
@@ -258,8 +254,7 @@ class Links:
         elif channel in self._inbound.get(channel.peer, ()):
             self._inbound[channel.peer].remove(channel)
             self._calls.peer_stopped_listening(channel.peer, CONNECTION_CLOSED, channel)
-            if not self._inbound[channel.peer] and channel.peer not in self.channels:
-                # the only connection that there was: whether the peer lives a dial will tell
+            if not self._inbound[channel.peer] and channel.peer not in self.channels:  # there was no other: a dial will tell
                 self._tell(self.membership.unlinked(channel.peer, time.monotonic()))
                 self._dial_soon()
 
@@ -299,7 +294,6 @@ class Links:
         incarnation = reached.hello.peer.incarnation
         self.refused.pop(dial.key, None)
         self.sightings.reached(dial)
-        reached.channel.peer = incarnation
         self._learn(reached.hello)
         self.membership.dial_found(dial.key, incarnation, time.monotonic())
         if incarnation in self.channels or incarnation not in self.membership.members:  # the other dial was faster; or it left
@@ -307,9 +301,9 @@ class Links:
             return
         if reached.channel.is_broken:  # lost again before it could be of use
             self._tell(self.membership.dial_failed(dial, False, time.monotonic()))
-            return
-        self.channels[incarnation] = reached.channel
-        self._tell(self.membership.linked(incarnation, reached.address, time.monotonic()))
+        else:
+            self.channels[incarnation] = reached.channel
+            self._tell(self.membership.linked(incarnation, reached.address, time.monotonic()))
 
     def _note_refusal(self, dial: Dial, error: DialFailed) -> None:
         if self._is_leaving or self.membership.has_left(dial.incarnation):
@@ -389,10 +383,9 @@ class Links:
 
     def _gossip(self) -> None:
         """Tell a few peers of those that we know: gossip reaches all in a few rounds, whatever the mesh's size."""
-        fanout = _GOSSIP_FANOUT if self._is_changed else 1
+        fanout = min(_GOSSIP_FANOUT if self._is_changed else 1, len(self.channels))
         self._is_changed = False
-        channels = list(self.channels.values())
-        for channel in random.sample(channels, min(fanout, len(channels))):
+        for channel in random.sample(list(self.channels.values()), fanout):
             channel.send([frames.HELLO, self._hello(None).to_wire()])
             self._counters.add("hellos_sent")
 

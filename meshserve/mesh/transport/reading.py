@@ -7,6 +7,7 @@ half-way through a message. (Reading the descriptor under uvloop costs about two
 
 import asyncio
 import contextlib
+import os
 import socket
 import struct
 from collections.abc import Callable, Container
@@ -223,7 +224,7 @@ class ConnectionMonitor(_Monitor):
 
     def _on_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_CONNECTED:
-            self.near_address = _address_of(value, is_far=False)
+            self.near_address = address_of(value, is_far=False)
         elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             self._on_up()
         else:
@@ -266,7 +267,7 @@ class RouterMonitor(_Monitor):
 
     def _on_event(self, event: int, value: int) -> None:
         if event == zmq.EVENT_ACCEPTED:
-            self.addresses[value] = _address_of(value)
+            self.addresses[value] = address_of(value)
         elif event in _FAILED:
             if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:  # those of ZAP count themselves
                 self._counters.add("strangers_refused")
@@ -280,9 +281,16 @@ class RouterMonitor(_Monitor):
             self._reason = None
 
 
-def _address_of(descriptor: int, is_far: bool = True) -> str:
+def address_of(descriptor: int, is_far: bool = True) -> str:
     """Of the other end, or of this one. The connection may be gone by now, and its number another's: no more than a hint."""
-    with contextlib.suppress(OSError), socket.fromfd(descriptor, socket.AF_INET6, socket.SOCK_STREAM) as connection:
-        name = connection.getpeername() if is_far else connection.getsockname()
-        return str(name[0]).removeprefix("::ffff:")
+    with contextlib.suppress(OSError):
+        copy = os.dup(descriptor)
+        try:
+            connection = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, fileno=copy)
+        except OSError:  # no socket any more; `socket.fromfd` would leave the copy open
+            os.close(copy)
+            raise
+        with connection:
+            name = connection.getpeername() if is_far else connection.getsockname()
+            return str(name[0]).removeprefix("::ffff:")
     return ""
