@@ -175,10 +175,10 @@ def full(clients: Clients, *waiting: str) -> Iterator[None]:
     """The first key has all places, and these keys wait; all of them leave in the end."""
     with ExitStack() as stack:
         stack.enter_context(closing(ask_and_hold(clients, KEYS[0], NUM_PLACES)))
-        wait_until(lambda: level(clients, "places") == NUM_PLACES, FREE_S, "all places are taken")
+        wait_until(lambda: level(clients, "admission_slots") == NUM_PLACES, FREE_S, "all places are taken")
         for number, key in enumerate(waiting, 1):
             stack.enter_context(closing(ask_and_hold(clients, key, 1)))
-            wait_until(lambda number=number: level(clients, "waiting_for_a_place") == number, FREE_S, "it waits")  # type: ignore[misc]
+            wait_until(lambda number=number: level(clients, "waiting_for_admission") == number, FREE_S, "it waits")  # type: ignore[misc]
         yield
     wait_until_free(clients)
 

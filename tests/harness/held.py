@@ -7,9 +7,9 @@ STANDING = frozenset(("worker.watch", "worker.load", "router.in_flight", "feed.w
 _LOAD = ("num_running", "num_waiting", "waiting_prefill_tokens", "used_blocks", "num_tickets")
 _ASKERS_OWN = "http_connections"
 _EXPECTED = {
-    "frontend": frozenset(("http_requests", "places", "waiting_for_a_place", "cancellable", "http_connections")),
+    "frontend": frozenset(("http_requests", "admission_slots", "waiting_for_admission", "cancellable", "http_connections")),
     "processor": frozenset(("requests",)),
-    "router": frozenset(("bookings", "booked_tokens")),
+    "router": frozenset(("in_flight_reservations", "reserved_tokens")),
     "decode": frozenset(("sequences", "handoffs")),
     "prefill": frozenset(("tickets", "attempts")),
 }

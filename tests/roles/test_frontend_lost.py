@@ -49,7 +49,7 @@ def first_words(waiting: dict[int, socket.socket], deadline_s: float) -> list[by
 
 def num_waiting(client: httpx.Client) -> int:
     """For a place, at the frontend."""
-    return sum(peer["held"].get("waiting_for_a_place", 0) for peer in client.get("/mesh/peers").json())
+    return sum(peer["held"].get("waiting_for_admission", 0) for peer in client.get("/mesh/peers").json())
 
 
 def test_row_14_all_who_wait_for_a_place_are_told_when_the_processor_dies() -> None:

@@ -78,8 +78,8 @@ class AdmissionSlots:
         """What is still to be told."""
         self._is_deciding = False
         self._timer: asyncio.TimerHandle | None = None
-        mesh.gauges.derive("places", lambda: sum(found.admission.num_running for found in self._models.values()))
-        mesh.gauges.derive("waiting_for_a_place", self.num_waiting)
+        mesh.gauges.derive("admission_slots", lambda: sum(found.admission.num_running for found in self._models.values()))
+        mesh.gauges.derive("waiting_for_admission", self.num_waiting)
         mesh.subscribe(self._on_change)
         if "decode" in mesh.own.roles:
             self._follow(mesh.incarnation)
