@@ -59,8 +59,13 @@ class Claim:
 
 
 def _usual_path() -> Path:
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(runtime, "meshserve-claims") if runtime else Path(tempfile.gettempdir(), f"meshserve-claims-{os.getuid()}")
+    if runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(runtime, "meshserve-claims")
+    try:
+        temporary = tempfile.gettempdir()
+    except FileNotFoundError:  # none can be written, as in a read-only container: opening the file says why
+        temporary = "/tmp"
+    return Path(temporary, f"meshserve-claims-{os.getuid()}")
 
 
 @contextlib.contextmanager

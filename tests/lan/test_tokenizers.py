@@ -69,13 +69,3 @@ def test_mixed_models_in_one_mesh_keep_their_own_tokenizers(lan: Lan, tmp_path: 
         expected = HuggingFaceTokenizer(files_of(kind)).encode("<s><|user|>say something</s><|assistant|>", add_special_tokens=False)
         assert ask(hosts[0], model)["usage"]["prompt_tokens"] == len(expected)
     assert ask(hosts[0], "third")["usage"]["prompt_tokens"] == len("user: say something\nassistant:")
-
-
-def test_row_30_a_processor_without_a_home_serves_and_says_what_it_cannot_keep(lan: Lan, tmp_path: Path) -> None:
-    front_host, worker_host = lan.add_host(), lan.add_host()
-    directory = write_directory(tmp_path / "model", files_of("byte-level"))
-    front = front_host.run(*FRONT, env={"XDG_CACHE_HOME": "/dev/null/nowhere", "HOME": "/dev/null"})
-    worker_host.run("--role", "decode", "--engine-opt", f"tokenizer={directory}")
-    front.wait_for_line("^1 decode", READY_S)
-    assert ask(front_host, "dummy")["choices"][0]["message"]["content"]
-    assert front.stderr_text.count("cannot be kept") == 1

@@ -26,16 +26,25 @@ def places() -> list[Path]:
     base = os.environ.get("XDG_CACHE_HOME", "")
     with contextlib.suppress(RuntimeError):  # no home
         found.append((Path(base) if base.startswith("/") else Path.home() / ".cache") / "meshserve" / "models")
-    with contextlib.suppress(FileNotFoundError):  # not even a temporary folder can be written
-        found.append(Path(tempfile.gettempdir()) / f"meshserve-{os.getuid()}")
+    if (temporary := _temporary()) is not None:
+        found.append(temporary / f"meshserve-{os.getuid()}")
     return found
+
+
+def _temporary() -> Path | None:
+    """The folder for temporary files; None where none can be written."""
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError:
+        return None
 
 
 def prepare(directory: Path) -> None:
     """Make the folder, for this user alone. Raises OSError where that cannot be done, or where others could change what is in it."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.stat(follow_symlinks=False)
-    if directory.parent == Path(tempfile.gettempdir()) and (found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode)):
+    is_own = found.st_uid == os.getuid() and stat.S_ISDIR(found.st_mode)
+    if directory.parent == _temporary() and not is_own:
         raise PermissionError(errno.EACCES, "another user made this folder")
     if not os.access(directory, os.W_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
