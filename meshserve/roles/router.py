@@ -68,6 +68,10 @@ class RouterRole:
                 )
         elif change in (Change.DIED, Change.LEFT):
             self._forget(incarnation)
+        if change in (Change.JOINED, Change.DIED, Change.LEFT):
+            # a worker has a suffix to its name only while there is another worker of that name
+            for worker in self._workers:
+                self.fleet.rename(worker, self._mesh.name_of(worker))
 
     def _follow(self, incarnation: str) -> None:
         if incarnation in self._workers:

@@ -180,6 +180,11 @@ class Fleet:
             worker = self._workers[incarnation] = Worker(incarnation, name, kind)
             self._kinds.setdefault(kind, Kind()).join(worker)
 
+    def rename(self, incarnation: str, name: str) -> None:
+        """Call a worker by another name from now on. Harmless for one that is not followed."""
+        if incarnation in self._workers:
+            self._workers[incarnation].name = name
+
     def leave(self, incarnation: str) -> None:
         """Forget a worker that is gone, and its blocks. Harmless for one that is not followed."""
         worker = self._workers.pop(incarnation, None)

@@ -97,6 +97,15 @@ def test_blocks_of_a_worker_that_left_or_whose_watch_begins_anew_are_not_counted
         assert found.choose("kv", Question("r", PROMPT, WORKERS), 0.0).decode[0].overlap_blocks == 0
 
 
+def test_a_worker_that_is_renamed_has_its_new_name_in_the_next_answer() -> None:
+    found = fleet()
+    found.rename("w1", "worker")
+    found.rename("nobody", "worker")
+    answer = found.choose("round-robin", Question("r", PROMPT, WORKERS), 0.0)
+    names = {candidate.incarnation: candidate.peer for candidate in answer.decode}
+    assert names == {"w0": "W0", "w1": "worker", "w2": "W2"}
+
+
 def test_a_hot_prefix_gets_homes_on_several_workers_and_says_why() -> None:
     found = fleet()
     found.report("w0", WorkerReport(WorkerLoad(num_blocks=1000, num_running=6), tuple(HASHES)), 0.0)
