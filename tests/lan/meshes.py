@@ -104,12 +104,12 @@ def start_recorded(lan: Lan, record: Path, num_decode: int, num_prefill: int, *o
     return mesh
 
 
-def undisturbed(lan: Lan, prompts: list[str], max_tokens: int = 24) -> list[str]:
+def undisturbed(lan: Lan, prompts: list[str], max_tokens: int = 24, **fields: Any) -> list[str]:
     """What a peer alone answers."""
     host = lan.add_host()
     alone = LanMesh(host, host.run("--role", "all", "--mesh", "undisturbed"))
     alone.frontend.wait_for_line("^1 decode, 1 prefill ready", READY_S)
-    return [text_of(answer) for answer in alone.complete_all(prompts, 8, max_tokens)]
+    return [text_of(answer) for answer in alone.complete_all(prompts, 8, max_tokens, **fields)]
 
 
 def long_prompts(count: int, repeats: int = 20) -> list[str]:

@@ -2,14 +2,16 @@
 
 import json
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pytest
 
-from tests.harness import Lan, wait_until
+from tests.harness import Host, Lan, Process, wait_until
 from tests.harness.pressure import allowance_s
 from tests.harness.waiting import pace
 from tests.lan.meshes import HTTP, READY_S, LanMesh, start_aggregated, text_of, undisturbed
+from tests.lan.streams import Stream
 
 NOTICED_S = 0.2
 FAILURE_TIMEOUT_S = 1.5
@@ -155,3 +157,98 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(lan: Lan) -> None:
         assert len(later) == 4
         assert all(len(text_of(future.result())) > 60 for future in running)
     assert mesh.decode[1].wait() == 0
+
+
+@dataclass
+class Split:
+    """A mesh whose frontend, processor and decode worker have a host each.
+
+    The worker's peer is a frontend too, which no fault befalls.
+    """
+
+    mesh: LanMesh
+    hosts: dict[str, Host]
+    processes: dict[str, Process]
+
+    def num_running(self) -> int:
+        """Sequences of the decode worker."""
+        peers = self.hosts["decode"].get(f"{HTTP}/mesh/peers").json()
+        return sum((peer["load"] or {}).get("num_running", 0) for peer in peers)
+
+
+def start_split(lan: Lan) -> Split:
+    roles = {"frontend": "frontend", "processor": "processor", "decode": "frontend,router,decode"}
+    hosts = {name: lan.add_host(name) for name in roles}
+    slow = ("--engine-opt", "step_ms=10")
+    processes = {name: hosts[name].run("--role", roles[name], *slow) for name in roles}
+    processes["decode"].wait_for_line("^1 decode", READY_S)
+    split = Split(LanMesh(hosts["frontend"], processes["frontend"]), hosts, processes)
+    split.mesh.wait_until_all_meet(3)
+    return split
+
+
+PROMPTS = [f"stream {number}" for number in range(4)]
+
+
+def run_streams(
+    pool: ThreadPoolExecutor, split: Split, num_tokens: int
+) -> tuple[list[Stream], list[Future[Stream]]]:
+    """Streams that have begun."""
+    streams = [Stream(split.mesh, prompt, num_tokens) for prompt in PROMPTS]
+    running = [pool.submit(stream.run) for stream in streams]
+
+    def all_run() -> bool:
+        return all(len(stream.chunks) > 10 for stream in streams)
+
+    wait_until(all_run, READY_S, "all streams run")
+    return streams, running
+
+
+@pytest.mark.parametrize("silent", ["processor", pytest.param("frontend", marks=pytest.mark.full)])
+def test_row_14_a_frontend_or_processor_that_is_silent_for_3_s_loses_no_stream(
+    lan: Lan, silent: str
+) -> None:
+    split = start_split(lan)
+    with ThreadPoolExecutor(4) as pool:
+        streams, running = run_streams(pool, split, 400)
+        split.processes[silent].stop()
+        pace(3.0)
+        split.processes[silent].resume()
+        for stream in running:
+            stream.result()
+    assert not any(stream.receipt["migrations"] for stream in streams)
+    assert [stream.text for stream in streams] == undisturbed(lan, PROMPTS, 400, ignore_eos=True)
+
+
+DROPPED_S = 0.5
+DEATH_S = 5.0
+"""A silent peer is dead so long after it was suspected."""
+
+
+@pytest.mark.parametrize(
+    "is_silent",
+    [False, pytest.param(True, marks=pytest.mark.full)],
+    ids=["killed", "unplugged"],
+)
+@pytest.mark.parametrize("dead", ["frontend", "processor"])
+def test_row_14_what_a_dead_frontend_or_processor_had_asked_for_is_dropped(
+    lan: Lan, dead: str, is_silent: bool
+) -> None:
+    split = start_split(lan)
+    with ThreadPoolExecutor(4) as pool:
+        _, running = run_streams(pool, split, 10_000)
+        died_s = time.monotonic()
+        if is_silent:
+            split.hosts[dead].link_down()
+        else:
+            split.processes[dead].kill()
+        wait_until(lambda: split.num_running() == 0, 4 * DEATH_S, "the worker is idle")
+        took_s = time.monotonic() - died_s
+        if is_silent:
+            split.processes[dead].kill()
+            split.processes["frontend"].kill()
+        for stream in running:
+            assert stream.exception() or not stream.result().is_done
+    print(f"dropped after {took_s:.2f} s")
+    noticed_s = FAILURE_TIMEOUT_S + DEATH_S if is_silent else 0.0
+    assert took_s <= noticed_s + DROPPED_S + allowance_s(died_s)

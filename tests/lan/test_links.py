@@ -14,7 +14,10 @@ def counter(mesh: LanMesh, name: str) -> int:
     return sum(peer["counters"].get(name, 0) for peer in mesh.peers())
 
 
-@pytest.mark.parametrize("watched_s", [15.0, pytest.param(600.0, marks=pytest.mark.full)])
+@pytest.mark.parametrize(
+    "watched_s",
+    [15.0, pytest.param(600.0, marks=(pytest.mark.full, pytest.mark.timeout(1200)))],
+)
 def test_row_38_a_host_that_is_rebooted_at_the_same_address_keeps_its_links(lan: Lan, watched_s: float) -> None:
     mesh = start_aggregated(lan, "--failure-timeout", "1.5")
     rebooted = lan.hosts[1]

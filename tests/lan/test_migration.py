@@ -1,6 +1,6 @@
 """Streams whose decode worker is lost: another one goes on, and a client sees a pause and nothing else."""
 
-import json
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,62 +15,11 @@ from tests.harness.engines import KILL_MARK
 from tests.harness.pressure import allowance_s
 from tests.harness.records import Record
 from tests.lan.llama_mesh import SERVED, Load, start_front
-from tests.lan.meshes import HTTP, READY_S, LanMesh
+from tests.lan.meshes import READY_S, LanMesh, undisturbed
+from tests.lan.streams import Stream, undisturbed_texts
 
 FAILURE_TIMEOUT_S = 1.5
 PACED = ("--engine-opt", "step_ms=10")
-
-
-class Stream:
-    """One streamed completion or chat, as its client reads it."""
-
-    def __init__(self, mesh: LanMesh, prompt: str | list[int], max_tokens: int, **fields: Any) -> None:
-        self._mesh = mesh
-        self._path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
-        asked = {} if "messages" in fields else {"prompt": prompt}
-        self._body = {"model": "dummy", **asked, "max_tokens": max_tokens, "stream": True, "ignore_eos": True, **fields}
-        self._body["meshserve"] = {"receipt": True}
-        self.chunks: list[dict[str, Any]] = []
-        self.came_s: list[float] = []
-        self.is_done = False
-
-    def run(self) -> "Stream":
-        """Read it to its end."""
-        with self._mesh.front.stream("POST", f"{HTTP}{self._path}", self._body, timeout_s=60.0) as received:
-            for line in received:
-                data = line.strip().removeprefix("data: ")
-                if data == "[DONE]":
-                    self.is_done = True
-                elif data:
-                    self.chunks.append(json.loads(data))
-                    self.came_s.append(time.monotonic())
-        return self
-
-    @property
-    def text(self) -> str:
-        """All of it; an error fails the test."""
-        assert self.is_done, self.chunks[-1:]
-        return "".join(choice["text"] for chunk in self.chunks for choice in chunk["choices"])
-
-    @property
-    def said(self) -> list[str]:
-        """All that was said of each answer, in order: text, calls, log probabilities, how it ended; an error fails the test."""
-        assert self.is_done, self.chunks[-1:]
-        choices = [choice for chunk in self.chunks for choice in chunk["choices"]]
-        for call in [call for choice in choices for call in choice.get("delta", {}).get("tool_calls") or []]:
-            call.pop("id", None)  # made up for each answer
-        return [json.dumps(choice) for choice in sorted(choices, key=lambda choice: int(choice["index"]))]
-
-    @property
-    def receipt(self) -> dict[str, Any]:
-        """What the last chunk brought."""
-        found: dict[str, Any] = next(chunk["meshserve"] for chunk in reversed(self.chunks) if chunk.get("meshserve"))
-        return found
-
-    @property
-    def longest_pause_s(self) -> float:
-        """Between two chunks."""
-        return max(later - sooner for sooner, later in zip(self.came_s, self.came_s[1:], strict=False))
 
 
 @dataclass
@@ -100,14 +49,6 @@ def start(lan: Lan, num_decode: int, *options: str, front: tuple[str, ...] = ())
     mesh.decode = [host.run("--role", "decode", *mesh.options) for host in mesh.hosts]
     mesh.wait_until_ready()
     return mesh
-
-
-def undisturbed_texts(mesh: LanMesh, count: int, max_tokens: int) -> list[str]:
-    """What the same streams say while nothing is lost."""
-    with ThreadPoolExecutor(count) as pool:
-        streams = list(pool.map(lambda number: Stream(mesh, f"stream {number}", max_tokens).run(), range(count)))
-    assert not any(stream.receipt["migrations"] for stream in streams)
-    return [stream.text for stream in streams]
 
 
 def test_row_6_a_stream_goes_on_at_another_worker_when_its_own_is_killed(lan: Lan) -> None:
@@ -213,37 +154,66 @@ def test_row_20_a_stream_that_kills_whoever_goes_on_with_it_ends_after_two(lan: 
     mesh.frontend.wait_for_line("^1 decode", READY_S)
 
 
+def kill_one_every_second(mesh: Workers, are_through: Callable[[], bool]) -> None:
+    """The workers in turn, each started again at once, until nothing runs any more."""
+    due_s = time.monotonic()
+    for number in itertools.count():
+        due_s += 1.0
+        pace(max(0.0, due_s - time.monotonic()))
+        if are_through():
+            return
+        mesh.start_again(number % len(mesh.decode))
+
+
+PAUSE_S = 0.5
+"""Beyond the prefill of prompt and tokens so far, which takes this engine no time."""
+
+
+def assert_no_long_pause(streams: Sequence[Stream]) -> None:
+    """No client waited for long between two chunks, but for what the machine stalled meanwhile."""
+    for stream in streams:
+        for sooner_s, later_s in itertools.pairwise(stream.came_s):
+            if later_s - sooner_s > PAUSE_S:
+                assert later_s - sooner_s <= PAUSE_S + allowance_s(sooner_s, later_s)
+
+
 @pytest.mark.parametrize(
-    ("num_streams", "num_tokens", "most_kills"),
-    [(10, 400, 6), pytest.param(100, 1000, 60, marks=pytest.mark.full)],
+    ("num_streams", "num_tokens", "step_ms", "least_s", "least_migrations", "least_thrice"),
+    [(10, 400, 10, 4.0, 5, 0), pytest.param(100, 300, 40, 10.0, 50, 10, marks=pytest.mark.full)],
     ids=["ten", "hundred"],
 )
 def test_row_6_streams_are_whole_while_a_worker_is_killed_every_second(
-    lan: Lan, tmp_path: Path, num_streams: int, num_tokens: int, most_kills: int
+    lan: Lan,
+    tmp_path: Path,
+    num_streams: int,
+    num_tokens: int,
+    step_ms: int,
+    least_s: float,
+    least_migrations: int,
+    least_thrice: int,
 ) -> None:
     path = tmp_path / "record.jsonl"
-    mesh = start(lan, 3, "--record", str(path), front=("--record", str(path)))
-    streams = [Stream(mesh, f"stream {number}", num_tokens) for number in range(num_streams)]
+    record = ("--record", str(path))
+    mesh = start(lan, 3, *record, "--engine-opt", f"step_ms={step_ms}", front=record)
+    prompts = [f"stream {number}" for number in range(num_streams)]
+    streams = [Stream(mesh, prompt, num_tokens) for prompt in prompts]
     with ThreadPoolExecutor(num_streams) as pool:
         running = [pool.submit(stream.run) for stream in streams]
-        began_s = due_s = time.monotonic()
-        for number in range(most_kills):
-            due_s += 1.0
-            pace(max(0.0, due_s - time.monotonic()))
-            if all(stream.done() for stream in running):
-                break
-            mesh.start_again(number % 3)
+        kill_one_every_second(mesh, lambda: all(stream.done() for stream in running))
         for stream in running:
             stream.result()
     Record(path).check()
+    assert min(stream.came_s[-1] - stream.came_s[0] for stream in streams) >= least_s
     continued = [found for stream in streams for found in stream.receipt["continuations"]]
-    assert len(continued) >= num_streams / 2 and {found["outcome"] for found in continued} == {"peer_lost"}
-    assert sum(stream.receipt["migrations"] >= 3 for stream in streams) >= num_streams / 10 or most_kills < 10
-    longest_ms = max(found["pause_ms"] for found in continued)
-    print(f"\n{len(continued)} migrations, longest pause {longest_ms:.0f} ms")
-    assert longest_ms <= 500 + allowance_s(began_s) * 1000
-    mesh.wait_until_ready()
-    assert [stream.text for stream in streams] == undisturbed_texts(mesh, num_streams, num_tokens)
+    num_thrice = sum(stream.receipt["migrations"] >= 3 for stream in streams)
+    longest_s = max(stream.longest_pause_s for stream in streams)
+    print(f"\n{len(continued)} migrations, {num_thrice} streams with three or more")
+    print(f"longest pause {longest_s:.2f} s")
+    assert {found["outcome"] for found in continued} == {"peer_lost"}
+    assert len(continued) >= least_migrations and num_thrice >= least_thrice
+    assert_no_long_pause(streams)
+    expected = undisturbed(lan, prompts, num_tokens, ignore_eos=True)
+    assert [stream.text for stream in streams] == expected
 
 
 LONG = "It is worth handing over to somebody else. " * 30

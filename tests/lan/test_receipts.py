@@ -230,7 +230,7 @@ def can_fake_clocks() -> bool:
 
 
 @pytest.mark.skipif(not can_fake_clocks(), reason="there is no faketime under which a process can sleep")
-def test_receipts_add_up_with_the_hosts_clocks_hours_apart(lan: Lan, tmp_path: Path) -> None:
+def test_row_29_receipts_add_up_with_the_hosts_clocks_hours_apart(lan: Lan, tmp_path: Path) -> None:
     offsets = ("+0", "+5h", "-7h", "+26h")
     scene = start(lan, tmp_path, lambda number: clock(offsets[number]))
     run_all(scene, len(KINDS) * 2 + 6)
