@@ -108,6 +108,11 @@ class _Decode:
         self.requester = PrefillRequester(mesh, self.engine, HandoffConfig(max_prefill_queue=1 << 20))
         return self.requester.close
 
+    def can_hand_over(self, num_workers: int = 1) -> bool:
+        """Whether so many prefill workers and this peer reach each other."""
+        probe = GenerateRequest("probe", self.engine.card.model, array("I", [1, 1]))
+        return len(self.requester.choice.candidates(probe)) == num_workers
+
     async def hand_over(self, num_tokens: int) -> tuple[str, _Outcome]:
         """Have a prompt of so many tokens prefilled; no two prompts share a prefix."""
         self._num_requests += 1
@@ -131,8 +136,8 @@ async def compare_start(prefill: Connection, floor_port: int, num_pairs: int, nu
     decode = _Decode(engine)
     config = loopback("bench-queue", "decode", seeds=(f"127.0.0.1:{prefill.recv()}",))
     starts, floors = [], []
-    async with joined(config, engine, decode.build) as mesh:
-        await until(lambda: mesh.peers_with("prefill"))
+    async with joined(config, engine, decode.build):
+        await until(decode.can_hand_over)
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.linger = 0
             socket.connect(f"tcp://127.0.0.1:{floor_port}")
@@ -186,7 +191,7 @@ async def measure_waits(ports: list[int], arrivals: list[tuple[float, int]]) -> 
             await stack.enter_async_context(joined(loopback("bench-queue", "decode", seeds=seeds), decode.engine, decode.build))
             for decode in decodes
         ]
-        await until(lambda: all(len(mesh.peers_with("prefill")) == len(ports) for mesh in meshes))
+        await until(lambda: all(decode.can_hand_over(len(ports)) for decode in decodes))
         for decode in decodes:
             await asyncio.gather(*(decode.hand_over(_BLOCK_TOKENS) for _ in range(8)))  # connections are warm
         began_s = time.monotonic()
