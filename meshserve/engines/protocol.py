@@ -149,7 +149,8 @@ class Reservation(Protocol):
         """
 
     def release(self) -> None:
-        """Give the blocks back. Harmless after `generate` took the reservation, and when called twice."""
+        """Give the blocks back; full ones from the prompt's start on stay as prefixes. Harmless after `generate` took the
+        reservation, and when called twice."""
 
 
 BlockListener = Callable[[Sequence[int], Sequence[int]], None]

@@ -7,7 +7,7 @@ import xxhash
 
 from meshserve.engines.protocol import KVBlock
 from meshserve.errors import BlockRefused
-from meshserve.wire.handoff import BlockMark, BulkHeader, Claim
+from meshserve.wire.handoff import BlockMark, BulkHeader, Claim, HeldPart
 
 _QUICK_S = 0.2
 """A link that brings an acknowledgement so soon after the one before carries long messages: 10 Mbit/s and more. On a slower
@@ -18,6 +18,14 @@ reached all the same."""
 
 checksum = xxhash.xxh3_64_digest
 """Of a payload: 64 bits catch every truncation and flip that TCP's checksum lets through, at memory speed."""
+
+
+def held_part(pieces: Sequence[bytes | memoryview]) -> HeldPart:
+    """For the worker that sent these pieces, the first of a block."""
+    digest = xxhash.xxh3_64()
+    for piece in pieces:
+        digest.update(piece)
+    return HeldPart(sum(map(len, pieces)), digest.digest())
 
 
 def check_blocks(header: BulkHeader, payloads: Sequence[bytes | memoryview]) -> None:
@@ -49,8 +57,14 @@ class BlockWindow:
     """
 
     def __init__(
-        self, window_bytes: int, max_message_bytes: int, max_frames_per_message: int, max_frame_bytes: int
+        self,
+        window_bytes: int,
+        max_message_bytes: int,
+        max_frames_per_message: int,
+        max_frame_bytes: int,
+        held: HeldPart | None = None,
     ) -> None:
+        """`held` is what the decode worker has of the first block."""
         self._window_bytes, self._max_frames = window_bytes, max_frames_per_message
         self._max_message_bytes, self._max_frame_bytes = max_message_bytes, max_frame_bytes
         self._message_bytes = max_frame_bytes
@@ -58,11 +72,21 @@ class BlockWindow:
         self._ready: deque[KVBlock] = deque()
         self._offset = 0
         """What has left of the first of them."""
+        self._held = held
         self._unacknowledged_bytes = 0
 
     def add(self, blocks: Sequence[KVBlock]) -> None:
         """The next blocks are computed."""
+        if self._held is not None and blocks:
+            self._skip_held(blocks[0][2])
         self._ready.extend(blocks)
+
+    def _skip_held(self, block: bytes) -> None:
+        # computed once more, beside other prompts, a block may differ in its last bits: halves of two are no block
+        held, self._held = self._held, None
+        assert held is not None, "it was looked at"
+        if held.num_bytes < len(block) and checksum(memoryview(block)[: held.num_bytes]) == held.digest:
+            self._offset = held.num_bytes
 
     @property
     def num_ready(self) -> int:

@@ -6,13 +6,13 @@ from typing import Any
 
 from meshserve.engines.protocol import Frame, KVPayload, Reservation
 from meshserve.errors import BlockRefused
-from meshserve.handoff.blocks import check_blocks
+from meshserve.handoff.blocks import check_blocks, held_part
 from meshserve.handoff.task import PrefillTask, TaskState
 from meshserve.kv.pool import prefix_hashes
 from meshserve.mesh.calls import IncomingCall
 from meshserve.wire.card import KVLayout
 from meshserve.wire.generation import GenerateRequest
-from meshserve.wire.handoff import BlockMark, BulkHeader
+from meshserve.wire.handoff import BlockMark, BulkHeader, HeldPart
 
 _MAX_EXTRA_BYTES = 65_536
 """Of a block beyond the KV of its tokens: an engine may give it a header."""
@@ -22,10 +22,14 @@ _MIN_PIECE_BYTES = 16_384
 
 @dataclass(slots=True)
 class HalfBlock:
-    """A block of which the first pieces came, all of one attempt, in the memory that they came in."""
+    """A block of which the first pieces came, all from one incarnation, in the memory that they came in."""
 
     index: int
     size_bytes: int
+    peer: str
+    """The incarnation: another worker's bytes may differ, where the two are of different classes of processors."""
+    attempt: int
+    """That of the last piece."""
     pieces: list[Frame] = field(default_factory=list)
     num_bytes: int = 0
 
@@ -74,8 +78,7 @@ class RunningTask:
     prefix_hashes: list[int] = field(default_factory=list)
     """Of the prompt's blocks but for its last token, once a block has come."""
     half: HalfBlock | None = None
-    """The one block of the running attempt that has come in part. Dropped with its attempt: another worker's bytes may
-    differ where the two are of different classes of processors."""
+    """The one block that has come in part. Kept beyond its attempt, until another worker gets the task."""
     claim: IncomingCall | None = None
     """The stream of the attempt that runs."""
     offered_block: int | None = None
@@ -85,6 +88,15 @@ class RunningTask:
     computed_ms: float = 0.0
     names: dict[str, str] = field(default_factory=dict)
     """Of the peers that claimed: the mesh soon forgets the name of a dead peer."""
+
+
+def held_of(running: RunningTask, peer: str, first_block: int) -> HeldPart | None:
+    """What this peer has sent of the first missing block, in an earlier attempt. Any other half is dropped."""
+    half = running.half
+    if half is None or (half.peer, half.index) != (peer, first_block):
+        running.half = None
+        return None
+    return held_part(half.pieces)
 
 
 def missing_blocks(
@@ -113,27 +125,34 @@ def missing_blocks(
             raise BlockRefused(f"there is no block {mark.index} in this prompt")
         if mark.index not in missing:
             continue  # an earlier message brought it, with a right checksum
-        block = _whole(running, mark, payload, layout)
+        block = _whole(running, header, mark, payload, layout)
         if block is not None:
             missing.discard(mark.index)
             blocks.append((mark.index, block))
     return blocks
 
 
-def _whole(running: RunningTask, mark: BlockMark, payload: Frame, layout: KVLayout) -> KVPayload | None:
+def _whole(
+    running: RunningTask, header: BulkHeader, mark: BlockMark, payload: Frame, layout: KVLayout
+) -> KVPayload | None:
     """The block that ends with this payload; None if it goes on.
 
     Blocks come in order, so that at most one is half here: all tasks together never hold more in halves than the pool
     has set aside for them.
     """
     half = running.half
+    if half is not None and half.attempt != header.attempt:
+        # what an earlier attempt left: its sender goes on with the rest, or begins the block anew
+        half.attempt = header.attempt
+        if not mark.offset:
+            half = running.half = None
     if half is None:
         if not mark.offset and not mark.left_bytes:
             return payload
         size_bytes = len(payload) + mark.left_bytes
         if size_bytes > layout.block_bytes + _MAX_EXTRA_BYTES:
             raise BlockRefused(f"block {mark.index} is longer than a block of this KV layout")
-        half = running.half = HalfBlock(mark.index, size_bytes)
+        half = running.half = HalfBlock(mark.index, size_bytes, header.prefill_peer, header.attempt)
     elif half.index != mark.index:
         raise BlockRefused(f"block {mark.index} begins before block {half.index} has ended")
     block = half.add(mark, payload)

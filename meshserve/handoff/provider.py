@@ -20,7 +20,7 @@ from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.bulk import MAX_PAYLOAD_BYTES, MAX_PAYLOADS, BulkSender
 from meshserve.mesh.transport.tickets import receive_tickets
-from meshserve.wire.handoff import MAX_RENEWED, Acknowledgement, Claim, Grant, NamedAttempt, Renewal, Ticket
+from meshserve.wire.handoff import MAX_RENEWED, Acknowledgement, Claim, Grant, HeldPart, NamedAttempt, Renewal, Ticket
 from meshserve.wire.messages import CLAIM, RENEW, STRIKE
 from meshserve.wire.structs import read
 
@@ -81,6 +81,14 @@ class PrefillJob(Job):
             return
         mesh.counters.add("claims_sent")
 
+    def claim_again(self) -> None:
+        """Blocks were lost with their connection: claim an attempt that sends what the decode worker lacks."""
+        call, self.call, self.is_granted = self.call, None, False
+        self.window, self.acknowledged_s = None, 0.0
+        self._open_claim(Claim(self.ticket.request_id, resumes=self.attempt))
+        if call is not None:
+            call.cancel()  # after the new claim, which says that this is not the end
+
     # --- the claim's answers
 
     def on_item(self, item: Any) -> None:
@@ -98,7 +106,7 @@ class PrefillJob(Job):
         if self.has_failed:
             self.give_up("engine failed")
         elif not self.engine_id:
-            self._begin(grant.tokens, grant.attempt, grant.first_block)
+            self._begin(grant.tokens, grant.attempt, grant.first_block, grant.held)
         elif self._goes_on(grant):
             self.acknowledged_s = time.monotonic()
             provider.sender.line_up(self)
@@ -106,7 +114,7 @@ class PrefillJob(Job):
             provider.engine.cancel(self.engine_id)
             self.note("prefill_ended", outcome="granted otherwise")
             provider.queue.granted_otherwise(self, time.monotonic())
-            self._begin(grant.tokens, grant.attempt, grant.first_block)
+            self._begin(grant.tokens, grant.attempt, grant.first_block, grant.held)
 
     def on_end(self, value: Any) -> None:
         """The decode worker has all blocks."""
@@ -123,14 +131,17 @@ class PrefillJob(Job):
 
     # --- computing
 
-    def _begin(self, tokens: "array[int]", attempt: int, first_block: int) -> None:
+    def _begin(
+        self, tokens: "array[int]", attempt: int, first_block: int, held: HeldPart | None = None
+    ) -> None:
         provider, layout, self.num_tokens = self.provider, self.provider.engine.kv_layout, len(tokens)
         self.began_s = time.monotonic()
         num_tokens = self.num_tokens - first_block * layout.block_size
         if not provider.queue.granted(self, attempt, num_tokens, self.began_s):
             return
         transport = provider.mesh.config.transport
-        self.window = BlockWindow(transport.bulk_window_bytes, transport.bulk_message_bytes, MAX_PAYLOADS, MAX_PAYLOAD_BYTES)
+        window_bytes, message_bytes = transport.bulk_window_bytes, transport.bulk_message_bytes
+        self.window = BlockWindow(window_bytes, message_bytes, MAX_PAYLOADS, MAX_PAYLOAD_BYTES, held)
         self.layout = layout.fingerprint
         self.prefix_hashes = prefix_hashes(tokens, layout.block_size, provider.engine.card.model_hash)
         self.engine_id = f"{self.ticket.decode_peer}/{self.ticket.request_id}@{attempt}"
@@ -142,10 +153,11 @@ class PrefillJob(Job):
 
     def _goes_on(self, grant: Grant) -> bool:
         """Whether the task that was begun on an offer is the granted one."""
-        assert self.ticket.offer is not None
+        if grant.attempt != self.attempt or self.ticket.offer is None:
+            return False
         # delivered blocks that were answered with a grant were not what the decode worker lacks
         is_here = self.state is not JobState.DELIVERED
-        return is_here and grant.attempt == self.attempt and grant.first_block >= self.ticket.offer.first_block
+        return is_here and grant.first_block >= self.ticket.offer.first_block
 
     def _is_within(self, first_block: int, tokens: "array[int]") -> bool:
         return 0 <= first_block * self.provider.engine.kv_layout.block_size < len(tokens)
@@ -344,9 +356,11 @@ class PrefillProvider:
             job.acknowledged(done.num_bytes)
 
     def _on_bulk_lost(self, decode_peer: str, reason: str) -> None:
-        """Blocks may be lost with the connection: give up these attempts; their decode worker decides."""
-        for job in [job for job in self.queue.jobs.values() if job.is_granted and job.ticket.decode_peer == decode_peer]:
-            job.give_up("bulk lost")
+        """Blocks that are not acknowledged may be lost with the connection: their jobs ask what the decode worker has."""
+        for job in list(self.queue.jobs.values()):
+            is_on_its_way = job.is_granted and job.window is not None and job.window.is_waiting
+            if is_on_its_way and job.ticket.decode_peer == decode_peer:
+                job.claim_again()
 
     def _on_change(self, change: Change, member: Member) -> None:
         if change in (Change.DIED, Change.LEFT):

@@ -14,8 +14,8 @@ from meshserve.engines.protocol import Engine, Frame, KVPayload, Reservation, si
 from meshserve.errors import BlockRefused, Gone, MeshserveError, PoolFull
 from meshserve.handoff.blocks import began_s
 from meshserve.handoff.choice import HandoffChoice
-from meshserve.handoff.intake import HandoffResult, RunningTask, missing_blocks
-from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
+from meshserve.handoff.intake import HandoffResult, RunningTask, held_of, missing_blocks
+from meshserve.handoff.task import LINK_BROKE, Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IgnoredAnswer, IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
@@ -146,7 +146,6 @@ class PrefillRequester:
         outcome = running.task.attempts[-1].outcome
         if outcome != "cancelled":
             self._mesh.counters.add("prefill_attempts_failed")
-        running.half = None
         self._note(running, "attempt_failed", attempt=revoke.attempt, peer_failing=revoke.peer, outcome=outcome)
         self._end_claim(running, "this attempt is over")
 
@@ -182,7 +181,7 @@ class PrefillRequester:
         self._mesh.counters.add("tickets_hedged", running.task.num_hedges)
         self._note(running, "handoff_ended", attempt=running.task.attempt, state=finish.state.value)
         self._end_claim(running, "" if finish.state is TaskState.DONE else "the task is over")
-        # the sequence gets the blocks of a task that is done; else they go back to the pool
+        # the sequence gets the blocks of a task that is done; else they go back to the pool, where whole ones are prefix hits
         if finish.state is not TaskState.DONE and running.reservation is not None:
             running.reservation.release()
         if finish.state is not TaskState.CANCELLED:
@@ -200,7 +199,7 @@ class PrefillRequester:
             lost_peers=[names[peer] for peer in task.lost_peers],
             num_blocks=sum(attempt.num_blocks for attempt in task.attempts),
             num_bytes=sum(attempt.num_bytes for attempt in task.attempts),
-            num_tokens=reservation.num_tokens - reservation.num_cached_tokens if reservation is not None else 0,
+            num_tokens=self._num_handed_over(running),
             prefill_ms=min(running.computed_ms, took_ms),
             transfer_ms=max(0.0, took_ms - running.computed_ms),
         )
@@ -212,12 +211,22 @@ class PrefillRequester:
             histograms["kv_transfer"].observe(result.transfer_ms / 1000)
         return result
 
+    def _num_handed_over(self, running: RunningTask) -> int:
+        reservation = running.reservation
+        if reservation is None:
+            return 0
+        is_whole = running.task.state is TaskState.DONE
+        num_here = reservation.num_tokens if is_whole else self._engine.num_cached_tokens(running.request)
+        return max(0, num_here - reservation.num_cached_tokens)
+
     # --- claims and blocks in
 
     def _on_claim(self, call: IncomingCall) -> None:
         claim: Claim = call.body
         now_s = time.monotonic()
         running = self._running.get(claim.request_id)
+        if running is not None and claim.resumes:
+            self._carry_out(running, running.task.resume(call.peer, claim.resumes, now_s))
         if running is None or not running.task.claim(call.peer, now_s, began_s(claim, running.task.queued_s, now_s)):
             self._mesh.counters.add("claims_gone")
             raise Gone("claimed by another, or over")
@@ -236,7 +245,8 @@ class PrefillRequester:
         # what a refused or stale message did not bring is granted, unless the refusal has ended the attempt
         missing = reservation.missing()
         if missing and running.task.is_current(call.peer, attempt):
-            call.send(Grant(running.request.tokens[:-1], attempt, missing[0]))
+            held = held_of(running, call.peer, missing[0])
+            call.send(Grant(running.request.tokens[:-1], attempt, missing[0], held))
 
     def _take_brought(self, running: RunningTask, peer: str, header: BulkHeader, payloads: Sequence[bytes]) -> None:
         """Take the blocks of a claim that was granted; those of another attempt are dropped, and only they."""
@@ -258,7 +268,8 @@ class PrefillRequester:
     def _claim_ended(self, running: RunningTask, call: IncomingCall, attempt: int) -> None:
         """The worker gave up, died, or its link broke: `ended_by` tells which."""
         is_lost = call.ended_by in (CONNECTION_CLOSED, PEER_DIED)
-        self._attempt_failed(running, call.peer, attempt, "peer died" if is_lost else "the worker gave up", is_peer_dead=is_lost)
+        reason = "peer died" if is_lost else "the worker gave up" if call.ended_by == "cancel" else LINK_BROKE
+        self._attempt_failed(running, call.peer, attempt, reason, is_peer_dead=is_lost)
 
     def _on_renew(self, call: IncomingCall) -> None:
         renewal: Renewal = call.body
@@ -276,9 +287,12 @@ class PrefillRequester:
             or header.decode_peer != self._mesh.incarnation
             or not running.task.is_current(header.prefill_peer, header.attempt)
         ):
+            num_bytes = sum(map(len, payloads))
             self._mesh.counters.add("kv_blocks_stale", header.num_blocks)
+            if running is not None:
+                running.task.came_late(header.prefill_peer, header.attempt, header.num_ended, num_bytes)
             # refused, but not unread: blocks that wait behind these on a slow link must not count as stuck
-            answer(Acknowledgement(header.request_id, header.attempt, sum(map(len, payloads))))
+            answer(Acknowledgement(header.request_id, header.attempt, num_bytes))
         else:
             self._take(running, header, payloads, answer)
 

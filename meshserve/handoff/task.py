@@ -14,6 +14,12 @@ from meshserve.config import HandoffConfig
 
 _SILENT = ("peer silent", "no longer named")
 """Outcomes of an attempt after which its worker may turn out to be dead."""
+LINK_BROKE = "its link broke"
+"""Outcome of an attempt whose worker lives and can be reached again, or soon."""
+_MAY_RETURN = (LINK_BROKE, "peer silent")
+"""Outcomes after which the same worker may go on, if the attempt brought anything."""
+_MAX_ATTEMPTS = 32
+"""After so many nobody may go on: a link that carries but a little each time is no use."""
 
 
 class TaskState(StrEnum):
@@ -212,6 +218,13 @@ class PrefillTask:
         self.attempts[-1].num_blocks += num_blocks
         self.attempts[-1].num_bytes += num_bytes
 
+    def came_late(self, peer: str, attempt: int, num_blocks: int, num_bytes: int) -> None:
+        """Blocks of an attempt that is over came, and were refused."""
+        past = self.attempts[attempt - 1] if 0 < attempt <= len(self.attempts) else None
+        if past is not None and past.peer == peer:
+            past.num_blocks += num_blocks
+            past.num_bytes += num_bytes
+
     def stalled(self, stall_s: float) -> None:
         """This process itself stood still for so long: its peers are given as much more time."""
         self._renewed_s += stall_s
@@ -237,8 +250,11 @@ class PrefillTask:
         if not self.is_current(peer, attempt):
             return []
         self._close_attempt(reason, now_s)
-        self._tried.add(peer)
-        self._candidates = [candidate for candidate in self._candidates if candidate != peer]
+        may_return = self._may_return()
+        if not may_return:
+            self._tried.add(peer)
+        if not may_return or reason != LINK_BROKE:
+            self._candidates = [candidate for candidate in self._candidates if candidate != peer]
         actions: list[Action] = [Revoke(peer, attempt)]
         if is_peer_dead:
             actions.append(self._lose(peer))
@@ -249,6 +265,21 @@ class PrefillTask:
                 self._candidates = [self._offered_to]
         self.attempt += 1
         return [*actions, *self._retry(now_s)]
+
+    def _may_return(self) -> bool:
+        last = self.attempts[-1]
+        return last.outcome in _MAY_RETURN and last.num_bytes > 0 and len(self.attempts) < _MAX_ATTEMPTS
+
+    def resume(self, peer: str, attempt: int, now_s: float) -> list[Action]:
+        """The running attempt lost blocks with their connection, and its worker claims the task again: :meth:`claim` follows."""
+        if not self.is_current(peer, attempt):
+            return []
+        self._close_attempt(LINK_BROKE, now_s)
+        if not self._may_return():
+            return self.attempt_failed(peer, attempt, LINK_BROKE, now_s)
+        self.attempt += 1
+        self.state, self.peer, self.queued_s = TaskState.QUEUED, None, now_s
+        return [Revoke(peer, attempt)]
 
     def peer_gone(self, peer: str, now_s: float, *, is_dead: bool) -> list[Action]:
         """A prefill worker is suspect or dead."""
@@ -278,6 +309,7 @@ class PrefillTask:
 
     def _lose(self, peer: str) -> Lose:
         self.lost_peers.append(peer)
+        self._tried.add(peer)
         return Lose(peer)
 
     def _has_lost_too_many(self) -> bool:

@@ -80,8 +80,7 @@ class _Sequence:
     def prefilled(self, result: HandoffResult) -> None:
         """The prefill task has ended, one way or another."""
         self._handoff, self._is_untold = result, self._role.is_observed
-        if result.state is TaskState.DONE:
-            self._num_handed_over = result.num_tokens
+        self._num_handed_over = result.num_tokens
         if result.state is TaskState.GAVE_UP:
             lost = ", ".join(result.lost_peers)
             message = f"prefilling this prompt took down {lost}; it is tried nowhere else"

@@ -102,10 +102,21 @@ class Claim(Row):
     """Compared with the header when they are taken in."""
     waited_ms: Milliseconds = 0.0
     """From the arrival of the offer to the beginning of the prompt, at the prefill worker."""
+    resumes: Count = 0
+    """The attempt of this prefill worker whose blocks were lost with their connection: the claimed one
+    follows it. 0: none."""
 
     def _check(self) -> None:
         if self.header is not None and self.header.request_id != self.request_id:
             raise ProtocolError("malformed Claim: its blocks are of another request")
+
+
+class HeldPart(Row):
+    """The first bytes of a block, which the decode worker has from the same prefill worker."""
+
+    num_bytes: Annotated[int, Meta(ge=1)]
+    digest: bytes
+    """Of these bytes: a prefill worker whose block begins otherwise sends the whole block."""
 
 
 class Grant(Map):
@@ -116,6 +127,8 @@ class Grant(Map):
     attempt: _Attempt
     first_block: Count
     """The first that the decode worker lacks."""
+    held: HeldPart | None = None
+    """What the decode worker has of that block."""
 
 
 class NamedAttempt(Row):

@@ -104,6 +104,37 @@ def test_blocks_taken_from_a_reservation_are_cached_for_the_next_prompt() -> Non
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(("order", "num_kept"), [((), 0), ((0,), 1), ((0, 1), 2), ((1, 2), 0), ((0, 2), 1), ((0, 1, 2, 3), 3)])
+def test_full_blocks_of_a_reservation_that_is_released_are_cached_up_to_the_first_gap(order: tuple[int, ...], num_kept: int) -> None:
+    async def run() -> None:
+        tokens = tokens_of(14)
+        async with running_engine() as prefill, running_engine() as decode:
+            reservation = decode.reserve(a_request(tokens))
+            blocks = (await prefilled(prefill, tokens[:-1])).blocks
+            for index in order:
+                reservation.write([(index, blocks[index])], written)
+            reservation.release()
+            assert decode.num_cached_tokens(a_request(tokens)) == 4 * num_kept
+            assert decode.load().used_blocks == 0
+            assert await generated(decode, a_request(tokens)) == await generated(prefill, a_request(tokens))
+
+    asyncio.run(run())
+
+
+def test_a_reservation_of_an_engine_that_is_closed_leaves_no_blocks() -> None:
+    async def run() -> None:
+        tokens = tokens_of(14)
+        async with running_engine() as prefill, running_engine() as decode:
+            reservation = decode.reserve(a_request(tokens))
+            for index, payload in (await prefilled(prefill, tokens[:-1])).blocks.items():
+                reservation.write([(index, payload)], written)
+            await decode.close()
+            await decode.start()
+            assert decode.num_cached_tokens(a_request(tokens)) == 0
+
+    asyncio.run(run())
+
+
 def test_a_reservation_that_finds_no_room_holds_nothing() -> None:
     async def run() -> None:
         async with running_engine(num_blocks=4) as engine:

@@ -8,13 +8,14 @@ from typing import Any
 
 from meshserve.config import HandoffConfig, MeshConfig
 from meshserve.engines.dummy import DummyEngine
-from meshserve.engines.protocol import EngineOptions
+from meshserve.engines.protocol import EngineOptions, Frame
 from meshserve.errors import MeshserveError
 from meshserve.handoff.blocks import checksum
 from meshserve.handoff.intake import HandoffResult
 from meshserve.handoff.provider import PrefillProvider
 from meshserve.handoff.requester import PrefillRequester
 from meshserve.kv.pool import prefix_hashes
+from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.bulk import BulkSender
 from meshserve.mesh.transport.tickets import TicketSender, receive_tickets
@@ -27,20 +28,21 @@ from tests.harness import until
 DEADLINE_S = 5.0
 PROMPT = array("I", [random.Random(7).randrange(256) for _ in range(100)])
 Block = tuple[int, int, bytes]
-_ENGINE = DummyEngine(EngineOptions(None, {"kv_bytes_per_token": "64"}))
+_KV_BYTES_PER_TOKEN = 64
+_ENGINE = DummyEngine(EngineOptions(None, {"kv_bytes_per_token": str(_KV_BYTES_PER_TOKEN)}))
 LAYOUT = _ENGINE.kv_layout
 HASHES = prefix_hashes(PROMPT[:-1], LAYOUT.block_size, _ENGINE.card.model_hash)
 
 
-async def new_engine() -> DummyEngine:
-    engine = DummyEngine(EngineOptions(None, {"kv_bytes_per_token": "64"}))
+async def new_engine(kv_bytes_per_token: int = _KV_BYTES_PER_TOKEN) -> DummyEngine:
+    engine = DummyEngine(EngineOptions(None, {"kv_bytes_per_token": str(kv_bytes_per_token)}))
     await engine.start()
     return engine
 
 
-async def blocks_of(tokens: "array[int]") -> list[Block]:
+async def blocks_of(tokens: "array[int]", kv_bytes_per_token: int = _KV_BYTES_PER_TOKEN) -> list[Block]:
     """The prompt's true KV."""
-    engine, record = await new_engine(), PrefillRecord()
+    engine, record = await new_engine(kv_bytes_per_token), PrefillRecord()
     engine.prefill("p", tokens, 0, record)
     await record.end()
     await engine.close()
@@ -54,8 +56,8 @@ async def text_of(engine: DummyEngine, result: HandoffResult | None) -> list[int
     return await record.end()
 
 
-async def undisturbed() -> list[int]:
-    engine = await new_engine()
+async def undisturbed(kv_bytes_per_token: int = _KV_BYTES_PER_TOKEN) -> list[int]:
+    engine = await new_engine(kv_bytes_per_token)
     tokens = await text_of(engine, None)
     await engine.close()
     return tokens
@@ -85,15 +87,21 @@ class Scripted:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh, self.tickets, self.answers = mesh, list[Any](), list[Any]()
         self.inlet = receive_tickets(mesh, self.tickets.append)
+        self.claims: list[OutgoingCall] = []
         self.bulk = BulkSender(mesh, lambda peer, answer: self.answers.append(answer), lambda peer, reason: None)
         mesh.serve(STRIKE, lambda call: call.end())
 
     async def claim(self, request_id: str = "r1", body: Any = None) -> ClaimSink:
         """Claim, and wait for the answer."""
         claim = ClaimSink()
-        self.mesh.open(self.decode_peer, CLAIM, body or Claim(request_id), claim, 60.0)
+        self.claims.append(self.mesh.open(self.decode_peer, CLAIM, body or Claim(request_id), claim, 60.0))
         await until(lambda: claim.task or claim.error or claim.is_done, DEADLINE_S, "the claim is answered")
         return claim
+
+    def give_up(self) -> None:
+        """End all claims, as a prefill worker does whose engine failed."""
+        for call in self.claims:
+            call.cancel()
 
     @property
     def decode_peer(self) -> str:
@@ -106,6 +114,14 @@ class Scripted:
     def send(self, blocks: list[Block], **says: Any) -> None:
         """Blocks with a header that says what it is told to say."""
         self.bulk.send(self.decode_peer, self.header(blocks, **says).to_wire(), [payload for _, _, payload in blocks])
+
+    def send_pieces(self, marks: list[BlockMark], pieces: list[Frame], attempt: int) -> None:
+        """Pieces of blocks, in one message."""
+        label, layout, card = (self.decode_peer, self.mesh.incarnation, "r1", attempt), self.mesh.own.layout, self.mesh.own.card
+        assert layout is not None and card is not None
+        hashes = prefix_hashes(PROMPT[:-1], layout.block_size, card.model_hash)
+        header = BulkHeader(*label, tuple(marks), 1.0, layout.fingerprint, hashes[marks[-1].index])
+        self.bulk.send(self.decode_peer, header.to_wire(), pieces)
 
     def header(
         self,
@@ -155,9 +171,9 @@ class Decode:
 
 
 @asynccontextmanager
-async def decode_peer() -> AsyncIterator[Decode]:
+async def decode_peer(kv_bytes_per_token: int = _KV_BYTES_PER_TOKEN) -> AsyncIterator[Decode]:
     """A decode worker, over loopback."""
-    engine = await new_engine()
+    engine = await new_engine(kv_bytes_per_token)
     async with peer("decode", engine) as decode_mesh:
         decode = Decode(decode_mesh, engine)
         yield decode

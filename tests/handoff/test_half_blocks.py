@@ -27,7 +27,7 @@ def pieces() -> tuple[list[BlockMark], list[bytes | memoryview]]:
 def test_a_block_comes_out_of_its_pieces_as_it_went_in() -> None:
     marks, payloads = pieces()
     assert [len(payload) for payload in payloads] == [FRAME_BYTES] * 3 + [len(BLOCK) - 3 * FRAME_BYTES]
-    half, found = HalfBlock(0, len(BLOCK)), None
+    half, found = HalfBlock(0, len(BLOCK), "p1", 1), None
     for mark, payload in zip(marks, payloads, strict=True):
         assert found is None
         found = half.add(mark, payload)
@@ -37,7 +37,7 @@ def test_a_block_comes_out_of_its_pieces_as_it_went_in() -> None:
 @pytest.mark.parametrize("order", [[1], [0, 2], [0, 0], [0, 1, 3]], ids=str)
 def test_a_piece_that_does_not_follow_is_refused(order: list[int]) -> None:
     marks, payloads = pieces()
-    half = HalfBlock(0, len(BLOCK))
+    half = HalfBlock(0, len(BLOCK), "p1", 1)
     with pytest.raises(BlockRefused):
         for which in order:
             half.add(marks[which], payloads[which])
@@ -46,7 +46,7 @@ def test_a_piece_that_does_not_follow_is_refused(order: list[int]) -> None:
 def test_pieces_that_are_too_short_or_of_another_length_are_refused() -> None:
     for mark in (BlockMark(0, 16, b"", 0, len(BLOCK) - 1), BlockMark(0, 16, b"", 0, len(BLOCK))):
         with pytest.raises(BlockRefused):
-            HalfBlock(0, len(BLOCK)).add(mark, BLOCK[:1])
+            HalfBlock(0, len(BLOCK), "p1", 1).add(mark, BLOCK[:1])
 
 
 def test_a_flipped_bit_in_one_piece_is_found() -> None:

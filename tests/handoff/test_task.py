@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from meshserve.config import HandoffConfig
-from meshserve.handoff.task import Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
+from meshserve.handoff.task import LINK_BROKE, Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
 
 CONFIG = HandoffConfig()
 LEASE_S = 1.5
@@ -177,6 +177,58 @@ def test_an_unclaimed_task_is_local_in_the_end() -> None:
     assert task.tick(CONFIG.claim_timeout_s + 0.1)[-1] == Finish(TaskState.LOCAL)
 
 
+def test_a_worker_whose_connection_broke_goes_on_with_the_next_attempt() -> None:
+    task, _ = a_task("p1")
+    assert task.claim("p1", 0.0)
+    task.received(1, 100)
+    assert task.resume("p1", 2, 0.1) == task.resume("p2", 1, 0.1) == [], "it is not theirs"
+    assert task.resume("p1", 1, 0.2) == [Revoke("p1", 1)] and task.claim("p1", 0.2)
+    assert task.is_current("p1", 2) and not task.is_current("p1", 1)
+    assert [attempt.outcome for attempt in task.attempts] == [LINK_BROKE, "running"]
+    assert task.resume("p1", 2, 0.3)[-1] == Finish(TaskState.LOCAL), "a connection that brings nothing is no use"
+
+
+def test_a_worker_that_can_be_reached_again_is_asked_again_if_blocks_of_it_came() -> None:
+    for num_bytes, follows in ((100, Push(("p1", "p2"), 2)), (0, Push(("p2",), 2))):
+        task, _ = a_task("p1", "p2")
+        assert task.claim("p1", 0.0)
+        task.received(0, num_bytes)
+        assert task.attempt_failed("p1", 1, LINK_BROKE, 0.1) == [Revoke("p1", 1), follows]
+        assert task.claim("p1", 0.2) == bool(num_bytes)
+
+
+def test_a_worker_that_was_silent_for_a_while_may_go_on_when_it_is_back_unless_it_died() -> None:
+    for is_dead in (False, True):
+        task, _ = a_task("p1", "p2")
+        assert task.claim("p1", 0.0)
+        task.received(1, 100)
+        assert task.peer_gone("p1", 1.5, is_dead=False) == [Revoke("p1", 1), Push(("p2",), 2)]
+        if is_dead:
+            task.peer_gone("p1", 1.6, is_dead=True)
+        task.peer_joined("p1", 1.7)
+        assert any(isinstance(action, Push) and "p1" in action.peers for action in task.tick(1.8)) == (not is_dead)
+        assert task.claim("p1", 1.9) == (not is_dead)
+
+
+def test_links_that_break_for_ever_end_the_attempts() -> None:
+    task, _ = a_task("p1")
+    num_claims = 0
+    while task.claim("p1", num_claims):
+        num_claims += 1
+        task.received(0, 1)
+        task.resume("p1", task.attempt, num_claims)
+    assert num_claims == 32 and task.state is TaskState.LOCAL
+
+
+def test_what_comes_after_its_attempt_is_counted_for_that_attempt() -> None:
+    task, _ = a_task("p1", "p2")
+    assert task.claim("p1", 0.0)
+    task.attempt_failed("p1", 1, "block refused", 0.1)
+    for peer, attempt in (("p1", 1), ("p2", 1), ("p1", 0), ("p1", 2), ("p1", -1)):
+        task.came_late(peer, attempt, 1, 100)
+    assert [(past.num_blocks, past.num_bytes) for past in task.attempts] == [(1, 100)]
+
+
 class TaskMachine(RuleBasedStateMachine):
     """Anything in any order."""
 
@@ -213,6 +265,19 @@ class TaskMachine(RuleBasedStateMachine):
     @rule(peer=peers)
     def push_failed(self, peer: str) -> None:
         self.carry_out(self.task.push_failed(peer, self.now_s))
+
+    @rule()
+    def receive(self) -> None:
+        if self.task.state is TaskState.CLAIMED:
+            self.task.received(1, 100)
+
+    @rule(peer=peers, attempt=st.integers(1, 3))
+    def resume(self, peer: str, attempt: int) -> None:
+        self.carry_out(self.task.resume(peer, attempt, self.now_s))
+
+    @rule(peer=peers, attempt=st.integers(1, 3))
+    def lose_link(self, peer: str, attempt: int) -> None:
+        self.carry_out(self.task.attempt_failed(peer, attempt, LINK_BROKE, self.now_s))
 
     @rule()
     def complete(self) -> None:
@@ -254,7 +319,9 @@ class TaskMachine(RuleBasedStateMachine):
         assert self.finishes == self.task.is_final
         assert len(self.task.lost_peers) <= CONFIG.max_lost_peers
         assert sum(attempt.outcome == "running" for attempt in self.task.attempts) == (self.task.state is TaskState.CLAIMED)
-        assert len(set(self.claims)) == len(self.claims), "nobody gets the same task twice"
+        returned = [past.peer for past in self.task.attempts if past.outcome in (LINK_BROKE, "peer silent") and past.num_bytes]
+        for peer in PEERS:
+            assert self.claims.count(peer) <= 1 + returned.count(peer), "nobody gets the same task twice, unless it was the link"
 
     def teardown(self) -> None:
         if hasattr(self, "task") and not self.task.is_final:

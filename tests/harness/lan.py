@@ -152,6 +152,10 @@ class Host:
         which = f"tcp dport {port} meta length > 9000 limit rate 1/day burst 1 packets"
         self._filter(self.netns, INTERFACE, [f"{which} @th,1600,8 set @th,1600,8 ^ 0x04"], self._undo)
 
+    def reset_connections(self, port: int) -> None:
+        """Break the TCP connections to this port of this host, as a firewall does that forgot them. New ones come about."""
+        run_tool("ip", "netns", "exec", self.netns, "ss", "-K", "state", "established", "sport", "=", f":{port}")
+
     def limit_rate(self, bytes_per_s: int, burst_kb: int = 64) -> None:
         """Let at most `bytes_per_s` through in each direction, behind a queue of 50 ms.
 

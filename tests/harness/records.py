@@ -76,14 +76,16 @@ def _tokens(record: Record) -> list[str]:
 
 
 def _claims(record: Record) -> list[str]:
-    """An attempt is granted once, one at a time, and to nobody who had the task before."""
+    """An attempt is granted once, one at a time, and to nobody who had the task before, unless it was the link that failed."""
     faults: list[str] = []
     holder: dict[tuple[str, str], str] = {}
     had: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
     for event in record.of("claim", "attempt_failed", "handoff_ended"):
         key = (event.peer, event.request)
         if event.event != "claim":
-            holder.pop(key, None)
+            failed = holder.pop(key, None)
+            if event.details.get("outcome") in ("its link broke", "peer silent"):
+                had[key].discard(failed or "")
             continue
         claiming = event.details["peer_claiming"]
         if key in holder:

@@ -12,6 +12,7 @@ from tests.lan.meshes import HTTP, READY_S, LanMesh, text_of
 
 BLOCK_TOKENS, NUM_BLOCKS = 64, 5
 KV_BYTES_PER_TOKEN = 320 * 1024
+BLOCK_BYTES = BLOCK_TOKENS * KV_BYTES_PER_TOKEN
 BIG_BLOCKS = ("--engine-opt", f"kv_bytes_per_token={KV_BYTES_PER_TOKEN}", "--engine-opt", f"block_size={BLOCK_TOKENS}")
 PROMPT = "The prompt of five large blocks. ".ljust(BLOCK_TOKENS * NUM_BLOCKS + 1, "x")
 """The dummy model has a token for each letter; the last one is computed by the decode worker."""
@@ -50,7 +51,7 @@ def assert_handed_over(answer: dict[str, Any]) -> None:
     """All blocks came with the first attempt."""
     receipt = answer["meshserve"]
     assert [attempt["outcome"] for attempt in receipt["attempts"]] == ["done"]
-    assert receipt["kv"] == {"blocks": NUM_BLOCKS, "bytes": NUM_BLOCKS * BLOCK_TOKENS * KV_BYTES_PER_TOKEN}
+    assert receipt["kv"] == {"blocks": NUM_BLOCKS, "bytes": NUM_BLOCKS * BLOCK_BYTES}
 
 
 def computed_alone(lan: Lan) -> str:
@@ -126,16 +127,42 @@ def test_a_flipped_bit_in_one_frame_costs_an_attempt_and_no_wrong_token(lan: Lan
     assert text_of(answer) == computed_alone(lan)
 
 
-def test_a_sender_killed_in_the_middle_of_a_block_leaves_the_whole_ones_to_its_successor(lan: Lan, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_kept", [1, 3])
+def test_a_sender_killed_after_some_blocks_leaves_only_the_others_to_its_successor(lan: Lan, tmp_path: Path, num_kept: int) -> None:
     record = tmp_path / "record.jsonl"
     mesh = start_with_two(lan, record)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(complete, mesh, 60.0)
-        wait_until(lambda: record.exists() and Record(record).of("block"), READY_S, "a block has come")
+        wait_until(lambda: record.exists() and len(Record(record).of("block")) >= num_kept, READY_S, "so many blocks have come")
         names = {peer["incarnation"]: peer["name"] for peer in mesh.peers()}
         sender = names[Record(record).of("block")[0].details["peer_sending"]]
         mesh.prefill[mesh.names(mesh.prefill).index(sender)].kill()
         answer = running.result()
     assert_continued(answer, record)
-    assert answer["meshserve"]["attempts"][1]["blocks"] < NUM_BLOCKS
+    first, second = answer["meshserve"]["attempts"]
+    assert (first["blocks"], second["blocks"]) == (num_kept, NUM_BLOCKS - num_kept)
+    assert second["bytes"] == second["blocks"] * BLOCK_BYTES, "another incarnation begins a block anew"
     assert text_of(answer) == computed_alone(lan)
+
+
+def test_a_sender_whose_connection_breaks_in_the_middle_of_a_block_sends_only_the_rest(lan: Lan, tmp_path: Path) -> None:
+    record = tmp_path / "record.jsonl"
+    front, decode, prefill = lan.add_host(), lan.add_host(), lan.add_host()
+    mesh = start(front, decode, prefill, "--record", str(record))
+    prefill.limit_rate(FAULT_RATE)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(complete, mesh, 60.0)
+        wait_until(lambda: record.exists() and acknowledged_bytes(record) > 1.3 * BLOCK_BYTES, READY_S, "more than a block has come")
+        decode.reset_connections(BULK_PORT)
+        answer = running.result()
+    Record(record).check()
+    first, second = answer["meshserve"]["attempts"]
+    assert (first["outcome"], second["outcome"]) == ("its link broke", "done")
+    assert second["blocks"] == NUM_BLOCKS - first["blocks"] and second["bytes"] < second["blocks"] * BLOCK_BYTES
+    assert first["bytes"] + second["bytes"] >= NUM_BLOCKS * BLOCK_BYTES
+    assert text_of(answer) == computed_alone(lan)
+
+
+def acknowledged_bytes(record: Path) -> int:
+    """What the sender has heard of, so far."""
+    return sum(event.details["num_bytes"] for event in Record(record).of("ack"))

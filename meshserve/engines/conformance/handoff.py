@@ -208,6 +208,26 @@ async def a_release_gives_back_once(subject: Subject) -> None:
         demand(len(await output.end()) == 20, "a release after generate harms nobody")
 
 
+async def written_blocks_outlive_their_reservation(subject: Subject) -> None:
+    """What was written from the prompt's start on is there for the next prompt as a prefix, or all of it is gone; what follows a gap is
+    gone."""
+    async with subject.trial() as source, subject.trial() as target:
+        target.demand_handoff()
+        size = target.block_size
+        prompt = subject.prompt(3 * size + 2)
+        blocks = await source.prefill(prompt[:-1]).end()
+        for written, num_kept in (((0,), 1), ((2,), 1), ((1,), 2)):
+            request = target.request(prompt)
+            reservation = target.engine.reserve(request)
+            for index in {*written} & {*reservation.missing()}:
+                await target.write(reservation, index, blocks[index][1])
+            reservation.release()
+            num_cached = target.engine.num_cached_tokens(request)
+            demand(num_cached in (0, num_kept * size), f"{num_cached} tokens are cached, and {num_kept} blocks of {size} were written")
+        tokens = await target.output(prompt)
+        demand(subject.promise < Promise.PATHS or tokens == await source.output(prompt), "blocks that were kept are right")
+
+
 async def _release_twice(source: Trial, target: Trial, prompt: "array[int]", num_written: int) -> None:
     reservation = target.engine.reserve(target.request(prompt))
     demand(target.engine.load().used_blocks > 0, "a reservation holds blocks")
@@ -261,5 +281,6 @@ HANDOFF_CHECKS = (
     blocks_of_one_write_are_taken_together,
     a_generation_needs_all_blocks,
     a_release_gives_back_once,
+    written_blocks_outlive_their_reservation,
     nobody_is_reserved_room_that_others_wait_for,
 )

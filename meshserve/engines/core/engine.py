@@ -198,6 +198,9 @@ class CoreEngine:
 
     def _release(self, reservation: BlockReservation) -> None:
         del self._reservations[reservation]
+        if self._loop is not None:  # else the memory of the blocks is lost
+            num_whole = reservation.num_whole
+            self._pool.register(reservation.blocks[:num_whole], reservation.hashes[:num_whole])
         self._pool.release(reservation.blocks)
         reservation.blocks = []
         self._wake()

@@ -29,6 +29,7 @@ class BlockReservation:
         on_release: Callable[["BlockReservation"], None],
     ) -> None:
         self.tokens, self.num_tokens, self.block_size = request.tokens, len(request.tokens) - 1, block_size
+        self.hashes = hashes
         self._write_blocks, self._on_release = write_blocks, on_release
         prefix = pool.lookup(hashes[: self.num_tokens // block_size])
         # room for the last token too: two full reservations that each wait for one more block would wait for ever
@@ -54,6 +55,12 @@ class BlockReservation:
     def is_complete(self) -> bool:
         """All blocks are written, and the engine has them."""
         return not self._missing and not self._in_hand
+
+    @property
+    def num_whole(self) -> int:
+        """Full blocks at the prompt's start that the engine has, as far as they have hashes."""
+        unwritten = self._missing.union(*(indexes for indexes, _ in self._in_hand))
+        return min(unwritten | {self.num_tokens // self.block_size, len(self.hashes)})
 
     def tokens_in(self, index: int) -> int:
         """Of block `index`: whole blocks but for a partial last one."""
@@ -100,7 +107,7 @@ class BlockReservation:
             self._written(writing, error)
 
     def release(self) -> None:
-        """Give the blocks back. Harmless after `generate` took the reservation (`is_open` is False), and when called twice."""
+        """Give the blocks back; full ones stay as prefixes. Harmless after `generate` took the reservation, and when called twice."""
         if self.is_open:
             self.is_open = False
             self._on_release(self)
