@@ -167,7 +167,8 @@ class Membership:
         if member is not None and not member.is_callable:  # it may be elsewhere by now
             for address in reversed(hint.addresses[:_MAX_HEARD_AT]):
                 member.note_address(address)
-        if member is None and incarnation not in self._gone and incarnation != self.own.incarnation:
+        has_ended = incarnation in self._gone or incarnation in self._left
+        if member is None and not has_ended and incarnation != self.own.incarnation:
             self.hearsay.hint(hint, source, now_s)
 
     def hello(self, info: PeerInfo, age_s: float, now_s: float, speaks_from: str = "") -> list[tuple[Change, Member]]:

@@ -203,27 +203,50 @@ def test_row_38_an_incarnation_that_is_gone_is_no_longer_dialled_where_another_a
     assert not dialled and story.state("new") is PeerState.ALIVE
 
 
-@given(st.lists(st.sampled_from(["hello", "hint", "dial fails", "heard", "unlinked", "time"]), max_size=30))
-def test_row_42_a_peer_that_said_goodbye_never_returns_whatever_comes_in_late(events: list[str]) -> None:
+LATE = ("hello", "hint", "dial fails", "heard", "unlinked", "time")
+
+
+def comes_late(story: Story, peer: str, event: str) -> None:
+    """Something of a peer that said goodbye."""
+    if event == "hello":
+        story.tell(story.membership.hello(a_peer(peer), 1.0, story.now_s, "10.0.0.2"))
+    elif event == "hint":
+        story.membership.hint(PeerHint(peer, ("10.0.0.2",), 7800), "mdns", story.now_s)
+    elif event == "dial fails":
+        dial = Dial(peer, ("10.0.0.2",), 7800, peer)
+        story.tell(story.membership.dial_failed(dial, False, story.now_s))
+    elif event == "heard":
+        story.tell(story.membership.heard(peer, story.now_s))
+    elif event == "unlinked":
+        story.tell(story.membership.unlinked(peer, story.now_s))
+    else:
+        assert story.passes(2.0).dials == []
+
+
+@given(st.lists(st.sampled_from(LATE), max_size=30))
+def test_row_42_a_peer_that_said_goodbye_never_returns_whatever_comes_in_late(
+    events: list[str],
+) -> None:
     story = Story()
     story.joins(a_peer("worker"))
     story.tell(story.membership.goodbye("worker", story.now_s))
     num_told = len(story.told)
-    dial = Dial("worker", ("10.0.0.2",), 7800, "worker")
     for event in events:
-        if event == "hello":
-            story.tell(story.membership.hello(a_peer("worker"), 1.0, story.now_s, "10.0.0.2"))
-        elif event == "hint":
-            story.membership.hint(PeerHint("worker", ("10.0.0.2",), 7800), "mdns", story.now_s)
-        elif event == "dial fails":
-            story.tell(story.membership.dial_failed(dial, False, story.now_s))
-        elif event == "heard":
-            story.tell(story.membership.heard("worker", story.now_s))
-        elif event == "unlinked":
-            story.tell(story.membership.unlinked("worker", story.now_s))
-        else:
-            assert story.passes(2.0).dials == []
+        comes_late(story, "worker", event)
     assert story.state("worker") is None and len(story.told) == num_told
+
+
+def test_row_42_of_a_thousand_peers_that_left_none_rises_again() -> None:
+    story, rng = Story(), random.Random(42)
+    leavers = [f"worker{number}" for number in range(1000)]
+    for peer in leavers:
+        story.joins(a_peer(peer))
+        story.tell(story.membership.goodbye(peer, story.now_s))
+    num_told = len(story.told)
+    for peer in leavers:
+        for event in rng.sample(LATE, 3):
+            comes_late(story, peer, event)
+    assert not story.membership.members and len(story.told) == num_told
 
 
 def test_an_address_that_many_hosts_share_proves_nothing() -> None:
