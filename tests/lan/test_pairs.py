@@ -7,6 +7,7 @@ import pytest
 
 from tests.harness import Host, Lan, wait_until
 from tests.harness.pressure import allowance_s
+from tests.harness.waiting import pace
 from tests.lan.meshes import HTTP, LONG_PROMPT, READY_S, SLOW_PREFILL, LanMesh, text_of
 
 FAILURE_TIMEOUT_S = 1.5
@@ -36,10 +37,15 @@ def block(hosts: Hosts, pair: str, way: str) -> None:
         other.block_towards(one)
 
 
+def ends(hosts: Hosts, pair: str, way: str) -> tuple[Host, Host]:
+    """Who dials that way, and who is dialled."""
+    one, other = (getattr(hosts, name) for name in PAIRS[pair])
+    return (one, other) if way == "there" else (other, one)
+
+
 def block_dials(hosts: Hosts, pair: str, way: str) -> None:
     """Only new connections are kept out, as by a firewall that lets out and not in."""
-    one, other = (getattr(hosts, name) for name in PAIRS[pair])
-    target, sender = (other, one) if way == "there" else (one, other)
+    sender, target = ends(hosts, pair, way)
     target.block_ports(7800, 7899, only_from=sender)
 
 
@@ -118,3 +124,28 @@ def test_row_39_where_only_one_can_dial_the_other_nobody_waits(lan: Lan, pair: s
     if pair == "decode_and_prefill":
         assert not any(is_paired(mesh, pair, receipt) for receipt in receipts)
     assert not any(failed_attempts(receipt) for receipt in receipts), list(map(failed_attempts, receipts))
+
+
+PARTED_S = 8.0
+"""Longer than connections live in which nothing arrives."""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", ["there", "back"])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_row_39_where_only_one_can_dial_the_other_after_they_were_parted_nobody_waits(
+    lan: Lan, pair: str, way: str
+) -> None:
+    hosts = start(lan)
+    mesh = run(hosts)
+    mesh.wait_until_all_meet(5)
+    ask_all(mesh, 3.0)
+    sender, target = ends(hosts, pair, way)
+    sender.block_towards(target, both=True)
+    pace(PARTED_S)
+    block_dials(hosts, pair, way)
+    sender.unblock()
+    receipts = ask_all(mesh, FAILURE_TIMEOUT_S)
+    if pair == "decode_and_prefill":
+        assert not any(is_paired(mesh, pair, receipt) for receipt in receipts)
+    assert not any(map(failed_attempts, receipts)), list(map(failed_attempts, receipts))

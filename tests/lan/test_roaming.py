@@ -10,6 +10,8 @@ import pytest
 from tests.harness import Host, Lan, Process, wait_until
 from tests.harness.pressure import allowance_s
 from tests.harness.tunnel import Tunnel
+from tests.harness.waiting import pace
+from tests.lan.load import Load
 from tests.lan.meshes import HTTP, LONG_PROMPT, READY_S, SLOW_PREFILL, LanMesh, start_aggregated, text_of
 
 OTHER_ADDRESS = "10.77.200.200"
@@ -60,14 +62,17 @@ def test_row_35_a_host_that_changes_its_address_is_back_under_the_same_incarnati
     host, process = (lan.hosts[1], mesh.decode[1]) if moving == "worker" else (lan.hosts[0], mesh.frontend)
     before = {peer["name"]: peer["incarnation"] for peer in mesh.peers()}
     steps: list[Callable[[], object]] = [lambda: host.remove_address(f"{host.address}/16"), lambda: host.add_address(f"{OTHER_ADDRESS}/16")]
-    for step in reversed(steps) if is_make_first else steps:
-        step()
-    with within(5.0):
-        wait_until(lambda: OTHER_ADDRESS in process.stderr_text, READY_S, "the peer says that its address changed")
-        wait_until(lambda: moved_to(mesh, process), READY_S, "the mesh reaches it at its new address")
-        mesh.wait_until_all_meet()
+    with Load(mesh) as load:
+        wait_until(lambda: len(load.answers) > 10, READY_S, "requests are answered")
+        for step in reversed(steps) if is_make_first else steps:
+            step()
+        with within(5.0):
+            wait_until(lambda: OTHER_ADDRESS in process.stderr_text, READY_S, "the peer says so")
+            wait_until(lambda: moved_to(mesh, process), READY_S, "the mesh reaches the new address")
+            mesh.wait_until_all_meet()
     assert {peer["name"]: peer["incarnation"] for peer in mesh.peers()} == before
     assert all(text_of(mesh.complete(f"question {number}")) for number in range(8))
+    load.check(lan)
 
 
 def moved_to(mesh: LanMesh, process: Process) -> bool:
@@ -75,12 +80,14 @@ def moved_to(mesh: LanMesh, process: Process) -> bool:
     return OTHER_ADDRESS in peer.get("addresses", ()) and peer["state"] == "alive"
 
 
-def test_row_36_a_peer_that_is_alone_asks_until_multicast_works(lan: Lan) -> None:
+@pytest.mark.parametrize("lost_s", [0.0, pytest.param(20.0, marks=pytest.mark.full)])
+def test_row_36_a_peer_that_is_alone_asks_until_multicast_works(lan: Lan, lost_s: float) -> None:
     mesh = start_aggregated(lan)
     newcomer = lan.add_host()
     newcomer.block_multicast()
     worker = newcomer.run("--role", "decode")
     worker.wait_for_line("no other peer", READY_S)
+    pace(max(0.0, worker.started_at + lost_s - time.monotonic()))
     newcomer.unblock()
     with within(12.0):
         mesh.frontend.wait_for_line("^3 decode", 15.0)

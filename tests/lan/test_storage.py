@@ -63,6 +63,7 @@ def test_row_30_a_processor_serves_and_says_what_it_cannot_keep(
     drain(front)
 
 
+@pytest.mark.full
 def test_row_30_a_worker_with_a_real_model_serves_where_nothing_can_be_written(
     lan: Lan, tmp_path: Path
 ) -> None:

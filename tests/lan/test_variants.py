@@ -74,6 +74,7 @@ def test_row_33_two_models_are_kept_apart(lan: Lan) -> None:
         assert [text_of(answer) for answer in answers] == alone(lan, prompts, *options)
 
 
+@pytest.mark.full
 def test_row_33_workers_of_one_model_name_and_two_kv_layouts_exchange_no_blocks_and_that_is_said(
     lan: Lan,
 ) -> None:
