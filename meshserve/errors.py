@@ -190,9 +190,13 @@ class TokenizerFailed(MeshserveError):
 
 
 class Unsupported(InvalidRequest):
-    """The request needs a feature that the engine lacks."""
+    """The request needs a feature that the engine lacks.
+
+    `beta` is the field of a client that goes on without it, if the error says so as that client expects.
+    """
 
     code = "unsupported"
+    beta: str | None = None
 
 
 # --- malformed or forbidden messages from peers

@@ -14,7 +14,8 @@ RULES = (
     r"two tool calls of one message have the same id",
     r"the tool call .* is not answered",
     r"the tool message for .* answers no tool call",
-    r"tool_result blocks come before all others",
+    r"must be a schema of type 'object'",  # only where it binds
+    r"tool_choice goes with tools only",  # all tools may have been left out
     r"the last one must be the user's",
     r"best_of must be",
     r"only one of .* can be kept to",

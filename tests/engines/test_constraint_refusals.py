@@ -20,9 +20,10 @@ from tests.engines.constraint_harness import COMPILER, TOKENIZER
     [
         ({"type": "string", "pattern": "^(?=a)"}, "look-around"),
         ({"type": "string", "pattern": "(a)\\1"}, "backreferences"),
-        ({"type": "string", "format": "iri"}, "format 'iri'"),
         ({"not": {"type": "string"}}, '"not"'),
-        ({"properties": {"a": {"if": {}}}}, '"if"'),
+        ({"properties": {"a": {"if": {}}}}, '"if".*if at #/properties/a$'),
+        ({"properties": {"a/b": {"items": {"propertyNames": {}}}}}, "propertyNames at #/properties/a~1b/items$"),
+        ({"anyOf": [{"not": {}}, {"$ref": "#/$defs/a"}], "$defs": {"a": {"pattern": "(?=a)"}}}, "pattern at #/.defs/a, not at #/anyOf/0$"),
         ({"type": "array", "uniqueItems": True}, '"uniqueItems"'),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "cannot be told apart; anyOf would do"),
         ({"type": "object", "properties": {"a": {}}, "minProperties": 2}, "min/maxProperties"),

@@ -13,7 +13,8 @@ from meshserve.roles.processor.call_formats import MAX_SPACE_CHARACTERS, CallPar
 from meshserve.roles.processor.choices import Choice
 from meshserve.roles.processor.detokenizing import StopChecker
 from meshserve.roles.processor.tools import call_schema
-from meshserve.wire.completion import EndItem, TextItem, read_item
+from meshserve.wire.completion import CompletionRequest, EndItem, TextItem, read_item
+from meshserve.wire.structs import replace
 
 token_bytes = ByteTokenizer().token_bytes
 
@@ -167,8 +168,9 @@ def test_a_schema_of_calls_is_a_choice_of_tools_and_keeps_their_references() -> 
     city = {"type": "object", "properties": {"where": {"$ref": "#/$defs/place"}}, "$defs": {"place": {"type": "string"}}}
     odd = {"type": "object", "properties": {"$ref": {"const": {"$ref": "#/kept"}}}}
     tools = [{"type": "function", "function": {"name": name, "parameters": part}} for name, part in (("city", city), ("odd", odd))]
-    both = json.loads(call_schema(tools))
+    asked = CompletionRequest("r", "chat", "m", messages=[], tools=json.dumps(tools), tool_choice="required")
+    both = json.loads(call_schema(asked))
     assert instance(both) == {"name": "city", "arguments": {"where": "Paris"}}
-    one = json.loads(call_schema(tools, "city"))
+    one = json.loads(call_schema(replace(asked, tool_choice="function", tool_name="city")))
     assert one["properties"]["arguments"]["properties"]["where"] == {"$ref": "#/properties/arguments/$defs/place"}
-    assert instance(json.loads(call_schema(tools, "odd"))) == {"name": "odd", "arguments": {"$ref": {"$ref": "#/kept"}}}
+    assert instance(json.loads(call_schema(replace(asked, tool_choice="function", tool_name="odd")))) == {"name": "odd", "arguments": {"$ref": {"$ref": "#/kept"}}}

@@ -102,3 +102,15 @@ def test_a_path_finds_its_handler_or_is_told_why_not(line: str, status: int, tex
     assert isinstance(response, Response) and (response.status, response.body) == (status, text.encode())
     if status == 405:
         assert b"allow: " in response.headers
+
+
+def test_a_websocket_is_refused_in_the_way_in_which_clients_fall_back_at_once() -> None:
+    for path, status in (("/exact", 200), ("/one/a", 405)):
+        (request,) = reader().feed(f"GET {path} HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n".encode())
+        response = table().answer(request)
+        assert isinstance(response, Response) and response.status == status
+    routes = Routes(lambda path, error: error.message.encode())
+    routes.add("POST", "/asks", lambda request: Response(200))
+    (request,) = reader().feed(b"GET /asks HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n")
+    response = routes.answer(request)
+    assert isinstance(response, Response) and response.status == 426 and b"upgrade: HTTP/1.1" in response.headers

@@ -8,16 +8,17 @@ import json
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import compress, count
+from itertools import compress, count, islice
 from typing import Any
 
+from meshserve.engines.constraints.keeping import faults
 from meshserve.engines.constraints.schemas import PARAM, checked_schema
 from meshserve.errors import EngineFailed, InvalidRequest, MeshserveError, Unsupported
 
 _MOST_COMPILED = 32
 _MOST_CHARACTERS = 16_384
 _MOST_CHOICES = 1024
-_MOST_SHOWN = 1000
+_MOST_SHOWN, _MOST_PLACES = 1000, 4
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 """At most one space, and only after a comma or colon: small models fill what they may with white space, and never come back."""
 _LIMITS: dict[str, Any] = {
@@ -134,7 +135,7 @@ class ConstraintCompiler:
         except BaseException as error:  # its panics are no Exception
             raise Unsupported(f"the {words} cannot be kept to: {_first_line(str(error))}", param=PARAM) from error
         if matcher.is_error():
-            raise _refusal(words, matcher.get_error())
+            raise _refusal(words, matcher.get_error(), value)
         if matcher.is_stopped() and not matcher.is_accepting():
             raise Unsupported(f"the {words} allows no output that ends", param=PARAM)
         return matcher
@@ -170,7 +171,6 @@ def _grammar(library: Any, words: str, value: Any) -> Any:
 
 _REFUSALS = (
     (r'Unimplemented keys: \[(".*")\]|(look-?around|backreferences)', "uses {}, which cannot be kept to"),
-    (r"Unknown format: (.*)", "has a string of format {!r}, which cannot be kept to"),
     (r"(oneOf) constraints", "has {} branches that cannot be told apart; anyOf would do"),
     (r"(Unsatisfiable schema: .*)", "allows no output: {}"),
     (r"NoExtension()", "allows no output that ends{}"),
@@ -183,14 +183,22 @@ _REFUSALS = (
 """What the library says of what it cannot do, and the words for it; the rest is the client's mistake."""
 
 
-def _refusal(words: str, message: str) -> InvalidRequest:
+def _refusal(words: str, message: str, value: Any) -> InvalidRequest:
     message = f"{message[:_MOST_SHOWN]}\n{message[-_MOST_SHOWN:]}"  # it holds the whole of a regular expression
     for pattern, found in _REFUSALS:
         match = re.search(pattern, message)
         if match:
-            return Unsupported(f"the {words} {found.format(match[match.lastindex or 1][:200])}", param=PARAM)
+            text = f"the {words} {found.format(match[match.lastindex or 1][:200])}"
+            return Unsupported(text + (_places(value) if words == _SCHEMA else ""), param=PARAM)
     wrong = re.search(r"error: (.*)", message)
     return InvalidRequest(f"the {words} cannot be read: {_first_line(wrong[1] if wrong else message)}", param=PARAM)
+
+
+def _places(text: str) -> str:
+    """Where a schema has what cannot be kept to, as far as that can be told."""
+    root = json.loads(text)
+    found = [f"{key} at {path[:_MOST_SHOWN]}" for key, path in islice(dict.fromkeys(faults(root)), _MOST_PLACES)]
+    return f": {', '.join(found)}" if found else ""
 
 
 def _first_line(message: str) -> str:

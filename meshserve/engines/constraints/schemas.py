@@ -12,6 +12,7 @@ from math import isfinite, lcm
 from typing import Any
 from urllib.parse import unquote
 
+from meshserve.engines.constraints.keeping import prepare
 from meshserve.errors import InvalidRequest, Unsupported
 
 PARAM = "response_format"
@@ -57,6 +58,7 @@ def checked_schema(text: str) -> str:
         raise InvalidRequest("the schema is an object, true or false", param=PARAM)
     root.pop("x-guidance", None)  # the library would take options from there
     _Survey(root).check()
+    prepare(root)
     return json.dumps(root)
 
 

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from meshserve.errors import InvalidRequest, MeshserveError
+from meshserve.errors import InvalidRequest, MeshserveError, Unsupported
 from meshserve.roles.frontend.shapes import dump
 from meshserve.roles.frontend.writers import EventWriter, Part, Reply, WholeWriter
 from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, StartItem, TextItem
@@ -30,7 +30,9 @@ def error_body(error: MeshserveError) -> bytes:
     """Anthropic's error object; `code` and `param` are those of the other APIs."""
     default = "invalid_request_error" if isinstance(error, InvalidRequest) else "api_error"
     param = error.param if isinstance(error, InvalidRequest) else None
-    told = {"type": ERROR_TYPES.get(error.http_status, default), "message": error.message, "code": error.code, "param": param}
+    told: Json = {"type": ERROR_TYPES.get(error.http_status, default), "message": error.message, "code": error.code, "param": param}
+    if isinstance(error, Unsupported) and error.beta is not None:  # the official client goes on without this field
+        told["details"] = {"error_code": f"{error.beta}_unsupported_request", "unsupported": [error.beta]}
     return dump({"type": "error", "error": told}).encode()
 
 

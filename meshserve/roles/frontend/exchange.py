@@ -21,6 +21,7 @@ from meshserve.roles.frontend.http.connection import Connection
 from meshserve.roles.frontend.http.messages import Request
 from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS, Parsed, ResponseOptions
 from meshserve.roles.frontend.models.completions import parse_generate
+from meshserve.roles.frontend.models.fields import header_line
 from meshserve.roles.frontend.models.reading import SHORT_BODY_BYTES, check_json
 from meshserve.roles.frontend.writers import Api, Writer
 from meshserve.wire.completion import CompletionRequest, Ending, read_traceparent
@@ -102,6 +103,8 @@ class Exchange(QueueEntry):
         try:
             # What is asked, and how it will be answered.
             request, self._options = parse()  # raises InvalidRequest
+            if self._options.ignored:
+                self._http.extra_headers += header_line(self._options.ignored)
             self.arrived_s = time.monotonic()
             receipt.client_id, receipt.model, receipt.asked_s = request.client_id, request.model, self.arrived_s
             if self._is_over:  # the client left while a long body was parsed
@@ -367,7 +370,6 @@ def handlers_of(completions: Completions) -> dict[str, Callable[[Request], Excha
     """What begins an exchange, by path; all with POST."""
 
     def parse(body: bytes, request_id: str, client_id: str) -> Parsed:
-        request = parse_generate(body, request_id, client_id, completions.first_model())
-        return request, ResponseOptions(is_stream=True)
+        return parse_generate(body, request_id, client_id, completions.first_model())
 
     return {api.path: partial(Exchange, completions, api) for api in (*apis.APIS, apis.lines(parse))}

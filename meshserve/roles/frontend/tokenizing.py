@@ -8,6 +8,7 @@ from meshserve.roles.frontend.http.messages import Request, Response
 from meshserve.roles.frontend.models.anthropic import parse_count
 from meshserve.roles.frontend.models.chat import parse_tokenize
 from meshserve.roles.frontend.models.completions import parse_detokenize
+from meshserve.roles.frontend.models.fields import header_line
 from meshserve.roles.frontend.models.reading import read_json
 from meshserve.roles.frontend.routes import Routes, json_response
 from meshserve.wire.completion import Tokenized, TokenizeRequest
@@ -40,7 +41,9 @@ class Tokenizing:
 
     async def _count_of(self, http: Request) -> Response:
         """Anthropic's count of a message's tokens."""
-        request = await read_json(http.body, lambda body: parse_count(body, self._completions.new_id()))
+        request, options = await read_json(http.body, lambda body: parse_count(body, self._completions.new_id()))
+        if options.ignored:
+            http.extra_headers += header_line(options.ignored)
         found: Tokenized = await self._ask(TOKENIZE, TokenizeRequest(request))
         return json_response({"input_tokens": len(found.tokens)})
 

@@ -359,6 +359,5 @@ def sampling_of(
         found.prompt_logprobs = request.logprobs
     if request.tool_choice != "none" and wants_call(request, card):
         # the output is made to be a call: whatever else was asked of its form does not count
-        name = request.tool_name if request.tool_choice == "function" else ""
-        found.json_schema, found.regex, found.choices = call_schema(tools_of(request), name), "", ()
+        found.json_schema, found.regex, found.choices = call_schema(request), "", ()
     return found

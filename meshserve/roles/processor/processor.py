@@ -27,7 +27,7 @@ from meshserve.roles.processor.choices import Choice, EchoOnly, PlainChoice
 from meshserve.roles.processor.detokenizing import TokenTexts
 from meshserve.roles.processor.models import Dispatcher, Models, check_features, check_prompts, sampling_of
 from meshserve.roles.processor.sequences import Sequence
-from meshserve.roles.processor.tools import StrictCalls, tools_of, wants_call, writes_calls
+from meshserve.roles.processor.tools import StrictCalls, in_fields, tools_of, wants_call, writes_calls
 from meshserve.telemetry import log_event
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartItem
@@ -39,13 +39,6 @@ _log = logging.getLogger(__name__)
 _TAIL_TOKENS = 16
 """Of a prompt: in them stands the tag with which a template begins the reasoning, white space after it
 included."""
-_CONSTRAINTS = {
-    "json_schema": "response_format",
-    "response_format": "response_format",
-    "regex": "structured_outputs",
-    "choices": "structured_outputs",
-}
-"""The field by which a client knows what an engine finds fault with."""
 
 
 class ProcessorRole:
@@ -346,9 +339,7 @@ class Request:
     def _failed(self, sequence: Sequence, error: MeshserveError) -> None:
         if self.is_over:
             return
-        if isinstance(error, InvalidRequest) and error.param in _CONSTRAINTS:
-            error = type(error)(error.message, param="tools" if self._is_call else _CONSTRAINTS[error.param])
-        self.fail(error, sequence)
+        self.fail(in_fields(error, self.asked, is_call=self._is_call), sequence)
 
     def fail(self, error: MeshserveError, sequence: Sequence | None = None) -> None:
         """End the request here and now, at its workers too."""

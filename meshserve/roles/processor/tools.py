@@ -6,10 +6,13 @@ the same way.
 """
 
 import json
+import re
 from typing import Any
 
 from meshserve.engines.constraints.constraint import ConstraintCompiler
-from meshserve.errors import InvalidRequest, ProtocolError
+from meshserve.engines.constraints.keeping import outline
+from meshserve.engines.constraints.schemas import property_names
+from meshserve.errors import InvalidRequest, MeshserveError, ProtocolError
 from meshserve.roles.processor.call_formats import Accepts
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest
@@ -21,6 +24,16 @@ _NO_SCHEMAS = frozenset(("const", "enum", "default", "examples"))
 """Keywords of JSON Schema that hold values: what looks like a reference in there is none."""
 _BYTES = [bytes([value]) for value in range(256)]
 _END = len(_BYTES)
+_CONSTRAINTS = {
+    "json_schema": "response_format",
+    "response_format": "response_format",
+    "regex": "structured_outputs",
+    "choices": "structured_outputs",
+}
+"""The field by which a client knows what an engine finds fault with."""
+_MOST_HINTED_CHARACTERS, _MOST_HINTED_PROPERTIES = 32_768, 256
+"""Of all schemas together that only hint at what arguments look like: half of what a schema may have that binds."""
+_PLACE = re.compile(r"#(?:/anyOf/(\d+))?/properties/arguments((?:/[^\s,]*)?)")
 _MOST_FOLLOWED = 64
 """References of a schema that lead to other references, and levels of arguments that are put in order."""
 
@@ -68,14 +81,73 @@ def _is_tool(tool: Any) -> bool:
     return isinstance(function, dict) and isinstance(function.get("name"), str) and isinstance(function.get("parameters"), dict)
 
 
-def call_schema(tools: list[Json], name: str = "") -> str:
-    """JSON Schema of a call of one of these tools, or of the one of this name: `{"name": NAME, "arguments": {...}}`."""
-    functions = [tool["function"] for tool in tools if not name or tool["function"]["name"] == name]
+def call_schema(request: CompletionRequest) -> str:
+    """JSON Schema of a call of one of the tools, or of the one that is named: `{"name": NAME, "arguments": {...}}`.
+
+    Arguments keep to the tool's schema where a call is required, or the tool is strict. Elsewhere they are of its outline.
+    """
+    functions, num_binding = _callable(request)
     if not functions:
         raise ProtocolError("completion request: no tool of this name")
+    hinted = [{**function, "parameters": _hint(function["parameters"])} for function in functions[num_binding:]]
+    return _any_call([*functions[:num_binding], *_fitting(hinted, has_others=num_binding > 0)])
+
+
+def _hint(parameters: Json) -> Json:
+    """What a call looks like that need not be valid."""
+    found: Json = outline(parameters) if parameters.get("type", "object") == "object" else {}
+    return found
+
+
+def _callable(request: CompletionRequest) -> tuple[list[Json], int]:
+    """The functions that the answer may call: first those whose schemas bind, and how many these are."""
+    functions = [tool["function"] for tool in _read_tools(request)]
+    if request.tool_choice == "function":
+        functions = [function for function in functions if function["name"] == request.tool_name]
+    if request.tool_choice in ("required", "function"):
+        return functions, len(functions)
+    functions.sort(key=lambda function: function.get("strict") is not True)
+    return functions, sum(function.get("strict") is True for function in functions)
+
+
+def _fitting(functions: list[Json], *, has_others: bool) -> list[Json]:
+    """As many of them, from the first on, as one grammar has room for: none of them must be called."""
+    found: list[Json] = []
+    num_characters = num_properties = 0
+    for function in functions:
+        num_characters += len(json.dumps(function["parameters"]))
+        num_properties += sum(1 for _ in property_names(function["parameters"]))
+        is_full = num_characters > _MOST_HINTED_CHARACTERS or num_properties > _MOST_HINTED_PROPERTIES
+        if is_full and (found or has_others):
+            break
+        found.append({**function, "parameters": {}} if is_full else function)
+    return found
+
+
+def _any_call(functions: list[Json]) -> str:
     if len(functions) == 1:
         return json.dumps(_one_call(functions[0], "#/properties/arguments"))
-    return json.dumps({"anyOf": [_one_call(function, f"#/anyOf/{index}/properties/arguments") for index, function in enumerate(functions)]})
+    calls = [_one_call(function, f"#/anyOf/{index}/properties/arguments") for index, function in enumerate(functions)]
+    return json.dumps({"anyOf": calls})
+
+
+def in_fields(error: MeshserveError, request: CompletionRequest, *, is_call: bool) -> MeshserveError:
+    """The error, with the field by which the client knows what an engine finds fault with."""
+    if not isinstance(error, InvalidRequest) or error.param not in _CONSTRAINTS:
+        return error
+    return in_tools(error, request) if is_call else type(error)(error.message, param=_CONSTRAINTS[error.param])
+
+
+def in_tools(error: InvalidRequest, request: CompletionRequest) -> InvalidRequest:
+    """An error about the schema of a call, in words of the tools: which one, and which place in its parameters."""
+    functions, _ = _callable(request)
+
+    def named(found: re.Match[str]) -> str:
+        index = int(found[1] or 0)
+        name = functions[index]["name"] if index < len(functions) else "?"
+        return f"#{found[2]} of the tool {name!r}"
+
+    return type(error)(_PLACE.sub(named, error.message), param="tools")
 
 
 def _one_call(function: Json, place: str) -> Json:
@@ -115,11 +187,11 @@ class StrictCalls:
         tools = [tool for tool in _read_tools(request) if tool["function"].get("strict") is True]
         if not tools:
             return None
-        schema = call_schema(tools)
+        schema = _any_call([tool["function"] for tool in tools])
         try:
             self._compiler.compile(json_schema=schema)
         except InvalidRequest as error:
-            raise type(error)(error.message, param="tools") from error
+            raise in_tools(error, request) from error
         parameters = {tool["function"]["name"]: tool["function"]["parameters"] for tool in tools}
         return lambda name, arguments: name not in parameters or self._is_valid(schema, name, arguments, parameters[name])
 

@@ -39,7 +39,7 @@ class Request:
     client: str = ""
     """For the fairness between clients: the key, else the address. The guard sets it."""
     extra_headers: bytes = b""
-    """Of every response to this request, as :func:`header_lines` gives them. The guard sets them."""
+    """Of every response to this request, as :func:`header_lines` gives them. The guard sets them, and a handler may add some."""
 
 
 @dataclass(frozen=True, slots=True)

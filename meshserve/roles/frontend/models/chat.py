@@ -6,8 +6,9 @@ from msgspec import Meta, to_builtins
 
 from meshserve.errors import InvalidRequest
 from meshserve.roles.frontend.models import kinds
-from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, either, given, invalid, not_done
+from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, either, given, invalid
 from meshserve.roles.frontend.models.completions import OpenAiBody, StreamOptions, TokenizePrompt, openai_fields
+from meshserve.roles.frontend.models.fields import note_inner, others
 from meshserve.roles.frontend.models.reading import read, read_object
 from meshserve.roles.frontend.models.requests import Message, check_calls, tool_fields
 from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
@@ -78,6 +79,7 @@ class AssistantMessage(Body, kw_only=True, tag_field="role", tag="assistant"):
     content: Annotated[str | _Parts | None, kinds.CONTENT] = None
     refusal: str | None = None
     reasoning_content: Annotated[str | None, _THOUGHT] = None
+    reasoning: Annotated[str | None, Meta(description="Another name of `reasoning_content`.")] = None
     tool_calls: Annotated[list[ToolCall], Meta(max_length=kinds.MAX_CALLS)] | None = None
     name: Name | None = None
     function_call: kinds.Refused = None
@@ -88,6 +90,8 @@ class AssistantMessage(Body, kw_only=True, tag_field="role", tag="assistant"):
             given("content", type=["string", "array"]),
             given("tool_calls", type="array", minItems=1),
             given("refusal", type="string"),
+            given("reasoning_content", type="string"),
+            given("reasoning", type="string"),
         ),
     )
 
@@ -150,20 +154,8 @@ class ChatBody(OpenAiBody, kw_only=True):
     stream: kinds.Stream = False
     stream_options: Annotated[StreamOptions | None, kinds.STREAM_ONLY] = None
 
-    NOT_DONE = OpenAiBody.NOT_DONE | not_done(
-        null="audio prediction web_search_options moderation",
-        false="store echo continue_final_message",
-        empty="functions documents",
-        function_call=("none", "auto"),
-        modalities=(["text"],),
-        reasoning_effort=("none",),
-        service_tier=("auto", "default"),
-        verbosity=("medium",),
-        best_of=(1,),
-        chat_template=("",),
-        chat_template_kwargs=({},),
-        add_generation_prompt=(True,),
-    )
+    OTHERS = others("chat")
+    LEAVES_OUT: ClassVar[dict[str, tuple[str, ...]]] = {"tools": ("function",)}
     GOES_WITH: ClassVar[dict[str, str]] = {"stream_options": "stream", "top_logprobs": "logprobs"}
     RULES = (kinds.TOOLS_RULE,)
     EXAMPLE: ClassVar[Fields] = {"model": "dummy", **HELLO, "max_tokens": 16}
@@ -181,14 +173,17 @@ class TokenizeChat(Body, kw_only=True):
     parallel_tool_calls: bool = True
     add_generation_prompt: bool = True
 
-    NOT_DONE = TokenizePrompt.NOT_DONE | not_done(add_special_tokens=(False,))
+    OTHERS = others("tokenize", "tokenize_chat")
+    LEAVES_OUT = ChatBody.LEAVES_OUT
     RULES = (kinds.TOOLS_RULE,)
 
 
 def parse_chat(body: bytes, request_id: str, client_id: str) -> Parsed:
     """`POST /v1/chat/completions`. Raises InvalidRequest that names the field."""
-    fields = read_object(body)
-    asked = read(ChatBody, fields)
+    fields, ignored = read_object(body), list[str]()
+    asked = read(ChatBody, fields, ignored)
+    if b"cache_control" in body:
+        note_inner(body, ignored)
     newer = asked.max_completion_tokens
     max_tokens = asked.max_tokens if newer is None else newer
     request = CompletionRequest(
@@ -200,10 +195,10 @@ def parse_chat(body: bytes, request_id: str, client_id: str) -> Parsed:
         logprobs=asked.top_logprobs if asked.logprobs else -1,
         client_id=client_id,
         **_tools(asked),
-        **openai_fields(asked, fields, max_tokens),
+        **openai_fields(asked, fields, max_tokens, ignored),
     )
     options = asked.stream_options or StreamOptions()
-    return request, ResponseOptions(asked.stream, options.include_usage)
+    return request, ResponseOptions(asked.stream, options.include_usage, ignored=ignored)
 
 
 def parse_tokenize(body: bytes, request_id: str) -> tuple[CompletionRequest, bool]:
@@ -213,12 +208,12 @@ def parse_tokenize(body: bytes, request_id: str) -> tuple[CompletionRequest, boo
     """
     fields = read_object(body)
     if fields.get("messages") is None:
-        asked = read(TokenizePrompt, fields)
+        asked = read(TokenizePrompt, fields, [])
         model, prompt = asked.model or "", asked.prompt
         return CompletionRequest(request_id, "completion", model, prompt), asked.return_token_strs
     if fields.get("prompt") is not None:
         raise InvalidRequest("either prompt or messages, not both", param="prompt")
-    chat = read(TokenizeChat, fields)
+    chat = read(TokenizeChat, fields, [])
     request = CompletionRequest(
         request_id,
         "chat",
@@ -251,8 +246,10 @@ def _messages(given: list[ChatMessage]) -> list[Message]:
 def _settle_answer(message: Message, param: str) -> Any:
     """A refusal is its content, and its calls go without `type` and `function`. The content is returned."""
     refusal, calls = message.pop("refusal", None), message.pop("tool_calls", None)
+    if (thought := message.pop("reasoning", None)) is not None:
+        message.setdefault("reasoning_content", thought)
     if "content" not in message:
-        if not calls and refusal is None:
+        if not calls and refusal is None and "reasoning_content" not in message:
             raise invalid(f"{param}.content", "is missing")
         message["content"] = refusal or ""
     if calls:

@@ -5,19 +5,20 @@ with a default may be left out, and null is the same as leaving it out. Members 
 ignored, as OpenAI-compatible servers do. `reading.py` reads these structs, `schemas.py` makes their schemas.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from msgspec import Struct
 
 from meshserve.errors import InvalidRequest
+from meshserve.roles.frontend.models.fields import Others
 from meshserve.wire.completion import CompletionRequest
 
 Fields = dict[str, Any]
 Schema = dict[str, Any]
 Rules = tuple[Schema, ...]
-NotDone = dict[str, tuple[Any, ...]]
 
+MAX_TOOLS = 128
 MAX_SESSION_CHARACTERS = 256
 """Of the session that a request names: requests of one session like to go to one worker."""
 
@@ -25,9 +26,11 @@ MAX_SESSION_CHARACTERS = 256
 class Body(Struct, kw_only=True, omit_defaults=True):
     """A JSON object in a request."""
 
-    NOT_DONE: ClassVar[NotDone] = {}
-    """Fields that ask for what is not done here, each with the values besides null that ask for nothing.
-    Other values are refused by name, and never silently ignored."""
+    OTHERS: ClassVar[Others] = {}
+    """Fields that are ignored or refused, as the table of fields says. A field that is ignored may be one of
+    the struct, which then says its type."""
+    LEAVES_OUT: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Lists of which objects of other types than these are ignored; the first is that of an object without one."""
     GOES_WITH: ClassVar[dict[str, str]] = {}
     """Fields that may ask for something only where another field is true."""
     RULES: ClassVar[Rules] = ()
@@ -47,6 +50,8 @@ class ResponseOptions:
     """A last chunk with the usage, in a stream."""
     echoed: Fields | None = None
     """What the API repeats of the request in its answer."""
+    ignored: list[str] = field(default_factory=list)
+    """Names of what the request has and no engine does, for a header of the answer."""
 
 
 Parsed = tuple[CompletionRequest, ResponseOptions]
@@ -55,12 +60,6 @@ Parsed = tuple[CompletionRequest, ResponseOptions]
 def invalid(param: str, words: str) -> InvalidRequest:
     """The error for a field that is at fault: "PARAM WORDS"."""
     return InvalidRequest(f"{param} {words}", param=param)
-
-
-def not_done(null: str = "", false: str = "", empty: str = "", **others: tuple[Any, ...]) -> NotDone:
-    """By the value that asks for nothing, besides null: only null, `false`, an empty list, others."""
-    groups: tuple[tuple[str, tuple[Any, ...]], ...] = ((null, ()), (false, (False,)), (empty, ([],)))
-    return {name: values for names, values in groups for name in names.split()} | others
 
 
 def given(field: str, **schema: Any) -> Schema:

@@ -8,8 +8,9 @@ from msgspec import Meta
 
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.frontend.models import kinds
-from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, Schema, either, given, invalid, not_done
-from meshserve.roles.frontend.models.reading import read, read_object, refuse_not_done
+from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, Schema, either, given, invalid
+from meshserve.roles.frontend.models.fields import others
+from meshserve.roles.frontend.models.reading import read, read_object, set_aside
 from meshserve.roles.frontend.models.requests import ANY_OBJECT, MAX_SCHEMA_CHARACTERS, LabelledBody, format_schema, json_text, sampled
 from meshserve.wire.completion import MAX_CHOICES, CompletionRequest, DetokenizeRequest, Prompts
 from meshserve.wire.generation import (
@@ -60,10 +61,7 @@ class StructuredOutputs(Body):
     regex: Annotated[str, _REGEX] | None = None
     choice: OneOf | None = None
 
-    NOT_DONE = not_done(
-        null="grammar structural_tag whitespace_pattern",
-        false="disable_fallback disable_any_whitespace disable_additional_properties",
-    )
+    OTHERS = others("structured_outputs")
 
 
 class StreamOptions(Body):
@@ -86,20 +84,12 @@ class OpenAiBody(LabelledBody, kw_only=True):
     guided_regex: Annotated[str, _REGEX] | None = None
     guided_choice: OneOf | None = None
 
-    NOT_DONE = not_done(
-        null="prompt_logprobs truncate_prompt_tokens guided_grammar regex ebnf",
-        false="use_beam_search include_stop_str_in_output return_token_ids return_tokens_as_token_ids",
-        empty="stop_token_ids bad_words logits_processors",
-        length_penalty=(1,),
-        skip_special_tokens=(True,),
-    )
-
 
 _CONSTRAINTS = {"response_format", "structured_outputs"}
 _CONSTRAINTS |= {"guided_json", "guided_regex", "guided_choice"}
 
 
-def openai_fields(asked: OpenAiBody, fields: Fields, max_tokens: int | None) -> Fields:
+def openai_fields(asked: OpenAiBody, fields: Fields, max_tokens: int | None, ignored: list[str]) -> Fields:
     """What the three have in a CompletionRequest. Raises InvalidRequest that names the field."""
     found = sampled(asked, fields, max_tokens, asked.prompt_cache_key or asked.user)
     if asked.top_k == -1:
@@ -110,7 +100,7 @@ def openai_fields(asked: OpenAiBody, fields: Fields, max_tokens: int | None) -> 
         biases = asked.logit_bias.items()
         found["logit_bias"] = tuple((int(name), bias or 0.0) for name, bias in biases)
     if not _CONSTRAINTS.isdisjoint(fields):
-        refuse_not_done(StructuredOutputs, fields.get("structured_outputs") or {})
+        set_aside(StructuredOutputs, fields.get("structured_outputs") or {}, ignored)
         found |= _constraint(asked, asked.structured_outputs or StructuredOutputs())
     return found
 
@@ -161,9 +151,6 @@ def _prompts(most: int) -> Schema:
     return either(*_TEXT_OR_TOKENS, several)
 
 
-_NOT_IN_COMPLETIONS = OpenAiBody.NOT_DONE | not_done(
-    null="prompt_embeds", empty="tools", suffix=("",)
-)
 _PROMPTS = f"Text or token ids, or a list of these. Prompts times `n` are {MAX_CHOICES} at most."
 _LIMIT = f"must be an integer between 1 and {MAX_COUNT}, or 0 with echo"
 _LOGPROBS = Meta(description="So many alternatives for each token.")
@@ -183,7 +170,7 @@ class CompletionBody(OpenAiBody, kw_only=True):
     stream: kinds.Stream = False
     stream_options: Annotated[StreamOptions | None, kinds.STREAM_ONLY] = None
 
-    NOT_DONE = _NOT_IN_COMPLETIONS
+    OTHERS = others("completions")
     GOES_WITH: ClassVar[dict[str, str]] = {"stream_options": "stream"}
     RULES = (
         either(
@@ -202,7 +189,7 @@ class GenerateBody(OpenAiBody, kw_only=True):
     max_tokens: kinds.TokenLimit = 64
     model: kinds.AnyModel = None  # type: ignore[assignment]  # a default, where the other APIs have none
 
-    NOT_DONE = _NOT_IN_COMPLETIONS | not_done(null="logprobs", false="echo", n=(1,), best_of=(1,))
+    OTHERS = others("generate")
     EXAMPLE: ClassVar[Fields] = {"prompt": "Hello", "max_tokens": 16}
 
 
@@ -214,13 +201,7 @@ class TokenizePrompt(Body, kw_only=True):
     messages: None = None
     return_token_strs: Annotated[bool, Meta(description="The tokens' texts too.")] = False
 
-    NOT_DONE = not_done(
-        false="continue_final_message",
-        empty="documents",
-        add_special_tokens=(True,),
-        chat_template=("",),
-        chat_template_kwargs=({},),
-    )
+    OTHERS = others("tokenize", "tokenize_prompt")
     EXAMPLE: ClassVar[Fields] = {"prompt": "Hello"}
 
 
@@ -235,8 +216,8 @@ class DetokenizeBody(Body, kw_only=True):
 
 def parse_completion(body: bytes, request_id: str, client_id: str) -> Parsed:
     """`POST /v1/completions`. Raises InvalidRequest that names the field."""
-    fields = read_object(body)
-    asked = read(CompletionBody, fields)
+    fields, ignored = read_object(body), list[str]()
+    asked = read(CompletionBody, fields, ignored)
     prompt, n = _read_prompt(asked.prompt), asked.n
     if n * (len(prompt) if isinstance(prompt, tuple) else 1) > MAX_CHOICES:
         words = f"n times the number of prompts must be at most {MAX_CHOICES}"
@@ -255,33 +236,36 @@ def parse_completion(body: bytes, request_id: str, client_id: str) -> Parsed:
         logprobs=-1 if asked.logprobs is None else asked.logprobs,
         max_tokens=asked.max_tokens,
         client_id=client_id,
-        **openai_fields(asked, fields, asked.max_tokens),
+        **openai_fields(asked, fields, asked.max_tokens, ignored),
     )
     options = asked.stream_options or StreamOptions()
-    return request, ResponseOptions(asked.stream, options.include_usage)
+    return request, ResponseOptions(asked.stream, options.include_usage, ignored=ignored)
 
 
-def parse_generate(body: bytes, request_id: str, client_id: str, default_model: str) -> CompletionRequest:
+def parse_generate(
+    body: bytes, request_id: str, client_id: str, default_model: str
+) -> Parsed:
     """`POST /generate`: the simple form, `{"prompt", "request_id"}`. Raises InvalidRequest that names the field."""
-    fields = read_object(body)
-    asked = read(GenerateBody, fields)
+    fields, ignored = read_object(body), list[str]()
+    asked = read(GenerateBody, fields, ignored)
     asked.model = asked.model or default_model
     prompt = _read_prompt(asked.prompt)
     if isinstance(prompt, tuple):
         raise invalid("prompt", "must be one prompt")
-    return CompletionRequest(
+    request = CompletionRequest(
         request_id,
         "completion",
         prompt=prompt,
         max_tokens=asked.max_tokens,
         client_id=client_id if asked.request_id is None else asked.request_id[:256],
-        **openai_fields(asked, fields, asked.max_tokens),
+        **openai_fields(asked, fields, asked.max_tokens, ignored),
     )
+    return request, ResponseOptions(is_stream=True, ignored=ignored)
 
 
 def parse_detokenize(body: bytes) -> DetokenizeRequest:
     """`POST /detokenize`. The model is empty if the client named none."""
-    asked = read(DetokenizeBody, read_object(body))
+    asked = read(DetokenizeBody, read_object(body), [])
     return DetokenizeRequest(asked.model or "", _token_ids(asked.tokens, "tokens", "a list of token ids"))
 
 

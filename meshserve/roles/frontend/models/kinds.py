@@ -1,10 +1,13 @@
 """The types of fields that several bodies have: of what they are, and how a value that is not is refused. Pure."""
 
-from typing import Annotated, Any, Literal
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
-from msgspec import Meta
+from msgspec import Meta, defstruct
 
-from meshserve.roles.frontend.models.common import Body, given, only_with
+from meshserve.roles.frontend.models.common import MAX_TOOLS, Body, given, only_with
+from meshserve.roles.frontend.models.fields import LEFT_OUT_BLOCKS, LEFT_OUT_ITEMS
 from meshserve.wire.completion import MAX_CHOICES, MAX_STOPS
 from meshserve.wire.generation import MAX_COUNT, MAX_LOGPROBS
 
@@ -46,11 +49,40 @@ class TextPart(Body, kw_only=True):
 Text = Annotated[str | list[Annotated[TextPart, PART]], CONTENT]
 """Parts' texts are joined. Images, audio and other parts are refused by name."""
 
+# --- what is left out of a conversation that another model began
+
+
+class LeftOut(Body):
+    """Ignored: of a server's own tools, or for the server that wrote it only."""
+
+    @property
+    def type(self) -> str:
+        """What it says of its kind."""
+        return str(self.__struct_config__.tag)
+
+
+def _left_out(types: str) -> Any:
+    """One of these types, whatever else such an object holds: a struct for each."""
+    names = {"".join(map(str.title, name.split("_"))): name for name in types.split()}
+    bases = (LeftOut,)
+    return reduce(or_, [defstruct(name, (), bases=bases, tag_field="type", tag=tag) for name, tag in names.items()])
+
+
+if TYPE_CHECKING:
+    LeftOutBlock: TypeAlias = LeftOut
+    LeftOutItem: TypeAlias = LeftOut
+else:
+    LeftOutBlock = _left_out(LEFT_OUT_BLOCKS)
+    LeftOutItem = _left_out(LEFT_OUT_ITEMS)
+
 # --- tools and formats
 
 MAX_CALLS = 128
 """Of tools, in one message."""
-TOOLS = Meta(max_length=128, description="No two may have the same name.")
+TOOLS = Meta(
+    max_length=MAX_TOOLS,
+    description="No two functions may have the same name. Tools that are no functions are left out.",
+)
 HAS_TOOLS = given("tools", type="array", minItems=1)
 TOOLS_RULE = only_with(HAS_TOOLS, "tool_choice", "none", "auto")
 CHOICE = Meta(
@@ -71,8 +103,8 @@ _STRICT = (
 Parameters = Annotated[
     dict[str, Any],
     Meta(
-        description="A JSON Schema of type object. What the model's engine cannot keep to is refused.",
-        extra_json_schema={"properties": {"type": {"const": "object"}}},
+        description="A JSON Schema. Where the tool is `strict` or must be called, arguments keep to it:"
+        " then it is of type object, and what the model's engine cannot keep to is refused.",
     ),
 ]
 

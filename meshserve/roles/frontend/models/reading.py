@@ -18,7 +18,7 @@ import msgspec
 from msgspec import inspect
 
 from meshserve.errors import InvalidRequest, Unsupported
-from meshserve.roles.frontend.models.common import Body, Fields, invalid
+from meshserve.roles.frontend.models.common import MAX_TOOLS, Body, Fields, invalid
 
 _Kind = TypeVar("_Kind", bound=Body)
 _Parsed = TypeVar("_Parsed")
@@ -35,10 +35,14 @@ _NOT_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 _STEPS = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 
-def read(kind: type[_Kind], fields: Fields) -> _Kind:
-    """The fields as this struct. Raises InvalidRequest or Unsupported, which name the field."""
-    if not kind.NOT_DONE.keys().isdisjoint(fields):
-        refuse_not_done(kind, fields)
+def read(kind: type[_Kind], fields: Fields, ignored: list[str], prefix: str = "") -> _Kind:
+    """The fields as this struct; names of those that are ignored are appended to `ignored`.
+
+    Raises InvalidRequest or Unsupported, which name the field.
+    """
+    heeded = _heeded.get(kind) or _note_heeded(kind)
+    if not fields.keys() <= heeded:
+        set_aside(kind, fields, ignored, prefix)
     if None in fields.values():
         fields = {name: value for name, value in fields.items() if value is not None}
     found = _converted(fields, kind)
@@ -59,13 +63,50 @@ def _converted(fields: Fields, kind: type[_Kind]) -> _Kind:
         raise InvalidRequest(f"the body is malformed: {error}"[:400]) from error
 
 
-def refuse_not_done(kind: type[Body], fields: Fields, prefix: str = "") -> None:
-    """Raises Unsupported for a field that asks for what is not done here."""
-    for name in fields.keys() & kind.NOT_DONE.keys():
-        value = fields[name]
-        is_unasked = value is None or any(_is_same(value, other) for other in kind.NOT_DONE[name])
-        if not is_unasked:
-            raise Unsupported(f"{prefix}{name} is not supported", param=prefix + name)
+_heeded: dict[type[Body], frozenset[str]] = {}
+"""By body, the fields that are simply done: most requests have no others."""
+
+
+def _note_heeded(kind: type[Body]) -> frozenset[str]:
+    looked_at = {*kind.OTHERS, *kind.LEAVES_OUT}
+    return _heeded.setdefault(kind, frozenset(kind.__struct_fields__) - looked_at)
+
+
+def set_aside(kind: type[Body], fields: Fields, ignored: list[str], prefix: str = "") -> None:
+    """Note what is ignored of these fields, and leave out the members of lists that are.
+
+    Raises Unsupported for a field that asks for what is not done and would change the answer.
+    """
+    for name in fields:
+        value, how = fields[name], kind.OTHERS.get(name)
+        if value is None:
+            continue
+        if name in kind.LEAVES_OUT:
+            fields[name] = _without_others(value, kind.LEAVES_OUT[name], prefix + name, ignored)
+        elif how is None:
+            if name not in kind.__struct_fields__:
+                ignored.append(prefix + name)
+        elif any(_is_same(value, other) for other in how.unasked):
+            continue
+        elif how.line == "ignored":
+            ignored.append(prefix + name)
+        else:
+            place = prefix + name
+            raise Unsupported(f"{place} is not supported", param=place, beta=name if how.is_beta else None)
+
+
+def _without_others(value: Any, types: tuple[str, ...], name: str, ignored: list[str]) -> Any:
+    """The list without objects of other types; what is no such list is left to the struct."""
+    if not isinstance(value, list) or len(value) > MAX_TOOLS:
+        return value
+    found = []
+    for member in value:
+        kind = member.get("type", types[0]) if isinstance(member, dict) else None
+        if isinstance(kind, str) and kind not in types:
+            ignored.append(f"{name}.{kind}")
+        else:
+            found.append(member)
+    return found
 
 
 def _is_same(value: Any, other: Any) -> bool:
@@ -268,8 +309,8 @@ def _mend_struct(value: Fields, kind: inspect.StructType, param: str) -> Fields:
     mended = {} if kind.tag_field is None else {kind.tag_field: kind.tag}
     for field in sorted(kind.fields, key=lambda field: field.name != "type"):  # the kind first
         found, place = value.get(field.name), f"{param}.{field.name}" if param else field.name
-        if field.name == "type" and field.required:
-            _check_kind(value, "type", getattr(field.type, "values", ()), param)
+        if field.name == "type" and field.required and (known := getattr(field.type, "values", ())):
+            _check_kind(value, "type", known, param)
         if found is not None:
             mended[field.name] = _mend(found, field.type, place)
         elif field.required:

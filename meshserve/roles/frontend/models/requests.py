@@ -108,6 +108,26 @@ def text_of(content: str | list[Any]) -> str:
     return content if isinstance(content, str) else "".join([part.text for part in content])
 
 
+def paired(messages: Sequence[Message]) -> list[Message]:
+    """The messages, with each answer to a call right after the message that has the call.
+
+    An answer without such a message stays where it is: :func:`check_calls` refuses it.
+    """
+    answers: dict[str, list[Message]] = {}
+    called = {call["id"] for message in messages for call in message.get("tool_calls", ())}
+    for message in messages:
+        if message["role"] == "tool" and message["tool_call_id"] in called:
+            answers.setdefault(message["tool_call_id"], []).append(message)
+    found: list[Message] = []
+    for message in messages:
+        if message["role"] != "tool" or message["tool_call_id"] not in called:
+            found.append(message)
+        ids = {call["id"] for call in message.get("tool_calls", ())}
+        # in the order of the answers, which need not be that of the calls
+        found += [answer for name, told in answers.items() if name in ids for answer in told]
+    return found
+
+
 def check_calls(messages: Sequence[Message], param: str) -> None:
     """Every call of a tool is answered, by messages that follow it at once. Raises InvalidRequest if not."""
     open_ids: set[str] = set()
@@ -154,7 +174,10 @@ def tool_fields(
         raise invalid("tool_choice", f"names {name[:64]!r}, which is not among the tools")
     if choice in (None, "auto"):
         choice = "strict" if any(function.strict for function, _ in tools) else "auto"
-    told = [_tool(*tool, f"tools[{index}].{param}") for index, tool in enumerate(tools)]
+    told = []
+    for index, (function, parameters) in enumerate(tools):
+        binds = function.strict or choice == "required" or function.name == name
+        told.append(_tool(function, parameters, f"tools[{index}].{param}", binds=binds))
     return {
         "tools": json_text(told, "tools", MAX_TOOLS_CHARACTERS),
         "tool_choice": choice if name is None else "function",
@@ -163,10 +186,12 @@ def tool_fields(
     }
 
 
-def _tool(function: kinds.Described, parameters: Fields | None, param: str) -> Fields:
-    """In OpenAI's form."""
+def _tool(
+    function: kinds.Described, parameters: Fields | None, param: str, *, binds: bool
+) -> Fields:
+    """In OpenAI's form. Any schema will do where arguments need not keep to it."""
     schema = parameters or {"type": "object", "properties": {}}
-    if schema.get("type", "object") != "object":
+    if binds and schema.get("type", "object") != "object":
         raise invalid(param, "must be a schema of type 'object'")
     json_text(schema, param, MAX_SCHEMA_CHARACTERS)
     told: Fields = {"name": function.name, "description": function.description, "parameters": schema}

@@ -4,15 +4,26 @@ Nothing is stored here, so a conversation is always given as a whole: what refer
 is refused by name.
 """
 
+import json
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
-from meshserve.errors import InvalidRequest, Unsupported
+from meshserve.errors import InvalidRequest
 from meshserve.roles.frontend.models import kinds
-from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, given, invalid, not_done, only_with
-from meshserve.roles.frontend.models.reading import read, read_object, refuse_not_done
-from meshserve.roles.frontend.models.requests import LabelledBody, Message, check_calls, format_schema, sampled, text_of, tool_fields
+from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, either, given, invalid, only_with
+from meshserve.roles.frontend.models.fields import others
+from meshserve.roles.frontend.models.reading import read, read_object, set_aside
+from meshserve.roles.frontend.models.requests import (
+    LabelledBody,
+    Message,
+    check_calls,
+    format_schema,
+    paired,
+    sampled,
+    text_of,
+    tool_fields,
+)
 from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
 
 LOGPROBS = "message.output_text.logprobs"
@@ -29,14 +40,37 @@ PARAMS = {
 _LABELS = ("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention")
 
 
-class ResponsePart(Body, kw_only=True):
-    """Text."""
+class ResponseRefusal(Body, kw_only=True, tag_field="type", tag="refusal"):
+    """Text of an answer that refuses."""
 
-    type: Literal["input_text", "output_text", "text"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        """What the model is shown."""
+        return self.refusal
+
+
+class InputText(Body, kw_only=True, tag_field="type", tag="input_text"):
+    """Text that was asked."""
+
     text: str
 
 
-_Content = Annotated[str | list[Annotated[ResponsePart, kinds.PART]], kinds.CONTENT]
+class OutputText(Body, kw_only=True, tag_field="type", tag="output_text"):
+    """Text that was answered."""
+
+    text: str
+
+
+class OtherText(Body, kw_only=True, tag_field="type", tag="text"):
+    """Text."""
+
+    text: str
+
+
+_Part = Annotated[InputText | OutputText | OtherText | ResponseRefusal, kinds.PART]
+_Content = Annotated[str | list[_Part], kinds.CONTENT]
 
 
 class InputMessage(Body, kw_only=True, tag_field="type", tag="message"):
@@ -49,7 +83,7 @@ class InputMessage(Body, kw_only=True, tag_field="type", tag="message"):
 
 
 class FunctionCall(Body, kw_only=True, tag_field="type", tag="function_call"):
-    """Answered by an output right after it, and the calls that follow each other."""
+    """Answered by an output that has its `call_id`."""
 
     call_id: kinds.NonEmpty
     name: kinds.NonEmpty
@@ -57,17 +91,64 @@ class FunctionCall(Body, kw_only=True, tag_field="type", tag="function_call"):
 
 
 class FunctionCallOutput(Body, kw_only=True, tag_field="type", tag="function_call_output"):
-    """What a call came to."""
+    """What a call came to, or what a client tells that the model has not asked for: that has a name and no `call_id`."""
+
+    call_id: kinds.NonEmpty | None = None
+    name: kinds.NonEmpty | None = None
+    output: _Content
+
+    RULES = (either(given("call_id", type="string"), given("name", type="string")),)
+
+
+class CustomToolCall(Body, kw_only=True, tag_field="type", tag="custom_tool_call"):
+    """A call whose arguments are text of any form; answered by an output that has its `call_id`."""
+
+    call_id: kinds.NonEmpty
+    name: kinds.NonEmpty
+    input: str = ""
+
+    @property
+    def arguments(self) -> str:
+        """As those of a function."""
+        return json.dumps({"input": self.input}, ensure_ascii=False)
+
+
+class CustomToolCallOutput(Body, kw_only=True, tag_field="type", tag="custom_tool_call_output"):
+    """What such a call came to."""
 
     call_id: kinds.NonEmpty
     output: _Content
 
 
-class Reasoning(Body, tag_field="type", tag="reasoning"):
-    """Of an earlier answer; no model is shown it again."""
+class ReasoningText(Body, kw_only=True):
+    """Part of it."""
+
+    text: str = ""
 
 
-Item = InputMessage | FunctionCall | FunctionCallOutput | Reasoning
+class Reasoning(Body, kw_only=True, tag_field="type", tag="reasoning"):
+    """Of an earlier answer. The model's template decides whether it is shown again."""
+
+    content: list[ReasoningText] | None = None
+    summary: list[ReasoningText] | None = None
+
+    @property
+    def text(self) -> str:
+        """All of it, or else what sums it up. What is encrypted says nothing."""
+        return "".join([part.text for part in self.content or self.summary or ()])
+
+
+_Calls = FunctionCall | CustomToolCall
+_Outputs = FunctionCallOutput | CustomToolCallOutput
+Item = (
+    InputMessage
+    | FunctionCall
+    | FunctionCallOutput
+    | CustomToolCall
+    | CustomToolCallOutput
+    | Reasoning
+    | kinds.LeftOutItem
+)
 _Items = Annotated[list[Item], Meta(min_length=1, max_length=MAX_MESSAGES)]
 
 
@@ -80,7 +161,7 @@ class TextOptions(Body):
 
     format: kinds.FreeText | kinds.JsonObject | TextSchema | None = None
 
-    NOT_DONE = not_done(verbosity=("medium",))
+    OTHERS = others("text")
 
 
 class FlatTool(kinds.Described, kw_only=True):
@@ -97,7 +178,7 @@ class FlatChoice(Body, kw_only=True):
     name: kinds.NonEmpty
 
 
-_INCLUDE = Meta(max_length=16, extra_json_schema={"items": {"enum": list(INCLUDED)}})
+_INCLUDE = Meta(max_length=16, description=f"Others than {' and '.join(INCLUDED)} are ignored.")
 _TOP_LOGPROBS = Meta(description=f"Goes with `include` of `{LOGPROBS}` only.")
 
 
@@ -109,7 +190,7 @@ class ResponseBody(LabelledBody, kw_only=True):
     max_output_tokens: kinds.TokenLimit | None = None
     max_tool_calls: kinds.TokenLimit | None = None
     metadata: dict[str, Any] | None = None
-    include: Annotated[list[Any], _INCLUDE] | None = None
+    include: Annotated[list[str], _INCLUDE] | None = None
     top_logprobs: Annotated[kinds.NumLogprobs, _TOP_LOGPROBS] = 0
     text: TextOptions | None = None
     tools: Annotated[list[FlatTool], kinds.TOOLS] | None = None
@@ -118,18 +199,8 @@ class ResponseBody(LabelledBody, kw_only=True):
     stream: kinds.Stream = False
     stream_options: Annotated[dict[str, Any] | None, kinds.STREAM_ONLY] = None
 
-    NOT_DONE = not_done(
-        null="conversation previous_response_id prompt",
-        false="background store",
-        empty="context_management",
-        reasoning=({}, {"effort": None}, {"effort": "none"}, {"effort": None, "summary": None}),
-        service_tier=("auto", "default"),
-        truncation=("disabled",),
-        stop=([], ""),
-        n=(1,),
-        frequency_penalty=(0,),
-        presence_penalty=(0,),
-    )
+    OTHERS = others("responses")
+    LEAVES_OUT: ClassVar[dict[str, tuple[str, ...]]] = {"tools": ("function",)}
     GOES_WITH: ClassVar[dict[str, str]] = {"stream_options": "stream"}
     RULES = (
         kinds.TOOLS_RULE,
@@ -140,25 +211,25 @@ class ResponseBody(LabelledBody, kw_only=True):
 
 def parse_response(body: bytes, request_id: str, client_id: str) -> Parsed:
     """`POST /v1/responses`. Raises InvalidRequest that names the field."""
-    fields = read_object(body)
+    fields, ignored = read_object(body), list[str]()
     if isinstance(items := fields.get("input"), list):  # only messages may leave out what they are
         fields["input"] = [{"type": "message", **item} if isinstance(item, dict) else item for item in items]
-    asked = read(ResponseBody, fields)
-    refuse_not_done(TextOptions, fields.get("text") or {}, "text.")
+    asked = read(ResponseBody, fields, ignored)
+    set_aside(TextOptions, fields.get("text") or {}, ignored, "text.")
     tools, choice = [(tool, tool.parameters) for tool in asked.tools or ()], asked.tool_choice
     name = choice.name if isinstance(choice, FlatChoice) else None
     request = CompletionRequest(
         request_id,
         "chat",
-        messages=_messages(asked),
+        messages=_messages(asked, ignored),
         max_tokens=asked.max_output_tokens,
-        logprobs=_logprobs(asked),
+        logprobs=_logprobs(asked, ignored),
         json_schema=format_schema(asked.text and asked.text.format, "text.format"),
         client_id=client_id,
         **tool_fields(tools, "parameters", choice, name, asked.parallel_tool_calls),
         **sampled(asked, fields, None, asked.prompt_cache_key or asked.user),
     )
-    return request, ResponseOptions(asked.stream, echoed=_echoed(asked, fields))
+    return request, ResponseOptions(asked.stream, echoed=_echoed(asked, fields), ignored=ignored)
 
 
 def _echoed(asked: ResponseBody, fields: Fields) -> Fields:
@@ -174,11 +245,9 @@ def _echoed(asked: ResponseBody, fields: Fields) -> Fields:
     }
 
 
-def _logprobs(asked: ResponseBody) -> int:
+def _logprobs(asked: ResponseBody, ignored: list[str]) -> int:
     included = asked.include or []
-    for name in included:
-        if name not in INCLUDED:
-            raise Unsupported(f"include: {str(name)[:64]!r} is not supported", param="include")
+    ignored += [f"include.{name}" for name in included if name not in INCLUDED]
     if LOGPROBS in included:
         return asked.top_logprobs
     if asked.top_logprobs:
@@ -186,29 +255,42 @@ def _logprobs(asked: ResponseBody) -> int:
     return -1
 
 
-def _messages(asked: ResponseBody) -> list[Message]:
+def _messages(asked: ResponseBody, ignored: list[str]) -> list[Message]:
     messages: list[Message] = []
     if asked.instructions is not None:
         messages.append({"role": "system", "content": asked.instructions})
     if isinstance(asked.input, str):
         return [*messages, {"role": "user", "content": asked.input}]
+    thought = ""
     for index, item in enumerate(asked.input):
-        _add_item(messages, item, f"input[{index}]")
+        if isinstance(item, Reasoning):
+            thought += item.text
+        elif isinstance(item, kinds.LeftOut):
+            ignored.append(f"input.{item.type}")
+        else:
+            _add_item(messages, item, thought, f"input[{index}]")
+            thought = ""
     if not messages:
         raise invalid("input", "has no message")
+    messages = paired(messages)
     check_calls(messages, "input")
     return messages
 
 
-def _add_item(messages: list[Message], item: Item, param: str) -> None:
-    """Calls that follow each other, or a text of the assistant, belong to one message."""
+def _add_item(messages: list[Message], item: InputMessage | _Calls | _Outputs, thought: str, param: str) -> None:
+    """Calls that follow each other, or a text of the assistant, belong to one message, with the thought before them."""
     if isinstance(item, InputMessage):
         role = "system" if item.role == "developer" else item.role
         messages.append({"role": role, "content": text_of(item.content)})
-    elif isinstance(item, FunctionCallOutput):
+    elif isinstance(item, _Outputs):
         output = text_of(item.output)
-        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
-    elif isinstance(item, FunctionCall):
+        if item.call_id is not None:
+            messages.append({"role": "tool", "tool_call_id": item.call_id, "content": output})
+        elif isinstance(item, FunctionCallOutput) and item.name is not None:
+            messages.append({"role": "user", "content": f"{item.name}: {output}"})
+        else:
+            raise invalid(f"{param}.call_id", "is missing")
+    else:
         if not messages or messages[-1]["role"] != "assistant":
             messages.append({"role": "assistant", "content": ""})
         calls = messages[-1].setdefault("tool_calls", [])
@@ -216,3 +298,5 @@ def _add_item(messages: list[Message], item: Item, param: str) -> None:
         if len(calls) > kinds.MAX_CALLS:
             words = f"at most {kinds.MAX_CALLS} calls may follow each other"
             raise InvalidRequest(f"{param}: {words}", param=param)
+    if thought and messages[-1]["role"] == "assistant":
+        messages[-1]["reasoning_content"] = messages[-1].get("reasoning_content", "") + thought

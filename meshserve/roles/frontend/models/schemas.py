@@ -5,11 +5,12 @@ from typing import Any
 
 from msgspec import json
 
-from meshserve.roles.frontend.models.common import Body, Schema, given, only_with
+from meshserve.roles.frontend.models.common import Body, Schema, either, given, only_with
+from meshserve.roles.frontend.models.fields import Handling
 
 _ROOT = "#/components/schemas/"
 _NULL: Schema = {"type": "null"}
-NOT_DONE = "Not done here: other values are refused."
+REFUSED, IGNORED = "Not done here: other values are refused.", "Ignored."
 
 
 def name_of(kind: str) -> str:
@@ -39,8 +40,11 @@ def _complete(schema: Schema, kind: type[Body]) -> None:
     for name, field in schema["properties"].items():
         if name not in required:
             schema["properties"][name] = _or_null(field)
-    for name, values in kind.NOT_DONE.items():
-        schema["properties"][name] = {"description": NOT_DONE, "enum": [*values, None]}
+    for name, how in kind.OTHERS.items():
+        schema["properties"][name] = _other(schema["properties"].get(name, {}), how)
+    for name, types in kind.LEAVES_OUT.items():
+        members = schema["properties"][name]
+        members["items"] = either(members["items"], _of_other_types(types))
     if kind.IS_UNTAGGED:
         required.remove("type")
     rules = []
@@ -50,6 +54,19 @@ def _complete(schema: Schema, kind: type[Body]) -> None:
         rules.append(only_with(given(other, const=True), name, *asks_nothing))
     if rules or kind.RULES:
         schema["allOf"] = [*rules, *kind.RULES]
+
+
+def _other(own: Schema, how: Handling) -> Schema:
+    """A field that is not done."""
+    if how.line == "ignored":
+        return {**own, "description": f"{IGNORED} {how.why}"}
+    return {"description": f"{REFUSED} {how.why}", "enum": [*how.unasked, None]}
+
+
+def _of_other_types(types: tuple[str, ...]) -> Schema:
+    """An object that is ignored in a list of objects of these types."""
+    kind = {"type": "string", "not": {"enum": list(types)}}
+    return {"type": "object", "properties": {"type": kind}, "required": ["type"], "description": "Ignored."}
 
 
 def _or_null(schema: Schema) -> Schema:

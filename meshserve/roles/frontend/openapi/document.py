@@ -13,15 +13,17 @@ from meshserve.roles.frontend.guard import OPEN_PATHS
 from meshserve.roles.frontend.models import anthropic, chat, completions, responses
 from meshserve.roles.frontend.models.answers import ANSWERS, ref, schema_of
 from meshserve.roles.frontend.models.common import Body, Schema
+from meshserve.roles.frontend.models.fields import HEADER
 from meshserve.roles.frontend.models.schemas import components, name_of
 from meshserve.roles.frontend.shapes import ERROR_TYPES
 
 _ABOUT = """LLM requests, served by a mesh of peers. OpenAI's and Anthropic's clients work with their base URL changed.
 
-Fields that nobody knows are ignored. Fields that are known elsewhere and cannot be done here are refused by
-name where they ask for something. A field that is null is a field that is not there. Besides what schemas can
-say, refused with 400 are: prompts that are empty or do not fit into the model's context, token ids above the
-model's last, calls of tools that are not answered, and schemas that the model's engine cannot keep to."""
+Fields that nobody knows are ignored, and so are those that ask for effort, speed, bookkeeping or presentation
+only, and tools that are no functions; `x-meshserve-ignored` names them. What would change the answer and cannot be
+done here is refused by name where it asks for something. A field that is null is a field that is not there. Besides
+what schemas can say, refused with 400 are: prompts that are empty or do not fit into the model's context, token ids
+above the model's last, calls of tools that are not answered, and schemas that the model's engine cannot keep to."""
 _TAGS = {
     "Completing": "Text that follows. OpenAI's shapes, and Anthropic's under `/v1/messages`.",
     "Counting": "Tokens of prompts and texts, without an answer.",
@@ -152,6 +154,7 @@ _ANSWER = (
     "A stream that fails ends with an error event, and never as if it were whole."
 )
 _ID = {"x-request-id": {"description": "The request's id, or the client's own.", "required": True, "schema": _TEXT}}
+_IGNORED = {"description": "What the request has and nobody here does: fields by name, tools by type.", "schema": _TEXT}
 _KEY = {"type": "object", "properties": {"key": _TEXT}, "required": ["key"]}
 
 
@@ -210,7 +213,7 @@ def _answer(kinds: list[str], tag: str) -> Schema:
     for kind in kinds:
         content |= _MEDIA.get(kind) or _json(kind)
     if tag == "Completing":
-        return {"description": _ANSWER, "content": content, "headers": _ID}
+        return {"description": _ANSWER, "content": content, "headers": {**_ID, HEADER: _IGNORED}}
     return {"description": "Done.", "content": content}
 
 
