@@ -205,6 +205,32 @@ def a_messages_tokens_are_counted(clients: Clients) -> Any:
     return counted
 
 
+# --- what asks for no other answer
+
+
+@case
+def what_no_engine_does_is_ignored_and_named_where_it_changes_no_answer(clients: Clients) -> Any:
+    effort = {"reasoning_effort": "high", "store": True, "metadata": {"a": "b"}}
+    server_tools = {"reasoning": {"effort": "low", "summary": "auto"}, "tools": [{"type": "web_search"}], "truncation": "auto"}
+    thinks = {"thinking": {"type": "enabled", "budget_tokens": 1024}, "service_tier": "auto"}
+    asked = [
+        (chat(clients), clients.openai.chat.completions, {"messages": USER, "max_tokens": 6}, effort),
+        (respond(clients), clients.openai.responses, {"input": "Tell me about the harbor", "max_output_tokens": 6}, server_tools),
+        (message(clients), clients.anthropic.messages, {"messages": USER, "max_tokens": 6}, thinks),
+    ]
+    found = []
+    for expected, api, fields, more in asked:
+        raw = api.with_raw_response.create(model="dummy", extra_body=GO_ON, **fields, **more)
+        assert plain(raw.parse()) == plain(expected)
+        found.append(sorted(raw.headers["x-meshserve-ignored"].split(", ")))
+    assert found == [
+        ["metadata", "reasoning_effort", "store"],
+        ["reasoning", "tools.web_search", "truncation"],
+        ["thinking"],
+    ]
+    return found
+
+
 # --- refusals
 
 
@@ -241,8 +267,6 @@ refused("longer_than_the_context_streamed", 400, "messages", lambda clients: lis
 refused("longer_than_the_context_response", 400, "input", lambda clients: respond(clients, max_output_tokens=1_000_000))
 refused("temperature", 400, "temperature", lambda clients: chat(clients, temperature=3))
 refused("previous_response", 400, "previous_response_id", lambda clients: respond(clients, previous_response_id="resp_1"))
-refused("web_search", 400, "tools[0]", lambda clients: respond(clients, tools=[{"type": "web_search"}]))
-refused("thinking", 400, "thinking", lambda clients: message(clients, thinking={"type": "enabled", "budget_tokens": 1024}))
 refused("policy", 400, "meshserve.policy", lambda clients: chat(clients, extra_body={"meshserve": {"policy": "best"}}))
 
 
