@@ -213,7 +213,7 @@ def what_no_engine_does_is_ignored_and_named_where_it_changes_no_answer(clients:
     effort = {"reasoning_effort": "high", "store": True, "metadata": {"a": "b"}}
     server_tools = {"reasoning": {"effort": "low", "summary": "auto"}, "tools": [{"type": "web_search"}], "truncation": "auto"}
     thinks = {"thinking": {"type": "enabled", "budget_tokens": 1024}, "service_tier": "auto"}
-    asked = [
+    asked: list[Any] = [
         (chat(clients), clients.openai.chat.completions, {"messages": USER, "max_tokens": 6}, effort),
         (respond(clients), clients.openai.responses, {"input": "Tell me about the harbor", "max_output_tokens": 6}, server_tools),
         (message(clients), clients.anthropic.messages, {"messages": USER, "max_tokens": 6}, thinks),
