@@ -185,8 +185,9 @@ class ServeConfig:
     request_timeout_s: float = 600.0
     """For a whole request. Lower ends long generations, higher holds what a stuck one uses."""
     max_migrations: int = 16
-    """Times that a request whose output has begun goes on at another worker, as it lost the one that it had. Higher lets a request that
-    harms workers harm more of them, if each still gives a token of it; 0 ends it in an error at the first loss."""
+    """Times that a request whose output has begun goes on at another worker, as it lost the one that it had; and the same of processors.
+    Higher lets a request that harms workers harm more of them, if each still gives a token of it; 0 ends it in an error at the first
+    loss."""
     drain_timeout_s: float = 30.0
     """How long running requests may go on after a signal to stop."""
     max_requests: int = 4096

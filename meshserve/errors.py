@@ -177,6 +177,15 @@ class GaveUp(MeshserveError):
     lost_peers: Sequence[str] = ()
 
 
+class AnswerDiffers(MeshserveError):
+    """Another processor generated an answer again of which a part was sent, and that part came out different."""
+
+    code, http_status = "answer_differs", 502
+
+    def __init__(self, message: str = "the answer of another processor differs from what was sent of it before", **details: Any) -> None:
+        super().__init__(message, **details)
+
+
 class EngineFailed(MeshserveError):
     """The engine reported a failure of its own."""
 

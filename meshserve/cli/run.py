@@ -47,7 +47,7 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
 )
 @option(
     "--max-migrations", type=click.IntRange(0), default=_SERVE.max_migrations,
-    help="Times that a request whose output has begun goes on at another worker when it loses its own.",
+    help="Times that a request whose output has begun goes on at another worker, or processor, when it loses its own.",
 )
 @option(
     "--bulk-limit", "bulk_limit_mb_per_s", type=click.FloatRange(0), default=0.0,

@@ -104,12 +104,13 @@ class FrontendReceipts:
             call.end(None)
         else:
             part, receipt = found.to_wire(self._mesh.own.name), found.receipt()
-            call.end({"processor": found.processor, "frontend": part, "receipt": _rendered(receipt)})
+            name = found.started_over.name if found.started_over is not None else call.body
+            call.end({"processor": found.processor, "name": name, "frontend": part, "receipt": _rendered(receipt)})
 
 
 def _find(kept: deque[Kept], name: str) -> Kept | None:
     """By the mesh's name or the client's; the latest, if several have the same name."""
-    return next((found for found in reversed(kept) if name in (found.request_id, found.client_id)), None)
+    return next((found for found in reversed(kept) if name in found.names), None)
 
 
 def _rendered(receipt: Receipt | None) -> dict[str, Any] | None:
@@ -129,7 +130,8 @@ async def find_receipt(mesh: Mesh, name: str) -> dict[str, Any]:
     """
     answer = await _frontend_receipt_of(mesh, name)
     known = [answer["processor"]] if answer is not None and answer.get("processor") else _with_role(mesh, "processor")
-    found = _latest(await _ask_all(mesh, known, RECEIPT, name))
+    name_there = str(answer.get("name") or name) if answer is not None else name
+    found = _latest(await _ask_all(mesh, known, RECEIPT, name_there))
     if found is None:
         answers = [answer] if answer is not None else await _ask_all(mesh, _with_role(mesh, "frontend"), FRONTEND_RECEIPT, name)
         found = _latest(each.get("receipt") for each in answers if each is not None)

@@ -61,7 +61,7 @@ class Receipt:
     attempts: Sequence[dict[str, Any]] = ()
     continuations: Sequence[dict[str, Any]] = ()
     """Each time that another worker went on where one was lost: `from` and `to` (names), `outcome` of the lost one, `position` (tokens so
-    far), `pause_ms` (between the last token of the one and the first of the other)."""
+    far), `pause_ms` (between the last token of the one and the first of the other). Where a processor was lost, `role` says so."""
     decision: HandoffDecision | None = None
     """Of the decode worker; None for a short prompt where there was no prefill worker to hand over to."""
     phases_ms: PhaseTimes = field(default_factory=PhaseTimes)
@@ -75,6 +75,11 @@ class Receipt:
     """What the error said."""
     ended_s: float = 0.0
     """On the processor's monotonic clock."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By which the request is known."""
+        return self.request_id, self.client_id
 
     @property
     def peers(self) -> dict[str, str | None]:
@@ -153,6 +158,18 @@ def _choices(receipts: Sequence[Receipt]) -> Iterable[dict[str, Any]]:
 
 
 @dataclass(slots=True)
+class StartedOver:
+    """What a frontend knows of a request that it started over, as a processor was lost."""
+
+    name: str = ""
+    """Of the request at the last processor."""
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+    """A processor each: `peer`, `role`, `outcome`, `ms`."""
+    continuations: list[dict[str, Any]] = field(default_factory=list)
+    """As in a :class:`Receipt`, with `role`, and without a position: a frontend counts no tokens."""
+
+
+@dataclass(slots=True)
 class FrontendReceipt:
     """A frontend's part of a request, on the frontend's monotonic clock. A step that was not reached has the time of the next one."""
 
@@ -176,6 +193,14 @@ class FrontendReceipt:
     """As the processor got it, if this frontend has a span of its own in the trace."""
     outcome: str = OK
     error: str = ""
+    started_over: StartedOver | None = None
+    """None of nearly all requests."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """By which the request is known."""
+        names = self.request_id, self.client_id
+        return names if self.started_over is None else (*names, self.started_over.name)
 
     def failed(self, error: MeshserveError) -> None:
         """The request ended in this error."""
@@ -187,7 +212,7 @@ class FrontendReceipt:
         answered_s = self.answered_s or ended_s
         passed_s = self.passed_s or answered_s
         asked_s = self.asked_s or passed_s
-        return {
+        part = {
             "frontend": name,
             "total_ms": (ended_s - self.began_s) * 1000,
             "http_ms": (asked_s - self.began_s + ended_s - answered_s) * 1000,
@@ -195,6 +220,7 @@ class FrontendReceipt:
             "call_ms": (answered_s - passed_s) * 1000,
             "traceparent": self.traceparent,
         }
+        return part if self.started_over is None else {**part, "request_id": self.request_id, "started_over": asdict(self.started_over)}
 
     def receipt(self) -> Receipt:
         """Of a request that got to no processor, or whose processor is gone."""
@@ -211,4 +237,19 @@ def with_frontend(receipt: dict[str, Any], part: Mapping[str, Any]) -> dict[str,
     peers = {**receipt["peers"], "frontend": str(part.get("frontend"))}
     traceparent = part.get("traceparent") or receipt["traceparent"]
     timed = {"total_ms": round(total_ms, 3), "phases_ms": partition(phases, total_ms)}
-    return {**receipt, "peers": peers, "traceparent": str(traceparent), **timed}
+    completed = {**receipt, "peers": peers, "traceparent": str(traceparent), **timed}
+    return _with_starts(completed, part) if part.get("started_over") else completed
+
+
+def _with_starts(receipt: dict[str, Any], part: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a request that was started over: under the name that its client knows, with what happened at the processors of before."""
+    attempts = [*_dicts(part["started_over"], "attempts"), *_dicts(receipt, "attempts")]
+    continuations = [*_dicts(part["started_over"], "continuations"), *_dicts(receipt, "continuations")]
+    counted = {"attempts": attempts, "continuations": continuations, "migrations": len(continuations)}
+    return {**receipt, "request_id": str(part.get("request_id") or receipt["request_id"]), **counted}
+
+
+def _dicts(data: Any, name: str) -> list[dict[str, Any]]:
+    """What stands in a receipt, or a part of one, from any peer."""
+    found = data.get(name) if isinstance(data, dict) else None
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []

@@ -61,6 +61,9 @@ class CompletionRequest(AskedSampling):
     """The client's trace, or the frontend's own (W3C Trace Context, level 1, section 3.2); empty for none."""
     session: str = ""
     """Requests of one session prefer the worker of the last one; empty for none. A hint."""
+    origin: str = ""
+    """The name that the request had at a processor that was lost; empty: it was at none. Seeds are drawn from that name, so
+    that the answer is the same again."""
 
     @property
     def prompts(self) -> "tuple[str | array[int], ...]":

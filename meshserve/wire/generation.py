@@ -74,7 +74,8 @@ class AskedSampling(Map, kw_only=True, forbid_unknown_fields=True):
     min_p: Share | None = None
     """Tokens less likely than this share of the likeliest one's probability, at the temperature, are not chosen; 0 is none."""
     seed: int | None = None
-    """Drawn by the processor where the client named none, so that another worker can continue identically."""
+    """Drawn by the processor where the client named none, so that another worker, or another processor, can continue
+    identically."""
     ignore_eos: bool = False
     """Go on to `max_tokens` whatever the model says."""
     presence_penalty: Penalty = 0.0

@@ -54,11 +54,14 @@ def _event(line: dict[str, Any]) -> Event:
 
 
 def _results(record: Record) -> list[str]:
-    """Each accepted request ends exactly once."""
+    """Each accepted request ends exactly once; one whose processor was lost, and that was started over under another name, at most once."""
     submits = Counter(event.request for event in record.of("submit"))
     results = Counter(event.request for event in record.of("result"))
+    left = {event.details["before"] for event in record.of("started_over")}
     return [f"{request} was submitted {count} times" for request, count in submits.items() if count != 1] + [
-        f"{request} ended {results[request]} times" for request in submits if results[request] != 1
+        f"{request} ended {results[request]} times"
+        for request in submits
+        if results[request] != 1 and (results[request] or request.partition("/")[0] not in left)
     ]
 
 

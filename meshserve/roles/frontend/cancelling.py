@@ -1,9 +1,8 @@
 """Requests that are under way, by the mesh's name and the client's, and their end at a word from outside: anywhere in the mesh."""
 
 import asyncio
-from collections.abc import Callable
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, RequestNotFound
 from meshserve.mesh.mesh import Mesh
@@ -13,27 +12,44 @@ _TIMEOUT_S = 2.0
 _MAX_FOUND = 16
 
 
+class Stoppable(Protocol):
+    """A request that is under way."""
+
+    @property
+    def client_id(self) -> str:
+        """The client's label."""
+
+    @property
+    def processor(self) -> str | None:
+        """Incarnation of the processor that has it now."""
+
+    def stop(self, error: MeshserveError) -> None:
+        """Cancel it at every hop, and tell its client the error."""
+
+    def processor_suspected(self) -> None:
+        """Its processor is silent, and another one is there."""
+
+
 class UnderWay:
     """This frontend's requests, and a way to those of others."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        self.open: dict[str, tuple[str, Callable[[MeshserveError], None]]] = {}
-        """By the mesh's name: the client's label, and what cancels the request at every hop and tells its client the error."""
+        self.open: dict[str, Stoppable] = {}
+        """By the mesh's name."""
         mesh.gauges.derive("cancellable", lambda: len(self.open))
         mesh.serve(FIND_REQUESTS, lambda call: call.end(self._found(call.body)))
         mesh.serve(CANCEL_REQUEST, lambda call: call.end(self._stop(call.body)))
 
     def _found(self, name: str) -> list[str]:
         """All are looked through for a label: cancelling is rare, and requests pay for no second index."""
-        labelled = (request_id for request_id, (label, _) in self.open.items() if label == name)
+        labelled = (request_id for request_id, found in self.open.items() if found.client_id == name)
         return [name] if name in self.open else list(islice(labelled, _MAX_FOUND))
 
     def _stop(self, request_id: str) -> bool:
         if request_id not in self.open:
             return False
-        _, stop = self.open[request_id]
-        stop(Cancelled("this request was cancelled"))
+        self.open[request_id].stop(Cancelled("this request was cancelled"))
         self._mesh.counters.add("requests_cancelled")
         return True
 

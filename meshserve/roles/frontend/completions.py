@@ -5,7 +5,8 @@ import itertools
 from typing import TYPE_CHECKING
 
 from meshserve.config import ServeConfig
-from meshserve.errors import NoWorker
+from meshserve.errors import Draining, MeshserveError, NoWorker, PeerLost
+from meshserve.mesh.membership import Change, Member, PeerState
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipt_store import FrontendReceipts
 from meshserve.roles.frontend.admission_slots import AdmissionSlots
@@ -29,6 +30,7 @@ class Completions:
         self._ids = itertools.count(1)
         self._turn = itertools.count()
         mesh.gauges.derive("http_requests", lambda: self.num_open)
+        mesh.subscribe(self._on_change)
 
     def first_model(self) -> str:
         """For requests that name none. Raises NoWorker if there is none."""
@@ -42,14 +44,39 @@ class Completions:
         """The mesh's name for another request."""
         return f"{self.mesh.incarnation}-{next(self._ids)}"
 
-    def processor(self) -> str:
-        """This peer itself if it can, else each in turn. Raises NoWorker."""
+    def processor(self, excluded: tuple[str, ...] = ()) -> str:
+        """This peer itself if it can, else each in turn, but for those that are excluded. Raises NoWorker."""
         able = self.mesh.peers_with("processor")
+        if excluded:
+            able = [info for info in able if info.incarnation not in excluded]
         if not able:
             raise NoWorker("no processor is in the mesh yet", role="processor")
         if able[0].incarnation == self.mesh.incarnation:
             return self.mesh.incarnation
         return able[next(self._turn) % len(able)].incarnation
+
+    def knows_another(self, processors: tuple[str, ...]) -> bool:
+        """Whether there is a processor beside these."""
+        return any(info.incarnation not in processors for info in self.mesh.peers_with("processor"))
+
+    def is_lost(self, processor: str, error: MeshserveError) -> bool:
+        """Whether a processor is gone, or its connection, or it stops, by the error that its stream ended in. Of a processor that is
+        there, it is a worker's loss that it tells of."""
+        if isinstance(error, PeerLost):
+            return error.peer == self.mesh.name_of(processor) or not self.mesh.is_linked(processor)
+        return error.code == Draining.code
+
+    def _on_change(self, change: Change, member: Member) -> None:
+        if change in (Change.SUSPECTED, Change.RECOVERED, Change.CALLABLE) and "processor" in member.info.roles:
+            self._leave_silent_processors()
+
+    def _leave_silent_processors(self) -> None:
+        """Have requests started over at other processors, if there are any, also where none was there when theirs fell silent."""
+        silent = {member.info.incarnation for member in self.mesh.links.membership.listed() if member.state is PeerState.SUSPECT}
+        if silent and self.mesh.peers_with("processor"):
+            for request in list(self.under_way.open.values()):
+                if request.processor in silent:
+                    request.processor_suspected()
 
     def close(self) -> None:
         """No more slots for any request."""

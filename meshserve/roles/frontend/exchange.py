@@ -5,37 +5,42 @@ turn of the event loop is over, so that all text of one turn leaves in one write
 """
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from meshserve.errors import Cancelled, Draining, InvalidRequest, MeshserveError, NoWorker, Overloaded, PeerLost, RequestTimedOut
-from meshserve.mesh.calls import OutgoingCall
+from meshserve.errors import (
+    Cancelled,
+    Draining,
+    MeshserveError,
+    NoWorker,
+    Overloaded,
+    PeerLost,
+    PeerSilent,
+    RequestTimedOut,
+)
+from meshserve.mesh.calls import OutgoingCall, Sink
 from meshserve.observe.receipts import FrontendReceipt, with_frontend
-from meshserve.roles.frontend import apis
+from meshserve.roles.frontend import apis, request_headers
 from meshserve.roles.frontend.admission import QueueEntry
 from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.http.connection import Connection
 from meshserve.roles.frontend.http.messages import Request
-from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS, Parsed, ResponseOptions
+from meshserve.roles.frontend.losses import Losses
+from meshserve.roles.frontend.models.common import Parsed, ResponseOptions
 from meshserve.roles.frontend.models.completions import parse_generate
 from meshserve.roles.frontend.models.fields import header_line
 from meshserve.roles.frontend.models.reading import SHORT_BODY_BYTES, check_json
+from meshserve.roles.frontend.replaying import MAX_ITEMS, Given, Replay
 from meshserve.roles.frontend.writers import Api, Writer
-from meshserve.wire.completion import CompletionRequest, Ending, read_traceparent
+from meshserve.wire.completion import CompletionRequest, Ending
 from meshserve.wire.messages import COMPLETE
 from meshserve.wire.structs import replace
 
 _log = logging.getLogger(__name__)
 
 _MAX_LABEL_BYTES = 128
-_TIMEOUT_HEADER = "x-request-timeout"
-_HEEDED_HEADERS = frozenset((b"x-request-timeout", b"x-session-id", b"traceparent"))
-MIN_TIMEOUT_S = 0.001
-_MAX_STARTS = 4
-"""Of one request at processors, one after the other."""
 _LOOK_AGAIN_S = 0.05
 """Until another look for a processor, while those that are known are out of reach."""
 
@@ -50,13 +55,14 @@ class Exchange(QueueEntry):
         "_connection",
         "_end",
         "_error",
+        "_given",
         "_has_slots",
         "_http",
         "_is_due",
         "_is_over",
         "_items",
         "_label",
-        "_num_starts",
+        "_losses",
         "_options",
         "_receipt",
         "_request",
@@ -74,7 +80,10 @@ class Exchange(QueueEntry):
         self._request: CompletionRequest
         self._options: ResponseOptions
         self._writer: Writer
-        self._num_starts, self._waits_until_s = 0, 0.0
+        self._waits_until_s = 0.0
+        self._losses: Losses | None = None
+        self._given: Given | None = None
+        """Of a stream from another peer, which may be lost."""
         self._call: OutgoingCall | None = None
         self._items: list[Any] = []
         self._end: Any = None
@@ -110,8 +119,9 @@ class Exchange(QueueEntry):
             if self._is_over:  # the client left while a long body was parsed
                 return
             self.deadline_s = receipt.began_s + completions.config.request_timeout_s
-            if completions.exporter is not None or not _HEEDED_HEADERS.isdisjoint(self._http.headers):
-                request = self._with_headers(request)  # raises InvalidRequest
+            if completions.exporter is not None or not request_headers.HEEDED.isdisjoint(self._http.headers):
+                self.deadline_s = receipt.began_s + request_headers.timeout_s(self._http.headers, completions.config.request_timeout_s)
+                request = request_headers.applied(request, self._http.headers, receipt, completions.exporter)  # as `timeout_s`
             self._request = request
             self._writer = self._api.writer(int(time.time()), request, self._options)
             # Whether this frontend takes it in.
@@ -119,7 +129,7 @@ class Exchange(QueueEntry):
                 raise Draining("this frontend is shutting down")
             if completions.num_open > (most := completions.config.max_requests):
                 raise Overloaded(f"this frontend has {most} requests under way; try again")
-            completions.under_way.open[receipt.request_id] = receipt.client_id, self.stop
+            completions.under_way.open[receipt.request_id] = self
             # Whether the mesh has room for it, then on to a processor: now, or once `admitted` is called.
             self.weight, self._has_slots = request.num_choices, True
             if completions.slots.ask(self, request.model):  # raises Overloaded or RateLimited
@@ -131,27 +141,15 @@ class Exchange(QueueEntry):
         finally:
             del parse  # a thread's future holds its error, and the error this call: only the collector could free both
 
-    def _with_headers(self, request: CompletionRequest) -> CompletionRequest:
-        """Apply what the headers ask for: how long it may take, whose session it is, and of which trace. Raises InvalidRequest."""
-        headers, receipt, exporter = self._http.headers, self._receipt, self._completions.exporter
-        if (given := headers.get(b"x-request-timeout")) is not None:
-            most_s = self._completions.config.request_timeout_s
-            self.deadline_s = receipt.began_s + _request_timeout_s(given, most_s)
-        if session := headers.get(b"x-session-id"):
-            request = replace(request, session=session.decode("latin-1")[:MAX_SESSION_CHARACTERS])
-        if trace := headers.get(b"traceparent", b"").decode("latin-1"):
-            receipt.traceparent = trace if read_traceparent(trace) is not None else ""
-        traceparent = receipt.traceparent if exporter is None else exporter.trace(receipt)
-        return replace(request, traceparent=traceparent) if traceparent else request
-
     def admitted(self) -> None:
         """The request has its slots: ask a processor."""
         completions = self._completions
         try:
-            peer = completions.processor()
+            peer = completions.processor() if self._losses is None else completions.processor(self._losses.blind)
             self._receipt.passed_s = now_s = time.monotonic()
-            self._call = completions.mesh.open(peer, COMPLETE, self._request, self, max(0.001, self.deadline_s - now_s))
-            self._num_starts, self._waits_until_s = self._num_starts + 1, 0.0
+            sink: Sink = self._followed() if peer != completions.mesh.incarnation and self._writer.is_stream else self
+            self._call = completions.mesh.open(peer, COMPLETE, self._request, sink, max(0.001, self.deadline_s - now_s))
+            self._waits_until_s = 0.0
         except (NoWorker, PeerLost) as error:
             if self._may_wait(error):
                 completions.loop.call_later(_LOOK_AGAIN_S, self._ask_again)
@@ -161,6 +159,23 @@ class Exchange(QueueEntry):
             self.on_error(error)
         except Exception:
             self._went_wrong()
+
+    def _followed(self) -> Sink:
+        """The sink of a stream that another processor could go on with: what the writer is fed is kept, and left out if it comes again."""
+        if self._given is None:
+            self._given = Given()
+            return self
+        return Replay(self._given, self, self._went_on)
+
+    @property
+    def client_id(self) -> str:
+        """The client's label."""
+        return self._receipt.client_id
+
+    @property
+    def processor(self) -> str | None:
+        """Incarnation of the processor that has the request now."""
+        return self._call.peer if self._call is not None else None
 
     # --- what comes from the processor
 
@@ -181,41 +196,60 @@ class Exchange(QueueEntry):
         self._flush_soon()
 
     def on_error(self, error: MeshserveError) -> None:
-        if self._call is not None and self._can_start_over(error, self._call.peer):
-            self._start_over()
+        if self._call is not None and self._is_for_another(error, self._call.peer) and self._start_over(error):
             return
         self._error = error
         self._give_slots_back()
         self._flush_soon()
 
-    def _can_start_over(self, error: MeshserveError, processor: str) -> bool:
-        """Whether the processor is gone, or its connection, and nothing of its answer has left."""
-        if self._is_over or self._connection.is_started or self._num_starts >= _MAX_STARTS:
-            return False
-        if error.code == Draining.code:
-            return True
-        # of a processor that is there, it is a worker's loss that it tells of
-        return error.code == PeerLost.code and not self._completions.mesh.is_linked(processor)
+    def _is_for_another(self, error: MeshserveError, processor: str) -> bool:
+        """Whether another processor may do: this one is lost, or knows no worker, as others may."""
+        if not isinstance(error, NoWorker) or processor == self._completions.mesh.incarnation:
+            return self._completions.is_lost(processor, error)
+        self._losses = self._losses or Losses()
+        self._losses.blind += (processor,)
+        return self._completions.knows_another(self._losses.blind)
 
-    def _start_over(self) -> None:
-        """Under another id, as workers may still have the request of before."""
-        completions, receipt = self._completions, self._receipt
+    def processor_suspected(self) -> None:
+        """Another processor starts the request over. Should the silent one go on, nothing of it is taken any more, and it is told so."""
+        call, is_open = self._call, self._end is None and self._error is None
+        if call is not None and is_open and self._start_over(PeerSilent("the processor fell silent")):
+            call.cancel()
+
+    def _start_over(self, error: MeshserveError) -> bool:
+        """Ask another processor, under another name, as workers may still have the request of before. False if that was done too often.
+
+        What the client has of the answer stays as it is: with the same seeds the answer is the same.
+        """
+        assert self._call is not None
+        completions, receipt, now_s = self._completions, self._receipt, time.monotonic()
+        losses, has_begun = self._losses or Losses(), self._connection.is_started
+        if self._is_over or not losses.allow_another(completions.config.max_migrations, has_begun=has_begun):
+            return False
+        losses.add(completions.mesh.name_of(self._call.peer), error, receipt.passed_s, now_s, has_begun=has_begun)
+        self._losses = losses
+        before, self._call, self._items = self._request, None, []
+        losses.told.name, receipt.started_over = completions.new_id(), losses.told
+        self._request = replace(before, request_id=losses.told.name, origin=before.origin or before.request_id)
         completions.mesh.counters.add("requests_started_over")
-        open_requests, before, self._call, self._items = completions.under_way.open, receipt.request_id, None, []
-        receipt.request_id = completions.new_id()
-        if not self._http.headers.get(b"x-request-id"):
-            self._label = b"x-request-id: %b\r\n" % receipt.request_id.encode()
-        open_requests[receipt.request_id] = open_requests.pop(before)
-        self._request = replace(self._request, request_id=receipt.request_id)
-        self._writer = self._api.writer(int(time.time()), self._request, self._options)
+        if completions.mesh.event_log.is_on:
+            completions.mesh.event_log.note("started_over", losses.told.name, before=before.request_id, outcome=error.code)
         self.admitted()
+        return True
+
+    def _went_on(self) -> None:
+        """What the client had came again, and something new."""
+        assert self._losses is not None and self._call is not None
+        self._completions.mesh.counters.add("requests_replayed")
+        self._losses.went_on(self._completions.mesh.name_of(self._call.peer), time.monotonic())
 
     def _may_wait(self, error: MeshserveError) -> bool:
-        """Whether a processor may be reached in a moment: a connection that was lost just now is made anew, or a stall ends."""
-        mesh, now_s = self._completions.mesh, time.monotonic()
+        """Whether a processor may be reached in a moment: a connection that was lost just now is made anew, or a stall ends. For
+        an answer that has begun, one that was killed may be started again."""
+        mesh, now_s, has_begun = self._completions.mesh, time.monotonic(), self._connection.is_started
         if not self._waits_until_s:
-            self._waits_until_s = now_s + mesh.config.failure_timeout_s
-        is_known = isinstance(error, PeerLost) or bool(mesh.silent_peers_with("processor"))
+            self._waits_until_s = now_s + mesh.config.failure_timeout_s + (mesh.config.death_timeout_s if has_begun else 0.0)
+        is_known = has_begun or isinstance(error, PeerLost) or bool(mesh.silent_peers_with("processor"))
         return is_known and now_s < self._waits_until_s
 
     def _ask_again(self) -> None:
@@ -279,6 +313,10 @@ class Exchange(QueueEntry):
         items, self._items = self._items, []
         try:
             out = writer.feed(items)
+            if (given := self._given) is not None:
+                given.items += items
+                if len(given.items) > MAX_ITEMS:
+                    given.settle()
             if self._error is not None:
                 self._note_end()
                 out += writer.fail(self._error)
@@ -353,17 +391,6 @@ class Exchange(QueueEntry):
             completions.receipts.keep(receipt)
         if completions.exporter is not None:
             completions.exporter.frontend_ended(receipt)
-
-
-def _request_timeout_s(given: bytes, most_s: float) -> float:
-    """What the header asks for, but at most `most_s`. Raises InvalidRequest that names the header."""
-    try:
-        asked_s = float(given) if b"_" not in given else math.nan  # Python's own way to write numbers
-    except ValueError:
-        asked_s = math.nan
-    if not MIN_TIMEOUT_S <= asked_s < math.inf:
-        raise InvalidRequest(f"{_TIMEOUT_HEADER} must be a number of seconds, {MIN_TIMEOUT_S} at least", param=_TIMEOUT_HEADER)
-    return min(asked_s, most_s)
 
 
 def handlers_of(completions: Completions) -> dict[str, Callable[[Request], Exchange]]:

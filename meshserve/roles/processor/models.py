@@ -10,6 +10,8 @@ from itertools import count
 from operator import attrgetter
 from typing import Any
 
+from xxhash import xxh3_64_intdigest
+
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
 from meshserve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NoWorker, Unsupported
 from meshserve.mesh.calls import IncomingCall
@@ -337,6 +339,13 @@ _UNASKED = _asked_in(AskedSampling())
 @lru_cache(64)
 def _unasked_sampling(defaults: SamplingDefaults) -> Sampling:
     return Sampling(**asdict(defaults))
+
+
+def draw_seed(request: CompletionRequest, place: int) -> int:
+    """Of the answers to the prompt at this place, where the client names none. Every processor draws the same, and another
+    one for each request.
+    """
+    return xxh3_64_intdigest((request.origin or request.request_id).encode(), place) >> 2
 
 
 def sampling_of(

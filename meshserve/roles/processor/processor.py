@@ -8,7 +8,6 @@ first token is there: by then the prompt's KV is in a cache, and need not be com
 
 import asyncio
 import logging
-import random
 from array import array
 from dataclasses import dataclass, field
 from time import monotonic
@@ -25,7 +24,14 @@ from meshserve.roles.processor.answers import THINK, AnswerParser
 from meshserve.roles.processor.call_formats import Accepts, CallFormat, CallParser, formats_of
 from meshserve.roles.processor.choices import Choice, EchoOnly, PlainChoice
 from meshserve.roles.processor.detokenizing import TokenTexts
-from meshserve.roles.processor.models import Dispatcher, Models, check_features, check_prompts, sampling_of
+from meshserve.roles.processor.models import (
+    Dispatcher,
+    Models,
+    check_features,
+    check_prompts,
+    draw_seed,
+    sampling_of,
+)
 from meshserve.roles.processor.sequences import Sequence
 from meshserve.roles.processor.tools import StrictCalls, in_fields, tools_of, wants_call, writes_calls
 from meshserve.telemetry import log_event
@@ -50,7 +56,6 @@ class ProcessorRole:
         self.models = Models(mesh)
         self.dispatcher = Dispatcher(mesh, max_lost_peers, max_migrations, None if receipts is None else mesh.histograms)
         self.strict_calls = StrictCalls()
-        self.rng = random.Random()
         self.running: dict[str, Request] = {}
         """By name, also while their prompts are made into tokens."""
         mesh.gauges.derive("requests", lambda: len(self.running))
@@ -175,14 +180,14 @@ class Request:
 
     def _start(self, prompts: list["array[int]"], token_texts: TokenTexts) -> None:
         """Make the sequences, and send the first answer to each prompt to a worker."""
-        asked, card, role = self.asked, self.card, self.role
+        asked, card = self.asked, self.card
         self.prompts, self.token_texts, self._is_plain = prompts, token_texts, asked.is_plain
         check_prompts(asked, prompts, card, token_texts.vocab_size)
         if asked.kind == "chat" or asked.tool_choice != "none":
             self._prepare_answers()
         self._num_open = asked.n * len(prompts)
-        for tokens in prompts:
-            sampling = sampling_of(asked, card, len(tokens), role.rng.getrandbits(62))
+        for place, tokens in enumerate(prompts):
+            sampling = sampling_of(asked, card, len(tokens), draw_seed(asked, place))
             for choice in range(asked.n):
                 if choice:  # the prompt's log probabilities of the first answer are for all
                     sampling = replace(sampling, choice=choice, prompt_logprobs=-1)

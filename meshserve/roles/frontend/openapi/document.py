@@ -8,13 +8,13 @@ from meshserve.errors import InvalidRequest, codes_of
 from meshserve.roles.frontend.access import SESSION_COOKIE
 from meshserve.roles.frontend.anthropic_writers import ERROR_TYPES as ANTHROPIC_TYPES
 from meshserve.roles.frontend.apis import ANTHROPIC_PREFIX
-from meshserve.roles.frontend.exchange import MIN_TIMEOUT_S
 from meshserve.roles.frontend.guard import OPEN_PATHS
 from meshserve.roles.frontend.models import anthropic, chat, completions, responses
 from meshserve.roles.frontend.models.answers import ANSWERS, ref, schema_of
 from meshserve.roles.frontend.models.common import Body, Schema
 from meshserve.roles.frontend.models.fields import HEADER
 from meshserve.roles.frontend.models.schemas import components, name_of
+from meshserve.roles.frontend.request_headers import MIN_TIMEOUT_S
 from meshserve.roles.frontend.shapes import ERROR_TYPES
 
 _ABOUT = """LLM requests, served by a mesh of peers. OpenAI's and Anthropic's clients work with their base URL changed.

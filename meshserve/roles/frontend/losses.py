@@ -1,0 +1,72 @@
+"""The processors that one request has lost, and how often it may be started over. Pure."""
+
+from typing import Any
+
+from meshserve.errors import MeshserveError
+from meshserve.observe.receipts import StartedOver
+
+_MAX_FRUITLESS = 4
+"""Processors in a row that were lost with a request before anything new of its answer came: the
+request may be what takes them down."""
+
+
+class Losses:
+    """Of one request."""
+
+    __slots__ = ("_lost_s", "_moved", "_num_fruitless", "_num_migrations", "blind", "told")
+
+    def __init__(self) -> None:
+        self._num_fruitless = self._num_migrations = 0
+        self._lost_s = 0.0
+        self._moved: dict[str, Any] | None = None
+        """The continuation that is under way, as the receipt will show it."""
+        self.blind: tuple[str, ...] = ()
+        """Incarnations of processors that knew no worker: they have just started, or are cut off."""
+        self.told = StartedOver()
+        """For the receipt."""
+
+    def allow_another(self, max_migrations: int, *, has_begun: bool) -> bool:
+        """Whether the request may be started over once more; `has_begun`: a part of its answer has
+        left."""
+        num_fruitless = self._num_fruitless + 1 if self._is_fruitless(has_begun) else 0
+        return num_fruitless < _MAX_FRUITLESS and self._num_migrations + has_begun <= max_migrations
+
+    def _is_fruitless(self, has_begun: bool) -> bool:
+        """Nothing new of the answer came from the processor that has it now."""
+        return not has_begun or self._moved is not None
+
+    def add(
+        self,
+        processor: str,
+        error: MeshserveError,
+        began_s: float,
+        now_s: float,
+        *,
+        has_begun: bool,
+    ) -> None:
+        """One more processor (a name) is lost, which had the request since `began_s`."""
+        self._num_fruitless = self._num_fruitless + 1 if self._is_fruitless(has_begun) else 0
+        self._num_migrations += has_begun
+        attempt = {
+            "peer": processor,
+            "role": "processor",
+            "outcome": error.code,
+            "ms": round((now_s - began_s) * 1000, 3),
+        }
+        self.told.attempts.append(attempt)
+        if has_begun and self._moved is None:  # else its pause goes on
+            self._lost_s, self._moved = (
+                now_s,
+                {"role": "processor", "from": processor, "outcome": error.code},
+            )
+
+    def went_on(self, processor: str, now_s: float) -> None:
+        """Something new came, from the processor of this name."""
+        if self._moved is not None:
+            moved = {
+                **self._moved,
+                "to": processor,
+                "pause_ms": round((now_s - self._lost_s) * 1000, 3),
+            }
+            self.told.continuations.append(moved)
+            self._moved = None
