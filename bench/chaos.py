@@ -16,125 +16,21 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import click
 
+from bench.fault_plan import NUM_HOSTS, PEERS, Fault, number_of, plan
 from tests.harness import Host, Lan, Process, pace
 from tests.harness.held import held
 from tests.harness.leaks import prepare
 
-PERIOD_S = 2.0
-KINDS = ("kill", "stop", "link_down", "move", "multicast_off", "router_restart", "drain")
 NUM_CLIENTS = 16
 STREAM_TOKENS, WHOLE_TOKENS = 200, 24
-FAILURE_TIMEOUT_S, DEATH_S = 1.5, 6.5
-"""Of a silent peer: suspect, dead."""
-_RECOVERY_S = 6.0
-"""After a fault until its target counts as usable again, when the next faults are planned."""
 _ANSWER_TIMEOUT_S = 120.0
 _HTTP = "http://127.0.0.1:8000"
 _PACE = ("--engine-opt", "profile=reference")
-
-PEERS = {
-    "frontend": (0, "frontend"),
-    "processor-1": (0, "processor"),
-    "router-1": (0, "router"),
-    "decode-1": (0, "decode"),
-    "processor-2": (1, "processor"),
-    "router-2": (1, "router"),
-    "decode-2": (2, "decode"),
-    "decode-3": (3, "decode"),
-    "prefill-1": (3, "prefill"),
-    "prefill-2": (4, "prefill"),
-}
-"""Each peer's host and role."""
-NEEDED = ("processor", "router", "decode")
-NUM_HOSTS, FRONT_HOST = 5, 0
-
-
-# --- the plan, which is pure
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What befalls a target: a peer, or `host N`."""
-
-    at_s: float
-    kind: str
-    target: str
-    lasts_s: float
-
-
-class _Planned:
-    """What is disturbed until when, as far as it is planned."""
-
-    def __init__(self) -> None:
-        self._peers: dict[str, float] = dict.fromkeys(PEERS, 0.0)
-        self._hosts: dict[int, float] = dict.fromkeys(range(NUM_HOSTS), 0.0)
-
-    def add(self, fault: Fault) -> None:
-        """This fault is planned too."""
-        until_s = fault.at_s + fault.lasts_s + _RECOVERY_S
-        if fault.target in PEERS:
-            self._peers[fault.target] = until_s
-        else:
-            self._hosts[_number(fault.target)] = until_s
-
-    def allows(self, target: str, at_s: float) -> bool:
-        """Whether the target has no other fault, and the frontend then still reaches one undisturbed peer of each needed role."""
-        if (self._peers[target] if target in PEERS else self._hosts[_number(target)]) > at_s:
-            return False
-        cut = {number for number, until_s in self._hosts.items() if until_s > at_s}
-        if target not in PEERS:
-            cut.add(_number(target))
-
-        def is_left(peer: str) -> bool:
-            is_reached = PEERS[peer][0] == FRONT_HOST or not cut & {PEERS[peer][0], FRONT_HOST}
-            return is_reached and peer != target and self._peers[peer] <= at_s
-
-        return set(NEEDED) <= {role for peer, (_, role) in PEERS.items() if is_left(peer)}
-
-
-def plan(seed: int, seconds: float) -> list[Fault]:
-    """One fault every period, each kind as often as any other as far as the mesh can bear it."""
-    rng, planned, faults = random.Random(seed), _Planned(), list[Fault]()
-    counts = dict.fromkeys(KINDS, 0)
-    at_s = PERIOD_S
-    while at_s < seconds:
-        for kind in sorted(KINDS, key=lambda kind: (counts[kind], rng.random())):
-            targets = [target for target in _targets(kind) if planned.allows(target, at_s)]
-            if targets:
-                faults.append(Fault(at_s, kind, rng.choice(targets), _lasts_s(kind, rng)))
-                planned.add(faults[-1])
-                counts[kind] += 1
-                break
-        at_s += PERIOD_S
-    return faults
-
-
-def _lasts_s(kind: str, rng: random.Random) -> float:
-    """Half beyond the failure timeout, a fifth beyond the time after which a silent peer is dead, where a fault has a length."""
-    if kind in ("kill", "router_restart", "drain"):
-        return rng.uniform(1.0, 3.0)
-    if kind == "move":
-        return rng.uniform(0.0, 1.0)
-    share = rng.random()
-    if share < 0.2:
-        return rng.uniform(DEATH_S + 0.1, 10.0)
-    return rng.uniform(FAILURE_TIMEOUT_S + 0.1, DEATH_S) if share < 0.5 else rng.uniform(0.5, FAILURE_TIMEOUT_S)
-
-
-def _targets(kind: str) -> list[str]:
-    if kind in ("link_down", "move", "multicast_off"):
-        return [f"host {number}" for number in range(NUM_HOSTS)]
-    if kind == "router_restart":
-        return ["router-1", "router-2"]
-    return [peer for peer, (_, role) in PEERS.items() if role not in ("frontend", "router")]
-
-
-def _number(target: str) -> int:
-    return int(target.split()[1])
 
 
 # --- the mesh, and what befalls it
@@ -143,7 +39,8 @@ def _number(target: str) -> int:
 class Mesh:
     """The hosts and processes. Peers are started again as their faults ask for it."""
 
-    def __init__(self, lan: Lan) -> None:
+    def __init__(self, lan: Lan, record: Path | None) -> None:
+        self._record = () if record is None else ("--record", str(record))
         self.hosts = [lan.add_host() for _ in range(NUM_HOSTS)]
         self.processes: dict[str, Process] = {}
         self.num_moves = 0
@@ -155,12 +52,12 @@ class Mesh:
     def start(self, peer: str) -> None:
         number, role = PEERS[peer]
         workers = _PACE if role in ("decode", "prefill") else ()
-        self.processes[peer] = self.hosts[number].run("--role", role, "--name", peer, "--drain-timeout", "5", *workers)
+        self.processes[peer] = self.hosts[number].run("--role", role, "--name", peer, "--drain-timeout", "5", *workers, *self._record)
 
     def begin(self, fault: Fault) -> None:
         """The fault begins."""
         if fault.target.startswith("host"):
-            host = self.hosts[_number(fault.target)]
+            host = self.hosts[number_of(fault.target)]
             if fault.kind == "link_down":
                 host.link_down()
             elif fault.kind == "multicast_off":
@@ -179,9 +76,9 @@ class Mesh:
     def end(self, fault: Fault) -> None:
         """The fault is over."""
         if fault.kind == "link_down":
-            self.hosts[_number(fault.target)].link_up()
+            self.hosts[number_of(fault.target)].link_up()
         elif fault.kind == "multicast_off":
-            self.hosts[_number(fault.target)].unblock()
+            self.hosts[number_of(fault.target)].unblock()
         elif fault.kind == "stop":
             self.processes[fault.target].resume()
         elif fault.kind != "move":
@@ -197,6 +94,13 @@ class Mesh:
     def peers(self) -> list[dict[str, Any]]:
         """What `/mesh/peers` says."""
         found: list[dict[str, Any]] = self.hosts[0].get(f"{_HTTP}/mesh/peers").json()
+        return found
+
+    def uses(self) -> dict[str, int]:
+        """Open descriptors and background tasks of each peer."""
+        found = {f"{peer['name']}: background tasks": int(peer["held"]["tasks"]) for peer in self.peers()}
+        for name, process in self.processes.items():
+            found[f"{name}: descriptors"] = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
         return found
 
 
@@ -334,17 +238,21 @@ class Outcome:
     faults: dict[str, int]
     seen: Seen
     left: dict[str, int]
-    """What peers still held when all was over."""
+    """What peers still held when all was over, and how many descriptors and tasks more than at the
+    beginning."""
     is_whole: bool
     """Whether all peers knew all others again."""
 
 
-def run(seed: int, seconds: float) -> Outcome:
-    """Faults for so many seconds, then peace until everything is back where it began."""
+def run(seed: int, seconds: float, record: Path | None = None) -> Outcome:
+    """Faults for so many seconds, then peace until everything is back where it began. `record`: a
+    file for what happened to each request.
+    """
     with Lan() as lan:
         expected = undisturbed(lan)
-        mesh = Mesh(lan)
+        mesh = Mesh(lan, record)
         _until(lambda: _is_whole(mesh), 30.0)
+        uses = mesh.uses()
         clients, faults = Clients(mesh.hosts[0], expected), plan(seed, seconds)
         thread = Faults(mesh, faults)
         with ThreadPoolExecutor(NUM_CLIENTS) as pool:
@@ -358,9 +266,16 @@ def run(seed: int, seconds: float) -> Outcome:
         if thread.error is not None:
             raise thread.error
         is_whole = _until(lambda: _is_whole(mesh), 30.0)
-        _until(lambda: not held(mesh.peers()), 15.0)
+        _until(lambda: not _left(mesh, uses), 15.0)
         assert not lan.tracebacks(), lan.tracebacks()[0]
-        return Outcome(seed, seconds, dict(Counter(fault.kind for fault in faults)), clients.seen, held(mesh.peers()), is_whole)
+        kinds = dict(Counter(fault.kind for fault in faults))
+        return Outcome(seed, seconds, kinds, clients.seen, _left(mesh, uses), is_whole)
+
+
+def _left(mesh: Mesh, uses: dict[str, int]) -> dict[str, int]:
+    """What is still held, and what is used beyond what was used before."""
+    more = {name: level - uses.get(name, 0) for name, level in mesh.uses().items()}
+    return held(mesh.peers()) | {name: count for name, count in more.items() if count > 0}
 
 
 def _is_whole(mesh: Mesh) -> bool:
@@ -378,11 +293,12 @@ def _until(condition: Any, most_s: float) -> bool:
 @click.command()
 @click.option("--seed", type=int, default=1, show_default=True)
 @click.option("--seconds", type=float, default=600.0, show_default=True)
+@click.option("--record", type=click.Path(path_type=Path), help="A file for what happened to each request.")
 @click.option("--json", "is_json", is_flag=True)
-def main(seed: int, seconds: float, is_json: bool) -> None:
+def main(seed: int, seconds: float, record: Path | None, is_json: bool) -> None:
     """Disturb a mesh, and print what its clients saw."""
     prepare()  # the harness adopts the processes that it starts
-    outcome = run(seed, seconds)
+    outcome = run(seed, seconds, record)
     if is_json:
         print(json.dumps(asdict(outcome)))
     else:

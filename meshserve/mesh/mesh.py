@@ -104,6 +104,7 @@ class Mesh:
         self.calls = CallTable(self.incarnation, self.turn, max_streams, self.name_of, self.counters)
         self.links = Links(self.config, self.own, self._addresses, self.factory, self.counters, self.calls)
         self.links.listeners.append(lambda change, member: self._changed())
+        self.gauges.derive("tasks", lambda: self.tasks.num_running)
         self.gauges.derive("connections_without_hello", lambda: self.links.transport.num_unknown)
         if self.ports is not None:
             self.links.transport.serve(self.ports.calls, self.links.on_stranger)

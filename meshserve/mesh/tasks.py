@@ -15,6 +15,11 @@ class TaskOwner:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_closed = False
 
+    @property
+    def num_running(self) -> int:
+        """Tasks that have not ended."""
+        return len(self._tasks)
+
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Run this until it ends or the owner closes."""
         task = asyncio.get_running_loop().create_task(coroutine)

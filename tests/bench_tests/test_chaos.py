@@ -5,7 +5,7 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bench.chaos import DEATH_S, FAILURE_TIMEOUT_S, KINDS, PERIOD_S, Fault, plan
+from bench.fault_plan import DEATH_S, FAILURE_TIMEOUT_S, KINDS, PERIOD_S, Fault, plan
 
 
 def test_in_ten_minutes_each_kind_comes_thirty_times_and_long_ones_are_as_many_as_they_should_be() -> None:

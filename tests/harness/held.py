@@ -5,7 +5,8 @@ from typing import Any
 STANDING = frozenset(("worker.watch", "worker.load", "router.in_flight", "feed.watch", "mesh.status"))
 """Streams that last as long as their peers, and the one by which this was asked."""
 _LOAD = ("num_running", "num_waiting", "waiting_prefill_tokens", "used_blocks", "num_tickets")
-_ASKERS_OWN = "http_connections"
+_NOT_HELD = frozenset(("http_connections", "tasks"))
+"""The connections of the one who asks, and tasks that last as long as their peers."""
 _EXPECTED = {
     "frontend": frozenset(("http_requests", "admission_slots", "waiting_for_admission", "cancellable", "http_connections")),
     "processor": frozenset(("requests",)),
@@ -21,7 +22,7 @@ def held(peers: list[dict[str, Any]]) -> dict[str, int]:
     found: dict[str, int] = {}
     for peer in peers:
         assert peer["held"].keys() >= frozenset().union(*(_EXPECTED[role] for role in peer["roles"])), peer
-        levels = {name: level for name, level in peer["held"].items() if name != _ASKERS_OWN}
+        levels = {name: level for name, level in peer["held"].items() if name not in _NOT_HELD}
         levels |= {name: (peer["load"] or {}).get(name, 0) for name in _LOAD}
         levels |= {f"made {method}": count for method, count in peer["calls_made"].items() if method not in STANDING}
         levels |= {f"served {method}": count for method, count in peer["calls_served"].items() if method not in STANDING}
