@@ -227,10 +227,10 @@ class Exchange(QueueEntry):
         if self._is_over or not losses.allow_another(completions.config.max_migrations, has_begun=has_begun):
             return False
         losses.add(completions.mesh.name_of(self._call.peer), error, receipt.passed_s, now_s, has_begun=has_begun)
-        self._losses = losses
-        before, self._call, self._items = self._request, None, []
+        before, self._call, self._items, self._losses = self._request, None, [], losses
         losses.told.name, receipt.started_over = completions.new_id(), losses.told
-        self._request = replace(before, request_id=losses.told.name, origin=before.origin or before.request_id)
+        origin = (before.origin or before.request_id) if has_begun else ""  # only where it counts: older processors do not know it
+        self._request = replace(before, request_id=losses.told.name, origin=origin)
         completions.mesh.counters.add("requests_started_over")
         if completions.mesh.event_log.is_on:
             completions.mesh.event_log.note("started_over", losses.told.name, before=before.request_id, outcome=error.code)
@@ -247,8 +247,8 @@ class Exchange(QueueEntry):
         """Whether a processor may be reached in a moment: a connection that was lost just now is made anew, or a stall ends. For
         an answer that has begun, one that was killed may be started again."""
         mesh, now_s, has_begun = self._completions.mesh, time.monotonic(), self._connection.is_started
-        if not self._waits_until_s:
-            self._waits_until_s = now_s + mesh.config.failure_timeout_s + (mesh.config.death_timeout_s if has_begun else 0.0)
+        longest_s = mesh.config.failure_timeout_s + (mesh.config.death_timeout_s if has_begun else 0.0)
+        self._waits_until_s = self._waits_until_s or now_s + longest_s
         is_known = has_begun or isinstance(error, PeerLost) or bool(mesh.silent_peers_with("processor"))
         return is_known and now_s < self._waits_until_s
 
