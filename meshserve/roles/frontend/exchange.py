@@ -7,7 +7,6 @@ turn of the event loop is over, so that all text of one turn leaves in one write
 import logging
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from meshserve.errors import (
@@ -29,7 +28,6 @@ from meshserve.roles.frontend.http.connection import Connection
 from meshserve.roles.frontend.http.messages import Request
 from meshserve.roles.frontend.losses import Losses
 from meshserve.roles.frontend.models.common import Parsed, ResponseOptions
-from meshserve.roles.frontend.models.completions import parse_generate
 from meshserve.roles.frontend.models.fields import header_line
 from meshserve.roles.frontend.models.reading import SHORT_BODY_BYTES, check_json
 from meshserve.roles.frontend.replaying import MAX_ITEMS, Given, Replay
@@ -391,12 +389,3 @@ class Exchange(QueueEntry):
             completions.receipts.keep(receipt)
         if completions.exporter is not None:
             completions.exporter.frontend_ended(receipt)
-
-
-def handlers_of(completions: Completions) -> dict[str, Callable[[Request], Exchange]]:
-    """What begins an exchange, by path; all with POST."""
-
-    def parse(body: bytes, request_id: str, client_id: str) -> Parsed:
-        return parse_generate(body, request_id, client_id, completions.first_model())
-
-    return {api.path: partial(Exchange, completions, api) for api in (*apis.APIS, apis.lines(parse))}

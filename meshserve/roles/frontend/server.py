@@ -14,8 +14,8 @@ from meshserve.observe.receipt_store import find_receipt
 from meshserve.observe.status import list_peers
 from meshserve.roles.frontend import apis, shapes
 from meshserve.roles.frontend.completions import Completions
-from meshserve.roles.frontend.exchange import handlers_of
 from meshserve.roles.frontend.guard import Guard
+from meshserve.roles.frontend.handlers import handlers_of
 from meshserve.roles.frontend.http.connection import Application, Connection, Connections
 from meshserve.roles.frontend.http.messages import Request, Response
 from meshserve.roles.frontend.listening import BACKLOG, bind, possible_connections, tls_context, url_of
