@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import xxhash
 
@@ -11,7 +12,7 @@ from meshserve.wire.handoff import BlockMark, BulkHeader, Claim, HeldPart
 
 _QUICK_S = 0.2
 """A link that brings an acknowledgement so soon after the one before carries long messages: 10 Mbit/s and more. On a slower
-one a message is one frame, so that its sender hears of progress in time."""
+one, and on one that nobody knows yet, a message is one frame, so that its sender hears of progress in time."""
 BURST_S = 0.002
 """How far a limited link may be ahead of its rate: timers have steps of a millisecond, and the rate must be
 reached all the same."""
@@ -49,6 +50,15 @@ def began_s(claim: Claim, queued_s: float, now_s: float) -> float | None:
     return now_s - min(took_s, computed_s + way_s / 2)
 
 
+@dataclass(slots=True)
+class Link:
+    """What a sender knows of its way to one decode worker: from the acknowledgements of all attempts there."""
+
+    progressed_s: float = 0.0
+    """When the latest came."""
+    is_quick: bool = False
+
+
 class BlockWindow:
     """Blocks of one attempt on their way: computed, sent, acknowledged.
 
@@ -62,13 +72,13 @@ class BlockWindow:
         max_message_bytes: int,
         max_frames_per_message: int,
         max_frame_bytes: int,
+        link: Link,
         held: HeldPart | None = None,
     ) -> None:
         """`held` is what the decode worker has of the first block."""
         self._window_bytes, self._max_frames = window_bytes, max_frames_per_message
         self._max_message_bytes, self._max_frame_bytes = max_message_bytes, max_frame_bytes
-        self._message_bytes = max_frame_bytes
-        """The most that leaves in one message now."""
+        self.link = link
         self._ready: deque[KVBlock] = deque()
         self._offset = 0
         """What has left of the first of them."""
@@ -125,10 +135,10 @@ class BlockWindow:
         """What may go out now as one message: blocks, and pieces of long ones. Nothing if the window is full or nothing is ready."""
         marks: list[BlockMark] = []
         payloads: list[bytes | memoryview] = []
-        num_bytes = 0
+        num_bytes, max_bytes = 0, self._max_message_bytes if self.link.is_quick else self._max_frame_bytes
         while self._ready and len(marks) < self._max_frames:
             size_bytes = self._next_bytes()
-            if not self._has_room(size_bytes) or (marks and num_bytes + size_bytes > self._message_bytes):
+            if not self._has_room(size_bytes) or (marks and num_bytes + size_bytes > max_bytes):
                 break
             mark, payload = self._cut(size_bytes)
             marks.append(mark)
@@ -151,7 +161,7 @@ class BlockWindow:
     def acknowledged(self, num_bytes: int, waited_s: float) -> None:
         """So many bytes have come, `waited_s` after the acknowledgement before."""
         self._unacknowledged_bytes = max(0, self._unacknowledged_bytes - num_bytes)
-        self._message_bytes = self._max_message_bytes if waited_s < _QUICK_S else self._max_frame_bytes
+        self.link.is_quick = waited_s < _QUICK_S
 
 
 class RateLimit:

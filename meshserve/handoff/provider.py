@@ -11,7 +11,7 @@ from typing import Any
 from meshserve.config import HandoffConfig
 from meshserve.engines.protocol import Engine, KVBlock
 from meshserve.errors import Gone, MeshserveError, PeerLost, ProtocolError
-from meshserve.handoff.blocks import BlockWindow
+from meshserve.handoff.blocks import BlockWindow, Link
 from meshserve.handoff.queue import Job, JobKey, JobState, PrefillQueue
 from meshserve.handoff.sending import BlockSender
 from meshserve.kv.pool import prefix_hashes
@@ -131,17 +131,15 @@ class PrefillJob(Job):
 
     # --- computing
 
-    def _begin(
-        self, tokens: "array[int]", attempt: int, first_block: int, held: HeldPart | None = None
-    ) -> None:
+    def _begin(self, tokens: "array[int]", attempt: int, first_block: int, held: HeldPart | None = None) -> None:
         provider, layout, self.num_tokens = self.provider, self.provider.engine.kv_layout, len(tokens)
         self.began_s = time.monotonic()
         num_tokens = self.num_tokens - first_block * layout.block_size
         if not provider.queue.granted(self, attempt, num_tokens, self.began_s):
             return
         transport = provider.mesh.config.transport
-        window_bytes, message_bytes = transport.bulk_window_bytes, transport.bulk_message_bytes
-        self.window = BlockWindow(window_bytes, message_bytes, MAX_PAYLOADS, MAX_PAYLOAD_BYTES, held)
+        bounds = transport.bulk_window_bytes, transport.bulk_message_bytes, MAX_PAYLOADS, MAX_PAYLOAD_BYTES
+        self.window = BlockWindow(*bounds, provider.links.setdefault(self.ticket.decode_peer, Link()), held)
         self.layout = layout.fingerprint
         self.prefix_hashes = prefix_hashes(tokens, layout.block_size, provider.engine.card.model_hash)
         self.engine_id = f"{self.ticket.decode_peer}/{self.ticket.request_id}@{attempt}"
@@ -233,7 +231,7 @@ class PrefillJob(Job):
         progressed_s = self.acknowledged_s
         if self.window is not None and self.window.is_waiting:
             # on a slow link the blocks of other jobs may be before these
-            progressed_s = max(progressed_s, self.provider.progressed_s.get(self.ticket.decode_peer, 0.0))
+            progressed_s = max(progressed_s, self.window.link.progressed_s)
         if time.monotonic() - progressed_s <= self.provider.config.progress_timeout_s:
             return 0.0
         self.give_up("blocks not acknowledged")
@@ -278,8 +276,8 @@ class PrefillProvider:
         self.queue = PrefillQueue(config, partial(PrefillJob, provider=self))
         self._bulk = BulkSender(mesh, self._on_acknowledgement, self._on_bulk_lost)
         self.sender = BlockSender(mesh, self._bulk)
-        self.progressed_s: dict[str, float] = {}
-        """When each decode worker last acknowledged blocks, whatever job they were of."""
+        self.links: dict[str, Link] = {}
+        """To the decode workers that blocks were computed for."""
         self._is_closing = False
         self._timer: asyncio.TimerHandle | None = None
         self._listeners: list[Callable[[str], None]] = []
@@ -350,7 +348,8 @@ class PrefillProvider:
         except ProtocolError:
             self.mesh.counters.add("bulk_malformed")
             return
-        self.progressed_s[decode_peer] = time.monotonic()
+        if (link := self.links.get(decode_peer)) is not None:
+            link.progressed_s = time.monotonic()
         job = self.queue.jobs.get((decode_peer, done.request_id))
         if job is not None and job.is_granted and job.is_running(done.attempt):
             job.acknowledged(done.num_bytes)
@@ -365,7 +364,7 @@ class PrefillProvider:
     def _on_change(self, change: Change, member: Member) -> None:
         if change in (Change.DIED, Change.LEFT):
             self.queue.peer_gone(member.info.incarnation)
-            self.progressed_s.pop(member.info.incarnation, None)
+            self.links.pop(member.info.incarnation, None)
 
     async def _renew_forever(self) -> None:
         """Name the running attempts, with how long their progress is overdue: the decode worker tries

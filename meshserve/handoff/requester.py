@@ -16,7 +16,7 @@ from meshserve.handoff.blocks import began_s
 from meshserve.handoff.choice import HandoffChoice
 from meshserve.handoff.intake import HandoffResult, RunningTask, held_of, missing_blocks
 from meshserve.handoff.task import LINK_BROKE, Action, Finish, Lose, PrefillTask, Push, Revoke, Strike, TaskState
-from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, IgnoredAnswer, IncomingCall
+from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, PEER_LEFT, IgnoredAnswer, IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.transport.bulk import BulkReceiver
@@ -268,7 +268,8 @@ class PrefillRequester:
     def _claim_ended(self, running: RunningTask, call: IncomingCall, attempt: int) -> None:
         """The worker gave up, died, or its link broke: `ended_by` tells which."""
         is_lost = call.ended_by in (CONNECTION_CLOSED, PEER_DIED)
-        reason = "peer died" if is_lost else "the worker gave up" if call.ended_by == "cancel" else LINK_BROKE
+        gave_up = call.ended_by in ("cancel", PEER_LEFT)
+        reason = "peer died" if is_lost else "the worker gave up" if gave_up else LINK_BROKE
         self._attempt_failed(running, call.peer, attempt, reason, is_peer_dead=is_lost)
 
     def _on_renew(self, call: IncomingCall) -> None:

@@ -32,9 +32,9 @@ from meshserve.wire.structs import Message, plain, read
 
 _log = logging.getLogger(__name__)
 
-CONNECTION_CLOSED, PEER_DIED = "connection closed", "it died"
-"""Of the reasons why a stream's peer is lost, those that say that its process is gone. The others
-are a link that overflowed or was made anew, and a goodbye."""
+CONNECTION_CLOSED, PEER_DIED, PEER_LEFT = "connection closed", "it died", "it left"
+"""Of the reasons why a stream's peer is lost, those that say that its process is gone: the last one with a goodbye.
+The others are a link that overflowed or was made anew."""
 
 
 class Sink(Protocol):

@@ -9,7 +9,7 @@ from typing import Any
 
 from meshserve.config import ROLES, MeshConfig
 from meshserve.errors import HandshakeRefused, ProtocolError
-from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, CallTable
+from meshserve.mesh.calls import CONNECTION_CLOSED, PEER_DIED, PEER_LEFT, CallTable
 from meshserve.mesh.handshake import DialFailed, Dialler, check_hello
 from meshserve.mesh.hearsay import Dial
 from meshserve.mesh.interfaces import Addresses
@@ -160,7 +160,7 @@ class Links:
             if self.channels.get(channel.peer) is channel:
                 self.transport.lost(channel, f"it was dropped there: {message[1][:80]}")
         elif kind == frames.GOODBYE:
-            self._forget(channel.peer, "it left")
+            self._forget(channel.peer, PEER_LEFT)
             self._tell(self.membership.goodbye(channel.peer, time.monotonic()))
 
     def _on_hello(self, channel: Channel, data: Any) -> None:
@@ -323,7 +323,7 @@ class Links:
     def _tell(self, changes: list[tuple[Change, Member]]) -> None:
         for change, member in changes:
             if change in (Change.DIED, Change.LEFT):
-                self._forget(member.info.incarnation, PEER_DIED if change is Change.DIED else "it left")
+                self._forget(member.info.incarnation, PEER_DIED if change is Change.DIED else PEER_LEFT)
             if change is Change.MOVED:
                 moved = self.channels.get(member.info.incarnation)
                 if moved is not None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from meshserve.errors import BlockRefused, ProtocolError
-from meshserve.handoff.blocks import BURST_S, BlockWindow, RateLimit, began_s, check_blocks, checksum
+from meshserve.handoff.blocks import BURST_S, BlockWindow, Link, RateLimit, began_s, check_blocks, checksum
 from meshserve.handoff.queue import TicketList
 from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.handoff import BlockMark, BulkHeader, Claim, Offer, Ticket
@@ -65,7 +65,7 @@ def test_anything_else_is_no_header_and_no_ticket(data: object) -> None:
 def test_the_window_is_never_exceeded_and_all_blocks_leave_once_in_order_in_short_frames(
     sizes: list[int], window_bytes: int, rng: object
 ) -> None:
-    window = BlockWindow(window_bytes, 50, 4, 15)
+    window = BlockWindow(window_bytes, 50, 4, 15, Link())
     for index, size in enumerate(sizes):
         window.add([(index, size, bytes(size))])
     left_of = dict(enumerate(sizes))

@@ -3,7 +3,7 @@
 import pytest
 
 from meshserve.errors import BlockRefused
-from meshserve.handoff.blocks import BlockWindow, check_blocks
+from meshserve.handoff.blocks import BlockWindow, Link, check_blocks
 from meshserve.handoff.intake import HalfBlock
 from meshserve.wire.handoff import BlockMark, BulkHeader
 
@@ -14,7 +14,7 @@ BLOCK = bytes(range(256)) * 200
 
 def pieces() -> tuple[list[BlockMark], list[bytes | memoryview]]:
     """The block, cut as a sender cuts it."""
-    window = BlockWindow(1 << 20, 1 << 20, 64, FRAME_BYTES)
+    window = BlockWindow(1 << 20, 1 << 20, 64, FRAME_BYTES, Link())
     window.add([(0, 16, BLOCK)])
     marks, payloads = [], []
     while window.can_send:

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from meshserve.errors import Gone
-from meshserve.handoff.blocks import BlockWindow, held_part
+from meshserve.handoff.blocks import BlockWindow, Link, held_part
 from meshserve.handoff.task import TaskState
 from meshserve.wire.handoff import Claim, Grant
 from meshserve.wire.structs import read
@@ -51,9 +51,8 @@ def granted(claim: ClaimSink) -> Grant:
 
 def send_frames(scripted: Scripted, blocks: list[Block], attempt: int, num_frames: int, **window: Any) -> None:
     """The next so many frames of these blocks, as a real sender cuts them, in one message."""
-    cut = BlockWindow(1 << 30, 1 << 30, 64, FRAME_BYTES, **window)
+    cut = BlockWindow(1 << 30, 1 << 30, 64, FRAME_BYTES, Link(is_quick=True), **window)
     cut.add(blocks)
-    cut.acknowledged(0, 0.0)
     marks, pieces = cut.take()
     scripted.send_pieces(marks[:num_frames], pieces[:num_frames], attempt)
 
