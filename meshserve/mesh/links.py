@@ -184,15 +184,16 @@ class Links:
             self.transport.drop(channel)
             return
         channel.peer = hello.peer.incarnation
-        self._accept(channel, hello.link_number)
+        if hello.expected in (None, self.own.incarnation):  # else the number is of the links to another
+            self._accept(channel, hello.link_number)
         channel.send([frames.WELCOME, self._hello(None).to_wire()])
         if self._is_leaving:
             channel.send([frames.GOODBYE, "bye"])
 
     def _accept(self, channel: Channel, link_number: int) -> None:
-        """A peer may have several connections to us for a while: two of its dials answered, and one is yet to be closed. All count.
+        """A peer may have several connections to us for a while, as two of its dials were answered. All count.
 
-        Those that it lost before, as their lower numbers tell, may still look open here: they are dropped, with their streams.
+        Those that it lost before, as their lower numbers tell, are dropped, with their streams.
         """
         channels = self._inbound.setdefault(channel.peer, [])
         if channel in channels:

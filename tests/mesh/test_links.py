@@ -9,8 +9,10 @@ import zmq
 
 from meshserve.config import MeshConfig
 from meshserve.mesh.handshake import DialFailed
+from meshserve.mesh.hearsay import Dial
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
+from meshserve.wire import frames
 from tests.harness import run_async, until
 
 
@@ -53,6 +55,26 @@ def test_connections_close_at_the_router_when_their_peer_goes_without_a_word() -
                     await until(lambda: stays.links.channels and goes.links.channels, 10.0, "both are linked")
                     assert stays.links.transport.num_inbound == 1
                 await until(lambda: not stays.links.transport.num_inbound, 5.0, "its connection is gone from the table")
+
+    run_async(course())
+
+
+def test_a_dial_for_the_incarnation_that_was_here_before_leaves_the_link_to_its_successor() -> None:
+    async def course() -> None:
+        async with a_mesh() as successor, a_mesh(place(successor)) as one:
+            both = (one.links, successor.links)
+            await until(lambda: all(links.channels for links in both), 10.0, "both are linked")
+            one.links._num_lost["before"] = 1
+            for _ in range(3):
+                with pytest.raises(DialFailed, match="another peer lives there"):
+                    await one.links._dialler.dial(
+                        Dial("before", ("127.0.0.1",), successor.own.port, "before")
+                    )
+            member = one.links.membership.members[successor.incarnation]
+            link = one.links.channels[successor.incarnation]
+            link.send([frames.PING, round(one.now_s() * 1e6)])  # a link that was dropped is lost now
+            await until(lambda: link.is_broken or member.rtt_ms, 10.0, "the ping is answered")
+            assert not any(mesh.counters.snapshot().get("links_lost") for mesh in (one, successor))
 
     run_async(course())
 
