@@ -169,6 +169,14 @@ class Host:
             run_tool(*tc, "replace", "dev", device, "root", "tbf", *limit)
             self._undo.append(lambda tc=tc, device=device: run_tool(*tc, "delete", "dev", device, "root"))  # type: ignore[misc]
 
+    def neighbour_lines(self) -> list[str]:
+        """Lines of `ip -batch` that tell another host which hardware has this host's addresses."""
+        places = (self.address, self.address6, self.link_local6)
+        return [
+            f"neighbour replace {address} lladdr {self._mac} dev {INTERFACE} nud permanent"
+            for address in places
+        ]
+
     def unblock(self) -> None:
         """End every fault that was asked of this host, except a cable that is out."""
         while self._undo:
@@ -299,6 +307,16 @@ class Lan:
             raise
         self.hosts.append(host)
         return host
+
+    def introduce_all(self) -> None:
+        """Tell each host the hardware addresses of all others; needed beyond some thirty hosts.
+
+        The kernel's table of neighbours has 1,024 places (gc_thresh3) for all namespaces together:
+        when it is full, packets are lost. Permanent entries are not counted.
+        """
+        for host in self.hosts:
+            others = [other for other in self.hosts if other is not host]
+            _ip(host.netns, *(line for other in others for line in other.neighbour_lines()))
 
     def tracebacks(self) -> list[str]:
         """What its processes printed to stderr, of those that printed a traceback."""

@@ -24,6 +24,7 @@ def test_row_19_peers_that_start_at_once_all_know_all(
     lan: Lan, num_peers: int, most_s: float
 ) -> None:
     hosts = [lan.add_host() for _ in range(num_peers)]
+    lan.introduce_all()
     peers = [host.run("--role", "frontend" if number % 4 else "frontend,decode") for number, host in enumerate(hosts)]
     for peer in peers:
         peer.ready(60.0)
