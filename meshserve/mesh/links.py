@@ -28,8 +28,7 @@ from meshserve.wire.hello import MAX_HINTS, Hello, PeerHint, PeerInfo
 _log = logging.getLogger(__name__)
 
 _GOSSIP_FANOUT = 3
-_GOSSIP_INTERVAL_S = 0.2
-_GOSSIP_QUIET_INTERVAL_S = 5.0
+_GOSSIP_INTERVAL_S, _GOSSIP_QUIET_INTERVAL_S = 0.2, 5.0
 _MAX_INBOUND_PER_PEER = 8
 _MAX_ERRORS, _MAX_NUMBERED = 32, 4096
 
