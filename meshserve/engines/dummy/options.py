@@ -7,6 +7,7 @@ from typing import Any
 
 import xxhash
 
+from meshserve.engines.dummy.script import TEMPLATE, Script, read_script
 from meshserve.engines.dummy.vocabulary import OWN_VOCABULARY, VocabularyMap, map_vocabulary
 from meshserve.engines.protocol import EngineOptions
 from meshserve.engines.tokenizers import load_tokenizer
@@ -91,6 +92,8 @@ class DummyOptions:
     """Constant prefill rate; 0 leaves it to the profile."""
     tokenizer: str = "bytes"
     """`bytes`, the dummy model's own, or a directory with a model's `tokenizer.json`, whose tokens it then writes."""
+    script: Script | None = None
+    """A file with what the model says and calls, turn by turn; a model with a script writes calls as text."""
     files: Mapping[str, bytes] = field(default_factory=dict)
     """Not an option: what that directory holds, by name."""
     vocabulary: VocabularyMap = OWN_VOCABULARY
@@ -105,16 +108,18 @@ class DummyOptions:
         settings, files = TextSettings.of_files(self.files), describe_files(self.files)
         tokenizer = "/".join(["bytes", *(file.sha256 for file in files)])
         identity = f"dummy/{_OUTPUT_VERSION}/{model}/{self.kv_bytes_per_token}/{self.block_size}/{tokenizer}/{self.context_length}"
+        identity += f"/{self.script.digest}" if self.script is not None else ""
         # without the letters one by one no document can be written
         constraints = ("json_schema", "regex", "tools") if self.vocabulary.can_write_ascii else ()
+        template = CHAT_TEMPLATE if self.script is None else TEMPLATE
         return ModelCard(
             model=model,
             model_hash=xxhash.xxh3_128_hexdigest(identity.encode()),
             context_length=self.context_length,
             tokenizer="huggingface" if files else "bytes",
-            chat_template="" if settings.chat_templates else CHAT_TEMPLATE,
+            chat_template="" if settings.chat_templates else template,
             sampling_defaults=settings.sampling_defaults,
-            features=("logprobs", "penalties", "logit_bias", *constraints),
+            features=("logprobs", "penalties", "logit_bias", *constraints, *(("tool_text",) if self.script else ())),
             files=files,
         )
 
@@ -129,6 +134,8 @@ def parse_options(options: EngineOptions) -> DummyOptions:
         values[key] = _parse(key, text)
     if values.get("tokenizer", "bytes") != "bytes":
         values |= _read_model(values["tokenizer"])
+    if "script" in values and values.get("files"):
+        raise UsageError("the dummy engine's option script goes with the tokenizer bytes only: leave one of them out")
     if options.kv_type is not None:
         raise UsageError("the dummy engine has no --kv-type: its KV cache is bytes of its own; leave it out")
     parsed = DummyOptions(**values)
@@ -154,6 +161,8 @@ def _read_model(directory: str) -> dict[str, Any]:
 
 
 def _parse(key: str, text: str) -> Any:
+    if key == "script":
+        return read_script(Path(text))
     if key == "profile":
         if text not in PROFILES:
             raise UsageError(f"the dummy engine's option {key} is one of {', '.join(PROFILES)}, not {text!r}")

@@ -46,7 +46,7 @@ class DummyRunner:
     """
 
     def __init__(self, options: DummyOptions, model: str, clock: Callable[[], float]) -> None:
-        self._vocabulary = options.vocabulary
+        self._vocabulary, self._script = options.vocabulary, options.script
         self.vocab_size = self._vocabulary.vocab_size
         self.card = options.card(model)
         self.kv_layout = KVLayout(f"dummy/{self.card.model_hash}", options.block_size, options.kv_bytes_per_token)
@@ -91,8 +91,9 @@ class DummyRunner:
             or asked.logit_bias
             or (asked.presence_penalty or asked.frequency_penalty or asked.repetition_penalty != 1)
             or (asked.json_schema or asked.regex or asked.choices)
+            or self._script is not None
         ):
-            generation.sampler = sampler_for(generation, output, self._vocabulary)
+            generation.sampler = sampler_for(generation, output, self._vocabulary, self._script)
 
     def overdue_s(self) -> float:
         """How long ago the next turn should have come."""

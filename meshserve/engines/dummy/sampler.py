@@ -13,6 +13,7 @@ from operator import itemgetter
 from meshserve.engines.core.request import Generation
 from meshserve.engines.dummy.constrained import ConstrainedOutput, constrained_output
 from meshserve.engines.dummy.model import NEVER_DRAWN_BELOW, OTHER_LOGIT, Logits, candidates, may_end, ranked
+from meshserve.engines.dummy.script import Script, ScriptedOutput
 from meshserve.engines.dummy.vocabulary import OWN_VOCABULARY, VocabularyMap
 from meshserve.engines.tokenizers import EOS_TOKEN
 from meshserve.wire.generation import Sampling, TokenLogprobs
@@ -42,7 +43,7 @@ class Sampler:
         self,
         sampling: Sampling,
         output: Iterable[int] = (),
-        constrained: ConstrainedOutput | None = None,
+        constrained: ConstrainedOutput | ScriptedOutput | None = None,
         *,
         prompt: Iterable[int] = (),
         vocabulary: VocabularyMap = OWN_VOCABULARY,
@@ -172,14 +173,22 @@ class Sampler:
         return 0
 
 
-def sampler_for(generation: Generation, output: Sequence[int], vocabulary: VocabularyMap) -> Sampler:
+def sampler_for(
+    generation: Generation,
+    output: Sequence[int],
+    vocabulary: VocabularyMap,
+    script: Script | None = None,
+) -> Sampler:
     """The sampler of a request that is written in `vocabulary`. `output` is what an earlier worker
-    generated. Raises InvalidRequest if it could not have come from this request.
+    generated. Raises InvalidRequest if it could not have come from this request, or the script does not fit it.
     """
-    sampling = generation.sampling
-    constrained = constrained_output(sampling, vocabulary)
+    sampling, num_prompt_tokens = generation.sampling, generation.num_tokens - len(output)
+    asked = constrained_output(sampling, vocabulary)
+    constrained: ConstrainedOutput | ScriptedOutput | None = asked
+    if script is not None:
+        constrained = script.output(generation.tokens[:num_prompt_tokens], asked) or asked
     to_own = vocabulary.to_own
     bias = tuple([(to_own(token), value) for token, value in sampling.logit_bias])
     own_output = map(vocabulary.to_byte if constrained is not None else to_own, output)
-    own_prompt = map(to_own, generation.tokens[: generation.num_tokens - len(output)])
+    own_prompt = map(to_own, generation.tokens[:num_prompt_tokens])
     return Sampler(replace(sampling, logit_bias=bias), own_output, constrained, prompt=own_prompt, vocabulary=vocabulary)

@@ -11,6 +11,7 @@ from typing import Any
 
 from meshserve.engines.constraints.constraint import ConstraintCompiler
 from meshserve.engines.constraints.keeping import outline
+from meshserve.engines.constraints.ordering import in_order
 from meshserve.engines.constraints.schemas import property_names
 from meshserve.errors import InvalidRequest, MeshserveError, ProtocolError
 from meshserve.roles.processor.call_formats import Accepts
@@ -34,8 +35,6 @@ _CONSTRAINTS = {
 _MOST_HINTED_CHARACTERS, _MOST_HINTED_PROPERTIES = 32_768, 256
 """Of all schemas together that only hint at what arguments look like: half of what a schema may have that binds."""
 _PLACE = re.compile(r"#(?:/anyOf/(\d+))?/properties/arguments((?:/[^\s,]*)?)")
-_MOST_FOLLOWED = 64
-"""References of a schema that lead to other references, and levels of arguments that are put in order."""
 
 
 def wants_call(request: CompletionRequest, card: ModelCard) -> bool:
@@ -199,55 +198,3 @@ class StrictCalls:
         call = {"name": name, "arguments": in_order(arguments, parameters)}
         text = json.dumps(call, ensure_ascii=False).encode("utf-8", "replace")
         return self._compiler.compile(json_schema=schema).num_allowed(list(text)) == len(text)
-
-
-def in_order(arguments: Any, parameters: Json) -> Any:
-    """The same value, as the grammar of this schema writes it: properties in the schema's order, whole numbers without a fraction."""
-    return _in_order(arguments, [parameters], parameters, 0)
-
-
-def _in_order(value: Any, schemas: list[Any], root: Json, level: int) -> Any:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, (dict, list)) or level > _MOST_FOLLOWED:
-        return value
-    schemas = _alternatives(schemas, root)
-    if isinstance(value, list):
-        return [_in_order(part, [_item(schema, at) for schema in schemas], root, level + 1) for at, part in enumerate(value)]
-    known: dict[str, list[Any]] = {}
-    for schema in schemas:
-        properties = schema.get("properties")
-        for name, part in properties.items() if isinstance(properties, dict) else ():
-            known.setdefault(name, []).append(part)
-    rest = [schema.get("additionalProperties") for schema in schemas]
-    names = [*(name for name in known if name in value), *(name for name in value if name not in known)]
-    return {name: _in_order(value[name], known.get(name, rest), root, level + 1) for name in names}
-
-
-def _item(schema: Json, at: int) -> Any:
-    """What the element at this place must be."""
-    first = schema.get("prefixItems")
-    return first[at] if isinstance(first, list) and at < len(first) else schema.get("items")
-
-
-def _alternatives(schemas: list[Any], root: Json) -> list[Json]:
-    """These schemas and all that they are made of."""
-    found: list[Json] = []
-    pending = list(schemas)
-    while pending and len(found) < _MOST_FOLLOWED:
-        schema = pending.pop(0)
-        if isinstance(schema, dict) and schema not in found:
-            found.append(schema)
-            for key in ("allOf", "anyOf", "oneOf"):
-                pending += schema[key] if isinstance(schema.get(key), list) else []
-            pending.append(_referred(root, schema.get("$ref")))
-    return found
-
-
-def _referred(root: Json, reference: Any) -> Any:
-    if not isinstance(reference, str) or not reference.startswith("#"):
-        return None
-    place: Any = root
-    for part in reference[1:].split("/")[1:]:
-        place = place.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(place, dict) else None
-    return place
