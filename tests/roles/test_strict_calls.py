@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.engines.constraints.ordering import in_order
+from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.processor.tools import StrictCalls
 from meshserve.wire.completion import CompletionRequest
 

@@ -1,5 +1,6 @@
 """Chat templates as `transformers` renders them."""
 
+import json
 
 import pytest
 
@@ -84,3 +85,69 @@ def test_tools_are_seen_and_arguments_of_calls_are_objects() -> None:
     for odd in ("{", "[1]", deep):
         messages = [{**message, "tool_calls": [{**call, "arguments": odd}]}]
         assert render_chat("{{ messages[0].tool_calls[0].function.arguments }}", messages) == odd
+
+
+# --- what another model began, in templates of several kinds
+
+CHATML = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+FIRST_ONLY = (
+    "{% if messages[0].role == 'system' %}<system>{{ messages[0].content }}\n{% endif %}"
+    "{% for m in messages if m.role != 'system' %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+)
+ALTERNATING = (
+    "{% if messages[0].role == 'system' %}<system>{{ messages[0].content }}\n{% set messages = messages[1:] %}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('must alternate') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+)
+NO_SYSTEM = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ m.content }}{% endfor %}"
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (CHATML, "<system>a\n<system>b\n<user>hi\n<assistant>so\n<system>c\n<user>on\n"),
+        (FIRST_ONLY, "<system>a\n\nb\n\nc\n<user>hi\n<assistant>so\n<user>on\n"),
+        (ALTERNATING, "<system>a\n\nb\n\nc\n<user>hi\n<assistant>so\n<user>on\n"),
+    ],
+)
+def test_several_system_messages_are_one_in_their_order_where_the_template_takes_one(template: str, expected: str) -> None:
+    chat = [said("system", "a"), said("system", "b"), *HI, said("assistant", "so"), said("system", "c"), said("user", "on")]
+    assert render_chat(template, chat) == expected
+    assert render_chat(template, HI) == "<user>hi\n"
+    with pytest.raises(InvalidRequest, match="no system"):
+        render_chat(NO_SYSTEM, chat)
+
+
+CALLS = "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}"
+END_OF_CALLS = "{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("inner", "arguments", "expected"),
+    [
+        ("{{ c.function.arguments | tojson }}", '{"a": "b"}', '{"a": "b"}'),
+        ("{{ c.function.arguments | tojson }}", '{"a": "b', json.dumps('{"a": "b')),
+        ("{% for k, v in c.function.arguments | items %}{{ k }}={{ v }};{% endfor %}", '{"a": "b"}', "a=b;"),
+        ("{% for k, v in c.function.arguments | items %}{{ k }}={{ v }};{% endfor %}", '{"a": "b', 'arguments={"a": "b;'),
+        ("{{ '<' + c.function.arguments + '>' }}", '{"a": "b"}', '<{"a": "b"}>'),
+        ("{{ '<' + c.function.arguments + '>' }}", '{"a": "b', '<{"a": "b>'),
+        ("{{ c.function.arguments }}", '{"a": "b"}', '{"a": "b"}'),
+        ("{{ c.function.arguments if c.function.arguments is string else c.function.arguments | tojson }}", "{", "{"),
+    ],
+)
+def test_arguments_are_text_or_an_object_as_the_template_takes_them(inner: str, arguments: str, expected: str) -> None:
+    call = {"id": "1", "name": "look", "arguments": arguments}
+    chat = [*HI, {**said("assistant", ""), "tool_calls": [call]}, {**said("tool", ""), "tool_call_id": "1"}]
+    assert render_chat(CALLS + inner + END_OF_CALLS, chat) == "hi" + expected
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_of_earlier_turns_reaches_a_template_under_the_name_that_it_has_there(name: str) -> None:
+    template = f"{{% for m in messages %}}{{{{ m.{name} or '' }}}}{{{{ m.content }}}};{{% endfor %}}"
+    chat = [*HI, {**said("assistant", "so"), "reasoning_content": "hm "}]
+    assert render_chat(template, chat) == "hi;hm so;"
+    assert render_chat(CHATML, chat) == "<user>hi\n<assistant>so\n", "no other template is changed"
