@@ -95,7 +95,7 @@ def test_an_agent_runs_the_tool_that_the_model_calls_and_resumes_the_conversatio
     home.mkdir()
     work.mkdir()
     file = work / "made.txt"
-    turns = [
+    turns: list[dict[str, Any]] = [
         {"reasoning": "A tool can do that.", "text": "I write the file.", "calls": [call(file)]},
         {"text": "The file is written."},
         {"text": "The file is still there."},

@@ -66,6 +66,8 @@ class Worker:
         self.opening = ""
         """Said at once by whoever is asked."""
         self.script: tuple[str, ...] = ()
+        self.reason = "stop"
+        """With which it ends."""
         """The whole answer of whoever is asked, a step each; nothing: the test says it."""
         self.error: MeshserveError | None = None
         """What everybody fails with at once."""
@@ -75,7 +77,7 @@ class Worker:
         call.on_cancel = lambda: self.cancelled.append(call.body.request_id)
         self.say(len(self.calls) - 1, self.opening, None)
         if self.script:
-            self.recite(len(self.calls) - 1, self.script)
+            self.recite(len(self.calls) - 1, self.script, self.reason)
         if self.error is not None:
             call.fail(self.error)
 

@@ -57,6 +57,32 @@ def read(pieces: Iterable[str], names: tuple[str, ...] = NAMES, **options: Any) 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
+        (f"so <tool_call>{LOOK}", [("text", "so "), CALLED]),
+        (f"so <tool_call>{LOOK}</tool", [("text", "so "), CALLED]),
+        (f"so <tool_call>{LOOK[:-3]}", [("text", "so ")]),
+        ("so <tool_c", [("text", "so ")]),
+        (f"[TOOL_CALLS][{LOOK[:9]}", []),
+        ("[TOOL_CALLS]get_ti", []),
+        (LOOK[:-1], []),
+        (LOOK[:12], []),
+        ('{"na', []),
+        ('{"name": "Alice", "age": 4', [("text", '{"name": "Alice", "age": 4')]),
+        ('{"id": 4, "title": "T', [("text", '{"id": 4, "title": "T')]),
+        ('{"age": 4', [("text", '{"age": 4')]),
+        ("<think>cut </thi", [("reasoning", "cut </thi")]),
+        ("a < b", [("text", "a < b")]),
+    ],
+)
+def test_of_an_answer_that_is_cut_off_a_call_that_has_begun_is_no_text(text: str, expected: list[Part]) -> None:
+    for pieces in ([text], list(text)):
+        parser = AnswerParser(NAMES)
+        events = [event for piece in pieces for event in parser.feed(piece)]
+        assert joined([*events, *parser.finish(is_cut=True)]) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
         ("", []),
         ("  plain\n", [("text", "  plain\n")]),
         # Hermes and Qwen

@@ -1,6 +1,7 @@
 """Chat templates as `transformers` renders them."""
 
 import json
+from typing import Any
 
 import pytest
 
@@ -141,7 +142,7 @@ END_OF_CALLS = "{% endfor %}{% endfor %}"
 )
 def test_arguments_are_text_or_an_object_as_the_template_takes_them(inner: str, arguments: str, expected: str) -> None:
     call = {"id": "1", "name": "look", "arguments": arguments}
-    chat = [*HI, {**said("assistant", ""), "tool_calls": [call]}, {**said("tool", ""), "tool_call_id": "1"}]
+    chat: list[Any] = [*HI, {**said("assistant", ""), "tool_calls": [call]}, {**said("tool", ""), "tool_call_id": "1"}]
     assert render_chat(CALLS + inner + END_OF_CALLS, chat) == "hi" + expected
 
 

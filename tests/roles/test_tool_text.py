@@ -281,6 +281,69 @@ def test_what_only_looks_like_a_call_is_shown() -> None:
     run(check, *cut)
 
 
+CUTS = [len(ANSWER) - 1, len(ANSWER) - 20, ANSWER.index(NOW) + 5, ANSWER.index("Rome"), ANSWER.index(ROME) + 3]
+
+
+@pytest.mark.parametrize("num_characters", CUTS)
+def test_a_call_that_the_limit_of_tokens_cuts_off_is_no_text_in_any_api(num_characters: int) -> None:
+    cut = ANSWER[:num_characters]
+    is_first_whole = len(cut) > ANSWER.index(NOW)
+    is_second_whole = cut.endswith("</tool_call")  # its arguments are complete
+    expected = CALLS[: is_first_whole + is_second_whole]
+
+    async def check(made: Clients) -> None:
+        made.scene.worker.reason = "length"
+        choice = (await made.chat(max_tokens=len(cut))).choices[0]
+        assert choice.message.content == "One moment. " and choice.finish_reason == "length"
+        assert calls_of(choice.message) == expected
+        streamed = await gathered(await made.chat(max_tokens=len(cut), stream=True))
+        assert (streamed["content"], streamed["reason"]) == ("One moment. ", "length")
+        message = await made.message(max_tokens=len(cut))
+        assert [block.text for block in message.content if block.type == "text"] == ["One moment. "]
+        assert message.stop_reason == "max_tokens" and sum(block.type == "tool_use" for block in message.content) == len(expected)
+        response = await made.response(max_output_tokens=len(cut))
+        assert response.output_text == "One moment. " and response.status == "incomplete"
+        assert sum(item.type == "function_call" for item in response.output) == len(expected)
+
+    run(check, *cut)
+
+
+def test_a_forced_call_that_is_cut_off_before_its_name_is_no_text_in_any_api() -> None:
+    cut = '{"name": "get_wea'
+
+    async def check(made: Clients) -> None:
+        made.scene.worker.reason = "length"
+        choice = (await made.chat(max_tokens=len(cut), tool_choice="required")).choices[0]
+        assert not choice.message.content and not choice.message.tool_calls and choice.finish_reason == "length"
+        message = await made.message(max_tokens=len(cut), tool_choice={"type": "any"})
+        assert "".join(block.text for block in message.content) == "" and message.stop_reason == "max_tokens"
+        response = await made.response(max_output_tokens=len(cut), tool_choice="required")
+        assert response.output_text == "" and response.status == "incomplete"
+
+    run(check, cut)
+
+
+def test_stop_strings_act_on_no_call_in_any_api_that_has_them() -> None:
+    async def check(made: Clients) -> None:
+        for stop in ("Rome", "}", "<tool_call>", '"arguments"', "\n</tool_call>\n<"):
+            choice = (await made.chat(stop=[stop])).choices[0]
+            assert calls_of(choice.message) == CALLS and choice.finish_reason == "tool_calls", stop
+            message = await made.message(stop_sequences=[stop])
+            assert message.stop_reason == "tool_use" and message.stop_sequence is None
+        choice = (await made.chat(stop="look it")).choices[0]
+        assert choice.message.reasoning_content == "I " and choice.finish_reason == "stop"
+
+    run(check, *ANSWER)
+
+
+def test_stop_strings_act_on_no_forced_call() -> None:
+    async def check(made: Clients) -> None:
+        choice = (await made.chat(tool_choice="required", stop=["Rome"])).choices[0]
+        assert calls_of(choice.message) == CALLS[:1]
+
+    run(check, *'{"name": "get_weather", "arguments": {"city": "Rome"}}')
+
+
 def test_an_answer_may_be_held_to_one_call() -> None:
     async def check(made: Clients) -> None:
         choice = (await made.chat(parallel_tool_calls=False)).choices[0]

@@ -12,6 +12,7 @@ from meshserve.roles.processor.call_formats import (
     ALL_FORMATS,
     MAX_SPACE_CHARACTERS,
     Accepts,
+    Call,
     CallFormat,
     CallReader,
     Event,
@@ -33,6 +34,7 @@ class AnswerParser:
         "_accepts",
         "_bare",
         "_held",
+        "_is_cut",
         "_is_thought",
         "_marked",
         "_mode",
@@ -56,7 +58,7 @@ class AnswerParser:
         self._bare = next((found for found in formats if not found.opener and names), None)
         self._mode = self._think if is_thinking else self._begin
         self._is_thought = self._skips_space = is_thinking
-        self._held = ""
+        self._held, self._is_cut = "", False
         self._reader: CallReader | None = None
         self._num_failed = self.num_calls = 0
 
@@ -65,8 +67,17 @@ class AnswerParser:
         self._held += text
         return self._read(is_end=False)
 
-    def finish(self) -> list[Event]:
-        """The answer is over: what was held back."""
+    def finish(self, *, is_cut: bool = False) -> list[Event]:
+        """The answer is over: what was held back.
+
+        Of an answer that `is_cut` off, a call that has begun is neither call nor text, and so is a marker that has.
+        """
+        self._is_cut = is_cut
+        reader = self._reader if is_cut and self._mode == self._call else None
+        calls = reader.cut_short(self._held) if reader is not None else None
+        if calls is not None:
+            self._held = ""
+            return self._called(calls)
         return self._read(is_end=True)
 
     def _read(self, is_end: bool) -> list[Event]:
@@ -129,11 +140,14 @@ class AnswerParser:
         if not calls:
             self._fail(events, len(reader.opener))
             return True
-        for call in calls:
-            events += (Event("call", call.name), Event("arguments", call.arguments), Event("end", ""))
-        self.num_calls += len(calls)
+        events += self._called(calls)
         self._held, self._skips_space = self._held[end:], True
         return True
+
+    def _called(self, calls: list[Call]) -> list[Event]:
+        self.num_calls += len(calls)
+        pairs = [(Event("call", call.name), Event("arguments", call.arguments), Event("end", "")) for call in calls]
+        return [event for events in pairs for event in events]
 
     # --- steps
 
@@ -153,7 +167,8 @@ class AnswerParser:
 
     def _give(self, events: list[Event], kind: str, is_end: bool, tags: Collection[str]) -> None:
         """All that is held, but for what one of these tags may begin with."""
-        given = self._held[: len(self._held) - (0 if is_end else _num_begun(self._held, tags))]
+        is_whole = is_end and not (self._is_cut and kind == "text")
+        given = self._held[: len(self._held) - (0 if is_whole else _num_begun(self._held, tags))]
         if given:
             events.append(Event(kind, given))
             self._held = self._held[len(given) :]

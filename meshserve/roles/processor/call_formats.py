@@ -29,6 +29,7 @@ _KEYS = frozenset(("name", "arguments", "parameters", "type", "function", "id"))
 _KEY = rf"\w{{0,{max(map(len, _KEYS))}}}+"
 _FIRST_KEY = re.compile(rf'\[?{SPACE}\{{{SPACE}"({_KEY})"')
 _FIRST_KEY_BEGUN = re.compile(rf'\[?{SPACE}(?:\{{{SPACE}(?:"{_KEY})?)?')
+_NAME_BEGUN = re.compile(rf'"name"{SPACE}:{SPACE}"([^"\\]*+)("?)')
 _NEXT_CALL = re.compile(rf"{SPACE}(?:;{SPACE})?(?=[\[{{])")
 _REST = re.compile(rf"{SPACE}(?:;{SPACE})?(?:```{SPACE})?")
 _REST_BEGUN = re.compile(rf"{SPACE}(?:;{SPACE})?(?:`{{1,3}}{SPACE})?")
@@ -158,6 +159,23 @@ class CallReader:
             if found[1]:
                 return found
 
+    def cut_short(self, text: str) -> list[Call] | None:
+        """The answer was cut off within this text: the calls that are complete, without the one that is not. None if it is no call."""
+        if self.read(text, is_end=False) is not None:
+            return None
+        if not self._format.opener and not self._is_of_a_name(text):
+            return None
+        return self._calls
+
+    def _is_of_a_name(self, text: str) -> bool:
+        """Whether JSON without a marker names a function that exists, or may still do so."""
+        if self._calls or _FIRST_KEY_BEGUN.fullmatch(text, self._json_at):
+            return True
+        name = _NAME_BEGUN.search(text, self._json_at)
+        if name is None:
+            return False
+        return name[1] in self._names if name[2] else any(known.startswith(name[1]) for known in self._names)
+
     def _body(self, text: str, is_end: bool) -> tuple[list[Call], int] | None:
         """Read up to the end of the JSON. Returns the calls in it, and 0, since the text goes on."""
         if self._brackets is None:
@@ -276,10 +294,10 @@ class CallParser:
             text, self._held = self._held[head.end() :], ""
         return [*events, Event("arguments", text[: self._brackets.feed(text)])]
 
-    def finish(self) -> list[Event]:
-        """The answer is over: what was held back is a call of another form, or text."""
+    def finish(self, *, is_cut: bool = False) -> list[Event]:
+        """The answer is over: what was held back is a call of another form, or text; nothing if it `is_cut` off."""
         held, self._held = self._held, ""
-        if self.name is not None or not held:
+        if self.name is not None or not held or is_cut:
             return []
         try:
             call = json.loads(held)

@@ -86,8 +86,8 @@ class Choice:
     """Text, stop strings, log probabilities, reasoning and calls of one sequence.
 
     `send` takes items as they go over the wire. The parser reads the text if that is more than text; stop
-    strings count in what the model wrote, tags included. With `is_single` the answer ends after its first
-    call.
+    strings act on text and reasoning, never on calls. With `is_single` the answer ends after its first call.
+    A call that the limit of tokens cuts off before it can be told is not given out, as its words are no text.
     """
 
     __slots__ = (
@@ -99,6 +99,7 @@ class Choice:
         "_kind",
         "_min_tokens",
         "_num_calls",
+        "_num_due",
         "_parser",
         "_send",
         "_stops",
@@ -129,6 +130,8 @@ class Choice:
         self._parser, self._is_single, self._vocab_size = parser, is_single, vocab_size
         self._kind = "text"
         self._num_calls = 0
+        self._num_due = 0
+        """Characters that the model wrote and that log probabilities do not count as given out yet."""
         self._is_over = False
         """The only call is complete."""
         self.num_tokens = 0
@@ -175,8 +178,7 @@ class Choice:
         text = self._detokenizer.feed((token,))
         if self._trail is not None and entry is not None:
             self._trail.add(entry, len(text), self._detokenizer.is_between)
-        given, is_stopped = self._stops.feed(text, self.num_tokens >= self._min_tokens)
-        self._give(given, is_stopped)
+        is_stopped = self._take(text)
         return is_stopped or self._is_over
 
     def finish(self, reason: str) -> EndItem:
@@ -187,43 +189,76 @@ class Choice:
             rest = self._detokenizer.finish()
             if self._trail is not None:
                 self._trail.settle(len(rest))
-            given, is_stopped = self._stops.feed(rest, self.num_tokens >= self._min_tokens)
-            self._give(given if is_stopped else given + self._stops.finish(), is_stopped)
+            if not self._take(rest):
+                self._finish_text(is_cut=reason == "length")
         if self._parser is not None:
-            self._tell(self._parser.finish(), is_cut=True)
-            self._give_out("", is_cut=True)  # what tags and other text that is not given out were made of
+            # what tags, calls that were cut off and other text that is not given out were made of
+            self._give("", self._num_due if self._stops.found is None else 0, True)
         if self._stops.found is not None:
             return EndItem(self._index, "stop", self._stops.found)
         return EndItem(self._index, "tool_calls" if self._num_calls and reason == "stop" else reason, None)
 
+    def _finish_text(self, *, is_cut: bool) -> None:
+        """What the parser and the stop strings held back."""
+        if self._parser is None or not self._tell(self._parser.finish(is_cut=is_cut)):
+            held = self._stops.finish()
+            self._give(held, len(held), False)
+
+    def _take(self, text: str) -> bool:
+        """More of what the model wrote; true if a stop string ended it."""
+        self._num_due += len(text)
+        if self._parser is not None:
+            return self._tell(self._parser.feed(text))
+        return self._check(text)
+
     # --- items
 
-    def _give(self, text: str, is_cut: bool) -> None:
-        """Text that no stop string can be part of any more."""
-        if self._trail is not None:
-            self._trail.give(len(text))
-        if self._parser is None:
-            self._give_out(text, is_cut)
-        else:
-            self._tell(self._parser.feed(text), is_cut)
-
-    def _tell(self, events: Sequence[Event], is_cut: bool) -> None:
-        """Log probabilities go with the first text that comes of their tokens, or after it: tags have none
-        of their own.
-        """
+    def _tell(self, events: Sequence[Event]) -> bool:
+        """Give out what the parser read; true if a stop string ended it."""
         for kind, text in events:
             if self._is_over:
-                return
-            if kind == "call":
+                break
+            if kind in ("text", "reasoning"):
+                self._turn_to(kind)
+                if self._check(text):
+                    return True
+            elif kind == "call":
+                self._turn_to("arguments")
                 self._num_calls += 1
                 self._send(CallItem(self._index, text))
             elif kind == "end":
                 self._is_over = self._is_single
             else:
-                if kind not in (self._kind, "arguments"):
-                    self._send(PartItem(self._index, kind))
-                self._kind = kind
-                self._give_out(text, is_cut)
+                self._give(text, self._num_due, False)
+        return False
+
+    def _turn_to(self, kind: str) -> None:
+        """What follows is of this kind. No stop string goes on from one kind into the next."""
+        if kind == self._kind:
+            return
+        if held := self._stops.finish():
+            self._give(held, len(held), False)
+        if kind != "arguments":
+            self._send(PartItem(self._index, kind))
+        self._kind = kind
+
+    def _check(self, text: str) -> bool:
+        """Give out text up to a stop string; true if there is one."""
+        num_new = self._stops.num_held + len(text)
+        given, is_stopped = self._stops.feed(text, self.num_tokens >= self._min_tokens)
+        num_kept_back = num_new - len(given) if is_stopped else self._stops.num_held
+        self._give(given, self._num_due - num_kept_back, is_stopped)
+        return is_stopped
+
+    def _give(self, text: str, num_characters: int, is_cut: bool) -> None:
+        """Text that no stop string can be part of any more, and of how much of what the model wrote it is the last.
+
+        Log probabilities go with the first text that comes of their tokens, or after it: tags have none of their own.
+        """
+        if self._trail is not None:
+            self._num_due -= num_characters
+            self._trail.give(num_characters)
+        self._give_out(text, is_cut)
 
     def _give_out(self, text: str, is_cut: bool) -> None:
         entries, starts = self._trail.take(is_cut) if self._trail is not None else ([], [])

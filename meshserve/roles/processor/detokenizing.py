@@ -94,6 +94,11 @@ class StopChecker:
         self.found: str | None = None
         """The stop string that ended the text."""
 
+    @property
+    def num_held(self) -> int:
+        """Characters that are held back."""
+        return len(self._held)
+
     def feed(self, text: str, may_stop: bool = True) -> tuple[str, bool]:
         """The text that may be given out, and whether a stop string ended it: then nothing more must be fed.
 
