@@ -187,6 +187,9 @@ async def measure_waits(ports: list[int], arrivals: list[tuple[float, int]]) -> 
     seeds = tuple(f"127.0.0.1:{port}" for port in ports)
     decodes = [_Decode(_dummy()) for _ in range(2)]
     async with AsyncExitStack() as stack:
+        for decode in decodes:
+            await decode.engine.start()  # one that is down reserves nothing
+            stack.push_async_callback(decode.engine.close)
         meshes = [
             await stack.enter_async_context(joined(loopback("bench-queue", "decode", seeds=seeds), decode.engine, decode.build))
             for decode in decodes
