@@ -202,7 +202,7 @@ class Peer:
         unused = [info for info in self.mesh.peers_with("decode") if info.card and info not in serving("decode", info.card.model)]
         if unused:
             others = ", ".join(self.mesh.name_of(info.incarnation) for info in unused)
-            line += f"; not used: {others}, whose model is not that of most workers of this name: give it another --served-model-name"
+            line += f"; used by exact name only (NAME#HASH, as /v1/models lists them): {others}, whose model is not that of most workers"
         if "router" in self._roles and line != self._workers_line:
             self._workers_line = line
             self._warn_of_variants()
@@ -216,7 +216,8 @@ class Peer:
         variants = differing(found)
         for words in variants:
             if words not in self._variants:
-                log_event(_log, "model_variants", f"{words}; give each model a --served-model-name of its own", logging.WARNING)
+                advice = "requests for the name go to the model of most workers: ask for NAME#HASH, or give each a --served-model-name"
+                log_event(_log, "model_variants", f"{words}; {advice}", logging.WARNING)
         self._variants = variants
 
     async def drain(self) -> bool:

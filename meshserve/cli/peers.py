@@ -142,7 +142,7 @@ def _model(peer: dict[str, Any], ambiguous: set[str]) -> str:
     """With the hash where several models have one name."""
     if not peer["model"]:
         return "-"
-    from meshserve.observe.variants import short
+    from meshserve.wire.card import short
 
     return f"{peer['model']}#{short(peer['model_hash'])}" if peer["model"] in ambiguous else str(peer["model"])
 

@@ -200,13 +200,14 @@ class Mesh:
         return able
 
     def peers_serving(self, role: str, model: str) -> list[PeerInfo]:
-        """Those of them whose card has this among the model's names. Not to be changed.
+        """Those of them whose model has this name. Not to be changed.
 
-        Of models that read text in different ways under one name, that of most workers: tokens of one mean something else to another.
+        Of different models under one name, that of most workers: tokens of one mean something else to another, and no output may
+        go on with other weights. Each answers to its exact name too (`NAME#HASH`).
         """
         serving = self._serving.get((role, model))
         if serving is None:
-            serving = _of_one_model([info for info in self.peers_with(role) if info.card is not None and model in info.card.names])
+            serving = _of_one_model([info for info in self.peers_with(role) if info.card is not None and info.card.is_called(model)])
             if len(self._serving) >= _MAX_ANSWERS:  # clients may ask for anything
                 self._serving.clear()
             self._serving[role, model] = serving
@@ -217,6 +218,11 @@ class Mesh:
         members = self.links.membership.listed()
         silent = [member.info for member in members if member.state is PeerState.SUSPECT or member.doubted_for]
         return [info for info in silent if info.can_play(role) and not info.is_draining]
+
+    def has_or_awaits(self, role: str) -> bool:
+        """Whether a request that needs a peer of this role is served, or waits for one that has just fallen silent."""
+        awaited, now_s = self.config.failure_timeout_s, self.now_s()
+        return bool(self.peers_with(role)) or any(is_awaited(one, role, now_s, awaited) for one in self.links.membership.listed())
 
     def _changed(self) -> None:
         self._able.clear()
@@ -290,15 +296,24 @@ class Mesh:
             raise
 
 
+def is_awaited(member: Member, role: str, now_s: float, failure_timeout_s: float) -> bool:
+    """Whether requests wait for this member, as it may be back at any moment: it became suspect no longer ago than they wait."""
+    if not member.info.can_play(role) or member.info.is_draining:
+        return False
+    if member.state is PeerState.SUSPECT:
+        return now_s - member.suspect_since_s < failure_timeout_s
+    return bool(member.doubted_for)
+
+
 def _cancel(task: asyncio.Task[None]) -> None:
     task.cancel()
 
 
 def _of_one_model(serving: list[PeerInfo]) -> list[PeerInfo]:
-    """Those whose cards name the tokenizer and chat template that most of them name. All peers that know the same workers decide alike."""
-    texts = [(info.card.tokenizer, info.card.chat_template, info.card.files) for info in serving if info.card is not None]
-    counts = Counter(texts)
+    """Those whose model most of them have. All peers that know the same workers decide alike."""
+    models = [(info.card.model_hash, info.card.text) for info in serving if info.card is not None]
+    counts = Counter(models)
     if len(counts) <= 1:
         return serving
-    chosen = max(counts, key=lambda text: (counts[text], repr(text)))
-    return [info for info, text in zip(serving, texts, strict=True) if text == chosen]
+    chosen = max(counts, key=lambda model: (counts[model], repr(model)))
+    return [info for info, model in zip(serving, models, strict=True) if model == chosen]

@@ -1,12 +1,12 @@
-"""Models of one name that are not one model: workers whose weights or KV layouts differ. For people; routing has its own rules. Pure."""
+"""Models of one name that are not one model: workers whose weights or KV layouts differ. For people; a name leads to one of the
+models (`peers_serving`), NAME#HASH to each. Pure."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from meshserve.wire.card import short
 from meshserve.wire.hello import PeerInfo
-
-_NUM_DIGITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +26,6 @@ def serving(label: str, info: PeerInfo) -> Serving | None:
     if info.card is None or info.layout is None:
         return None
     return Serving(label, info.card.names, info.card.model_hash, info.layout.fingerprint)
-
-
-def short(digest: str) -> str:
-    """The end of a hash or fingerprint, enough to tell a few apart: some begin with the engine's name."""
-    return digest.rpartition("/")[2][:_NUM_DIGITS]
 
 
 def differing(workers: Iterable[Serving]) -> list[str]:

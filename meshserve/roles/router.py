@@ -13,7 +13,7 @@ from meshserve.mesh.watches import Watcher, WatchSource
 from meshserve.routing.fleet import Fleet, Question
 from meshserve.routing.policies import POLICIES
 from meshserve.routing.workers import CostSettings, Prompt
-from meshserve.wire.card import KVLayout, ModelCard
+from meshserve.wire.card import KVLayout, ModelCard, exact_name
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.messages import IN_FLIGHT, ROUTE, WORKER_REPORTS
 from meshserve.wire.routing import InFlightReservation, RouteRequest, RoutingDecision, WorkerReport
@@ -84,7 +84,9 @@ class RouterRole:
             self.fleet.forget_blocks(incarnation)
 
         def on_report(report: WorkerReport) -> None:
-            self.fleet.report(incarnation, report, time.monotonic())
+            if not self.fleet.report(incarnation, report, time.monotonic()):
+                name = self._mesh.name_of(incarnation)
+                self._mesh.faults.note("report", name, "it holds more KV blocks than it has")
 
         self._workers[incarnation] = Watcher(self._mesh, incarnation, WORKER_REPORTS, on_reset, on_report)
 
@@ -109,7 +111,7 @@ class RouterRole:
             raise InvalidRequest(f"unknown policy {policy!r}; there are: {known}", param="meshserve.policy")
         for incarnation in asked.excluded:  # these do not report the request: it came to nothing there
             self.fleet.release(incarnation, asked.request_id)
-        workers = self._worker_set_for(asked.model, asked.excluded)
+        workers = self._worker_set_for(asked.model, asked.model_hash, asked.excluded)
         if workers is None:
             raise NoWorker(f"no decode worker for the model {asked.model!r} can take work now")
         block_size = workers.layout.block_size
@@ -121,12 +123,15 @@ class RouterRole:
             self._in_flight.publish(found.reservation)
         call.end(RoutingDecision(self._mesh.own.name, policy, found.decode, found.prefill))
 
-    def _worker_set_for(self, model: str, excluded: Sequence[str]) -> _WorkerSet | None:
-        """Workers that can take work for this model; None if nobody decodes it.
+    def _worker_set_for(self, model: str, model_hash: str, excluded: Sequence[str]) -> _WorkerSet | None:
+        """Workers that can take work for the model of this name and hash; None if nobody decodes it.
 
         Found once, as long as `peers_serving` gives the same list.
         """
         decode = self._mesh.peers_serving("decode", model)
+        if decode and model_hash and (found := decode[0].card) is not None and found.model_hash != model_hash:
+            model = exact_name(model, model_hash)  # by most workers of this name, another model is meant
+            decode = self._mesh.peers_serving("decode", model)
         workers = self._worker_sets.get(model)
         if workers is not None and workers.found_in is decode and not excluded:
             return workers

@@ -23,6 +23,13 @@ _FOLLOW = 0.02
 RESERVATION_TIMEOUT_S = 2.0
 """A reservation that no report ended by then is dropped."""
 
+_MOST_HELD = 2
+"""Times the blocks of its pool that a worker may say it holds: what it evicts may be told later than what it stores."""
+_MOST_OUTPUT_TOKENS = 100_000
+"""A worker's mean beyond it counts as it: one with a fault must not void the forecast of all others."""
+_MOST_REMEMBERED = 1 << 22
+"""Evicted blocks, 100 bytes each."""
+
 _MAX_REPORTED = 4096
 """Requests that a worker reported before this router heard of them; beyond it the oldest are forgotten."""
 
@@ -199,11 +206,13 @@ class Fleet:
         """The worker's watch begins anew: what it holds comes with the next reports."""
         self._index.forget(incarnation)
 
-    def report(self, incarnation: str, report: WorkerReport, now_s: float) -> None:
-        """Take in a worker's report. Reports of workers that are not followed are ignored."""
+    def report(self, incarnation: str, report: WorkerReport, now_s: float) -> bool:
+        """Take in a worker's report. Reports of workers that are not followed are ignored. False: the worker says that it holds more
+        blocks than it has, and none of them is believed.
+        """
         worker = self._workers.get(incarnation)
         if worker is None:
-            return
+            return True
         in_flight = self._in_flight
         for request_id in report.admitted:
             if not in_flight.release(incarnation, request_id):
@@ -216,7 +225,7 @@ class Fleet:
         if before.num_blocks != load.num_blocks:
             self._count_blocks()
         if load.mean_output_tokens:
-            difference = load.mean_output_tokens - self.forecast.mean_output_tokens
+            difference = min(load.mean_output_tokens, _MOST_OUTPUT_TOKENS) - self.forecast.mean_output_tokens
             self.forecast.mean_output_tokens += difference * _FOLLOW
         if load.prefill_ns_per_token or load.decode_base_us:  # not of engines without delays
             is_first_prefill = load.prefill_ns_per_token > 0 and not before.prefill_ns_per_token
@@ -226,11 +235,15 @@ class Fleet:
         if report.evicted:
             self._take_evictions(worker, report.evicted)
         self._index.stored(incarnation, report.stored)
+        if not load.num_blocks or self._index.num_blocks(incarnation) <= _MOST_HELD * load.num_blocks:
+            return True
+        self._index.forget(incarnation)
+        return False
 
     def _count_blocks(self) -> None:
         pools = [worker.load.num_blocks for worker in self._workers.values() if worker.load.num_blocks]
         self._num_blocks, self._smallest_pool = sum(pools), min(pools, default=0)
-        self._regret.capacity = max(2, self._num_blocks)
+        self._regret.capacity = max(2, min(self._num_blocks, _MOST_REMEMBERED))
 
     def _take_evictions(self, worker: Worker, evicted: Sequence[int]) -> None:
         lost = self._index.evicted(worker.incarnation, evicted)

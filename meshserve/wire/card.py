@@ -30,6 +30,19 @@ class ModelFile(FrozenMap, frozen=True):
     """Of its contents, in hexadecimal digits: names the file in requests, and checks it."""
 
 
+_NUM_DIGITS = 8
+
+
+def short(digest: str) -> str:
+    """The end of a hash or fingerprint, enough to tell a few apart: some begin with the engine's name."""
+    return digest.rpartition("/")[2][:_NUM_DIGITS]
+
+
+def exact_name(name: str, model_hash: str) -> str:
+    """What clients call the model of this hash, where several models have that name."""
+    return f"{name}#{short(model_hash)}"
+
+
 class ModelCard(FrozenMap, frozen=True):
     """What a worker's engine serves. Which workers exchange KV blocks, their :class:`KVLayout` says."""
 
@@ -55,6 +68,20 @@ class ModelCard(FrozenMap, frozen=True):
     def names(self) -> tuple[str, ...]:
         """All names that requests may carry, `model` first."""
         return (self.model, *self.aliases)
+
+    @property
+    def exact_names(self) -> tuple[str, ...]:
+        """Those that no other model answers to."""
+        return tuple(exact_name(name, self.model_hash) for name in self.names)
+
+    def is_called(self, name: str) -> bool:
+        """Whether requests may carry this name for this model."""
+        return name in self.names or ("#" in name and name in self.exact_names)
+
+    @property
+    def text(self) -> tuple[str, str, tuple[ModelFile, ...]]:
+        """What decides how the model reads and writes text: where it is equal, so are the tokens of a prompt."""
+        return self.tokenizer, self.chat_template, self.files
 
     def served_as(self, names: "tuple[str, ...]") -> "ModelCard":
         """The same model under other names; under its own if there are none."""

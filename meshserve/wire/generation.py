@@ -232,12 +232,16 @@ def _count(value: Any) -> int:
     return value if type(value) is int and 0 <= value < _MAX_COUNT else 0
 
 
+Attempt = Annotated[dict[str, str | int | Annotated[float, Meta(ge=-MAX_MS, le=MAX_MS)] | bool | None], Meta(max_length=32)]
+"""One attempt at a prompt, as receipts show it."""
+
+
 class HandedOver(NamedTuple):
     """How a prompt's KV came from another worker, or which attempts failed."""
 
     prefill_peer: str | None
     """Incarnation of the worker whose blocks these are."""
-    attempts: list[dict[str, Any]]
+    attempts: list[Attempt]
     num_blocks: Count
     num_bytes: Count
 
@@ -249,8 +253,16 @@ class HandedOver(NamedTuple):
         if not isinstance(data, (list, tuple)) or len(data) < len(cls._fields):
             return cls(None, [], 0, 0)
         peer, attempts, num_blocks, num_bytes = data[: len(cls._fields)]
-        read = [attempt for attempt in attempts if isinstance(attempt, dict)] if isinstance(attempts, list) else []
-        return cls(peer if isinstance(peer, str) else None, read, _count(num_blocks), _count(num_bytes))
+        sound = [attempt for attempt in attempts if _is_sound(attempt)] if isinstance(attempts, list) else []
+        return cls(peer if isinstance(peer, str) else None, sound, _count(num_blocks), _count(num_bytes))
+
+
+def _is_sound(attempt: Any) -> bool:
+    try:
+        read(Attempt, attempt)
+    except ProtocolError:
+        return False
+    return True
 
 
 _WHY = {

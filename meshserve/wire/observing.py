@@ -25,7 +25,7 @@ class Refusal(TypedDict):
     who: str
     reason: str
     times: int
-    ago_s: float
+    ago_s: _Finite
 
 
 class Departure(TypedDict):
@@ -35,7 +35,7 @@ class Departure(TypedDict):
     name: str
     address: str
     reason: str
-    ago_s: float
+    ago_s: _Finite
 
 
 class Silence(TypedDict):
@@ -45,13 +45,13 @@ class Silence(TypedDict):
     name: str
     roles: list[str]
     address: str
-    ago_s: float
+    ago_s: _Finite
 
 
 class PeerStatus(Map, omit_defaults=False):
     """A peer's state as it reports it. A peer that does not answer has the defaults."""
 
-    up_s: float | None = None
+    up_s: _Finite | None = None
     load: dict[str, int] | None = None
     """None on peers without an engine."""
     num_reached: int | None = None

@@ -17,6 +17,8 @@ class RouteRequest(Map):
     session: str = ""
     excluded: tuple[str, ...] = ()
     """Incarnations of workers that were tried."""
+    model_hash: str = ""
+    """Of the model that the prompt was made for, where several have the name; empty: not said."""
 
 
 class Candidate(Row):
@@ -58,8 +60,9 @@ class RoutingDecision(Map):
 
     def _check(self) -> None:
         """One worker whose times no clock can have measured must not void the answer for all others."""
-        for candidate in self.prefill:
+        for candidate in (*self.decode, *self.prefill):
             candidate.ready_ms = milliseconds(candidate.ready_ms)
+            candidate.wait_ms, candidate.cost_ms = milliseconds(candidate.wait_ms), milliseconds(candidate.cost_ms)
 
 
 # --- what routers tell each other

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import threading
+import urllib.error
 import urllib.request
 
 import pytest
@@ -125,11 +126,20 @@ def test_two_models_under_one_name_are_told_apart_by_their_hashes_and_said_loudl
         with run("decode", "one", "--model", "first", *served), run("decode", "two", "--model", "second", *served):
             front.wait_for_line("WARNING: 2 different models are called 'chat': .{8} at (one; .{8} at two|two; .{8} at one)", READY_S)
             with urllib.request.urlopen(f"{ready['http']}/v1/models") as response:
-                (entry,) = json.load(response)["data"]
+                entry, *exact = json.load(response)["data"]
             assert entry["id"] == "chat" and [found["workers"] for found in entry["variants"]] == [1, 1]
             assert len({found["model_hash"] for found in entry["variants"]}) == 2
             shown = run_command(meshserve_command("peers", *ALONE, "--peer", ready["address"]))
-            assert len(set(re.findall("chat#[0-9a-f]{8}", shown.stdout))) == 2, shown.stdout
+            assert set(re.findall("chat#[0-9a-f]{8}", shown.stdout)) == {found["id"] for found in exact}, shown.stdout
+            assert len(exact) == 2
+
+
+def status_of(url: str) -> int:
+    try:
+        with urllib.request.urlopen(url) as response:
+            return int(response.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def test_a_member_that_does_not_answer_is_marked_and_not_left_out() -> None:
@@ -141,5 +151,7 @@ def test_a_member_that_does_not_answer_is_marked_and_not_left_out() -> None:
             front.wait_for_line(r"^no workers: .*\(asleep is silent\)", READY_S)
             shown = run_command(meshserve_command("peers", *ALONE, "--peer", seed))
             assert re.search(r"asleep +decode .* suspect", shown.stdout), shown.stdout
+            wait_until(lambda: status_of(f"{front.ready(READY_S)['http']}/ready") == 503, READY_S, "nobody waits for it any more")
             worker.resume()
             front.wait_for_line("^1 decode", READY_S)
+            assert status_of(f"{front.ready(READY_S)['http']}/ready") == 200

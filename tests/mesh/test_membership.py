@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from meshserve.config import MeshConfig
 from meshserve.mesh.hearsay import Dial
 from meshserve.mesh.membership import Actions, Change, Member, Membership, PeerState
+from meshserve.mesh.mesh import is_awaited
 from meshserve.wire.hello import PeerHint, PeerInfo
 from meshserve.wire.structs import replace
 
@@ -372,3 +373,22 @@ def test_a_member_that_fell_silent_is_looked_out_for_however_often_others_tell_o
         under_way = story.membership.tick(story.now_s).dials
         num_dials += len(under_way)
     assert num_dials > 100, "for an hour, and not for a minute"
+
+
+def test_requests_wait_for_a_peer_that_fell_silent_for_as_long_as_for_one_that_may_come_back() -> None:
+    info = replace(a_peer("w", "decode"), is_draining=False)
+    alive, silent = Member(info, True, 0.0, 0.0), Member(info, True, 0.0, 0.0, PeerState.SUSPECT, suspect_since_s=10.0)
+    doubted = Member(info, True, 0.0, 0.0, doubted_for="another")
+    leaving = Member(replace(info, is_draining=True), True, 0.0, 0.0, PeerState.SUSPECT, suspect_since_s=10.0)
+    withdrawn = Member(replace(info, withdrawn=("decode",)), True, 0.0, 0.0, PeerState.SUSPECT, suspect_since_s=10.0)
+    for member, role, now_s, expected in (
+        (silent, "decode", 10.0, True),
+        (silent, "decode", 11.4, True),
+        (silent, "decode", 11.6, False),
+        (silent, "prefill", 10.0, False),
+        (doubted, "decode", 10.0, True),
+        (alive, "decode", 10.0, False),  # it is not waited for: it is there
+        (leaving, "decode", 10.0, False),
+        (withdrawn, "decode", 10.0, False),
+    ):
+        assert is_awaited(member, role, now_s, 1.5) is expected

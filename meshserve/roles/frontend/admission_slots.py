@@ -13,6 +13,7 @@ from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.watches import Watcher
 from meshserve.roles.frontend.admission import Admission, Decision, QueueEntry
+from meshserve.wire.card import ModelCard, exact_name
 from meshserve.wire.messages import WORKER_LOADS
 from meshserve.wire.routing import WorkerLoad
 
@@ -94,7 +95,7 @@ class AdmissionSlots:
         serving = self._mesh.peers_serving("decode", model)
         if not serving or serving[0].card is None:
             return True  # the processor knows best how to say that nobody serves this
-        found = self._asked.get(model) or self._first_asked(model, serving[0].card.model)
+        found = self._asked.get(model) or self._first_asked(model, serving[0].card)
         try:
             decisions = found.admission.arrive(entry, entry.arrived_s)
         except (Overloaded, RateLimited):
@@ -108,8 +109,9 @@ class AdmissionSlots:
         self._sweep_soon()
         return False
 
-    def _first_asked(self, model: str, name: str) -> _Model:
-        """Nobody asked for the model by this word before; `name` is its own."""
+    def _first_asked(self, model: str, card: ModelCard) -> _Model:
+        """Nobody asked for the model by this word before."""
+        name = card.model if model in card.names else exact_name(card.model, card.model_hash)
         is_new = name not in self._models
         found = self._asked[model] = self._models.setdefault(name, _Model(self._limits))
         if is_new:
@@ -185,7 +187,7 @@ class AdmissionSlots:
         self._loads[incarnation] = load
         info = self._mesh.info_of(incarnation)
         if info is not None and info.card is not None:
-            for name in info.card.names:
+            for name in (*info.card.names, *info.card.exact_names):
                 if name in self._models:
                     self._recount(name)
 

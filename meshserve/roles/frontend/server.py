@@ -106,13 +106,14 @@ class FrontendRole:
 
     def _model(self, request: Request) -> Response:
         workers, name = self._mesh.peers_with("decode"), request.name
-        known = {served for info in workers if info.card for served in info.card.names}
-        if name in known:
+        cards = [info.card for info in workers if info.card]
+        if any(card.is_called(name) for card in cards):
             return json_response(shapes.model_entry(name, workers, self._started_s))
+        known = {served for card in cards for served in card.names}
         raise ModelNotFound(f"the model {name!r} is not served here; there are: {', '.join(sorted(known)) or 'none yet'}", param="model")
 
     def _ready(self, request: Request) -> Response:
-        missing = [role for role in ("processor", "decode") if not self._mesh.peers_with(role)]
+        missing = [role for role in ("processor", "decode") if not self._mesh.has_or_awaits(role)]
         if self._mesh.own.is_draining:
             return json_response({"status": "draining", "missing": missing}, 503, _RETRY_SOON)
         if missing:

@@ -1,12 +1,13 @@
 """OpenAI's shapes that several of its APIs have: errors, models, log probabilities. Pure."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from meshserve import __version__
 from meshserve.errors import InvalidRequest, MeshserveError
+from meshserve.wire.card import exact_name
 from meshserve.wire.completion import WireLogprob
 from meshserve.wire.hello import PeerInfo
 
@@ -28,22 +29,38 @@ def error_body(error: MeshserveError) -> bytes:
 
 
 def models_body(workers: Sequence[PeerInfo], created_s: int) -> dict[str, Any]:
-    """`GET /v1/models`: one entry for each name of a model, however many workers serve it."""
-    names = dict.fromkeys(name for info in workers if info.card is not None for name in info.card.names)
+    """`GET /v1/models`: one entry for each name of a model, however many workers serve it; where several models have a name, one for
+    each by its exact name too."""
+    cards = [info.card for info in workers if info.card is not None]
+    hashes: defaultdict[str, set[str]] = defaultdict(set)
+    for card in cards:
+        for name in card.names:
+            hashes[name].add(card.model_hash)
+    names = [*hashes, *sorted(exact_name(name, found) for name, several in hashes.items() if len(several) > 1 for found in several)]
     return {"object": "list", "data": [model_entry(name, workers, created_s) for name in names]}
 
 
 def model_entry(name: str, workers: Sequence[PeerInfo], created_s: int) -> dict[str, Any]:
     """One model under one of its names, with what differs among the workers of this name: weights, and how they keep KV."""
-    serving = [(info.card, info.layout) for info in workers if info.card is not None and name in info.card.names]
-    counts = Counter((card.model_hash, layout.fingerprint if layout is not None else "") for card, layout in serving)
+    serving = [(info.card, info.layout) for info in workers if info.card is not None and info.card.is_called(name)]
+    counts = Counter(
+        (
+            exact_name(name, card.model_hash) if name in card.names else name,
+            card.model_hash,
+            layout.fingerprint if layout is not None else "",
+        )
+        for card, layout in serving
+    )
     return {
         "id": name,
         "object": "model",
         "created": created_s,
         "owned_by": "meshserve",
         "max_model_len": serving[-1][0].context_length,
-        "variants": [{"model_hash": model, "kv_layout": layout, "workers": count} for (model, layout), count in counts.items()],
+        "variants": [
+            {"id": exact, "model_hash": model, "kv_layout": layout, "workers": count}
+            for (exact, model, layout), count in counts.items()
+        ],
     }
 
 

@@ -6,7 +6,7 @@ import asyncio
 from array import array
 from collections import OrderedDict
 from functools import lru_cache
-from itertools import count
+from itertools import compress, count
 from operator import attrgetter
 from typing import Any
 
@@ -22,12 +22,12 @@ from meshserve.roles.processor.model_files import FileCache, ModelFiles, cache_d
 from meshserve.roles.processor.texts import Chat, ModelText, ProcessText
 from meshserve.roles.processor.tools import call_schema, tools_of, wants_call, writes_calls
 from meshserve.telemetry import Histograms
-from meshserve.wire.card import ModelCard
+from meshserve.wire.card import ModelCard, exact_name
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
 from meshserve.wire.generation import AskedSampling, Sampling, SamplingDefaults
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.messages import DETOKENIZE, TOKENIZE
-from meshserve.wire.routing import Candidate
+from meshserve.wire.routing import Candidate, RoutingDecision
 from meshserve.wire.structs import asdict, replace
 
 _CHATS_COME_AFTER_S = 0.5
@@ -50,6 +50,7 @@ Encoded = tuple[list["array[int]"], TokenTexts]
 
 
 _MAX_OUT_OF_REACH = 64
+_NO_ROUTER = "round-robin (no router)"
 
 
 class Dispatcher:
@@ -74,16 +75,29 @@ class Dispatcher:
             return routers[0] if routers else None
         return routers[next(self._router_turn) % len(routers)]
 
-    def take_turns(self, model: str, excluded: tuple[str, ...]) -> list[Candidate]:
-        """Without a router: live workers of this model, each time another one first."""
+    def workers(self, model: str, card: ModelCard) -> list[PeerInfo]:
+        """Those that can take work for the model of this name and card."""
         infos = self.mesh.peers_serving("decode", model)
+        if infos and (found := infos[0].card) is not None and found.model_hash != card.model_hash:
+            return self.mesh.peers_serving("decode", exact_name(model, card.model_hash))
+        return infos
+
+    def successor(self, model: str, card: ModelCard) -> ModelCard | None:
+        """Another model that this name leads to now, and that reads text alike: for a prompt of which there is no output yet."""
+        infos = self.mesh.peers_serving("decode", model)
+        found = infos[0].card if infos else None
+        return found if found is not None and found.model_hash != card.model_hash and found.text == card.text else None
+
+    def take_turns(self, model: str, card: ModelCard, excluded: tuple[str, ...]) -> RoutingDecision:
+        """Without a router: live workers of this model, each time another one first. Raises NoWorker."""
+        infos = self.workers(model, card)
         able = [info.incarnation for info in infos if info.incarnation not in excluded]
-        start = next(self._worker_turn) % len(able) if able else 0
+        if not able:
+            raise NoWorker(f"no decode worker for the model {model!r} can take work now")
+        start = next(self._worker_turn) % len(able)
         why = "its turn; there is no router"
-        return [
-            Candidate(worker, self.mesh.name_of(worker), 0, 0, 0.0, 0.0, why)
-            for worker in able[start:] + able[:start]
-        ]
+        turns = [Candidate(worker, self.mesh.name_of(worker), 0, 0, 0.0, 0.0, why) for worker in able[start:] + able[:start]]
+        return RoutingDecision(None, _NO_ROUTER, turns, [])
 
     def first_reachable(self, candidates: list[Candidate]) -> Candidate | None:
         """The best that this processor can call now, which is moved to the front.
@@ -101,19 +115,21 @@ class Dispatcher:
         candidates[:] = able + missed
         return able[0] if able else None
 
-    def model_hash(self, worker: str) -> str:
-        """Of the model that this worker serves; empty if it is not known."""
+    def card_of(self, worker: str) -> ModelCard | None:
+        """Of the model that this worker serves; None if it is not known."""
         info = self.mesh.info_of(worker)
-        return info.card.model_hash if info is not None and info.card is not None else ""
+        return info.card if info is not None else None
 
-    def of_model(self, candidates: list[Candidate], model_hash: str) -> list[Candidate]:
-        """Those that serve the very model of this hash; all if it is not known."""
-        return [candidate for candidate in candidates if not model_hash or self.model_hash(candidate.incarnation) == model_hash]
+    def of_model(self, candidates: list[Candidate], card: ModelCard) -> list[Candidate]:
+        """Those that serve the very model of this card: another would go on with other tokens."""
+        cards = [self.card_of(candidate.incarnation) for candidate in candidates]
+        is_same = [found is not None and found.model_hash == card.model_hash for found in cards]
+        return list(compress(candidates, is_same))
 
-    def is_waited_for(self, model: str) -> bool:
+    def is_waited_for(self, model: str, card: ModelCard) -> bool:
         """Whether a worker of this model is silent: it may be back at any moment."""
-        silent = self.mesh.silent_peers_with("decode")
-        return any(info.card is not None and model in info.card.names for info in silent)
+        cards = [info.card for info in self.mesh.silent_peers_with("decode") if info.card is not None]
+        return any(found.is_called(model) and found.model_hash == card.model_hash for found in cards)
 
     def out_of_reach(self) -> tuple[str, ...]:
         """Workers that a router should not choose for this processor."""
@@ -121,9 +137,9 @@ class Dispatcher:
             self._out_of_reach = tuple(peer for peer in self._out_of_reach if not self.mesh.can_take_work(peer))
         return self._out_of_reach
 
-    def block_size(self, model: str) -> int:
+    def block_size(self, model: str, card: ModelCard) -> int:
         """Tokens in a KV block of this model's workers; 0 if none is left."""
-        infos = self.mesh.peers_serving("decode", model)
+        infos = self.workers(model, card)
         return next((info.layout.block_size for info in infos if info.layout is not None), 0)
 
 
@@ -155,7 +171,7 @@ class Models:
         infos = self._mesh.peers_with("decode") + self._mesh.silent_peers_with("decode")
         cards = [info.card for info in infos if info.card is not None]
         for card in cards:
-            if model in card.names:
+            if card.is_called(model):
                 return card
         if not cards:
             raise NoWorker("no decode worker is in the mesh yet")
@@ -168,7 +184,7 @@ class Models:
         """What turns this model's text into tokens; models of equal tokenizer and template share it. For use at once, not to be kept."""
         if _is_own(card):
             return self._own
-        key = (card.tokenizer, card.chat_template, card.files)
+        key = card.text
         text = self._texts.get(key)
         if text is None:
             self._make_room()
@@ -199,7 +215,7 @@ class Models:
 
     def template(self, card: ModelCard) -> str:
         """The model's chat template, once a prompt was made with it; empty if it has none, or that was not found out."""
-        text = self._texts.get((card.tokenizer, card.chat_template, card.files))
+        text = self._texts.get(card.text)
         return text.template if text is not None else card.chat_template
 
     # --- requests

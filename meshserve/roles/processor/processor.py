@@ -224,6 +224,7 @@ class Request:
             dispatcher,
             call,
             asked,
+            self.card,
             receipt,
             Account(receipt, self.began_s, self.began_s, dispatcher.histograms, dispatcher.mesh.name_of),
             tokens,

@@ -27,6 +27,7 @@ from meshserve.roles.processor.choices import Choice, PlainChoice
 from meshserve.roles.processor.doubts import is_end, tokens_in
 from meshserve.roles.processor.models import Dispatcher
 from meshserve.telemetry import BUCKETS_S
+from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, EndItem
 from meshserve.wire.generation import GenerateRequest, GenerationEnd, Sampling
 from meshserve.wire.messages import GENERATE, ROUTE
@@ -41,7 +42,6 @@ _MAX_NAME = 255
 _ROUTE_TIMEOUT_S = 0.5
 """A router answers within a millisecond; one that has not answered by now hangs. Higher waits longer for
 it, lower asks two where the machine is merely busy."""
-_NO_ROUTER = "round-robin (no router)"
 _LOOK_AGAIN_S, _FULL_S = 0.1, 0.5
 """Until a sequence that has begun, and finds no worker, asks again; the second where those that are there refused it. Lower finds a new
 worker sooner, and costs a question each time, or one for each worker."""
@@ -55,6 +55,8 @@ class Sequence:
     call: IncomingCall
     """The stream to the frontend; here only its deadline counts."""
     asked: CompletionRequest
+    card: ModelCard
+    """Of the model that the prompt was made for, and whose output it is."""
     receipt: Receipt
     account: Account
     tokens: "array[int]"
@@ -94,8 +96,6 @@ class Sequence:
     """While no worker can go on with the sequence: when it fails, on the monotonic clock."""
     _timer: TimerHandle | None = None
     """While it waits so."""
-    _model_hash: str = ""
-    """Of the model whose output it is, once a worker was lost: another model would go on with other tokens."""
     _has_worker_begun: bool = False
     """The worker that has the sequence now has given tokens."""
     _refusal: Overloaded | ProtocolError | None = None
@@ -128,17 +128,16 @@ class Sequence:
         self.account.now_in = "route"
         router = dispatcher.next_router(self._routers)
         if router is None:
-            able = dispatcher.take_turns(asked.model, self._excluded)
-            if able:
-                self._routed(RoutingDecision(None, _NO_ROUTER, able, []))
-            else:
-                text = f"no decode worker for the model {asked.model!r} can take work now"
-                self._not_routed(NoWorker(text))
+            try:
+                self._routed(dispatcher.take_turns(asked.model, self.card, self._excluded))
+            except NoWorker as error:
+                self._not_routed(error)
             return
         self._routers += (router,)
         excluded = self._excluded + dispatcher.out_of_reach()
         tokens = self.tokens + self.output if self.output else self.tokens
-        question = RouteRequest(receipt.request_id, asked.model, tokens, asked.policy, asked.session, excluded)
+        label = receipt.request_id, asked.model
+        question = RouteRequest(*label, tokens, asked.policy, asked.session, excluded, self.card.model_hash)
         try:
             self._stream = dispatcher.mesh.open(router, ROUTE, question, self, _ROUTE_TIMEOUT_S)
         except PeerLost:
@@ -152,10 +151,14 @@ class Sequence:
         if not isinstance(error, NoWorker):
             self._fail(error)
             return
+        if not self.output and (card := self.dispatcher.successor(self.asked.model, self.card)) is not None:
+            self.card, self._routers, self._excluded = card, (), ()
+            self.route()
+            return
         now_s, config = monotonic(), self.dispatcher.mesh.config
         longest_s = config.failure_timeout_s + (config.death_timeout_s if self.output else 0.0)
         self._waits_until_s = self._waits_until_s or now_s + longest_s
-        is_waiting = bool(self.output) or (self._refusal is None and self.dispatcher.is_waited_for(self.asked.model))
+        is_waiting = bool(self.output) or (self._refusal is None and self.dispatcher.is_waited_for(self.asked.model, self.card))
         if not is_waiting or now_s >= self._waits_until_s:
             self._fail(self._refusal or error)
             return
@@ -170,7 +173,7 @@ class Sequence:
         receipt.candidates, receipt.prefill_candidates = decision.decode, decision.prefill or ()
         receipt.phases_ms.route += account.end_phase()
         account.now_in = "call"
-        able = self.dispatcher.of_model(decision.decode, self._model_hash) if self.output else decision.decode
+        able = self.dispatcher.of_model(decision.decode, self.card) if self.output else decision.decode
         chosen = self.dispatcher.first_reachable(able) if able else None
         if chosen is None:  # another router may know better; else the workers that this processor reaches take turns
             self._excluded += tuple(candidate.incarnation for candidate in decision.decode)
@@ -247,7 +250,10 @@ class Sequence:
             self._lost = (*self._lost, item[:_MAX_NAME])[-self.dispatcher.max_lost_peers :]
             return None, None
         if isinstance(item, list) and len(item) == 2 and item[0] == "prompt_logprobs":
-            self._score(item[1])
+            try:
+                self.on_scored(self, item[1])
+            except (TypeError, ValueError) as error:
+                self._faulty("token", str(error))
             return None, None
         found = tokens_in(item, len(self.output), self.sampling.max_tokens, is_first=not self._has_worker_begun)
         if isinstance(found, str):
@@ -256,12 +262,6 @@ class Sequence:
         if found.account is not None:
             self.account.early = found.account
         return found.item, found.logprobs
-
-    def _score(self, logprobs: Any) -> None:
-        try:
-            self.on_scored(self, logprobs)
-        except (TypeError, ValueError) as error:
-            self._faulty("token", str(error))
 
     def on_end(self, value: RoutingDecision | GenerationEnd) -> None:
         """The router's answer, or the end of the worker's tokens."""
@@ -346,14 +346,14 @@ class Sequence:
             self._num_fruitless += not (self.output and isinstance(error, Overloaded))
             return
         self._num_migrations += 1
-        self._model_hash = self._model_hash or self.dispatcher.model_hash(self.worker or "")
+        self.card = self.dispatcher.card_of(self.worker or "") or self.card  # older routers do not keep to the hash
         self.account.moved = {"from": self.receipt.decode, "outcome": error.code, "position": num_tokens}
         if self.account.histograms is None:  # nobody wrote down when each token came
             self._last_s = monotonic()
 
     def worker_suspected(self) -> None:
         """Another worker takes over if there is one; if there is none, the silent one is all there is to wait for."""
-        workers = self.dispatcher.mesh.peers_serving("decode", self.asked.model)
+        workers = self.dispatcher.workers(self.asked.model, self.card)
         if self._stream is not None and any(info.incarnation not in self._excluded for info in workers):
             self._stream.cancel()
             self.on_error(PeerSilent("the worker fell silent"))
@@ -364,7 +364,7 @@ class Sequence:
         """A stop string was found. What the worker had cached, it said with its first tokens, or else the router says."""
         self.account.settle()
         if self.account.early is None and not self.receipt.continuations:
-            num_overlap = self._num_overlap_blocks * self.dispatcher.block_size(self.asked.model)
+            num_overlap = self._num_overlap_blocks * self.dispatcher.block_size(self.asked.model, self.card)
             self.receipt.num_cached_tokens = min(num_overlap, len(self.tokens) - 1)
         self._end("stop")
 
@@ -391,10 +391,6 @@ class Sequence:
         self.is_over = True
         self.receipt.num_completion_tokens = self.choice.num_tokens
         if self.dispatcher.mesh.event_log.is_on:
-            self._note(
-                "result",
-                outcome=outcome,
-                num_tokens=len(self.output),
-                num_prompt_tokens=len(self.tokens),
-                num_cached_tokens=self.receipt.num_cached_tokens,
-            )
+            num_tokens, num_cached = len(self.output), self.receipt.num_cached_tokens
+            counts = {"num_tokens": num_tokens, "num_prompt_tokens": len(self.tokens), "num_cached_tokens": num_cached}
+            self._note("result", outcome=outcome, **counts)

@@ -50,7 +50,7 @@ def each(kind: Any, names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split(), kind)
 
 
-_VARIANT = {**each(str, "model_hash kv_layout"), "workers": int}
+_VARIANT = {**each(str, "id model_hash kv_layout"), "workers": int}
 _TEXT, _NUMBER = (str, None), (float, None)
 _TOKEN = {"token": str, "logprob": _NUMBER, "bytes": [int]}
 _LOGPROBS = [ref("TokenLogprob")]
