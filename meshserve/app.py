@@ -126,7 +126,8 @@ class Peer:
 
             on_kept = self._exporter.request_ended if self._exporter is not None else None
             receipts = Receipts(self.mesh, self._config.receipts_kept, on_kept) if self._config.observe else None
-            processor = ProcessorRole(self.mesh, self._config.handoff.max_lost_peers, self._config.max_migrations, receipts)
+            limits = self._config.handoff.max_lost_peers, self._config.max_migrations
+            processor = ProcessorRole(self.mesh, *limits, receipts, self._config.stall_timeout_s)
             self._closers.push_async_callback(processor.close)
             self._at_work["processor"] = lambda: len(processor.running)
         # after the roles of which it reports, before the frontend: the first HTTP request may ask for all peers

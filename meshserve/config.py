@@ -188,6 +188,9 @@ class ServeConfig:
     """Times that a request whose output has begun goes on at another worker, as it lost the one that it had; and the same of processors.
     Higher lets a request that harms workers harm more of them, if each still gives a token of it; 0 ends it in an error at the first
     loss."""
+    stall_timeout_s: float = 30.0
+    """A request whose decode worker lives goes on at another one when its progress is overdue for so long, by the worker's own expectation.
+    Lower leaves a hung worker sooner, and workers that are merely slow too; higher keeps clients waiting."""
     drain_timeout_s: float = 30.0
     """How long running requests may go on after a signal to stop."""
     max_requests: int = 4096

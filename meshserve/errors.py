@@ -145,6 +145,12 @@ class PeerSilent(MeshserveError):
     code, http_status = "peer_silent", 502
 
 
+class NoProgress(MeshserveError):
+    """The peer that served the stream lives, and made no progress on it for too long."""
+
+    code, http_status = "no_progress", 502
+
+
 class DeadlineExceeded(MeshserveError):
     """The stream was still open at its deadline."""
 

@@ -50,6 +50,10 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
     help="Times that a request whose output has begun goes on at another worker, or processor, when it loses its own.",
 )
 @option(
+    "--stall-timeout", "stall_timeout_s", type=click.FloatRange(0.1), default=_SERVE.stall_timeout_s,
+    help="Seconds beyond its own forecast until a decode worker that makes no progress on a request loses the request to another.",
+)
+@option(
     "--bulk-limit", "bulk_limit_mb_per_s", type=click.FloatRange(0), default=0.0,
     help="Megabytes of KV that this peer sends in a second, so that tokens stay smooth on a slow link; 0 is no limit.",
 )

@@ -48,15 +48,15 @@ class PrefillRequester:
         self._mesh, self._engine, self._config = mesh, engine, config
         self._tickets = TicketSender(mesh)
         self._loop = asyncio.get_running_loop()
-        self._running: dict[str, RunningTask] = {}
-        self.choice = HandoffChoice(mesh, engine, config, self._running)
+        self.running: dict[str, RunningTask] = {}
+        self.choice = HandoffChoice(mesh, engine, config, self.running)
         self._timer: asyncio.TimerHandle | None = None
         self._ticked_s = 0.0
         self._num_offers = 0
         self._complete_claims: list[IncomingCall] = []
         """Claims that brought all blocks, and are answered together."""
         self._answer_timer: asyncio.TimerHandle | None = None
-        mesh.gauges.derive("handoffs", lambda: len(self._running))
+        mesh.gauges.derive("handoffs", lambda: len(self.running))
         mesh.serve(CLAIM, self._on_claim)
         mesh.serve(RENEW, self._on_renew)
         mesh.subscribe(self._on_change)
@@ -75,10 +75,10 @@ class PrefillRequester:
         lease_s = self._mesh.config.failure_timeout_s
         task = PrefillTask(request.request_id, self._config, lease_s, now_s, deadline_s, num_lost_before=len(request.lost_peers))
         num_preferred = self.choice.num_preferred(candidates, request)
-        running = self._running[request.request_id] = RunningTask(task, request, on_done, on_lost)
+        running = self.running[request.request_id] = RunningTask(task, request, on_done, on_lost)
         running.offered_block = self._offered_block(request) if num_preferred == 1 else None
         self._carry_out(running, task.start(candidates, now_s, num_preferred, running.offered_block is not None))
-        if self._timer is None and self._running:
+        if self._timer is None and self.running:
             self._ticked_s = now_s
             self._timer = self._loop.call_later(_TICK_S, self._tick)
 
@@ -86,7 +86,7 @@ class PrefillRequester:
         """Of a prompt that may go with its ticket, the first block that is missing here; else None."""
         # with many prompts outstanding, the offer is too old before the prefill worker can begin
         num_tokens, layout = len(request.tokens) - 1, self._engine.kv_layout
-        if num_tokens > _MAX_OFFERED_TOKENS or len(self._running) >= _ROUNDS * self._config.prefill_slots:
+        if num_tokens > _MAX_OFFERED_TOKENS or len(self.running) >= _ROUNDS * self._config.prefill_slots:
             return None
         num_cached = self._engine.num_cached_tokens(request)
         is_short = 0 < (num_tokens - num_cached) * layout.bytes_per_token <= self._config.offer_kv_bytes
@@ -94,13 +94,13 @@ class PrefillRequester:
 
     def engine_failed(self) -> None:
         """The reserved blocks are gone: their prompts end as the engine's own requests do."""
-        for running in list(self._running.values()):
+        for running in list(self.running.values()):
             if running.reservation is not None:
                 self._carry_out(running, running.task.fall_back(time.monotonic(), "the decode engine failed"))
 
     def cancel(self, request_id: str) -> None:
         """The request was cancelled: strike tickets, revoke a running attempt, release the blocks."""
-        running = self._running.get(request_id)
+        running = self.running.get(request_id)
         if running is not None:
             self._carry_out(running, running.task.cancel(time.monotonic()))
 
@@ -176,7 +176,7 @@ class PrefillRequester:
                 self._mesh.open(peer, STRIKE, running.task.request_id, IgnoredAnswer(), _STRIKE_TIMEOUT_S)
 
     def _finish(self, running: RunningTask, finish: Finish) -> None:
-        del self._running[running.task.request_id]
+        del self.running[running.task.request_id]
         self._mesh.counters.add(f"prefill_tasks_{finish.state}")
         self._mesh.counters.add("tickets_hedged", running.task.num_hedges)
         self._note(running, "handoff_ended", attempt=running.task.attempt, state=finish.state.value)
@@ -224,7 +224,7 @@ class PrefillRequester:
     def _on_claim(self, call: IncomingCall) -> None:
         claim: Claim = call.body
         now_s = time.monotonic()
-        running = self._running.get(claim.request_id)
+        running = self.running.get(claim.request_id)
         if running is not None and claim.resumes:
             self._carry_out(running, running.task.resume(call.peer, claim.resumes, now_s))
         if running is None or not running.task.claim(call.peer, now_s, began_s(claim, running.task.queued_s, now_s)):
@@ -276,13 +276,13 @@ class PrefillRequester:
         renewal: Renewal = call.body
         now_s = time.monotonic()
         for named in renewal.attempts:
-            if (running := self._running.get(named.request_id)) is not None:
+            if (running := self.running.get(named.request_id)) is not None:
                 running.task.renew(call.peer, named.attempt, now_s - named.overdue_s)
         call.end()
 
     def _on_bulk(self, data: Any, payloads: list[memoryview], answer: _Answer) -> None:
         header = BulkHeader.from_wire(data)
-        running = self._running.get(header.request_id)
+        running = self.running.get(header.request_id)
         if (
             running is None
             or header.decode_peer != self._mesh.incarnation
@@ -326,7 +326,7 @@ class PrefillRequester:
         error: MeshserveError | None,
     ) -> None:
         """The engine has written the blocks, or refused them; the attempt may be over by now."""
-        if self._running.get(header.request_id) is not running:
+        if self.running.get(header.request_id) is not running:
             return  # the task has ended
         if error is not None:
             # the engine stops at the first wrong block: one was refused, the others of the message were not kept
@@ -361,7 +361,7 @@ class PrefillRequester:
         if change is Change.CALLABLE:
             self.choice.say_if_unlike(member.info)
         peer, now_s = member.info.incarnation, time.monotonic()
-        for running in list(self._running.values()):
+        for running in list(self.running.values()):
             task = running.task
             if change in (Change.DIED, Change.LEFT, Change.SUSPECTED):
                 # a connection that closed counts as a death where the peer may have begun on an offer, as it does for a claim
@@ -378,16 +378,16 @@ class PrefillRequester:
         now_s = time.monotonic()
         stall_s = now_s - self._ticked_s - _TICK_S
         self._ticked_s = now_s
-        for running in list(self._running.values()):
+        for running in list(self.running.values()):
             if stall_s > _STALL_S:  # renewals wait unread in the sockets: leases must not run out by our own delay
                 running.task.stalled(stall_s)
             self._carry_out(running, running.task.tick(now_s))
-        if self._running:
+        if self.running:
             self._timer = self._loop.call_later(_TICK_S, self._tick)
 
     def close(self) -> None:
         """Cancel everything."""
-        for request_id in list(self._running):
+        for request_id in list(self.running):
             self.cancel(request_id)
         for timer in (self._timer, self._answer_timer):
             if timer is not None:

@@ -15,7 +15,7 @@ from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.wire.generation import GenerateRequest, GenerationEnd, HandedOver, HandoffDecision, TokenLogprobs, WorkerAccount
-from meshserve.wire.messages import GENERATE
+from meshserve.wire.messages import GENERATE, PROGRESS
 
 _NAME_ARRIVES_S = 0.02
 """Until the names of the prefill workers that a prompt took down have left for the processor."""
@@ -211,6 +211,7 @@ class DecodeRole:
         derive("prompt_tokens_cached", lambda: self.num_cached_tokens)
         mesh.gauges.derive("sequences", lambda: len(self._running))
         mesh.serve(GENERATE, self._on_generate)
+        mesh.serve(PROGRESS, lambda call: call.end([self._overdue_s(request_id) for request_id in call.body]))
 
     @property
     def num_under_way(self) -> int:
@@ -238,6 +239,13 @@ class DecodeRole:
         else:
             sequence.run(None)
         self._reporter.changed(request_id, is_kept=bool(request.prefill_peers) and not candidates)
+
+    def _overdue_s(self, request_id: str) -> float | None:
+        """How long the progress of this request is overdue; None if it is not here."""
+        if request_id not in self._running:
+            return None
+        is_handed_over = request_id in self._requester.running  # handoffs have deadlines of their own
+        return 0.0 if is_handed_over else self.engine.overdue_s(request_id)
 
     def _check_queue(self) -> None:
         """Raises Overloaded when more requests wait than may: for their prompt's KV, or for the batch."""

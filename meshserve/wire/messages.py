@@ -25,6 +25,11 @@ RequestName = Annotated[str, Meta(min_length=1, max_length=256)]
 """The mesh's own name of a request, or the client's label."""
 
 
+MAX_ASKED = 1024
+_AskedNames = Annotated[list[RequestName], Meta(max_length=MAX_ASKED)]
+_Overdue = Annotated[list[Annotated[float, Meta(ge=0, le=1e9)] | None], Meta(max_length=MAX_ASKED)]
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """A kind of request stream. A type is a struct or a type of plain data; None: there is none, or the receiver
@@ -45,6 +50,9 @@ ROUTE = Method("route", RouteRequest, answer=RoutingDecision)
 """A processor asks a router which worker is best for a prompt."""
 GENERATE = Method("generate", GenerateRequest, answer=GenerationEnd)
 """A processor asks a decode worker; items are described in :mod:`meshserve.wire.generation`."""
+PROGRESS = Method("generate.progress", _AskedNames, answer=_Overdue)
+"""A processor asks a decode worker about sequences that get no tokens: for how many seconds the progress of each is overdue by the
+worker's own expectation; None for one that the worker does not have."""
 CLAIM = Method("prefill.claim", Claim, item=Grant)
 """A prefill worker asks the decode worker of a ticket, which ends the stream when it has all blocks."""
 RENEW = Method("prefill.renew", Renewal)

@@ -108,9 +108,9 @@ class Worker:
 class Scene:
     """Client, processor and worker."""
 
-    def __init__(self, mesh: Mesh, max_migrations: int = 100) -> None:
+    def __init__(self, mesh: Mesh, max_migrations: int = 100, stall_timeout_s: float = 30.0) -> None:
         self.mesh, self.worker = mesh, Worker()
-        self.processor = ProcessorRole(mesh, 2, max_migrations)
+        self.processor = ProcessorRole(mesh, 2, max_migrations, stall_timeout_s=stall_timeout_s)
         mesh.serve(GENERATE, self.worker.on_generate)
 
     def ask(self, **fields: Any) -> Client:
@@ -128,6 +128,7 @@ async def scene(
     roles: tuple[str, ...] = ("processor", "decode"),
     failure_timeout_s: float = 1.5,
     death_timeout_s: float = 5.0,
+    stall_timeout_s: float = 30.0,
     **card: Any,
 ) -> AsyncIterator[Scene]:
     """One peer that is processor and, by hand, worker of a model with these features; None: the dummy's."""
@@ -138,7 +139,7 @@ async def scene(
     mesh = Mesh(config, made, engine.kv_layout)
     await mesh.start()
     try:
-        yield Scene(mesh)
+        yield Scene(mesh, stall_timeout_s=stall_timeout_s)
     finally:
         await mesh.close()
 

@@ -82,6 +82,10 @@ class Dispatcher:
             return self.mesh.peers_serving("decode", exact_name(model, card.model_hash))
         return infos
 
+    def has_others(self, model: str, card: ModelCard, tried: tuple[str | None, ...]) -> bool:
+        """Whether there is a worker of the model besides these."""
+        return any(info.incarnation not in tried for info in self.workers(model, card))
+
     def successor(self, model: str, card: ModelCard) -> ModelCard | None:
         """Another model that this name leads to now, and that reads text alike: for a prompt of which there is no output yet."""
         infos = self.mesh.peers_serving("decode", model)

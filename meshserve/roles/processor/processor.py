@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
+from meshserve.config import ServeConfig
 from meshserve.errors import Cancelled, DeadlineExceeded, InvalidRequest, MeshserveError
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member, PeerState
@@ -24,15 +25,9 @@ from meshserve.roles.processor.answers import THINK, AnswerParser
 from meshserve.roles.processor.call_formats import Accepts, CallFormat, CallParser, formats_of
 from meshserve.roles.processor.choices import Choice, EchoOnly, PlainChoice
 from meshserve.roles.processor.detokenizing import TokenTexts
-from meshserve.roles.processor.models import (
-    Dispatcher,
-    Models,
-    check_features,
-    check_prompts,
-    draw_seed,
-    sampling_of,
-)
+from meshserve.roles.processor.models import Dispatcher, Models, check_features, check_prompts, draw_seed, sampling_of
 from meshserve.roles.processor.sequences import Sequence
+from meshserve.roles.processor.stalls import watch_stalls
 from meshserve.roles.processor.tools import StrictCalls, in_fields, tools_of, wants_call, writes_calls
 from meshserve.telemetry import log_event
 from meshserve.wire.card import ModelCard
@@ -42,6 +37,7 @@ from meshserve.wire.messages import CANCEL_AT_PROCESSOR, COMPLETE
 from meshserve.wire.structs import replace
 
 _log = logging.getLogger(__name__)
+_STALL_TIMEOUT_S = ServeConfig().stall_timeout_s
 _TAIL_TOKENS = 16
 """Of a prompt: in them stands the tag with which a template begins the reasoning, white space after it
 included."""
@@ -50,7 +46,10 @@ included."""
 class ProcessorRole:
     """Serves `complete`, as in :mod:`meshserve.wire.completion`; its models serve `tokenize` and `detokenize`."""
 
-    def __init__(self, mesh: Mesh, max_lost_peers: int, max_migrations: int, receipts: Receipts | None = None) -> None:
+    def __init__(
+        self, mesh: Mesh, max_lost_peers: int, max_migrations: int,
+        receipts: Receipts | None = None, stall_timeout_s: float = _STALL_TIMEOUT_S,
+    ) -> None:
         self.mesh, self.name, self.receipts = mesh, mesh.own.name, receipts
         """The name is this peer's; receipts are of requests that are over; None if nobody is to keep any."""
         self.models = Models(mesh)
@@ -62,6 +61,10 @@ class ProcessorRole:
         mesh.serve(COMPLETE, self._on_complete)
         mesh.serve(CANCEL_AT_PROCESSOR, self._on_cancel)
         mesh.subscribe(self._on_change)
+        mesh.tasks.spawn(watch_stalls(mesh, stall_timeout_s, self._sequences))
+
+    def _sequences(self) -> list[Sequence]:
+        return [sequence for request in list(self.running.values()) for sequence in request.sequences if not sequence.is_over]
 
     @property
     def is_idle(self) -> bool:
@@ -94,8 +97,8 @@ class ProcessorRole:
         """Have other workers take over from those that are suspect, also where none was there when they fell silent."""
         silent = {member.info.incarnation for member in self.mesh.links.membership.listed() if member.state is PeerState.SUSPECT}
         if silent:
-            for sequence in [sequence for request in list(self.running.values()) for sequence in request.sequences]:
-                if sequence.worker in silent and not sequence.is_over:
+            for sequence in self._sequences():
+                if sequence.worker in silent:
                     sequence.worker_suspected()
 
     async def close(self) -> None:
@@ -353,14 +356,8 @@ class Request:
             self._stop_encoding(error)
         else:
             name = self.asked.request_id
-            log_event(
-                _log,
-                "request_failed",
-                f"request {name} failed: {error.message}",
-                request_id=name,
-                client_id=self.asked.client_id,
-                code=error.code,
-            )
+            text, client_id = f"request {name} failed: {error.message}", self.asked.client_id
+            log_event(_log, "request_failed", text, request_id=name, client_id=client_id, code=error.code)
             self._end(error.code, error.message, sequence)
         self.call.fail(error)
 

@@ -4,10 +4,9 @@ A sequence goes from top to bottom: `route` asks a router, `_routed` sends the p
 `on_end` its end. Steps are callbacks: a sequence costs no task, and a token costs no task switch. The sequence is the sink of one stream
 at a time, first of a router's and then of a worker's.
 
-A sequence whose worker is lost goes on at another one: from the prompt and the tokens so far, with the same sampling parameters. Sampling
-is a function of these and the position, so the tokens that follow are those that the lost worker would have generated. What is made of
-the tokens (text, stop strings, calls) is made here, so a client sees a pause and nothing else. No token of a lost worker is taken any more,
-as its stream ends before the next one begins.
+A sequence whose worker is lost goes on at another one: from the prompt and the tokens so far. Sampling is a function of seed and position,
+so the tokens that follow are those that the lost worker would have generated. What is made of them is made here, so a client sees a pause
+and nothing else. No token of a lost worker is taken any more, as its stream ends before the next one begins.
 """
 
 from array import array
@@ -18,7 +17,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any
 
-from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
+from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoProgress, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
 from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.faults import FAULTS
 from meshserve.observe.receipts import Receipt
@@ -34,14 +33,13 @@ from meshserve.wire.messages import GENERATE, ROUTE
 from meshserve.wire.routing import RouteRequest, RoutingDecision
 
 _MAX_ATTEMPTS = 4
-_LOSSES = frozenset(("peer_lost", "protocol_error"))
+_LOSSES = frozenset(("peer_lost", "protocol_error", "no_progress"))
 """Of a worker that the request itself may have taken down."""
 _RETRIED_CODES = _LOSSES | {"peer_silent", "draining", "no_worker", "unknown_method", "unknown_field", "overloaded", "pool_full"}
 """Errors that say nothing about the request itself: another worker may do."""
 _MAX_NAME = 255
 _ROUTE_TIMEOUT_S = 0.5
-"""A router answers within a millisecond; one that has not answered by now hangs. Higher waits longer for
-it, lower asks two where the machine is merely busy."""
+"""A router that has not answered by now hangs. Higher waits longer for it, lower asks two where the machine is merely busy."""
 _LOOK_AGAIN_S, _FULL_S = 0.1, 0.5
 """Until a sequence that has begun, and finds no worker, asks again; the second where those that are there refused it. Lower finds a new
 worker sooner, and costs a question each time, or one for each worker."""
@@ -65,7 +63,7 @@ class Sequence:
     choice: Choice | PlainChoice
     """Turns tokens into items of the frontend's stream."""
     on_began: "Callable[[Sequence], None] | None"
-    """Called before the first token is given out, or before the end if there is no token; then it is None."""
+    """Called before the first token is given out, or the end if there is none; then it is None."""
     on_scored: "Callable[[Sequence, list[Any]], None]"
     """Called with the prompt's log probabilities."""
     on_over: "Callable[[Sequence, EndItem | MeshserveError], None]"
@@ -86,7 +84,7 @@ class Sequence:
     """Incarnations of workers that were tried since the last token."""
     _lost: tuple[str, ...] = ()
     """Names of workers that died with this sequence since the last token: one that made tokens of it did not die of it."""
-    _attempt: int = 0
+    attempt: int = 0
     """How many workers were tried before this one."""
     _num_fruitless: int = 0
     """Of them, those since the last token."""
@@ -136,17 +134,15 @@ class Sequence:
         self._routers += (router,)
         excluded = self._excluded + dispatcher.out_of_reach()
         tokens = self.tokens + self.output if self.output else self.tokens
-        label = receipt.request_id, asked.model
-        question = RouteRequest(*label, tokens, asked.policy, asked.session, excluded, self.card.model_hash)
+        question = RouteRequest(receipt.request_id, asked.model, tokens, asked.policy, asked.session, excluded, self.card.model_hash)
         try:
             self._stream = dispatcher.mesh.open(router, ROUTE, question, self, _ROUTE_TIMEOUT_S)
         except PeerLost:
             self.route()
 
     def _not_routed(self, error: MeshserveError) -> None:
-        """No worker can take the sequence; why one refused it is the better reason. A sequence waits for a while for
-        workers that are silent, and one that has begun for any: silent workers come back or turn out to be dead,
-        and those that were killed are started again.
+        """No worker can take the sequence; why one refused it is the better reason. A sequence waits for a while for workers that are
+        silent, and one that has begun for any: silent ones come back or turn out to be dead, and killed ones are started again.
         """
         if not isinstance(error, NoWorker):
             self._fail(error)
@@ -186,7 +182,7 @@ class Sequence:
             self._note("routed", decode=chosen.incarnation, router=decision.router, policy=decision.policy, candidates=shown)
         tokens = self.tokens + self.output if self.output else self.tokens
         request = GenerateRequest(receipt.request_id, receipt.model, tokens, self.sampling, len(self.output))
-        request.attempt = self._attempt
+        request.attempt = self.attempt
         request.lost_peers = self._lost
         if prefill := decision.prefill:
             request.prefill_peers = tuple([(found.incarnation, found.load, found.overlap_blocks) for found in prefill])
@@ -296,13 +292,13 @@ class Sequence:
                 self.dispatcher.mesh.counters.add("routers_failed")
             self.route()
 
-    def _faulty(self, kind: str, detail: str = "") -> None:
-        """Its worker says what no sound worker says: from now on it counts as lost."""
+    def _faulty(self, kind: str, detail: str = "", error_class: type[MeshserveError] = ProtocolError) -> None:
+        """Its worker does what no sound worker does: from now on it counts as lost."""
         if self._stream is not None:
             self._stream.cancel()
             self._stream = None
         self._note_fault(kind, detail)
-        self._lose(ProtocolError(f"{self.receipt.decode} {FAULTS[kind]}"))
+        self._lose(error_class(f"{self.receipt.decode} {FAULTS[kind]}"))
 
     def _note_fault(self, kind: str, detail: str) -> None:
         self.dispatcher.mesh.faults.note(kind, self.receipt.decode or "a worker", detail)
@@ -340,7 +336,7 @@ class Sequence:
         """A worker had the sequence and has it no more."""
         peer, num_tokens = self.dispatcher.mesh.name_of(self.worker or ""), len(self.output)
         self.account.leave(peer, error.code, num_tokens, self._last_s)
-        self._attempt += 1
+        self.attempt += 1
         if not self._has_worker_begun:
             # of a sequence that has begun, workers that are full cost time and no attempt: how long it waits is bounded
             self._num_fruitless += not (self.output and isinstance(error, Overloaded))
@@ -353,10 +349,18 @@ class Sequence:
 
     def worker_suspected(self) -> None:
         """Another worker takes over if there is one; if there is none, the silent one is all there is to wait for."""
-        workers = self.dispatcher.workers(self.asked.model, self.card)
-        if self._stream is not None and any(info.incarnation not in self._excluded for info in workers):
-            self._stream.cancel()
+        if (stream := self._stream) is not None and self._has_others():
+            stream.cancel()
             self.on_error(PeerSilent("the worker fell silent"))
+
+    def worker_stalled(self) -> None:
+        """The same of a worker that lives and makes no progress, which counts as lost; the last that may be lost ends the sequence."""
+        is_last = not self._has_worker_begun and len(self._lost) + 1 >= self.dispatcher.max_lost_peers
+        if self._stream is not None and (is_last or self._has_others()):
+            self._faulty("stall", error_class=NoProgress)
+
+    def _has_others(self) -> bool:
+        return self.dispatcher.has_others(self.asked.model, self.card, (*self._excluded, self.worker))
 
     # --- the end
 
