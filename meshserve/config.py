@@ -205,6 +205,8 @@ class ServeConfig:
     """A file that gets a line of JSON for every step of every request; None: no record. It costs a write each."""
     observe: bool = True
     """False: no spans, no metrics."""
+    metrics_vllm: bool = False
+    """`/metrics` has vLLM's names beside meshserve's. True makes it longer by a tenth."""
     otlp_url: str | None = None
     """Of an OpenTelemetry collector that gets the spans, without `/v1/traces`; None: no collector does."""
     handoff: HandoffConfig = field(default_factory=HandoffConfig)

@@ -14,10 +14,20 @@ from typing import Any
 
 _log = logging.getLogger(__name__)
 
-BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)
 """Upper bounds of the histograms' buckets: from a hop on loopback to a prompt of 100,000 tokens on one GPU."""
 
 QUANTILES = {"p50": 0.5, "p90": 0.9, "p99": 0.99, "p99.9": 0.999}
+
+
+ACCESS_LOGGER = "meshserve.access"
+"""Has a line for each HTTP request. None of them is held back as a repeat."""
+
+RequestKey = tuple[str, int, str, str]
+"""Route, status, code ("" if all went well) and model of HTTP requests. Each has few values."""
+RequestCounts = dict[RequestKey, int]
+MAX_REQUEST_COUNTS = 1024
+"""Keys that one frontend counts under."""
 
 
 def log_event(logger: logging.Logger, event: str, text: str, level: int = logging.INFO, **fields: Any) -> None:

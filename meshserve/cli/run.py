@@ -59,6 +59,7 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
 )
 @option("--record", type=click.Path(), metavar="FILE", help="Append what happens to each request, as lines of JSON.")
 @option("--no-observe", is_flag=True, help="No spans and no metrics.")
+@option("--metrics-vllm", is_flag=True, help="Show vLLM's names of metrics in /metrics too, for tools that know only those.")
 @option("--otlp", "otlp_url", metavar="URL", help="Send spans to the OpenTelemetry collector here, as OTLP over HTTP.")
 @mesh_options
 def run(**settings: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from meshserve.errors import MeshserveError, UsageError
-from meshserve.telemetry import printable
+from meshserve.telemetry import ACCESS_LOGGER, printable
 
 _WINDOW_S = 10.0
 _MAX_PER_PLACE = 20
@@ -26,7 +26,7 @@ def set_up_logging(settings: dict[str, Any]) -> None:
     """Logs go to stderr; `--log-level` and `--log-json` say how. No library's chatter below a warning."""
     handler = logging.StreamHandler()
     handler.addFilter(RepeatFilter())
-    handler.setFormatter(JsonFormatter() if settings.get("log_json") else PlainFormatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(JsonFormatter() if settings.get("log_json") else PlainFormatter("%(asctime)s %(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger("zeroconf").setLevel(logging.CRITICAL)  # it logs a traceback for an interface without multicast
     logging.getLogger("meshserve").setLevel(str(settings.get("log_level", "warning")).upper())
@@ -90,7 +90,14 @@ def execute(settings: dict[str, Any], make: Callable[[], Coroutine[Any, Any, int
 # --- how log lines look, and that none of them storms
 
 
-class PlainFormatter(logging.Formatter):
+class _Formatter(logging.Formatter):
+    def formatTime(self, record: logging.LogRecord, datefmt: str | None = None) -> str:  # noqa: N802
+        """ISO 8601 with milliseconds and the offset from UTC: strftime knows no milliseconds."""
+        at = time.localtime(record.created)
+        return f"{time.strftime('%Y-%m-%dT%H:%M:%S', at)}.{int(record.msecs):03d}{time.strftime('%z', at)}"
+
+
+class PlainFormatter(_Formatter):
     """One line each; what others sent cannot steer the terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -99,12 +106,12 @@ class PlainFormatter(logging.Formatter):
         return "\n".join(map(printable, text.split("\n"))) if record.exc_info else printable(text)
 
 
-class JsonFormatter(logging.Formatter):
+class JsonFormatter(_Formatter):
     """A JSON object a line: time, level, logger, message; of events also their name and fields, such as `peer` or `request_id`."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Without a traceback, whatever the record holds."""
-        line = {"time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z"), "level": record.levelname.lower(), "logger": record.name}
+        line = {"time": self.formatTime(record), "level": record.levelname.lower(), "logger": record.name}
         event = getattr(record, "event", None)
         fields = {"event": event, **getattr(record, "fields", {})} if event else {}
         return json.dumps({**line, "message": record.getMessage(), **fields}, default=str)
@@ -120,7 +127,7 @@ class _Repeats:
 class RepeatFilter(logging.Filter):
     """Holds repeated lines back, and says with the next how many they were.
 
-    The same text passes once in ten seconds, and twenty lines of one place in the code, whatever they say.
+    The same text passes once in ten seconds, and twenty lines of one place in the code, whatever they say. Lines of HTTP requests all pass.
     """
 
     def __init__(self) -> None:
@@ -129,6 +136,8 @@ class RepeatFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """False: not this one."""
+        if record.name == ACCESS_LOGGER:
+            return True
         text = record.getMessage()
         place = f"{record.name}:{record.lineno}:{getattr(record, 'event', '')}"
         num_held = self.passes(place, text, time.monotonic())

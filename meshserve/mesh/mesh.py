@@ -23,7 +23,7 @@ from meshserve.mesh.membership import Change, Member, PeerState
 from meshserve.mesh.tasks import TaskOwner
 from meshserve.mesh.transport.channel import Turn
 from meshserve.mesh.transport.sockets import BoundPorts, SocketFactory, bind_port_block
-from meshserve.telemetry import Counters, EventLog, Gauges, Histograms, log_event
+from meshserve.telemetry import Counters, EventLog, Gauges, Histograms, RequestCounts, log_event
 from meshserve.wire.card import KVLayout, ModelCard
 from meshserve.wire.hello import PeerInfo
 from meshserve.wire.messages import Method
@@ -71,6 +71,8 @@ class Mesh:
         self.faults = Faults(self.counters)
         self.histograms = Histograms()
         self.gauges = Gauges()
+        self.request_counts: RequestCounts = {}
+        """Of this peer's frontend, if it has one."""
         self.event_log = event_log or EventLog()
         self.incarnation = secrets.token_hex(8)
         self.event_log.begin(self.incarnation)

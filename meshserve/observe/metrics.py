@@ -95,7 +95,17 @@ _BY_WORKER = {
 """Families of their own, so that a sum over all labels counts nothing twice. Each processor has series of its own, as a worker's sum over
 processors would fall when a processor leaves. The series of a worker end when the worker does."""
 
-_LABELS = ("peer", "incarnation")
+_PROCESS = {
+    "cpu_seconds": (CounterMetricFamily, "User and system CPU time of the peer's process."),
+    "start_time_seconds": (GaugeMetricFamily, "When the peer's process began, in seconds of the epoch."),
+    "resident_memory_bytes": (GaugeMetricFamily, "Resident memory."),
+    "virtual_memory_bytes": (GaugeMetricFamily, "Virtual memory."),
+    "open_fds": (GaugeMetricFamily, "Open file descriptors."),
+    "max_fds": (GaugeMetricFamily, "File descriptors that the process may open; -1 is no limit."),
+}
+
+_LABELS = ("peer", "incarnation", "mesh", "model")
+"""Of every series. The model is the one that the peer's engine serves; empty, which is the same as absent, on peers without an engine."""
 _NAME = re.compile("[a-z][a-z0-9_]{0,62}")
 """Of a counter that is not listed here, as newer peers may have."""
 
@@ -104,7 +114,7 @@ class _Mesh(Collector):
     """The peers as `list_peers` gives them, as metric families."""
 
     def __init__(self, peers: list[dict[str, Any]]) -> None:
-        self._peers = [((peer["name"], peer["incarnation"]), peer) for peer in peers]
+        self._peers = [((peer["name"], peer["incarnation"], peer["mesh"], peer["model"] or ""), peer) for peer in peers]
 
     def collect(self) -> Iterator[Metric]:
         """Called by `generate_latest`."""
@@ -116,11 +126,37 @@ class _Mesh(Collector):
             for kind, level in peer["held"].items():
                 held.add_metric((*labels, kind), level)
         yield up
+        yield from self._builds()
         yield from self._counters()
+        yield self._http_requests()
         yield from self._gauges()
         yield held
         yield from self._histograms()
         yield from self._by_worker()
+        yield from self._processes()
+
+    def _builds(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily("meshserve_build_info", "Always 1: which version each peer runs.", labels=(*_LABELS, "version"))
+        for labels, peer in self._peers:
+            family.add_metric((*labels, peer["version"]), 1.0)
+        yield family
+
+    def _http_requests(self) -> Metric:
+        """The model is the one that was asked for."""
+        help_text = "HTTP requests, by route, status, code of the error (or ok) and model. What the mesh does not know is other."
+        family = CounterMetricFamily("meshserve_http_requests", help_text, labels=(*_LABELS, "route", "status", "code"))
+        for (*labels, _), peer in self._peers:
+            for route, status, code, model, count in peer["request_counts"]:
+                family.add_metric((*labels, model, route, str(status), code), count)
+        return family
+
+    def _processes(self) -> Iterator[Metric]:
+        for name, (kind, help_text) in _PROCESS.items():
+            family = kind(f"process_{name}", help_text, labels=_LABELS)
+            for labels, peer in self._peers:
+                if name in peer["process"]:
+                    family.add_metric(labels, peer["process"][name])
+            yield family
 
     def _counters(self) -> Iterator[Metric]:
         named = {name for _, peer in self._peers for name in peer["counters"] if _NAME.fullmatch(name)}
@@ -143,23 +179,23 @@ class _Mesh(Collector):
     def _histograms(self) -> Iterator[Metric]:
         for key, (name, help_text) in _HISTOGRAMS.items():
             rows = [(labels, peer["histograms"][key]) for labels, peer in self._peers if key in peer["histograms"]]
-            yield _family(name, help_text, _LABELS, rows)
+            yield histogram_family(f"meshserve_{name}_seconds", help_text, _LABELS, rows)
 
     def _by_worker(self) -> Iterator[Metric]:
-        names = {peer["incarnation"]: peer["name"] for _, peer in self._peers}
+        workers = {peer["incarnation"]: (peer["name"], peer["model"] or "") for _, peer in self._peers}
         for key, (name, help_text) in _BY_WORKER.items():
             rows = [
-                ((*labels, names[worker], worker), histograms[key])
-                for labels, peer in self._peers
+                ((*labels, workers[worker][1], workers[worker][0], worker), histograms[key])
+                for (*labels, _), peer in self._peers
                 for worker, histograms in peer["histograms_by_worker"].items()
-                if key in histograms and worker in names
+                if key in histograms and worker in workers
             ]
-            yield _family(name, help_text, (*_LABELS, "worker", "worker_incarnation"), rows)
+            yield histogram_family(f"meshserve_{name}_seconds", help_text, (*_LABELS, "worker", "worker_incarnation"), rows)
 
 
-def _family(name: str, help_text: str, labels: tuple[str, ...], rows: list[Any]) -> Metric:
+def histogram_family(name: str, help_text: str, labels: tuple[str, ...], rows: list[Any]) -> Metric:
     """Rows are those of :meth:`~meshserve.telemetry.Histogram.to_row`, each with the values of its labels."""
-    family = HistogramMetricFamily(f"meshserve_{name}_seconds", help_text, labels=labels)
+    family = HistogramMetricFamily(name, help_text, labels=labels)
     for values, (sum_s, counts) in rows:
         # Prometheus counts what does not exceed a bound, meshserve what lies between two
         cumulated = zip((*map(str, BUCKETS_S), "+Inf"), map(float, accumulate(counts)), strict=True)
@@ -168,5 +204,5 @@ def _family(name: str, help_text: str, labels: tuple[str, ...], rows: list[Any])
 
 
 def metrics_text(peers: list[dict[str, Any]]) -> bytes:
-    """What `/metrics` answers."""
+    """The metrics by meshserve's names."""
     return generate_latest(_Mesh(peers))

@@ -12,6 +12,7 @@ from meshserve.mesh.membership import Change, Member, PeerState
 from meshserve.mesh.mesh import Mesh
 from meshserve.mesh.sightings import why_gone
 from meshserve.mesh.transport.sockets import endpoint
+from meshserve.observe.process import process_figures
 from meshserve.observe.reach import Reach
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.telemetry import added_up, log_event
@@ -39,6 +40,8 @@ def serve_status(mesh: Mesh, reporter: WorkerReporter | None) -> None:
                 silent=_silent(mesh),
                 counters=dict(mesh.counters.snapshot()),
                 held=mesh.gauges.snapshot(),
+                request_counts=[(*key, count) for key, count in mesh.request_counts.items()],
+                process=process_figures(),
                 calls_made=dict(mesh.calls.num_made()),
                 calls_served=dict(mesh.calls.num_served()),
                 histograms=mesh.histograms.snapshot(),

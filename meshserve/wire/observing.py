@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, TypedDict
 
-from meshserve.telemetry import BUCKETS_S
+from meshserve.telemetry import BUCKETS_S, MAX_REQUEST_COUNTS
 from meshserve.wire.structs import Count, FrozenMap, FrozenRow, Map, Meta, field
 
 MAX_LISTED = 32
@@ -17,6 +17,11 @@ _Finite = Annotated[float, Meta(ge=-1e15, le=1e15)]
 _Buckets = Annotated[list[Count], Meta(min_length=len(BUCKETS_S) + 1, max_length=len(BUCKETS_S) + 1)]
 _HistogramRows = dict[str, tuple[_Finite, _Buckets]]
 """By name, as `Histogram.to_row` makes them."""
+
+
+_Label = Annotated[str, Meta(max_length=256)]
+_RequestCounts = Annotated[list[tuple[_Label, Count, _Label, _Label, Count]], Meta(max_length=2 * MAX_REQUEST_COUNTS)]
+"""Route, status, code, model, and how many."""
 
 
 class Refusal(TypedDict):
@@ -67,6 +72,10 @@ class PeerStatus(Map, omit_defaults=False):
     calls_made: dict[str, int] = field(default_factory=dict)
     calls_served: dict[str, int] = field(default_factory=dict)
     """Streams that are open now, by method, watches among them."""
+    request_counts: _RequestCounts = field(default_factory=list)
+    """Of HTTP requests, on frontends."""
+    process: dict[str, _Finite] = field(default_factory=dict)
+    """Of the peer's process: `cpu_seconds`, `resident_memory_bytes` and more, by Prometheus' names without `process_`."""
     histograms: _HistogramRows = field(default_factory=dict)
     histograms_by_worker: dict[str, _HistogramRows] = field(default_factory=dict)
 

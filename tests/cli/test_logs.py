@@ -44,7 +44,7 @@ def test_events_worth_a_persons_time_are_a_line_each_with_request_ids() -> None:
                 front.wait_for_line("peer_joined.*second", READY_S)
                 second.terminate()
                 assert second.wait() == 0
-                assert second.find_line("^INFO: drain: no new work") and second.find_line("^INFO: drain: all that ran is done")
+                assert second.find_line(" INFO: drain: no new work") and second.find_line(" INFO: drain: all that ran is done")
             worker.kill()
             front.wait_for_line("request_failed", READY_S)
             asking.join(READY_S)

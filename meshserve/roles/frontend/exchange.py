@@ -72,7 +72,7 @@ class Exchange(QueueEntry):
         super().__init__(http.client, 1, http.began_s)
         self._completions, self._api, self._http = completions, api, http
         label = http.headers.get(b"x-request-id", b"")[:_MAX_LABEL_BYTES]
-        self._receipt = FrontendReceipt(completions.new_id(), label.decode("latin-1"), http.began_s)
+        self._receipt = http.account = FrontendReceipt(completions.new_id(), label.decode("latin-1"), http.began_s)
         self._label = b"x-request-id: %b\r\n" % (label or self._receipt.request_id.encode())
         self._connection: Connection
         self._request: CompletionRequest
@@ -317,12 +317,14 @@ class Exchange(QueueEntry):
                     given.settle()
             if self._error is not None:
                 self._note_end()
+                self._receipt.failed(self._error)
                 out += writer.fail(self._error)
             elif self._end is not None:
                 out += writer.end(self._ending())
             elif not out:
                 return  # what was said so far is not for the client yet
         except MeshserveError as error:
+            self._receipt.failed(error)
             out, is_last = writer.fail(error), True
         if not connection.is_started:
             connection.start(200, self._writer.headers + self._label)
@@ -333,6 +335,7 @@ class Exchange(QueueEntry):
     def _ending(self) -> Ending:
         """The end, and the receipt with this frontend's part."""
         ending: Ending = self._end  # as the mesh read the answer of the method
+        self._http.ending = ending
         self._note_end()
         if ending.receipt is None:
             return ending

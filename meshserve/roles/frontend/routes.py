@@ -41,8 +41,10 @@ class Routes:
 
     def answer(self, request: Request) -> Response | Answer:
         """What the handler of this request gives back, or a response that there is none."""
-        methods = self._exact.get(request.path) or self._open_route(request)
-        if methods is None:
+        methods = self._exact.get(request.path)
+        if methods is not None:
+            request.route = request.path
+        elif (methods := self._open_route(request)) is None:
             return self._nothing_here(request)
         handler = methods.get(request.method)
         if handler is None and "POST" in methods and request.headers.get(b"upgrade") == b"websocket":
@@ -55,12 +57,27 @@ class Routes:
         return handler(request)
 
     def _open_route(self, request: Request) -> Methods | None:
-        for pattern, methods in self._open.items():
+        found = self._open_pattern(request.path)
+        if found is None:
+            return None
+        request.route, request.name = found
+        return self._open[request.route]
+
+    def _open_pattern(self, path: str) -> tuple[str, str] | None:
+        """The row whose path is open at its end, and what stands there."""
+        for pattern in self._open:
             prefix, _, kind = pattern.partition("{")
-            request.name = request.path.removeprefix(prefix)
-            if request.path.startswith(prefix) and (kind == "path}" or (request.name and "/" not in request.name)):
-                return methods
+            name = path.removeprefix(prefix)
+            if path.startswith(prefix) and (kind == "path}" or (name and "/" not in name)):
+                return pattern, name
         return None
+
+    def route_of(self, path: str) -> str | None:
+        """The row for this path; None if there is none."""
+        if path in self._exact:
+            return path
+        found = self._open_pattern(path)
+        return None if found is None else found[0]
 
     def _nothing_here(self, request: Request) -> Response:
         path = request.path
@@ -72,7 +89,9 @@ class Routes:
         return self._refusal(request, 404, f"there is no {path} here")
 
     def _refusal(self, request: Request, status: int, words: str, headers: bytes = b"") -> Response:
-        return Response(status, self._error_body(request.path, InvalidRequest(words)), JSON + headers)
+        error = InvalidRequest(words)
+        request.failed(error.code)
+        return Response(status, self._error_body(request.path, error), JSON + headers)
 
 
 class _TaskAnswer:

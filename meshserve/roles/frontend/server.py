@@ -1,10 +1,11 @@
 """The frontend role: its routes, its socket, its life."""
 
 import asyncio
+import gzip
 import time
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meshserve.config import ServeConfig
 from meshserve.errors import ModelNotFound
@@ -17,7 +18,8 @@ from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.guard import Guard
 from meshserve.roles.frontend.handlers import handlers_of
 from meshserve.roles.frontend.http.connection import Application, Connection, Connections
-from meshserve.roles.frontend.http.messages import Request, Response
+from meshserve.roles.frontend.http.messages import Request, Response, takes_encoding
+from meshserve.roles.frontend.http.request_log import RequestLog
 from meshserve.roles.frontend.listening import BACKLOG, bind, possible_connections, tls_context, url_of
 from meshserve.roles.frontend.pages import add_dashboard, add_documents
 from meshserve.roles.frontend.routes import Routes, json_response
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from meshserve.observe.otlp import Exporter
 
 _STOP_GRACE_S = 1.0
+_GZIP_LEVEL = 1
+"""Makes a tenth of the metrics; higher ones take three times as long for another fifth off."""
 _RETRY_SOON = b"retry-after: 1\r\n"
 
 
@@ -53,9 +57,11 @@ class FrontendRole:
         context = tls_context(limits)
         listening = bind(self._config.http_host, self._config.http_port, limits)
         guard = Guard(self._config)
-        application = Application(guard.admit, self._routes(guard).answer, apis.error_response)
-        scheme = "http" if context is None else "https"
-        connections = Connections(application, limits, self._config.max_body_bytes, scheme, self._mesh.counters)
+        routes = self._routes(guard)
+        application = Application(guard.admit, routes.answer, apis.error_response)
+        scheme, mesh = "http" if context is None else "https", self._mesh
+        log = RequestLog(mesh.request_counts, routes.route_of, self._is_served)
+        connections = Connections(application, limits, self._config.max_body_bytes, scheme, mesh.counters, log)
         self._connections = connections
         self._mesh.gauges.derive("http_connections", lambda: len(connections.open))
         self._server = await asyncio.get_running_loop().create_server(
@@ -105,12 +111,14 @@ class FrontendRole:
         return json_response(shapes.models_body(self._mesh.peers_with("decode"), self._started_s))
 
     def _model(self, request: Request) -> Response:
-        workers, name = self._mesh.peers_with("decode"), request.name
-        cards = [info.card for info in workers if info.card]
-        if any(card.is_called(name) for card in cards):
-            return json_response(shapes.model_entry(name, workers, self._started_s))
-        known = {served for card in cards for served in card.names}
+        name = request.name
+        if self._is_served(name):
+            return json_response(shapes.model_entry(name, self._mesh.peers_with("decode"), self._started_s))
+        known = {served for info in self._mesh.peers_with("decode") if info.card for served in info.card.names}
         raise ModelNotFound(f"the model {name!r} is not served here; there are: {', '.join(sorted(known)) or 'none yet'}", param="model")
+
+    def _is_served(self, model: str) -> bool:
+        return any(info.card is not None and info.card.is_called(model) for info in self._mesh.peers_with("decode"))
 
     def _ready(self, request: Request) -> Response:
         missing = [role for role in ("processor", "decode") if not self._mesh.has_or_awaits(role)]
@@ -130,7 +138,17 @@ class FrontendRole:
         return json_response(await find_receipt(self._mesh, request.name))
 
     async def _metrics(self, request: Request) -> Response:
-        from meshserve.observe import metrics  # a slow import that only those who scrape need wait for, once
+        peers, takes_gzip = await list_peers(self._mesh), takes_encoding(request.headers.get(b"accept-encoding", b""), b"gzip")
+        # In a thread: of a large mesh it takes long enough to hold tokens up, and so does the first time, which imports a library.
+        return await asyncio.to_thread(_metrics_response, peers, self._config.metrics_vllm, takes_gzip)
 
-        text = metrics.metrics_text(await list_peers(self._mesh))
-        return Response(200, text, f"content-type: {metrics.CONTENT_TYPE}\r\n".encode())
+
+def _metrics_response(peers: list[dict[str, Any]], is_with_vllm: bool, takes_gzip: bool) -> Response:
+    from meshserve.observe.metrics import CONTENT_TYPE, metrics_text
+    from meshserve.observe.vllm_metrics import vllm_metrics_text
+
+    text = metrics_text(peers) + (vllm_metrics_text(peers) if is_with_vllm else b"")
+    headers = f"content-type: {CONTENT_TYPE}\r\nvary: accept-encoding\r\n".encode()
+    if takes_gzip:
+        return Response(200, gzip.compress(text, _GZIP_LEVEL, mtime=0), headers + b"content-encoding: gzip\r\n")
+    return Response(200, text, headers)

@@ -18,6 +18,7 @@ from meshserve.errors import MeshserveError, Overloaded, RateLimited, RequestTim
 from meshserve.roles.frontend.http.deadlines import Progress, Stage, Verdict
 from meshserve.roles.frontend.http.messages import Request, Response
 from meshserve.roles.frontend.http.reader import RequestReader
+from meshserve.roles.frontend.http.request_log import RequestLog
 from meshserve.telemetry import Counters
 
 _log = logging.getLogger(__name__)
@@ -58,8 +59,16 @@ class Application:
 class Connections:
     """All connections of one server: their limits, their number by address, and the sweep."""
 
-    def __init__(self, application: Application, limits: FrontendConfig, max_body_bytes: int, scheme: str, counters: Counters) -> None:
-        self.application, self.limits, self.max_body_bytes = application, limits, max_body_bytes
+    def __init__(
+        self,
+        application: Application,
+        limits: FrontendConfig,
+        max_body_bytes: int,
+        scheme: str,
+        counters: Counters,
+        log: RequestLog,
+    ) -> None:
+        self.application, self.limits, self.max_body_bytes, self.log = application, limits, max_body_bytes, log
         self.scheme, self.counters = scheme, counters
         self.open: set[Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
@@ -122,7 +131,7 @@ class Connection(asyncio.Protocol):
     """Answers requests in their order. After an error of the client's in HTTP itself, the connection closes."""
 
     def __init__(self, connections: Connections) -> None:
-        self._connections, self._application = connections, connections.application
+        self._connections, self._application, self._log = connections, connections.application, connections.log
         self._progress = Progress(connections.now_s)
         self._seen_s = connections.now_s
         """When the last sweep looked."""
@@ -158,9 +167,12 @@ class Connection(asyncio.Protocol):
         self._connections.left(self)
         self._reader.close()
         self._queue.clear()
-        answer, self._answer, self.request = self._answer, None, None
+        answer, request = self._answer, self.request
+        self._answer = self.request = None
         if answer is not None:
             answer.client_gone()
+        if request is not None:
+            self._log.left(request)
 
     def close_if_idle(self) -> None:
         """The server stops: a connection that owes no answer closes now, others with their answer."""
@@ -304,6 +316,7 @@ class Connection(asyncio.Protocol):
         if self.is_started:
             self.break_off()
         elif self.request is not None:
+            self.request.failed(error.code)
             response = self._application.error_response(self.request.path, error)
             self.respond(response.status, response.headers, response.body)
 
@@ -321,13 +334,22 @@ class Connection(asyncio.Protocol):
     def _head_of(self, status: int, headers: bytes, length: bytes) -> bytes:
         request = self.request
         assert request is not None
+        request.status = status
         close = b"" if request.keeps_alive and not self._connections.is_stopping else b"connection: close\r\n"
         return b"".join((_STATUS_LINES[status], self._connections.date, headers, request.extra_headers, length, close, b"\r\n"))
 
     def _end(self) -> None:
         """The response is written: on to the next request."""
-        assert self.request is not None
-        is_last = not self.request.keeps_alive or self._connections.is_stopping
+        request, log = self.request, self._log
+        assert request is not None
+        account = request.account
+        try:  # `RequestLog.count` in line: every request passes here
+            log.counts[request.route, request.status, account.outcome, account.model] += 1
+        except KeyError:
+            log.count(request)
+        if log.is_writing:
+            log.write(request)
+        is_last = not request.keeps_alive or self._connections.is_stopping
         self.request, self._answer, self.is_started = None, None, False
         self._num_answered += 1
         if is_last:
@@ -361,7 +383,9 @@ class Connection(asyncio.Protocol):
             self.transport.write_eof()
 
     def _write_refusal(self, error: MeshserveError, extra_headers: bytes = b"") -> None:
-        response = self._application.error_response(self._reader.target.decode("latin-1"), error)
+        target = self._reader.target.decode("latin-1")
+        self._log.refused(self._reader, self.address, error)
+        response = self._application.error_response(target, error)
         length = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(response.body)
         head = _STATUS_LINES[response.status] + self._connections.date + response.headers + extra_headers + length
         self.transport.write(head + response.body)

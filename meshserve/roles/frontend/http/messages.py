@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 from meshserve.errors import RequestTooLarge
 
@@ -10,6 +11,30 @@ Header = tuple[bytes, bytes]
 
 JSON = b"content-type: application/json\r\n"
 _FORBIDDEN = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
+
+
+class Account(Protocol):
+    """What a request came to, as the request log tells: whoever answers the request keeps it."""
+
+    outcome: str
+    """`ok`, or the code of the error that the request ended in."""
+    model: str
+    request_id: str
+    client_id: str
+
+
+@dataclass(slots=True, eq=False)
+class PlainAccount:
+    """Of a request that is no completion."""
+
+    outcome: str = "ok"
+    model: str = ""
+    request_id: str = ""
+    client_id: str = ""
+
+
+_NOTHING_SAID = PlainAccount()
+"""Shared by all requests of which nobody said more."""
 
 
 @dataclass(slots=True)
@@ -40,6 +65,20 @@ class Request:
     """For the fairness between clients: the key, else the address. The guard sets it."""
     extra_headers: bytes = b""
     """Of every response to this request, as :func:`header_lines` gives them. The guard sets them, and a handler may add some."""
+    route: str = ""
+    """The row of the table of routes that answers it; empty if none did."""
+    status: int = 0
+    """Of the response, once its head is settled."""
+    account: Account = _NOTHING_SAID
+    ending: Any = None
+    """Of a completion: the answer's end, with the numbers of its tokens."""
+
+    def failed(self, code: str) -> None:
+        """The request ended in this error."""
+        if self.account is _NOTHING_SAID:
+            self.account = PlainAccount(code)
+        else:
+            self.account.outcome = code
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,3 +101,12 @@ def header_lines(headers: Sequence[Header]) -> bytes:
 def body_too_large(max_bytes: int) -> RequestTooLarge:
     """The error, in one wording for all limits of bodies."""
     return RequestTooLarge(f"the body is longer than {max_bytes} bytes")
+
+
+def takes_encoding(accepted: bytes, encoding: bytes) -> bool:
+    """Whether `accept-encoding` names this encoding, with a weight that is not 0 (RFC 9110, section 12.5.3)."""
+    for part in accepted.lower().split(b","):
+        name, _, weight = part.partition(b";")
+        if name.strip() == encoding:
+            return re.fullmatch(rb"\s*q=0(\.0*)?\s*", weight) is None
+    return False

@@ -60,6 +60,11 @@ class RequestReader:
             raise self._header_too_large()
         return self.complete
 
+    @property
+    def method(self) -> str:
+        """Of the request that is being read, or was refused; empty before its first line was."""
+        return self._parser.get_method().decode("ascii") if self.target else ""
+
     def close(self) -> None:
         """Let go of the parser: it holds the reader, so that only the garbage collector could free both."""
         del self._parser
