@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,6 +29,8 @@ from tests.harness.leaks import prepare
 NUM_CLIENTS = 16
 STREAM_TOKENS, WHOLE_TOKENS = 200, 24
 _ANSWER_TIMEOUT_S = 120.0
+_WARM_UP_S = 5.0
+"""Of requests without faults: peers then have all connections that they make for work."""
 _HTTP = "http://127.0.0.1:8000"
 _PACE = ("--engine-opt", "profile=reference")
 
@@ -109,13 +111,13 @@ class Faults(threading.Thread):
 
     def __init__(self, mesh: Mesh, faults: list[Fault]) -> None:
         super().__init__()
-        self._mesh, self._faults = mesh, faults
+        self._mesh, self.plan = mesh, faults
         self.error: BaseException | None = None
 
     def run(self) -> None:
         """Begin and end each fault at its time."""
         steps = sorted(
-            [(fault.at_s, 0, fault) for fault in self._faults] + [(fault.at_s + fault.lasts_s, 1, fault) for fault in self._faults],
+            [(fault.at_s, 0, fault) for fault in self.plan] + [(fault.at_s + fault.lasts_s, 1, fault) for fault in self.plan],
             key=lambda step: step[:2],
         )
         began_at = time.monotonic()
@@ -159,6 +161,16 @@ class Clients:
         self.seen = Seen()
         self.is_over = threading.Event()
         self._lock = threading.Lock()
+
+    def ask_while(self, wait: Callable[[], None]) -> None:
+        """All clients ask until `wait` returns, and read their last answers to the end."""
+        self.is_over.clear()
+        with ThreadPoolExecutor(NUM_CLIENTS) as pool:
+            running = [pool.submit(self.run, number) for number in range(NUM_CLIENTS)]
+            wait()
+            self.is_over.set()
+            for client in running:
+                client.result()
 
     def run(self, number: int) -> None:
         """One client: streams, if its number is even."""
@@ -244,32 +256,26 @@ class Outcome:
     """Whether all peers knew all others again."""
 
 
-def run(seed: int, seconds: float, record: Path | None = None) -> Outcome:
+def run(lan: Lan, seed: int, seconds: float, record: Path | None = None) -> Outcome:
     """Faults for so many seconds, then peace until everything is back where it began. `record`: a
     file for what happened to each request.
     """
-    with Lan() as lan:
-        expected = undisturbed(lan)
-        mesh = Mesh(lan, record)
-        _until(lambda: _is_whole(mesh), 30.0)
-        uses = mesh.uses()
-        clients, faults = Clients(mesh.hosts[0], expected), plan(seed, seconds)
-        thread = Faults(mesh, faults)
-        with ThreadPoolExecutor(NUM_CLIENTS) as pool:
-            running = [pool.submit(clients.run, number) for number in range(NUM_CLIENTS)]
-            thread.start()
-            thread.join()
-            pace(2.0)
-            clients.is_over.set()
-            for client in running:
-                client.result()
-        if thread.error is not None:
-            raise thread.error
-        is_whole = _until(lambda: _is_whole(mesh), 30.0)
-        _until(lambda: not _left(mesh, uses), 15.0)
-        assert not lan.tracebacks(), lan.tracebacks()[0]
-        kinds = dict(Counter(fault.kind for fault in faults))
-        return Outcome(seed, seconds, kinds, clients.seen, _left(mesh, uses), is_whole)
+    expected = undisturbed(lan)
+    mesh = Mesh(lan, record)
+    _until(lambda: _is_whole(mesh), 30.0)
+    clients, faults = Clients(mesh.hosts[0], expected), Faults(mesh, plan(seed, seconds))
+    clients.ask_while(lambda: pace(_WARM_UP_S))
+    _until(lambda: not held(mesh.peers()), 15.0)
+    uses = mesh.uses()
+    faults.start()
+    clients.ask_while(faults.join)
+    if faults.error is not None:
+        raise faults.error
+    is_whole = _until(lambda: _is_whole(mesh), 30.0)
+    _until(lambda: not _left(mesh, uses), 15.0)
+    assert not lan.tracebacks(), lan.tracebacks()[0]
+    kinds = dict(Counter(fault.kind for fault in faults.plan))
+    return Outcome(seed, seconds, kinds, clients.seen, _left(mesh, uses), is_whole)
 
 
 def _left(mesh: Mesh, uses: dict[str, int]) -> dict[str, int]:
@@ -298,7 +304,8 @@ def _until(condition: Any, most_s: float) -> bool:
 def main(seed: int, seconds: float, record: Path | None, is_json: bool) -> None:
     """Disturb a mesh, and print what its clients saw."""
     prepare()  # the harness adopts the processes that it starts
-    outcome = run(seed, seconds, record)
+    with Lan() as lan:
+        outcome = run(lan, seed, seconds, record)
     if is_json:
         print(json.dumps(asdict(outcome)))
     else:

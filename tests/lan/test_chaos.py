@@ -1,4 +1,4 @@
-"""A thousand requests while prefill workers are killed, stopped and started again every second."""
+"""Clients of a mesh under faults that come at random: of all kinds on five hosts, and of its prefill workers."""
 
 import random
 import threading
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench.chaos import run
 from tests.harness import Host, Lan, Process, pace
 from tests.harness.records import Record
 from tests.lan.meshes import long_prompts, start_recorded, text_of, undisturbed
@@ -97,3 +98,17 @@ def report(record: Record, chaos: Chaos) -> None:
         end=" ",
     )
     print(f"{failed} attempts made again")
+
+
+@pytest.mark.parametrize("seconds", [60.0, pytest.param(600.0, marks=pytest.mark.full)])
+def test_faults_of_all_kinds_on_five_hosts_cost_clients_nothing(
+    lan: Lan, tmp_path: Path, seconds: float
+) -> None:
+    path = tmp_path / "record.jsonl"
+    outcome = run(lan, 1, seconds, path)
+    seen = outcome.seen
+    print(f"\n{seen.num_asked} requests, {seen.num_migrated} went on elsewhere, {dict(seen.errors)}")
+    assert not seen.is_bad, seen
+    assert outcome.is_whole and not outcome.left
+    assert seen.num_right > 2 * seconds and seen.num_migrated
+    Record(path).check()
