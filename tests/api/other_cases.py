@@ -231,6 +231,43 @@ def what_no_engine_does_is_ignored_and_named_where_it_changes_no_answer(clients:
     return found
 
 
+ODD: Any = {
+    "$schema": "http://json-schema.org/draft-07/schema#",
+    "type": "object",
+    "properties": {
+        "pick": {"oneOf": [{"type": "integer"}, {"type": "number"}]},
+        "when": {"type": "string", "format": "natural-language", "pattern": "^(?!never)"},
+        "many": {"type": "object", "propertyNames": {"pattern": "^[a-z]+$"}, "minProperties": 1},
+    },
+    "not": {"required": ["pick", "when"]},
+}
+"""No output can be kept to this."""
+
+
+@case
+def a_schema_binds_only_where_it_is_asked_to(clients: Clients) -> Any:
+    function: Any = {"name": "odd", "description": "Does what it does", "parameters": ODD}
+    chats: Any = [{"type": "function", "function": function}]
+    flat: Any = [{"type": "function", "strict": False, **function}]
+    own: Any = [{"name": "odd", "input_schema": ODD}]
+    called = [
+        chat(clients, tools=chats, max_tokens=300, extra_body={}).choices[0].message.tool_calls[0].function.name,
+        respond(clients, tools=flat, max_output_tokens=300, extra_body={}).output[0].name,
+        message(clients, tools=own, max_tokens=300, extra_body={}).content[-1].name,
+    ]
+    assert called == ["odd"] * 3
+    found = [
+        refusal(lambda: chat(clients, tools=chats, tool_choice="required")),
+        refusal(lambda: respond(clients, tools=[{**flat[0], "strict": True}])),
+        refusal(lambda: respond(clients, tools=flat, tool_choice={"type": "function", "name": "odd"})),
+        refusal(lambda: message(clients, tools=own, tool_choice={"type": "any"})),
+    ]
+    for refused_call in found:
+        assert refused_call["status"] == 400 and refused_call["param"] == "tools", refused_call
+        assert "not at # of the tool 'odd'" in refused_call["message"], refused_call
+    return found
+
+
 # --- refusals
 
 

@@ -22,7 +22,7 @@ from tests.engines.constraint_harness import COMPILER, TOKENIZER
         ({"type": "string", "pattern": "(a)\\1"}, "backreferences"),
         ({"not": {"type": "string"}}, '"not"'),
         ({"properties": {"a": {"if": {}}}}, '"if".*if at #/properties/a$'),
-        ({"properties": {"a/b": {"items": {"propertyNames": {}}}}}, "propertyNames at #/properties/a~1b/items$"),
+        ({"properties": {"a/b": {"items": {"propertyNames": {"pattern": "x"}}}}}, "propertyNames at #/properties/a~1b/items$"),
         ({"anyOf": [{"not": {}}, {"$ref": "#/$defs/a"}], "$defs": {"a": {"pattern": "(?=a)"}}}, "pattern at #/.defs/a, not at #/anyOf/0$"),
         ({"type": "array", "uniqueItems": True}, '"uniqueItems"'),
         ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "cannot be told apart; anyOf would do"),
@@ -43,6 +43,26 @@ def test_a_schema_that_cannot_be_kept_to_is_refused_in_words(schema: Any, words:
     with pytest.raises(Unsupported, match=words) as refused:
         COMPILER.compile(json_schema=json.dumps(schema))
     assert refused.value.param == "response_format"
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "other"),
+    [
+        ({"type": "string", "format": "iri"}, '"a"', "1"),
+        ({"type": "integer", "format": "int64", "title": "T", "description": "D", "examples": [1], "default": 2, "x-own": {}}, "1", '"a"'),
+        ({"type": "object", "propertyNames": {"type": "string"}, "minProperties": 0}, "{}", "1"),
+        ({"items": {"$schema": "https://elsewhere/schema", "type": "integer"}, "type": "array"}, "[1]", '["a"]'),
+        ({"anyOf": [{"not": {"type": "null"}}, {"type": "integer"}, {"pattern": "(?=a)"}]}, "1", '"a"'),
+        ({"anyOf": [{"$ref": "#/$defs/a"}, {"type": "integer"}], "$defs": {"a": {"items": {"contains": {}}}}}, "1", "[]"),
+        ({"type": "object", "properties": {"format": {"type": "integer"}, "title": {"type": "integer"}},
+          "required": ["format", "title"], "additionalProperties": False}, '{"format": 1, "title": 2}', '{"format": "a", "title": 2}'),
+        ({"type": "integer", "description": "x" * 200_000}, "1", '"a"'),
+    ],
+)  # fmt: skip
+def test_what_says_nothing_refuses_nothing_and_a_branch_that_can_be_kept_to_is_enough(schema: Any, text: str, other: str) -> None:
+    constraint = COMPILER.compile(json_schema=json.dumps(schema))
+    assert constraint.num_allowed(TOKENIZER.encode(text)) == len(text)
+    assert constraint.num_allowed(TOKENIZER.encode(other)) < len(other)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from docs.fields import PAGE, page
 from meshserve.errors import InvalidRequest, Unsupported
 from meshserve.roles.frontend.anthropic_writers import error_body
-from meshserve.roles.frontend.models.anthropic import parse_message
+from meshserve.roles.frontend.models.anthropic import parse_count, parse_message
 from meshserve.roles.frontend.models.chat import parse_chat
 from meshserve.roles.frontend.models.common import Parsed
 from meshserve.roles.frontend.models.fields import MAX_NAMED, header_line
@@ -99,6 +99,72 @@ def test_the_header_holds_nothing_but_short_plain_names() -> None:
 
 def test_the_page_of_fields_is_the_one_that_the_table_makes() -> None:
     assert PAGE.read_text() == page(), "python -m docs.fields writes it anew"
+
+
+# --- as two coding agents send it
+
+CODEX: dict[str, Any] = {
+    "stream": True,
+    "input": [
+        {"type": "message", "id": "msg_1", "role": "developer", "content": [{"type": "input_text", "text": "You work on code."}],
+         "internal_chat_message_metadata_passthrough": {"content_item_kinds": ["model.base_instructions"]}},
+        {"type": "message", "id": "msg_2", "role": "developer", "content": [{"type": "input_text", "text": "Skills: none."},
+                                                                            {"type": "input_text", "text": " No sandbox."}]},
+        {"type": "message", "id": "msg_3", "role": "user", "content": [{"type": "input_text", "text": "<cwd>/work</cwd>"}]},
+        {"type": "message", "id": "msg_4", "role": "user", "content": [{"type": "input_text", "text": "Write the file"}]},
+    ],
+    "tools": [
+        {"type": "function", "name": "exec_command", "strict": False, "parameters": SCHEMA},
+        {"type": "custom", "name": "apply_patch", "format": {"type": "grammar", "syntax": "lark", "definition": "start: x"}},
+        {"type": "namespace", "name": "agents", "tools": [{"type": "function", "name": "g", "parameters": SCHEMA}]},
+        {"type": "web_search", "external_web_access": True},
+    ],
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
+    "reasoning": {"summary": "auto"},
+    "store": False,
+    "include": ["reasoning.encrypted_content"],
+    "prompt_cache_key": "session 1",
+    "client_metadata": {"turn_id": "1"},
+}  # fmt: skip
+CLAUDE_CODE: dict[str, Any] = {
+    "stream": True,
+    "max_tokens": 32_000,
+    "system": [{"type": "text", "text": "billing: none;"}, {"type": "text", "text": "You help.", "cache_control": {"type": "ephemeral"}}],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "<today>"},
+                                     {"type": "text", "text": "Write the file", "cache_control": {"type": "ephemeral"}}]},
+        {"role": "system", "content": "Agents: none."},
+    ],
+    "tools": [
+        {"name": "Write", "description": "Writes.", "input_schema": {
+            "$schema": "https://json-schema.org/draft/2020-12/schema", "type": "object",
+            "properties": {"of": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {}},
+                           "offset": {"type": "integer", "minimum": 0, "maximum": 9007199254740991},
+                           "url": {"type": "string", "format": "uri"}}}},
+    ],
+    "metadata": {"user_id": '{"device_id": "1"}'},
+    "thinking": {"type": "adaptive"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "output_config": {"effort": "high"},
+}  # fmt: skip
+
+
+def test_the_first_request_of_codex_is_read() -> None:
+    request, options = response(**CODEX)
+    assert request.messages is not None and [said["role"] for said in request.messages] == ["system", "system", "user", "user"]
+    assert options.ignored == ["tools.custom", "tools.namespace", "tools.web_search", "reasoning", "client_metadata"]
+    assert (request.tool_choice, request.session, options.is_stream) == ("auto", "session 1", True)
+
+
+def test_the_first_request_of_claude_code_is_read_and_counted() -> None:
+    request, options = message(**CLAUDE_CODE)
+    assert request.messages is not None and [said["role"] for said in request.messages] == ["system", "user", "system"]
+    assert options.ignored == ["thinking", "context_management", "output_config.effort", "cache_control"]
+    asked = {name: CLAUDE_CODE[name] for name in ("messages", "system", "tools", "thinking")}
+    counted, told = parse_count(json.dumps({"model": "m", **asked}).encode(), "r")
+    assert counted.messages == request.messages and counted.tools == request.tools
+    assert told.ignored == ["thinking", "cache_control"]
 
 
 # --- a conversation that another model began

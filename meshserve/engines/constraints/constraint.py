@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from itertools import compress, count, islice
 from typing import Any
 
-from meshserve.engines.constraints.keeping import faults
+from meshserve.engines.constraints.keeping import faults, subschemas
 from meshserve.engines.constraints.schemas import PARAM, checked_schema
 from meshserve.errors import EngineFailed, InvalidRequest, MeshserveError, Unsupported
 
@@ -189,16 +189,19 @@ def _refusal(words: str, message: str, value: Any) -> InvalidRequest:
         match = re.search(pattern, message)
         if match:
             text = f"the {words} {found.format(match[match.lastindex or 1][:200])}"
-            return Unsupported(text + (_places(value) if words == _SCHEMA else ""), param=PARAM)
+            return Unsupported(text + (_places(value, message) if words == _SCHEMA else ""), param=PARAM)
     wrong = re.search(r"error: (.*)", message)
     return InvalidRequest(f"the {words} cannot be read: {_first_line(wrong[1] if wrong else message)}", param=PARAM)
 
 
-def _places(text: str) -> str:
+def _places(text: str, message: str) -> str:
     """Where a schema has what cannot be kept to, as far as that can be told."""
     root = json.loads(text)
-    found = [f"{key} at {path[:_MOST_SHOWN]}" for key, path in islice(dict.fromkeys(faults(root)), _MOST_PLACES)]
-    return f": {', '.join(found)}" if found else ""
+    found = faults(root) if "Unimplemented" in message or "look" in message or "backref" in message else iter(())
+    named = [key for key in ("oneOf", "minProperties", "maxProperties") if key[-10:] in message]
+    others = ((key, path) for path, schema in subschemas(root) for key in named if key in schema)
+    places = [f"{key} at {path[:_MOST_SHOWN]}" for key, path in islice(dict.fromkeys((*found, *others)), _MOST_PLACES)]
+    return f": {', '.join(places)}" if places else ""
 
 
 def _first_line(message: str) -> str:

@@ -5,7 +5,7 @@ What only annotates never refuses a schema. What cannot be kept to does, unless 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 Json = dict[str, Any]
@@ -24,6 +24,20 @@ _NEVER_KEPT = frozenset(
 _LOOK_AROUND, _BACK_REFERENCE = re.compile(r"\(\?<?[=!]"), re.compile(r"\\[1-9]")
 _FORMATS = frozenset("date time date-time duration email hostname ipv4 ipv6 uuid uri".split())
 """What the library can keep a text to; any other format only annotates, as JSON Schema has it by default."""
+_ANNOTATIONS = frozenset(
+    (
+        *("title", "description", "examples", "example", "default", "$comment", "deprecated", "readOnly", "writeOnly"),
+        *("contentEncoding", "contentMediaType", "contentSchema", "markdownDescription"),
+    )
+)
+_JUDGED = ("not", "if", "then", "else", "contains", "propertyNames")
+"""Keywords that hold a schema by which something is judged, and that are never kept to."""
+_SAYING_NOTHING: dict[str, Callable[[Json], bool]] = {
+    "format": lambda schema: isinstance(schema["format"], str) and schema["format"] not in _FORMATS,
+    "propertyNames": lambda schema: _says_string(schema["propertyNames"]),  # as names are strings: generators write it for every map
+    "minProperties": lambda schema: schema["minProperties"] == 0,
+}
+"""When a keyword allows all that the rest of its schema allows."""
 _OUTLINED = frozenset(
     (
         *("type", "enum", "const", "required", "minItems", "maxItems", "minLength", "maxLength", "minimum", "maximum"),
@@ -53,18 +67,41 @@ def _escaped(name: str) -> str:
     return name.replace("~", "~0").replace("/", "~1")
 
 
-def prepare(root: Json) -> None:
-    """Take out of the schema what only annotates, and branches of `anyOf` that cannot be kept to beside others."""
-    for path, schema in [*subschemas(root)]:
-        if isinstance(schema.get("format"), str) and schema["format"] not in _FORMATS:
-            del schema["format"]
-        if path != "#":
+def strip(root: Json) -> None:
+    """Take out what only annotates, and keywords that say nothing where they stand, at any depth."""
+    pending = [root]
+    for schema in pending:  # which grows: no recursion, however deep the schema nests
+        for key in _ANNOTATIONS.intersection(schema):
+            del schema[key]
+        for key in [key for key, says_nothing in _SAYING_NOTHING.items() if key in schema and says_nothing(schema)]:
+            del schema[key]
+        if schema is not root:
             schema.pop("$schema", None)
+        pending += _within(schema)
+
+
+def _within(schema: Json) -> list[Json]:
+    """The schemas right within this one."""
+    found = [schema[key] for key in (*_SINGLE, *_JUDGED) if key in schema]
+    found += [part for key in _MAPS if isinstance(schema.get(key), dict) for part in schema[key].values()]
+    found += [part for key in _LISTS if isinstance(schema.get(key), list) for part in schema[key]]
+    return [part for part in found if isinstance(part, dict)]
+
+
+def prepare(root: Json) -> None:
+    """Take branches of `anyOf` that cannot be kept to out of the schema where others can."""
     bad = _bad_references(root)
     for _, schema in [*subschemas(root)]:
         branches = schema.get("anyOf")
         if isinstance(branches, list):
             schema["anyOf"] = [branch for branch in branches if _is_kept(branch, bad)] or branches
+
+
+def _says_string(names: Any) -> bool:
+    """Whether this schema of a property's name allows any name."""
+    if not isinstance(names, dict):
+        return names is True
+    return names.keys() <= {"type", *_ANNOTATIONS} and names.get("type", "string") == "string"
 
 
 def _is_kept(schema: Any, bad: set[str]) -> bool:

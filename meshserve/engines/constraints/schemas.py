@@ -12,12 +12,13 @@ from math import isfinite, lcm
 from typing import Any
 from urllib.parse import unquote
 
-from meshserve.engines.constraints.keeping import prepare
+from meshserve.engines.constraints.keeping import prepare, strip
 from meshserve.errors import InvalidRequest, Unsupported
 
 PARAM = "response_format"
 """The field of the API that constraints come in."""
-_MOST_CHARACTERS = 65_536
+_MOST_CHARACTERS, _MOST_GIVEN_CHARACTERS = 65_536, 1_048_576
+"""Without annotations, and with them."""
 _MOST_NESTED = 64
 _MOST_LEVELS = 512
 """Of all that is referred to, one below the other: each takes at most 5.5 kB of a stack of 8 MB."""
@@ -47,7 +48,7 @@ def checked_schema(text: str) -> str:
 
     Raises InvalidRequest for what is no schema, Unsupported for one that is too large to be kept to; both name :data:`PARAM`.
     """
-    _demand(len(text) <= _MOST_CHARACTERS, f"has {len(text)} characters; at most {_MOST_CHARACTERS} are read")
+    _demand(len(text) <= _MOST_GIVEN_CHARACTERS, f"has {len(text)} characters; at most {_MOST_GIVEN_CHARACTERS} are read")
     try:
         root = json.loads(text, parse_constant=_finite, parse_float=_finite)
     except (ValueError, RecursionError) as exc:
@@ -57,6 +58,10 @@ def checked_schema(text: str) -> str:
     if not isinstance(root, dict):
         raise InvalidRequest("the schema is an object, true or false", param=PARAM)
     root.pop("x-guidance", None)  # the library would take options from there
+    strip(root)
+    stripped = json.dumps(root) if len(text) > _MOST_CHARACTERS else text
+    words = f"has {len(stripped)} characters besides annotations; at most {_MOST_CHARACTERS} are read"
+    _demand(len(stripped) <= _MOST_CHARACTERS, words)
     _Survey(root).check()
     prepare(root)
     return json.dumps(root)
