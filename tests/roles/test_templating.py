@@ -111,14 +111,15 @@ def said(role: str, content: str) -> dict[str, str]:
     ("template", "expected"),
     [
         (CHATML, "<system>a\n<system>b\n<user>hi\n<assistant>so\n<system>c\n<user>on\n"),
+        (CHATML + "{{ '' + eos_token }}", "<system>a\n<system>b\n<user>hi\n<assistant>so\n<system>c\n<user>on\n"),
         (FIRST_ONLY, "<system>a\n\nb\n\nc\n<user>hi\n<assistant>so\n<user>on\n"),
         (ALTERNATING, "<system>a\n\nb\n\nc\n<user>hi\n<assistant>so\n<user>on\n"),
     ],
 )
 def test_several_system_messages_are_one_in_their_order_where_the_template_takes_one(template: str, expected: str) -> None:
     chat = [said("system", "a"), said("system", "b"), *HI, said("assistant", "so"), said("system", "c"), said("user", "on")]
-    assert render_chat(template, chat) == expected
-    assert render_chat(template, HI) == "<user>hi\n"
+    assert render_chat(template, chat, eos_token="") == expected
+    assert render_chat(template, HI, eos_token="") == "<user>hi\n"
     with pytest.raises(InvalidRequest, match="no system"):
         render_chat(NO_SYSTEM, chat)
 
@@ -152,3 +153,5 @@ def test_reasoning_of_earlier_turns_reaches_a_template_under_the_name_that_it_ha
     chat = [*HI, {**said("assistant", "so"), "reasoning_content": "hm "}]
     assert render_chat(template, chat) == "hi;hm so;"
     assert render_chat(CHATML, chat) == "<user>hi\n<assistant>so\n", "no other template is changed"
+    told = "You do your thinking aloud. " + "{% for m in messages %}{{ m.reasoning or '' }}{{ m.content }};{% endfor %}"
+    assert render_chat(told, chat) == "You do your thinking aloud. hi;hm so;", "the word alone is no member"

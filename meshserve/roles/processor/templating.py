@@ -5,6 +5,7 @@ in a process that can be ended (:mod:`~meshserve.roles.processor.text_process`).
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -16,6 +17,8 @@ from meshserve.wire.structs import is_shallow
 MAX_PROMPT_CHARACTERS = 16_000_000
 
 _PROBE, _LATER_PROBE, _NAMED_PROBE = "a probe of what this template takes", "a probe that comes later", "probed_name"
+_SPECIAL_TOKENS = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "")
+"""Which ones a model has comes with each request; a template that adds them to a text fails without."""
 _THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 """How templates call the reasoning of an earlier answer, the usual name first."""
 _RULE = (
@@ -57,7 +60,7 @@ class ChatTemplate:
         """It takes one message of the role system, at the beginning."""
         self.arguments = self._arguments_wanted() if "tool_calls" in source else "any"
         """What it takes for the arguments of calls: `text` alone, an `object` alone, or `any`."""
-        self._thought = next((name for name in _THOUGHTS if name in source), _THOUGHTS[0])
+        self._thought = next((name for name in _THOUGHTS if _is_member(name, source)), _THOUGHTS[0])
 
     def render(
         self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None, *, tells_tools: bool = False, **variables: Any
@@ -140,7 +143,7 @@ class ChatTemplate:
     def _probed(self, messages: list[dict[str, Any]]) -> str:
         """The prompt; empty if the template refuses."""
         try:
-            return self._render(messages=messages, tools=None, add_generation_prompt=True)
+            return self._render(messages=messages, tools=None, add_generation_prompt=True, **_SPECIAL_TOKENS)
         except (InvalidRequest, *self._failures):
             return ""
 
@@ -156,6 +159,11 @@ def render_chat(template: str, messages: Sequence[Mapping[str, Any]], tools: Seq
 @lru_cache(maxsize=8)
 def _compiled(template: str) -> ChatTemplate:
     return ChatTemplate(template)
+
+
+def _is_member(name: str, source: str) -> bool:
+    """Whether the template asks something for its member of this name; the word may stand in texts too."""
+    return re.search(rf"\.{name}\b|['\"]{name}['\"]", source) is not None
 
 
 def _said(role: str, content: str) -> dict[str, Any]:
