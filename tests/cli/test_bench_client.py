@@ -1,5 +1,6 @@
 """The load generator's HTTP client against a scripted server: whatever a response looks like, and wherever it is cut."""
 
+import json
 import shutil
 import ssl
 import subprocess
@@ -59,6 +60,26 @@ def test_an_answer_in_one_piece_counts_what_its_usage_says() -> None:
     body = b'{"choices": [{"text": "ab"}], "usage": {"prompt_tokens": 3, "completion_tokens": 2}}'
     found = answer_of([(0, whole(200, body))], replace(SETTINGS, is_stream=False))
     assert found.error is None and found.num_tokens == 2 and len(found.times_s) == 1
+
+
+def test_an_answer_that_only_calls_a_tool_is_an_answer() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    fields = {"choices": [{"message": {"content": None, "tool_calls": [call]}}], "usage": {"completion_tokens": 6}}
+    found = answer_of([(0, whole(200, json.dumps(fields).encode()))], replace(SETTINGS, is_stream=False, endpoint="chat"))
+    assert found.error is None and found.num_tokens == 6
+
+
+def test_a_stream_of_a_tool_call_with_comments_between_has_the_tokens_that_its_usage_says() -> None:
+    def delta(**fields: object) -> bytes:
+        return event(choices=[{"index": 0, "delta": fields, "finish_reason": None}])
+
+    calls = [delta(tool_calls=[{"index": 0, "function": {"arguments": part}}]) for part in ('{"a', '": 1', "}")]
+    usage = event(choices=[], usage={"prompt_tokens": 7, "completion_tokens": 12})
+    noise = b": keep-alive\n\n" + delta(content="") * 20
+    end = event(choices=[{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]) + usage
+    stream = delta(role="assistant", content=None) + noise.join([b"", *calls, end])
+    found = answer_of([(0, STREAM_HEAD + chunked(stream) + STREAM_END)], replace(SETTINGS, endpoint="chat"))
+    assert found.error is None and len(found.times_s) == 3 and found.num_tokens == 12
 
 
 def test_a_body_without_a_length_ends_with_its_connection() -> None:

@@ -195,3 +195,36 @@ def test_a_comparison_with_one_that_answers_nothing_says_so_and_ends_in_exit_cod
     assert done.exit_code == 1 and "A has it in 6 turns and B in 0: requests/s" in done.stdout and "HTTP 404 model_not_found" in done.stdout
     assert "Nothing to compare" in report.read_text()
     check_report(browser, report, 4)
+
+
+def a_trace(path: Path, *lengths: tuple[int, int]) -> Path:
+    """Requests of so many tokens of prompt and output, none of which shares a block."""
+    with path.open("w") as file:
+        for number, (prompt, output) in enumerate(lengths):
+            hash_ids = [number * 100 + block for block in range(-(-prompt // 512))]
+            line = {"timestamp": 5 * number, "input_length": prompt, "output_length": output, "hash_ids": hash_ids}
+            file.write(json.dumps(line) + "\n")
+    return path
+
+
+def test_a_trace_is_played_with_the_lengths_that_it_states(mesh: dict[str, str], tmp_path: Path) -> None:
+    trace = a_trace(tmp_path / "trace.jsonl", (700, 9), (40, 3), (512, 20))
+    found = figures(mesh["http"], "--trace", str(trace), "--warmup", "0")
+    run = found["runs"][0]
+    assert run["requests"] == 3 and run["prompt_tokens"] == 700 + 40 + 512 and run["output_tokens"] == 9 + 3 + 20
+    assert not any("lengths are not" in note for note in found["notes"])
+
+
+def test_a_trace_that_ends_within_the_warmup_says_so(mesh: dict[str, str], tmp_path: Path) -> None:
+    trace = a_trace(tmp_path / "trace.jsonl", (40, 3), (40, 3))
+    done = bench(mesh["http"], "--trace", str(trace), "--json")
+    words = "the trace is shorter than the warm-up (1 s): nothing was measured of 2 requests; --warmup 0"
+    assert done.exit_code == 1 and words in json.loads(done.stdout)["notes"][0]
+    shown = bench(mesh["http"], "--trace", str(trace), "--warmup", "5").stdout
+    assert "shorter than the warm-up (5 requests)" in re.sub(r"\s+", " ", shown)
+
+
+def test_a_trace_that_cannot_be_played_is_a_usage_error_with_its_line(tmp_path: Path) -> None:
+    trace = a_trace(tmp_path / "trace.jsonl", (40, 3), (40, 0))
+    done = bench("http://127.0.0.1:9", "--trace", str(trace))
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and "line 2 is not a request of a trace: output_length is 0" in done.stderr

@@ -11,14 +11,12 @@ from hypothesis import strategies as st
 
 from meshserve.cli.bench.arrivals import Level, due_times, parse_ramp
 from meshserve.cli.bench.compare import compare_runs, interval_rank, left_out, ratio_of
-from meshserve.cli.bench.prompts import PROBE_CHARS, Scale, Shape, Texts, TraceLine, Workload, parse_lengths, read_lines, trace_requests
+from meshserve.cli.bench.prompts import PROBE_CHARS, Scale, Shape, Texts, Workload, parse_lengths
 from meshserve.cli.bench.requests import Ending, Request, RequestRecord
 from meshserve.cli.bench.selfcheck import findings
-from meshserve.cli.bench.sse import EventReader
 from meshserve.cli.bench.sweep import find_knee, parse_sweep
 from meshserve.cli.bench.tally import Goal, Tally, fine_histogram
 from meshserve.errors import UsageError
-from tests.cli.bench_server import FINISH, event, text
 
 # --- histograms
 
@@ -137,72 +135,6 @@ def test_a_conversation_carries_all_that_was_said() -> None:
     assert second is not None and second.messages[:2] == (*first.messages, ("assistant", "an answer"))
     third = workload.next_turn(second, "more")
     assert third is not None and len(third.messages) == 5 and workload.next_turn(third, "") is None
-
-
-def test_a_trace_shares_the_text_of_equal_blocks_and_keeps_lengths() -> None:
-    lines = [TraceLine(0.0, 1100, 3, (1, 2, 3)), TraceLine(0.5, 1024, 4, (1, 2)), TraceLine(1.0, 600, 5, (9, 2))]
-    a, b, c = trace_requests(lines, Scale(2.0), 0)
-    assert [len(job.prompt) for job in (a, b, c)] == [2200, 2048, 1200]
-    assert a.prompt[:2048] == b.prompt and c.prompt[:1024] != a.prompt[:1024]
-    assert [(job.due_s, job.max_tokens) for job in (a, b, c)] == [(0.0, 3), (0.5, 4), (1.0, 5)]
-
-
-def test_a_trace_that_was_cut_out_of_another_begins_at_once() -> None:
-    jobs = trace_requests([TraceLine(3600.0, 10, 1, (1,)), TraceLine(3600.5, 10, 1, (2,))], Scale(1.0), 0)
-    assert [job.due_s for job in jobs] == [0.0, 0.5]
-
-
-def test_a_trace_is_sorted_and_sped_up_and_its_mistakes_are_named() -> None:
-    line = '{"timestamp": %d, "input_length": 5, "output_length": 2, "hash_ids": [1]}'
-    assert [one.arrival_s for one in read_lines([line % 4000, "", line % 1000], speed=2.0)] == [0.5, 2.0]
-    with pytest.raises(UsageError, match="line 2 is not"):
-        read_lines([line % 1, '{"timestamp": 1}'])
-    with pytest.raises(UsageError, match="no requests"):
-        read_lines([])
-
-
-# --- streams of events
-
-ROLE = event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
-CHAT = event(choices=[{"index": 0, "delta": {"content": "x"}, "finish_reason": None}])
-THOUGHT = event(choices=[{"index": 0, "delta": {"content": None, "reasoning_content": "hm"}}])
-TRICK = event(choices=[{"index": 0, "text": "", "note": '"text":"x" \\"content\\": \\"y'}])
-USAGE = event(choices=[], usage={"completion_tokens": 9})
-DONE = b"data: [DONE]\n\n"
-COMMENT = b": keep-alive\n\n"
-
-
-@pytest.mark.parametrize(
-    ("events", "count"),
-    [
-        ([ROLE, CHAT, CHAT, FINISH, DONE], 2),
-        ([ROLE, FINISH, USAGE, DONE], 0),
-        ([THOUGHT, CHAT, DONE], 2),
-        ([TRICK, COMMENT, text('say "text":"x"'), DONE], 1),
-        ([text(" "), text("\\"), text("\n\n"), DONE], 3),
-    ],
-)
-def test_only_events_with_content_count(events: list[bytes], count: int) -> None:
-    assert EventReader().feed(b"".join(events)) == count
-
-
-@given(st.lists(st.sampled_from([ROLE, CHAT, THOUGHT, TRICK, USAGE, COMMENT, FINISH]), max_size=12), st.data(), st.booleans())
-def test_a_stream_counts_the_same_wherever_it_is_cut(events: list[bytes], data: st.DataObject, is_crlf: bool) -> None:
-    stream = b"".join([*events, DONE])
-    if is_crlf:
-        stream = stream.replace(b"\n", b"\r\n")
-    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
-    reader = EventReader(is_keeping_text=True)
-    pieces = [stream[begin:end] for begin, end in itertools.pairwise([0, *cuts, len(stream)])]
-    assert sum(reader.feed(piece) for piece in pieces) == events.count(CHAT) + events.count(THOUGHT)
-    fields, is_ended = reader.fields()
-    assert is_ended and (USAGE not in events or fields["usage"]["completion_tokens"] == 9)
-    assert reader.take_text() == "".join({CHAT: "x", THOUGHT: "hm"}.get(one, "") for one in events)
-
-
-def test_a_stream_that_says_nothing_of_an_end_has_none() -> None:
-    reader = EventReader()
-    assert reader.feed(CHAT + b"data: not json\n\n") == 1 and not reader.fields()[1]
 
 
 # --- figures

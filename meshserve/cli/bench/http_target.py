@@ -13,7 +13,7 @@ from meshserve.cli.bench.http_client import (
     with_body,
 )
 from meshserve.cli.bench.requests import PATHS, Ending, Request, RequestRecord
-from meshserve.cli.bench.sse import EventReader, json_object, text_of
+from meshserve.cli.bench.sse import EventReader, has_calls, json_object, text_of
 from meshserve.errors import StartupFailed
 
 _LIST_TIMEOUT_S, _ANSWER_TIMEOUT_S = 30.0, 120.0
@@ -167,7 +167,7 @@ class _WholeReply(Reply):
     def _succeeded(self, now_s: float) -> None:
         fields = json_object(b"".join(self.parts))
         text = text_of(fields)
-        if text:
+        if text or has_calls(fields):
             self._record.content(now_s, 1)
         self._record.finish(now_s, _ending_of(fields, text))
 

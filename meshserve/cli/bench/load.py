@@ -73,6 +73,11 @@ class Load:
         """Requests that were under way when the run was stopped."""
 
     @property
+    def num_started(self) -> int:
+        """Requests that were sent, those of the warm-up included."""
+        return self._num_started
+
+    @property
     def num_open(self) -> int:
         """Requests under way."""
         return len(self._open)

@@ -127,7 +127,10 @@ bench_options = together(
         help=f"{FORMS}; of each turn, without the shared prefix.",
     ),
     _prompts("--output-tokens", callback=_lengths, default="64", metavar="LENGTH", help="The same; goes out as max_tokens."),
-    _prompts("--ignore-eos", is_flag=True, help="Ask for all of them, whatever the model says."),
+    _prompts(
+        "--ignore-eos/--no-ignore-eos", default=None,
+        help="Ask for all of them, whatever the model says.  [default: with --trace, whose lengths are kept]",
+    ),
     _prompts(
         "--shared-prefix-tokens", "num_shared_tokens",
         type=click.IntRange(0, 1_000_000), default=0, metavar="N",
@@ -209,6 +212,7 @@ def read_settings(options: Mapping[str, Any], default_duration_s: float) -> Sett
         "rate": rate,
         "num_warmup": num_warmup,
         "warmup_s": warmup_s,
+        "ignore_eos": is_traced if options["ignore_eos"] is None else options["ignore_eos"],
         "is_keeping_text": is_conversing,
         "is_checking_certificates": not options["insecure"],
         "extra": options["extra"] or {},

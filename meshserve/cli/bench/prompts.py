@@ -175,33 +175,53 @@ class TraceLine:
 def read_line(number: int, line: str, speed: float = 1.0) -> TraceLine:
     """One request, `speed` times as early. Raises UsageError that names the line."""
     try:
-        found: dict[str, Any] = json.loads(line)
+        found = json.loads(line)
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
         arrival_s = float(found["timestamp"]) / 1000 / speed
         if not math.isfinite(arrival_s):
             raise ValueError("it never comes")
-        return TraceLine(
-            arrival_s,
-            max(1, int(found["input_length"])),
-            max(1, int(found["output_length"])),
-            tuple(int(hash_id) for hash_id in found["hash_ids"]),
-        )
-    except (ValueError, TypeError, KeyError, OverflowError) as exc:
+        hash_ids = tuple(int(hash_id) for hash_id in found["hash_ids"])
+        return TraceLine(arrival_s, _length(found, "input_length"), _length(found, "output_length"), hash_ids)
+    except KeyError as exc:
+        raise UsageError(f"line {number} is not a request of a trace: it has no {exc}") from exc
+    except (ValueError, TypeError, OverflowError) as exc:
         raise UsageError(f"line {number} is not a request of a trace: {exc}") from exc
 
 
-def read_lines(lines: Iterable[str], speed: float = 1.0) -> list[TraceLine]:
+def _length(found: dict[str, Any], name: str) -> int:
+    """Raises ValueError for what is no number of tokens."""
+    value = found[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value) or not 1 <= value <= MAX_TOKENS:
+        raise ValueError(f"{name} is {value!r}, and no whole number from 1 to {MAX_TOKENS}")
+    return int(value)
+
+
+def read_lines(
+    lines: Iterable[str], speed: float = 1.0, read: Callable[[int, str, float], TraceLine] = read_line
+) -> list[TraceLine]:
     """All requests in order of arrival. Raises UsageError for a line that is none, or if there is none."""
-    found = [read_line(number, line, speed) for number, line in enumerate(lines, 1) if line.strip()]
+    found = [read(number, line, speed) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise UsageError("the trace has no requests")
     return sorted(found, key=lambda request: request.arrival_s)
 
 
+def read_playable_line(number: int, line: str, speed: float = 1.0) -> TraceLine:
+    """As :func:`read_line`. Raises UsageError also for blocks that do not add up to the length: the prompt would have another length."""
+    found = read_line(number, line, speed)
+    num_blocks, num_wanted = len(found.hash_ids), math.ceil(found.num_tokens / TRACE_BLOCK_SIZE)
+    if num_blocks == num_wanted:
+        return found
+    named = f"hash_ids names {num_blocks} blocks of {TRACE_BLOCK_SIZE} tokens"
+    raise UsageError(f"line {number} cannot be played: {named}, and input_length {found.num_tokens} is {num_wanted} of them")
+
+
 def read_trace_file(path: Path, speed: float = 1.0) -> list[TraceLine]:
-    """As :func:`read_lines`, of a file. Raises UsageError also for a file that cannot be read."""
+    """As :func:`read_lines`, of a file to be played. Raises UsageError also for a file that cannot be read."""
     try:
         with path.open() as lines:
-            return read_lines(lines, speed)
+            return read_lines(lines, speed, read_playable_line)
     except (OSError, UnicodeDecodeError) as exc:
         raise UsageError(f"the trace {str(path)!r} cannot be read: {exc}") from exc
 
@@ -214,4 +234,5 @@ def trace_requests(lines: Sequence[TraceLine], scale: Scale, seed: int) -> Itera
         num_chars = scale.num_chars(line.num_tokens)
         blocks = "".join(texts.make(f"block {seed}.{hash_id}", block_chars) for hash_id in line.hash_ids)
         # from the first one's time on: a trace that was cut out of a longer one would else begin with its silence
-        yield Request((("user", blocks[:num_chars] or "a"),), line.num_output_tokens, due_s=line.arrival_s - lines[0].arrival_s)
+        due_s = line.arrival_s - lines[0].arrival_s
+        yield Request((("user", blocks[:num_chars] or "a"),), line.num_output_tokens, due_s=due_s, num_prompt_tokens=line.num_tokens)

@@ -18,6 +18,8 @@ class Request:
     num_turns_left: int = 0
     due_s: float | None = None
     """Seconds from the start, where a trace says so."""
+    num_prompt_tokens: int | None = None
+    """What a trace says. Its number of output tokens is `max_tokens`."""
 
     @property
     def prompt(self) -> str:

@@ -11,6 +11,8 @@ _PROBE_S = 0.02
 _MAX_CPU_SHARE = 0.8
 _MIN_LATE_MS, _MIN_LAG_MS = 1.0, 5.0
 _MAX_SHARE_OF_LATENCY = 0.1
+_MAX_SHARE_OFF_TRACE = 0.02
+"""Texts are cut by characters, and a token has some of them on average."""
 
 
 class SelfCheck:
@@ -49,6 +51,17 @@ class SelfCheck:
         return {"cpu_share": round(self.cpu_share, 4), "late_ms": self.late.to_dict(), "loop_lag_ms": self.lag.to_dict()}
 
 
+def _not_as_stated(tally: Tally) -> list[str]:
+    """Where the lengths of a trace were not kept to."""
+    found = []
+    reasons = {"prompt": "--chars-per-token corrects it", "output": "the target ended answers early, as without --ignore-eos"}
+    for what, advice in reasons.items():
+        stated, seen = tally.stated_tokens[what], tally.stated_tokens[f"{what}_seen"]
+        if abs(seen - stated) > _MAX_SHARE_OFF_TRACE * stated:
+            found.append(f"{what} lengths are not those of the trace: {seen} tokens in all instead of {stated}; {advice}")
+    return found
+
+
 def findings(cpu_share: float, late: Histogram, lag: Histogram, tally: Tally) -> list[str]:
     """What a reader must know before they trust the figures; empty if there is nothing. Pure."""
     found = []
@@ -75,6 +88,12 @@ def findings(cpu_share: float, late: Histogram, lag: Histogram, tally: Tally) ->
         found.append(
             f"{tally.num_unsent} requests were due and never sent, as --max-open was reached: latencies lack them, and are too low"
         )
+    if tally.num_uncounted:
+        found.append(
+            f"the target did not say how many tokens {tally.num_uncounted} answers have (usage): their events are counted, "
+            "and an event may have several tokens"
+        )
+    found += _not_as_stated(tally)
     if tally.num_errors:
         kinds = ", ".join(f"{count} {kind}" for kind, count in tally.errors.most_common(4))
         found.append(f"{tally.num_errors} requests failed ({kinds}); latencies are those of the others")

@@ -9,7 +9,7 @@ from typing import Any
 from meshserve.cli.bench.arrivals import due_times
 from meshserve.cli.bench.http_target import HttpTarget
 from meshserve.cli.bench.live import Live
-from meshserve.cli.bench.load import Load, Stop
+from meshserve.cli.bench.load import Load, Plan, Stop
 from meshserve.cli.bench.mesh_target import MeshTarget, Target
 from meshserve.cli.bench.options import Settings
 from meshserve.cli.bench.prompts import PROBE_CHARS, Scale, Texts, TraceLine, Workload, read_trace_file, trace_requests
@@ -61,6 +61,12 @@ def _interruption(tally: Tally, num_left: int) -> str:
     if tally.began_s is None:
         return "interrupted during the warm-up: nothing was measured"
     return f"interrupted after {tally.window_s:.1f} s; requests that were under way are left out ({num_left})"
+
+
+def _never_warm(plan: Plan, num_started: int, is_trace: bool) -> str:
+    warmup = f"{plan.num_warmup} requests" if plan.num_warmup else f"{plan.warmup_s:g} s"
+    what = "the trace is shorter than the warm-up" if is_trace else "the run was over before the warm-up"
+    return f"{what} ({warmup}): nothing was measured of {num_started} requests; --warmup 0 measures all"
 
 
 def _second(second: Second) -> dict[str, Any]:
@@ -130,6 +136,8 @@ class Session:
         found = findings(check.cpu_share, check.late, check.lag, tally)
         if load.is_stopped:
             found.insert(0, _interruption(tally, load.num_left))
+        elif tally.began_s is None:
+            found.insert(0, _never_warm(settings.plan, load.num_started, bool(self._lines)))
         run = Run(label, settings.load, self.target.name, self.target.model, tally, check.to_dict(), found)
         self._runs.append(run)
         return run

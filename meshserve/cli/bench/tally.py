@@ -67,6 +67,10 @@ class Tally:
         self.errors: Counter[str] = Counter()
         self.num_done = self.num_good = self.num_pieces = 0
         self.num_prompt_tokens = self.num_cached_tokens = self.num_output_tokens = 0
+        self.num_uncounted = 0
+        """Answers of which the target did not say how many tokens they have."""
+        self.stated_tokens: Counter[str] = Counter()
+        """Of a trace: `prompt` and `output` as the trace states them, `prompt_seen` and `output_seen` as the target counted the same."""
         self.num_delayed = self.num_unsent = 0
         """Requests that had to wait for others to end, and requests that were due and never sent."""
         self.seconds: defaultdict[int, Second] = defaultdict(Second)
@@ -131,6 +135,12 @@ class Tally:
         self.num_output_tokens += record.num_tokens
         self.num_prompt_tokens += ending.num_prompt_tokens or 0
         self.num_cached_tokens += ending.num_cached_tokens or 0
+        self.num_uncounted += ending.num_completion_tokens is None
+        request = record.request
+        if request.num_prompt_tokens is not None and ending.num_prompt_tokens is not None and ending.num_completion_tokens is not None:
+            stated = {"prompt": request.num_prompt_tokens, "output": request.max_tokens}
+            seen = {"prompt_seen": ending.num_prompt_tokens, "output_seen": ending.num_completion_tokens}
+            self.stated_tokens.update(stated | seen)
         if ending.receipt is not None:
             self.num_receipts += 1
             for phase, milliseconds in ending.receipt.get("phases_ms", {}).items():
