@@ -129,7 +129,11 @@ class FrontendConfig:
     cors_origins: tuple[str, ...] = ()
     """Pages of these origins may ask from a browser; `*` is all."""
     allowed_hosts: tuple[str, ...] = ()
-    """More names that an open frontend on loopback may be asked under."""
+    """More names that an open frontend on loopback may be asked under, each with any port or with the one that is named."""
+    root_path: str = ""
+    """Path under which a proxy offers this frontend, such as `/llm`. Requests are served with it and without."""
+    forwarded_allow_ips: str = ""
+    """Proxies that are believed who their client is: addresses and networks with commas between them, or `*`."""
     tls_cert: str | None = None
     """PEM file with the certificate and its chain; None: plain HTTP."""
     tls_key: str | None = None
@@ -151,6 +155,8 @@ class FrontendConfig:
     """An idle connection is closed. Longer than the pools of common clients keep theirs (5 s), else they meet closed ones."""
     linger_s: float = 2.0
     """After a refusal, what the client still sends is thrown away for so long: closing at once could take the answer back."""
+    stream_ping_s: float = 5.0
+    """Longest pause in a stream: then a comment says that it lives. Higher is cut off by proxies that wait for less; 0: no comments."""
     max_unread_texts: int = 65_536
     """Pieces of text that wait for one client. Higher holds more for slow ones, lower ends their requests sooner."""
     max_queued: int = 4096

@@ -81,6 +81,12 @@ class HeaderTooLarge(InvalidRequest):
     code, http_status = "header_too_large", 431
 
 
+class UnsupportedCoding(InvalidRequest):
+    """The body is compressed in a way that the frontend does not read."""
+
+    code, http_status = "unsupported_coding", 415
+
+
 class RequestTimedOut(InvalidRequest):
     """The client did not send the rest of its request in time."""
 

@@ -1,5 +1,6 @@
 """Options of `run` about the HTTP side: keys, TLS, pages, limits."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,17 @@ import click
 from meshserve.cli.options import option, pick, together
 from meshserve.config import FrontendConfig, ServeConfig
 from meshserve.errors import StartupFailed, UsageError
+from meshserve.roles.frontend.http.forwarded import TrustedProxies
 
 _FRONTEND, _SERVE = FrontendConfig(), ServeConfig()
 
+_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+
 frontend_options = together(
+    option(
+        "--http", default="127.0.0.1:8000", metavar="[HOST:]PORT",
+        help="Where the frontend listens: a port is on loopback, :PORT on all addresses; port 0 takes a free one.",
+    ),
     option(
         "--api-key", "api_keys", multiple=True, metavar="KEY",
         help="Asked of HTTP clients, on all routes but /health and /ready; repeatable.",
@@ -25,11 +33,20 @@ frontend_options = together(
     option("--tls-key", type=click.Path(), metavar="FILE", help="The certificate's private key (PEM, not encrypted)."),
     option(
         "--cors-origin", "cors_origins", multiple=True, metavar="ORIGIN",
-        help="Pages from here may ask, e.g. https://chat.example.org, or * for all; repeatable.  [default: none]",
+        help="Pages from here may ask, e.g. https://chat.example.org, http://localhost:* for any port, or * for all; repeatable."
+        "  [default: none]",
     ),
     option(
-        "--allow-host", "allowed_hosts", multiple=True, metavar="NAME",
+        "--allow-host", "allowed_hosts", multiple=True, metavar="NAME[:PORT]",
         help="Another name for a frontend on loopback without keys, e.g. behind a proxy; repeatable.",
+    ),
+    option(
+        "--root-path", default=_FRONTEND.root_path, metavar="PATH", show_default=False,
+        help="Path under which a proxy offers this frontend, e.g. /llm, whether the proxy takes it away or not.  [default: none]",
+    ),
+    option(
+        "--forwarded-allow-ips", default=_FRONTEND.forwarded_allow_ips, metavar="ADDRESS,...", show_default=False,
+        help="Proxies whose X-Forwarded-For and X-Forwarded-Proto count: addresses, networks, or *.  [default: none]",
     ),
     option(
         "--request-timeout", "request_timeout_s",
@@ -48,6 +65,10 @@ frontend_options = together(
         "--max-decode-queue", type=click.IntRange(1), default=_SERVE.max_decode_queue,
         help="Requests that a decode worker has taken and not begun; beyond it others are asked.",
     ),
+    option(
+        "--stream-ping", "stream_ping_s", type=click.FloatRange(0), default=_FRONTEND.stream_ping_s,
+        help="Longest pause in a stream, in seconds: then a comment says that it lives; 0 is any.",
+    ),
     option("--max-body-bytes", type=click.IntRange(1024), default=_SERVE.max_body_bytes, help="Longest HTTP body."),
     option("--max-connections", type=click.IntRange(1), default=_FRONTEND.max_connections, help="Open at a time."),
     option(
@@ -64,13 +85,26 @@ def frontend_config(settings: Mapping[str, Any]) -> FrontendConfig:
         raise UsageError("--tls-cert and --tls-key go together")
     for origin in settings["cors_origins"]:
         _check_origin(origin)
+    if settings["root_path"] and not _ROOT_PATH.fullmatch(settings["root_path"].rstrip("/")):
+        raise UsageError(f"--root-path {settings['root_path']!r} is not a path like /llm")
+    TrustedProxies(settings["forwarded_allow_ips"])  # raises UsageError
+    settings = {**settings, "root_path": settings["root_path"].rstrip("/")}
     return pick(FrontendConfig, settings)
+
+
+def http_address(text: str) -> tuple[str, int]:
+    """Host and port of `--http`; an empty host is all addresses. Raises UsageError."""
+    host, colon, port = text.rpartition(":")
+    if not port.isdecimal() or not port.isascii() or int(port) > 65_535:
+        raise UsageError(f"--http {text!r} is not HOST:PORT, :PORT or PORT")
+    return host.removeprefix("[").removesuffix("]") if colon else "127.0.0.1", int(port)
 
 
 def _check_origin(origin: str) -> None:
     scheme, separator, host = origin.partition("://")
-    if origin != "*" and not (separator and scheme and host and "/" not in host and origin == origin.lower()):
-        raise UsageError(f"--cors-origin {origin!r} is not an origin like https://chat.example.org, nor *")
+    is_plain = separator and scheme and host and "/" not in host and "*" not in host.removesuffix(":*") and origin == origin.lower()
+    if origin != "*" and not is_plain:
+        raise UsageError(f"--cors-origin {origin!r} is not an origin like https://chat.example.org or http://localhost:*, nor *")
 
 
 def api_keys(settings: Mapping[str, Any]) -> tuple[str, ...]:

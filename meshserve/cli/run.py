@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import click
 
-from meshserve.cli.frontend_options import api_keys, frontend_config, frontend_options
+from meshserve.cli.frontend_options import api_keys, frontend_config, frontend_options, http_address
 from meshserve.cli.model_options import model_options, model_settings, say_dummy, with_model
 from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles, pick
 from meshserve.cli.outputs import queued_outputs
@@ -27,7 +27,6 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
     "--role", "roles", multiple=True, metavar="ROLE",
     help=f"{', '.join(ROLES)}, or all; repeatable or comma-separated.",
 )
-@option("--http", default="127.0.0.1:8000", metavar="HOST:PORT", help="Where the frontend listens; port 0 takes a free one.")
 @frontend_options
 @model_options
 @option("--policy", type=click.Choice(_POLICIES), default="kv", help="How the router chooses.")
@@ -78,14 +77,12 @@ def run(**settings: Any) -> None:
 
 def serve_config(settings: dict[str, Any]) -> ServeConfig:
     """What the flags of `run` say about serving. Raises UsageError."""
-    host, _, port = settings["http"].rpartition(":")
-    if not host or not port.isdigit() or int(port) > 65_535:
-        raise UsageError(f"--http {settings['http']!r} is not HOST:PORT")
+    host, port = http_address(settings["http"])
     found = {
         **settings,
         **model_settings(settings),
-        "http_host": host.strip("[]"),
-        "http_port": int(port),
+        "http_host": host,
+        "http_port": port,
         "api_keys": api_keys(settings),
         "observe": not settings["no_observe"],
         "otlp_url": _otlp_url(settings),

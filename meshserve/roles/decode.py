@@ -15,7 +15,7 @@ from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.worker_report import WorkerReporter
 from meshserve.wire.generation import GenerateRequest, GenerationEnd, HandedOver, HandoffDecision, TokenLogprobs, WorkerAccount
-from meshserve.wire.messages import GENERATE, PROGRESS
+from meshserve.wire.messages import GENERATE, HAS_SEQUENCE, PROGRESS
 
 _NAME_ARRIVES_S = 0.02
 """Until the names of the prefill workers that a prompt took down have left for the processor."""
@@ -212,6 +212,7 @@ class DecodeRole:
         mesh.gauges.derive("sequences", lambda: len(self._running))
         mesh.serve(GENERATE, self._on_generate)
         mesh.serve(PROGRESS, lambda call: call.end([self._overdue_s(request_id) for request_id in call.body]))
+        mesh.serve(HAS_SEQUENCE, lambda call: call.end(call.body in self._running))
 
     @property
     def num_under_way(self) -> int:

@@ -69,6 +69,10 @@ FIND_REQUESTS = Method("requests.find", RequestName, answer=list[str])
 CANCEL_REQUEST = Method("requests.cancel", RequestName, answer=bool)
 """A frontend ends a request; False: it is not there."""
 CANCEL_AT_PROCESSOR = Method("processor.cancel", RequestName, answer=bool)
+IS_TAKEN = Method("processor.is_taken", RequestName, answer=bool)
+"""A frontend asks a processor whether a worker has one of the request's sequences."""
+HAS_SEQUENCE = Method("worker.has", RequestName, answer=bool)
+"""A processor asks a decode worker whether it has accepted this sequence and not ended it."""
 RECEIPT = Method("receipts.find", RequestName, answer=dict[str, Any] | None)
 LATEST_RECEIPT = Method("receipts.latest", answer=dict[str, Any] | None)
 RECENT_RECEIPTS = Method("receipts.recent", answer=list[tuple[str, float]])

@@ -40,7 +40,7 @@ _OF_THE_LAN = {"interface": "--interface", "seeds": "--peer", "no_mdns": "--no-m
 @click.command()
 @option("--decode", type=click.IntRange(1, 16), default=2, help="Decode workers.")
 @option("--prefill", type=click.IntRange(0, 16), default=1, help="Prefill workers; 0 is the aggregated deployment.")
-@option("--http", metavar="HOST:PORT", help=f"Where to listen.  [default: {_HTTP}, or a free port]")
+@option("--http", metavar="[HOST:]PORT", help=f"Where to listen.  [default: {_HTTP}, or a free port]")
 @option("--model", metavar="SPEC", help=f"{MODEL_HELP}  [default: the dummy engine's]")
 @click.option("--once", is_flag=True, help="End after the prompts.")
 @click.option("--lan", is_flag=True, help="Open the mesh and its HTTP side to this network.")
@@ -183,7 +183,7 @@ async def _course(settings: dict[str, Any], children: Children, view: View, mode
         lambda: children.workers_line.startswith(wanted) and all(child.ready_s for child in children.all),
         model.start_timeout_s,
     )
-    url = frontend.fields["http"].replace("0.0.0.0", "127.0.0.1")
+    url = frontend.fields["http"].replace("0.0.0.0", "127.0.0.1").replace("[::]", "127.0.0.1")
     async with aclosing(Client(url)) as client:
         await _all_linked(client, len(children.all))
         view.started(children.all, time.monotonic() - began_s)

@@ -88,7 +88,7 @@ function medianAndHigh(found) {
 
 async function fetchReceipt(id) {
   try {
-    const response = await fetch(`/mesh/requests/${encodeURIComponent(id)}`);
+    const response = await fetch(`mesh/requests/${encodeURIComponent(id)}`);
     return response.ok ? await response.json() : null;
   } catch {
     return null;

@@ -78,7 +78,7 @@ export class Prompt {
   request(prompt, more, signal) {
     const asked = this.isReal ? { messages: [{ role: "user", content: prompt }] } : { prompt };
     const body = JSON.stringify({ model: this.model, ...asked, max_tokens: Math.max(1, Number($("max-tokens").value) || 32), ...more });
-    return fetch(this.isReal ? "/v1/chat/completions" : "/v1/completions", { method: "POST", headers: { "content-type": "application/json" }, body, signal });
+    return fetch(this.isReal ? "v1/chat/completions" : "v1/completions", { method: "POST", headers: { "content-type": "application/json" }, body, signal });
   }
 
   async send() {

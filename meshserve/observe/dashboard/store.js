@@ -83,7 +83,7 @@ export class Store extends EventTarget {
   }
 
   connect() {
-    this.source = new EventSource("/mesh/events");
+    this.source = new EventSource("mesh/events");
     this.source.addEventListener("snapshot", (event) => this.begin(JSON.parse(event.data)));
     this.source.addEventListener("update", (event) => this.update(JSON.parse(event.data)));
     this.source.addEventListener("error", () => this.setLive(false));
@@ -97,7 +97,7 @@ export class Store extends EventTarget {
   // A browser does not reconnect by itself after an answer that is not an event stream. After a restart, a frontend with keys answers 401:
   // then the page is loaded again, which shows the login form.
   async reopen() {
-    const answer = await fetch("/mesh/events", { method: "HEAD" }).catch(() => null);
+    const answer = await fetch("mesh/events", { method: "HEAD" }).catch(() => null);
     if (answer?.status === 401) location.reload();
     else if (this.source.readyState === EventSource.CLOSED) this.connect();
   }

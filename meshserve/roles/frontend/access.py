@@ -100,15 +100,17 @@ class Guesses:
 
 
 class Origins:
-    """The CORS policy: off for all but those who were named."""
+    """The CORS policy: off for all but those who were named. `http://localhost:*` names all ports of a host."""
 
     def __init__(self, allowed: Sequence[str]) -> None:
         self._allowed = frozenset(origin.encode() for origin in allowed)
+        self._hosts = frozenset(origin.removesuffix(":*").encode() for origin in allowed if origin.endswith(":*"))
+        """With their schemes."""
         self._is_any = "*" in allowed
 
     def allows(self, origin: bytes) -> bool:
         """Whether pages of this origin may ask."""
-        return self._is_any or origin in self._allowed
+        return self._is_any or origin in self._allowed or (bool(self._hosts) and _without_port(origin) in self._hosts)
 
     def headers(self, origin: bytes | None) -> list[tuple[bytes, bytes]]:
         """Of every response: it depends on who asks, so that caches must not mix them up."""
@@ -124,6 +126,11 @@ class Origins:
         asked = headers.get(b"access-control-request-headers", b"authorization, content-type")
         methods = (b"access-control-allow-methods", b"GET, POST, DELETE, OPTIONS")
         return [methods, (b"access-control-allow-headers", asked), (b"access-control-max-age", _PREFLIGHT_S)]
+
+
+def _without_port(origin: bytes) -> bytes:
+    host, colon, port = origin.rpartition(b":")
+    return host if colon and port.isdigit() else origin
 
 
 def is_preflight(method: str, headers: Headers) -> bool:
@@ -150,16 +157,23 @@ def is_name_of_loopback(host: bytes, allowed: Sequence[str]) -> bool:
 
     Addresses are none of anybody's names, and a name without a dot or under `localhost` or `internal` is no website's.
     """
-    name = host.decode("latin-1").lower()
-    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
-    name = name.rstrip(".")
+    name = name_of(host)
     if "." not in name or name in allowed or name.endswith((".localhost", ".internal")):
+        return True
+    if host.decode("latin-1").lower() in allowed:  # with its port
         return True
     try:
         ipaddress.ip_address(name)
     except ValueError:
         return False
     return True
+
+
+def name_of(host: bytes) -> str:
+    """The name or address in a `Host` header, without port."""
+    name = host.decode("latin-1").lower()
+    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+    return name.rstrip(".")
 
 
 def is_loopback(host: str) -> bool:

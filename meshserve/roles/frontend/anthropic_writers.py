@@ -96,6 +96,8 @@ def _arguments(text: str) -> Json:
 class MessageEvents(EventWriter):
     """A streamed message: content blocks, each of text, thinking or a use of a tool, one after the other."""
 
+    ping = PING.encode()
+
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
         self._num_prompt_tokens = 0

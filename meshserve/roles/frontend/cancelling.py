@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from meshserve.errors import Cancelled, InvalidRequest, MeshserveError, RequestNotFound
 from meshserve.mesh.mesh import Mesh
-from meshserve.wire.messages import CANCEL_AT_PROCESSOR, CANCEL_REQUEST, FIND_REQUESTS, Method
+from meshserve.wire.messages import CANCEL_AT_PROCESSOR, CANCEL_REQUEST, FIND_REQUESTS, IS_TAKEN, Method
 
 _TIMEOUT_S = 2.0
 _MAX_FOUND = 16
@@ -68,6 +68,10 @@ class UnderWay:
             if await self._ask(peer, CANCEL_REQUEST, request_id):
                 return request_id
         raise RequestNotFound(f"no request {name!r} is under way", param="id")
+
+    async def is_taken(self, processor: str, request_id: str) -> bool:
+        """Whether a worker has the request. False where nobody can say."""
+        return bool(await self._ask(processor, IS_TAKEN, request_id))
 
     async def _ask_owner(self, owner: str, name: str) -> bool:
         """The frontend that took it in; for a request that came without one, the processor that has it."""

@@ -9,16 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from meshserve.errors import (
-    Cancelled,
-    Draining,
-    MeshserveError,
-    NoWorker,
-    Overloaded,
-    PeerLost,
-    PeerSilent,
-    RequestTimedOut,
-)
+from meshserve.errors import Cancelled, Draining, MeshserveError, NoWorker, Overloaded, PeerLost, PeerSilent, RequestTimedOut
 from meshserve.mesh.calls import OutgoingCall, Sink
 from meshserve.observe.receipts import FrontendReceipt, with_frontend
 from meshserve.roles.frontend import apis, request_headers
@@ -26,6 +17,7 @@ from meshserve.roles.frontend.admission import QueueEntry
 from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.http.connection import Connection
 from meshserve.roles.frontend.http.messages import Request
+from meshserve.roles.frontend.liveness import Liveness
 from meshserve.roles.frontend.losses import Losses
 from meshserve.roles.frontend.models.common import Parsed, ResponseOptions
 from meshserve.roles.frontend.models.fields import header_line
@@ -60,6 +52,7 @@ class Exchange(QueueEntry):
         "_is_over",
         "_items",
         "_label",
+        "_liveness",
         "_losses",
         "_options",
         "_receipt",
@@ -83,6 +76,8 @@ class Exchange(QueueEntry):
         self._given: Given | None = None
         """Of a stream from another peer, which may be lost."""
         self._call: OutgoingCall | None = None
+        self._liveness: Liveness | None = None
+        """Of a stream that a sweep has met."""
         self._items: list[Any] = []
         self._end: Any = None
         self._error: MeshserveError | None = None
@@ -301,11 +296,19 @@ class Exchange(QueueEntry):
         except Exception:
             self._went_wrong()
 
+    def look_after(self, now_s: float) -> None:
+        """The sweep passes: a stream for which nothing comes shows that it lives."""
+        call, connection = self._call, self._connection
+        if (call is not None or connection.is_started) and not self._is_over and self._error is None and self._writer.is_stream:
+            self._liveness = self._liveness or Liveness(self._completions)
+            headers = self._writer.headers + self._label
+            self._liveness.look(now_s, connection, call, self._request.request_id, headers, self._writer.ping)
+
     def _write_stream(self) -> None:
         """Write what the items come to, and the end or the error if it has come.
 
-        The head goes out with the first text, so that what fails before it is an HTTP error and not a broken stream. A failure after it
-        is worded in the stream: the status is sent already.
+        The head goes out with the first text, or once a worker has had the request for a while: what fails before it is an HTTP error and
+        not a broken stream. A failure after it is worded in the stream: the status is sent already.
         """
         connection, writer, is_last = self._connection, self._writer, self._end is not None or self._error is not None
         items, self._items = self._items, []

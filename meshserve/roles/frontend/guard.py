@@ -22,7 +22,8 @@ class Guard:
         limits = config.frontend
         self._keys, self._sessions = access.KeyRing(config.api_keys), access.Sessions(limits.session_s)
         self._has_keys = bool(config.api_keys)
-        self.login = Login(self._keys, self._sessions, is_tls=limits.tls_cert is not None) if self._has_keys else None
+        self._root_path = limits.root_path
+        self.login = Login(self._keys, self._sessions, limits.root_path) if self._has_keys else None
         """Its routes, where there are keys."""
         self._origins = access.Origins(limits.cors_origins)
         self._has_origins = bool(limits.cors_origins)
@@ -54,8 +55,8 @@ class Guard:
     def _check_host(self, host: bytes) -> None:
         """An open frontend on loopback answers to names of loopback alone (DNS rebinding)."""
         if not access.is_name_of_loopback(host, self._hosts):
-            name = host.decode("latin-1")
-            raise Forbidden(f"{name} is no name of this machine's loopback: start with --allow-host {name} or --api-key if it is meant")
+            name, shown = access.name_of(host), host.decode("latin-1")
+            raise Forbidden(f"{shown} is no name of this machine's loopback: start with --allow-host {name} or --api-key if it is meant")
         self._last_host = host
 
     def _check_page(self, request: Request) -> None:
@@ -76,7 +77,7 @@ class Guard:
             return None
         if is_for_page and request.method in ("GET", "HEAD"):
             query = b"?" + request.query if request.query else b""
-            location = login_url(request.raw_path + query)
+            location = login_url(self._root_path, request.raw_path + query)
             return Response(303, b"", header_lines([(b"location", location), (b"cache-control", b"no-store")]))
         raise Unauthorized("the API key is missing or wrong: send it as `Authorization: Bearer KEY`")
 

@@ -17,10 +17,12 @@ _FILES_IN_RESERVE = 256
 
 
 def bind(host: str, port: int, limits: FrontendConfig) -> socket.socket:
-    """A listening socket; what is set on it holds for every connection. Raises StartupFailed that says what is wrong."""
+    """A listening socket; what is set on it holds for every connection. Raises StartupFailed that says what is wrong.
+
+    An empty host is all addresses, and `::` too, of both families.
+    """
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listening = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        listening = _listening(host, port)
     except OSError as error:
         what, reason = ("port", "is taken") if error.errno == errno.EADDRINUSE else ("address", "is not this host's")
         if error.errno == errno.EACCES:
@@ -30,6 +32,14 @@ def bind(host: str, port: int, limits: FrontendConfig) -> socket.socket:
     if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: the kernel itself ends what takes nothing in, though its buffer is not full
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(limits.write_timeout_s * 1000))
     return listening
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    """Where this machine has no IPv6, an empty host is all addresses of IPv4."""
+    if host in ("", "::") and socket.has_dualstack_ipv6():
+        return socket.create_server(("::", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=BACKLOG)
 
 
 def url_of(listening: socket.socket, is_tls: bool) -> str:

@@ -55,22 +55,21 @@ def session_token(headers: Headers) -> str:
     return ""
 
 
-def login_url(path: bytes) -> bytes:
-    """Where a browser without a session is sent; afterwards it comes back to `path`."""
-    return f"{LOGIN}?next={quote(path.decode('latin-1'))}".encode()
+def login_url(root_path: str, path: bytes) -> bytes:
+    """Where a browser without a session is sent; afterwards it comes back to `path`. Both are below `root_path`."""
+    return f"{root_path}{LOGIN}?next={quote(path.decode('latin-1'))}".encode()
 
 
 class Login:
     """Serves the form, takes the key, ends sessions."""
 
-    def __init__(self, keys: KeyRing, sessions: Sessions, is_tls: bool) -> None:
-        self._keys, self._sessions = keys, sessions
+    def __init__(self, keys: KeyRing, sessions: Sessions, root_path: str) -> None:
+        self._keys, self._sessions, self._root_path = keys, sessions, root_path
         self._guesses = Guesses()
-        self._cookie_end = f"; Path=/; HttpOnly; SameSite=Strict{'; Secure' if is_tls else ''}"
 
     def add_routes(self, routes: Routes) -> None:
         """To the frontend's table."""
-        routes.add("GET", LOGIN, lambda request: _page(200, _target(request), ""))
+        routes.add("GET", LOGIN, lambda request: self._page(200, _target(request), ""))
         routes.add("POST", LOGIN, self._log_in)
         routes.add("POST", LOGOUT, self._log_out)
 
@@ -86,24 +85,26 @@ class Login:
         key = self._keys.find(form.get("key", [""])[0].strip().encode())
         if key is None:
             self._guesses.was_wrong(request.address, now_s)
-            return _page(401, _target(request), "This is not a key of this frontend.")
+            return self._page(401, _target(request), "This is not a key of this frontend.")
         self._guesses.was_right(request.address)
-        return self._redirect(_target(request), f"{SESSION_COOKIE}={self._sessions.begin(key, now_s)}")
+        return self._redirect(request, _target(request), f"{SESSION_COOKIE}={self._sessions.begin(key, now_s)}")
 
     def _log_out(self, request: Request) -> Response:
         _check_page(request)
         self._sessions.end(session_token(request.headers), time.monotonic())
-        return self._redirect(LOGIN, f"{SESSION_COOKIE}=; Max-Age=0")
+        return self._redirect(request, LOGIN, f"{SESSION_COOKIE}=; Max-Age=0")
 
-    def _redirect(self, location: str, cookie: str) -> Response:
-        cookie_header = (b"set-cookie", f"{cookie}{self._cookie_end}".encode())
-        return Response(303, b"", header_lines([(b"location", location.encode()), cookie_header, _NO_STORE]))
+    def _redirect(self, request: Request, target: str, cookie: str) -> Response:
+        """By the scheme of the request, not of the socket: a proxy may end TLS."""
+        is_secure = "; Secure" if request.scheme == "https" else ""
+        cookie_header = (b"set-cookie", f"{cookie}; Path={self._root_path or '/'}; HttpOnly; SameSite=Strict{is_secure}".encode())
+        location = (b"location", f"{self._root_path}{target}".encode())
+        return Response(303, b"", header_lines([location, cookie_header, _NO_STORE]))
 
-
-def _page(status: int, target: str, message: str) -> Response:
-    action = f"{LOGIN}?next={quote(target)}"
-    body = _PAGE.format(action=html.escape(action), message=html.escape(message)).encode()
-    return Response(status, body, _HTML_HEADERS)
+    def _page(self, status: int, target: str, message: str) -> Response:
+        action = f"{self._root_path}{LOGIN}?next={quote(target)}"
+        body = _PAGE.format(action=html.escape(action), message=html.escape(message)).encode()
+        return Response(status, body, _HTML_HEADERS)
 
 
 def _target(request: Request) -> str:

@@ -231,11 +231,12 @@ class WholeChat(WholeCompletion):
 class LineWriter(EventWriter):
     """`/generate`: a JSON object a line."""
 
-    headers = b"content-type: application/x-ndjson\r\ncache-control: no-cache\r\n"
+    headers = b"content-type: application/x-ndjson\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
         self._id = reply.request.client_id or reply.request.request_id
+        self.ping = self._line({"text": ""}).encode()
 
     def _text(self, item: TextItem) -> str:
         return self._line({"text": item.text}) if item.text else ""

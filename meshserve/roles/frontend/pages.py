@@ -71,7 +71,7 @@ def add_documents(routes: Routes, config: ServeConfig) -> None:
     def make() -> bytes:
         from meshserve.roles.frontend.openapi.document import document  # nobody pays for it who does not ask
 
-        return dump(document(bool(config.api_keys), config.observe)).encode()
+        return dump(document(bool(config.api_keys), config.observe, config.frontend.root_path)).encode()
 
     async def openapi() -> Response:
         nonlocal made

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import quote
 
 from meshserve.errors import InvalidRequest, MeshserveError
+from meshserve.roles.frontend.http.codings import inflated
 from meshserve.roles.frontend.http.connection import Answer, Connection
 from meshserve.roles.frontend.http.messages import JSON, Request, Response, header_lines
 
@@ -18,13 +19,14 @@ Methods = dict[str, Handler]
 
 
 class Routes:
-    """Paths are exact, or end in `{name}` (one part, not empty) or `{path}` (whatever follows): `Request.name` has what stands there.
+    """Paths are exact, or end in `{name}` (one part) or `{path}` (whatever follows), neither of them empty: `Request.name` has what
+    stands there.
 
     A route for GET answers HEAD too.
     """
 
-    def __init__(self, error_body: Callable[[str, MeshserveError], bytes]) -> None:
-        self._error_body = error_body
+    def __init__(self, error_body: Callable[[str, MeshserveError], bytes], max_body_bytes: int, root_path: str = "") -> None:
+        self._error_body, self._max_body_bytes, self._root_path = error_body, max_body_bytes, root_path
         self._exact: dict[str, Methods] = {}
         self._open: dict[str, Methods] = {}
 
@@ -41,6 +43,8 @@ class Routes:
 
     def answer(self, request: Request) -> Response | Answer:
         """What the handler of this request gives back, or a response that there is none."""
+        if request.coding:
+            return _Inflated(self.answer, request, self._max_body_bytes)
         methods = self._exact.get(request.path)
         if methods is not None:
             request.route = request.path
@@ -68,7 +72,7 @@ class Routes:
         for pattern in self._open:
             prefix, _, kind = pattern.partition("{")
             name = path.removeprefix(prefix)
-            if path.startswith(prefix) and (kind == "path}" or (name and "/" not in name)):
+            if name and path.startswith(prefix) and (kind == "path}" or "/" not in name):
                 return pattern, name
         return None
 
@@ -84,7 +88,9 @@ class Routes:
         request.path = path.rstrip("/") if path.endswith("/") else path + "/"
         if request.path in self._exact or self._open_route(request):  # a slash too many, or one too few
             query = b"?" + request.query if request.query else b""
-            return Response(307, b"", header_lines([(b"location", quote(request.path).encode() + query)]))
+            # without scheme and host, which a proxy may have changed
+            location = quote(self._root_path + request.path).encode() + query
+            return Response(307, b"", header_lines([(b"location", location)]))
         request.path = path
         return self._refusal(request, 404, f"there is no {path} here")
 
@@ -106,6 +112,9 @@ class _TaskAnswer:
 
     def flush(self) -> None:
         self._resumed.set()
+
+    def look_after(self, now_s: float) -> None:
+        """Its task does that."""
 
     def client_gone(self) -> None:
         if self._task is not None:
@@ -133,6 +142,20 @@ class _Awaited(_TaskAnswer):
     async def _answer(self, connection: Connection) -> None:
         response = await self._handler(self._request)
         connection.respond(response.status, response.headers, response.body)
+
+
+class _Inflated(_TaskAnswer):
+    """The answer to a request whose body comes compressed. A thread inflates it: tokens of others need not wait for that."""
+
+    def __init__(self, answer: Handler, request: Request, max_body_bytes: int) -> None:
+        super().__init__()
+        self._answer_plain, self._request, self._max_body_bytes = answer, request, max_body_bytes
+
+    async def _answer(self, connection: Connection) -> None:
+        request = self._request
+        request.body = await asyncio.to_thread(inflated, request.body, request.coding, self._max_body_bytes)
+        request.coding = ""
+        connection.answer_with(self._answer_plain(request))
 
 
 class Streamed(_TaskAnswer):

@@ -88,7 +88,7 @@ class FrontendRole:
     # --- routes
 
     def _routes(self, guard: Guard) -> Routes:
-        routes = Routes(apis.error_body_for)
+        routes = Routes(apis.error_body_for, self._config.max_body_bytes, self._config.frontend.root_path)
         for path, handler in handlers_of(self._completions).items():
             routes.add("POST", path, handler)
         Tokenizing(self._mesh, self._completions).add_routes(routes)

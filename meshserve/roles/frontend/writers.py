@@ -34,6 +34,8 @@ class Writer(Protocol):
     """Whether what items come to is sent as they come."""
     headers: bytes
     """Of the response, as they stand in its head."""
+    ping: bytes
+    """What says to the client that the stream lives, and nothing else."""
 
     def feed(self, items: Sequence[Any]) -> bytes:
         """What these items add to the response; empty for an answer that is given in one piece."""
@@ -80,7 +82,9 @@ class EventWriter:
     """Reads items, and asks an API's own writer for the events that they stand for, as text."""
 
     is_stream = True
-    headers = f"content-type: {EVENT_STREAM}\r\ncache-control: no-cache\r\n".encode()
+    headers = f"content-type: {EVENT_STREAM}\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n".encode()
+    ping = b": ping\n\n"
+    """A comment, which clients pass over (HTML standard, section 9.2.6)."""
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply
@@ -179,6 +183,7 @@ class WholeWriter:
 
     is_stream = False
     headers = b"content-type: application/json\r\n"
+    ping = b""
 
     def __init__(self, reply: Reply) -> None:
         self._reply = reply

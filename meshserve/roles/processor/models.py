@@ -5,6 +5,8 @@ a model: prompts of tokens, and sampling parameters.
 import asyncio
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from itertools import compress, count
 from operator import attrgetter
@@ -13,7 +15,7 @@ from typing import Any
 from xxhash import xxh3_64_intdigest
 
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
-from meshserve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NoWorker, Unsupported
+from meshserve.errors import ContextLengthExceeded, InvalidRequest, MeshserveError, ModelNotFound, NoWorker, Unsupported
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
@@ -26,7 +28,7 @@ from meshserve.wire.card import ModelCard, exact_name
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
 from meshserve.wire.generation import AskedSampling, Sampling, SamplingDefaults
 from meshserve.wire.hello import PeerInfo
-from meshserve.wire.messages import DETOKENIZE, TOKENIZE
+from meshserve.wire.messages import DETOKENIZE, HAS_SEQUENCE, TOKENIZE
 from meshserve.wire.routing import Candidate, RoutingDecision
 from meshserve.wire.structs import asdict, replace
 
@@ -51,6 +53,8 @@ Encoded = tuple[list["array[int]"], TokenTexts]
 
 _MAX_OUT_OF_REACH = 64
 _NO_ROUTER = "round-robin (no router)"
+_TAKEN_TIMEOUT_S = 2.0
+"""For a worker to say whether it has a sequence."""
 
 
 class Dispatcher:
@@ -140,6 +144,17 @@ class Dispatcher:
         if self._out_of_reach:
             self._out_of_reach = tuple(peer for peer in self._out_of_reach if not self.mesh.can_take_work(peer))
         return self._out_of_reach
+
+    async def is_taken(self, sequences: Iterable[tuple[str | None, str]]) -> bool:
+        """Whether the first of these sequences that was sent to a worker is there. Each is its worker, None without one, and its name.
+
+        A worker is asked for the rare request that waits long for its first token, so that no other request pays for a word of it.
+        """
+        for worker, name in sequences:
+            if worker is not None:
+                with suppress(MeshserveError):
+                    return bool(await self.mesh.call(worker, HAS_SEQUENCE, name, _TAKEN_TIMEOUT_S))
+        return False
 
     def block_size(self, model: str, card: ModelCard) -> int:
         """Tokens in a KV block of this model's workers; 0 if none is left."""

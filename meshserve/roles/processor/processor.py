@@ -33,7 +33,7 @@ from meshserve.telemetry import log_event
 from meshserve.wire.card import ModelCard
 from meshserve.wire.completion import CompletionRequest, Ending, EndItem, StartItem
 from meshserve.wire.generation import Sampling
-from meshserve.wire.messages import CANCEL_AT_PROCESSOR, COMPLETE
+from meshserve.wire.messages import CANCEL_AT_PROCESSOR, COMPLETE, IS_TAKEN
 from meshserve.wire.structs import replace
 
 _log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class ProcessorRole:
         mesh.gauges.derive("requests", lambda: len(self.running))
         mesh.serve(COMPLETE, self._on_complete)
         mesh.serve(CANCEL_AT_PROCESSOR, self._on_cancel)
+        mesh.serve_async(IS_TAKEN, self._is_taken)
         mesh.subscribe(self._on_change)
         mesh.tasks.spawn(watch_stalls(mesh, stall_timeout_s, self._sequences))
 
@@ -85,6 +86,10 @@ class ProcessorRole:
         if request is not None:
             request.fail(Cancelled("this request was cancelled"))
         call.end(request is not None)
+
+    async def _is_taken(self, call: IncomingCall) -> bool:
+        sequences = request.sequences if (request := self.running.get(call.body)) is not None else []
+        return await self.dispatcher.is_taken((found.worker, found.receipt.request_id) for found in sequences if not found.is_over)
 
     def _on_change(self, change: Change, member: Member) -> None:
         incarnation, histograms = member.info.incarnation, self.dispatcher.histograms

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from meshserve.config import FrontendConfig
 from meshserve.errors import MeshserveError, Overloaded, RateLimited, RequestTimedOut
 from meshserve.roles.frontend.http.deadlines import Progress, Stage, Verdict
+from meshserve.roles.frontend.http.forwarded import TrustedProxies, plain_address
 from meshserve.roles.frontend.http.messages import Request, Response
 from meshserve.roles.frontend.http.reader import RequestReader
 from meshserve.roles.frontend.http.request_log import RequestLog
@@ -23,7 +24,7 @@ from meshserve.telemetry import Counters
 
 _log = logging.getLogger(__name__)
 
-_SWEEP_S = 0.5
+SWEEP_S = 0.5
 _SWEEP_AGAIN_S = 0.02
 _CLOSE_CHECK_S = 0.01
 _MAX_CLOSED_PER_SWEEP = 64
@@ -40,6 +41,9 @@ class Answer(Protocol):
 
     def flush(self) -> None:
         """Write what waits: the client takes more in again."""
+
+    def look_after(self, now_s: float) -> None:
+        """The sweep passes, every :data:`SWEEP_S`: something may be due."""
 
     def client_gone(self) -> None:
         """The connection is lost."""
@@ -70,6 +74,7 @@ class Connections:
     ) -> None:
         self.application, self.limits, self.max_body_bytes, self.log = application, limits, max_body_bytes, log
         self.scheme, self.counters = scheme, counters
+        self.proxies = TrustedProxies(limits.forwarded_allow_ips)
         self.open: set[Connection] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         """Of answers that are made by coroutines."""
@@ -106,7 +111,7 @@ class Connections:
             num_closed += connection.check(self.now_s)
             if num_closed >= _MAX_CLOSED_PER_SWEEP:
                 break
-        pause_s = _SWEEP_AGAIN_S if num_closed >= _MAX_CLOSED_PER_SWEEP else _SWEEP_S
+        pause_s = _SWEEP_AGAIN_S if num_closed >= _MAX_CLOSED_PER_SWEEP else SWEEP_S
         self._timer = self.loop.call_later(pause_s, self._sweep)
 
     async def close(self, grace_s: float) -> None:
@@ -148,6 +153,8 @@ class Connection(asyncio.Protocol):
         """Of a response in pieces, until its first piece."""
         self.is_started = False
         """The head of the response is settled."""
+        self.num_written = 0
+        """Pieces of responses."""
         self.is_stuck = False
         """The client has not taken in what was written: more has to wait for `Answer.flush`."""
 
@@ -156,8 +163,15 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         connections, limits = self._connections, self._connections.limits
         peername = transport.get_extra_info("peername")
-        self.transport, self.address = transport, peername[0] if peername else ""
-        self._reader = RequestReader(self.address, connections.scheme, limits.max_header_bytes, connections.max_body_bytes)
+        self.transport, self.address = transport, plain_address(peername[0]) if peername else ""
+        self._reader = RequestReader(
+            self.address,
+            connections.scheme,
+            limits.max_header_bytes,
+            connections.max_body_bytes,
+            limits.root_path,
+            connections.proxies if connections.proxies.trusts(self.address) else None,
+        )
         if (error := connections.arrived(self)) is not None:
             connections.counters.add("connections_refused")
             self._write_refusal(error)
@@ -185,6 +199,8 @@ class Connection(asyncio.Protocol):
         self._note_progress(now_s)
         verdict = progress.verdict(now_s, self._connections.limits)
         if verdict is Verdict.WAIT:
+            if self._answer is not None:
+                self._answer.look_after(now_s)
             return False
         if verdict is Verdict.TIMED_OUT:
             what = "headers" if progress.stage is Stage.HEAD else "body"
@@ -252,7 +268,8 @@ class Connection(asyncio.Protocol):
         except MeshserveError as error:
             self._refuse(error, request.extra_headers)
             return
-        if request.headers.get(b"expect", b"").lower() == b"100-continue":
+        # a client of HTTP/1.0 would take it for the response (RFC 9110, section 10.1.1)
+        if request.takes_chunks and request.headers.get(b"expect", b"").lower() == b"100-continue":
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
 
     def _serve_next(self) -> None:
@@ -275,6 +292,14 @@ class Connection(asyncio.Protocol):
             else:
                 self._answer = answered
                 answered.begin(self)
+
+    def answer_with(self, answered: Response | Answer) -> None:
+        """Answer the request with this, instead of the answer that had begun to make it."""
+        if isinstance(answered, Response):
+            self.respond(answered.status, answered.headers, answered.body)
+        else:
+            self._answer = answered
+            answered.begin(self)
 
     def run(self, answering: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """A task that answers the request. The server waits for the task when it stops."""
@@ -308,6 +333,7 @@ class Connection(asyncio.Protocol):
             piece = piece + b"0\r\n\r\n" if is_last else piece
         self.transport.write(self._head + piece)
         self._head = b""
+        self.num_written += 1
         if is_last:
             self._end()
 

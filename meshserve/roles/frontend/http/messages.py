@@ -57,6 +57,8 @@ class Request:
     began_s: float
     """When the head was complete, on the monotonic clock."""
     body: bytes = b""
+    coding: str = ""
+    """In which `body` is compressed; empty: it is not."""
     is_expected: bool = False
     """The guard has looked at the head, and the client may send the body."""
     name: str = ""

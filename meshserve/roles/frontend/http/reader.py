@@ -7,6 +7,8 @@ from urllib.parse import unquote
 import httptools
 
 from meshserve.errors import HeaderTooLarge, InvalidRequest, MeshserveError
+from meshserve.roles.frontend.http.codings import coding_of
+from meshserve.roles.frontend.http.forwarded import TrustedProxies, scheme_of
 from meshserve.roles.frontend.http.messages import Request, body_too_large
 
 _MAX_HEADERS = 128
@@ -14,17 +16,26 @@ _MAX_PIPELINED = 128
 _MAX_PARTS_PER_READ = 4096
 """Pieces of a body in one read of 256 KiB at most: chunks of a byte each would keep the parser busy for longer than 10 ms."""
 _MAX_LENGTH_DIGITS = 18
+_FRAMING = (b"content-length", b"transfer-encoding")
+"""Headers that say where a body ends."""
 
 
 class RequestReader:
     """Feeds httptools, and is its callbacks. An error that a callback raises stops the parser at once."""
 
-    def __init__(self, address: str, scheme: str, max_header_bytes: int, max_body_bytes: int) -> None:
-        self._address, self._scheme = address, scheme
+    def __init__(
+        self,
+        address: str,
+        scheme: str,
+        max_header_bytes: int,
+        max_body_bytes: int,
+        root_path: str = "",
+        proxies: TrustedProxies | None = None,
+    ) -> None:
+        """`proxies` are those that may speak for others; None if the client at `address` is none of them."""
+        self._address, self._scheme, self._root_path, self._proxies = address, scheme, root_path, proxies
         self._max_header_bytes, self._max_body_bytes = max_header_bytes, max_body_bytes
-        self._parser = httptools.HttpRequestParser(self)
-        # Some clients end a body with a line break that does not belong to it: no reason to withhold the answer.
-        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._parser = _parser_for(self)
         self.is_in_head = False
         """A request has begun, and the end of its head is still to come."""
         self.num_begun = 0
@@ -38,20 +49,21 @@ class RequestReader:
         """Bytes of this read."""
         self._num_head_read = 0
         """Of the reads since the head began: more than the head has, but known before the parser gives any of it out."""
+        self._asks_upgrade = False
+        """Another protocol is asked for: the parser takes what follows the head for that, and not for a body."""
         self._body = bytearray()
         self._num_parts = 0
         self.complete: list[Request] = []
         """Those that the last bytes completed, also where the rest of these bytes was refused."""
 
     def feed(self, data: bytes) -> list[Request]:
-        """The requests that these bytes complete. After InvalidRequest, HeaderTooLarge or RequestTooLarge it reads no more."""
+        """The requests that these bytes complete. After InvalidRequest, HeaderTooLarge, RequestTooLarge or UnsupportedCoding it reads
+        no more."""
         self._num_read, self._num_parts, self.complete = len(data), 0, []
         if self.request is None:
             self._num_head_read += len(data)
         try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            pass  # there is nothing to upgrade to: the request is served as it stands
+            self._parse(data)
         except httptools.HttpParserError as error:
             if isinstance(error.__context__, MeshserveError):  # what a callback raised
                 raise error.__context__ from None
@@ -64,6 +76,25 @@ class RequestReader:
     def method(self) -> str:
         """Of the request that is being read, or was refused; empty before its first line was."""
         return self._parser.get_method().decode("ascii") if self.target else ""
+
+    def _parse(self, data: bytes) -> None:
+        while True:
+            try:
+                self._parser.feed_data(data)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                # There is nothing to upgrade to: the request is served as it stands, and so are those that follow (RFC 9110, section
+                # 7.8). A parser that is told of no upgrade reads on where this one stopped.
+                data = data[upgrade.args[0] :]
+                self._asks_upgrade = False
+                self._parser = _BodyReader(self).parser_after(self._framing_head())
+
+    def _framing_head(self) -> bytes:
+        """A head that has the same body as the last request's head, and asks for no upgrade."""
+        assert self.request is not None, "its head was read"
+        line = f"{self.request.method} / HTTP/{'1.1' if self.request.takes_chunks else '1.0'}\r\n"
+        framing = [b"%b: %b\r\n" % header for header in self._headers if header[0] in _FRAMING]
+        return b"%b%b\r\n" % (line.encode(), b"".join(framing))
 
     def close(self) -> None:
         """Let go of the parser: it holds the reader, so that only the garbage collector could free both."""
@@ -95,16 +126,35 @@ class RequestReader:
         if len(self.complete) >= _MAX_PIPELINED:
             raise InvalidRequest("too many requests at once on one connection")
         headers = dict(reversed(self._headers))  # of a header that comes twice, the first counts
+        if b"host" not in headers or len(headers) < len(self._headers):
+            self._check_hosts()
         announced = headers.get(b"content-length", b"0")
         if len(announced) > _MAX_LENGTH_DIGITS or int(announced) > self._max_body_bytes:
             raise body_too_large(self._max_body_bytes)
-        path, raw_path, query = _parts_of(self.target)
+        path, raw_path, query = _parts_of(self.target, self._root_path)
         method, is_http_1_1 = self._parser.get_method().decode("ascii"), self._parser.get_http_version() == "1.1"
         keeps_alive = is_http_1_1 and self._parser.should_keep_alive()
         self.is_in_head = False
         self.request = Request(
             method, path, raw_path, query, headers, self._address, self._scheme, is_http_1_1, keeps_alive, time.monotonic()
         )
+        if b"content-encoding" in headers:
+            self.request.coding = coding_of(self._values(b"content-encoding"))
+        if self._proxies is not None:
+            self.request.address = self._proxies.client(self._address, self._values(b"x-forwarded-for"))
+            self.request.scheme = scheme_of(self._values(b"x-forwarded-proto"), self._scheme)
+        if b"upgrade" in headers:
+            self._asks_upgrade = self._parser.should_upgrade()
+
+    def _values(self, name: bytes) -> list[bytes]:
+        """Of all headers of this name."""
+        return [value for other, value in self._headers if other == name]
+
+    def _check_hosts(self) -> None:
+        """One `Host`, and no other; HTTP/1.0 may do without (RFC 9112, section 3.2)."""
+        num_hosts = len(self._values(b"host"))
+        if num_hosts > 1 or (not num_hosts and self._parser.get_http_version() == "1.1"):
+            raise InvalidRequest("a request names its host once, in a header `Host`")
 
     def on_body(self, part: bytes) -> None:
         self.num_body_bytes += len(part)
@@ -116,6 +166,8 @@ class RequestReader:
         self._body += part
 
     def on_message_complete(self) -> None:
+        if self._asks_upgrade:
+            return  # its body is still to be read
         assert self.request is not None
         if self._body:
             self.request.body, self._body = bytes(self._body), bytearray()
@@ -123,9 +175,50 @@ class RequestReader:
         self.request, self._num_head_read = None, 0
 
 
+class _BodyReader:
+    """Callbacks of a parser that begins within a request: the request's head, which the parser has to be told, is known."""
+
+    def __init__(self, reader: RequestReader) -> None:
+        self._reader = reader
+        self._is_known = True
+        self.on_body, self.on_message_complete = reader.on_body, reader.on_message_complete
+
+    def parser_after(self, head: bytes) -> httptools.HttpRequestParser:
+        """A parser that goes on behind this head."""
+        parser = _parser_for(self)
+        parser.feed_data(head)
+        self._is_known = False
+        return parser
+
+    def on_message_begin(self) -> None:
+        if not self._is_known:
+            self._reader.on_message_begin()
+
+    def on_url(self, part: bytes) -> None:
+        if not self._is_known:
+            self._reader.on_url(part)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._is_known:
+            self._reader.on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        if not self._is_known:
+            self._reader.on_headers_complete()
+
+
+def _parser_for(callbacks: RequestReader | _BodyReader) -> httptools.HttpRequestParser:
+    parser = httptools.HttpRequestParser(callbacks)
+    # Some clients end a body with a line break that does not belong to it: no reason to withhold the answer.
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
+
+
 @lru_cache(64)  # clients ask for few targets, again and again
-def _parts_of(target: bytes) -> tuple[str, bytes, bytes]:
-    """The path, decoded and as it came, and the query."""
+def _parts_of(target: bytes, root_path: str) -> tuple[str, bytes, bytes]:
+    """The path, decoded and as it came, and the query; without the root path, which a proxy may leave in or take away."""
     url = httptools.parse_url(target)
-    path = url.path.decode("ascii")
-    return unquote(path) if "%" in path else path, url.path, url.query or b""
+    raw_path, path = url.path, url.path.decode("ascii")
+    if root_path and (path == root_path or path.startswith(root_path + "/")):
+        raw_path, path = raw_path[len(root_path) :], path[len(root_path) :]
+    return unquote(path) if "%" in path else path, raw_path, url.query or b""

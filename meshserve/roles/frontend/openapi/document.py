@@ -68,6 +68,7 @@ _WORDS = {
     404: "There is no such model or request, or no such path.",
     408: "The rest of the request, or the reading of the answer, did not come in time.",
     413: "The body is too long.",
+    415: "The body is compressed in a way that is not read.",
     429: "This client has more than its share while others wait.",
     431: "The request line and headers are too long.",
     499: "Somebody else ended this request.",
@@ -76,7 +77,7 @@ _WORDS = {
     503: "The mesh is full, has no worker, or shuts down.",
     504: "The deadline passed.",
 }
-_EVERYWHERE = (400, 403, 408, 413, 431, 500)
+_EVERYWHERE = (400, 403, 408, 413, 415, 431, 500)
 """Of any route: connections have limits, and pages of other sites are turned away."""
 _RETRY = {"retry-after": {"description": "Seconds.", "required": True, "schema": {"type": "integer", "minimum": 1}}}
 _ABOUT_ERRORS = "`message` is for people, `code` is stable, for programs, and `param` is the field at fault."
@@ -220,8 +221,11 @@ def _answer(kinds: list[str], tag: str) -> Schema:
 # --- the document
 
 
-def document(has_keys: bool, observes: bool) -> Schema:
-    """The whole document: `has_keys` if an API key is asked for, `observes` if there are metrics and the dashboard."""
+def document(has_keys: bool, observes: bool, root_path: str = "") -> Schema:
+    """The whole document: `has_keys` if an API key is asked for, `observes` if there are metrics and the dashboard.
+
+    Paths are below `root_path`.
+    """
     table = _ROUTES + (_OBSERVED if observes else "") + (_LOGIN if has_keys else "")
     paths: dict[str, Schema] = {}
     for line in filter(None, table.splitlines()):
@@ -247,6 +251,8 @@ def document(has_keys: bool, observes: bool) -> Schema:
             "parameters": dict(map(_parameter, filter(None, _PARAMETERS.splitlines()))),
         },
     }
+    if root_path:
+        made["servers"] = [{"url": root_path}]
     if has_keys:
         made["components"]["securitySchemes"] = _SECURITY
         made["security"] = [{name: []} for name in _SECURITY]

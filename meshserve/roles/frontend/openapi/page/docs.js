@@ -198,7 +198,7 @@ function show() {
   const sections = root.tags.map(({ name, description }) =>
     el("section", {}, el("h2", {}, name), paragraph(description, "muted"), ...all.filter(([, , { tags }]) => tags.includes(name)).map((found) => operationOf(...found))),
   );
-  const raw = el("p", {}, "The document itself: ", el("a", { href: "/openapi.json" }, "/openapi.json"), ` (OpenAPI ${root.openapi}).`);
+  const raw = el("p", {}, "The document itself: ", el("a", { href: "openapi.json" }, "/openapi.json"), ` (OpenAPI ${root.openapi}).`);
   const about = root.info.description.split("\n\n").map((text) => paragraph(text));
   main.replaceChildren(el("div", { className: "about" }, ...about, raw), ...sections);
   main.removeAttribute("aria-busy");
@@ -230,7 +230,7 @@ document.getElementById("theme").addEventListener("click", () => {
 addEventListener("hashchange", openNamed);
 
 try {
-  const response = await fetch("/openapi.json");
+  const response = await fetch("openapi.json");
   if (!response.ok) throw new Error(`status ${response.status}`);
   root = await response.json();
   show();

@@ -1,0 +1,70 @@
+"""A stream shows that it lives before its first token, and while nothing comes for it."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from meshserve.roles.frontend.liveness import HEAD_BY_S, Pauses
+from tests.harness import wait_until
+from tests.roles.frontends import Frontend, error_of, started
+
+PATHS: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"model": "dummy", "prompt": "a" * 60, "max_tokens": 2, "stream": True},
+    "/v1/chat/completions": {"model": "dummy", "messages": [{"role": "user", "content": "b" * 60}], "max_tokens": 2, "stream": True},
+    "/v1/responses": {"model": "dummy", "input": "c" * 60, "max_output_tokens": 2, "stream": True},
+    "/v1/messages": {"model": "dummy", "messages": [{"role": "user", "content": "d" * 60}], "max_tokens": 2, "stream": True},
+    "/generate": {"prompt": "e" * 60, "request_id": "mine"},
+}
+PINGS = {"/v1/messages": 'event: ping\ndata: {"type":"ping"}\n\n', "/generate": '{"request_id":"mine","text":""}\n'}
+
+
+@pytest.fixture(scope="module")
+def slow() -> Iterator[Frontend]:
+    """Its prompts take some 4 s."""
+    yield from started("--mesh", "frontend-slow-streams", "--stream-ping", "1", "--engine-opt", "prefill_tokens_per_s=15")
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_long_prefill_has_its_head_first_and_then_pings_until_the_first_token(slow: Frontend, path: str) -> None:
+    with slow.client.stream("POST", path, json=PATHS[path]) as response:
+        assert response.status_code == 200 and response.headers["x-request-id"]
+        assert slow.running() == 1, "the head came before the first token"
+        text = "".join(response.iter_text())
+    ping = PINGS.get(path, ": ping\n\n")
+    assert text.startswith(2 * ping) and not text.endswith(ping), text
+    assert "error" not in text and text.count("\n") > 3 + text.count(ping) * ping.count("\n")
+
+
+def test_what_fails_after_the_head_is_an_error_event_and_before_it_a_status(slow: Frontend) -> None:
+    body = {**PATHS["/v1/completions"], "prompt": "f" * 60}
+    with slow.client.stream("POST", "/v1/completions", json=body, headers={"x-request-timeout": "2"}) as response:
+        assert response.status_code == 200
+        events = [line for line in "".join(response.iter_text()).split("\n\n") if line and line != ": ping"]
+    assert len(events) == 1 and json.loads(events[0].removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
+    refused = slow.client.post("/v1/completions", json={**body, "model": "none"})
+    assert refused.status_code == 404 and error_of(refused)["code"] == "model_not_found"
+    wait_until(lambda: slow.running() == 0, 20.0, "the worker is free again")
+
+
+def test_whole_answers_get_no_pings(slow: Frontend) -> None:
+    response = slow.client.post("/v1/completions", json={**PATHS["/v1/completions"], "stream": False, "prompt": "g" * 40})
+    assert response.status_code == 200 and response.content.startswith(b'{"id"') and "transfer-encoding" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("ping_s", "writes", "due"),
+    [
+        # (time of the look, writes so far, head sent), and at which looks something is due
+        (5.0, [(0.0, 0, False), (0.5, 0, False), (3.5, 0, False), (4.0, 0, False)], [4.0]),
+        (5.0, [(0.0, 1, True), (4.0, 1, True), (4.5, 2, True), (8.0, 2, True), (8.5, 2, True)], [4.0, 8.5]),
+        (1.0, [(0.0, 0, False), (0.5, 0, False), (1.0, 1, True), (1.5, 1, True)], [0.5, 1.5]),
+        (20.0, [(0.0, 0, False), (4.0, 0, False), (4.5, 1, True), (20.0, 1, True), (23.5, 1, True)], [4.0, 23.5]),
+        (0.0, [(0.0, 0, False), (4.0, 0, False), (4.5, 1, True), (400.0, 1, True)], [4.0]),
+    ],
+)
+def test_a_pause_is_found_before_it_is_too_long(ping_s: float, writes: list[tuple[float, int, bool]], due: list[float]) -> None:
+    pauses = Pauses(ping_s, 0.5)
+    assert [now_s for now_s, num, has_head in writes if pauses.is_due(now_s, num, has_head=has_head)] == due
+    assert HEAD_BY_S == 5.0
