@@ -6,7 +6,7 @@ host it happened. Foreign exceptions are mapped to these once, at the edge where
 
 from collections.abc import Sequence
 from inspect import get_annotations
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class MeshserveError(Exception):
@@ -46,9 +46,29 @@ class InvalidRequest(MeshserveError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt and output together do not fit into the model's context."""
+    """Prompt and output together are more tokens than any worker takes. Its words are OpenAI's, which programs look for."""
 
     code = "context_length_exceeded"
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    """That were asked for; 0: the prompt alone is too long."""
+    context_length: int = 0
+
+    @classmethod
+    def of(cls, num_prompt: int, num_output: int, context_length: int, param: str) -> Self:
+        """The error for a prompt and its output, where the request names a length of that."""
+        is_alone = not num_output or num_prompt >= context_length
+        found = f"your {param} resulted in {num_prompt} tokens"
+        if not is_alone:
+            found = f"you requested {num_prompt + num_output} tokens ({num_prompt} in the {param}, {num_output} in the completion)"
+        return cls(
+            f"This model's maximum context length is {context_length} tokens. However, {found}. "
+            f"Please reduce the length of the {param}{'' if is_alone else ' or the completion'}.",
+            param=param,
+            num_prompt_tokens=num_prompt,
+            num_output_tokens=0 if is_alone else num_output,
+            context_length=context_length,
+        )
 
 
 class ModelNotFound(InvalidRequest):
@@ -283,7 +303,7 @@ def codes_of(http_status: int) -> list[str]:
 _BY_CODE: dict[str, type[MeshserveError]] = {found.code: found for found in _all_classes(MeshserveError)}
 
 
-_MAX_TEXT, _MAX_SECONDS, _MAX_NAMES = 2000, 1e6, 64
+_MAX_TEXT, _MAX_SECONDS, _MAX_NAMES, _MOST_COUNTED = 2000, 1e6, 64, 2**53
 
 
 def from_wire(data: Any) -> MeshserveError:
@@ -305,6 +325,8 @@ def _may_be(default: Any, value: Any) -> bool:
     """Whether this can be the value of a detail with that default."""
     if isinstance(default, bool):
         return isinstance(value, bool)
+    if isinstance(default, int):
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MOST_COUNTED
     if isinstance(default, float):
         return isinstance(value, (int, float)) and 0 <= value <= _MAX_SECONDS
     if isinstance(default, tuple):

@@ -14,7 +14,7 @@ from meshserve.routing.fleet import Fleet, Question
 from meshserve.routing.policies import POLICIES
 from meshserve.routing.workers import CostSettings, Prompt
 from meshserve.wire.card import KVLayout, ModelCard, exact_name
-from meshserve.wire.hello import PeerInfo
+from meshserve.wire.hello import PeerInfo, with_room
 from meshserve.wire.messages import IN_FLIGHT, ROUTE, WORKER_REPORTS
 from meshserve.wire.routing import InFlightReservation, RouteRequest, RoutingDecision, WorkerReport
 
@@ -33,6 +33,8 @@ class _WorkerSet:
     """Incarnations."""
     prefill: list[str]
     """Those of workers that exchange KV blocks with them."""
+    shortest: int
+    """Tokens of a request that each of the decode workers takes."""
 
 
 class RouterRole:
@@ -117,7 +119,10 @@ class RouterRole:
         block_size = workers.layout.block_size
         hashes = block_hashes(asked.tokens, block_size, workers.card.model_hash)
         prompt = Prompt(len(asked.tokens), block_size, hashes)
-        question = Question(asked.request_id, prompt, workers.decode, workers.prefill, asked.session)
+        decode = workers.decode
+        if asked.num_tokens > workers.shortest:
+            decode = [info.incarnation for info in with_room(workers.found_in, asked.num_tokens)]
+        question = Question(asked.request_id, prompt, decode, workers.prefill, asked.session)
         found = self.fleet.choose(policy, question, time.monotonic())
         if self._in_flight.watchers and found.reservation is not None:
             self._in_flight.publish(found.reservation)
@@ -148,7 +153,7 @@ class RouterRole:
         for info in (*decode, *prefill):
             self._follow(info.incarnation)
         names = [info.incarnation for info in decode], [info.incarnation for info in prefill]
-        workers = _WorkerSet(decode, card, layout, *names)
+        workers = _WorkerSet(decode, card, layout, *names, min(info.card.context_length for info in decode if info.card is not None))
         if not excluded:
             self._worker_sets[model] = workers
         return workers

@@ -51,7 +51,8 @@ class ModelCard(FrozenMap, frozen=True):
     model_hash: str
     """Digest over all that makes the model's output: equal hashes, equal tokens."""
     context_length: Annotated[int, Meta(ge=1, lt=2**40)]
-    """Prompt and output together, in tokens."""
+    """Prompt and output together, in tokens: the lesser of what the model reads and what this worker's KV cache holds. Workers of one model
+    may differ in it."""
     tokenizer: str
     """Which tokenizer the processor must use: `bytes` is the dummy model's own, `huggingface` is made of `files`."""
     chat_template: str
@@ -86,6 +87,10 @@ class ModelCard(FrozenMap, frozen=True):
     def served_as(self, names: "tuple[str, ...]") -> "ModelCard":
         """The same model under other names; under its own if there are none."""
         return replace(self, model=names[0], aliases=names[1:]) if names else self
+
+    def within(self, num_tokens: int) -> "ModelCard":
+        """The same model at a worker whose KV cache holds so many tokens: no request there can have more."""
+        return self if self.context_length <= num_tokens else replace(self, context_length=max(1, num_tokens))
 
     def _check(self) -> None:
         """A newer peer's card may name files and features that are unknown here."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import ipaddress
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from meshserve.config import PROTOCOL_MAJOR, PROTOCOL_MINOR, ROLES
@@ -68,6 +69,11 @@ class PeerInfo(FrozenMap, frozen=True):
     def hint(self) -> PeerHint:
         """What others may pass on about it."""
         return PeerHint(self.incarnation, self.addresses, self.port)
+
+
+def with_room(workers: Sequence[PeerInfo], num_tokens: int) -> Sequence[PeerInfo]:
+    """Those whose card takes requests of so many tokens; all if none does, since a worker's refusal says what is too long."""
+    return [info for info in workers if info.card is not None and info.card.context_length >= num_tokens] or workers
 
 
 class Hello(Map):

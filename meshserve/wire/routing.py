@@ -19,6 +19,8 @@ class RouteRequest(Map):
     """Incarnations of workers that were tried."""
     model_hash: str = ""
     """Of the model that the prompt was made for, where several have the name; empty: not said."""
+    num_tokens: Figure = 0
+    """Of the prompt and all output that it may get: workers that take fewer are passed over. 0: not said."""
 
 
 class Candidate(Row):

@@ -233,7 +233,8 @@ def test_what_does_not_fit_the_context_is_refused_in_openais_form(clients: Clien
         lambda: clients.openai.completions.create(model=MODEL, prompt=long, max_tokens=1),
     ):
         found = refusal(ask)
-        assert (found["status"], found["code"]) == (400, "context_length_exceeded") and f"context is {most} tokens" in found["message"]
+        assert (found["status"], found["code"]) == (400, "context_length_exceeded")
+        assert f"context length is {most} tokens" in found["message"]
     assert content(chat(clients)), "the mesh is unharmed"
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
-from meshserve.errors import ContextLengthExceeded, EngineFailed, InvalidRequest, PoolFull
+from meshserve.errors import ContextLengthExceeded, EngineFailed, InvalidRequest
 from meshserve.wire.generation import TokenLogprobs
 from tests.engines.dummy_harness import (
     DEADLINE_S,
@@ -259,8 +259,8 @@ def test_requests_that_cannot_be_served_are_refused_in_words() -> None:
     async def run() -> None:
         async with running_engine(context_length=100, num_blocks=8) as engine:
             sink = GenerationRecord()
-            with pytest.raises(ContextLengthExceeded, match=r"context length is 100 tokens.*requested 110 tokens .90 in the prompt, 20 in"):
-                engine.check(a_request(tokens_of(90)))
+            with pytest.raises(ContextLengthExceeded, match=r"context length is 32 tokens.*requested 40 tokens .20 in the prompt, 20 in"):
+                engine.check(a_request(tokens_of(20)))
             five = tokens_of(5)
             for request, param in (
                 (a_request(tokens_of(0)), "prompt"),
@@ -272,8 +272,8 @@ def test_requests_that_cannot_be_served_are_refused_in_words() -> None:
                 with pytest.raises(InvalidRequest) as refused:
                     engine.generate(request, sink)
                 assert refused.value.param == param
-            with pytest.raises(PoolFull, match="39 tokens need 10 KV blocks, and this worker has 8"):
-                engine.generate(a_request(tokens_of(20)), sink)
+            with pytest.raises(ContextLengthExceeded, match=r"context length is 32 tokens.*resulted in 39 tokens"):
+                engine.generate(a_request(tokens_of(39)), sink)
             engine.generate(a_request(tokens_of(5)), sink)
             with pytest.raises(InvalidRequest, match="already"):
                 engine.generate(a_request(tokens_of(5)), sink)

@@ -39,7 +39,9 @@ def test_options_that_will_not_do_are_refused_with_what_would(key: str, value: s
 
 
 def test_cards_are_equal_exactly_when_tokens_and_kv_are() -> None:
-    assert card() == card(num_blocks="9", profile="reference", max_batch="1", step_ms="3")
+    assert card() == card(profile="reference", max_batch="1", step_ms="3")
+    small = card(num_blocks="9")
+    assert (small.model_hash, small.context_length) == (card().model_hash, 9 * 16), "a request has no more tokens than its pool"
     hashes = {card().model_hash, card("other").model_hash, card(kv_bytes_per_token="8").model_hash, card(block_size="8").model_hash}
     assert len(hashes) == 4
     assert ModelCard.from_wire(card().to_wire()) == card()

@@ -60,10 +60,10 @@ def test_with_a_pool_for_three_prompts_twenty_take_their_turns(lan: Lan) -> None
     assert not any(load["used_blocks"] or load["num_waiting"] for load in loads)
 
 
-def test_a_prompt_that_no_pool_can_hold_is_refused_with_503_and_holds_nothing(lan: Lan) -> None:
+def test_a_prompt_that_no_pool_can_hold_is_refused_with_400_and_holds_nothing(lan: Lan) -> None:
     mesh = start_disaggregated(lan, "--engine-opt", "num_blocks=20")
     mesh.wait_until_all_meet()
     body = {"model": "dummy", "prompt": long_prompts(1)[0], "max_tokens": 4}
     response = mesh.front.post_json(f"{HTTP}/v1/completions", body, timeout_s=60.0)
-    assert response.status == 503 and response.json()["error"]["code"] == "pool_full"
+    assert response.status == 400 and response.json()["error"]["code"] == "context_length_exceeded"
     assert not any(peer["load"]["used_blocks"] for peer in mesh.peers() if peer["load"])

@@ -153,10 +153,10 @@ def test_a_workers_details_say_how_long_its_clients_wait(shown: Shown) -> None:
 def test_a_request_that_failed_says_why_when_it_is_opened(shown: Shown) -> None:
     body = {"model": "dummy", "prompt": "A prompt", "max_tokens": 100_000}
     answer = httpx.post(f"{shown.url}/v1/completions", json=body, timeout=60.0)
-    assert answer.status_code == 503, answer.text
+    assert answer.status_code == 400, answer.text
     row = f"document.querySelector('#requests [data-request=\"{answer.headers['x-request-id']}\"][data-state=failed] button')"
     shown.page.wait_for(f"{row} !== null", 5.0)
-    assert shown.page.evaluate(f"{row}.querySelector('.row-time').textContent") == "pool_full"
+    assert shown.page.evaluate(f"{row}.querySelector('.row-time').textContent") == "context_length_exceeded"
     shown.page.evaluate(f"{row}.click()")
     shown.page.wait_for("document.querySelector('#detail .failure') !== null", 5.0)
     error = answer.json()["error"]

@@ -41,7 +41,7 @@ class CoreEngine:
 
     def __init__(self, runner: ModelRunner, clock: Callable[[], float] = time.monotonic) -> None:
         self.runner, self._pool = runner, runner.pool
-        self.card: ModelCard = runner.card
+        self.card: ModelCard = runner.card.within(runner.pool.num_blocks * runner.kv_layout.block_size)
         self.files: Mapping[str, bytes] = runner.files
         self.on_failure: Callable[[MeshserveError], None] = lambda error: None
         """Called once the engine as a whole can compute no more, after its requests have ended; :meth:`start` may try again."""

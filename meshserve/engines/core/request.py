@@ -119,11 +119,7 @@ def check_request(request: GenerateRequest, vocab_size: int, context_length: int
 
 def too_long(num_prompt: int, num_output: int, context_length: int) -> ContextLengthExceeded:
     """The error for a prompt and its output that have more tokens than the model can take."""
-    return ContextLengthExceeded(
-        f"This model's maximum context length is {context_length} tokens. However, you requested {num_prompt + num_output} tokens "
-        f"({num_prompt} in the prompt, {num_output} in the completion). Please reduce the length of either.",
-        param="prompt" if num_prompt >= context_length else "max_tokens",
-    )
+    return ContextLengthExceeded.of(num_prompt, num_output, context_length, "prompt")
 
 
 def _check_sampling(sampling: Sampling, vocab_size: int) -> None:

@@ -265,4 +265,9 @@ class DummyEngine(CoreEngine):
     """
 
     def __init__(self, options: EngineOptions, clock: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(DummyRunner(parse_options(options), options.model or "dummy", clock), clock)
+        runner = DummyRunner(parse_options(options), options.model or "dummy", clock)
+        super().__init__(runner, clock)
+        asked, most = runner.card.context_length, self.card.context_length
+        if "context_length" in options.options and most < asked:
+            more = "raise --kv-cache-tokens, or lower context_length"
+            self.description = f"{self.card.model}: sequences end at {most:,} of {asked:,} tokens, since the KV cache holds no more: {more}"

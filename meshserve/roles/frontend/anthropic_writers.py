@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from meshserve.errors import InvalidRequest, MeshserveError, Unsupported
+from meshserve.errors import ContextLengthExceeded, InvalidRequest, MeshserveError, Unsupported
 from meshserve.roles.frontend.shapes import dump
 from meshserve.roles.frontend.writers import EventWriter, Part, Reply, WholeWriter
 from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, StartItem, TextItem
@@ -30,10 +30,20 @@ def error_body(error: MeshserveError) -> bytes:
     """Anthropic's error object; `code` and `param` are those of the other APIs."""
     default = "invalid_request_error" if isinstance(error, InvalidRequest) else "api_error"
     param = error.param if isinstance(error, InvalidRequest) else None
-    told: Json = {"type": ERROR_TYPES.get(error.http_status, default), "message": error.message, "code": error.code, "param": param}
+    message = _too_long(error) if isinstance(error, ContextLengthExceeded) and error.context_length else error.message
+    told: Json = {"type": ERROR_TYPES.get(error.http_status, default), "message": message, "code": error.code, "param": param}
     if isinstance(error, Unsupported) and error.beta is not None:  # the official client goes on without this field
         told["details"] = {"error_code": f"{error.beta}_unsupported_request", "unsupported": [error.beta]}
     return dump({"type": "error", "error": told}).encode()
+
+
+def _too_long(error: ContextLengthExceeded) -> str:
+    """In Anthropic's words: programs take the figures out of them, and ask for less or sum the conversation up."""
+    num_prompt, num_output, limit = error.num_prompt_tokens, error.num_output_tokens, error.context_length
+    if not num_output:
+        return f"prompt is too long: {num_prompt} tokens > {limit} maximum"
+    told = f"{num_prompt} + {num_output} > {limit}"
+    return f"input length and `max_tokens` exceed context limit: {told}, decrease input length or `max_tokens` and try again"
 
 
 def usage_of(ending: Ending) -> Json:

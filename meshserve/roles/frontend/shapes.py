@@ -56,7 +56,7 @@ def model_entry(name: str, workers: Sequence[PeerInfo], created_s: int) -> dict[
         "object": "model",
         "created": created_s,
         "owned_by": "meshserve",
-        "max_model_len": serving[-1][0].context_length,
+        "max_model_len": max(card.context_length for card, _ in serving),
         "variants": [
             {"id": exact, "model_hash": model, "kv_layout": layout, "workers": count}
             for (exact, model, layout), count in counts.items()

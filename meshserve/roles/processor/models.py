@@ -5,8 +5,6 @@ a model: prompts of tokens, and sampling parameters.
 import asyncio
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable
-from contextlib import suppress
 from functools import lru_cache
 from itertools import compress, count
 from operator import attrgetter
@@ -15,7 +13,7 @@ from typing import Any
 from xxhash import xxh3_64_intdigest
 
 from meshserve.engines.tokenizers.own import CHAT_TEMPLATE
-from meshserve.errors import ContextLengthExceeded, InvalidRequest, MeshserveError, ModelNotFound, NoWorker, Unsupported
+from meshserve.errors import ContextLengthExceeded, InvalidRequest, ModelNotFound, NoWorker, Unsupported
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.membership import Change, Member
 from meshserve.mesh.mesh import Mesh
@@ -27,8 +25,8 @@ from meshserve.telemetry import Histograms
 from meshserve.wire.card import ModelCard, exact_name
 from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Tokenized, TokenizeRequest
 from meshserve.wire.generation import AskedSampling, Sampling, SamplingDefaults
-from meshserve.wire.hello import PeerInfo
-from meshserve.wire.messages import DETOKENIZE, HAS_SEQUENCE, TOKENIZE
+from meshserve.wire.hello import PeerInfo, with_room
+from meshserve.wire.messages import DETOKENIZE, TOKENIZE
 from meshserve.wire.routing import Candidate, RoutingDecision
 from meshserve.wire.structs import asdict, replace
 
@@ -53,8 +51,6 @@ Encoded = tuple[list["array[int]"], TokenTexts]
 
 _MAX_OUT_OF_REACH = 64
 _NO_ROUTER = "round-robin (no router)"
-_TAKEN_TIMEOUT_S = 2.0
-"""For a worker to say whether it has a sequence."""
 
 
 class Dispatcher:
@@ -96,9 +92,9 @@ class Dispatcher:
         found = infos[0].card if infos else None
         return found if found is not None and found.model_hash != card.model_hash and found.text == card.text else None
 
-    def take_turns(self, model: str, card: ModelCard, excluded: tuple[str, ...]) -> RoutingDecision:
-        """Without a router: live workers of this model, each time another one first. Raises NoWorker."""
-        infos = self.workers(model, card)
+    def take_turns(self, model: str, card: ModelCard, excluded: tuple[str, ...], num_tokens: int) -> RoutingDecision:
+        """Without a router: live workers of this model that take so many tokens, each time another one first. Raises NoWorker."""
+        infos = with_room(self.workers(model, card), num_tokens)
         able = [info.incarnation for info in infos if info.incarnation not in excluded]
         if not able:
             raise NoWorker(f"no decode worker for the model {model!r} can take work now")
@@ -145,17 +141,6 @@ class Dispatcher:
             self._out_of_reach = tuple(peer for peer in self._out_of_reach if not self.mesh.can_take_work(peer))
         return self._out_of_reach
 
-    async def is_taken(self, sequences: Iterable[tuple[str | None, str]]) -> bool:
-        """Whether the first of these sequences that was sent to a worker is there. Each is its worker, None without one, and its name.
-
-        A worker is asked for the rare request that waits long for its first token, so that no other request pays for a word of it.
-        """
-        for worker, name in sequences:
-            if worker is not None:
-                with suppress(MeshserveError):
-                    return bool(await self.mesh.call(worker, HAS_SEQUENCE, name, _TAKEN_TIMEOUT_S))
-        return False
-
     def block_size(self, model: str, card: ModelCard) -> int:
         """Tokens in a KV block of this model's workers; 0 if none is left."""
         infos = self.workers(model, card)
@@ -171,6 +156,8 @@ class Models:
         self._own = ModelText()
         self._texts: OrderedDict[Any, ProcessText] = OrderedDict()
         self._is_closed = False
+        self._largest: tuple[list[PeerInfo], ModelCard] | tuple[None, None] = None, None
+        """Workers as `peers_serving` gave them last, another list as soon as any peer changes, and the card of one of them."""
         mesh.subscribe(self._on_change)
         mesh.serve_async(TOKENIZE, self._tokenize)
         mesh.serve_async(DETOKENIZE, self._detokenize)
@@ -182,10 +169,14 @@ class Models:
         await asyncio.to_thread(self._own.begin)
 
     def card(self, model: str) -> ModelCard:
-        """Raises NoWorker if there is no decode worker at all, ModelNotFound if none serves this model."""
-        for info in self._mesh.peers_serving("decode", model):
-            if info.card is not None:
-                return info.card
+        """Of the worker that takes the longest requests. Raises NoWorker if there is no decode worker at all, ModelNotFound if none serves
+        this model."""
+        serving = self._mesh.peers_serving("decode", model)
+        if serving is self._largest[0]:
+            return self._largest[1]
+        if cards := [info.card for info in serving if info.card is not None]:
+            self._largest = serving, max(cards, key=lambda card: card.context_length)
+            return self._largest[1]
         # a request for a model whose workers are all silent has to wait, and is prepared meanwhile
         infos = self._mesh.peers_with("decode") + self._mesh.silent_peers_with("decode")
         cards = [info.card for info in infos if info.card is not None]
@@ -342,11 +333,8 @@ def check_prompts(
     wanted = request.max_tokens or 1
     longest = len(prompts[0]) if len(prompts) == 1 else max(map(len, prompts))
     if longest + wanted > card.context_length:
-        raise ContextLengthExceeded(
-            f"this model's context is {card.context_length} tokens; {longest} of prompt and {wanted} of"
-            " completion are too many",
-            param="messages" if request.kind == "chat" else "prompt",
-        )
+        param = "messages" if request.kind == "chat" else "prompt"
+        raise ContextLengthExceeded.of(longest, request.max_tokens or 0, card.context_length, param)
     if request.echo and request.logprobs >= 0 and longest > MAX_SCORED_PROMPT_TOKENS:
         raise InvalidRequest(
             f"echo with logprobs takes prompts of up to {MAX_SCORED_PROMPT_TOKENS} tokens, and this one has"

@@ -28,6 +28,7 @@ from meshserve.roles.processor.detokenizing import TokenTexts
 from meshserve.roles.processor.models import Dispatcher, Models, check_features, check_prompts, draw_seed, sampling_of
 from meshserve.roles.processor.sequences import Sequence
 from meshserve.roles.processor.stalls import watch_stalls
+from meshserve.roles.processor.taken import is_taken
 from meshserve.roles.processor.tools import StrictCalls, in_fields, tools_of, wants_call, writes_calls
 from meshserve.telemetry import log_event
 from meshserve.wire.card import ModelCard
@@ -89,7 +90,7 @@ class ProcessorRole:
 
     async def _is_taken(self, call: IncomingCall) -> bool:
         sequences = request.sequences if (request := self.running.get(call.body)) is not None else []
-        return await self.dispatcher.is_taken((found.worker, found.receipt.request_id) for found in sequences if not found.is_over)
+        return await is_taken(self.mesh, ((found.worker, found.receipt.request_id) for found in sequences if not found.is_over))
 
     def _on_change(self, change: Change, member: Member) -> None:
         incarnation, histograms = member.info.incarnation, self.dispatcher.histograms

@@ -127,14 +127,14 @@ class Sequence:
         router = dispatcher.next_router(self._routers)
         if router is None:
             try:
-                self._routed(dispatcher.take_turns(asked.model, self.card, self._excluded))
+                self._routed(dispatcher.take_turns(asked.model, self.card, self._excluded, len(self.tokens) + self.sampling.max_tokens))
             except NoWorker as error:
                 self._not_routed(error)
             return
         self._routers += (router,)
-        excluded = self._excluded + dispatcher.out_of_reach()
         tokens = self.tokens + self.output if self.output else self.tokens
-        question = RouteRequest(receipt.request_id, asked.model, tokens, asked.policy, asked.session, excluded, self.card.model_hash)
+        where = asked.policy, asked.session, self._excluded + dispatcher.out_of_reach(), self.card.model_hash
+        question = RouteRequest(receipt.request_id, asked.model, tokens, *where, len(self.tokens) + self.sampling.max_tokens)
         try:
             self._stream = dispatcher.mesh.open(router, ROUTE, question, self, _ROUTE_TIMEOUT_S)
         except PeerLost:
