@@ -102,7 +102,7 @@ def http_address(text: str) -> tuple[str, int]:
 
 def _check_origin(origin: str) -> None:
     scheme, separator, host = origin.partition("://")
-    is_plain = separator and scheme and host and "/" not in host and "*" not in host.removesuffix(":*") and origin == origin.lower()
+    is_plain = separator and scheme and host and "/" not in host and "*" not in origin.removesuffix(":*") and origin == origin.lower()
     if origin != "*" and not is_plain:
         raise UsageError(f"--cors-origin {origin!r} is not an origin like https://chat.example.org or http://localhost:*, nor *")
 
