@@ -14,7 +14,7 @@ from meshserve.roles.frontend.http.forwarded import TrustedProxies
 
 _FRONTEND, _SERVE = FrontendConfig(), ServeConfig()
 
-_ROOT_PATH = re.compile(r"(/[A-Za-z0-9._~-]+)+")
+_ROOT_PATH = re.compile(r"(/(?!\.\.?(/|$))[A-Za-z0-9._~-]+)+")
 
 frontend_options = together(
     option(
@@ -85,10 +85,11 @@ def frontend_config(settings: Mapping[str, Any]) -> FrontendConfig:
         raise UsageError("--tls-cert and --tls-key go together")
     for origin in settings["cors_origins"]:
         _check_origin(origin)
-    if settings["root_path"] and not _ROOT_PATH.fullmatch(settings["root_path"].rstrip("/")):
+    root_path = settings["root_path"].rstrip("/")
+    if root_path and not _ROOT_PATH.fullmatch(root_path):
         raise UsageError(f"--root-path {settings['root_path']!r} is not a path like /llm")
     TrustedProxies(settings["forwarded_allow_ips"])  # raises UsageError
-    settings = {**settings, "root_path": settings["root_path"].rstrip("/")}
+    settings = {**settings, "root_path": root_path}
     return pick(FrontendConfig, settings)
 
 

@@ -368,7 +368,7 @@ def test_what_is_out_of_range_is_refused_by_the_name_of_its_field(sampling: dict
 
 def test_a_prompt_too_long_or_with_unknown_tokens_is_not_rated() -> None:
     async def run() -> None:
-        async with running_engine() as engine:
+        async with running_engine(num_blocks=1024) as engine:
             with pytest.raises(InvalidRequest, match="at most 1560 tokens with 20 alternatives each, and not for 1561"):
                 engine.check(a_request(tokens_of(1561), prompt_logprobs=20))
             engine.check(a_request(tokens_of(1560), prompt_logprobs=20))

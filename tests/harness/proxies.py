@@ -20,7 +20,6 @@ http {{ access_log off; {timeouts}
 _CADDY = """{{
   admin off
   auto_https off
-  persist_config off
 }}
 http:// {{
   bind unix/{socket}
