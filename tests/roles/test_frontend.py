@@ -118,7 +118,7 @@ def test_a_mistake_of_ours_is_told_in_the_apis_shape(caplog: pytest.LogCaptureFi
 
 def test_a_long_body_is_read_like_a_short_one() -> None:
     async def check() -> None:
-        async with streaming("/v1/completions", {"prompt": "x" * 60_000}) as (found, pieces):
+        async with streaming("/v1/completions", {"prompt": '"' * 60_000}) as (found, pieces):
             (asked,) = await found.worker.asked(1)
             assert len(asked.tokens) == 60_000
             found.worker.calls[0].end({"reason": "stop"})
