@@ -141,6 +141,12 @@ def test_a_root_path_is_served_with_and_without_and_told_in_every_place(proxied:
     assert 'src="dashboard/app.js"' in page and 'src="docs/docs.js"' in page and '="/' not in page
 
 
+@pytest.mark.parametrize("prefix", ["", "/llm"])
+def test_what_is_refused_before_routing_has_the_shape_of_its_api(proxied: Frontend, prefix: str) -> None:
+    told = proxied.client.post(f"{prefix}/v1/messages", content=b"x", headers={"content-encoding": "br"})
+    assert told.status_code == 415 and told.json()["type"] == "error"
+
+
 def test_the_path_itself_leads_to_the_page_below_it(proxied: Frontend) -> None:
     found = proxied.client.get("/llm", headers={"authorization": "Bearer secret"})
     assert (found.status_code, found.headers["location"]) == (307, "/llm/")

@@ -2,7 +2,8 @@
 
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.roles.frontend.completions import Completions
-from meshserve.roles.frontend.http.connection import SWEEP_S, Connection
+from meshserve.roles.frontend.http.connection import Connection
+from meshserve.roles.frontend.http.connections import SWEEP_S
 
 HEAD_BY_S = 5.0
 """After its admission the head of a stream is sent, whatever becomes of the request. Lower turns late refusals, which clients know by their

@@ -17,7 +17,8 @@ from meshserve.roles.frontend import apis, shapes
 from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.guard import Guard
 from meshserve.roles.frontend.handlers import handlers_of
-from meshserve.roles.frontend.http.connection import Application, Connection, Connections
+from meshserve.roles.frontend.http.connection import Application, Connection
+from meshserve.roles.frontend.http.connections import Connections
 from meshserve.roles.frontend.http.messages import Request, Response, takes_encoding
 from meshserve.roles.frontend.http.request_log import RequestLog
 from meshserve.roles.frontend.listening import BACKLOG, bind, possible_connections, tls_context, url_of
@@ -61,11 +62,11 @@ class FrontendRole:
         application = Application(guard.admit, routes.answer, apis.error_response)
         scheme, mesh = "http" if context is None else "https", self._mesh
         log = RequestLog(mesh.request_counts, routes.route_of, self._is_served)
-        connections = Connections(application, limits, self._config.max_body_bytes, scheme, mesh.counters, log)
+        connections = Connections(limits, self._config.max_body_bytes, scheme, mesh.counters, log)
         self._connections = connections
         self._mesh.gauges.derive("http_connections", lambda: len(connections.open))
         self._server = await asyncio.get_running_loop().create_server(
-            partial(Connection, connections),
+            partial(Connection, connections, application),
             sock=listening,
             backlog=BACKLOG,
             ssl=context,

@@ -1,34 +1,25 @@
 """One HTTP connection: its requests are answered in their order, under deadlines and limits of size.
 
-The sweep over all connections (:class:`Connections`) looks at the deadlines, so that a request pays for no timer.
+The sweep over all connections (`connections.py`) looks at the deadlines, so that a request pays for no timer.
 """
 
 import asyncio
 import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, Protocol
 
-from meshserve.config import FrontendConfig
-from meshserve.errors import MeshserveError, Overloaded, RateLimited, RequestTimedOut
+from meshserve.errors import MeshserveError, RequestTimedOut
+from meshserve.roles.frontend.http.connections import Connections
 from meshserve.roles.frontend.http.deadlines import Progress, Stage, Verdict
-from meshserve.roles.frontend.http.forwarded import TrustedProxies, plain_address
+from meshserve.roles.frontend.http.forwarded import plain_address
 from meshserve.roles.frontend.http.messages import Request, Response
 from meshserve.roles.frontend.http.reader import RequestReader
-from meshserve.roles.frontend.http.request_log import RequestLog
-from meshserve.telemetry import Counters
 
 _log = logging.getLogger(__name__)
 
-SWEEP_S = 0.5
-_SWEEP_AGAIN_S = 0.02
-_CLOSE_CHECK_S = 0.01
-_MAX_CLOSED_PER_SWEEP = 64
-"""Refusing a connection costs some 30 us: hundreds at once would hold up everybody's tokens."""
 _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 _STATUS_LINES = {status: f"HTTP/1.1 {status} {_PHRASES.get(status, '')}\r\n".encode() for status in range(100, 600)}
 
@@ -43,7 +34,7 @@ class Answer(Protocol):
         """Write what waits: the client takes more in again."""
 
     def look_after(self, now_s: float) -> None:
-        """The sweep passes, every :data:`SWEEP_S`: something may be due."""
+        """The sweep passes, every :data:`~meshserve.roles.frontend.http.connections.SWEEP_S`: something may be due."""
 
     def client_gone(self) -> None:
         """The connection is lost."""
@@ -60,83 +51,11 @@ class Application:
     """An error as the clients of this path expect it."""
 
 
-class Connections:
-    """All connections of one server: their limits, their number by address, and the sweep."""
-
-    def __init__(
-        self,
-        application: Application,
-        limits: FrontendConfig,
-        max_body_bytes: int,
-        scheme: str,
-        counters: Counters,
-        log: RequestLog,
-    ) -> None:
-        self.application, self.limits, self.max_body_bytes, self.log = application, limits, max_body_bytes, log
-        self.scheme, self.counters = scheme, counters
-        self.proxies = TrustedProxies(limits.forwarded_allow_ips)
-        self.open: set[Connection] = set()
-        self.tasks: set[asyncio.Task[None]] = set()
-        """Of answers that are made by coroutines."""
-        self.is_stopping = False
-        """Each connection closes with the response that is under way."""
-        self._num_by_address: Counter[str] = Counter()
-        self.loop = asyncio.get_running_loop()
-        self._sweep()
-
-    def arrived(self, connection: "Connection") -> MeshserveError | None:
-        """One more connection; if there are too many, the error that says so."""
-        address = connection.address
-        self.open.add(connection)
-        self._num_by_address[address] += 1
-        if len(self.open) > self.limits.max_connections:
-            return Overloaded(f"this frontend has {self.limits.max_connections} connections open; try again")
-        if self._num_by_address[address] > self.limits.max_connections_per_address:
-            return RateLimited(f"{address} has {self.limits.max_connections_per_address} connections open; close some")
-        return None
-
-    def left(self, connection: "Connection") -> None:
-        """A connection is gone."""
-        self.open.discard(connection)
-        self._num_by_address[connection.address] -= 1
-        if self._num_by_address[connection.address] <= 0:
-            del self._num_by_address[connection.address]
-
-    def _sweep(self) -> None:
-        self.now_s = self.loop.time()
-        """As of the last sweep: close enough for deadlines of seconds, and free."""
-        self.date = f"date: {formatdate(usegmt=True)}\r\n".encode()
-        num_closed = 0
-        for connection in list(self.open):
-            num_closed += connection.check(self.now_s)
-            if num_closed >= _MAX_CLOSED_PER_SWEEP:
-                break
-        pause_s = _SWEEP_AGAIN_S if num_closed >= _MAX_CLOSED_PER_SWEEP else SWEEP_S
-        self._timer = self.loop.call_later(pause_s, self._sweep)
-
-    async def close(self, grace_s: float) -> None:
-        """Let the responses that are under way end, for so long; then cut off what is still open."""
-        self.is_stopping = True
-        for connection in list(self.open):
-            connection.close_if_idle()
-        await self._wait_until_empty(grace_s)
-        for connection in list(self.open):
-            connection.transport.abort()
-        await self._wait_until_empty(grace_s)
-        self._timer.cancel()
-
-    async def _wait_until_empty(self, timeout_s: float) -> None:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                while self.open or self.tasks:
-                    await asyncio.sleep(_CLOSE_CHECK_S)
-
-
 class Connection(asyncio.Protocol):
     """Answers requests in their order. After an error of the client's in HTTP itself, the connection closes."""
 
-    def __init__(self, connections: Connections) -> None:
-        self._connections, self._application, self._log = connections, connections.application, connections.log
+    def __init__(self, connections: Connections, application: Application) -> None:
+        self._connections, self._application, self._log = connections, application, connections.log
         self._progress = Progress(connections.now_s)
         self._seen_s = connections.now_s
         """When the last sweep looked."""
@@ -409,9 +328,8 @@ class Connection(asyncio.Protocol):
             self.transport.write_eof()
 
     def _write_refusal(self, error: MeshserveError, extra_headers: bytes = b"") -> None:
-        target = self._reader.target.decode("latin-1")
         self._log.refused(self._reader, self.address, error)
-        response = self._application.error_response(target, error)
+        response = self._application.error_response(self._reader.path, error)
         length = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(response.body)
         head = _STATUS_LINES[response.status] + self._connections.date + response.headers + extra_headers + length
         self.transport.write(head + response.body)

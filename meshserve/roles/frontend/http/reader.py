@@ -77,6 +77,12 @@ class RequestReader:
         """Of the request that is being read, or was refused; empty before its first line was."""
         return self._parser.get_method().decode("ascii") if self.target else ""
 
+    @property
+    def path(self) -> str:
+        """The same request's, as it came and below the root path; perhaps cut short."""
+        path = self.target.partition(b"?")[0].decode("latin-1")
+        return path.removeprefix(self._root_path) if path.startswith(self._root_path + "/") else path
+
     def _parse(self, data: bytes) -> None:
         while True:
             try:

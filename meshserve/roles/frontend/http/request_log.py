@@ -40,8 +40,7 @@ class RequestLog:
         """A request was refused before its end was read, perhaps before the end of its head."""
         request = reader.request
         if request is None:
-            path = reader.target.partition(b"?")[0].decode("latin-1")
-            request = Request(reader.method, path, b"", b"", {}, address, "", True, False, time.monotonic())
+            request = Request(reader.method, reader.path, b"", b"", {}, address, "", True, False, time.monotonic())
         request.status = error.http_status
         request.failed(error.code)
         self.ended(request)
