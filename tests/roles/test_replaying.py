@@ -31,19 +31,22 @@ Tokens = Sequence[tuple[str, Item | None]]
 
 
 class Kept:
-    """The sink behind a replay."""
+    """The sink behind a replay. What it gets is given and settled at once, as in a long stream."""
 
-    def __init__(self) -> None:
+    def __init__(self, given: Given | None = None) -> None:
+        self.given = given or Given()
         self.items: list[Any] = []
         self.ending: Any = None
         self.error: MeshserveError | None = None
         self.num_resumed = 0
 
     def on_item(self, item: Any) -> None:
-        self.items.append(item)
+        self.on_items([item])
 
     def on_items(self, items: list[Any]) -> None:
         self.items += items
+        self.given.items += items
+        self.given.settle()
 
     def on_end(self, value: Any) -> None:
         self.ending = value
@@ -122,8 +125,9 @@ def spoken(items: list[Any], num_choices: int, has_logprobs: bool) -> Any:
 
 def replayed(first: list[Any], second: list[Any]) -> Kept:
     """What is new in the second answer, once the first items were given."""
-    kept, before = Kept(), Given()
+    before = Given()
     before.items += first
+    kept = Kept(before)
     replay = Replay(before, kept, kept.resumed)
     for item in second:
         replay.on_item(item)
@@ -177,12 +181,21 @@ def test_plain_text_is_cut_within_an_item() -> None:
 
 
 def test_a_replay_may_be_lost_too_and_the_next_one_goes_on_from_what_the_client_has_then() -> None:
-    before, kept = Given(), Kept()
+    before = Given()
     before.items += ["ab"]
+    kept = Kept(before)
     Replay(before, kept, kept.resumed).on_items(["a", "bc"])
-    before.items += kept.items
     Replay(before, kept, kept.resumed).on_items(["abc", "d"])
     assert "".join(item.text for item in kept.items) == "cd"
+
+
+def test_log_probabilities_and_calls_that_are_new_are_not_compared_with_themselves() -> None:
+    tokens = [TextItem(0, "x", [[b"x", -0.5, []]], [place]) for place in range(9)]
+    calls = [item for name in "fgf" for item in (CallItem(0, name), TextItem(0, "{}"))]
+    answer: list[Item] = [*tokens, *calls, EndItem(0, "tool_calls")]
+    for num_given in range(len(answer)):
+        kept = replayed(answer[:num_given], answer)
+        assert kept.error is None and kept.items == answer[num_given:]
 
 
 def test_nothing_is_called_new_before_all_came_again() -> None:

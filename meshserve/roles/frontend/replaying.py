@@ -108,31 +108,34 @@ class Given:
 
 
 class _Cursor:
-    """How far the second answer is in one choice of the first."""
+    """How far the second answer is in one choice of the first. What the choice was when the second
+    answer began is kept here: the sink gives out more of it meanwhile."""
 
     __slots__ = (
-        "_choice",
+        "_end",
         "_has_ended",
         "_num_characters",
         "_num_logprobs",
         "_part",
+        "_parts",
         "_place",
         "_text",
     )
 
     def __init__(self, choice: _Choice) -> None:
-        self._choice, self._has_ended = choice, choice.end is None
+        self._end, self._has_ended = choice.end, choice.end is None
+        self._parts = [_Part(part.opening, [part.join()], part.num_logprobs) for part in choice.parts]
         self._go_to(0)
 
     def _go_to(self, place: int) -> None:
-        self._place, self._part = place, self._choice.parts[place]
+        self._place, self._part = place, self._parts[place]
         self._text = self._part.join()
         self._num_characters = self._num_logprobs = 0
 
     @property
     def is_at_end(self) -> bool:
         """All of it came again."""
-        return self._has_ended and self._place == len(self._choice.parts) - 1 and self._is_part_over
+        return self._has_ended and self._place == len(self._parts) - 1 and self._is_part_over
 
     @property
     def _is_part_over(self) -> bool:
@@ -149,7 +152,7 @@ class _Cursor:
             raise AnswerDiffers()
         if isinstance(item, EndItem):
             return self._fresh_end(item)
-        if self._place + 1 == len(self._choice.parts):
+        if self._place + 1 == len(self._parts):
             return item
         self._go_to(self._place + 1)
         if item != self._part.opening:
@@ -178,9 +181,9 @@ class _Cursor:
         )
 
     def _fresh_end(self, item: EndItem) -> Item | None:
-        if self._choice.end is None:
+        if self._end is None:
             return item
-        if item != self._choice.end or self._place + 1 < len(self._choice.parts):
+        if item != self._end or self._place + 1 < len(self._parts):
             raise AnswerDiffers()
         self._has_ended = True
         return None
