@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from tests.harness import run_command
+from tests.harness.browser import CHROMIUM, Page, open_browser
 from tests.harness.proxies import PROXIES, is_installed, proxy_before
 from tests.roles.frontends import Frontend, started
 
@@ -39,6 +40,19 @@ def quick() -> Iterator[Frontend]:
     yield from started("--mesh", "frontend-proxies", "--root-path", "/llm", "--forwarded-allow-ips", "127.0.0.1", "--api-key", "secret")
 
 
+@pytest.fixture(scope="module")
+def below() -> Iterator[Frontend]:
+    yield from started("--mesh", "frontend-below", "--root-path", "/llm")
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium: Debian's package of that name")
+    with open_browser() as opened:
+        yield opened
+
+
 def through(socket: Path, timeout_s: float | None = None) -> httpx.Client:
     return httpx.Client(transport=httpx.HTTPTransport(uds=str(socket)), base_url="http://localhost", timeout=timeout_s)
 
@@ -60,6 +74,15 @@ def test_row_47_each_proxy_passes_streams_whole_answers_and_redirects_on(quick: 
         page = client.get("/llm/")
         assert page.status_code == 200 and client.get("/llm/dashboard/app.js").status_code == 200
         assert client.get("/llm/openapi.json").json()["servers"] == [{"url": "/llm"}]
+
+
+def test_dashboard_and_document_are_whole_below_a_path(below: Frontend, page: Page) -> None:
+    page.open(f"{below.url}/llm/")
+    page.wait_for("document.querySelectorAll('#peers li').length === 1", 20.0)
+    page.open(f"{below.url}/llm/docs")
+    page.wait_for("document.querySelectorAll('.operation').length > 10", 20.0)
+    assert page.errors == []
+    assert all(address.startswith((f"{below.url}/llm/", "about:blank")) for address in page.addresses), page.addresses
 
 
 def clients_of(url: str, body: bytes, folder: Path, timeout_s: int | None, stack: ExitStack) -> dict[str, Client]:

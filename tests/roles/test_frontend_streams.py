@@ -4,6 +4,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 
 from meshserve.roles.frontend.liveness import HEAD_BY_S, Pauses
@@ -35,6 +37,26 @@ def test_a_long_prefill_has_its_head_first_and_then_pings_until_the_first_token(
     ping = PINGS.get(path, ": ping\n\n")
     assert text.startswith(2 * ping) and not text.endswith(ping), text
     assert '"error":{' not in text and text.count("\n") > 3 + text.count(ping) * ping.count("\n")
+
+
+def test_official_clients_pass_over_pings_and_raise_what_fails_after_them(slow: Frontend) -> None:
+    with openai.OpenAI(base_url=f"{slow.url}/v1", api_key="none", max_retries=0) as client:
+        chat = {**PATHS["/v1/chat/completions"], "messages": [{"role": "user", "content": "h" * 60}]}
+        with client.chat.completions.create(**chat) as chunks:
+            assert [chunk.choices[0].finish_reason for chunk in chunks][-1] == "length"
+        late = client.completions.create(**{**PATHS["/v1/completions"], "prompt": "i" * 60}, extra_headers={"x-request-timeout": "2"})
+        with late, pytest.raises(openai.APIError, match="deadline"):
+            list(late)
+    with anthropic.Anthropic(base_url=slow.url, api_key="none", max_retries=0) as other:
+        asked = {"model": "dummy", "max_tokens": 2, "messages": [{"role": "user", "content": "j" * 60}]}
+        with other.messages.stream(**asked) as events:
+            assert events.get_final_message().stop_reason == "max_tokens"
+        asked["messages"] = [{"role": "user", "content": "k" * 60}]
+        with pytest.raises(anthropic.APIStatusError, match="deadline"), other.messages.stream(
+            **asked, extra_headers={"x-request-timeout": "2"}
+        ) as events:
+            events.until_done()
+    wait_until(lambda: slow.running() == 0, 20.0, "the worker is free again")
 
 
 def test_what_fails_after_the_head_is_an_error_event_and_before_it_a_status(slow: Frontend) -> None:
