@@ -109,21 +109,27 @@ def clients_of(url: str, body: bytes, folder: Path, timeout_s: int | None, stack
     return found
 
 
+@pytest.fixture
+def slow() -> Iterator[Frontend]:
+    yield from started("--mesh", "frontend-slow", "--engine-opt", f"prefill_tokens_per_s={TOKENS_PER_S}")
+
+
 @needs_all
 @pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("timeout_s", [None, READ_TIMEOUT_S], ids=["their own timeouts", "read timeouts of 10 s"])
-def test_row_47_no_stream_is_cut_by_any_proxy_or_client_during_a_prefill_of_90_s(timeout_s: int | None, tmp_path: Path) -> None:
-    for frontend in started("--mesh", "frontend-slow", "--engine-opt", f"prefill_tokens_per_s={TOKENS_PER_S}"):
-        with ExitStack() as stack:
-            body = {"model": "dummy", "prompt": "hi", "max_tokens": 3, "stream": True}
-            clients = clients_of(frontend.url, json.dumps(body).encode(), tmp_path, timeout_s, stack)
-            pool = stack.enter_context(ThreadPoolExecutor(1 + len(clients)))
-            long = {**body, "prompt": "x" * PREFILL_S * TOKENS_PER_S}  # one step of the engine, for whose end all others wait
-            first = pool.submit(lambda: frontend.client.post("/v1/completions", json=long, timeout=timeout_s).text)
-            wait_until(lambda: frontend.running() == 1, 20.0, "the long prompt is being computed")
-            answers = dict(zip(clients, pool.map(lambda client: client(), clients.values()), strict=True))
-            answers["first"] = first.result()
-        for name, answer in answers.items():
-            assert answer.endswith("data: [DONE]\n\n"), f"{name}: {answer[-300:]}"
-            assert answer.count(": ping\n\n") >= PREFILL_S // 10, f"{name} was not shown that its stream lives"
+def test_row_47_no_stream_is_cut_by_any_proxy_or_client_during_a_prefill_of_90_s(
+    slow: Frontend, timeout_s: int | None, tmp_path: Path
+) -> None:
+    body = {"model": "dummy", "prompt": "hi", "max_tokens": 3, "stream": True}
+    long = {**body, "prompt": "x" * PREFILL_S * TOKENS_PER_S}  # one step of the engine, for whose end all others wait
+    with ExitStack() as stack:
+        clients = clients_of(slow.url, json.dumps(body).encode(), tmp_path, timeout_s, stack)
+        pool = stack.enter_context(ThreadPoolExecutor(1 + len(clients)))
+        first = pool.submit(lambda: slow.client.post("/v1/completions", json=long, timeout=timeout_s).text)
+        wait_until(lambda: slow.running() == 1, 20.0, "the long prompt is being computed")
+        answers = dict(zip(clients, pool.map(lambda client: client(), clients.values()), strict=True))
+        answers["first"] = first.result()
+    for name, answer in answers.items():
+        assert answer.endswith("data: [DONE]\n\n"), f"{name}: {answer[-300:]}"
+        assert answer.count(": ping\n\n") >= PREFILL_S // 10, f"{name} was not shown that its stream lives"
