@@ -1,4 +1,6 @@
-"""Whether a worker has a request: asked for the rare one that waits long for its first token, so that no other pays for a worker's word."""
+"""Whether a worker has a request: asked for the rare one that waits long for its first token, so
+that no other pays for a worker's word.
+"""
 
 from collections.abc import Iterable
 from contextlib import suppress
@@ -12,7 +14,9 @@ _TIMEOUT_S = 2.0
 
 
 async def is_taken(mesh: Mesh, sequences: Iterable[tuple[str | None, str]]) -> bool:
-    """Whether the first of these sequences that was sent to a worker is there. Each is its worker, None without one, and its name."""
+    """Whether the first of these sequences that was sent to a worker is there. Each is its worker,
+    None without one, and its name.
+    """
     for worker, name in sequences:
         if worker is not None:
             with suppress(MeshserveError):

@@ -1,4 +1,5 @@
-"""Bodies that come compressed (RFC 9110, section 8.4): which codings are read, and how far. Pure."""
+"""Bodies that come compressed (RFC 9110, section 8.4): which codings are read, and how far. Pure.
+"""
 
 import sys
 import zlib
@@ -12,22 +13,29 @@ CODINGS = ("gzip", "zstd")
 _MAX_MEMBERS = 64
 """Of one body. An empty one takes 8 bytes, and as much time as a long one to begin with."""
 _WINDOW_LOG_MAX = 23
-"""8 MiB: what RFC 9659 lets a sender use. The frame's header names its window, and so the memory that it costs."""
+"""8 MiB: what RFC 9659 lets a sender use. The frame's header names its window, and so the memory
+that it costs.
+"""
 
 
 def coding_of(values: Sequence[bytes]) -> str:
-    """The one coding of a body by all its `Content-Encoding` headers; empty for none. Raises UnsupportedCoding."""
+    """The one coding of a body by all its `Content-Encoding` headers; empty for none. Raises
+    UnsupportedCoding.
+    """
     named = [name.strip() for name in b",".join(values).decode("latin-1").lower().split(",")]
     codings = [name.removeprefix("x-") for name in named if name not in ("", "identity")]
     if len(codings) > 1 or not set(codings) <= set(CODINGS):
-        raise UnsupportedCoding(f"a body comes plain or with one of the codings {', '.join(CODINGS)}")
+        raise UnsupportedCoding(
+            f"a body comes plain or with one of the codings {', '.join(CODINGS)}"
+        )
     return codings[0] if codings else ""
 
 
 def inflated(body: bytes, coding: str, max_bytes: int) -> bytes:
     """The body as it was before it was compressed.
 
-    Raises RequestTooLarge as soon as there are more than `max_bytes` of it, InvalidRequest for what is not of this coding.
+    Raises RequestTooLarge as soon as there are more than `max_bytes` of it, InvalidRequest for
+    what is not of this coding.
     """
     begin = _decompressors()[coding]
     found = bytearray()
@@ -49,13 +57,17 @@ def inflated(body: bytes, coding: str, max_bytes: int) -> bytes:
 
 
 def _decompressors() -> dict[str, Callable[[], Any]]:
-    """What begins to read one piece, by coding. The library of zstd is loaded for the first body that needs it."""
+    """What begins to read one piece, by coding. The library of zstd is loaded for the first body
+    that needs it.
+    """
 
     def begin_zstd() -> Any:
         if sys.version_info >= (3, 14):
             from compression import zstd
         else:
             from backports import zstd
-        return zstd.ZstdDecompressor(options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX})
+        return zstd.ZstdDecompressor(
+            options={zstd.DecompressionParameter.window_log_max: _WINDOW_LOG_MAX}
+        )
 
     return {"gzip": lambda: zlib.decompressobj(zlib.MAX_WBITS | 16), "zstd": begin_zstd}

@@ -1,4 +1,6 @@
-"""All connections of one server: how many there may be, the sweep that looks at each, and the end of them all."""
+"""All connections of one server: how many there may be, the sweep that looks at each, and the end
+of them all.
+"""
 
 import asyncio
 from collections import Counter
@@ -63,9 +65,12 @@ class Connections:
         self.open.add(connection)
         self._num_by_address[address] += 1
         if len(self.open) > self.limits.max_connections:
-            return Overloaded(f"this frontend has {self.limits.max_connections} connections open; try again")
+            return Overloaded(
+                f"this frontend has {self.limits.max_connections} connections open; try again"
+            )
         if self._num_by_address[address] > self.limits.max_connections_per_address:
-            return RateLimited(f"{address} has {self.limits.max_connections_per_address} connections open; close some")
+            most = self.limits.max_connections_per_address
+            return RateLimited(f"{address} has {most} connections open; close some")
         return None
 
     def left(self, connection: OpenConnection) -> None:
@@ -88,7 +93,8 @@ class Connections:
         self._timer = self.loop.call_later(pause_s, self._sweep)
 
     async def close(self, grace_s: float) -> None:
-        """Let the responses that are under way end, for so long; then cut off what is still open."""
+        """Let the responses that are under way end, for so long; then cut off what is still open.
+        """
         self.is_stopping = True
         for connection in list(self.open):
             connection.close_if_idle()

@@ -13,7 +13,9 @@ class TrustedProxies:
     """Addresses of proxies that are believed, as `--forwarded-allow-ips` names them."""
 
     def __init__(self, text: str) -> None:
-        """`text` has addresses and networks with commas between them, or `*` for all. Raises UsageError."""
+        """`text` has addresses and networks with commas between them, or `*` for all. Raises
+        UsageError.
+        """
         named = [part.strip() for part in text.split(",") if part.strip()]
         self._is_any = "*" in named
         self._networks = [_network(name) for name in named if name != "*"]
@@ -26,10 +28,10 @@ class TrustedProxies:
         return found is not None and any(found in network for network in self._networks)
 
     def client(self, peer: str, forwarded: Sequence[bytes]) -> str:
-        """Address of the client for whom the proxy `peer` speaks, by all its `X-Forwarded-For` headers.
+        """Address of the client for whom the proxy `peer` speaks, by all its `X-Forwarded-For`.
 
-        Each proxy adds at the end who came to it, so the last one that is no trusted proxy is the client: what stands before, the client
-        may have made up. What is no address ends the search.
+        Each proxy adds at the end who came to it, so the last one that is no trusted proxy is the
+        client: what stands before, the client may have made up. What is no address ends the search.
         """
         hops = [hop.strip() for hop in b",".join(forwarded).decode("latin-1").split(",")]
         for hop in reversed(hops):
@@ -43,7 +45,9 @@ class TrustedProxies:
 
 
 def scheme_of(forwarded: Sequence[bytes], own: str) -> str:
-    """How the client came to the nearest proxy, by its `X-Forwarded-Proto`; `own` if that says nothing."""
+    """How the client came to the nearest proxy, by its `X-Forwarded-Proto`; `own` if that says
+    nothing.
+    """
     named = b",".join(forwarded).decode("latin-1").lower().split(",")[-1].strip()
     return named if named in _SCHEMES else own
 
@@ -71,4 +75,6 @@ def _network(text: str) -> _Network:
     try:
         return ipaddress.ip_network(text, strict=False)
     except ValueError as error:
-        raise UsageError(f"--forwarded-allow-ips: {text!r} is neither an address nor a network, nor *") from error
+        raise UsageError(
+            f"--forwarded-allow-ips: {text!r} is neither an address nor a network, nor *"
+        ) from error
