@@ -30,8 +30,7 @@ class Pauses:
             self._num_written, self._since_s = num_written, now_s
             return False
         longest_s = self._ping_s if has_head else min(self._ping_s or HEAD_BY_S, HEAD_BY_S)
-        # the last write may be a sweep older than it was noticed, and the next look comes a sweep
-        # later
+        # a write is noticed up to one sweep late, and the next look comes one sweep later
         return longest_s > 0 and now_s - self._since_s + 2 * self._sweep_s >= longest_s
 
 
@@ -43,6 +42,7 @@ class Liveness:
     def __init__(self, completions: Completions) -> None:
         self._under_way = completions.under_way
         self._pauses = Pauses(completions.config.frontend.stream_ping_s, SWEEP_S)
+        self._is_first_look = True
         self._is_asking = False
 
     def look(
@@ -57,9 +57,12 @@ class Liveness:
         """A sweep passes. The response's head has `headers`; `ping` says that the stream lives, and
         nothing else.
         """
+        is_first, self._is_first_look = self._is_first_look, False
         if self._pauses.is_due(now_s, connection.num_written, has_head=connection.is_started):
             _show(connection, headers, ping)
-        elif call is not None and not connection.is_started and not self._is_asking:
+        elif is_first or call is None or connection.is_started or self._is_asking:
+            return  # at the first look it has perhaps just begun: nobody is asked about it yet
+        else:
             connection.run(self._begin_if_taken(connection, call.peer, request_id, headers, ping))
 
     async def _begin_if_taken(
