@@ -60,9 +60,8 @@ class Liveness:
         is_first, self._is_first_look = self._is_first_look, False
         if self._pauses.is_due(now_s, connection.num_written, has_head=connection.is_started):
             _show(connection, headers, ping)
-        elif is_first or call is None or connection.is_started or self._is_asking:
-            return  # at the first look it has perhaps just begun: nobody is asked about it yet
-        else:
+        elif not (is_first or call is None or connection.is_started or self._is_asking):
+            # not at the first look: the request may have been admitted a moment ago
             connection.run(self._begin_if_taken(connection, call.peer, request_id, headers, ping))
 
     async def _begin_if_taken(
