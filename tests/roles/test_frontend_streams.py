@@ -76,7 +76,7 @@ def test_official_clients_pass_over_pings_and_raise_what_fails_after_them(slow: 
         with late, pytest.raises(openai.APIError, match="deadline"):
             list(late)
     with anthropic.Anthropic(base_url=slow.url, api_key="none", max_retries=0) as other:
-        asked = {
+        asked: dict[str, Any] = {
             "model": "dummy",
             "max_tokens": 2,
             "messages": [{"role": "user", "content": "j" * 60}],
