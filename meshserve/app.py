@@ -108,10 +108,10 @@ class Peer:
         return f"ready name={own.name} roles={','.join(own.roles)} mesh={own.mesh} address={address}{http}"
 
     async def _start_roles(self) -> None:
-        if self._config.otlp_url is not None and {"frontend", "processor"} & set(self._roles):
+        if self._config.otlp is not None and {"frontend", "processor"} & set(self._roles):
             from meshserve.observe.otlp import Exporter  # an HTTP client: a slow import that most peers need not wait for
 
-            self._exporter = Exporter(self.mesh, self._config.otlp_url)
+            self._exporter = Exporter(self.mesh, self._config.otlp)
             self._closers.push_async_callback(self._exporter.close)
         if self._engine is not None:
             self._start_workers(self._engine)

@@ -171,6 +171,25 @@ class FrontendConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class OtlpConfig:
+    """How spans are sent to an OpenTelemetry collector."""
+
+    url: str
+    """The whole of it, mostly with `/v1/traces`."""
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    timeout_s: float = 2.0
+    """For one message. Higher waits for slow collectors, and may hold a peer's end up as long."""
+    is_compressed: bool = False
+    """By gzip. True costs CPU time on a thread, and saves nine tenths of the bytes."""
+    ca_file: str | None = None
+    """PEM file with certificates to trust; None: those of the system."""
+    client_cert: str | None = None
+    client_key: str | None = None
+    resource: tuple[tuple[str, str], ...] = ()
+    """More attributes of this peer, such as `deployment.environment.name`."""
+
+
+@dataclass(frozen=True, slots=True)
 class ServeConfig:
     """How requests are served by this peer's roles."""
 
@@ -213,7 +232,7 @@ class ServeConfig:
     """False: no spans, no metrics."""
     metrics_vllm: bool = False
     """`/metrics` has vLLM's names beside meshserve's. True makes it longer by a tenth."""
-    otlp_url: str | None = None
-    """Of an OpenTelemetry collector that gets the spans, without `/v1/traces`; None: no collector does."""
+    otlp: OtlpConfig | None = None
+    """The OpenTelemetry collector that gets the spans; None: no collector does."""
     handoff: HandoffConfig = field(default_factory=HandoffConfig)
     frontend: FrontendConfig = field(default_factory=FrontendConfig)

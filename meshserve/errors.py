@@ -321,6 +321,14 @@ def from_wire(data: Any) -> MeshserveError:
     return error_class(message[:_MAX_TEXT], **known)
 
 
+def http_status_of(code: str) -> int | None:
+    """Of an error of this code; None for a code that this version does not know."""
+    if code == MeshserveError.code:
+        return MeshserveError.http_status
+    known = _BY_CODE.get(code)
+    return None if known is None else known.http_status
+
+
 def _may_be(default: Any, value: Any) -> bool:
     """Whether this can be the value of a detail with that default."""
     if isinstance(default, bool):

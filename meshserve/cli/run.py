@@ -5,13 +5,13 @@ import os
 import signal
 from collections.abc import Coroutine
 from typing import Any
-from urllib.parse import urlsplit
 
 import click
 
 from meshserve.cli.frontend_options import api_keys, frontend_config, frontend_options, http_address
 from meshserve.cli.model_options import model_options, model_settings, say_dummy, with_model
 from meshserve.cli.options import mesh_config, mesh_options, option, parse_roles, pick
+from meshserve.cli.otlp_options import otlp_config
 from meshserve.cli.outputs import queued_outputs
 from meshserve.cli.running import declare, declared, execute
 from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
@@ -85,20 +85,11 @@ def serve_config(settings: dict[str, Any]) -> ServeConfig:
         "http_port": port,
         "api_keys": api_keys(settings),
         "observe": not settings["no_observe"],
-        "otlp_url": _otlp_url(settings),
+        "otlp": otlp_config(settings["otlp_url"], os.environ, not settings["no_observe"]),
         "handoff": pick(HandoffConfig, settings),
         "frontend": frontend_config(settings),
     }
     return pick(ServeConfig, found)
-
-
-def _otlp_url(settings: dict[str, Any]) -> str | None:
-    url: str | None = settings["otlp_url"]
-    if url is not None and not (url.startswith(("http://", "https://")) and urlsplit(url).hostname):
-        raise UsageError(f"--otlp {url!r} is not a URL such as http://localhost:4318")
-    if url is not None and settings["no_observe"]:
-        raise UsageError("--otlp sends what --no-observe turns off: leave one of them out")
-    return url
 
 
 async def serve(mesh: MeshConfig, config: ServeConfig) -> int:

@@ -1,4 +1,8 @@
-"""Receipts as spans, sent to an OpenTelemetry collector (`--otlp URL`): OTLP over HTTP, as JSON.
+"""Receipts as spans, sent to an OpenTelemetry collector: OTLP over HTTP, as JSON.
+
+Names and attributes follow OpenTelemetry's semantic conventions 1.37: the frontend's span those of
+HTTP servers, the processor's those of generative AI (inference), which are in development. Phases are
+spans of our own. An error of the client's (4xx) is no error of the server's span.
 
 Durations are measured on monotonic clocks; only the place of a trace in time is by the wall clock of
 the peer that sends it. So a trace is whole whatever the clocks of other hosts say.
@@ -9,10 +13,12 @@ of its own for spans that end as they are told. One POST of a small document is 
 """
 
 import asyncio
+import gzip
 import http.client
 import json
 import logging
 import secrets
+import ssl
 import time
 import urllib.request
 from collections import deque
@@ -21,6 +27,8 @@ from dataclasses import asdict
 from typing import Any
 
 from meshserve import __version__
+from meshserve.config import OtlpConfig
+from meshserve.errors import StartupFailed, http_status_of
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipts import OK, FrontendReceipt, Receipt, partition
 from meshserve.wire.completion import TraceContext, read_traceparent
@@ -32,11 +40,13 @@ _MAX_QUEUED = 2048
 _MAX_BATCH = 128
 _GATHER_S = 0.5
 """Requests that end within it leave in one message."""
-_POST_TIMEOUT_S = 2.0
 _CLOSE_S = 1.0
 """For the last spans of a peer that stops."""
 
-_INTERNAL, _SERVER, _ERROR = 1, 2, 2
+SCHEMA_URL = "https://opentelemetry.io/schemas/1.37.0"
+_INTERNAL, _SERVER, _CLIENT, _ERROR = 1, 2, 3, 2
+_OPERATIONS = {"chat": "chat", "completion": "text_completion"}
+"""By the kind of the request."""
 _NS_PER_MS = 1e6
 _ROLE_OF_PHASE = {"process": "processor", "route": "router", "network": "", "queue": "decode", "prefill": "prefill"}
 _ROLE_OF_PHASE |= {"kv_transfer": "prefill", "decode": "decode"}
@@ -51,9 +61,9 @@ class Exporter:
     collector does not take, are counted by request (`otlp_requests_dropped`).
     """
 
-    def __init__(self, mesh: Mesh, url: str) -> None:
-        """Send to `URL/v1/traces` from now on."""
-        self._mesh, self._url = mesh, url.rstrip("/") + "/v1/traces"
+    def __init__(self, mesh: Mesh, config: OtlpConfig) -> None:
+        """Send from now on. Raises StartupFailed for certificates that cannot be used."""
+        self._mesh, self._config, self._tls = mesh, config, _tls_of(config)
         self._loop = asyncio.get_running_loop()
         self._queue: deque[Render] = deque()
         self._wake = asyncio.Event()
@@ -70,12 +80,13 @@ class Exporter:
         receipt.passed_on = str(TraceContext(trace_id, secrets.token_hex(8), is_sampled))
         return receipt.passed_on
 
-    def frontend_ended(self, receipt: FrontendReceipt) -> None:
-        """A frontend's part of a request is over."""
-        own, parent = read_traceparent(receipt.passed_on), read_traceparent(receipt.traceparent)
+    def frontend_ended(self, receipt: FrontendReceipt, http: Mapping[str, Any]) -> None:
+        """A frontend's part of a request is over. `http` are the attributes of the HTTP request."""
+        own = read_traceparent(receipt.passed_on or self.trace(receipt))  # refused before it had one
+        parent = read_traceparent(receipt.traceparent)
         if own is not None and own.is_sampled:
             ended_ns, name, parent_id = time.time_ns(), self._mesh.own.name, parent.span_id if parent else ""
-            self._offer(lambda: [frontend_span(receipt, ended_ns, own, parent_id, name)])
+            self._offer(lambda: [frontend_span(receipt, http, ended_ns, own, parent_id, name)])
 
     def request_ended(self, receipt: Receipt) -> None:
         """A request is over. A request without a trace begins its own, which its receipt names."""
@@ -112,18 +123,33 @@ class Exporter:
         except (OSError, ValueError, http.client.HTTPException) as error:
             self._mesh.counters.add("otlp_requests_dropped", len(batch))
             if not self._is_failing:
-                _log.warning("--otlp %s takes no spans (%s): they are dropped and counted until it does", self._url, error)
+                words = "the collector at %s takes no spans (%s): they are dropped and counted until it does"
+                _log.warning(words, self._config.url, error)
             self._is_failing = True
             return
         self._mesh.counters.add("otlp_requests_sent", len(batch))
         self._is_failing = False
 
     def _post(self, batch: list[Render]) -> None:
-        resource = {"service.name": "meshserve", "service.instance.id": self._mesh.incarnation, "meshserve.mesh": self._mesh.config.mesh}
+        config, mesh = self._config, self._mesh
+        resource = {
+            "service.name": "meshserve",
+            "service.version": __version__,
+            "service.instance.id": mesh.incarnation,
+            "meshserve.mesh": mesh.config.mesh,
+            "meshserve.peer": mesh.own.name,
+            **dict(config.resource),
+        }
         body = export_body([span for render in batch for span in render()], resource, __version__)
-        headers = {"content-type": "application/json", "user-agent": f"meshserve/{__version__}"}
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
-        with urllib.request.urlopen(request, timeout=_POST_TIMEOUT_S) as response:
+        data = json.dumps(body).encode()
+        headers = {"user-agent": f"meshserve/{__version__}", **dict(config.headers)}
+        headers["content-type"] = "application/json"
+        if config.is_compressed:
+            data, headers["content-encoding"] = gzip.compress(data), "gzip"
+        request = urllib.request.Request(config.url, data, headers)
+        with urllib.request.urlopen(
+            request, timeout=config.timeout_s, context=self._tls
+        ) as response:
             response.read()
 
     async def close(self) -> None:
@@ -144,18 +170,23 @@ class Exporter:
 def receipt_spans(receipt: Receipt, ended_ns: int, own: TraceContext, parent_id: str) -> list[Span]:
     """A span for the request, `own`, and one for each phase that took time; `ended_ns` is of the epoch."""
     began_ns = ended_ns - int(receipt.total_ms * _NS_PER_MS)
+    operation = _OPERATIONS.get(receipt.kind, "chat")
     attributes = {
         "meshserve.request_id": receipt.request_id,
         "meshserve.client_id": receipt.client_id,
         "meshserve.policy": receipt.policy,
         "meshserve.outcome": receipt.outcome,
+        "gen_ai.operation.name": operation,
+        "gen_ai.provider.name": "meshserve",
         "gen_ai.request.model": receipt.model,
+        "gen_ai.response.model": receipt.model,
         "gen_ai.usage.input_tokens": receipt.num_prompt_tokens,
         "gen_ai.usage.output_tokens": receipt.num_completion_tokens,
         "meshserve.cached_tokens": receipt.num_cached_tokens,
         **{f"meshserve.{role}": name for role, name in receipt.peers.items() if name},
     }
-    whole = _span("meshserve.request", own, parent_id, _SERVER, began_ns, ended_ns, attributes)
+    name = f"{operation} {receipt.model}"
+    whole = _span(name, own, parent_id, _CLIENT, began_ns, ended_ns, attributes)
     return [_with_status(whole, receipt), *_phases(receipt, began_ns, own)]
 
 
@@ -172,11 +203,19 @@ def _phases(receipt: Receipt, began_ns: int, own: TraceContext) -> Iterator[Span
             began_ns = ended_ns
 
 
-def frontend_span(receipt: FrontendReceipt, ended_ns: int, own: TraceContext, parent_id: str, frontend: str) -> Span:
+def frontend_span(
+    receipt: FrontendReceipt,
+    http: Mapping[str, Any],
+    ended_ns: int,
+    own: TraceContext,
+    parent_id: str,
+    frontend: str,
+) -> Span:
     """A frontend's part: all of the request as its client saw it."""
     part = receipt.to_wire(frontend)
     began_ns = ended_ns - int(part["total_ms"] * _NS_PER_MS)
     attributes = {
+        **http,
         "meshserve.request_id": receipt.request_id,
         "meshserve.client_id": receipt.client_id,
         "meshserve.frontend": frontend,
@@ -184,11 +223,18 @@ def frontend_span(receipt: FrontendReceipt, ended_ns: int, own: TraceContext, pa
         "meshserve.http_ms": part["http_ms"],
         "meshserve.queue_ms": part["queue_ms"],
     }
-    return _with_status(_span("meshserve.http", own, parent_id, _SERVER, began_ns, ended_ns, attributes), receipt)
+    name = f"{http.get('http.request.method', 'HTTP')} {http.get('http.route', '')}".rstrip()
+    whole = _span(name, own, parent_id, _SERVER, began_ns, ended_ns, attributes)
+    return _with_status(whole, receipt)
 
 
 def _with_status(span: Span, receipt: Receipt | FrontendReceipt) -> Span:
-    return span if receipt.outcome == OK else {**span, "status": {"code": _ERROR, "message": receipt.error}}
+    """What the client did wrong, or wanted no more, is named, and is no error of the server's."""
+    if receipt.outcome == OK:
+        return span
+    named = {**span, "attributes": [*span["attributes"], *_attributes({"error.type": receipt.outcome})]}
+    is_error = (http_status_of(receipt.outcome) or 500) >= 500
+    return {**named, "status": {"code": _ERROR, "message": receipt.error}} if is_error else named
 
 
 def _span(name: str, own: TraceContext, parent_id: str, kind: int, began_ns: int, ended_ns: int, attributes: Mapping[str, Any]) -> Span:
@@ -216,5 +262,26 @@ def _value(value: Any) -> dict[str, Any]:
 
 def export_body(spans: list[Span], resource: Mapping[str, str], version: str) -> dict[str, Any]:
     """The document for `/v1/traces`."""
-    scope = {"scope": {"name": "meshserve", "version": version}, "spans": spans}
-    return {"resourceSpans": [{"resource": {"attributes": _attributes(resource)}, "scopeSpans": [scope]}]}
+    scope = {
+        "scope": {"name": "meshserve", "version": version},
+        "spans": spans,
+        "schemaUrl": SCHEMA_URL,
+    }
+    of_peer = {"attributes": _attributes(resource)}
+    return {
+        "resourceSpans": [{"resource": of_peer, "scopeSpans": [scope], "schemaUrl": SCHEMA_URL}]
+    }
+
+
+def _tls_of(config: OtlpConfig) -> ssl.SSLContext | None:
+    """None for the system's defaults."""
+    if config.ca_file is None and config.client_cert is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=config.ca_file)
+        if config.client_cert is not None:
+            context.load_cert_chain(config.client_cert, config.client_key)
+    except OSError as error:  # ssl.SSLError is one
+        words = "the certificates of OTEL_EXPORTER_OTLP_* cannot be used"
+        raise StartupFailed(f"{words}: {error.strerror or error}") from error
+    return context

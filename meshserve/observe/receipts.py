@@ -75,6 +75,8 @@ class Receipt:
     """What the error said."""
     ended_s: float = 0.0
     """On the processor's monotonic clock."""
+    kind: str = ""
+    """`chat` or `completion`."""
 
     @property
     def names(self) -> tuple[str, ...]:

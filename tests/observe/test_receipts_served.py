@@ -21,6 +21,8 @@ from tests.harness.tmux import Screen, has_tmux
 READY_S = 10.0
 ALONE = ("--interface", "127.0.0.1", "--no-mdns", "--mesh", "receipts")
 PROMPT = "The prompt of a long document that is worth handing over. " * 10
+HTTP, GENERATION = "POST /v1/completions", "text_completion dummy"
+"""Names of the spans of a frontend and a processor, by OpenTelemetry's conventions."""
 TRACEPARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 needs_tmux = pytest.mark.skipif(not has_tmux(), reason="there is no tmux")
@@ -222,17 +224,17 @@ def test_spans_join_the_clients_trace_and_the_frontends_is_their_parent(served: 
     served.ask("traced", prompt=f"traced {PROMPT}", headers={"traceparent": TRACEPARENT})
     assert served.receipt("traced")["traceparent"] == TRACEPARENT
     trace_id = TRACEPARENT.split("-")[1]
-    wanted = {"meshserve.http", "meshserve.request", "meshserve.process", "meshserve.route", "meshserve.prefill", "meshserve.decode"}
+    wanted = {HTTP, GENERATION, "meshserve.process", "meshserve.route", "meshserve.prefill", "meshserve.decode"}
     wait_until(lambda: wanted <= served.collector.of(trace_id).keys(), READY_S, "all its spans arrived")
     spans = served.collector.of(trace_id)
-    assert spans["meshserve.http"]["parentSpanId"] == TRACEPARENT.split("-")[2]
-    assert spans["meshserve.request"]["parentSpanId"] == spans["meshserve.http"]["spanId"]
-    of_phases = [spans[name] for name in wanted - {"meshserve.http", "meshserve.request"}]
-    assert {span["parentSpanId"] for span in of_phases} == {spans["meshserve.request"]["spanId"]}
+    assert spans[HTTP]["parentSpanId"] == TRACEPARENT.split("-")[2]
+    assert spans[GENERATION]["parentSpanId"] == spans[HTTP]["spanId"]
+    of_phases = [spans[name] for name in wanted - {HTTP, GENERATION}]
+    assert {span["parentSpanId"] for span in of_phases} == {spans[GENERATION]["spanId"]}
     served.ask("unsampled", headers={"traceparent": TRACEPARENT.replace("4bf9", "4bfa")[:-1] + "0"})
     served.ask("ours")
     own_trace = served.receipt("ours")["traceparent"].split("-")[1]
-    wait_until(lambda: "meshserve.request" in served.collector.of(own_trace), READY_S, "the next request's spans arrived")
+    wait_until(lambda: GENERATION in served.collector.of(own_trace), READY_S, "the next request's spans arrived")
     assert not served.collector.of(trace_id.replace("4bf9", "4bfa")), "whoever began that trace does not want it recorded"
 
 

@@ -394,4 +394,4 @@ class Exchange(QueueEntry):
         if completions.receipts is not None:
             completions.receipts.keep(receipt)
         if completions.exporter is not None:
-            completions.exporter.frontend_ended(receipt)
+            request_headers.export(receipt, self._http, completions.exporter)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from meshserve.errors import InvalidRequest
 from meshserve.observe.receipts import FrontendReceipt
+from meshserve.roles.frontend.http.messages import Request
+from meshserve.roles.frontend.http.span_attributes import span_attributes
 from meshserve.roles.frontend.models.common import MAX_SESSION_CHARACTERS
 from meshserve.wire.completion import CompletionRequest, read_traceparent
 from meshserve.wire.structs import replace
@@ -48,7 +50,18 @@ def applied(
     """The request, with the session and the trace that headers name; the receipt gets the trace."""
     if session := headers.get(b"x-session-id"):
         request = replace(request, session=session.decode("latin-1")[:MAX_SESSION_CHARACTERS])
-    if trace := headers.get(b"traceparent", b"").decode("latin-1"):
-        receipt.traceparent = trace if read_traceparent(trace) is not None else ""
+    _note_trace(headers, receipt)
     traceparent = receipt.traceparent if exporter is None else exporter.trace(receipt)
     return replace(request, traceparent=traceparent) if traceparent else request
+
+
+def export(receipt: FrontendReceipt, request: Request, exporter: "Exporter") -> None:
+    """The request is over: its span goes out, also if it was refused before its headers were read."""
+    _note_trace(request.headers, receipt)
+    exporter.frontend_ended(receipt, span_attributes(request))
+
+
+def _note_trace(headers: Mapping[bytes, bytes], receipt: FrontendReceipt) -> None:
+    """The receipt gets the client's trace, if a header names one."""
+    if trace := headers.get(b"traceparent", b"").decode("latin-1"):
+        receipt.traceparent = trace if read_traceparent(trace) is not None else ""

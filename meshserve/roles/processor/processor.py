@@ -182,7 +182,12 @@ class Request:
     def _new_receipt(self, name: str) -> Receipt:
         asked, role = self.asked, self.role
         return Receipt(
-            name, asked.client_id, asked.model, processor=role.name, traceparent=asked.traceparent
+            name,
+            asked.client_id,
+            asked.model,
+            processor=role.name,
+            traceparent=asked.traceparent,
+            kind=asked.kind,
         )
 
     # --- sequences

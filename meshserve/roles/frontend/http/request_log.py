@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from meshserve.errors import Cancelled, MeshserveError
+from meshserve.errors import Cancelled, MeshserveError, http_status_of
 from meshserve.roles.frontend.http.messages import PlainAccount, Request
 from meshserve.roles.frontend.http.reader import RequestReader
 from meshserve.telemetry import ACCESS_LOGGER, MAX_REQUEST_COUNTS, RequestCounts, RequestKey, log_event
@@ -26,7 +26,6 @@ class RequestLog:
     def __init__(self, counts: RequestCounts, route_of: Callable[[str], str | None], is_served: Callable[[str], bool]) -> None:
         """`route_of` says which row of the table of routes a path has, `is_served` whether the mesh has a model of this name."""
         self.counts, self._route_of, self._is_served = counts, route_of, is_served
-        self._codes = _codes_of(MeshserveError) | {_OK}
         self.is_writing = _log.isEnabledFor(logging.INFO)
         """Whether each request has a line."""
 
@@ -57,7 +56,9 @@ class RequestLog:
         """One more request. What is counted under has few values, whatever clients send."""
         account = request.account
         model = account.model if not account.model or self._is_served(account.model) else OTHER
-        code = _code_of(request) if account.outcome in self._codes else OTHER
+        code = _code_of(request)
+        if code != _OK and http_status_of(code) is None:
+            code = OTHER
         key: RequestKey = (request.route or self._route_of(request.path) or OTHER, request.status, code, model)
         if key not in self.counts and len(self.counts) >= MAX_REQUEST_COUNTS:
             key = (OTHER, request.status, code, OTHER)
@@ -89,10 +90,6 @@ class RequestLog:
 def _code_of(request: Request) -> str:
     outcome = request.account.outcome
     return outcome if outcome != _OK or request.status < 400 else OTHER  # a page that is not there has no error
-
-
-def _codes_of(error: type[MeshserveError]) -> set[str]:
-    return {error.code}.union(*map(_codes_of, error.__subclasses__()))
 
 
 def _shown(value: object) -> str:

@@ -1,0 +1,117 @@
+"""Where spans go: `--otlp`, and the environment variables that all OpenTelemetry exporters heed.
+
+(OpenTelemetry specification 1.55: OTLP exporter, environment variables.) What `--otlp` says counts
+more than the variables, and a variable of traces more than that of all signals.
+"""
+
+from collections.abc import Mapping
+from urllib.parse import unquote, urlsplit
+
+from meshserve.config import OtlpConfig
+from meshserve.errors import UsageError
+
+_PREFIX, _TRACES = "OTEL_EXPORTER_OTLP_", "OTEL_EXPORTER_OTLP_TRACES_"
+_DEFAULT_URL = "http://localhost:4318/v1/traces"
+_PATH = "/v1/traces"
+
+
+def otlp_config(
+    option: str | None, environment: Mapping[str, str], is_observing: bool
+) -> OtlpConfig | None:
+    """None if spans go nowhere. Raises UsageError that names the option or the variable."""
+    if option is not None and not is_observing:
+        raise UsageError("--otlp sends what --no-observe turns off: leave one of them out")
+    url = _url(option, environment) if is_observing else None
+    if url is None:
+        return None
+    protocol = _variable(environment, "PROTOCOL")[1]
+    if protocol == "grpc" and option is None:
+        raise UsageError(
+            "OTEL_EXPORTER_OTLP_PROTOCOL=grpc: meshserve sends spans over HTTP; "
+            "set http/json and the collector's HTTP endpoint, or OTEL_TRACES_EXPORTER=none"
+        )
+    return OtlpConfig(
+        url,
+        _headers(environment),
+        _timeout_s(environment),
+        _compression(environment),
+        _variable(environment, "CERTIFICATE")[1] or None,
+        _variable(environment, "CLIENT_CERTIFICATE")[1] or None,
+        _variable(environment, "CLIENT_KEY")[1] or None,
+        _resource(environment),
+    )
+
+
+def _variable(environment: Mapping[str, str], name: str) -> tuple[str, str]:
+    """The variable that counts and its value; an empty one is as good as none."""
+    for variable in (_TRACES + name, _PREFIX + name):
+        if value := environment.get(variable, "").strip():
+            return variable, value
+    return _PREFIX + name, ""
+
+
+def _url(option: str | None, environment: Mapping[str, str]) -> str | None:
+    if option is not None:
+        return _checked("--otlp", option).rstrip("/") + _PATH
+    exporters = environment.get("OTEL_TRACES_EXPORTER", "").strip().lower()
+    is_disabled = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
+    if is_disabled or (exporters and "otlp" not in exporters.split(",")):
+        return None
+    variable, value = _variable(environment, "ENDPOINT")
+    if not value:
+        return _DEFAULT_URL if exporters else None
+    url = _checked(variable, value)
+    return url if variable.startswith(_TRACES) else url.rstrip("/") + _PATH
+
+
+def _checked(name: str, url: str) -> str:
+    if not (url.startswith(("http://", "https://")) and urlsplit(url).hostname):
+        raise UsageError(f"{name} {url!r} is not a URL such as http://localhost:4318")
+    return url
+
+
+def _headers(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """The errors do not show values, which are secrets."""
+    variable, value = _variable(environment, "HEADERS")
+    pairs = _pairs(variable, value)
+    for name, text in pairs:
+        if not (name.isascii() and name.replace("-", "").replace("_", "").isalnum()):
+            raise UsageError(f"{variable}: {name!r} is no name of a header")
+        if not (text.isprintable() and text.isascii()):
+            raise UsageError(f"{variable}: the value of {name} holds what no header can")
+    return pairs
+
+
+def _pairs(variable: str, value: str) -> tuple[tuple[str, str], ...]:
+    """`NAME=VALUE,NAME=VALUE`, percent-encoded (as in W3C Baggage)."""
+    found = []
+    for number, part in enumerate(filter(None, map(str.strip, value.split(","))), 1):
+        name, equals, text = part.partition("=")
+        if not equals or not name.strip():
+            raise UsageError(f"{variable}: part {number} is not NAME=VALUE")
+        found.append((unquote(name.strip()), unquote(text.strip())))
+    return tuple(found)
+
+
+def _timeout_s(environment: Mapping[str, str]) -> float:
+    variable, value = _variable(environment, "TIMEOUT")
+    if not value:
+        return OtlpConfig("").timeout_s
+    if not value.isdecimal() or not 0 < int(value) <= 600_000:
+        raise UsageError(f"{variable} {value!r} is no number of milliseconds up to 600000")
+    return int(value) / 1000
+
+
+def _compression(environment: Mapping[str, str]) -> bool:
+    variable, value = _variable(environment, "COMPRESSION")
+    if value not in ("", "none", "gzip"):
+        raise UsageError(f"{variable} {value!r}: meshserve knows gzip and none")
+    return value == "gzip"
+
+
+def _resource(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    variable = "OTEL_RESOURCE_ATTRIBUTES"
+    found = dict(_pairs(variable, environment.get(variable, "")))
+    if name := environment.get("OTEL_SERVICE_NAME", "").strip():
+        found["service.name"] = name
+    return tuple(found.items())
