@@ -15,7 +15,6 @@ from meshserve.cli.otlp_options import otlp_config
 from meshserve.cli.outputs import queued_outputs
 from meshserve.cli.running import declare, declared, execute
 from meshserve.config import ROLES, HandoffConfig, MeshConfig, ServeConfig
-from meshserve.errors import UsageError
 from meshserve.telemetry import printable
 
 _HANDOFF, _SERVE, _MESH = HandoffConfig(), ServeConfig(), MeshConfig()
