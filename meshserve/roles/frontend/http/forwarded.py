@@ -22,8 +22,8 @@ class TrustedProxies:
 
     def trusts(self, address: str) -> bool:
         """Whether what comes from this address is believed."""
-        if self._is_any:
-            return True
+        if self._is_any or not self._networks:
+            return self._is_any
         found = _address(address)
         return found is not None and any(found in network for network in self._networks)
 

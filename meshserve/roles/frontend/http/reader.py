@@ -62,12 +62,20 @@ class RequestReader:
         self._num_read, self._num_parts, self.complete = len(data), 0, []
         if self.request is None:
             self._num_head_read += len(data)
-        try:
-            self._parse(data)
-        except httptools.HttpParserError as error:
-            if isinstance(error.__context__, MeshserveError):  # what a callback raised
-                raise error.__context__ from None
-            raise InvalidRequest("this is not an HTTP request") from None
+        rest: bytes | None = data
+        while rest is not None:
+            try:
+                self._parser.feed_data(rest)
+                rest = None
+            except httptools.HttpParserUpgrade as upgrade:
+                # There is nothing to upgrade to: the request is served as it stands, and so are
+                # those that follow (RFC 9110, section 7.8).
+                rest = rest[upgrade.args[0] :]
+                self._go_on_behind_head()
+            except httptools.HttpParserError as error:
+                if isinstance(error.__context__, MeshserveError):  # what a callback raised
+                    raise error.__context__ from None
+                raise InvalidRequest("this is not an HTTP request") from None
         if self.is_in_head and self._num_head_read > self._max_header_bytes:
             raise self._header_too_large()
         return self.complete
@@ -83,24 +91,14 @@ class RequestReader:
         path = self.target.partition(b"?")[0].decode("latin-1")
         return path.removeprefix(self._root_path) if path.startswith(self._root_path + "/") else path
 
-    def _parse(self, data: bytes) -> None:
-        while True:
-            try:
-                self._parser.feed_data(data)
-                return
-            except httptools.HttpParserUpgrade as upgrade:
-                # There is nothing to upgrade to: the request is served as it stands, and so are those that follow (RFC 9110, section
-                # 7.8). A parser that is told of no upgrade reads on where this one stopped.
-                data = data[upgrade.args[0] :]
-                self._asks_upgrade = False
-                self._parser = _BodyReader(self).parser_after(self._framing_head())
-
-    def _framing_head(self) -> bytes:
-        """A head that has the same body as the last request's head, and asks for no upgrade."""
+    def _go_on_behind_head(self) -> None:
+        """Have a parser read on that is told of the same body, and of no upgrade."""
         assert self.request is not None, "its head was read"
+        self._asks_upgrade = False
         line = f"{self.request.method} / HTTP/{'1.1' if self.request.takes_chunks else '1.0'}\r\n"
         framing = [b"%b: %b\r\n" % header for header in self._headers if header[0] in _FRAMING]
-        return b"%b%b\r\n" % (line.encode(), b"".join(framing))
+        head = b"%b%b\r\n" % (line.encode(), b"".join(framing))
+        self._parser = _BodyReader(self).parser_after(head)
 
     def close(self) -> None:
         """Let go of the parser: it holds the reader, so that only the garbage collector could free both."""
