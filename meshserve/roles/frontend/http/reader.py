@@ -62,15 +62,15 @@ class RequestReader:
         self._num_read, self._num_parts, self.complete = len(data), 0, []
         if self.request is None:
             self._num_head_read += len(data)
-        rest: bytes | None = data
-        while rest is not None:
+        is_read = False
+        while not is_read:
             try:
-                self._parser.feed_data(rest)
-                rest = None
+                self._parser.feed_data(data)
+                is_read = True
             except httptools.HttpParserUpgrade as upgrade:
                 # There is nothing to upgrade to: the request is served as it stands, and so are
                 # those that follow (RFC 9110, section 7.8).
-                rest = rest[upgrade.args[0] :]
+                data = data[upgrade.args[0] :]
                 self._go_on_behind_head()
             except httptools.HttpParserError as error:
                 if isinstance(error.__context__, MeshserveError):  # what a callback raised
