@@ -180,6 +180,7 @@ def receipt_spans(receipt: Receipt, ended_ns: int, own: TraceContext, parent_id:
         "gen_ai.provider.name": "meshserve",
         "gen_ai.request.model": receipt.model,
         "gen_ai.response.model": receipt.model,
+        **({"gen_ai.response.finish_reasons": [receipt.reason]} if receipt.reason else {}),
         "gen_ai.usage.input_tokens": receipt.num_prompt_tokens,
         "gen_ai.usage.output_tokens": receipt.num_completion_tokens,
         "meshserve.cached_tokens": receipt.num_cached_tokens,
@@ -255,6 +256,8 @@ def _attributes(values: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _value(value: Any) -> dict[str, Any]:
+    if isinstance(value, list):
+        return {"arrayValue": {"values": [_value(item) for item in value]}}
     if isinstance(value, int):
         return {"intValue": str(value)}  # integers are strings in protobuf's JSON
     return {"doubleValue": value} if isinstance(value, float) else {"stringValue": str(value)}

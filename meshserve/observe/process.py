@@ -1,6 +1,7 @@
-"""What the operating system says of this process, by the names that Prometheus' own clients use (without `process_`).
+"""What the operating system says of this process, by the names of Prometheus' own clients.
 
-Not by `prometheus_client.ProcessCollector`: the library takes 40 ms to import, which peers without a frontend need not wait for.
+The names lack `process_`. Not by `prometheus_client.ProcessCollector`: the library is slow to import,
+and peers without a frontend need not wait for it.
 """
 
 import contextlib
@@ -9,7 +10,7 @@ import time
 from pathlib import Path
 
 _STARTED_S = time.time() - time.process_time()
-"""By the wall clock, to some tenths of a second: this module is imported while the process starts."""
+"""By the wall clock, to some tenths of a second: the process imports this module as it starts."""
 _PAGE_BYTES = resource.getpagesize()
 
 
@@ -24,6 +25,11 @@ def process_figures() -> dict[str, float]:
     }
     with contextlib.suppress(OSError, ValueError):
         virtual, resident = Path("/proc/self/statm").read_text().split()[:2]
-        found |= {"virtual_memory_bytes": float(virtual) * _PAGE_BYTES, "resident_memory_bytes": float(resident) * _PAGE_BYTES}
-        found["open_fds"] = float(len(list(Path("/proc/self/fd").iterdir())) - 1)  # but for the one that lists them
+        found |= {
+            "virtual_memory_bytes": float(virtual) * _PAGE_BYTES,
+            "resident_memory_bytes": float(resident) * _PAGE_BYTES,
+        }
+        found["open_fds"] = float(
+            len(list(Path("/proc/self/fd").iterdir())) - 1
+        )  # but for the one that lists them
     return found

@@ -77,6 +77,8 @@ class Receipt:
     """On the processor's monotonic clock."""
     kind: str = ""
     """`chat` or `completion`."""
+    reason: str = ""
+    """Why its first answer ended."""
 
     @property
     def names(self) -> tuple[str, ...]:

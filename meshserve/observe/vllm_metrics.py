@@ -1,7 +1,8 @@
-"""Metrics by the names that vLLM gives its own (version 0.10), for dashboards and autoscalers that know only those (`--metrics-vllm`).
+"""Metrics by the names that vLLM 0.10 gives its own (`--metrics-vllm`).
 
-A worker of the mesh is what vLLM calls an engine. Times to the first token and between tokens are of each worker, as processors measured;
-of whole requests they are of each processor, and have the model's name where the mesh serves one model.
+They are for dashboards and autoscalers that know only those. A worker of the mesh is what vLLM calls
+an engine. Times to the first token and between tokens are of each worker, as processors measured;
+times of whole requests are of each processor, and name the model where the mesh serves one.
 """
 
 from collections.abc import Iterator
@@ -20,18 +21,32 @@ _LABELS = ("model_name", "engine")
 _COUNTERS = {
     "prompt_tokens": ("prompt_tokens", "Prompt tokens of requests that a worker finished."),
     "generation_tokens": ("tokens_generated", "Tokens generated."),
-    "prefix_cache_queries": ("prompt_tokens", "Prompt tokens that were looked for in the prefix cache."),
-    "prefix_cache_hits": ("prompt_tokens_cached", "Prompt tokens that were found in the prefix cache."),
+    "prefix_cache_queries": (
+        "prompt_tokens",
+        "Prompt tokens that were looked for in the prefix cache.",
+    ),
+    "prefix_cache_hits": (
+        "prompt_tokens_cached",
+        "Prompt tokens that were found in the prefix cache.",
+    ),
 }
 """By vLLM's name: meshserve's, and the help."""
 _OF_WORKERS = {"ttft": "time_to_first_token_seconds", "itl": "inter_token_latency_seconds"}
-_OF_PROCESSORS = {"e2e": "e2e_request_latency_seconds", "queue": "request_queue_time_seconds", "prefill": "request_prefill_time_seconds"}
+_OF_PROCESSORS = {
+    "e2e": "e2e_request_latency_seconds",
+    "queue": "request_queue_time_seconds",
+    "prefill": "request_prefill_time_seconds",
+}
 
 
 class _Engines(Collector):
     def __init__(self, peers: list[dict[str, Any]]) -> None:
         self._peers = peers
-        self._workers = [((peer["model"] or "", peer["name"]), peer) for peer in peers if peer["load"] is not None]
+        self._workers = [
+            ((peer["model"] or "", peer["name"]), peer)
+            for peer in peers
+            if peer["load"] is not None
+        ]
         models = {peer["model"] for peer in peers if peer["model"]}
         self._only_model = models.pop() if len(models) == 1 else ""
 
@@ -43,9 +58,15 @@ class _Engines(Collector):
         yield from self._histograms()
 
     def _gauges(self) -> Iterator[Metric]:
-        running = GaugeMetricFamily("vllm:num_requests_running", "Sequences in the engine's batch.", labels=_LABELS)
-        waiting = GaugeMetricFamily("vllm:num_requests_waiting", "Sequences that wait for the batch.", labels=_LABELS)
-        used = GaugeMetricFamily("vllm:kv_cache_usage_perc", "KV blocks in use; 1 is all of them.", labels=_LABELS)
+        running = GaugeMetricFamily(
+            "vllm:num_requests_running", "Sequences in the engine's batch.", labels=_LABELS
+        )
+        waiting = GaugeMetricFamily(
+            "vllm:num_requests_waiting", "Sequences that wait for the batch.", labels=_LABELS
+        )
+        used = GaugeMetricFamily(
+            "vllm:kv_cache_usage_perc", "KV blocks in use; 1 is all of them.", labels=_LABELS
+        )
         for labels, peer in self._workers:
             load = peer["load"]
             running.add_metric(labels, load.get("num_running", 0))
@@ -62,7 +83,9 @@ class _Engines(Collector):
 
     def _done(self) -> Metric:
         """Of completions, whose requests name a model."""
-        family = CounterMetricFamily("vllm:request_success", "Requests that were answered, by frontend.", labels=_LABELS)
+        family = CounterMetricFamily(
+            "vllm:request_success", "Requests that were answered, by frontend.", labels=_LABELS
+        )
         for peer in self._peers:
             done: dict[str, int] = {}
             for _, status, code, model, count in peer["request_counts"]:
@@ -76,13 +99,24 @@ class _Engines(Collector):
         for key, name in _OF_WORKERS.items():
             rows = []
             for labels, worker in self._workers:
-                parts = (peer["histograms_by_worker"].get(worker["incarnation"], {}) for peer in self._peers)
+                parts = (
+                    peer["histograms_by_worker"].get(worker["incarnation"], {})
+                    for peer in self._peers
+                )
                 found = added_up({key: part[key]} for part in parts if key in part)
                 rows += [(labels, row) for row in found.values()]
-            yield histogram_family(f"vllm:{name}", "As meshserve's metric of the worker.", _LABELS, rows)
+            yield histogram_family(
+                f"vllm:{name}", "As meshserve's metric of the worker.", _LABELS, rows
+            )
         for key, name in _OF_PROCESSORS.items():
-            rows = [((self._only_model, peer["name"]), peer["histograms"][key]) for peer in self._peers if key in peer["histograms"]]
-            yield histogram_family(f"vllm:{name}", "As meshserve's metric of the processor.", _LABELS, rows)
+            rows = [
+                ((self._only_model, peer["name"]), peer["histograms"][key])
+                for peer in self._peers
+                if key in peer["histograms"]
+            ]
+            yield histogram_family(
+                f"vllm:{name}", "As meshserve's metric of the processor.", _LABELS, rows
+            )
 
 
 def vllm_metrics_text(peers: list[dict[str, Any]]) -> bytes:

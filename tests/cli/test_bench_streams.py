@@ -8,7 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from meshserve.cli.bench.prompts import Scale, TraceLine, read_lines, read_trace_file, trace_requests
+from meshserve.cli.bench.prompts import (
+    Scale,
+    TraceLine,
+    read_lines,
+    read_trace_file,
+    trace_requests,
+)
 from meshserve.cli.bench.requests import Ending, Request, RequestRecord
 from meshserve.cli.bench.selfcheck import findings
 from meshserve.cli.bench.sse import EventReader
@@ -18,15 +24,30 @@ from tests.cli.bench_server import FINISH, event, text
 
 # --- streams of events
 
-ROLE = event(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+ROLE = event(
+    choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}]
+)
 CHAT = event(choices=[{"index": 0, "delta": {"content": "x"}, "finish_reason": None}])
 THOUGHT = event(choices=[{"index": 0, "delta": {"content": None, "reasoning_content": "hm"}}])
 TRICK = event(choices=[{"index": 0, "text": "", "note": '"text":"x" \\"content\\": \\"y'}])
 USAGE = event(choices=[], usage={"completion_tokens": 9})
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
-CALL = event(choices=[{"index": 0, "delta": {"tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": ""}}]}}])
-ARGUMENTS = event(choices=[{"index": 0, "delta": {"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]}}])
+CALL = event(
+    choices=[
+        {
+            "index": 0,
+            "delta": {
+                "tool_calls": [{"index": 0, "id": "c", "function": {"name": "f", "arguments": ""}}]
+            },
+        }
+    ]
+)
+ARGUMENTS = event(
+    choices=[
+        {"index": 0, "delta": {"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]}}
+    ]
+)
 NO_CALLS = event(choices=[{"index": 0, "delta": {"content": "", "tool_calls": []}}])
 """As some servers send while they think."""
 CALLED = event(choices=[{"index": 0, "delta": {}, "finish_reason": "tool_calls"}])
@@ -49,8 +70,14 @@ def test_only_events_with_content_count(events: list[bytes], count: int) -> None
     assert EventReader().feed(b"".join(events)) == count
 
 
-@given(st.lists(st.sampled_from([ROLE, CHAT, THOUGHT, TRICK, USAGE, COMMENT, FINISH]), max_size=12), st.data(), st.booleans())
-def test_a_stream_counts_the_same_wherever_it_is_cut(events: list[bytes], data: st.DataObject, is_crlf: bool) -> None:
+@given(
+    st.lists(st.sampled_from([ROLE, CHAT, THOUGHT, TRICK, USAGE, COMMENT, FINISH]), max_size=12),
+    st.data(),
+    st.booleans(),
+)
+def test_a_stream_counts_the_same_wherever_it_is_cut(
+    events: list[bytes], data: st.DataObject, is_crlf: bool
+) -> None:
     stream = b"".join([*events, DONE])
     if is_crlf:
         stream = stream.replace(b"\n", b"\r\n")
@@ -64,8 +91,12 @@ def test_a_stream_counts_the_same_wherever_it_is_cut(events: list[bytes], data: 
 
 
 @pytest.mark.parametrize("filler", [COMMENT, NO_CALLS, ROLE, COMMENT + NO_CALLS])
-@pytest.mark.parametrize("ending", [USAGE + DONE, FINISH + USAGE + DONE, CALLED + USAGE + COMMENT + DONE])
-def test_usage_before_the_end_is_found_however_much_comes_without_content(filler: bytes, ending: bytes) -> None:
+@pytest.mark.parametrize(
+    "ending", [USAGE + DONE, FINISH + USAGE + DONE, CALLED + USAGE + COMMENT + DONE]
+)
+def test_usage_before_the_end_is_found_however_much_comes_without_content(
+    filler: bytes, ending: bytes
+) -> None:
     reader = EventReader()
     assert reader.feed(ROLE + filler * 40 + CHAT + filler * 40 + CHAT + filler * 40 + ending) == 2
     fields, is_ended = reader.fields()
@@ -74,14 +105,26 @@ def test_usage_before_the_end_is_found_however_much_comes_without_content(filler
 
 def test_counts_that_grow_with_each_event_are_the_last_ones() -> None:
     reader = EventReader()
-    growing = [event(choices=[{"index": 0, "text": "ab"}], usage={"completion_tokens": count}) for count in (2, 5)]
-    reader.feed(event(choices=[{"index": 0, "text": ""}], usage={"completion_tokens": 0}) + b"".join(growing) + DONE)
+    growing = [
+        event(choices=[{"index": 0, "text": "ab"}], usage={"completion_tokens": count})
+        for count in (2, 5)
+    ]
+    reader.feed(
+        event(choices=[{"index": 0, "text": ""}], usage={"completion_tokens": 0})
+        + b"".join(growing)
+        + DONE
+    )
     assert reader.fields()[0]["usage"]["completion_tokens"] == 5
 
 
 def test_an_event_behind_a_comment_counts_and_a_comment_never_does() -> None:
     reader = EventReader()
-    assert reader.feed(b': "text": "no token"\n\n: ping\n' + CHAT + b'event: x\n: "text":"y"\ndata: {}\n\n') == 1
+    assert (
+        reader.feed(
+            b': "text": "no token"\n\n: ping\n' + CHAT + b'event: x\n: "text":"y"\ndata: {}\n\n'
+        )
+        == 1
+    )
 
 
 def test_an_end_without_its_empty_line_is_an_end() -> None:
@@ -100,7 +143,11 @@ def test_a_stream_that_says_nothing_of_an_end_has_none() -> None:
 
 
 def test_a_trace_shares_the_text_of_equal_blocks_and_keeps_lengths() -> None:
-    lines = [TraceLine(0.0, 1100, 3, (1, 2, 3)), TraceLine(0.5, 1024, 4, (1, 2)), TraceLine(1.0, 600, 5, (9, 2))]
+    lines = [
+        TraceLine(0.0, 1100, 3, (1, 2, 3)),
+        TraceLine(0.5, 1024, 4, (1, 2)),
+        TraceLine(1.0, 600, 5, (9, 2)),
+    ]
     a, b, c = trace_requests(lines, Scale(2.0), 0)
     assert [len(job.prompt) for job in (a, b, c)] == [2200, 2048, 1200]
     assert a.prompt[:2048] == b.prompt and c.prompt[:1024] != a.prompt[:1024]
@@ -108,20 +155,38 @@ def test_a_trace_shares_the_text_of_equal_blocks_and_keeps_lengths() -> None:
 
 
 def test_a_trace_that_was_cut_out_of_another_begins_at_once() -> None:
-    jobs = trace_requests([TraceLine(3600.0, 10, 1, (1,)), TraceLine(3600.5, 10, 1, (2,))], Scale(1.0), 0)
+    jobs = trace_requests(
+        [TraceLine(3600.0, 10, 1, (1,)), TraceLine(3600.5, 10, 1, (2,))], Scale(1.0), 0
+    )
     assert [job.due_s for job in jobs] == [0.0, 0.5]
 
 
 def test_a_trace_is_sorted_and_sped_up_and_its_mistakes_are_named() -> None:
     line = '{"timestamp": %d, "input_length": 5, "output_length": 2, "hash_ids": [1]}'
-    assert [one.arrival_s for one in read_lines([line % 4000, "", line % 1000], speed=2.0)] == [0.5, 2.0]
+    assert [one.arrival_s for one in read_lines([line % 4000, "", line % 1000], speed=2.0)] == [
+        0.5,
+        2.0,
+    ]
     with pytest.raises(UsageError, match="line 2 is not"):
         read_lines([line % 1, '{"timestamp": 1}'])
     with pytest.raises(UsageError, match=r"line 1 is not .*it has no 'hash_ids'"):
         read_lines(['{"timestamp": 1, "input_length": 5, "output_length": 2}'])
     for length in (0, -3, 1.5, "many", True, None):
-        with pytest.raises(UsageError, match=r"line 1 is not .*output_length is .*, and no whole number from 1"):
-            read_lines([json.dumps({"timestamp": 1, "input_length": 5, "output_length": length, "hash_ids": [1]})])
+        with pytest.raises(
+            UsageError, match=r"line 1 is not .*output_length is .*, and no whole number from 1"
+        ):
+            read_lines(
+                [
+                    json.dumps(
+                        {
+                            "timestamp": 1,
+                            "input_length": 5,
+                            "output_length": length,
+                            "hash_ids": [1],
+                        }
+                    )
+                ]
+            )
     with pytest.raises(UsageError, match="no requests"):
         read_lines([])
 
@@ -131,7 +196,14 @@ def test_a_trace_whose_blocks_do_not_add_up_to_its_lengths_is_refused_with_the_l
     num_tokens: int, num_blocks: int, tmp_path: Path
 ) -> None:
     def a_line(tokens: int, blocks: int) -> str:
-        return json.dumps({"timestamp": 0, "input_length": tokens, "output_length": 2, "hash_ids": list(range(blocks))})
+        return json.dumps(
+            {
+                "timestamp": 0,
+                "input_length": tokens,
+                "output_length": 2,
+                "hash_ids": list(range(blocks)),
+            }
+        )
 
     trace = tmp_path / "trace.jsonl"
     trace.write_text(f"{a_line(513, 2)}\n\n{a_line(num_tokens, num_blocks)}\n")
@@ -153,5 +225,9 @@ def test_lengths_that_are_not_the_traces_are_said() -> None:
         return " ".join(findings(0.1, fine_histogram(), fine_histogram(), tally))
 
     assert told(100, 50) == told(101, 50) == ""
-    assert "output lengths are not those of the trace: 30 tokens in all instead of 50" in told(100, 30)
-    assert "prompt lengths are not those of the trace: 120 tokens in all instead of 100" in told(120, 50)
+    assert "output lengths are not those of the trace: 30 tokens in all instead of 50" in told(
+        100, 30
+    )
+    assert "prompt lengths are not those of the trace: 120 tokens in all instead of 100" in told(
+        120, 50
+    )

@@ -1,4 +1,4 @@
-"""Spans for an OpenTelemetry collector: where they go by the environment, and what they say by its conventions."""
+"""Spans for an OpenTelemetry collector: where they go, and what they say by its conventions."""
 
 import gzip
 import json
@@ -13,7 +13,15 @@ import pytest
 
 from meshserve.cli.otlp_options import otlp_config
 from meshserve.config import OtlpConfig
-from meshserve.errors import Cancelled, EngineFailed, InvalidRequest, MeshserveError, Overloaded, UsageError, http_status_of
+from meshserve.errors import (
+    Cancelled,
+    EngineFailed,
+    InvalidRequest,
+    MeshserveError,
+    Overloaded,
+    UsageError,
+    http_status_of,
+)
 from meshserve.observe.otlp import SCHEMA_URL, export_body, frontend_span, receipt_spans
 from meshserve.observe.receipts import FrontendReceipt, Receipt
 from meshserve.roles.frontend.http.messages import Request
@@ -36,9 +44,24 @@ def url_of(option: str | None, **environment: str) -> str | None:
     [
         (None, {}, None),
         ("http://c:4318/", {}, "http://c:4318/v1/traces"),
-        ("http://c:4318", {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://other"}, "http://c:4318/v1/traces"),
-        (None, {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318/otlp"}, "http://c:4318/otlp/v1/traces"),
-        (None, {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c/as-it-is", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://x"}, "http://c/as-it-is"),
+        (
+            "http://c:4318",
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://other"},
+            "http://c:4318/v1/traces",
+        ),
+        (
+            None,
+            {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://c:4318/otlp"},
+            "http://c:4318/otlp/v1/traces",
+        ),
+        (
+            None,
+            {
+                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://c/as-it-is",
+                "OTEL_EXPORTER_OTLP_ENDPOINT": "http://x",
+            },
+            "http://c/as-it-is",
+        ),
         (None, {"OTEL_EXPORTER_OTLP_ENDPOINT": "  "}, None),
         (None, {"OTEL_TRACES_EXPORTER": "otlp"}, "http://localhost:4318/v1/traces"),
         (None, {"OTEL_TRACES_EXPORTER": "none", "OTEL_EXPORTER_OTLP_ENDPOINT": "http://c"}, None),
@@ -46,7 +69,9 @@ def url_of(option: str | None, **environment: str) -> str | None:
         (None, {"OTEL_EXPORTER_OTLP_METRICS_ENDPOINT": "http://c"}, None),
     ],
 )
-def test_where_spans_go_is_as_the_specification_says(option: str | None, environment: dict[str, str], url: str | None) -> None:
+def test_where_spans_go_is_as_the_specification_says(
+    option: str | None, environment: dict[str, str], url: str | None
+) -> None:
     assert url_of(option, **environment) == url
     assert otlp_config(None, environment, False) is None, "with --no-observe"
 
@@ -66,7 +91,9 @@ def test_headers_timeout_compression_certificates_and_resource_come_from_the_env
     headers = (("authorization", "Bearer a=b"), ("x-tenant", "one"))
     resource = (("deployment.environment.name", "lab"), ("service.name", "chat"))
     found = otlp_config("http://c", environment, True)
-    assert found == OtlpConfig("http://c/v1/traces", headers, 0.75, True, "ca.pem", "me.pem", "me.key", resource)
+    assert found == OtlpConfig(
+        "http://c/v1/traces", headers, 0.75, True, "ca.pem", "me.pem", "me.key", resource
+    )
     assert "Bearer" not in repr(found)
 
 
@@ -82,10 +109,16 @@ def test_headers_timeout_compression_certificates_and_resource_come_from_the_env
         ("HEADERS", "a=secret%0d%0ab", "the value of a holds"),
     ],
 )
-def test_what_cannot_be_heeded_is_refused_by_its_name_without_its_secret(name: str, value: str, words: str) -> None:
+def test_what_cannot_be_heeded_is_refused_by_its_name_without_its_secret(
+    name: str, value: str, words: str
+) -> None:
     with pytest.raises(UsageError) as caught:
         otlp_config(None, {f"{BASE}ENDPOINT": "http://c", f"{BASE}{name}": value}, True)
-    assert words in caught.value.message and f"{BASE}{name}" in caught.value.message and "secret" not in caught.value.message
+    assert (
+        words in caught.value.message
+        and f"{BASE}{name}" in caught.value.message
+        and "secret" not in caught.value.message
+    )
 
 
 # --- what spans say
@@ -97,24 +130,55 @@ def attributes(span: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_frontends_span_is_that_of_an_http_server() -> None:
     headers = {b"host": b"[::1]:8000", b"user-agent": b"openai"}
-    request = Request("POST", "/v1/completions", b"", b"key=secret", headers, "10.0.0.1", "https", True, True, 0.0)
+    request = Request(
+        "POST", "/v1/completions", b"", b"key=secret", headers, "10.0.0.1", "https", True, True, 0.0
+    )
     request.route, request.status = "/v1/completions", 200
-    span = frontend_span(FrontendReceipt("r", "", 0.0, ended_s=1.0), span_attributes(request), 10**18, OWN, "", "front")
+    span = frontend_span(
+        FrontendReceipt("r", "", 0.0, ended_s=1.0),
+        span_attributes(request),
+        10**18,
+        OWN,
+        "",
+        "front",
+    )
     assert span["name"] == "POST /v1/completions" and span["kind"] == 2 and "status" not in span
     found = attributes(span)
-    assert found["http.request.method"] == "POST" and found["http.route"] == found["url.path"] == "/v1/completions"
-    assert found["http.response.status_code"] == "200" and found["url.scheme"] == "https" and found["client.address"] == "10.0.0.1"
-    assert found["server.address"] == "::1" and found["server.port"] == "8000" and found["user_agent.original"] == "openai"
+    assert (
+        found["http.request.method"] == "POST"
+        and found["http.route"] == found["url.path"] == "/v1/completions"
+    )
+    assert (
+        found["http.response.status_code"] == "200"
+        and found["url.scheme"] == "https"
+        and found["client.address"] == "10.0.0.1"
+    )
+    assert (
+        found["server.address"] == "::1"
+        and found["server.port"] == "8000"
+        and found["user_agent.original"] == "openai"
+    )
     assert "secret" not in json.dumps(span) and "error.type" not in found
 
 
 def test_a_processors_span_is_that_of_an_inference() -> None:
-    receipt = Receipt("r", "", "m", num_prompt_tokens=7, num_completion_tokens=3, outcome="ok", kind="chat", total_ms=5.0)
+    receipt = Receipt(
+        "r",
+        "",
+        "m",
+        num_prompt_tokens=7,
+        num_completion_tokens=3,
+        outcome="ok",
+        kind="chat",
+        reason="length",
+        total_ms=5.0,
+    )
     span, *_ = receipt_spans(receipt, 10**18, OWN, "c" * 16)
     assert span["name"] == "chat m" and span["kind"] == 3
     found = attributes(span)
     assert found["gen_ai.operation.name"] == "chat" and found["gen_ai.provider.name"] == "meshserve"
     assert found["gen_ai.request.model"] == found["gen_ai.response.model"] == "m"
+    assert found["gen_ai.response.finish_reasons"] == {"values": [{"stringValue": "length"}]}
     assert found["gen_ai.usage.input_tokens"] == "7" and found["gen_ai.usage.output_tokens"] == "3"
     receipt.kind = "completion"
     assert receipt_spans(receipt, 10**18, OWN, "")[0]["name"] == "text_completion m"
@@ -124,15 +188,29 @@ def test_a_processors_span_is_that_of_an_inference() -> None:
 
 @pytest.mark.parametrize(
     ("error", "is_error"),
-    [(InvalidRequest, False), (Cancelled, False), (Overloaded, True), (EngineFailed, True), (MeshserveError, True)],
+    [
+        (InvalidRequest, False),
+        (Cancelled, False),
+        (Overloaded, True),
+        (EngineFailed, True),
+        (MeshserveError, True),
+    ],
 )
-def test_an_error_of_the_clients_is_named_and_is_no_error_of_the_server(error: type[MeshserveError], is_error: bool) -> None:
+def test_an_error_of_the_clients_is_named_and_is_no_error_of_the_server(
+    error: type[MeshserveError], is_error: bool
+) -> None:
     receipt = Receipt("r", "", "m", outcome=error.code, error="words")
     part = FrontendReceipt("r", "", 0.0, outcome=error.code, error="words")
-    for span in (receipt_spans(receipt, 10**18, OWN, "")[0], frontend_span(part, {}, 10**18, OWN, "", "front")):
+    for span in (
+        receipt_spans(receipt, 10**18, OWN, "")[0],
+        frontend_span(part, {}, 10**18, OWN, "", "front"),
+    ):
         assert attributes(span)["error.type"] == error.code
         assert span.get("status") == ({"code": 2, "message": "words"} if is_error else None)
-    assert http_status_of(error.code) == error.http_status and http_status_of("of a newer peer") is None
+    assert (
+        http_status_of(error.code) == error.http_status
+        and http_status_of("of a newer peer") is None
+    )
 
 
 # --- sent
@@ -164,8 +242,20 @@ def a_collector() -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
         thread.join()
 
 
-def test_the_environment_alone_sends_spans_with_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0", "--mesh", "otlp")
+def test_the_environment_alone_sends_spans_with_its_headers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = (
+        "--role",
+        "all",
+        "--interface",
+        "127.0.0.1",
+        "--no-mdns",
+        "--http",
+        "127.0.0.1:0",
+        "--mesh",
+        "otlp",
+    )
     with a_collector() as (url, posts):
         monkeypatch.setenv(f"{BASE}ENDPOINT", url)
         monkeypatch.setenv(f"{BASE}HEADERS", "authorization=Bearer%20hidden")
@@ -174,26 +264,59 @@ def test_the_environment_alone_sends_spans_with_its_headers(monkeypatch: pytest.
         with Process(meshserve_command("run", *options)) as peer:
             client = httpx.Client(base_url=peer.ready(READY_S)["http"], timeout=60.0)
             client.post("/v1/completions", json={"model": "dummy", "prompt": "hi", "max_tokens": 2})
-            client.post("/v1/completions", json={"model": "dummy", "prompt": "hi", "max_tokens": -1})
+            client.post(
+                "/v1/completions", json={"model": "dummy", "prompt": "hi", "max_tokens": -1}
+            )
             client.close()
 
             def spans() -> list[dict[str, Any]]:
-                bodies = [json.loads(gzip.decompress(body))["resourceSpans"][0] for _, body in list(posts)]
+                bodies = [
+                    json.loads(gzip.decompress(body))["resourceSpans"][0] for _, body in list(posts)
+                ]
                 return [span for body in bodies for span in body["scopeSpans"][0]["spans"]]
 
-            wait_until(lambda: sum(span["kind"] == 2 for span in spans()) == 2, READY_S, "the spans of both requests")
+            wait_until(
+                lambda: sum(span["kind"] == 2 for span in spans()) == 2,
+                READY_S,
+                "the spans of both requests",
+            )
             peer.terminate()
             assert peer.wait() == 0 and "hidden" not in peer.stderr_text
         headers, body = posts[0]
         assert headers["authorization"] == "Bearer hidden" and headers["content-encoding"] == "gzip"
-        resource = {"attributes": json.loads(gzip.decompress(body))["resourceSpans"][0]["resource"]["attributes"]}
-        assert attributes(resource)["service.name"] == "chat" and attributes(resource)["meshserve.mesh"] == "otlp"
-        statuses = [attributes(span)["http.response.status_code"] for span in spans() if span["kind"] == 2]
+        resource = {
+            "attributes": json.loads(gzip.decompress(body))["resourceSpans"][0]["resource"][
+                "attributes"
+            ]
+        }
+        assert (
+            attributes(resource)["service.name"] == "chat"
+            and attributes(resource)["meshserve.mesh"] == "otlp"
+        )
+        statuses = [
+            attributes(span)["http.response.status_code"] for span in spans() if span["kind"] == 2
+        ]
         assert statuses == ["200", "400"] and not any("status" in span for span in spans())
 
 
-def test_certificates_that_cannot_be_used_are_one_line_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certificates_that_cannot_be_used_are_one_line_at_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv(f"{BASE}CERTIFICATE", "/nowhere/ca.pem")
-    options = ("--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0", "--otlp", "https://127.0.0.1:9")
+    options = (
+        "--role",
+        "all",
+        "--interface",
+        "127.0.0.1",
+        "--no-mdns",
+        "--http",
+        "127.0.0.1:0",
+        "--otlp",
+        "https://127.0.0.1:9",
+    )
     done = run_command(meshserve_command("run", *options))
-    assert done.exit_code == 1 and "OTEL_EXPORTER_OTLP_*" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.exit_code == 1
+        and "OTEL_EXPORTER_OTLP_*" in done.stderr
+        and "Traceback" not in done.stderr
+    )

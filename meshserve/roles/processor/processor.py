@@ -319,6 +319,7 @@ class Request:
         self._close()
         receipt = self._keep_receipt(sequence, OK)
         first = self._first_end or found
+        receipt.reason = first.reason
         self.call.end(
             Ending(
                 first.reason,

@@ -1,4 +1,4 @@
-"""What became of each request: a count by route, status, code and model, and at level `info` a line in the log."""
+"""What became of each request: a count by route, status, code and model, and a line in the log."""
 
 import json
 import logging
@@ -9,10 +9,16 @@ from typing import Any
 from meshserve.errors import Cancelled, MeshserveError, http_status_of
 from meshserve.roles.frontend.http.messages import PlainAccount, Request
 from meshserve.roles.frontend.http.reader import RequestReader
-from meshserve.telemetry import ACCESS_LOGGER, MAX_REQUEST_COUNTS, RequestCounts, RequestKey, log_event
+from meshserve.telemetry import (
+    ACCESS_LOGGER,
+    MAX_REQUEST_COUNTS,
+    RequestCounts,
+    RequestKey,
+    log_event,
+)
 
 OTHER = "other"
-"""Instead of a route, a model or a code that this mesh does not know: clients and newer peers may say anything."""
+"""Instead of a route, model or code that this mesh does not know: clients may say anything."""
 CLIENT_LEFT = 499
 """As nginx has it: the client left before the response began."""
 _OK = PlainAccount().outcome
@@ -21,10 +27,19 @@ _log = logging.getLogger(ACCESS_LOGGER)
 
 
 class RequestLog:
-    """One for a frontend. A connection counts in `counts` itself what was counted before: that is all that most requests cost."""
+    """One for a frontend. A connection counts in `counts` itself what was counted before: that is
+    all that most requests cost.
+    """
 
-    def __init__(self, counts: RequestCounts, route_of: Callable[[str], str | None], is_served: Callable[[str], bool]) -> None:
-        """`route_of` says which row of the table of routes a path has, `is_served` whether the mesh has a model of this name."""
+    def __init__(
+        self,
+        counts: RequestCounts,
+        route_of: Callable[[str], str | None],
+        is_served: Callable[[str], bool],
+    ) -> None:
+        """`route_of` says which row of the table of routes a path has, `is_served` whether the mesh
+        has a model of this name.
+        """
         self.counts, self._route_of, self._is_served = counts, route_of, is_served
         self.is_writing = _log.isEnabledFor(logging.INFO)
         """Whether each request has a line."""
@@ -39,7 +54,9 @@ class RequestLog:
         """A request was refused before its end was read, perhaps before the end of its head."""
         request = reader.request
         if request is None:
-            request = Request(reader.method, reader.path, b"", b"", {}, address, "", True, False, time.monotonic())
+            request = Request(
+                reader.method, reader.path, b"", b"", {}, address, "", True, False, time.monotonic()
+            )
         request.status = error.http_status
         request.failed(error.code)
         self.ended(request)
@@ -59,7 +76,12 @@ class RequestLog:
         code = _code_of(request)
         if code != _OK and http_status_of(code) is None:
             code = OTHER
-        key: RequestKey = (request.route or self._route_of(request.path) or OTHER, request.status, code, model)
+        key: RequestKey = (
+            request.route or self._route_of(request.path) or OTHER,
+            request.status,
+            code,
+            model,
+        )
         if key not in self.counts and len(self.counts) >= MAX_REQUEST_COUNTS:
             key = (OTHER, request.status, code, OTHER)
         self.counts[key] = self.counts.get(key, 0) + 1
@@ -69,7 +91,10 @@ class RequestLog:
         account, ending = request.account, request.ending
         known: dict[str, Any] = {
             "method": request.method or "-",
-            "route": request.route or self._route_of(request.path) or request.path[:_MAX_SHOWN] or "-",
+            "route": request.route
+            or self._route_of(request.path)
+            or request.path[:_MAX_SHOWN]
+            or "-",
             "status": request.status,
             "code": _code_of(request),
             "model": account.model[:_MAX_SHOWN],
@@ -89,7 +114,9 @@ class RequestLog:
 
 def _code_of(request: Request) -> str:
     outcome = request.account.outcome
-    return outcome if outcome != _OK or request.status < 400 else OTHER  # a page that is not there has no error
+    return (
+        outcome if outcome != _OK or request.status < 400 else OTHER
+    )  # a page that is not there has no error
 
 
 def _shown(value: object) -> str:
