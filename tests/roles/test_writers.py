@@ -233,3 +233,18 @@ def test_an_api_calls_a_field_by_its_own_name() -> None:
     named = apis.RESPONSES.named(InvalidRequest("no", param="max_tokens"))
     assert isinstance(named, InvalidRequest) and named.param == "max_output_tokens"
     assert apis.CHATS.named(EngineFailed("no")).code == "engine_failed"
+
+
+LINES = apis.lines(lambda body, request_id, client_id: pytest.fail("nothing is parsed here"))
+
+
+@pytest.mark.parametrize("api", (*apis.APIS, LINES), ids=lambda api: api.path)
+def test_each_stream_says_in_its_own_form_that_it_lives(api: Api) -> None:
+    made = writer(api)
+    if b"text/event-stream" in made.headers:
+        assert made.ping.endswith(b"\n\n") and made.ping.count(b"\n\n") == 1
+        assert made.ping.startswith(b":") or made.ping.startswith(b"event: ping\ndata: {")
+    else:
+        assert isinstance(json.loads(made.ping), dict) and made.ping.count(b"\n") == 1
+    assert b"x-accel-buffering: no" in made.headers, "a proxy that buffers would keep it to itself"
+    assert writer(api, is_stream=False).ping == b"" or api is LINES
