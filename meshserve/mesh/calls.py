@@ -393,8 +393,8 @@ class CallTable:
                 incoming.abandon(reason)
 
     def close(self) -> None:
-        """End everything: this peer stops."""
-        for outgoing in list(self.outgoing.values()):
-            outgoing.give_up(Cancelled("this peer is stopping"))
+        """End everything: this peer stops. Callers first: they must not hear of it as a cancel."""
         for incoming in list(self.incoming.values()):
             incoming.abandon("stop", Draining("the peer is stopping"))
+        for outgoing in list(self.outgoing.values()):
+            outgoing.give_up(Cancelled("this peer is stopping"))

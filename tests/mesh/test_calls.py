@@ -300,6 +300,24 @@ def test_closing_a_table_ends_everything() -> None:
     assert isinstance(record.ends[0], Draining), "what was open may go on elsewhere"
 
 
+def test_closing_a_table_tells_those_who_asked_before_what_was_asked_for_them_ends() -> None:
+    pair, worker = Pair(), Pair()
+    record = pair.open()
+    pair.deliver()
+
+    class Sequence(Record):
+        """Of a request that a peer has asked here, and that is carried out elsewhere."""
+
+        def on_error(self, error: MeshserveError) -> None:
+            super().on_error(error)
+            pair.served[0].fail(error)
+
+    pair.callee.open(worker.there, WORK, {}, Sequence(), 0.0, 10.0)
+    pair.callee.close()
+    pair.deliver()
+    assert isinstance(record.ends[0], Draining), "it may go on elsewhere"
+
+
 STEPS = st.lists(st.sampled_from(["item", "end", "fail", "cancel", "deliver", "late", "lose caller", "lose callee"]), max_size=25)
 
 

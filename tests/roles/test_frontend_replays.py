@@ -166,7 +166,9 @@ class Stream:
     def events(self) -> list[Any]:
         """In order, but for that of several answers among each other, which is left open."""
         data = [
-            line.removeprefix("data: ") for line in self.lines if not line.startswith("event: ")
+            line.removeprefix("data: ")
+            for line in self.lines
+            if not line.startswith(("event: ", ":"))  # a comment shows that a slow one lives
         ]
         found = [json.loads(text) if text != "[DONE]" else {"done": True} for text in data]
         self.ids = {str(event["id"]) for event in found if "id" in event}

@@ -13,15 +13,16 @@ import pytest
 from meshserve.config import MeshConfig, ServeConfig
 from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
-from meshserve.errors import Draining, GaveUp, MeshserveError, NoWorker
+from meshserve.errors import Draining, GaveUp, MeshserveError, ModelNotFound, NoWorker
 from meshserve.mesh.calls import IncomingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.frontend.server import FrontendRole
-from meshserve.wire.completion import Ending
-from meshserve.wire.messages import COMPLETE
+from meshserve.wire.completion import Ending, EndItem, PartItem, StartItem, TextItem
+from meshserve.wire.messages import COMPLETE, FIND_REQUESTS
 from tests.harness import run_async, until
 
 DEADLINE_S = 5.0
+MESSAGES = [{"role": "user", "content": "ab"}]
 BODY = {"model": "dummy", "prompt": "ab", "max_tokens": 8, "stream": True}
 
 
@@ -75,10 +76,13 @@ def config(*roles: str, **more: Any) -> MeshConfig:
 
 
 @asynccontextmanager
-async def scene(num_processors: int = 2, max_migrations: int = 16) -> AsyncIterator[Scene]:
+async def scene(
+    num_processors: int = 2, max_migrations: int = 16, failure_timeout_s: float = 0.3
+) -> AsyncIterator[Scene]:
     engine = DummyEngine(EngineOptions(None, {}))
     async with AsyncExitStack() as exits:
-        mesh = Mesh(config("frontend", "decode"), engine.card, engine.kv_layout)
+        own = replace_fields(config("frontend", "decode"), failure_timeout_s=failure_timeout_s)
+        mesh = Mesh(own, engine.card, engine.kv_layout)
         await mesh.start()
         exits.push_async_callback(mesh.close)
         frontend = FrontendRole(mesh, ServeConfig(http_port=0, max_migrations=max_migrations))
@@ -102,8 +106,11 @@ async def scene(num_processors: int = 2, max_migrations: int = 16) -> AsyncItera
 class Client:
     """Reads one stream."""
 
-    def __init__(self, scene: Scene, **fields: Any) -> None:
-        self._scene, self._body = scene, {**BODY, **fields}
+    def __init__(
+        self, scene: Scene, path: str = "completions", timeout_s: float = 30.0, **fields: Any
+    ) -> None:
+        self._scene, self._path, self._body = scene, path, {**BODY, **fields}
+        self._headers = {"x-request-timeout": str(timeout_s)}
         self.events: list[Any] = []
         self.status = 0
         self.is_over = False
@@ -113,10 +120,10 @@ class Client:
         return self
 
     async def _run(self) -> None:
-        url = f"{self._scene.url}/v1/completions"
+        url = f"{self._scene.url}/v1/{self._path}"
         async with (
             httpx.AsyncClient(timeout=30.0) as client,
-            client.stream("POST", url, json=self._body) as answer,
+            client.stream("POST", url, json=self._body, headers=self._headers) as answer,
         ):
             self.status = answer.status_code
             if not self._body["stream"] or self.status != 200:
@@ -222,6 +229,73 @@ async def test_where_no_processor_knows_a_worker_the_client_is_told_so() -> None
         assert (
             await client.failure() == "no_worker" and client.status == 503 and len(found.calls) == 2
         )
+
+
+@pytest.mark.parametrize("is_stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("error_class", [NoWorker, ModelNotFound])
+@in_a_loop
+async def test_a_processor_that_starts_in_place_of_a_lost_one_is_asked_until_it_has_met_the_workers(
+    error_class: type[MeshserveError], is_stream: bool
+) -> None:
+    async with scene(1) as found:
+        client, processor = Client(found, stream=is_stream).begin(), found.processors[0]
+        first = await found.asked(1)
+        first.send("ab")
+        if is_stream:
+            await client.read("ab")
+        processor.error = error_class("not met yet")
+        first.fail(Draining("this processor stops"))
+        await found.asked(4)
+        processor.error = None
+        num_asked = len(found.calls)
+        second = await found.asked(num_asked + 1)
+        assert second.body.origin == (first.body.request_id if is_stream else "")
+        assert len({call.body.request_id for call in found.calls}) == num_asked + 1
+        finish(second, "abc")
+        await until(lambda: client.is_over, DEADLINE_S, "it is answered")
+        assert client.status == 200 and (client.text == "abc" or not is_stream)
+
+
+@in_a_loop
+async def test_where_such_a_processor_meets_no_worker_the_client_is_told_so() -> None:
+    async with scene(1) as found:
+        client, processor = Client(found).begin(), found.processors[0]
+        first = await found.asked(1)
+        first.send("ab")
+        await client.read("ab")
+        processor.error = NoWorker("no decode worker yet")
+        first.fail(Draining("this processor stops"))
+        assert await client.failure() == "no_worker" and len(found.calls) > 3
+
+
+@in_a_loop
+async def test_a_stream_whose_processors_are_gone_waits_no_longer_than_its_deadline() -> None:
+    async with scene(1, failure_timeout_s=60.0) as found:
+        client = Client(found, timeout_s=1.5).begin()
+        first = await found.asked(1)
+        first.send("ab")
+        await client.read("ab")
+        await found.processors[0].mesh.close()
+        assert await client.failure() == "deadline_exceeded" and client.text == "ab"
+
+
+@in_a_loop
+async def test_what_came_to_nothing_for_the_client_is_part_of_the_answer_all_the_same() -> None:
+    async with scene() as found:
+        client = Client(found, "messages", messages=MESSAGES).begin()
+        first = await found.asked(1)
+        first.send(StartItem(2))
+        first.send(PartItem(0, "reasoning"))
+        had = next(one for one in found.processors if first in one.calls)
+        await had.mesh.call(found.mesh.incarnation, FIND_REQUESTS, "x", DEADLINE_S)  # after them
+        first.fail(Draining("this processor stops"))
+        second = await found.asked(2)
+        assert second.body.origin == first.body.request_id
+        for item in (StartItem(2), PartItem(0, "reasoning"), TextItem(0, "hm"), EndItem(0, "stop")):
+            second.send(item)
+        finish(second)
+        await until(lambda: client.is_over, DEADLINE_S, "the stream ends")
+        assert "message_stop" in client.events[-1]
 
 
 @in_a_loop

@@ -2,10 +2,11 @@
 
 import asyncio
 import itertools
+import time
 from typing import TYPE_CHECKING
 
 from meshserve.config import ServeConfig
-from meshserve.errors import Draining, MeshserveError, NoWorker, PeerLost
+from meshserve.errors import DeadlineExceeded, Draining, MeshserveError, NoWorker, PeerLost
 from meshserve.mesh.membership import Change, Member, PeerState
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipt_store import FrontendReceipts
@@ -54,6 +55,11 @@ class Completions:
         if able[0].incarnation == self.mesh.incarnation:
             return self.mesh.incarnation
         return able[next(self._turn) % len(able)].incarnation
+
+    def unreached(self, error: MeshserveError, deadline_s: float) -> MeshserveError:
+        """Why no processor has a request: by this error, or as its deadline came before one was in reach."""
+        is_late = time.monotonic() >= deadline_s
+        return DeadlineExceeded("no processor was in reach before the request's deadline") if is_late else error
 
     def knows_another(self, processors: tuple[str, ...]) -> bool:
         """Whether there is a processor beside these."""

@@ -57,7 +57,6 @@ class Exchange(QueueEntry):
         "_options",
         "_receipt",
         "_request",
-        "_waits_until_s",
         "_writer",
     )
 
@@ -71,7 +70,6 @@ class Exchange(QueueEntry):
         self._request: CompletionRequest
         self._options: ResponseOptions
         self._writer: Writer
-        self._waits_until_s = 0.0
         self._losses: Losses | None = None
         self._given: Given | None = None
         """Of a stream from another peer, which may be lost."""
@@ -142,12 +140,11 @@ class Exchange(QueueEntry):
             self._receipt.passed_s = now_s = time.monotonic()
             sink: Sink = self._followed() if peer != completions.mesh.incarnation and self._writer.is_stream else self
             self._call = completions.mesh.open(peer, COMPLETE, self._request, sink, max(0.001, self.deadline_s - now_s))
-            self._waits_until_s = 0.0
         except (NoWorker, PeerLost) as error:
             if self._may_wait(error):
                 completions.loop.call_later(_LOOK_AGAIN_S, self._ask_again)
             else:
-                self.on_error(error)
+                self.on_error(completions.unreached(error, self.deadline_s))
         except MeshserveError as error:
             self.on_error(error)
         except Exception:
@@ -189,8 +186,13 @@ class Exchange(QueueEntry):
         self._flush_soon()
 
     def on_error(self, error: MeshserveError) -> None:
-        if self._call is not None and self._is_for_another(error, self._call.peer) and self._start_over(error):
-            return
+        if (call := self._call) is not None:
+            if self._is_for_another(error, call.peer) and self._start_over(error):
+                return
+            if (losses := self._losses) and losses.is_too_early(error, self._connection.is_started) and self._may_wait(error):
+                self._rename(losses)
+                self._completions.loop.call_later(_LOOK_AGAIN_S, self._ask_again)
+                return
         self._error = error
         self._give_slots_back()
         self._flush_soon()
@@ -210,25 +212,26 @@ class Exchange(QueueEntry):
             call.cancel()
 
     def _start_over(self, error: MeshserveError) -> bool:
-        """Ask another processor, under another name, as workers may still have the request of before. False if that was done too often.
-
-        What the client has of the answer stays as it is: with the same seeds the answer is the same.
-        """
+        """Ask another processor. False if that was done too often."""
         assert self._call is not None
-        completions, receipt, now_s = self._completions, self._receipt, time.monotonic()
+        completions, receipt = self._completions, self._receipt
         losses, has_begun = self._losses or Losses(), self._connection.is_started
         if self._is_over or not losses.allow_another(completions.config.max_migrations, has_begun=has_begun):
             return False
-        losses.add(completions.mesh.name_of(self._call.peer), error, receipt.passed_s, now_s, has_begun=has_begun)
-        before, self._call, self._items, self._losses = self._request, None, [], losses
-        losses.told.name, receipt.started_over = completions.new_id(), losses.told
-        origin = (before.origin or before.request_id) if has_begun else ""  # only where it counts: older processors do not know it
-        self._request = replace(before, request_id=losses.told.name, origin=origin)
+        losses.add(completions.mesh.name_of(self._call.peer), error, receipt.passed_s, time.monotonic(), has_begun=has_begun)
+        self._losses, receipt.started_over, before = losses, losses.told, self._request.request_id
+        self._rename(losses)
         completions.mesh.counters.add("requests_started_over")
         if completions.mesh.event_log.is_on:
-            completions.mesh.event_log.note("started_over", losses.told.name, before=before.request_id, outcome=error.code)
+            completions.mesh.event_log.note("started_over", losses.told.name, before=before, outcome=error.code)
         self.admitted()
         return True
+
+    def _rename(self, losses: Losses) -> None:
+        """The request is asked again under another name, as workers may still have the one of before."""
+        is_given = self._connection.is_started or bool(self._given is not None and self._given.settle())
+        self._call, self._items = None, []
+        self._request = losses.renamed(self._request, self._completions.new_id(), is_given=is_given)
 
     def _went_on(self) -> None:
         """What the client had came again, and something new."""
@@ -239,11 +242,11 @@ class Exchange(QueueEntry):
     def _may_wait(self, error: MeshserveError) -> bool:
         """Whether a processor may be reached in a moment: a connection that was lost just now is made anew, or a stall ends. For
         an answer that has begun, one that was killed may be started again."""
-        mesh, now_s, has_begun = self._completions.mesh, time.monotonic(), self._connection.is_started
+        mesh, has_begun = self._completions.mesh, self._connection.is_started
         longest_s = mesh.config.failure_timeout_s + (mesh.config.death_timeout_s if has_begun else 0.0)
-        self._waits_until_s = self._waits_until_s or now_s + longest_s
-        is_known = has_begun or isinstance(error, PeerLost) or bool(mesh.silent_peers_with("processor"))
-        return is_known and now_s < self._waits_until_s
+        is_known = has_begun or self._call is not None or isinstance(error, PeerLost) or bool(mesh.silent_peers_with("processor"))
+        self._losses = self._losses or Losses()
+        return is_known and self._losses.may_wait(time.monotonic(), longest_s, self.deadline_s)
 
     def _ask_again(self) -> None:
         if not self._is_over and self._error is None:

@@ -2,8 +2,10 @@
 
 from typing import Any
 
-from meshserve.errors import MeshserveError
+from meshserve.errors import MeshserveError, ModelNotFound, NoWorker
 from meshserve.observe.receipts import StartedOver
+from meshserve.wire.completion import CompletionRequest
+from meshserve.wire.structs import replace
 
 _MAX_FRUITLESS = 4
 """Processors in a row that were lost with a request before anything new of its answer came: the
@@ -13,11 +15,19 @@ request may be what takes them down."""
 class Losses:
     """Of one request."""
 
-    __slots__ = ("_lost_s", "_moved", "_num_fruitless", "_num_migrations", "blind", "told")
+    __slots__ = (
+        "_lost_s",
+        "_moved",
+        "_num_fruitless",
+        "_num_migrations",
+        "_waits_until_s",
+        "blind",
+        "told",
+    )
 
     def __init__(self) -> None:
         self._num_fruitless = self._num_migrations = 0
-        self._lost_s = 0.0
+        self._lost_s = self._waits_until_s = 0.0
         self._moved: dict[str, Any] | None = None
         """The continuation that is under way, as the receipt will show it."""
         self.blind: tuple[str, ...] = ()
@@ -35,6 +45,20 @@ class Losses:
         """Nothing new of the answer came from the processor that has it now."""
         return not has_begun or self._moved is not None
 
+    def may_wait(self, now_s: float, longest_s: float, deadline_s: float) -> bool:
+        """Whether the request may wait for a processor, which is so long after each loss, but never
+        beyond its deadline. Processors that knew no worker may know one when they are asked again."""
+        self.blind = ()
+        self._waits_until_s = self._waits_until_s or min(now_s + longest_s, deadline_s)
+        return now_s < self._waits_until_s
+
+    def is_too_early(self, error: MeshserveError, has_begun: bool) -> bool:
+        """Whether a processor that has given nothing new knows no worker, or none of the model, after
+        another one was lost that did."""
+        if not isinstance(error, (NoWorker, ModelNotFound)) or not self._is_fruitless(has_begun):
+            return False
+        return any(lost["outcome"] != NoWorker.code for lost in self.told.attempts)
+
     def add(
         self,
         processor: str,
@@ -47,6 +71,7 @@ class Losses:
         """One more processor (a name) is lost, which had the request since `began_s`."""
         self._num_fruitless = self._num_fruitless + 1 if self._is_fruitless(has_begun) else 0
         self._num_migrations += has_begun
+        self._waits_until_s = 0.0
         attempt = {
             "peer": processor,
             "role": "processor",
@@ -70,3 +95,15 @@ class Losses:
             }
             self.told.continuations.append(moved)
             self._moved = None
+
+    def renamed(
+        self, request: CompletionRequest, name: str, *, is_given: bool
+    ) -> CompletionRequest:
+        """The request as the next processor gets it; `is_given`: a part of its answer is kept.
+
+        The answer to it then continues that part, as equal seeds give equal answers.
+        """
+        self.told.name = name
+        # only where it counts: older processors do not know the field
+        origin = (request.origin or request.request_id) if is_given else ""
+        return replace(request, request_id=name, origin=origin)
