@@ -56,6 +56,7 @@ FULL: dict[str, Any] = {
     "add_generation_prompt": False,
     "wants_start": True,
     "client_id": "c",
+    "origin": "o",
     "wants_receipt": True,
     "policy": "kv",
     "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
