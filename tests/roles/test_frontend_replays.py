@@ -264,8 +264,7 @@ def read_while_lost(front: Front, streams: list[Stream], fault: Callable[[Proces
     wait_until(lambda: front.state(other) == "suspect", READY_S, "the other one gets no work")
 
     def lose() -> None:
-        other.resume()
-        wait_until(lambda: front.state(other) == "alive", READY_S, "the other one may get work")
+        other.resume()  # it is heard of again while the streams wait for a processor
         fault(had)
 
     read_all(streams, lose)
