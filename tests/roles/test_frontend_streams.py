@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import anthropic
+import httpx
 import openai
 import pytest
 
 from meshserve.roles.frontend.liveness import HEAD_BY_S, Pauses
-from tests.harness import wait_until
+from tests.harness import Process, meshserve_command, wait_until
 from tests.roles.frontends import Frontend, error_of, started
 
 PATHS: dict[str, dict[str, Any]] = {
@@ -110,6 +112,38 @@ def test_what_fails_after_the_head_is_an_error_event_and_before_it_a_status(slow
     refused = slow.client.post("/v1/completions", json={**body, "model": "none"})
     assert refused.status_code == 404 and error_of(refused)["code"] == "model_not_found"
     wait_until(lambda: slow.running() == 0, 20.0, "the worker is free again")
+
+
+def test_row_14_a_stream_that_has_only_its_head_goes_on_when_its_processor_is_killed() -> None:
+    common = ("--mesh", "frontend-head-only", "--interface", "127.0.0.1", "--no-mdns")
+
+    def peer(role: str, *options: str) -> Process:
+        return Process(meshserve_command("run", "--role", role, *common, *options))
+
+    with ExitStack() as stack:
+        front = stack.enter_context(peer("frontend,router", "--http", "127.0.0.1:0"))
+        ready = front.ready()
+        others = [("processor", "--name", "one"), ("processor", "--name", "two")]
+        others.append(("decode", "--engine-opt", "prefill_tokens_per_s=15"))
+        peers = [stack.enter_context(peer(*given, "--peer", ready["address"])) for given in others]
+        for one in peers:
+            one.ready()
+        client = stack.enter_context(httpx.Client(base_url=ready["http"], timeout=60.0))
+
+        def num_requests() -> dict[str, int]:
+            found = client.get("/mesh/peers").json()
+            return {one["name"]: one["held"].get("requests", 0) for one in found if one["held"]}
+
+        wait_until(lambda: {"one", "two"} <= num_requests().keys(), 20.0, "all know each other")
+        wait_until(lambda: client.get("/ready").status_code == 200, 20.0, "requests are served")
+        body = {**PATHS["/v1/completions"], "prompt": "l" * 60}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            assert response.status_code == 200
+            held = num_requests()
+            peers[0 if held["one"] else 1].kill()
+            text = "".join(response.iter_text())
+    assert text.endswith("data: [DONE]\n\n") and '"error":{' not in text, text
+    assert text.count('"finish_reason":"length"') == 1
 
 
 def test_whole_answers_get_no_pings(slow: Frontend) -> None:
