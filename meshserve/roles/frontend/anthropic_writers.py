@@ -1,11 +1,10 @@
 """Anthropic's Messages API: the answer as one object or as events, and its errors. Pure."""
 
-import json
 from typing import Any
 
 from meshserve.errors import ContextLengthExceeded, InvalidRequest, MeshserveError, Unsupported
 from meshserve.roles.frontend.shapes import dump
-from meshserve.roles.frontend.writers import EventWriter, Part, Reply, WholeWriter
+from meshserve.roles.frontend.writers import EventWriter, Part, Reply, WholeWriter, arguments_of
 from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, StartItem, TextItem
 
 Json = dict[str, Any]
@@ -90,17 +89,8 @@ class WholeMessage(WholeWriter):
 
     def _block(self, number: int, part: Part) -> Json:
         if part.kind == "call":
-            return _use(self._reply, number, part.name, _arguments(part.text))
+            return _use(self._reply, number, part.name, arguments_of(part.text))
         return _thinking(part.text) if part.kind == "reasoning" else {"type": "text", "text": part.text}
-
-
-def _arguments(text: str) -> Json:
-    """Those of a call; none if `max_tokens` cut them short, as `stop_reason` then says."""
-    try:
-        arguments = json.loads(text)
-    except ValueError:
-        return {}
-    return arguments if isinstance(arguments, dict) else {}
 
 
 class MessageEvents(EventWriter):

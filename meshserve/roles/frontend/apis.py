@@ -1,6 +1,8 @@
 """The APIs that complete: how each is parsed, written, and told an error. One table, read by one driver."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 from meshserve.errors import MeshserveError
 from meshserve.roles.frontend import anthropic_writers, responses_writers
@@ -10,8 +12,21 @@ from meshserve.roles.frontend.openai_writers import ChatChunkWriter, ChunkWriter
 from meshserve.roles.frontend.shapes import error_body
 from meshserve.roles.frontend.writers import Api, Parse
 
-ANTHROPIC_PREFIX = "/v1/messages"
-"""Of the routes whose errors are Anthropic's."""
+
+class ErrorShape(NamedTuple):
+    """How clients of some routes expect an error."""
+
+    name: str
+    """In the OpenAPI document; that of all other routes has none."""
+    prefix: str
+    """Of the routes' paths."""
+    body: Callable[[MeshserveError], bytes]
+
+
+OPENAI_ERRORS = ErrorShape("", "/", error_body)
+ANTHROPIC_ERRORS = ErrorShape("Anthropic", "/v1/messages", anthropic_writers.error_body)
+ERROR_SHAPES = (ANTHROPIC_ERRORS, OPENAI_ERRORS)
+"""The first one whose prefix a path has counts."""
 
 COMPLETIONS = Api("/v1/completions", "cmpl-", completions.parse_completion, ChunkWriter, WholeCompletion)
 CHATS = Api("/v1/chat/completions", "chatcmpl-", chat.parse_chat, ChatChunkWriter, WholeChat)
@@ -44,7 +59,12 @@ def lines(parse: Parse) -> Api:
 
 def error_body_for(path: str, error: MeshserveError) -> bytes:
     """The error as clients of this route expect it."""
-    return (anthropic_writers.error_body if path.startswith(ANTHROPIC_PREFIX) else error_body)(error)
+    return error_shape_of(path).body(error)
+
+
+def error_shape_of(path: str) -> ErrorShape:
+    """What errors of this route look like."""
+    return next((shape for shape in ERROR_SHAPES if path.startswith(shape.prefix)), OPENAI_ERRORS)
 
 
 def error_headers(error: MeshserveError) -> bytes:

@@ -1,5 +1,6 @@
 """From the items of a processor's stream to one API's answer, whole or as events: what all APIs have in common. Pure."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -124,6 +125,15 @@ class EventWriter:
 
     def _finish(self, item: EndItem) -> str:
         raise AssertionError("each API words its own")
+
+
+def arguments_of(text: str) -> dict[str, Any]:
+    """Those of a call, for APIs that give them as an object; none if the limit of tokens cut them short, as the reason then says."""
+    try:
+        arguments = json.loads(text)
+    except ValueError:
+        return {}
+    return arguments if isinstance(arguments, dict) else {}
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from meshserve import __version__
 from meshserve.errors import InvalidRequest, codes_of
 from meshserve.roles.frontend.access import SESSION_COOKIE
 from meshserve.roles.frontend.anthropic_writers import ERROR_TYPES as ANTHROPIC_TYPES
-from meshserve.roles.frontend.apis import ANTHROPIC_PREFIX
+from meshserve.roles.frontend.apis import ERROR_SHAPES, error_shape_of
 from meshserve.roles.frontend.guard import OPEN_PATHS
 from meshserve.roles.frontend.models import anthropic, chat, completions, responses
 from meshserve.roles.frontend.models.answers import ANSWERS, ref, schema_of
@@ -197,7 +197,7 @@ def _operation(line: str, has_keys: bool) -> tuple[str, str, Schema]:
         found["200"] = _answer(answers.split(","), tag)
     if has_keys and is_open:
         operation["security"] = []
-    prefix = "Anthropic" if path.startswith(ANTHROPIC_PREFIX) else ""
+    prefix = error_shape_of(path).name
     told = {str(status): {"$ref": f"#/components/responses/{prefix}{status}"} for status in statuses}
     told |= found | _RESPONSES.get(name, {})
     return path, method, {**operation, "responses": dict(sorted(told.items()))}
@@ -244,8 +244,8 @@ def document(has_keys: bool, observes: bool, root_path: str = "") -> Schema:
         "components": {
             "schemas": _schemas(),
             "responses": {
-                f"{prefix}{status}": _failure(status, f"{prefix}Error")
-                for prefix in ("", "Anthropic")
+                f"{shape.name}{status}": _failure(status, f"{shape.name}Error")
+                for shape in ERROR_SHAPES
                 for status in _WORDS
             },
             "parameters": dict(map(_parameter, filter(None, _PARAMETERS.splitlines()))),
