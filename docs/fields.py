@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-from meshserve.roles.frontend.models import anthropic, chat, completions, responses
+from meshserve.roles.frontend.models import anthropic, chat, completions, ollama, responses
 from meshserve.roles.frontend.models.common import Body
 from meshserve.roles.frontend.models.fields import HEADER, LEFT_OUT_BLOCKS, LEFT_OUT_ITEMS, Handling
 
@@ -17,6 +17,8 @@ BODIES: dict[str, tuple[type[Body], ...]] = {
     "/v1/messages": (anthropic.MessageBody,),
     "/v1/messages/count_tokens": (anthropic.CountBody,),
     "/generate": (completions.GenerateBody,),
+    "/api/chat": (ollama.OllamaChatBody,),
+    "/api/generate": (ollama.OllamaGenerateBody,),
     "/tokenize": (completions.TokenizePrompt, chat.TokenizeChat),
 }
 PARTS: dict[str, dict[str, type[Body]]] = {
@@ -25,6 +27,8 @@ PARTS: dict[str, dict[str, type[Body]]] = {
     "/v1/messages/count_tokens": {"output_config.": anthropic.OutputConfig},
     "/v1/chat/completions": {"structured_outputs.": completions.StructuredOutputs},
     "/v1/completions": {"structured_outputs.": completions.StructuredOutputs},
+    "/api/chat": {"options.": ollama.OllamaOptions},
+    "/api/generate": {"options.": ollama.OllamaOptions},
 }
 """Objects within a body that have rows of their own."""
 ABOUT = f"""# Fields of the HTTP APIs

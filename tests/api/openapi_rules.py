@@ -20,6 +20,7 @@ RULES = (
     r"best_of must be",
     r"only one of .* can be kept to",
     r"n times the number of prompts",
+    r"no engine here makes embeddings",
     r"the (schema|string format)|schema's|cannot be (kept to|merged)",
 )
 _RULE = re.compile("|".join(RULES), re.DOTALL)

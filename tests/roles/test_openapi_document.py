@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from meshserve.errors import InvalidRequest, codes_of
 from meshserve.roles import frontend
-from meshserve.roles.frontend.models import anthropic, chat, completions, responses
+from meshserve.roles.frontend.models import anthropic, chat, completions, ollama, responses
 from meshserve.roles.frontend.models.common import Body
 from meshserve.roles.frontend.models.reading import read_object
 from meshserve.roles.frontend.models.schemas import name_of
@@ -63,6 +63,10 @@ PARSERS: dict[str, Callable[[bytes], Any]] = {
     "ResponseRequest": lambda body: responses.parse_response(body, "r", "c"),
     "MessageRequest": lambda body: anthropic.parse_message(body, "r", "c"),
     "CountRequest": lambda body: anthropic.parse_count(body, "r"),
+    "OllamaChatRequest": lambda body: ollama.parse_chat(body, "r", "c", str),
+    "OllamaGenerateRequest": lambda body: ollama.parse_generate(body, "r", "c", str),
+    "OllamaShowRequest": ollama.parse_show,
+    "OllamaEmbedRequest": ollama.parse_embed,
 }
 VALIDATORS = {
     name: jsonschema.Draft202012Validator({"$ref": f"#/components/schemas/{name}", "components": DOCUMENT["components"]})
@@ -112,6 +116,8 @@ LIKELY: list[Any] = [
     *({"json": {"type": "object"}}, {"json": "{}"}, {"json": "x"}, {"regex": "a+"}, {"choice": ["a"]}, {"choice": []}, {"grammar": "x"}),
     *({"json": {}, "regex": "a"}, {"json_object": True}, 0.5, "{}", [{"type": "reasoning", "summary": []}]),
     *([{"type": "function_call", "call_id": "c", "name": "f"}, {"type": "function_call_output", "call_id": "c", "output": "a"}],),
+    *({"num_predict": 5, "stop": ["a"]}, {"num_predict": -3}, {"mirostat": 0}, {"mirostat": 2}, {"num_ctx": 1}, {"seed": -1.0}),
+    *([{"role": "user", "content": "a", "images": []}], [{"role": "user", "images": ["x"]}], [{"role": "tool", "tool_name": "f"}]),
     *([{"role": "developer", "content": [{"type": "input_text", "text": "a"}]}], [{"type": "item_reference", "id": "x"}], *WORDS),
 ]
 OTHER = st.recursive(

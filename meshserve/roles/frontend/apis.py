@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from meshserve.errors import MeshserveError
-from meshserve.roles.frontend import anthropic_writers, responses_writers
+from meshserve.roles.frontend import anthropic_writers, ollama_writers, responses_writers
 from meshserve.roles.frontend.http.messages import JSON, Response
-from meshserve.roles.frontend.models import anthropic, chat, completions, responses
+from meshserve.roles.frontend.models import anthropic, chat, completions, ollama, responses
 from meshserve.roles.frontend.openai_writers import ChatChunkWriter, ChunkWriter, LineWriter, WholeChat, WholeCompletion
 from meshserve.roles.frontend.shapes import error_body
 from meshserve.roles.frontend.writers import Api, Parse
@@ -25,7 +26,8 @@ class ErrorShape(NamedTuple):
 
 OPENAI_ERRORS = ErrorShape("", "/", error_body)
 ANTHROPIC_ERRORS = ErrorShape("Anthropic", "/v1/messages", anthropic_writers.error_body)
-ERROR_SHAPES = (ANTHROPIC_ERRORS, OPENAI_ERRORS)
+OLLAMA_ERRORS = ErrorShape("Ollama", "/api/", ollama_writers.error_body)
+ERROR_SHAPES = (ANTHROPIC_ERRORS, OLLAMA_ERRORS, OPENAI_ERRORS)
 """The first one whose prefix a path has counts."""
 
 COMPLETIONS = Api("/v1/completions", "cmpl-", completions.parse_completion, ChunkWriter, WholeCompletion)
@@ -55,6 +57,32 @@ APIS = (COMPLETIONS, CHATS, RESPONSES, MESSAGES)
 def lines(parse: Parse) -> Api:
     """`/generate`, whose parser must know the first model there is."""
     return Api("/generate", "", parse, LineWriter, LineWriter)
+
+
+def ollama_chats(served: ollama.Served) -> Api:
+    """`/api/chat`, whose parser must know the names of models."""
+    return Api(
+        "/api/chat",
+        "",
+        partial(ollama.parse_chat, served=served),
+        ollama_writers.MessageLines,
+        ollama_writers.WholeMessage,
+        ollama_writers.error_body,
+        ollama.CHAT_PARAMS,
+    )
+
+
+def ollama_prompts(served: ollama.Served) -> Api:
+    """`/api/generate`, likewise."""
+    return Api(
+        "/api/generate",
+        "",
+        partial(ollama.parse_generate, served=served),
+        ollama_writers.ResponseLines,
+        ollama_writers.WholeResponse,
+        ollama_writers.error_body,
+        ollama.GENERATE_PARAMS,
+    )
 
 
 def error_body_for(path: str, error: MeshserveError) -> bytes:

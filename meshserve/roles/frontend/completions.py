@@ -12,6 +12,7 @@ from meshserve.mesh.mesh import Mesh
 from meshserve.observe.receipt_store import FrontendReceipts
 from meshserve.roles.frontend.admission_slots import AdmissionSlots
 from meshserve.roles.frontend.cancelling import UnderWay
+from meshserve.roles.frontend.models.ollama import LATEST
 
 if TYPE_CHECKING:
     from meshserve.observe.otlp import Exporter
@@ -40,6 +41,15 @@ class Completions:
         if not cards:
             raise NoWorker("no decode worker is in the mesh yet")
         return cards[0]
+
+    def served_name(self, name: str) -> str:
+        """The name under which workers serve what a client of Ollama's API calls so: the tag `latest` may be left out, or
+        be said of a name that has no tag."""
+        infos = [*self.mesh.peers_with("decode"), *self.mesh.silent_peers_with("decode")]
+        cards = [info.card for info in infos if info.card is not None]
+        others = (name, name.removesuffix(LATEST), name + LATEST)
+        found = (other for other in others if any(card.is_called(other) for card in cards))
+        return next(found, name)
 
     def new_id(self) -> str:
         """The mesh's name for another request."""

@@ -2,19 +2,47 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
-from meshserve.roles.frontend import apis
+from meshserve.roles.frontend import apis, ollama_writers
 from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.exchange import Exchange
-from meshserve.roles.frontend.http.messages import Request
+from meshserve.roles.frontend.http.messages import Request, Response
 from meshserve.roles.frontend.models.common import Parsed
 from meshserve.roles.frontend.models.completions import parse_generate
+from meshserve.roles.frontend.models.ollama import (
+    OllamaBody,
+    OllamaChatBody,
+    OllamaGenerateBody,
+    read_load,
+)
+from meshserve.roles.frontend.ollama import loaded
+from meshserve.roles.frontend.routes import Handler
+from meshserve.roles.frontend.writers import Api
 
 
-def handlers_of(completions: Completions) -> dict[str, Callable[[Request], Exchange]]:
+def handlers_of(completions: Completions) -> dict[str, Handler]:
     """Of all APIs that complete; all with POST."""
 
     def parse(body: bytes, request_id: str, client_id: str) -> Parsed:
         return parse_generate(body, request_id, client_id, completions.first_model())
 
-    return {api.path: partial(Exchange, completions, api) for api in (*apis.APIS, apis.lines(parse))}
+    found: dict[str, Handler] = {api.path: partial(Exchange, completions, api) for api in (*apis.APIS, apis.lines(parse))}
+    for api, kind, said in (
+        (apis.ollama_chats(completions.served_name), OllamaChatBody, ollama_writers.message_of),
+        (apis.ollama_prompts(completions.served_name), OllamaGenerateBody, ollama_writers.response_of),
+    ):
+        found[api.path] = partial(_loaded_or_answered, completions, api, kind, said)
+    return found
+
+
+def _loaded_or_answered(
+    completions: Completions,
+    api: Api,
+    kind: type[OllamaBody],
+    said: Callable[[str], dict[str, Any]],
+    http: Request,
+) -> Exchange | Response:
+    """A client of Ollama's API may ask for a model to be loaded, and for nothing else."""
+    asked = read_load(kind, http.body)
+    return Exchange(completions, api, http) if asked is None else loaded(completions, asked.model, said(""))

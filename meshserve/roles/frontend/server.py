@@ -22,6 +22,7 @@ from meshserve.roles.frontend.http.connections import Connections
 from meshserve.roles.frontend.http.messages import Request, Response, takes_encoding
 from meshserve.roles.frontend.http.request_log import RequestLog
 from meshserve.roles.frontend.listening import BACKLOG, bind, possible_connections, tls_context, url_of
+from meshserve.roles.frontend.ollama import OllamaModels
 from meshserve.roles.frontend.pages import add_dashboard, add_documents
 from meshserve.roles.frontend.routes import Routes, json_response
 from meshserve.roles.frontend.tokenizing import Tokenizing
@@ -93,6 +94,7 @@ class FrontendRole:
         for path, handler in handlers_of(self._completions).items():
             routes.add("POST", path, handler)
         Tokenizing(self._mesh, self._completions).add_routes(routes)
+        OllamaModels(self._completions, self._started_s).add_routes(routes)
         routes.add("GET", "/v1/models", self._models)
         routes.add("GET", "/v1/models/{path}", self._model)
         routes.add("GET", "/health", lambda request: json_response({"status": "alive", "name": self._mesh.own.name}))

@@ -153,6 +153,34 @@ _ANTHROPIC: dict[str, Any] = {
     },
     "Count": {"input_tokens": int},
 }
+_OLLAMA_PART = {"model": str, "created_at": str}
+_OLLAMA_END = {
+    "logprobs?": _LOGPROBS,
+    "done": True,
+    "done_reason": {"stop", "length", "load"},
+    **each(int, "total_duration? load_duration? prompt_eval_count? prompt_eval_duration? eval_count? eval_duration?"),
+    "meshserve?": ref("Receipt"),
+}
+_OLLAMA_ENTRY = {**each(str, "name model digest"), **each(int, "size size_vram context_length"), "details": dict}
+_OLLAMA: dict[str, Any] = {
+    "OllamaCalledTool": {"id": str, "function": {"index": int, "name": str, "arguments": dict}},
+    "OllamaAnswer": {
+        "role": "assistant",
+        "content": str,
+        "thinking?": str,
+        "tool_calls?": [ref("OllamaCalledTool"), ...],
+    },
+    "OllamaChat": {**_OLLAMA_PART, "message": ref("OllamaAnswer"), **_OLLAMA_END},
+    "OllamaText": {**_OLLAMA_PART, "response": str, "thinking?": str, **_OLLAMA_END},
+    "OllamaModels": {"models": [{**_OLLAMA_ENTRY, "modified_at": str}]},
+    "OllamaRunning": {"models": [{**_OLLAMA_ENTRY, "expires_at": str}]},
+    "OllamaShown": {
+        **each(str, "modelfile parameters template modified_at"),
+        **each(dict, "details model_info"),
+        "capabilities": [{"completion", "tools"}, ...],
+    },
+    "OllamaVersion": each(str, "version meshserve"),
+}
 _MESH: dict[str, Any] = {
     "Receipt": {
         "": (
@@ -191,6 +219,7 @@ ANSWERS: dict[str, Any] = {
     **_OPENAI,
     **_RESPONSES,
     **_ANTHROPIC,
+    **_OLLAMA,
     **_MESH,
     "Tokenized": {**each(int, "count max_model_len"), "tokens": [int], "token_strs": ([str], None)},
     "Detokenized": {"prompt": str},

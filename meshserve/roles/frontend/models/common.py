@@ -52,6 +52,8 @@ class ResponseOptions:
     """What the API repeats of the request in its answer."""
     ignored: list[str] = field(default_factory=list)
     """Names of what the request has and no engine does, for a header of the answer."""
+    shows_receipt: bool = True
+    """False: a receipt that comes with the answer's end is for the writer only."""
 
 
 Parsed = tuple[CompletionRequest, ResponseOptions]

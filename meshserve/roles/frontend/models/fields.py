@@ -41,6 +41,8 @@ _BOOKS = "Kept by nobody; no answer changes."
 _SHOWN = "How an answer is presented."
 _SERVER_TOOLS = "Tools that a server would run are left out."
 _HISTORY = "All that is sent is shown to the model."
+_FITS = "A prompt that fits is never cut; one that does not fit is refused."
+_MACHINE = "How a model runs is decided where the model is started."
 _CONSTRAINT = "Would change what the text keeps to."
 _TEMPLATE = "Would change the prompt."
 _ALL_OPENAI = "completions generate chat"
@@ -65,7 +67,7 @@ TABLE: tuple[Row, ...] = (
     _ignored("messages count_tokens", "cache_control user_profile_id", _BOOKS),
     _ignored("responses", "stream_options", _SHOWN),
     # --- what is kept of a conversation
-    _ignored("responses", "truncation", "A prompt that fits is never cut; one that does not fit is refused.", "disabled"),
+    _ignored("responses", "truncation", _FITS, "disabled"),
     _ignored("responses", "context_management", _HISTORY, []),
     _ignored("messages count_tokens", "context_management", _HISTORY, {}),
     _refused("responses", "conversation previous_response_id prompt", why="No responses are kept."),
@@ -103,6 +105,22 @@ TABLE: tuple[Row, ...] = (
     _refused("generate", "n best_of", 1),
     _refused("structured_outputs", "grammar structural_tag whitespace_pattern", why=_CONSTRAINT),
     _refused("structured_outputs", "disable_fallback disable_any_whitespace disable_additional_properties", False, why=_CONSTRAINT),
+    # --- Ollama's
+    _ignored("ollama", "think", _EFFORT),
+    _ignored("ollama", "keep_alive", "Models stay loaded."),
+    _ignored("ollama", "truncate shift", _FITS, False),
+    _ignored("options", "num_ctx", _FITS),
+    _ignored("options", "num_keep", _FITS),
+    _ignored("options", "num_batch num_gpu main_gpu num_thread numa low_vram", _MACHINE),
+    _ignored("options", "f16_kv use_mmap use_mlock vocab_only logits_all embedding_only", _MACHINE),
+    _ignored("options", "repeat_last_n", "Penalties count all tokens.", -1),
+    _ignored("options", "penalize_newline", "Penalties count all tokens.", True),
+    _ignored("options", "mirostat_eta mirostat_tau", "They go with `mirostat`, which is refused."),
+    _refused("options", "mirostat", 0),
+    _refused("options", "tfs_z typical_p", 1),
+    _refused("ollama_generate", "suffix template", ""),
+    _refused("ollama_generate", "images context", []),
+    # --- counting
     _refused("tokenize", "continue_final_message", False),
     _refused("tokenize", "documents", []),
     _refused("tokenize_prompt", "add_special_tokens", True),

@@ -89,12 +89,19 @@ def sampled(
     if max_tokens is not None and asked.min_tokens > max_tokens:
         raise invalid("min_tokens", f"must be at most max_tokens, which is {max_tokens}")
     if asked.meshserve is not None:
-        policy = asked.meshserve.policy
-        if policy is not None and policy not in POLICIES:
-            words = f"unknown policy {policy[:64]!r}; there are: {', '.join(POLICIES)}"
-            raise InvalidRequest(words, param="meshserve.policy")
-        found |= {"wants_receipt": asked.meshserve.receipt, "policy": policy}
+        found |= extension_fields(asked.meshserve)
     return found
+
+
+def extension_fields(asked: Extension | None) -> Fields:
+    """Of meshserve's own field. Raises InvalidRequest for a policy that is unknown."""
+    if asked is None:
+        return {}
+    policy = asked.policy
+    if policy is not None and policy not in POLICIES:
+        words = f"unknown policy {policy[:64]!r}; there are: {', '.join(POLICIES)}"
+        raise InvalidRequest(words, param="meshserve.policy")
+    return {"wants_receipt": asked.receipt, "policy": policy}
 
 
 @cache

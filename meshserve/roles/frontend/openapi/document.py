@@ -9,7 +9,7 @@ from meshserve.roles.frontend.access import SESSION_COOKIE
 from meshserve.roles.frontend.anthropic_writers import ERROR_TYPES as ANTHROPIC_TYPES
 from meshserve.roles.frontend.apis import ERROR_SHAPES, error_shape_of
 from meshserve.roles.frontend.guard import OPEN_PATHS
-from meshserve.roles.frontend.models import anthropic, chat, completions, responses
+from meshserve.roles.frontend.models import anthropic, chat, completions, ollama, responses
 from meshserve.roles.frontend.models.answers import ANSWERS, ref, schema_of
 from meshserve.roles.frontend.models.common import Body, Schema
 from meshserve.roles.frontend.models.fields import HEADER
@@ -17,7 +17,7 @@ from meshserve.roles.frontend.models.schemas import components, name_of
 from meshserve.roles.frontend.request_headers import MIN_TIMEOUT_S
 from meshserve.roles.frontend.shapes import ERROR_TYPES
 
-_ABOUT = """LLM requests, served by a mesh of peers. OpenAI's and Anthropic's clients work with their base URL changed.
+_ABOUT = """LLM requests, served by a mesh of peers. Clients of OpenAI, Anthropic and Ollama work with their base URL changed.
 
 Fields that nobody knows are ignored, and so are those that ask for effort, speed, bookkeeping or presentation
 only, and tools that are no functions; `x-meshserve-ignored` names them. What would change the answer and cannot be
@@ -25,7 +25,7 @@ done here is refused by name where it asks for something. A field that is null i
 what schemas can say, refused with 400 are: prompts that are empty or do not fit into the model's context, token ids
 above the model's last, calls of tools that are not answered, and schemas that the model's engine cannot keep to."""
 _TAGS = {
-    "Completing": "Text that follows. OpenAI's shapes, and Anthropic's under `/v1/messages`.",
+    "Completing": "Text that follows. OpenAI's shapes, Anthropic's under `/v1/messages`, and Ollama's under `/api`.",
     "Counting": "Tokens of prompts and texts, without an answer.",
     "Models": "What is served.",
     "Mesh": "Who serves.",
@@ -54,6 +54,10 @@ BODIES: tuple[type[Body], ...] = (
     anthropic.CountBody,
     completions.GenerateBody,
     completions.DetokenizeBody,
+    ollama.OllamaChatBody,
+    ollama.OllamaGenerateBody,
+    ollama.OllamaShowBody,
+    ollama.OllamaEmbedBody,
 )
 """What routes take; `/tokenize` takes one of two more."""
 _EXAMPLES = {name_of(body.__name__): body.EXAMPLE for body in BODIES}
@@ -82,6 +86,8 @@ _EVERYWHERE = (400, 403, 408, 413, 415, 431, 500)
 _RETRY = {"retry-after": {"description": "Seconds.", "required": True, "schema": {"type": "integer", "minimum": 1}}}
 _ABOUT_ERRORS = "`message` is for people, `code` is stable, for programs, and `param` is the field at fault."
 
+_ABOUT_OLLAMA_ERRORS = "`error` is for people, `code` is stable, for programs, and `param` is the field at fault."
+
 
 def _error(types: Iterable[str]) -> dict[str, Any]:
     return {"message": str, "type": set(types), "param": (str, None), "code": str}
@@ -91,6 +97,7 @@ _OPENAI_TYPES = (*ERROR_TYPES.values(), "invalid_request_error", "server_error")
 _ANTHROPIC_TYPES = (*ANTHROPIC_TYPES.values(), "invalid_request_error", "api_error")
 _ERRORS: dict[str, Any] = {
     "Error": {"": _ABOUT_ERRORS, "error": _error(_OPENAI_TYPES)},
+    "OllamaError": {"": _ABOUT_OLLAMA_ERRORS, "error": str, "code": str, "param": (str, None)},
     "AnthropicError": {"": _ABOUT_ERRORS, "type": "error", "error": _error(_ANTHROPIC_TYPES)},
 }
 """Shapes, by name."""
@@ -99,7 +106,9 @@ _ERRORS: dict[str, Any] = {
 def _failure(status: int, schema: str) -> Schema:
     # 404 is also what an unknown path gets, and that is no request at all
     codes = {*codes_of(status), *((InvalidRequest.code,) if status == 404 else ())}
-    code = {"properties": {"error": {"properties": {"code": {"enum": sorted(codes)}}}}}
+    code: Schema = {"properties": {"code": {"enum": sorted(codes)}}}
+    if schema != "OllamaError":  # whose members are not within `error`
+        code = {"properties": {"error": code}}
     response = {"description": _WORDS[status], "content": {"application/json": {"schema": {"allOf": [ref(schema), code]}}}}
     return {**response, "headers": _RETRY} if status in (429, 503) else response
 
@@ -112,11 +121,19 @@ Completing post /v1/completions createCompletion CompletionRequest Completion,ev
 Completing post /v1/responses createResponse ResponseRequest Response,events OpenAI's Responses API
 Completing post /v1/messages createMessage MessageRequest AnthropicAnswer,events Anthropic's Messages API
 Completing post /generate generate GenerateRequest lines The simple form: a JSON object a line
+Completing post /api/chat ollamaChat OllamaChatRequest OllamaChat,lines The next message of a chat, as Ollama has it
+Completing post /api/generate ollamaGenerate OllamaGenerateRequest OllamaText,lines An answer, as Ollama has it
 Counting post /v1/messages/count_tokens countTokens CountRequest Count Tokens of a message, counted
 Counting post /tokenize tokenize TokenizeRequest Tokenized Tokens of a prompt or a chat
 Counting post /detokenize detokenize DetokenizeRequest Detokenized Text of tokens
 Models get /v1/models listModels - Models The models that are served
 Models get /v1/models/{model} getModel - ModelEntry One model
+Models get /api/tags ollamaModels - OllamaModels The models that are served, as Ollama has it
+Models get /api/ps ollamaRunning - OllamaRunning The models that are loaded: all
+Models post /api/show ollamaShow OllamaShowRequest OllamaShown What is known of a model
+Models post /api/embed ollamaEmbed OllamaEmbedRequest - Refused: no engine here makes embeddings
+Models post /api/embeddings ollamaEmbeddings OllamaEmbedRequest - The older name of /api/embed
+Models get /api/version ollamaVersion - OllamaVersion The version of Ollama whose API this is
 Mesh get /health health - Health Whether this peer lives
 Mesh get /ready ready - Ready Whether a request could be served
 Mesh get /mesh/peers listPeers - Peers Who is in the mesh, and what each peer says of itself
@@ -141,6 +158,9 @@ _STATUSES = {
     "Counting": (404, 502, 503, 504),
     "events": (503,),
     "logIn": (429,),
+    "ollamaShow": (404,),
+    "ollamaEmbed": (404,),
+    "ollamaEmbeddings": (404,),
 }
 """Of failures besides those of every route, by tag or name."""
 _MEDIA: dict[str, Schema] = {
