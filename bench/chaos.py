@@ -220,8 +220,8 @@ class Clients:
 
 
 def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        data = line.removeprefix("data: ").strip()
+    for line in lines:  # others than data are comments, which show that the stream lives
+        data = line.removeprefix("data: ").strip() if line.startswith("data: ") else ""
         if data and data != "[DONE]":
             yield json.loads(data)
 
