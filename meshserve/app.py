@@ -122,12 +122,14 @@ class Peer:
             router = RouterRole(self.mesh, self._config.policy, settings)
             self._closers.callback(router.close)
         if "processor" in self._roles:
+            from meshserve.roles.processor.kept_responses import ResponseStore
             from meshserve.roles.processor.processor import ProcessorRole
 
             on_kept = self._exporter.request_ended if self._exporter is not None else None
             receipts = Receipts(self.mesh, self._config.receipts_kept, on_kept) if self._config.observe else None
             limits = self._config.handoff.max_lost_peers, self._config.max_migrations
-            processor = ProcessorRole(self.mesh, *limits, receipts, self._config.stall_timeout_s)
+            store = ResponseStore(self._config.responses_kept, self._config.responses_kept_bytes)
+            processor = ProcessorRole(self.mesh, *limits, receipts, self._config.stall_timeout_s, store)
             self._closers.push_async_callback(processor.close)
             self._at_work["processor"] = lambda: len(processor.running)
         # after the roles of which it reports, before the frontend: the first HTTP request may ask for all peers

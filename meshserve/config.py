@@ -226,6 +226,10 @@ class ServeConfig:
     """Longest HTTP body. Lower refuses long prompts; higher holds the event loop up for as long as it takes to parse (3 ms a MiB)."""
     receipts_kept: int = 1000
     """Of the last requests, in the processor's memory."""
+    responses_kept: int = 1000
+    """Of the Responses API, in the processor's memory, for later requests that refer to them. 0 keeps none."""
+    responses_kept_bytes: int = 64 * 1024 * 1024
+    """Of all these with their conversations. Higher takes memory; lower forgets long conversations sooner."""
     record: str | None = None
     """A file that gets a line of JSON for every step of every request; None: no record. It costs a write each."""
     observe: bool = True

@@ -119,6 +119,18 @@ class RequestNotFound(InvalidRequest):
     code, http_status = "request_not_found", 404
 
 
+class ResponseNotFound(InvalidRequest):
+    """No response of this id is kept anywhere in the mesh."""
+
+    code, http_status = "response_not_found", 404
+
+
+class PreviousResponseNotFound(ResponseNotFound):
+    """The response that a request goes on from is kept nowhere. Clients know the code, and send the conversation again."""
+
+    code = "previous_response_not_found"
+
+
 # --- what the mesh cannot do now
 
 

@@ -26,6 +26,19 @@ else:
 """Text or token ids, or several of them, for a completion."""
 
 
+class Keep(Row):
+    """The answer is to be kept with its conversation, for later requests that refer to it."""
+
+    name: str
+    """The request's name as its client's answer has it: a request that is started over gets another one."""
+    created_s: Count
+    """When the client asked, in seconds since 1970."""
+    echoed: str
+    """JSON: what the API repeats of the request in its answer."""
+    has_instructions: bool = False
+    """The first message is for this answer only."""
+
+
 class CompletionRequest(AskedSampling):
     """A chat, or one prompt or several, to be completed, with the sampling parameters that the client named."""
 
@@ -64,6 +77,8 @@ class CompletionRequest(AskedSampling):
     origin: str = ""
     """The name that the request had at a processor that was lost; empty: it was at none. Seeds are drawn from that name, so
     that the answer is the same again."""
+    keep: Keep | None = None
+    """None: nothing is kept of this request but its receipt."""
 
     @property
     def prompts(self) -> "tuple[str | array[int], ...]":

@@ -16,6 +16,7 @@ from meshserve.wire.completion import CompletionRequest, DetokenizeRequest, Endi
 from meshserve.wire.generation import GenerateRequest, GenerationEnd
 from meshserve.wire.handoff import Claim, Grant, Renewal
 from meshserve.wire.hello import NetworkView, PortKnocks
+from meshserve.wire.kept import KeptName
 from meshserve.wire.observing import FeedBatch, PeerStatus
 from meshserve.wire.routing import InFlightReservation, RouteRequest, RoutingDecision, WorkerLoad, WorkerReport
 from meshserve.wire.structs import Meta
@@ -79,6 +80,10 @@ RECENT_RECEIPTS = Method("receipts.recent", answer=list[tuple[str, float]])
 """Names of requests, the latest first, and how many seconds ago each ended."""
 FRONTEND_RECEIPT = Method("receipts.frontend", RequestName, answer=dict[str, Any] | None)
 """A frontend's part of a receipt: `processor`, `frontend`, and `receipt`, which is what a frontend alone knows."""
+KEPT_RESPONSE = Method("responses.find", KeptName, answer=bytes | None)
+"""A processor gives the response that it keeps under this name, as :class:`meshserve.wire.kept.KeptResponse` packs it."""
+FORGET_RESPONSE = Method("responses.forget", KeptName, answer=bool)
+"""A processor keeps it no longer; False: the processor did not have it."""
 
 # --- state that others follow
 

@@ -303,7 +303,7 @@ refused("longer_than_the_context", 400, "messages", lambda clients: chat(clients
 refused("longer_than_the_context_streamed", 400, "messages", lambda clients: list(chat(clients, max_tokens=1_000_000, stream=True)))
 refused("longer_than_the_context_response", 400, "input", lambda clients: respond(clients, max_output_tokens=1_000_000))
 refused("temperature", 400, "temperature", lambda clients: chat(clients, temperature=3))
-refused("previous_response", 400, "previous_response_id", lambda clients: respond(clients, previous_response_id="resp_1"))
+refused("previous_response", 404, "previous_response_id", lambda clients: respond(clients, previous_response_id="resp_1"))
 refused("policy", 400, "meshserve.policy", lambda clients: chat(clients, extra_body={"meshserve": {"policy": "best"}}))
 
 

@@ -47,7 +47,7 @@ def message(**fields: Any) -> Parsed:
         (response(reasoning={"effort": None, "summary": "auto"}, text={"verbosity": "low"}, truncation="auto"),
          ["reasoning", "truncation", "text.verbosity"]),
         (response(include=["reasoning.encrypted_content", "web_search_call.results"], client_metadata={"a": "b"}, store=True),
-         ["client_metadata", "store", "include.web_search_call.results"]),
+         ["client_metadata", "include.web_search_call.results"]),
         (response(tools=[{"type": "namespace", "name": "n", "tools": []}, {"type": "web_search"}, {"type": "custom", "name": "g"},
                          {"type": "tool_search"}, {"type": "function", **FUNCTION}]),
          ["tools.namespace", "tools.web_search", "tools.custom", "tools.tool_search"]),

@@ -56,11 +56,13 @@ def test_every_route_is_in_the_document_and_nothing_else_is() -> None:
 
 # --- the same bodies
 
+FOUND = responses.Before([{"role": "user", "content": "hi"}], [], {"x": {"type": "message", "role": "user", "content": "hi"}})
+"""What requests refer to, if their ids are `x`."""
 PARSERS: dict[str, Callable[[bytes], Any]] = {
     "CompletionRequest": lambda body: completions.parse_completion(body, "r", "c"),
     "ChatRequest": lambda body: chat.parse_chat(body, "r", "c"),
     "GenerateRequest": lambda body: completions.parse_generate(body, "r", "c", "dummy"),
-    "ResponseRequest": lambda body: responses.parse_response(body, "r", "c"),
+    "ResponseRequest": lambda body: responses.parse_response(body, "r", "c", FOUND),
     "MessageRequest": lambda body: anthropic.parse_message(body, "r", "c"),
     "CountRequest": lambda body: anthropic.parse_count(body, "r"),
     "OllamaChatRequest": lambda body: ollama.parse_chat(body, "r", "c", str),

@@ -264,7 +264,6 @@ def test_a_request_is_read_as_it_is_meant(ask: Ask, fields: dict[str, Any], expe
         (response, {"input": [{"type": "reasoning"}]}, "input"),
         (response, {"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
         (response, {"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input"),
-        (response, {"previous_response_id": "resp_1"}, "previous_response_id"),
         (response, {"conversation": "c"}, "conversation"),
         (response, {"background": True}, "background"),
         (response, {"max_output_tokens": 0}, "max_output_tokens"),

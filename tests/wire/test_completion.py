@@ -14,6 +14,7 @@ from meshserve.wire.completion import (
     CompletionRequest,
     Ending,
     EndItem,
+    Keep,
     PartItem,
     StartItem,
     TextItem,
@@ -61,6 +62,7 @@ FULL: dict[str, Any] = {
     "policy": "kv",
     "traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
     "session": "alice",
+    "keep": Keep("r0", 1_700_000_000, "{}", True),
 }
 
 

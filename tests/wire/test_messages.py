@@ -16,6 +16,7 @@ from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.generation import GenerateRequest, GenerationEnd, Sampling
 from meshserve.wire.handoff import Acknowledgement, BlockMark, BulkHeader, Claim, Grant, NamedAttempt, Offer, Renewal, Ticket
 from meshserve.wire.hello import NetworkView, PortKnock, PortKnocks
+from meshserve.wire.kept import KeptName, KeptResponse
 from meshserve.wire.observing import FeedBatch, FeedEvent, PeerStatus
 from meshserve.wire.routing import Candidate, InFlightReservation, RouteRequest, RoutingDecision, Share, WorkerLoad, WorkerReport
 from meshserve.wire.structs import Message, plain, read, replace
@@ -45,6 +46,8 @@ SENT: list[Message] = [
     FilePartRequest("0" * 64, 2**40),
     PortKnocks([PortKnock("inc", "10.0.0.1", 7800, 2, "open", "name")]),
     NetworkView(("10.0.0.1/24",), "on", ("inc",), (), 1.5),
+    KeptName("0123456789abcdef1"),
+    KeptResponse("inc-1", "m", 1_700_000_000, "{}", [{"role": "user", "content": "hi"}], ["text"], Ending("stop", 1, 2, 3)),
     PeerStatus(1.5, {"num_running": 3}, 2, {"tcp://10.0.0.9:7800": "refused"}, histograms={"ttft": (0.5, [1] * (len(BUCKETS_S) + 1))}),
     FeedBatch([FeedEvent(5.0, "routed", "r", {"decode": "inc", "candidates": [{"peer": "name", "cost_ms": 1.5}]})], {"ok": 1}, [1.5]),
 ]

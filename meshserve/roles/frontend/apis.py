@@ -8,6 +8,7 @@ from typing import NamedTuple
 from meshserve.errors import MeshserveError
 from meshserve.roles.frontend import anthropic_writers, ollama_writers, responses_writers
 from meshserve.roles.frontend.http.messages import JSON, Response
+from meshserve.roles.frontend.kept_items import PREFIX
 from meshserve.roles.frontend.models import anthropic, chat, completions, ollama, responses
 from meshserve.roles.frontend.openai_writers import ChatChunkWriter, ChunkWriter, LineWriter, WholeChat, WholeCompletion
 from meshserve.roles.frontend.shapes import error_body
@@ -34,7 +35,7 @@ COMPLETIONS = Api("/v1/completions", "cmpl-", completions.parse_completion, Chun
 CHATS = Api("/v1/chat/completions", "chatcmpl-", chat.parse_chat, ChatChunkWriter, WholeChat)
 RESPONSES = Api(
     "/v1/responses",
-    "resp_",
+    PREFIX,
     responses.parse_response,
     responses_writers.ResponseEvents,
     responses_writers.WholeResponse,

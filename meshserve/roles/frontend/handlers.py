@@ -8,6 +8,7 @@ from meshserve.roles.frontend import apis, ollama_writers
 from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.exchange import Exchange
 from meshserve.roles.frontend.http.messages import Request, Response
+from meshserve.roles.frontend.kept_responses import KeptResponses, ResponseExchange
 from meshserve.roles.frontend.models.common import Parsed
 from meshserve.roles.frontend.models.completions import parse_generate
 from meshserve.roles.frontend.models.ollama import (
@@ -21,7 +22,7 @@ from meshserve.roles.frontend.routes import Handler
 from meshserve.roles.frontend.writers import Api
 
 
-def handlers_of(completions: Completions) -> dict[str, Handler]:
+def handlers_of(completions: Completions, kept: KeptResponses) -> dict[str, Handler]:
     """Of all APIs that complete; all with POST."""
 
     def parse(body: bytes, request_id: str, client_id: str) -> Parsed:
@@ -33,6 +34,7 @@ def handlers_of(completions: Completions) -> dict[str, Handler]:
         (apis.ollama_prompts(completions.served_name), OllamaGenerateBody, ollama_writers.response_of),
     ):
         found[api.path] = partial(_loaded_or_answered, completions, api, kind, said)
+    found[apis.RESPONSES.path] = partial(ResponseExchange, kept, completions, apis.RESPONSES)
     return found
 
 

@@ -21,7 +21,7 @@ def response_object(reply: Reply, status: str, output: list[Json], ending: Endin
     response = {
         "id": reply.response_id,
         "object": "response",
-        "created_at": reply.created_s,
+        "created_at": reply.options.created_s or reply.created_s,
         "status": status,
         "background": False,
         "error": None,
@@ -77,12 +77,16 @@ class WholeResponse(WholeWriter):
     """A response that is not streamed."""
 
     def _body(self, ending: Ending) -> bytes:
+        return dump(self.response(ending)).encode()
+
+    def response(self, ending: Ending) -> Json:
+        """The response, once all is there."""
         choice = self._choices[0]
         status = _status_of(choice.reason)
         *before, last = choice.shown
         output = [output_item(self._reply, number, "completed", part, token_entries(part.logprobs)) for number, part in enumerate(before)]
         output.append(output_item(self._reply, len(before), status, last, token_entries(last.logprobs)))
-        return dump(response_object(self._reply, status, output, ending)).encode()
+        return response_object(self._reply, status, output, ending)
 
 
 class ResponseEvents(EventWriter):

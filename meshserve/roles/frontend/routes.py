@@ -19,8 +19,8 @@ Methods = dict[str, Handler]
 
 
 class Routes:
-    """Paths are exact, or end in `{name}` (one part) or `{path}` (whatever follows), neither of them empty: `Request.name` has what
-    stands there.
+    """Paths are exact, or have a `{name}` (one part) or end in `{path}` (whatever follows), neither of them empty: `Request.name` has
+    what stands there.
 
     A route for GET answers HEAD too.
     """
@@ -32,7 +32,7 @@ class Routes:
 
     def add(self, method: str, path: str, handler: Handler) -> None:
         """One row of the table."""
-        methods = (self._open if path.endswith("}") else self._exact).setdefault(path, {})
+        methods = (self._open if "{" in path else self._exact).setdefault(path, {})
         methods[method] = handler
         if method == "GET":
             methods["HEAD"] = handler
@@ -68,11 +68,12 @@ class Routes:
         return self._open[request.route]
 
     def _open_pattern(self, path: str) -> tuple[str, str] | None:
-        """The row whose path is open at its end, and what stands there."""
+        """The row whose path is open, and what stands there."""
         for pattern in self._open:
-            prefix, _, kind = pattern.partition("{")
-            name = path.removeprefix(prefix)
-            if name and path.startswith(prefix) and (kind == "path}" or "/" not in name):
+            prefix, _, rest = pattern.partition("{")
+            kind, _, suffix = rest.partition("}")
+            name = path[len(prefix) : len(path) - len(suffix)]
+            if name and path.startswith(prefix) and path.endswith(suffix) and (kind == "path" or "/" not in name):
                 return pattern, name
         return None
 

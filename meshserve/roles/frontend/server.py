@@ -21,6 +21,7 @@ from meshserve.roles.frontend.http.connection import Application, Connection
 from meshserve.roles.frontend.http.connections import Connections
 from meshserve.roles.frontend.http.messages import Request, Response, takes_encoding
 from meshserve.roles.frontend.http.request_log import RequestLog
+from meshserve.roles.frontend.kept_responses import KeptResponses
 from meshserve.roles.frontend.listening import BACKLOG, bind, possible_connections, tls_context, url_of
 from meshserve.roles.frontend.ollama import OllamaModels
 from meshserve.roles.frontend.pages import add_dashboard, add_documents
@@ -91,8 +92,10 @@ class FrontendRole:
 
     def _routes(self, guard: Guard) -> Routes:
         routes = Routes(apis.error_body_for, self._config.max_body_bytes, self._config.frontend.root_path)
-        for path, handler in handlers_of(self._completions).items():
+        kept = KeptResponses(self._mesh)
+        for path, handler in handlers_of(self._completions, kept).items():
             routes.add("POST", path, handler)
+        kept.add_routes(routes)
         Tokenizing(self._mesh, self._completions).add_routes(routes)
         OllamaModels(self._completions, self._started_s).add_routes(routes)
         routes.add("GET", "/v1/models", self._models)

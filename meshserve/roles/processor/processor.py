@@ -25,6 +25,7 @@ from meshserve.roles.processor.answers import THINK, AnswerParser
 from meshserve.roles.processor.call_formats import Accepts, CallFormat, CallParser, formats_of
 from meshserve.roles.processor.choices import Choice, EchoOnly, PlainChoice
 from meshserve.roles.processor.detokenizing import TokenTexts
+from meshserve.roles.processor.kept_responses import KeptResponses, Recorded, ResponseStore
 from meshserve.roles.processor.models import Dispatcher, Models, check_features, check_prompts, draw_seed, sampling_of
 from meshserve.roles.processor.sequences import Sequence
 from meshserve.roles.processor.stalls import watch_stalls
@@ -49,13 +50,14 @@ class ProcessorRole:
 
     def __init__(
         self, mesh: Mesh, max_lost_peers: int, max_migrations: int,
-        receipts: Receipts | None = None, stall_timeout_s: float = _STALL_TIMEOUT_S,
+        receipts: Receipts | None = None, stall_timeout_s: float = _STALL_TIMEOUT_S, store: ResponseStore | None = None,
     ) -> None:
         self.mesh, self.name, self.receipts = mesh, mesh.own.name, receipts
         """The name is this peer's; receipts are of requests that are over; None if nobody is to keep any."""
         self.models = Models(mesh)
         self.dispatcher = Dispatcher(mesh, max_lost_peers, max_migrations, None if receipts is None else mesh.histograms)
         self.strict_calls = StrictCalls()
+        self.kept = KeptResponses(mesh, store if store is not None else ResponseStore())
         self.running: dict[str, Request] = {}
         """By name, also while their prompts are made into tokens."""
         mesh.gauges.derive("requests", lambda: len(self.running))
@@ -77,7 +79,8 @@ class ProcessorRole:
         asked: CompletionRequest = call.body
         if asked.request_id in self.running:
             raise InvalidRequest("a request of this id is under way")
-        request = self.running[asked.request_id] = Request(self, call, asked)
+        used = call if asked.keep is None else self.kept.recorded(call, asked, asked.keep)
+        request = self.running[asked.request_id] = Request(self, used, asked)
         call.on_cancel = request.cancel
         request.begin()
 
@@ -117,7 +120,7 @@ class Request:
     """What one client asked. Owns its sequences, which are numbered prompt by prompt."""
 
     role: ProcessorRole
-    call: IncomingCall
+    call: IncomingCall | Recorded
     asked: CompletionRequest
     began_s: float = field(default_factory=monotonic)
     """When the request came."""
@@ -143,9 +146,7 @@ class Request:
     # --- tokens
 
     def begin(self) -> None:
-        """Make the prompts into tokens and start. Raises what is wrong with the request before a worker
-        sees it.
-        """
+        """Make the prompts into tokens and start. Raises what is wrong before a worker sees it."""
         models, asked = self.role.models, self.asked
         try:
             self.card = card = models.card(asked.model)
@@ -236,7 +237,7 @@ class Request:
             choice = PlainChoice(call.send, call.send_all, self.token_texts, index, self._is_plain)
         sequence = Sequence(
             dispatcher,
-            call,
+            call.deadline_s,
             asked,
             self.card,
             receipt,

@@ -18,7 +18,7 @@ from time import monotonic
 from typing import Any
 
 from meshserve.errors import GaveUp, InvalidRequest, MeshserveError, NoProgress, NoWorker, Overloaded, PeerLost, PeerSilent, ProtocolError
-from meshserve.mesh.calls import IncomingCall, OutgoingCall
+from meshserve.mesh.calls import OutgoingCall
 from meshserve.mesh.faults import FAULTS
 from meshserve.observe.receipts import Receipt
 from meshserve.roles.processor.accounts import Account
@@ -50,8 +50,8 @@ class Sequence:
     """Keeps what is needed to go on elsewhere (prompt, sampling, seed), and how far the sequence is."""
 
     dispatcher: Dispatcher
-    call: IncomingCall
-    """The stream to the frontend; here only its deadline counts."""
+    deadline_s: float
+    """Of the stream to the frontend."""
     asked: CompletionRequest
     card: ModelCard
     """Of the model that the prompt was made for, and whose output it is."""
@@ -187,7 +187,7 @@ class Sequence:
         if prefill := decision.prefill:
             request.prefill_peers = tuple([(found.incarnation, found.load, found.overlap_blocks) for found in prefill])
             request.prefill_ms = tuple([found.ready_ms for found in prefill])
-        remaining_s = max(0.001, self.call.deadline_s - mesh.now_s())
+        remaining_s = max(0.001, self.deadline_s - mesh.now_s())
         try:
             self._stream = mesh.open(chosen.incarnation, GENERATE, request, self, remaining_s)
         except PeerLost as error:

@@ -62,7 +62,7 @@ class Request:
     is_expected: bool = False
     """The guard has looked at the head, and the client may send the body."""
     name: str = ""
-    """The end of the path, where the route leaves it open."""
+    """What stands in the path where the route leaves it open."""
     client: str = ""
     """For the fairness between clients: the key, else the address. The guard sets it."""
     extra_headers: bytes = b""

@@ -54,6 +54,8 @@ class ResponseOptions:
     """Names of what the request has and no engine does, for a header of the answer."""
     shows_receipt: bool = True
     """False: a receipt that comes with the answer's end is for the writer only."""
+    created_s: int = 0
+    """When the client asked, in seconds since 1970, of an answer that may be kept; 0: when the answer is begun."""
 
 
 Parsed = tuple[CompletionRequest, ResponseOptions]

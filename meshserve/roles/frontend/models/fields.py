@@ -59,8 +59,8 @@ TABLE: tuple[Row, ...] = (
     _ignored("messages count_tokens", "speed", _SPEED, "standard"),
     _ignored("chat", "prediction", _SPEED),
     # --- bookkeeping and presentation
-    _ignored("chat responses", "metadata", _BOOKS),
-    _ignored("chat responses", "store", _BOOKS, False),
+    _ignored("chat", "metadata", _BOOKS),
+    _ignored("chat", "store", _BOOKS, False),
     _ignored("responses", "client_metadata max_tool_calls", _BOOKS),
     _ignored("completions generate chat responses", "prompt_cache_retention prompt_cache_options", _BOOKS),
     _ignored("completions generate chat responses", "safety_identifier", _BOOKS),
@@ -70,7 +70,7 @@ TABLE: tuple[Row, ...] = (
     _ignored("responses", "truncation", _FITS, "disabled"),
     _ignored("responses", "context_management", _HISTORY, []),
     _ignored("messages count_tokens", "context_management", _HISTORY, {}),
-    _refused("responses", "conversation previous_response_id prompt", why="No responses are kept."),
+    _refused("responses", "conversation prompt", why="Responses are kept, and nothing else."),
     _refused("responses", "background", False, why="An answer is given at once."),
     ("messages count_tokens", "thread", Handling("refused", "The client sends all messages instead.", (), True)),
     # --- what a server would do by itself

@@ -1,15 +1,16 @@
 """OpenAI's Responses API: its fields, and what these become. Pure.
 
-Nothing is stored here, so a conversation is always given as a whole: what refers to something kept elsewhere
-is refused by name.
+What a request refers to, which a processor keeps, is found before the request is parsed: an earlier conversation
+comes as :class:`Before`, and a reference to an item is replaced by the item.
 """
 
 import json
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from msgspec import Meta
 
-from meshserve.errors import InvalidRequest
+from meshserve.errors import InvalidRequest, PreviousResponseNotFound, ResponseNotFound
 from meshserve.roles.frontend.models import kinds
 from meshserve.roles.frontend.models.common import Body, Fields, Parsed, ResponseOptions, either, given, invalid, only_with
 from meshserve.roles.frontend.models.fields import others
@@ -24,11 +25,12 @@ from meshserve.roles.frontend.models.requests import (
     text_of,
     tool_fields,
 )
-from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest
+from meshserve.wire.completion import MAX_MESSAGES, CompletionRequest, Keep
 
 LOGPROBS = "message.output_text.logprobs"
 INCLUDED = (LOGPROBS, "reasoning.encrypted_content")
 """Reasoning is given out as it is: nothing is encrypted."""
+REFERENCE = "item_reference"
 PARAMS = {
     "prompt": "input",
     "messages": "input",
@@ -138,6 +140,12 @@ class Reasoning(Body, kw_only=True, tag_field="type", tag="reasoning"):
         return "".join([part.text for part in self.content or self.summary or ()])
 
 
+class ItemReference(Body, kw_only=True, tag_field="type", tag=REFERENCE):
+    """Stands for an item of a response that is kept."""
+
+    id: kinds.NonEmpty
+
+
 _Calls = FunctionCall | CustomToolCall
 _Outputs = FunctionCallOutput | CustomToolCallOutput
 Item = (
@@ -147,6 +155,7 @@ Item = (
     | CustomToolCall
     | CustomToolCallOutput
     | Reasoning
+    | ItemReference
     | kinds.LeftOutItem
 )
 _Items = Annotated[list[Item], Meta(min_length=1, max_length=MAX_MESSAGES)]
@@ -182,11 +191,17 @@ _INCLUDE = Meta(max_length=16, description=f"Others than {' and '.join(INCLUDED)
 _TOP_LOGPROBS = Meta(description=f"Goes with `include` of `{LOGPROBS}` only.")
 
 
+_PREVIOUS = Meta(description="The response, one that is kept, which this one goes on from.")
+_STORE = Meta(description="Keep the response for requests that refer to it. It is lost when its processor ends.")
+
+
 class ResponseBody(LabelledBody, kw_only=True):
     """`POST /v1/responses`."""
 
     input: Annotated[str | _Items, kinds.mistake(f"must be text or a list of 1 to {MAX_MESSAGES} items")]
     instructions: str | None = None
+    previous_response_id: Annotated[kinds.NonEmpty, _PREVIOUS] | None = None
+    store: Annotated[bool, _STORE] = True
     max_output_tokens: kinds.TokenLimit | None = None
     max_tool_calls: kinds.TokenLimit | None = None
     metadata: dict[str, Any] | None = None
@@ -209,19 +224,40 @@ class ResponseBody(LabelledBody, kw_only=True):
     EXAMPLE: ClassVar[Fields] = {"model": "dummy", "input": "Hello", "max_output_tokens": 16}
 
 
-def parse_response(body: bytes, request_id: str, client_id: str) -> Parsed:
-    """`POST /v1/responses`. Raises InvalidRequest that names the field."""
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What a request goes on from or refers to."""
+
+    messages: list[Message] | None = None
+    """The conversation to which `output` was the answer; None: it was not found."""
+    output: list[Fields] = field(default_factory=list)
+    items: dict[str, Fields] = field(default_factory=dict)
+    """Those that the input refers to, by id."""
+
+
+NOTHING = Before()
+
+
+def parse_response(
+    body: bytes, request_id: str, client_id: str, before: Before = NOTHING, created_s: int = 0
+) -> Parsed:
+    """`POST /v1/responses`. Raises InvalidRequest that names the field. `created_s` is when the client asked, in
+    seconds since 1970, if the answer may be kept."""
     fields, ignored = read_object(body), list[str]()
     if isinstance(items := fields.get("input"), list):  # only messages may leave out what they are
-        fields["input"] = [{"type": "message", **item} if isinstance(item, dict) else item for item in items]
+        fields["input"] = [_whole(item, before) if isinstance(item, dict) else item for item in items]
     asked = read(ResponseBody, fields, ignored)
     set_aside(TextOptions, fields.get("text") or {}, ignored, "text.")
     tools, choice = [(tool, tool.parameters) for tool in asked.tools or ()], asked.tool_choice
     name = choice.name if isinstance(choice, FlatChoice) else None
+    echoed = _echoed(asked, fields)
+    has_instructions = asked.instructions is not None
+    keep = Keep(request_id, created_s, json.dumps(echoed), has_instructions) if asked.store else None
     request = CompletionRequest(
         request_id,
         "chat",
-        messages=_messages(asked, ignored),
+        messages=_messages(asked, before, ignored),
+        keep=keep,
         max_tokens=asked.max_output_tokens,
         logprobs=_logprobs(asked, ignored),
         json_schema=format_schema(asked.text and asked.text.format, "text.format"),
@@ -229,15 +265,29 @@ def parse_response(body: bytes, request_id: str, client_id: str) -> Parsed:
         **tool_fields(tools, "parameters", choice, name, asked.parallel_tool_calls),
         **sampled(asked, fields, None, asked.prompt_cache_key or asked.user),
     )
-    return request, ResponseOptions(asked.stream, echoed=_echoed(asked, fields), ignored=ignored)
+    return request, ResponseOptions(asked.stream, echoed=echoed, ignored=ignored, created_s=created_s)
+
+
+def _whole(item: Fields, before: Before) -> Fields:
+    """Only messages may leave out what they are, and what refers to an item stands for the item."""
+    is_reference = item.get("type") == REFERENCE
+    return before.items.get(str(item.get("id")), item) if is_reference else {"type": "message", **item}
+
+
+def references(fields: Fields) -> tuple[str | None, list[str]]:
+    """What a request refers to, if that can be said of it: a response, and items."""
+    previous, items = fields.get("previous_response_id"), fields.get("input")
+    found = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    ids = [item["id"] for item in found if item.get("type") == REFERENCE and isinstance(item.get("id"), str)]
+    return previous if isinstance(previous, str) and previous else None, ids
 
 
 def _echoed(asked: ResponseBody, fields: Fields) -> Fields:
     """What a response repeats of its request."""
-    same = ("instructions", "max_output_tokens", "max_tool_calls", "parallel_tool_calls", "temperature")
+    same = "instructions max_output_tokens max_tool_calls parallel_tool_calls previous_response_id store temperature"
     text = fields.get("text") or {}
     return {
-        **{name: getattr(asked, name) for name in (*same, "top_logprobs", "top_p", *_LABELS)},
+        **{name: getattr(asked, name) for name in (*same.split(), "top_logprobs", "top_p", *_LABELS)},
         "metadata": asked.metadata or {},
         "tool_choice": fields.get("tool_choice") or "auto",
         "tools": fields.get("tools") or [],
@@ -255,26 +305,48 @@ def _logprobs(asked: ResponseBody, ignored: list[str]) -> int:
     return -1
 
 
-def _messages(asked: ResponseBody, ignored: list[str]) -> list[Message]:
+def _messages(asked: ResponseBody, before: Before, ignored: list[str]) -> list[Message]:
     messages: list[Message] = []
     if asked.instructions is not None:
         messages.append({"role": "system", "content": asked.instructions})
+    if asked.previous_response_id is not None:
+        messages += _conversation(asked, before)
     if isinstance(asked.input, str):
-        return [*messages, {"role": "user", "content": asked.input}]
+        messages.append({"role": "user", "content": asked.input})
+    else:
+        _add_items(messages, asked.input, ignored)
+    if not messages:
+        raise invalid("input", "has no message")
+    if len(messages) > MAX_MESSAGES:
+        raise invalid("input", f"has more than {MAX_MESSAGES} messages with those before")
+    messages = paired(messages)
+    check_calls(messages, "input")
+    return messages
+
+
+def _conversation(asked: ResponseBody, before: Before) -> list[Message]:
+    """All before this request, the answer included."""
+    if before.messages is None:
+        shown, param = asked.previous_response_id, "previous_response_id"
+        raise PreviousResponseNotFound(f"Previous response with id {shown!r:.80} not found.", param=param)
+    messages = list(before.messages)
+    answer = read(ResponseBody, {"model": asked.model, "input": before.output or ""}, []).input
+    _add_items(messages, answer if isinstance(answer, list) else [], [])
+    return messages
+
+
+def _add_items(messages: list[Message], items: list[Item], ignored: list[str]) -> None:
     thought = ""
-    for index, item in enumerate(asked.input):
+    for index, item in enumerate(items):
         if isinstance(item, Reasoning):
             thought += item.text
+        elif isinstance(item, ItemReference):
+            raise ResponseNotFound(f"Item with id {item.id!r:.80} not found.", param=f"input[{index}]")
         elif isinstance(item, kinds.LeftOut):
             ignored.append(f"input.{item.type}")
         else:
             _add_item(messages, item, thought, f"input[{index}]")
             thought = ""
-    if not messages:
-        raise invalid("input", "has no message")
-    messages = paired(messages)
-    check_calls(messages, "input")
-    return messages
 
 
 def _add_item(messages: list[Message], item: InputMessage | _Calls | _Outputs, thought: str, param: str) -> None:

@@ -9,6 +9,7 @@ from meshserve.roles.frontend.access import SESSION_COOKIE
 from meshserve.roles.frontend.anthropic_writers import ERROR_TYPES as ANTHROPIC_TYPES
 from meshserve.roles.frontend.apis import ERROR_SHAPES, error_shape_of
 from meshserve.roles.frontend.guard import OPEN_PATHS
+from meshserve.roles.frontend.kept_responses import MAX_LISTED, ORDERS
 from meshserve.roles.frontend.models import anthropic, chat, completions, ollama, responses
 from meshserve.roles.frontend.models.answers import ANSWERS, ref, schema_of
 from meshserve.roles.frontend.models.common import Body, Schema
@@ -27,6 +28,7 @@ above the model's last, calls of tools that are not answered, and schemas that t
 _TAGS = {
     "Completing": "Text that follows. OpenAI's shapes, Anthropic's under `/v1/messages`, and Ollama's under `/api`.",
     "Counting": "Tokens of prompts and texts, without an answer.",
+    "Kept": "Responses that requests can refer to.",
     "Models": "What is served.",
     "Mesh": "Who serves.",
     "Pages": "For people.",
@@ -39,8 +41,18 @@ Timeout   header x-request-timeout Seconds for the whole request, and no more th
 Session   header x-session-id      A session's requests go where its last one went, if that costs nothing.
 Id        path   id                The request's id, or the client's label.
 ModelName path   model             The model's name.
+Response  path   id                The response's id.
+After     query  after             The id of the item behind which the list begins.
+Limit     query  limit             How many items are listed: 1 to 100, by default 20.
+Order     query  order             `asc` for the oldest first; by default `desc`.
 Next      query  next              Where to go then: a path of this server.
 """
+_OTHER_THAN_TEXT: dict[str, Schema] = {
+    "Timeout": {"type": "number", "minimum": MIN_TIMEOUT_S},
+    "Limit": {"type": "integer", "minimum": 1, "maximum": MAX_LISTED},
+    "Order": {"enum": list(ORDERS)},
+}
+"""Schemas of parameters."""
 _SECURITY: Schema = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
@@ -69,7 +81,7 @@ _WORDS = {
     400: "The request cannot be served as it stands; `param` names the field at fault.",
     401: "The API key is missing or wrong.",
     403: "The request comes from a page, or under a host name, that may not make it.",
-    404: "There is no such model or request, or no such path.",
+    404: "There is no such model, request or response, or no such path.",
     408: "The rest of the request, or the reading of the answer, did not come in time.",
     413: "The body is too long.",
     415: "The body is compressed in a way that is not read.",
@@ -126,6 +138,9 @@ Completing post /api/generate ollamaGenerate OllamaGenerateRequest OllamaText,li
 Counting post /v1/messages/count_tokens countTokens CountRequest Count Tokens of a message, counted
 Counting post /tokenize tokenize TokenizeRequest Tokenized Tokens of a prompt or a chat
 Counting post /detokenize detokenize DetokenizeRequest Detokenized Text of tokens
+Kept get /v1/responses/{id} getResponse - Response A response that is kept
+Kept delete /v1/responses/{id} deleteResponse - Deleted Keep it no longer
+Kept get /v1/responses/{id}/input_items listInputItems - InputItems The conversation to which it was the answer
 Models get /v1/models listModels - Models The models that are served
 Models get /v1/models/{model} getModel - ModelEntry One model
 Models get /api/tags ollamaModels - OllamaModels The models that are served, as Ollama has it
@@ -226,7 +241,13 @@ def _operation(line: str, has_keys: bool) -> tuple[str, str, Schema]:
 def _parameters_of(path: str, tag: str) -> tuple[str, ...]:
     if tag == "Completing":
         return _HEADERS
-    return {"/login": ("Next",), "/v1/models/{model}": ("ModelName",)}.get(path, ("Id",) if "{id}" in path else ())
+    found: dict[str, tuple[str, ...]] = {
+        "/login": ("Next",),
+        "/v1/models/{model}": ("ModelName",),
+        "/v1/responses/{id}": ("Response",),
+        "/v1/responses/{id}/input_items": ("Response", "After", "Limit", "Order"),
+    }
+    return found.get(path, ("Id",) if "{id}" in path else ())
 
 
 def _answer(kinds: list[str], tag: str) -> Schema:
@@ -281,8 +302,7 @@ def document(has_keys: bool, observes: bool, root_path: str = "") -> Schema:
 
 def _parameter(line: str) -> tuple[str, Schema]:
     key, place, name, words = line.split(maxsplit=3)
-    schema = {"type": "number", "minimum": MIN_TIMEOUT_S} if key == "Timeout" else _TEXT
-    told = {"in": place, "name": name, "description": words, "schema": schema}
+    told = {"in": place, "name": name, "description": words, "schema": _OTHER_THAN_TEXT.get(key, _TEXT)}
     return key, {**told, "required": place == "path"}
 
 

@@ -1,0 +1,177 @@
+"""The Responses API's routes for what is kept, and requests that refer to it. Processors keep it, and any frontend finds it."""
+
+import asyncio
+import time
+from typing import Any
+from urllib.parse import parse_qs
+
+from meshserve.errors import InvalidRequest, MeshserveError, ProtocolError, ResponseNotFound
+from meshserve.mesh.mesh import Mesh
+from meshserve.roles.frontend.completions import Completions
+from meshserve.roles.frontend.exchange import Exchange
+from meshserve.roles.frontend.http.connection import Connection
+from meshserve.roles.frontend.http.messages import Request, Response
+from meshserve.roles.frontend.kept_items import before, input_items, item_of, name_in, name_of, response_of
+from meshserve.roles.frontend.models.common import Parsed
+from meshserve.roles.frontend.models.reading import check_json, read_object
+from meshserve.roles.frontend.models.responses import NOTHING, REFERENCE, Before, parse_response, references
+from meshserve.roles.frontend.routes import Routes, json_response
+from meshserve.roles.frontend.writers import Api
+from meshserve.wire.kept import KeptName, KeptResponse, unpacked
+from meshserve.wire.messages import FORGET_RESPONSE, KEPT_RESPONSE, Method
+
+_TIMEOUT_S = 2.0
+_MARKS = (b'"previous_response_id"', b'"%b"' % REFERENCE.encode())
+"""A body that refers to anything has one of them."""
+_MAX_REFERENCES = 256
+_MAX_NAME = 256
+MAX_LISTED, _LISTED = 100, 20
+ORDERS = ("asc", "desc")
+
+
+class KeptResponses:
+    """The way to what processors keep."""
+
+    def __init__(self, mesh: Mesh) -> None:
+        self._mesh = mesh
+
+    def add_routes(self, routes: Routes) -> None:
+        """To the frontend's table."""
+        routes.add_async("GET", "/v1/responses/{name}", self._show)
+        routes.add_async("DELETE", "/v1/responses/{name}", self._forget)
+        routes.add_async("GET", "/v1/responses/{name}/input_items", self._list_input)
+
+    # --- routes
+
+    async def _show(self, http: Request) -> Response:
+        if _query(http).get("stream") == "true":
+            raise InvalidRequest("stream: a response that is kept is given as a whole", param="stream")
+        kept = await self._kept(http.name)
+        return json_response(await asyncio.to_thread(response_of, kept))
+
+    async def _forget(self, http: Request) -> Response:
+        answers = await self._ask_all(FORGET_RESPONSE, name_of(http.name))
+        if not any(answers):
+            raise _not_found(http.name)
+        return json_response({"id": http.name, "object": "response", "deleted": True})
+
+    async def _list_input(self, http: Request) -> Response:
+        kept = await self._kept(http.name)
+        return json_response(_page(await asyncio.to_thread(input_items, kept), _query(http)))
+
+    # --- for requests that refer to something
+
+    async def referred_to(self, body: bytes) -> Before:
+        """What this body refers to, as far as it is kept. Raises InvalidRequest for what is no JSON object."""
+        previous, ids = references(await asyncio.to_thread(read_object, body))
+        if len(ids) > _MAX_REFERENCES:
+            raise InvalidRequest(f"input refers to more than {_MAX_REFERENCES} items", param="input")
+        found = await self._find(name_of(previous)) if previous is not None else None
+        names = {item_id: name for item_id in ids if (name := name_in(item_id)) is not None}
+        responses = {name: kept for name in set(names.values()) if (kept := await self._find(name)) is not None}
+        return await asyncio.to_thread(_gathered, found, names, responses)
+
+    # --- from processors
+
+    async def _kept(self, response_id: str) -> KeptResponse:
+        found = await self._find(name_of(response_id))
+        if found is None:
+            raise _not_found(response_id)
+        return found
+
+    async def _find(self, name: str) -> KeptResponse | None:
+        """From whichever processor has it."""
+        for data in await self._ask_all(KEPT_RESPONSE, name):
+            if data is not None:
+                try:
+                    return await asyncio.to_thread(unpacked, data)
+                except ProtocolError:
+                    continue
+        return None
+
+    async def _ask_all(self, method: Method, name: str) -> list[Any]:
+        """None from a processor that is lost or does not answer. Draining ones still have what they keep."""
+        if not 0 < len(name) <= _MAX_NAME:
+            return []
+        infos = [self._mesh.own, *(member.info for member in self._mesh.links.membership.listed())]
+        peers = [info.incarnation for info in infos if "processor" in info.roles]
+
+        async def ask(peer: str) -> Any:
+            try:
+                return await self._mesh.call(peer, method, KeptName(name), _TIMEOUT_S)
+            except MeshserveError:
+                return None
+
+        return await asyncio.gather(*map(ask, peers))
+
+
+def _gathered(found: KeptResponse | None, names: dict[str, str], responses: dict[str, KeptResponse]) -> Before:
+    items = {item_id: item for item_id, name in names.items() if name in responses and (item := item_of(responses[name], item_id))}
+    earlier = NOTHING if found is None else before(found)
+    return Before(earlier.messages, earlier.output, items)
+
+
+def _not_found(response_id: str) -> ResponseNotFound:
+    return ResponseNotFound(f"Response with id {response_id!r:.80} not found.", param="response_id")
+
+
+def _query(http: Request) -> dict[str, str]:
+    return {name: values[-1] for name, values in parse_qs(http.query.decode("latin-1")).items()}
+
+
+def _page(items: list[dict[str, Any]], query: dict[str, str]) -> dict[str, Any]:
+    """Latest first, unless the query asks for another order."""
+    order, limit = query.get("order", "desc"), query.get("limit", str(_LISTED))
+    if order not in ORDERS:
+        raise InvalidRequest("order must be asc or desc", param="order")
+    if not limit.isascii() or not limit.isdecimal() or not 1 <= int(limit[:9]) <= MAX_LISTED:
+        raise InvalidRequest(f"limit must be between 1 and {MAX_LISTED}", param="limit")
+    listed = items if order == "asc" else items[::-1]
+    if after := query.get("after"):
+        places = [place for place, item in enumerate(listed) if item["id"] == after]
+        if not places:
+            raise InvalidRequest(f"after: there is no item {after!r:.80}", param="after")
+        listed = listed[places[0] + 1 :]
+    shown = listed[: int(limit)]
+    ends = {"first_id": shown[0]["id"], "last_id": shown[-1]["id"]} if shown else {"first_id": None, "last_id": None}
+    return {"object": "list", "data": shown, **ends, "has_more": len(shown) < len(listed)}
+
+
+class ResponseExchange(Exchange):
+    """A request of the Responses API: what it refers to is found first."""
+
+    __slots__ = ("_kept",)
+
+    def __init__(self, kept: KeptResponses, completions: Completions, api: Api, http: Request) -> None:
+        super().__init__(completions, api, http)
+        self._kept = kept
+
+    def begin(self, connection: Connection) -> None:
+        """As any, unless the body refers to something."""
+        if any(mark in self._http.body for mark in _MARKS):
+            self._connection = connection
+            self._completions.num_open += 1
+            connection.run(self._begin_later())
+        else:
+            super().begin(connection)
+
+    def _parse(self) -> Parsed:
+        check_json(self._http.body)
+        return self._parsed(NOTHING)
+
+    def _parsed(self, before: Before) -> Parsed:
+        receipt, created_s = self._receipt, int(time.time())
+        return parse_response(self._http.body, receipt.request_id, receipt.client_id, before, created_s)
+
+    async def _begin_later(self) -> None:
+        try:
+            check_json(self._http.body)
+            before = await self._kept.referred_to(self._http.body)
+            parsed = await asyncio.to_thread(self._parsed, before)
+        except MeshserveError as error:
+            self.refuse(error)
+        except Exception:
+            self._went_wrong()
+        else:
+            self.run(lambda: parsed)
+

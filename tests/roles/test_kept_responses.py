@@ -1,0 +1,192 @@
+"""Responses that are kept: what the official client does with them, and what a processor keeps."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+
+from meshserve.roles.frontend.kept_items import name_in
+from meshserve.roles.processor.kept_responses import ResponseStore
+from meshserve.wire.completion import EndItem, TextItem
+from meshserve.wire.kept import joined
+from tests.roles.frontends import Frontend, started
+
+FUNCTION: Any = {"type": "function", "strict": True, "name": "get_time", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.fixture(scope="module")
+def frontend() -> Iterator[Frontend]:
+    yield from started()
+
+
+@pytest.fixture
+def client(frontend: Frontend) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{frontend.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def respond(client: openai.OpenAI, **fields: Any) -> Any:
+    asked = {"model": "dummy", "input": "Tell me about the harbor", "max_output_tokens": 6, **fields}
+    return client.responses.create(**asked, extra_body={"ignore_eos": True})
+
+
+def said(reply: Any) -> tuple[str, int]:
+    """To what, too; how much of that was cached differs."""
+    return reply.output_text, reply.usage.total_tokens
+
+
+# --- as the client sees it
+
+
+def test_a_response_is_given_again_as_it_was(client: openai.OpenAI) -> None:
+    reply = respond(client, metadata={"for": "harbors"}, instructions="Be brief", temperature=0.5)
+    assert client.responses.retrieve(reply.id) == reply and reply.store is True
+
+
+def test_a_streamed_response_is_kept_as_its_last_event_has_it(client: openai.OpenAI) -> None:
+    events = list(respond(client, stream=True))
+    assert client.responses.retrieve(events[-1].response.id) == events[-1].response
+
+
+def test_a_response_with_logprobs_is_given_again_as_it_was(client: openai.OpenAI) -> None:
+    reply = respond(client, include=["message.output_text.logprobs"], top_logprobs=2)
+    assert client.responses.retrieve(reply.id) == reply
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_request_goes_on_from_a_response_as_from_all_its_messages(client: openai.OpenAI, is_stream: bool) -> None:
+    first = respond(client)
+    asked = respond(client, input="And the sea?", previous_response_id=first.id, stream=is_stream)
+    second = list(asked)[-1].response if is_stream else asked
+    third = respond(client, input="And the sky?", previous_response_id=second.id)
+    spoken = [(None, "Tell me about the harbor"), (first, "And the sea?"), (second, "And the sky?")]
+    items: list[Any] = []
+    for reply, text in spoken:
+        items += [*(reply.output if reply is not None else ()), {"role": "user", "content": text}]
+    whole = respond(client, input=items)
+    assert said(third) == said(whole)
+    assert third.previous_response_id == second.id and second.previous_response_id == first.id
+
+
+def test_instructions_are_for_one_response_only(client: openai.OpenAI) -> None:
+    first = respond(client, instructions="Be brief")
+    second = respond(client, input="And the sea?", previous_response_id=first.id)
+    question, other = ({"role": "user", "content": text} for text in ("Tell me about the harbor", "And the sea?"))
+    plain = respond(client, input=[question, *first.output, other])
+    assert said(second) == said(plain)
+    again = respond(client, input="And the sea?", previous_response_id=first.id, instructions="Be brief")
+    assert again.usage.input_tokens > second.usage.input_tokens
+
+
+def test_a_call_is_answered_by_its_id_alone(client: openai.OpenAI) -> None:
+    asked = respond(client, tools=[FUNCTION], tool_choice="required", max_output_tokens=300)
+    (call,) = asked.output
+    answer = {"type": "function_call_output", "call_id": call.call_id, "output": "Noon"}
+    reply = respond(client, input=[answer], previous_response_id=asked.id, tools=[FUNCTION])
+    told = client.responses.input_items.list(reply.id, order="asc").data
+    assert [item.type for item in told] == ["message", "function_call", "function_call_output"]
+    with pytest.raises(openai.BadRequestError, match=call.call_id):
+        respond(client, input="Noon", previous_response_id=asked.id)
+
+
+def test_items_are_referred_to_by_their_ids(client: openai.OpenAI) -> None:
+    first = respond(client)
+    question = client.responses.input_items.list(first.id).data[0]
+    references: list[Any] = [{"type": "item_reference", "id": item_id} for item_id in (question.id, first.output[0].id)]
+    reply = respond(client, input=[*references, {"role": "user", "content": "And the sea?"}], store=False)
+    whole = respond(client, input="And the sea?", previous_response_id=first.id)
+    assert said(reply) == said(whole)
+
+
+def test_the_input_is_listed_in_pages_in_either_order(client: openai.OpenAI) -> None:
+    texts = ["one", "two", "three"]
+    reply = respond(client, input=[{"role": "user", "content": text} for text in texts])
+    for order, expected in (("asc", texts), ("desc", texts[::-1])):
+        listed = list(client.responses.input_items.list(reply.id, limit=2, order=order))  # type: ignore[arg-type]
+        assert [item.content[0].text for item in listed] == expected  # type: ignore[union-attr, index]
+    page = client.responses.input_items.list(reply.id, limit=2)
+    assert page.has_more and len(page.data) == 2
+
+
+def test_what_was_deleted_is_not_found_and_what_went_on_from_it_still_is(client: openai.OpenAI) -> None:
+    first = respond(client)
+    second = respond(client, input="And the sea?", previous_response_id=first.id)
+    client.responses.delete(first.id)
+    assert client.responses.retrieve(second.id) == second
+    for ask in (client.responses.retrieve, client.responses.delete, client.responses.input_items.list):
+        with pytest.raises(openai.NotFoundError) as refused:
+            ask(first.id)
+        assert refused.value.code == "response_not_found"
+
+
+def test_nothing_is_kept_where_the_client_says_so(client: openai.OpenAI) -> None:
+    reply = respond(client, store=False)
+    assert reply.store is False
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(reply.id)
+
+
+@pytest.mark.parametrize("response_id", ["resp_0", "resp_" + "f" * 40, "chatcmpl-1", "x" * 500, "resp_"])
+def test_an_unknown_response_is_the_404_that_clients_know(client: openai.OpenAI, response_id: str) -> None:
+    with pytest.raises(openai.NotFoundError) as refused:
+        client.responses.retrieve(response_id)
+    assert refused.value.code == "response_not_found"
+    with pytest.raises(openai.NotFoundError) as refused:
+        respond(client, previous_response_id=response_id)
+    assert refused.value.code == "previous_response_not_found" and refused.value.param == "previous_response_id"
+    with pytest.raises(openai.NotFoundError) as refused:
+        respond(client, input=[{"type": "item_reference", "id": response_id}])
+    assert refused.value.code == "response_not_found" and refused.value.param == "input[0]"
+
+
+# --- what a processor keeps
+
+
+def test_the_store_forgets_what_was_asked_for_longest_ago() -> None:
+    store = ResponseStore(2, 10_000)
+    store.keep("a", b"1")
+    store.keep("b", b"2")
+    assert store.find("a") == b"1"
+    store.keep("c", b"3")
+    assert (store.find("a"), store.find("b"), store.find("c")) == (b"1", None, b"3")
+
+
+def test_the_store_is_bounded_by_bytes() -> None:
+    store = ResponseStore(100, 10_000)
+    for number in range(50):
+        store.keep(str(number), bytes(1000))
+        assert store.size_bytes <= 10_000
+    assert store.find("49") is not None and store.find("0") is None
+    store.keep("longer than all", bytes(10_000))
+    assert store.find("longer than all") is None and store.find("49") is not None
+
+
+def test_what_is_forgotten_takes_no_room() -> None:
+    store = ResponseStore(100, 10_000)
+    store.keep("a", bytes(1000))
+    store.keep("a", bytes(10))
+    assert store.forget("a") and not store.forget("a")
+    assert len(store) == store.size_bytes == 0
+
+
+def test_texts_are_joined_and_nothing_else_is() -> None:
+    scored, end = TextItem(0, "x", [(b"x", -1.0, [])], [0]), EndItem(0, "stop")
+    assert joined(["a", "b"]) == ["ab"]
+    assert joined([TextItem(0, "a"), TextItem(0, "b"), TextItem(1, "c"), scored, scored, TextItem(0, "d"), end]) == [
+        *(TextItem(0, "ab"), TextItem(1, "c"), scored, scored, TextItem(0, "d"), end)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("item_id", "name"),
+    [
+        ("msg_8e7a0123456789ab1200", "8e7a0123456789ab12"),
+        ("fc_8e7a0123456789ab1200n3", "8e7a0123456789ab12"),
+        ("fco_8e7a0123456789ab12i17", "8e7a0123456789ab12"),
+        ("msg_", None),
+        ("item_reference", None),
+    ],
+)
+def test_an_items_id_tells_its_response(item_id: str, name: str | None) -> None:
+    assert name_in(item_id) == name
