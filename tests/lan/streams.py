@@ -37,6 +37,8 @@ class Stream:
         ) as received:
             for line in received:
                 data = line.strip().removeprefix("data: ")
+                if data.startswith(":"):  # a comment, which shows that the stream lives
+                    continue
                 if data == "[DONE]":
                     self.is_done = True
                 elif data:
