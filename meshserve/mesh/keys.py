@@ -34,6 +34,16 @@ class MeshKey:
         return hashlib.blake2b(self.secret, digest_size=32, person=b"ms-curve").digest()
 
 
+def owner_secret(key: MeshKey | None, mesh_name: str) -> bytes:
+    """The 32 bytes under which frontends make owners of API keys: the same in all frontends of a mesh.
+
+    In a mesh without a key there is no secret that all have and others have not: the mesh's name stands for it. Who hears such
+    a mesh's traffic can then try guesses of API keys against owners, and finds those that are easily guessed.
+    """
+    secret = key.secret if key is not None else mesh_name.encode()
+    return hashlib.blake2b(secret, digest_size=32, person=b"ms-owner").digest()
+
+
 def create_key_file(path: Path) -> MeshKey:
     """Write a new key, readable by its owner only. Raises KeyRefused if the file exists or cannot be written."""
     key = MeshKey(secrets.token_bytes(32))

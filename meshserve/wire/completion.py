@@ -26,6 +26,10 @@ else:
 """Text or token ids, or several of them, for a completion."""
 
 
+Owner = Annotated[bytes, Meta(max_length=32)]
+"""Of what is kept for a client: made of the client's API key, which it does not tell. Empty where a frontend has no keys."""
+
+
 class Keep(Row):
     """The answer is to be kept with its conversation, for later requests that refer to it."""
 
@@ -37,6 +41,7 @@ class Keep(Row):
     """JSON: what the API repeats of the request in its answer."""
     has_instructions: bool = False
     """The first message is for this answer only."""
+    owner: Owner = b""
 
 
 class CompletionRequest(AskedSampling):

@@ -3,7 +3,7 @@
 from itertools import groupby
 from typing import Annotated, Any
 
-from meshserve.wire.completion import MAX_MESSAGES, Ending, TextItem
+from meshserve.wire.completion import MAX_MESSAGES, Ending, Owner, TextItem
 from meshserve.wire.frames import pack_body, unpack_body
 from meshserve.wire.structs import Count, Map, Meta, Row
 
@@ -18,6 +18,8 @@ class KeptName(Row):
 
     name: Annotated[str, Meta(min_length=1, max_length=256)]
     """The mesh's name of the request, without its dash: what the ids of the response and of its items are made of."""
+    owner: Owner = b""
+    """Of who asks: what others own is not found."""
 
 
 class KeptResponse(Map):

@@ -1,16 +1,23 @@
 """Responses that are kept: what the official client does with them, and what a processor keeps."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
+import httpx
 import openai
 import pytest
 
+from meshserve.mesh.keys import MeshKey, owner_secret
+from meshserve.roles.frontend.access import owner_of
 from meshserve.roles.frontend.kept_items import name_in
 from meshserve.roles.processor.kept_responses import ResponseStore
 from meshserve.wire.completion import EndItem, TextItem
 from meshserve.wire.kept import joined
-from tests.roles.frontends import Frontend, started
+from tests.harness import Process, meshserve_command, wait_until
+from tests.roles.frontends import ALL_ROLES, Frontend, started
+
+OTHER_FRONTEND = ("run", "--role", "frontend", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0")
 
 FUNCTION: Any = {"type": "function", "strict": True, "name": "get_time", "parameters": {"type": "object", "properties": {}}}
 
@@ -22,8 +29,12 @@ def frontend() -> Iterator[Frontend]:
 
 @pytest.fixture
 def client(frontend: Frontend) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{frontend.url}/v1", api_key="none", max_retries=0) as client:
+    with connected(frontend.url, "none") as client:
         yield client
+
+
+def connected(url: str, key: str) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
 
 
 def respond(client: openai.OpenAI, **fields: Any) -> Any:
@@ -140,7 +151,53 @@ def test_an_unknown_response_is_the_404_that_clients_know(client: openai.OpenAI,
     assert refused.value.code == "response_not_found" and refused.value.param == "input[0]"
 
 
+# --- whose it is, and where
+
+
+def test_a_response_is_found_by_its_owner_alone_from_any_frontend() -> None:
+    keys = ("--api-key", "one", "--api-key", "two")
+    with Process(meshserve_command(*ALL_ROLES, *keys)) as first:
+        ready = first.ready()
+        address = ready["address"].removeprefix("tcp://")
+        with Process(meshserve_command(*OTHER_FRONTEND, *keys, "--peer", address)) as second:
+            urls = [ready["http"], second.ready()["http"]]
+            wait_until(lambda: all(httpx.get(f"{url}/ready").is_success for url in urls), 20.0, "both frontends are ready")
+            with ExitStack() as stack:
+                mine, elsewhere = (stack.enter_context(connected(url, "one")) for url in urls)
+                others = [stack.enter_context(connected(url, "two")) for url in urls]
+                reply = respond(elsewhere)
+                assert mine.responses.retrieve(reply.id) == elsewhere.responses.retrieve(reply.id) == reply
+                assert respond(mine, input="And the sea?", previous_response_id=reply.id).output_text
+                for other in others:
+                    for ask in (other.responses.retrieve, other.responses.delete, other.responses.input_items.list):
+                        with pytest.raises(openai.NotFoundError):
+                            ask(reply.id)
+                    with pytest.raises(openai.NotFoundError):
+                        respond(other, previous_response_id=reply.id)
+                    with pytest.raises(openai.NotFoundError):
+                        respond(other, input=[{"type": "item_reference", "id": reply.output[0].id}])
+                mine.responses.delete(reply.id)
+                with pytest.raises(openai.NotFoundError):
+                    elsewhere.responses.retrieve(reply.id)
+
+
+def test_an_owner_is_the_same_in_all_frontends_of_a_mesh_and_in_no_other() -> None:
+    key = MeshKey(bytes(32))
+    secrets = [owner_secret(key, "default"), owner_secret(MeshKey(bytes(31) + b"1"), "default")]
+    secrets += [owner_secret(None, "default"), owner_secret(None, "other")]
+    owners = {owner_of(secret, api_key) for secret in secrets for api_key in ("one", "two")}
+    assert len(owners) == 8 and {len(owner) for owner in owners} == {16}
+    assert owner_of(owner_secret(key, "whatever"), "one") in owners, "a key file alone says which mesh it is"
+
+
 # --- what a processor keeps
+
+
+def test_the_store_gives_nothing_to_others_than_the_owner() -> None:
+    store = ResponseStore(2, 10_000)
+    store.keep("a", b"1", b"me")
+    assert store.find("a", b"you") is store.find("a") is None and not store.forget("a", b"you")
+    assert store.find("a", b"me") == b"1" and store.forget("a", b"me")
 
 
 def test_the_store_forgets_what_was_asked_for_longest_ago() -> None:

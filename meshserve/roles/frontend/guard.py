@@ -18,10 +18,12 @@ _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 class Guard:
     """Stands before all routes: every request passes `admit`, once its head is read."""
 
-    def __init__(self, config: ServeConfig) -> None:
+    def __init__(self, config: ServeConfig, secret: bytes) -> None:
+        """`secret` makes owners of API keys."""
         limits = config.frontend
         self._keys, self._sessions = access.KeyRing(config.api_keys), access.Sessions(limits.session_s)
         self._has_keys = bool(config.api_keys)
+        self._owners = [access.owner_of(secret, key) for key in dict.fromkeys(config.api_keys)]
         self._root_path = limits.root_path
         self.login = Login(self._keys, self._sessions, limits.root_path) if self._has_keys else None
         """Its routes, where there are keys."""
@@ -71,9 +73,9 @@ class Guard:
         # The form is for browsers; a program that shows no key is told how a key is sent.
         if request.path in (LOGIN, LOGOUT) and (is_for_page or self._session(request) is not None):
             return None
-        client = self._client_of(request)
-        if client is not None:
-            request.client = client
+        key = self._key_of(request)
+        if key is not None:
+            request.client, request.owner = f"key {key}", self._owners[key]
             return None
         if is_for_page and request.method in ("GET", "HEAD"):
             query = b"?" + request.query if request.query else b""
@@ -81,7 +83,7 @@ class Guard:
             return Response(303, b"", header_lines([(b"location", location), (b"cache-control", b"no-store")]))
         raise Unauthorized("the API key is missing or wrong: send it as `Authorization: Bearer KEY`")
 
-    def _client_of(self, request: Request) -> str | None:
+    def _key_of(self, request: Request) -> int | None:
         """By key or session; None without. Raises Forbidden for a cookie that a page of another site makes use of."""
         headers = request.headers
         shown = headers.get(b"x-api-key")
@@ -89,14 +91,13 @@ class Guard:
         if authorization[:7].lower() == b"bearer ":
             shown = authorization[7:].strip()
         if shown is not None:
-            key = self._keys.find(shown)
-            return f"key {key}" if key is not None else None
+            return self._keys.find(shown)
         session = self._session(request)
         if session is None:
             return None
         if request.method not in _SAFE_METHODS and not access.is_same_origin(request.scheme, headers):
             raise Forbidden("a session is for this frontend's own pages; programs send a key")
-        return f"key {session}"
+        return session
 
     def _session(self, request: Request) -> int | None:
         token = session_token(request.headers)

@@ -46,42 +46,42 @@ class KeptResponses:
     async def _show(self, http: Request) -> Response:
         if _query(http).get("stream") == "true":
             raise InvalidRequest("stream: a response that is kept is given as a whole", param="stream")
-        kept = await self._kept(http.name)
+        kept = await self._kept(http)
         return json_response(await asyncio.to_thread(response_of, kept))
 
     async def _forget(self, http: Request) -> Response:
-        answers = await self._ask_all(FORGET_RESPONSE, name_of(http.name))
+        answers = await self._ask_all(FORGET_RESPONSE, KeptName(name_of(http.name), http.owner))
         if not any(answers):
             raise _not_found(http.name)
         return json_response({"id": http.name, "object": "response", "deleted": True})
 
     async def _list_input(self, http: Request) -> Response:
-        kept = await self._kept(http.name)
+        kept = await self._kept(http)
         return json_response(_page(await asyncio.to_thread(input_items, kept), _query(http)))
 
     # --- for requests that refer to something
 
-    async def referred_to(self, body: bytes) -> Before:
-        """What this body refers to, as far as it is kept. Raises InvalidRequest for what is no JSON object."""
-        previous, ids = references(await asyncio.to_thread(read_object, body))
+    async def referred_to(self, http: Request) -> Before:
+        """What the body refers to, as far as it is kept. Raises InvalidRequest for what is no JSON object."""
+        previous, ids = references(await asyncio.to_thread(read_object, http.body))
         if len(ids) > _MAX_REFERENCES:
             raise InvalidRequest(f"input refers to more than {_MAX_REFERENCES} items", param="input")
-        found = await self._find(name_of(previous)) if previous is not None else None
+        found = await self._find(KeptName(name_of(previous), http.owner)) if previous is not None else None
         names = {item_id: name for item_id in ids if (name := name_in(item_id)) is not None}
-        responses = {name: kept for name in set(names.values()) if (kept := await self._find(name)) is not None}
+        responses = {name: kept for name in set(names.values()) if (kept := await self._find(KeptName(name, http.owner))) is not None}
         return await asyncio.to_thread(_gathered, found, names, responses)
 
     # --- from processors
 
-    async def _kept(self, response_id: str) -> KeptResponse:
-        found = await self._find(name_of(response_id))
+    async def _kept(self, http: Request) -> KeptResponse:
+        found = await self._find(KeptName(name_of(http.name), http.owner))
         if found is None:
-            raise _not_found(response_id)
+            raise _not_found(http.name)
         return found
 
-    async def _find(self, name: str) -> KeptResponse | None:
+    async def _find(self, asked: KeptName) -> KeptResponse | None:
         """From whichever processor has it."""
-        for data in await self._ask_all(KEPT_RESPONSE, name):
+        for data in await self._ask_all(KEPT_RESPONSE, asked):
             if data is not None:
                 try:
                     return await asyncio.to_thread(unpacked, data)
@@ -89,16 +89,16 @@ class KeptResponses:
                     continue
         return None
 
-    async def _ask_all(self, method: Method, name: str) -> list[Any]:
+    async def _ask_all(self, method: Method, asked: KeptName) -> list[Any]:
         """None from a processor that is lost or does not answer. Draining ones still have what they keep."""
-        if not 0 < len(name) <= _MAX_NAME:
+        if not 0 < len(asked.name) <= _MAX_NAME:
             return []
         infos = [self._mesh.own, *(member.info for member in self._mesh.links.membership.listed())]
         peers = [info.incarnation for info in infos if "processor" in info.roles]
 
         async def ask(peer: str) -> Any:
             try:
-                return await self._mesh.call(peer, method, KeptName(name), _TIMEOUT_S)
+                return await self._mesh.call(peer, method, asked, _TIMEOUT_S)
             except MeshserveError:
                 return None
 
@@ -161,12 +161,15 @@ class ResponseExchange(Exchange):
 
     def _parsed(self, before: Before) -> Parsed:
         receipt, created_s = self._receipt, int(time.time())
-        return parse_response(self._http.body, receipt.request_id, receipt.client_id, before, created_s)
+        request, options = parse_response(self._http.body, receipt.request_id, receipt.client_id, before, created_s)
+        if request.keep is not None:
+            request.keep.owner = self._http.owner
+        return request, options
 
     async def _begin_later(self) -> None:
         try:
             check_json(self._http.body)
-            before = await self._kept.referred_to(self._http.body)
+            before = await self._kept.referred_to(self._http)
             parsed = await asyncio.to_thread(self._parsed, before)
         except MeshserveError as error:
             self.refuse(error)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from meshserve.config import ServeConfig
 from meshserve.errors import ModelNotFound
+from meshserve.mesh.keys import owner_secret
 from meshserve.mesh.mesh import Mesh
 from meshserve.observe.mesh_feed import MeshFeed
 from meshserve.observe.receipt_store import find_receipt
@@ -59,7 +60,7 @@ class FrontendRole:
         limits = replace(limits, max_connections=possible_connections(limits.max_connections))
         context = tls_context(limits)
         listening = bind(self._config.http_host, self._config.http_port, limits)
-        guard = Guard(self._config)
+        guard = Guard(self._config, owner_secret(self._mesh.key, self._mesh.own.mesh))
         routes = self._routes(guard)
         application = Application(guard.admit, routes.answer, apis.error_response)
         scheme, mesh = "http" if context is None else "https", self._mesh

@@ -13,45 +13,53 @@ from meshserve.wire.kept import MAX_KEPT_BYTES, KeptResponse, joined
 from meshserve.wire.messages import FORGET_RESPONSE, KEPT_RESPONSE
 from meshserve.wire.structs import replace
 
+_NOTHING = None, None
 _ENTRY_BYTES = 512
 """What an entry takes besides its data."""
 
 
 class ResponseStore:
-    """Data by name, up to a number of entries and of bytes: what was asked for longest ago goes first. Pure."""
+    """Data by name, up to a number of entries and of bytes: what was asked for longest ago goes first. Nothing is found but by
+    its owner. Pure."""
 
     def __init__(self, max_entries: int = 0, max_bytes: int = 0) -> None:
         self._max_entries, self._max_bytes = max_entries, max_bytes
-        self._entries: OrderedDict[str, bytes] = OrderedDict()
+        self._entries: OrderedDict[str, tuple[bytes, bytes]] = OrderedDict()
         self.size_bytes = 0
-        """Of all entries."""
+        """Of all entries, each its owner and its data."""
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def keep(self, name: str, data: bytes) -> None:
+    def keep(self, name: str, data: bytes, owner: bytes = b"") -> None:
         """One more, in place of what had this name. What is too long for the store is not kept."""
-        self.forget(name)
+        self._drop(name)
         if len(data) + _ENTRY_BYTES > self._max_bytes:
             return
-        self._entries[name] = data
+        self._entries[name] = owner, data
         self.size_bytes += len(data) + _ENTRY_BYTES
         while len(self._entries) > self._max_entries or self.size_bytes > self._max_bytes:
-            self.forget(next(iter(self._entries)))
+            self._drop(next(iter(self._entries)))
 
-    def find(self, name: str) -> bytes | None:
-        """None if it is not there, or not any more."""
-        if name in self._entries:
-            self._entries.move_to_end(name)
-        return self._entries.get(name)
+    def find(self, name: str, owner: bytes = b"") -> bytes | None:
+        """None if it is not there, or not any more, or another's."""
+        kept_for, data = self._entries.get(name, _NOTHING)
+        if data is None or kept_for != owner:
+            return None
+        self._entries.move_to_end(name)
+        return data
 
-    def forget(self, name: str) -> bool:
-        """False if it was not there."""
-        data = self._entries.pop(name, None)
-        if data is None:
-            return False
-        self.size_bytes -= len(data) + _ENTRY_BYTES
-        return True
+    def forget(self, name: str, owner: bytes = b"") -> bool:
+        """False if it was not there, or another's."""
+        is_there = self._entries.get(name, _NOTHING)[0] == owner
+        if is_there:
+            self._drop(name)
+        return is_there
+
+    def _drop(self, name: str) -> None:
+        _, data = self._entries.pop(name, _NOTHING)
+        if data is not None:
+            self.size_bytes -= len(data) + _ENTRY_BYTES
 
 
 class Recorded:
@@ -98,8 +106,8 @@ class KeptResponses:
         self._store = store
         mesh.gauges.derive("responses_kept", lambda: len(store))
         mesh.gauges.derive("responses_kept_bytes", lambda: store.size_bytes)
-        mesh.serve(KEPT_RESPONSE, lambda call: call.end(store.find(call.body.name)))
-        mesh.serve(FORGET_RESPONSE, lambda call: call.end(store.forget(call.body.name)))
+        mesh.serve(KEPT_RESPONSE, lambda call: call.end(store.find(call.body.name, call.body.owner)))
+        mesh.serve(FORGET_RESPONSE, lambda call: call.end(store.forget(call.body.name, call.body.owner)))
 
     def recorded(self, call: IncomingCall, asked: CompletionRequest, keep: Keep) -> Recorded:
         """The call, for its handler to use in the call's place."""
@@ -111,4 +119,4 @@ class KeptResponses:
         kept = KeptResponse(keep.name, asked.model, keep.created_s, keep.echoed, messages, joined(items), ending)
         data = kept.packed()
         if len(data) <= MAX_KEPT_BYTES:
-            self._store.keep(keep.name.replace("-", ""), data)
+            self._store.keep(keep.name.replace("-", ""), data, keep.owner)

@@ -65,6 +65,8 @@ class Request:
     """What stands in the path where the route leaves it open."""
     client: str = ""
     """For the fairness between clients: the key, else the address. The guard sets it."""
+    owner: bytes = b""
+    """Whose what is kept for this client is; empty without keys. The guard sets it."""
     extra_headers: bytes = b""
     """Of every response to this request, as :func:`header_lines` gives them. The guard sets them, and a handler may add some."""
     route: str = ""
