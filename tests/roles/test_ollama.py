@@ -86,6 +86,9 @@ def test_a_model_is_loaded_and_unloaded_without_an_answer(frontend: Frontend) ->
     (prompt,) = ask(frontend, "/api/generate", keep_alive=0)
     assert chat["message"]["content"] == prompt["response"] == "" and chat["done"] and chat["done_reason"] == "load"
     assert frontend.client.post("/api/generate", json={"model": "nobody"}).status_code == 404
+    named = frontend.client.post("/api/generate", json={"model": "dummy"}, headers={"x-request-id": "mine"})
+    assert named.headers["x-request-id"] == "mine"
+    assert frontend.client.post("/api/generate", json={"model": "dummy"}, headers={"x-request-timeout": "x"}).status_code == 400
 
 
 def test_a_tool_is_called_with_an_object_and_its_result_is_read(frontend: Frontend) -> None:

@@ -51,13 +51,13 @@ class Exchange(QueueEntry):
         "_is_due",
         "_is_over",
         "_items",
-        "_label",
         "_liveness",
         "_losses",
         "_options",
         "_receipt",
         "_request",
         "_writer",
+        "id_header",
     )
 
     def __init__(self, completions: Completions, api: Api, http: Request) -> None:
@@ -65,7 +65,7 @@ class Exchange(QueueEntry):
         self._completions, self._api, self._http = completions, api, http
         label = http.headers.get(b"x-request-id", b"")[:_MAX_LABEL_BYTES]
         self._receipt = http.account = FrontendReceipt(completions.new_id(), label.decode("latin-1"), http.began_s)
-        self._label = b"x-request-id: %b\r\n" % (label or self._receipt.request_id.encode())
+        self.id_header = b"x-request-id: %b\r\n" % (label or self._receipt.request_id.encode())
         self._connection: Connection
         self._request: CompletionRequest
         self._options: ResponseOptions
@@ -292,7 +292,7 @@ class Exchange(QueueEntry):
             elif self._end is not None:
                 self._writer.feed(self._items)
                 body = self._writer.end(self._ending())
-                self._connection.respond(200, self._writer.headers + self._label, body)
+                self._connection.respond(200, self._writer.headers + self.id_header, body)
                 self._finish()
         except MeshserveError as error:
             self.refuse(error)
@@ -304,7 +304,7 @@ class Exchange(QueueEntry):
         call, connection = self._call, self._connection
         if (call is not None or connection.is_started) and not self._is_over and self._error is None and self._writer.is_stream:
             self._liveness = self._liveness or Liveness(self._completions)
-            headers = self._writer.headers + self._label
+            headers = self._writer.headers + self.id_header
             self._liveness.look(now_s, connection, call, self._request.request_id, headers, self._writer.ping)
 
     def _write_stream(self) -> None:
@@ -333,7 +333,7 @@ class Exchange(QueueEntry):
             self._receipt.failed(error)
             out, is_last = writer.fail(error), True
         if not connection.is_started:
-            connection.start(200, self._writer.headers + self._label)
+            connection.start(200, self._writer.headers + self.id_header)
         connection.write(out, is_last)
         if is_last:
             self._finish()
@@ -358,7 +358,7 @@ class Exchange(QueueEntry):
             self._connection.break_off()
         else:
             body = self._api.error_body(self._api.named(error))
-            self._connection.respond(error.http_status, apis.error_headers(error) + self._label, body)
+            self._connection.respond(error.http_status, apis.error_headers(error) + self.id_header, body)
         self._finish()
 
     def _went_wrong(self) -> None:

@@ -18,6 +18,7 @@ from meshserve.roles.frontend.models.ollama import (
     read_load,
 )
 from meshserve.roles.frontend.ollama import loaded
+from meshserve.roles.frontend.request_headers import timeout_s
 from meshserve.roles.frontend.routes import Handler
 from meshserve.roles.frontend.writers import Api
 
@@ -45,6 +46,10 @@ def _loaded_or_answered(
     said: Callable[[str], dict[str, Any]],
     http: Request,
 ) -> Exchange | Response:
-    """A client of Ollama's API may ask for a model to be loaded, and for nothing else."""
-    asked = read_load(kind, http.body)
-    return Exchange(completions, api, http) if asked is None else loaded(completions, asked.model, said(""))
+    """A client of Ollama's API may ask for a model to be loaded, and for nothing else. Raises InvalidRequest, ModelNotFound."""
+    asked, exchange = read_load(kind, http.body), Exchange(completions, api, http)
+    if asked is None:
+        return exchange
+    timeout_s(http.headers, completions.config.request_timeout_s)  # as of all that are answered
+    told = loaded(completions, asked.model, said(""))
+    return Response(told.status, told.body, told.headers + exchange.id_header)
