@@ -138,6 +138,14 @@ def test_nothing_is_kept_where_the_client_says_so(client: openai.OpenAI) -> None
         client.responses.retrieve(reply.id)
 
 
+def test_the_input_is_counted_as_a_response_has_it(client: openai.OpenAI) -> None:
+    first = respond(client)
+    second = respond(client, input="And the sea?", previous_response_id=first.id, instructions="Be brief")
+    asked: Any = {"model": "dummy", "input": "And the sea?", "previous_response_id": first.id, "instructions": "Be brief"}
+    counted = client.responses.input_tokens.count(**asked)
+    assert counted.input_tokens == second.usage.input_tokens and counted.object == "response.input_tokens"
+
+
 @pytest.mark.parametrize("response_id", ["resp_0", "resp_" + "f" * 40, "chatcmpl-1", "x" * 500, "resp_"])
 def test_an_unknown_response_is_the_404_that_clients_know(client: openai.OpenAI, response_id: str) -> None:
     with pytest.raises(openai.NotFoundError) as refused:

@@ -97,7 +97,7 @@ class FrontendRole:
         for path, handler in handlers_of(self._completions, kept).items():
             routes.add("POST", path, handler)
         kept.add_routes(routes)
-        Tokenizing(self._mesh, self._completions).add_routes(routes)
+        Tokenizing(self._mesh, self._completions, kept).add_routes(routes)
         OllamaModels(self._completions, self._started_s).add_routes(routes)
         routes.add("GET", "/v1/models", self._models)
         routes.add("GET", "/v1/models/{path}", self._model)

@@ -133,6 +133,7 @@ _RESPONSES: dict[str, Any] = {
         },
         "meshserve?": ref("Receipt"),
     },
+    "InputCount": {"object": "response.input_tokens", "input_tokens": int},
     "Deleted": {"id": str, "object": "response", "deleted": True},
     "InputItem": {**each(str, "id type"), "status": "completed", "": "A message, reasoning, a call or what it came to."},
     "InputItems": {

@@ -136,6 +136,7 @@ Completing post /generate generate GenerateRequest lines The simple form: a JSON
 Completing post /api/chat ollamaChat OllamaChatRequest OllamaChat,lines The next message of a chat, as Ollama has it
 Completing post /api/generate ollamaGenerate OllamaGenerateRequest OllamaText,lines An answer, as Ollama has it
 Counting post /v1/messages/count_tokens countTokens CountRequest Count Tokens of a message, counted
+Counting post /v1/responses/input_tokens countInput ResponseRequest InputCount Tokens of a response's input, counted
 Counting post /tokenize tokenize TokenizeRequest Tokenized Tokens of a prompt or a chat
 Counting post /detokenize detokenize DetokenizeRequest Detokenized Text of tokens
 Kept get /v1/responses/{id} getResponse - Response A response that is kept
