@@ -84,7 +84,7 @@ def test_the_document_is_that_of_the_settings(url: str, guarded_url: str) -> Non
     assert "security" not in plain and "/login" not in plain["paths"] and "/metrics" in plain["paths"]
     assert httpx.get(f"{guarded_url}/openapi.json").status_code == 401
     closed = httpx.get(f"{guarded_url}/openapi.json", headers={"x-api-key": "secret"}).json()
-    assert [list(way) for way in closed["security"]] == [["bearer"], ["apiKey"], ["session"]]
+    assert [list(way) for way in closed["security"]] == [["bearer"], ["apiKey"], ["azureKey"], ["session"]]
     assert closed["paths"]["/health"]["get"]["security"] == [] and "401" not in closed["paths"]["/health"]["get"]["responses"]
     assert "401" in closed["paths"]["/v1/models"]["get"]["responses"] and "/login" in closed["paths"]
 

@@ -86,10 +86,11 @@ class Guard:
     def _key_of(self, request: Request) -> int | None:
         """By key or session; None without. Raises Forbidden for a cookie that a page of another site makes use of."""
         headers = request.headers
-        shown = headers.get(b"x-api-key")
         authorization = headers.get(b"authorization", b"")
         if authorization[:7].lower() == b"bearer ":
-            shown = authorization[7:].strip()
+            shown: bytes | None = authorization[7:].strip()
+        else:
+            shown = headers.get(b"x-api-key", headers.get(b"api-key"))
         if shown is not None:
             return self._keys.find(shown)
         session = self._session(request)

@@ -56,6 +56,7 @@ _OTHER_THAN_TEXT: dict[str, Schema] = {
 _SECURITY: Schema = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+    "azureKey": {"type": "apiKey", "in": "header", "name": "api-key"},
     "session": {"type": "apiKey", "in": "cookie", "name": SESSION_COOKIE},
 }
 BODIES: tuple[type[Body], ...] = (
