@@ -17,11 +17,11 @@ ENTRY = [b"\xc3", -0.5, [[b"\xc3", -0.5], [b"a", float("-inf")]]]
 Json = dict[str, Any]
 
 
-def writer(api: Api, is_stream: bool = True, wants_usage: bool = False, **fields: Any) -> Writer:
+def writer(api: Api, is_stream: bool = True, wants_usage: bool = False, echoed: Json | None = None, **fields: Any) -> Writer:
     kind = "completion" if api is apis.COMPLETIONS else "chat"
     given = {"prompt": "p"} if kind == "completion" else {"messages": [{"role": "user", "content": "hi"}]}
     request = CompletionRequest(request_id="abc-1", kind=kind, model="m", **{**given, **fields})
-    return api.writer(7, request, ResponseOptions(is_stream, wants_usage))
+    return api.writer(7, request, ResponseOptions(is_stream, wants_usage, echoed))
 
 
 def wire(*items: Any) -> list[Any]:
@@ -235,16 +235,22 @@ def test_an_api_calls_a_field_by_its_own_name() -> None:
     assert apis.CHATS.named(EngineFailed("no")).code == "engine_failed"
 
 
-LINES = apis.lines(lambda body, request_id, client_id: pytest.fail("nothing is parsed here"))
+def not_here(*_: Any) -> Any:
+    """Stands for what only parsers need."""
+    pytest.fail("nothing is parsed here")
 
 
-@pytest.mark.parametrize("api", (*apis.APIS, LINES), ids=lambda api: api.path)
+LINES = apis.lines(not_here)
+OLLAMA = (apis.ollama_chats(not_here), apis.ollama_prompts(not_here))
+
+
+@pytest.mark.parametrize("api", (*apis.APIS, LINES, *OLLAMA), ids=lambda api: api.path)
 def test_each_stream_says_in_its_own_form_that_it_lives(api: Api) -> None:
-    made = writer(api)
+    made = writer(api, echoed={"model": "m"} if api in OLLAMA else None)
     if b"text/event-stream" in made.headers:
         assert made.ping.endswith(b"\n\n") and made.ping.count(b"\n\n") == 1
         assert made.ping.startswith(b":") or made.ping.startswith(b"event: ping\ndata: {")
     else:
         assert isinstance(json.loads(made.ping), dict) and made.ping.count(b"\n") == 1
     assert b"x-accel-buffering: no" in made.headers, "a proxy that buffers would keep it to itself"
-    assert writer(api, is_stream=False).ping == b"" or api is LINES
+    assert api in (LINES, *OLLAMA) or writer(api, is_stream=False).ping == b""

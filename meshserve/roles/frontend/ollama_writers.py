@@ -9,7 +9,7 @@ from meshserve.roles.frontend.writers import EventWriter, Part, Reply, WholeWrit
 from meshserve.wire.completion import CallItem, Ending, EndItem, PartItem, TextItem
 
 Json = dict[str, Any]
-LINES = b"content-type: application/x-ndjson\r\ncache-control: no-cache\r\n"
+LINES = b"content-type: application/x-ndjson\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 _LOADING = ("process", "route", "queue")
 """Phases before a worker computes: this API calls them loading."""
 _PROMPT = ("prefill", "kv_transfer")
@@ -76,6 +76,8 @@ class MessageLines(EventWriter):
     def __init__(self, reply: Reply) -> None:
         super().__init__(reply)
         self._opening = dump(opening_of((reply.options.echoed or {})["model"], reply.created_s))[:-1]
+        # the official clients read each line as JSON, so an empty part shows that the stream lives
+        self.ping = self._line({**self.said(""), "done": False}).encode()
         self._kind = "text"
         """Of the text that comes next."""
         self._call_name, self._arguments = "", list[str]()
