@@ -7,6 +7,7 @@ one router and one processor are alive and reachable. Sixteen clients ask all th
 compare each answer with that of an undisturbed peer. A seed repeats its faults.
 """
 
+import contextlib
 import json
 import random
 import sys
@@ -102,8 +103,24 @@ class Mesh:
         """Open descriptors and background tasks of each peer."""
         found = {f"{peer['name']}: background tasks": int(peer["held"]["tasks"]) for peer in self.peers()}
         for name, process in self.processes.items():
-            found[f"{name}: descriptors"] = len(list(Path(f"/proc/{process.pid}/fd").iterdir()))
+            found[f"{name}: descriptors"] = _num_descriptors(process.pid)
         return found
+
+
+_SYN_SENT = "02"
+
+
+def _num_descriptors(pid: int) -> int:
+    """Without those of dials that have no answer yet: a peer looks out for members that fell silent, and dials them now and then for
+    minutes."""
+    tables = [Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:] for name in ("tcp", "tcp6")]
+    sockets = [line.split() for lines in tables for line in lines]
+    dials = {f"socket:[{fields[9]}]" for fields in sockets if fields[3] == _SYN_SENT}
+    num = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            num += str(descriptor.readlink()) not in dials
+    return num
 
 
 class Faults(threading.Thread):
