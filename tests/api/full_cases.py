@@ -122,7 +122,10 @@ def wait_until_free(clients: Clients) -> None:
     def left() -> dict[str, int]:
         return held(clients.http.get("/mesh/peers").json())
 
-    wait_until(lambda: not left(), FREE_S, "nothing is held")
+    try:
+        wait_until(lambda: not left(), FREE_S, "nothing is held")
+    except AssertionError as error:
+        raise AssertionError(f"still held: {left()}") from error
 
 
 @case

@@ -46,7 +46,8 @@ def test_every_route_can_be_read_on_a_desk_and_on_a_phone_and_nothing_comes_from
         page.wait_for("[...document.querySelectorAll('.nested')].some((nested) => nested.querySelector('.nested'))", SHOWN_S)
         assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.evaluate("filter = document.getElementById('filter'); filter.value = 'models'; filter.dispatchEvent(new Event('input'))")
-    assert page.evaluate("[...document.querySelectorAll('.operation:not([hidden])')].map(({ id }) => id)") == ["listModels", "getModel"]
+    shown = page.evaluate("[...document.querySelectorAll('.operation:not([hidden])')].map(({ id }) => id)")
+    assert shown == ["listModels", "getModel", "ollamaModels", "ollamaRunning"]
     page.evaluate("document.getElementById('theme').click()")
     assert page.evaluate("document.documentElement.dataset.theme") == "light"
     assert page.errors == [] and all(address.startswith((url, "about:blank")) for address in page.addresses)

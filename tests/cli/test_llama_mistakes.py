@@ -150,7 +150,7 @@ def test_a_prompt_longer_than_the_context_is_refused_in_openais_form(untemplated
         answer = untemplated.post("/v1/completions", {"model": MODEL, **body})
         error = answer["body"]["error"]
         assert answer["status"] == 400 and error["code"] == "context_length_exceeded" and error["param"] == "prompt"
-        assert error["type"] == "invalid_request_error" and "this model's context is 4096 tokens" in error["message"]
+        assert error["type"] == "invalid_request_error" and "maximum context length is 4096 tokens" in error["message"]
 
 
 def test_a_peer_that_cannot_serve_its_model_leaves_the_mesh_unharmed(untemplated: Clients, files: Path) -> None:

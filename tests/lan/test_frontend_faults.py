@@ -289,10 +289,10 @@ def with_prompt(prompt: bytes, more: bytes = b"") -> bytes:
 MOST_BYTES = ServeConfig().max_body_bytes - 200
 HOSTILE = {
     "a huge header": (b"GET /health HTTP/1.1\r\nhost: localhost\r\nx: " + b"x" * 200_000 + b"\r\n\r\n", b"", 431, "longer than"),
-    "65,000 headers": (b"GET /health HTTP/1.1\r\n" + b"a:\r\n" * 65_000 + b"\r\n", b"", 431, "headers"),
-    "13,000 requests at once": (b"GET /health HTTP/1.1\r\n\r\n" * 13_000, b"", 0, ""),
+    "65,000 headers": (b"GET /health HTTP/1.1\r\nhost: localhost\r\n" + b"a:\r\n" * 65_000 + b"\r\n", b"", 431, "headers"),
+    "13,000 requests at once": (b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n" * 13_000, b"", 0, ""),
     "chunks of one byte": (
-        b"POST /v1/completions HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 43_000,
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\n" + b"1\r\nx\r\n" * 43_000,
         b"",
         400,
         "chunks",
