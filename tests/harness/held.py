@@ -5,8 +5,8 @@ from typing import Any
 STANDING = frozenset(("worker.watch", "worker.load", "router.in_flight", "feed.watch", "mesh.status"))
 """Streams that last as long as their peers, and the one by which this was asked."""
 _LOAD = ("num_running", "num_waiting", "waiting_prefill_tokens", "used_blocks", "num_tickets")
-_NOT_HELD = frozenset(("http_connections", "tasks"))
-"""The connections of the one who asks, and tasks that last as long as their peers."""
+_NOT_HELD = frozenset(("http_connections", "tasks", "responses_kept", "responses_kept_bytes"))
+"""The connections of the one who asks, tasks that last as long as their peers, and what is kept for later requests."""
 _EXPECTED = {
     "frontend": frozenset(("http_requests", "admission_slots", "waiting_for_admission", "cancellable", "http_connections")),
     "processor": frozenset(("requests",)),
