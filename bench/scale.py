@@ -136,8 +136,10 @@ def measure(num_peers: int, seconds: float) -> Idle:
         counted, counted_s = _counts(mesh), time.monotonic()
         cpu, cpu_at_s = mesh.cpu_s(), time.monotonic()
         time.sleep(seconds)
-        percent = [100 * (now - before) / (time.monotonic() - cpu_at_s) for now, before in zip(mesh.cpu_s(), cpu, strict=True)]
-        rates = [(now - before) / (time.monotonic() - counted_s) for now, before in zip(_counts(mesh), counted, strict=True)]
+        cpu_now, took_s = mesh.cpu_s(), time.monotonic() - cpu_at_s
+        percent = [100 * (now - before) / took_s for now, before in zip(cpu_now, cpu, strict=True)]
+        counted_now, took_s = _counts(mesh), time.monotonic() - counted_s
+        rates = [(now - before) / took_s for now, before in zip(counted_now, counted, strict=True)]
         rss = mesh.rss_mb()
         return Idle(
             num_peers=num_peers,

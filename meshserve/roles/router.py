@@ -49,7 +49,6 @@ class RouterRole:
         """By model."""
         # without a snapshot: what was sent before a router came is reported, or dropped, within two seconds
         self._in_flight = WatchSource(mesh, IN_FLIGHT, lambda: ())
-        # in-flight reservations; `/mesh/peers` and `/metrics` have shown them under these names since the first version
         mesh.gauges.derive("in_flight_reservations", lambda: self.fleet.num_in_flight(time.monotonic()))
         mesh.gauges.derive("reserved_tokens", self.fleet.num_in_flight_tokens)
         mesh.serve(ROUTE, self._on_route)
