@@ -8,17 +8,16 @@ import httpx
 import pytest
 
 import meshserve.roles.frontend.openapi.page
-from tests.harness import Process, meshserve_command
-from tests.harness.browser import CHROMIUM, Page, open_browser
+from tests.harness import ALL_ROLES, Process, meshserve_command
+from tests.harness.browser import Page, page_or_skip
 
 FILES = Path(meshserve.roles.frontend.openapi.page.__file__).parent
-ALL_ROLES = ("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0", "--mesh", "docs")
 SHOWN_S = 20.0
 
 
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
-    with Process(meshserve_command(*ALL_ROLES, "--no-observe")) as peer:
+    with Process(meshserve_command(*ALL_ROLES, "--mesh", "docs", "--no-observe")) as peer:
         yield peer.ready()["http"]
         peer.terminate()
         assert peer.wait() == 0
@@ -26,10 +25,7 @@ def url() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium: Debian's package of that name")
-    with open_browser() as opened:
-        yield opened
+    yield from page_or_skip()
 
 
 def test_every_route_can_be_read_on_a_desk_and_on_a_phone_and_nothing_comes_from_outside(url: str, page: Page) -> None:

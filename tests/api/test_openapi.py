@@ -9,9 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.harness import Process, meshserve_command, run_command
+from tests.harness import ALL_ROLES, Process, meshserve_command, run_command
 
-ALL_ROLES = ("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0")
 SMALL = ("--engine-opt", "context_length=4096")
 KEY = "Authorization: Bearer secret"
 CHECKS = ("--checks", "all", "--exclude-checks", "positive_data_acceptance")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from meshserve.engines.dummy import DummyEngine
-from meshserve.engines.protocol import EngineOptions, GenerationStats, KVBlock
+from meshserve.engines.protocol import EngineOptions, GenerationStats, KVBlock, Reservation
 from meshserve.errors import MeshserveError
 from meshserve.wire.generation import GenerateRequest, Sampling, TokenLogprobs
 
@@ -122,3 +122,9 @@ async def prefilled(engine: DummyEngine, tokens: "array[int]", first_block: int 
     engine.prefill("prefill", tokens, first_block, sink)
     await sink.end()
     return sink
+
+
+async def write_prompt(reservation: Reservation, engine: DummyEngine, tokens: "array[int]") -> None:
+    """Write all KV blocks of a prompt, of which `engine` computes all but the last token."""
+    for index, payload in (await prefilled(engine, tokens[:-1])).blocks.items():
+        reservation.write([(index, payload)], written)

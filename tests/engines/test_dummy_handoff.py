@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshserve.errors import BlockRefused, InvalidRequest, PoolFull
-from tests.engines.dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of, written
+from tests.engines.dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of, write_prompt, written
 
 
 async def handed_over(
@@ -90,8 +90,7 @@ def test_blocks_taken_from_a_reservation_are_cached_for_the_next_prompt() -> Non
         tokens = tokens_of(14)
         async with running_engine() as prefill, running_engine() as decode:
             reservation = decode.reserve(a_request(tokens))
-            for index, payload in (await prefilled(prefill, tokens[:-1])).blocks.items():
-                reservation.write([(index, payload)], written)
+            await write_prompt(reservation, prefill, tokens)
             assert decode.num_cached_tokens(a_request(tokens)) == 0
             sink = GenerationRecord()
             decode.generate(a_request(tokens), sink, reservation)
@@ -126,8 +125,7 @@ def test_a_reservation_of_an_engine_that_is_closed_leaves_no_blocks() -> None:
         tokens = tokens_of(14)
         async with running_engine() as prefill, running_engine() as decode:
             reservation = decode.reserve(a_request(tokens))
-            for index, payload in (await prefilled(prefill, tokens[:-1])).blocks.items():
-                reservation.write([(index, payload)], written)
+            await write_prompt(reservation, prefill, tokens)
             await decode.close()
             await decode.start()
             assert decode.num_cached_tokens(a_request(tokens)) == 0
@@ -156,8 +154,7 @@ def test_two_reservations_that_fill_the_pool_both_come_to_their_end() -> None:
             for seed in range(2):
                 tokens = tokens_of(9, seed)
                 reservation = decode.reserve(a_request(tokens))
-                for index, payload in (await prefilled(prefill, tokens[:-1])).blocks.items():
-                    reservation.write([(index, payload)], written)
+                await write_prompt(reservation, prefill, tokens)
                 sinks.append(GenerationRecord())
                 decode.generate(a_request(tokens, f"r{seed}", max_tokens=12), sinks[-1], reservation)
             for seed, sink in enumerate(sinks):

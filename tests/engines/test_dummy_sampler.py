@@ -16,7 +16,7 @@ from meshserve.engines.dummy.sampler import Sampler
 from meshserve.engines.tokenizers import EOS_TOKEN, ByteTokenizer
 from meshserve.errors import InvalidRequest
 from meshserve.wire.generation import Sampling, TokenLogprobs
-from tests.engines.dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of, written
+from tests.engines.dummy_harness import GenerationRecord, a_request, generated, prefilled, running_engine, tokens_of, write_prompt, written
 
 VOCAB_SIZE = ByteTokenizer.vocab_size
 CONTEXTS = st.integers(0, 2**64 - 1)
@@ -277,8 +277,7 @@ def test_a_prompt_is_rated_alike_computed_here_cached_handed_over_or_preempted()
             assert cached.stats is not None
             assert cached.stats.num_cached_tokens == 20
             reservation = other.reserve(a_request(prompt))
-            for index, payload in (await prefilled(one, prompt[:-1])).blocks.items():
-                reservation.write([(index, payload)], written)
+            await write_prompt(reservation, one, prompt)
             other.generate(request, moved, reservation)
             first = GenerationRecord()
             small.generate(a_request(tokens_of(8, seed=1), "first", max_tokens=30), first)

@@ -2,10 +2,11 @@
 
 from tests.harness.lan import Host, Lan
 from tests.harness.loops import run_async
-from tests.harness.processes import Completed, Process, meshserve_command, run_command
+from tests.harness.processes import ALL_ROLES, Completed, Process, meshserve_command, run_command
 from tests.harness.waiting import pace, pace_async, until, until_awaited, wait_until
 
 __all__ = [
+    "ALL_ROLES",
     "Completed",
     "Host",
     "Lan",

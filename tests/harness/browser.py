@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from websockets.sync.client import ClientConnection, connect
 
 from tests.harness.processes import Process
@@ -141,3 +142,11 @@ def open_browser(netns: str | None = None) -> Iterator[Page]:
             url = next(page["webSocketDebuggerUrl"] for page in pages if page["type"] == "page")
             with connect(url, max_size=None, compression=None, proxy=None) as connection:
                 yield Page(connection)
+
+
+def page_or_skip() -> Iterator[Page]:
+    """The page of a browser, for a fixture; a machine without a browser skips the tests."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium: Debian's package of that name")
+    with open_browser() as page:
+        yield page

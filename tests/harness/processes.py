@@ -19,6 +19,11 @@ from tests.harness.waiting import wait_until
 
 T = TypeVar("T")
 
+ALL_ROLES = (
+    *("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns"),
+    *("--http", "127.0.0.1:0"),
+)
+"""Arguments of `meshserve` for one peer with all roles, on loopback."""
 CLOSE_S = 5.0
 _STOP_S = 5.0
 

@@ -2,10 +2,13 @@
 
 import json
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
-from tests.lan.meshes import HTTP, LanMesh
+from tests.harness import wait_until
+from tests.lan.meshes import HTTP, READY_S, LanMesh
 
 
 class Stream:
@@ -83,6 +86,21 @@ class Stream:
         return max(
             later - sooner for sooner, later in zip(self.came_s, self.came_s[1:], strict=False)
         )
+
+
+@contextmanager
+def reading(streams: Sequence[Stream]) -> Iterator[None]:
+    """Read streams in threads: the block begins when all streams run, and ends when all are over."""
+    with ThreadPoolExecutor(len(streams)) as pool:
+        running = [pool.submit(stream.run) for stream in streams]
+        wait_until(
+            lambda: min(len(stream.chunks) for stream in streams) > 10,
+            READY_S,
+            "all streams run",
+        )
+        yield
+        for stream in running:
+            stream.result()
 
 
 def undisturbed_texts(mesh: LanMesh, count: int, max_tokens: int) -> list[str]:

@@ -16,7 +16,7 @@ from tests.harness.pressure import allowance_s
 from tests.harness.records import Record
 from tests.lan.llama_mesh import SERVED, Load, start_front
 from tests.lan.meshes import READY_S, LanMesh, undisturbed
-from tests.lan.streams import Stream, undisturbed_texts
+from tests.lan.streams import Stream, reading, undisturbed_texts
 
 FAILURE_TIMEOUT_S = 1.5
 PACED = ("--engine-opt", "step_ms=10")
@@ -54,13 +54,9 @@ def start(lan: Lan, num_decode: int, *options: str, front: tuple[str, ...] = ())
 def test_row_6_a_stream_goes_on_at_another_worker_when_its_own_is_killed(lan: Lan) -> None:
     mesh = start(lan, 2)
     streams = [Stream(mesh, f"stream {number}", 200) for number in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        running = [pool.submit(stream.run) for stream in streams]
-        wait_until(lambda: all(len(stream.chunks) > 10 for stream in streams), READY_S, "both streams run")
+    with reading(streams):
         lost, survivor = mesh.names([mesh.decode[1], mesh.decode[0]])
         mesh.decode[1].kill()
-        for stream in running:
-            stream.result()
     (moved,) = [stream for stream in streams if stream.receipt["migrations"]]
     (continued,) = moved.receipt["continuations"]
     assert (continued["from"], continued["to"], continued["outcome"]) == (lost, survivor, "peer_lost")
@@ -72,15 +68,11 @@ def test_row_6_a_stream_goes_on_at_another_worker_when_its_own_is_killed(lan: La
 def test_row_6_a_worker_that_is_stopped_for_3_s_doubles_no_token(lan: Lan) -> None:
     mesh = start(lan, 2)
     streams = [Stream(mesh, f"stream {number}", 500) for number in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(stream.run) for stream in streams]
-        wait_until(lambda: all(len(stream.chunks) > 10 for stream in streams), READY_S, "all streams run")
+    with reading(streams):
         mesh.decode[1].stop()
         began_s = time.monotonic()
         pace(3.0)
         mesh.decode[1].resume()
-        for stream in running:
-            stream.result()
     moved = [stream for stream in streams if stream.receipt["migrations"]]
     assert len(moved) == 2 and all(stream.receipt["continuations"][0]["outcome"] == "peer_silent" for stream in moved)
     longest_s = max(stream.longest_pause_s for stream in streams)
@@ -92,16 +84,13 @@ def test_row_6_a_worker_that_is_stopped_for_3_s_doubles_no_token(lan: Lan) -> No
 def test_row_6_the_only_worker_may_be_silent_and_go_on_or_be_killed_and_started_again(lan: Lan) -> None:
     mesh = start(lan, 1)
     stream = Stream(mesh, "stream 0", 500)
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(stream.run)
-        wait_until(lambda: len(stream.chunks) > 10, READY_S, "the stream runs")
+    with reading([stream]):
         mesh.decode[0].stop()
         pace(FAILURE_TIMEOUT_S + 1.0)
         mesh.decode[0].resume()
         num_before = len(stream.chunks)
         wait_until(lambda: len(stream.chunks) > num_before + 10, READY_S, "the stream goes on")
         mesh.start_again(0)
-        running.result()
     assert [found["outcome"] for found in stream.receipt["continuations"]] == ["peer_lost"]
     assert [stream.text] == undisturbed_texts(mesh, 1, 500)
 
@@ -109,12 +98,8 @@ def test_row_6_the_only_worker_may_be_silent_and_go_on_or_be_killed_and_started_
 def test_row_18_a_stream_that_outlasts_the_drain_of_its_worker_goes_on_at_another(lan: Lan) -> None:
     mesh = start(lan, 2, "--drain-timeout", "0.5")
     streams = [Stream(mesh, f"stream {number}", 300) for number in range(2)]
-    with ThreadPoolExecutor(2) as pool:
-        running = [pool.submit(stream.run) for stream in streams]
-        wait_until(lambda: all(len(stream.chunks) > 10 for stream in streams), READY_S, "both streams run")
+    with reading(streams):
         mesh.decode[1].terminate()
-        for stream in running:
-            stream.result()
     assert mesh.decode[1].wait() == 0
     (moved,) = [stream for stream in streams if stream.receipt["migrations"]]
     assert [found["outcome"] for found in moved.receipt["continuations"]] == ["draining"]
@@ -294,16 +279,12 @@ def test_row_6_a_real_model_goes_on_with_the_same_bits(lan: Lan, tmp_path: Path)
 def test_row_6_a_link_that_is_down_costs_a_pause_and_the_worker_behind_it_is_told_when_it_is_up(lan: Lan) -> None:
     mesh = start(lan, 2)
     streams = [Stream(mesh, f"stream {number}", 700) for number in range(4)]
-    with ThreadPoolExecutor(4) as pool:
-        running = [pool.submit(stream.run) for stream in streams]
-        wait_until(lambda: all(len(stream.chunks) > 10 for stream in streams), READY_S, "all streams run")
+    with reading(streams):
         began_s = time.monotonic()
         mesh.hosts[1].link_down()
         wait_until(lambda: mesh.busy() == mesh.names(mesh.decode[:1]), READY_S, "the other one has all of them")
         pace(1.0)
         mesh.hosts[1].link_up()
-        for stream in running:
-            stream.result()
     moved = [stream for stream in streams if stream.receipt["migrations"]]
     assert len(moved) == 2
     assert max(stream.longest_pause_s for stream in streams) <= FAILURE_TIMEOUT_S + 0.5 + allowance_s(began_s)

@@ -2,6 +2,9 @@
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -264,49 +267,76 @@ def state_of(message: bytes) -> dict[str, Any]:
     return state
 
 
-def test_peers_listen_to_their_event_logs_only_while_somebody_reads() -> None:
-    async def watch() -> None:
-        worker = Mesh(config("decode"))
-        await worker.start()
-        source = FeedSource(worker, lambda: WorkerLoad(num_running=5, num_blocks=9))
-        await worker.join()
-        front = Mesh(config("frontend", seeds=(f"127.0.0.1:{worker.own.port}",)))
-        await front.start()
-        own_source = FeedSource(front, None)
-        feed = MeshFeed(front)
-        await front.join()
-        await until(lambda: front.peers_with("decode"), 5.0, "the frontend reaches the worker")
-        assert not worker.event_log.is_on and not front.event_log.is_on
+@dataclass
+class Pair:
+    """A worker and a frontend that follows the worker's event log."""
 
-        reader = feed.join()
-        first = state_of(await reader.next())
-        assert {peer["state"] for peer in first["peers"]} == {"alive"} and len(first["peers"]) == 2
-        await until(lambda: worker.event_log.is_on and front.event_log.is_on, 5.0, "both listen")
-        front.histograms.parts[worker.incarnation].named["ttft"].observe(0.004)
-        front.event_log.note("submit", "f-1", num_tokens=4)
-        worker.event_log.note("accepted", "f-1")
-        seen: list[str] = []
-        loads: dict[str, Any] = {}
-        latencies: dict[str, Any] = {}
-        async with asyncio.timeout(60.0):
-            while len(seen) < 2 or not loads or not latencies:
-                update = state_of(await reader.next())
-                seen += [event[2] for event in update.get("events", [])]
-                loads |= update.get("loads", {})
-                latencies |= update.get("latencies", {})
-        assert seen == ["submit", "accepted"] and loads[worker.incarnation]["num_running"] == 5
-        assert latencies == {worker.incarnation: {"ttft_ms": [3.75, 4.975]}}
+    worker: Mesh
+    front: Mesh
+    feed: MeshFeed
 
-        others = [feed.join() for _ in range(MAX_READERS - 1)]
-        with pytest.raises(Overloaded):
-            feed.join()
-        for one in [reader, *others]:
-            feed.leave(one)
-        await until(lambda: not worker.event_log.is_on and not front.event_log.is_on, 5.0, "nobody listens")
-        feed.close()
-        for part in (source, own_source):
+    def both_listen(self) -> bool:
+        return self.worker.event_log.is_on and self.front.event_log.is_on
+
+    def none_listens(self) -> bool:
+        return not self.worker.event_log.is_on and not self.front.event_log.is_on
+
+
+@asynccontextmanager
+async def a_pair() -> AsyncIterator[Pair]:
+    worker = Mesh(config("decode"))
+    await worker.start()
+    source = FeedSource(worker, lambda: WorkerLoad(num_running=5, num_blocks=9))
+    await worker.join()
+    front = Mesh(config("frontend", seeds=(f"127.0.0.1:{worker.own.port}",)))
+    await front.start()
+    own_source = FeedSource(front, None)
+    feed = MeshFeed(front)
+    await front.join()
+    await until(lambda: front.peers_with("decode"), 5.0, "the frontend reaches the worker")
+    try:
+        yield Pair(worker, front, feed)
+    finally:
+        for part in (feed, source, own_source):
             part.close()
         for mesh in (front, worker):
             await mesh.close()
+
+
+async def check_that_news_arrive(pair: Pair, reader: Reader) -> None:
+    """Note an event at each peer, and read updates until the reader has both, the load and the latencies."""
+    incarnation = pair.worker.incarnation
+    pair.front.histograms.parts[incarnation].named["ttft"].observe(0.004)
+    pair.front.event_log.note("submit", "f-1", num_tokens=4)
+    pair.worker.event_log.note("accepted", "f-1")
+    seen: list[str] = []
+    loads: dict[str, Any] = {}
+    latencies: dict[str, Any] = {}
+    async with asyncio.timeout(60.0):
+        while len(seen) < 2 or not loads or not latencies:
+            update = state_of(await reader.next())
+            seen += [event[2] for event in update.get("events", [])]
+            loads |= update.get("loads", {})
+            latencies |= update.get("latencies", {})
+    assert seen == ["submit", "accepted"] and loads[incarnation]["num_running"] == 5
+    assert latencies == {incarnation: {"ttft_ms": [3.75, 4.975]}}
+
+
+def test_peers_listen_to_their_event_logs_only_while_somebody_reads() -> None:
+    async def watch() -> None:
+        async with a_pair() as pair:
+            assert pair.none_listens()
+            reader = pair.feed.join()
+            first = state_of(await reader.next())
+            assert {peer["state"] for peer in first["peers"]} == {"alive"} and len(first["peers"]) == 2
+            await until(pair.both_listen, 5.0, "both listen")
+            await check_that_news_arrive(pair, reader)
+
+            others = [pair.feed.join() for _ in range(MAX_READERS - 1)]
+            with pytest.raises(Overloaded):
+                pair.feed.join()
+            for one in [reader, *others]:
+                pair.feed.leave(one)
+            await until(pair.none_listens, 5.0, "nobody listens")
 
     run_async(watch())

@@ -27,11 +27,13 @@ from meshserve.observe.receipts import FrontendReceipt, Receipt
 from meshserve.roles.frontend.http.messages import Request
 from meshserve.roles.frontend.http.span_attributes import span_attributes
 from meshserve.wire.completion import TraceContext
-from tests.harness import Process, meshserve_command, run_command, wait_until
+from tests.harness import ALL_ROLES, Process, meshserve_command, run_command, wait_until
 
 READY_S = 10.0
 OWN = TraceContext("a" * 32, "b" * 16)
 BASE = "OTEL_EXPORTER_OTLP_"
+Post = tuple[dict[str, str], bytes]
+"""Headers, by lower-case names, and the body."""
 
 
 def url_of(option: str | None, **environment: str) -> str | None:
@@ -217,9 +219,9 @@ def test_an_error_of_the_clients_is_named_and_is_no_error_of_the_server(
 
 
 @contextmanager
-def a_collector() -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
-    """Its URL, and headers and bodies as they came."""
-    posts: list[tuple[dict[str, str], bytes]] = []
+def a_collector() -> Iterator[tuple[str, list[Post]]]:
+    """Serves a collector: its URL, and the list of what was posted, to which each post is added."""
+    posts: list[Post] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -242,79 +244,57 @@ def a_collector() -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
         thread.join()
 
 
+def body_of(post: Post) -> dict[str, Any]:
+    """The one resource of a post, and its spans."""
+    found: dict[str, Any] = json.loads(gzip.decompress(post[1]))["resourceSpans"][0]
+    return found
+
+
+def spans_of(posts: list[Post]) -> list[dict[str, Any]]:
+    """All spans, in the order in which they came."""
+    return [span for post in list(posts) for span in body_of(post)["scopeSpans"][0]["spans"]]
+
+
+def server_spans(posts: list[Post]) -> list[dict[str, Any]]:
+    """The spans of frontends."""
+    return [span for span in spans_of(posts) if span["kind"] == 2]
+
+
+def send_two_requests(url: str) -> None:
+    """Send one that is served, and one that is refused."""
+    with httpx.Client(base_url=url, timeout=60.0) as client:
+        for max_tokens in (2, -1):
+            body = {"model": "dummy", "prompt": "hi", "max_tokens": max_tokens}
+            client.post("/v1/completions", json=body)
+
+
 def test_the_environment_alone_sends_spans_with_its_headers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = (
-        "--role",
-        "all",
-        "--interface",
-        "127.0.0.1",
-        "--no-mdns",
-        "--http",
-        "127.0.0.1:0",
-        "--mesh",
-        "otlp",
-    )
     with a_collector() as (url, posts):
         monkeypatch.setenv(f"{BASE}ENDPOINT", url)
         monkeypatch.setenv(f"{BASE}HEADERS", "authorization=Bearer%20hidden")
         monkeypatch.setenv(f"{BASE}COMPRESSION", "gzip")
         monkeypatch.setenv("OTEL_SERVICE_NAME", "chat")
-        with Process(meshserve_command("run", *options)) as peer:
-            client = httpx.Client(base_url=peer.ready(READY_S)["http"], timeout=60.0)
-            client.post("/v1/completions", json={"model": "dummy", "prompt": "hi", "max_tokens": 2})
-            client.post(
-                "/v1/completions", json={"model": "dummy", "prompt": "hi", "max_tokens": -1}
-            )
-            client.close()
-
-            def spans() -> list[dict[str, Any]]:
-                bodies = [
-                    json.loads(gzip.decompress(body))["resourceSpans"][0] for _, body in list(posts)
-                ]
-                return [span for body in bodies for span in body["scopeSpans"][0]["spans"]]
-
-            wait_until(
-                lambda: sum(span["kind"] == 2 for span in spans()) == 2,
-                READY_S,
-                "the spans of both requests",
-            )
+        with Process(meshserve_command(*ALL_ROLES, "--mesh", "otlp")) as peer:
+            send_two_requests(peer.ready(READY_S)["http"])
+            wait_until(lambda: len(server_spans(posts)) == 2, READY_S, "the spans of both requests")
             peer.terminate()
             assert peer.wait() == 0 and "hidden" not in peer.stderr_text
-        headers, body = posts[0]
-        assert headers["authorization"] == "Bearer hidden" and headers["content-encoding"] == "gzip"
-        resource = {
-            "attributes": json.loads(gzip.decompress(body))["resourceSpans"][0]["resource"][
-                "attributes"
-            ]
-        }
-        assert (
-            attributes(resource)["service.name"] == "chat"
-            and attributes(resource)["meshserve.mesh"] == "otlp"
-        )
-        statuses = [
-            attributes(span)["http.response.status_code"] for span in spans() if span["kind"] == 2
-        ]
-        assert statuses == ["200", "400"] and not any("status" in span for span in spans())
+    headers = posts[0][0]
+    assert headers["authorization"] == "Bearer hidden" and headers["content-encoding"] == "gzip"
+    resource = attributes(body_of(posts[0])["resource"])
+    assert resource["service.name"] == "chat" and resource["meshserve.mesh"] == "otlp"
+    spans = server_spans(posts)
+    statuses = [attributes(span)["http.response.status_code"] for span in spans]
+    assert statuses == ["200", "400"] and not any("status" in span for span in spans_of(posts))
 
 
 def test_certificates_that_cannot_be_used_are_one_line_at_the_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv(f"{BASE}CERTIFICATE", "/nowhere/ca.pem")
-    options = (
-        "--role",
-        "all",
-        "--interface",
-        "127.0.0.1",
-        "--no-mdns",
-        "--http",
-        "127.0.0.1:0",
-        "--otlp",
-        "https://127.0.0.1:9",
-    )
-    done = run_command(meshserve_command("run", *options))
+    done = run_command(meshserve_command(*ALL_ROLES, "--otlp", "https://127.0.0.1:9"))
     assert (
         done.exit_code == 1
         and "OTEL_EXPORTER_OTLP_*" in done.stderr

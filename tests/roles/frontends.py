@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from tests.harness import Process, meshserve_command
+from tests.harness import ALL_ROLES, Process, meshserve_command
 
-ALL_ROLES = ("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0")
 BODY = {"model": "dummy", "prompt": "hi", "max_tokens": 2}
+KEYS = ("--api-key", "secret", "--api-key", "other")
+BROWSER = {"accept": "text/html,application/xhtml+xml", "sec-fetch-site": "same-origin"}
 
 
 class Frontend(NamedTuple):
@@ -53,3 +54,8 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
     error: dict[str, Any] = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     return error
+
+
+def request_head(path: str, *headers: str) -> bytes:
+    """The head of a `POST`."""
+    return "\r\n".join([f"POST {path} HTTP/1.1", "host: localhost", *headers, "", ""]).encode()

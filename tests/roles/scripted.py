@@ -14,13 +14,15 @@ from meshserve.mesh.calls import IncomingCall, OutgoingCall
 from meshserve.mesh.mesh import Mesh
 from meshserve.roles.frontend.server import FrontendRole
 from meshserve.roles.processor.processor import ProcessorRole
-from meshserve.wire.completion import CompletionRequest, Ending, Item, read_item
+from meshserve.wire.completion import CompletionRequest, Ending, Item, TextItem, read_item
 from meshserve.wire.generation import GenerateRequest, WorkerAccount
 from meshserve.wire.messages import COMPLETE, GENERATE
 from meshserve.wire.structs import replace
 from tests.harness import until
 
 DEADLINE_S = 5.0
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
+ASK = [{"role": "user", "content": "hi"}]
 
 
 class Client:
@@ -177,3 +179,8 @@ async def served(**options: Any) -> AsyncIterator[tuple[Scene, str]]:
 def tokens(text: str) -> "array[int]":
     """One a byte."""
     return array("I", list(text.encode()))
+
+
+def texts(client: Client, choice: int) -> str:
+    """All text of one choice."""
+    return "".join(item.text for item in client.items if isinstance(item, TextItem) and item.choice == choice)

@@ -10,8 +10,8 @@ from meshserve.cli.frontend_options import frontend_config, http_address
 from meshserve.errors import UsageError
 from meshserve.roles.frontend.access import Origins, is_name_of_loopback
 from meshserve.roles.frontend.http.forwarded import TrustedProxies, plain_address, scheme_of
-from tests.harness import Process, meshserve_command
-from tests.roles.frontends import ALL_ROLES, BODY, Frontend, started
+from tests.harness import ALL_ROLES, Process, meshserve_command
+from tests.roles.frontends import BODY, Frontend, started
 
 BROWSER = {"accept": "text/html", "sec-fetch-site": "same-origin"}
 PROXIED = ("--root-path", "/llm", "--forwarded-allow-ips", "127.0.0.1", "--api-key", "secret")

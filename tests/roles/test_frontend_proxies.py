@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.harness import run_command, wait_until
-from tests.harness.browser import CHROMIUM, Page, open_browser
+from tests.harness.browser import Page, page_or_skip
 from tests.harness.proxies import PROXIES, is_installed, proxy_before
 from tests.roles.frontends import Frontend, started
 
@@ -59,10 +59,7 @@ def below() -> Iterator[Frontend]:
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium: Debian's package of that name")
-    with open_browser() as opened:
-        yield opened
+    yield from page_or_skip()
 
 
 def through(socket: Path, timeout_s: float | None = None) -> httpx.Client:

@@ -160,6 +160,15 @@ class Client:
         return "".join(choice["text"] for event in found for choice in event.get("choices", ()))
 
 
+async def begun(found: Scene, text: str, timeout_s: float = 30.0) -> tuple[Client, IncomingCall]:
+    """A client that has this text of its stream, and the processor's call."""
+    client = Client(found, timeout_s=timeout_s).begin()
+    call = await found.asked(1)
+    call.send(text)
+    await client.read(text)
+    return client, call
+
+
 def finish(call: IncomingCall, *texts: str) -> None:
     """These items, and the end."""
     for text in texts:
@@ -172,10 +181,7 @@ async def test_a_drained_processors_stream_goes_on_at_another_with_the_same_seed
     None
 ):
     async with scene() as found:
-        client = Client(found).begin()
-        first = await found.asked(1)
-        first.send("ab")
-        await client.read("ab")
+        client, first = await begun(found, "ab")
         first.fail(Draining("this processor stops"))
         second = await found.asked(2)
         assert (
@@ -190,10 +196,7 @@ async def test_a_drained_processors_stream_goes_on_at_another_with_the_same_seed
 @in_a_loop
 async def test_a_client_never_gets_a_mixture_of_two_answers() -> None:
     async with scene() as found:
-        client = Client(found).begin()
-        first = await found.asked(1)
-        first.send("ab")
-        await client.read("ab")
+        client, first = await begun(found, "ab")
         first.fail(Draining("this processor stops"))
         second = await found.asked(2)
         second.send("xyz")
@@ -259,10 +262,8 @@ async def test_a_processor_that_starts_in_place_of_a_lost_one_is_asked_until_it_
 @in_a_loop
 async def test_where_such_a_processor_meets_no_worker_the_client_is_told_so() -> None:
     async with scene(1) as found:
-        client, processor = Client(found).begin(), found.processors[0]
-        first = await found.asked(1)
-        first.send("ab")
-        await client.read("ab")
+        client, first = await begun(found, "ab")
+        processor = found.processors[0]
         processor.error = NoWorker("no decode worker yet")
         first.fail(Draining("this processor stops"))
         assert await client.failure() == "no_worker" and len(found.calls) > 3
@@ -271,10 +272,7 @@ async def test_where_such_a_processor_meets_no_worker_the_client_is_told_so() ->
 @in_a_loop
 async def test_a_stream_whose_processors_are_gone_waits_no_longer_than_its_deadline() -> None:
     async with scene(1, failure_timeout_s=60.0) as found:
-        client = Client(found, timeout_s=1.5).begin()
-        first = await found.asked(1)
-        first.send("ab")
-        await client.read("ab")
+        client, _ = await begun(found, "ab", timeout_s=1.5)
         await found.processors[0].mesh.close()
         assert await client.failure() == "deadline_exceeded" and client.text == "ab"
 
@@ -301,10 +299,7 @@ async def test_what_came_to_nothing_for_the_client_is_part_of_the_answer_all_the
 @in_a_loop
 async def test_what_a_processor_says_of_the_request_itself_ends_it() -> None:
     async with scene() as found:
-        client = Client(found).begin()
-        first = await found.asked(1)
-        first.send("a")
-        await client.read("a")
+        client, first = await begun(found, "a")
         first.fail(GaveUp("two workers died with it", lost_peers=["a", "b"]))
         assert await client.failure() == "gave_up" and len(found.calls) == 1
 
@@ -324,10 +319,7 @@ async def test_no_more_processors_get_a_stream_than_it_may_migrate() -> None:
 @in_a_loop
 async def test_a_stream_that_never_gets_beyond_what_was_sent_ends_after_four_processors() -> None:
     async with scene() as found:
-        client = Client(found).begin()
-        call = await found.asked(1)
-        call.send("ab")
-        await client.read("ab")
+        client, call = await begun(found, "ab")
         for number in range(2, 6):
             call.fail(Draining("this processor stops"))
             call = await found.asked(number)

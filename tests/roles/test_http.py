@@ -6,9 +6,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.harness import Process, meshserve_command
-
-ALL_ROLES = ("run", "--role", "all", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0")
+from tests.harness import ALL_ROLES, Process, meshserve_command
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from meshserve.roles.frontend.kept_items import name_in
 from meshserve.roles.processor.kept_responses import ResponseStore
 from meshserve.wire.completion import EndItem, TextItem
 from meshserve.wire.kept import joined
-from tests.harness import Process, meshserve_command, wait_until
-from tests.roles.frontends import ALL_ROLES, Frontend, started
+from tests.harness import ALL_ROLES, Process, meshserve_command, wait_until
+from tests.roles.frontends import Frontend, started
 
 OTHER_FRONTEND = ("run", "--role", "frontend", "--interface", "127.0.0.1", "--no-mdns", "--http", "127.0.0.1:0")
 

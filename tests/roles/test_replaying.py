@@ -65,17 +65,16 @@ def items_of(tokens: Tokens, choice: int, rng: random.Random, has_logprobs: bool
     """One way to give a choice out: text in pieces of any number of tokens."""
     found: list[Item] = []
     text, entries, starts, place = "", list[Any](), list[int](), 0
+
+    def piece_of_text() -> TextItem:
+        return TextItem(
+            choice, text, entries if has_logprobs else None, starts if has_logprobs else None
+        )
+
     for piece, between in [*tokens, ("", EndItem(choice, "stop"))]:
         if between is not None:
             if text or entries:
-                found.append(
-                    TextItem(
-                        choice,
-                        text,
-                        entries if has_logprobs else None,
-                        starts if has_logprobs else None,
-                    )
-                )
+                found.append(piece_of_text())
             found.append(between)
             text, entries, starts = "", [], []
             continue
@@ -86,14 +85,7 @@ def items_of(tokens: Tokens, choice: int, rng: random.Random, has_logprobs: bool
         )
         place += len(piece)
         if rng.random() < 0.6:
-            found.append(
-                TextItem(
-                    choice,
-                    text,
-                    entries if has_logprobs else None,
-                    starts if has_logprobs else None,
-                )
-            )
+            found.append(piece_of_text())
             text, entries, starts = "", [], []
     return found
 
