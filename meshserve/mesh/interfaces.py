@@ -282,18 +282,17 @@ def _parsed(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 
 class AddressWatch:
     """Calls `on_change` after this host's interfaces or addresses changed, until `close`; again a second later where it
-    raises OSError, as without descriptors."""
+    raises OSError, as without descriptors. Calls it soon after the start as well: the addresses that the caller read before
+    may have changed before the watch began."""
 
     def __init__(self, on_change: Callable[[], None]) -> None:
         self._on_change = on_change
         self._loop = asyncio.get_running_loop()
-        self._timer: asyncio.TimerHandle | None = None
         self._kernel: socket.socket | None = None
         if sys.platform == "linux":
             with contextlib.suppress(OSError):
                 self._kernel = self._listen()
-        if self._kernel is None:
-            self._timer = self._loop.call_later(POLL_S, self._poll)
+        self._timer: asyncio.TimerHandle | None = self._loop.call_later(_SETTLE_S, self._look if self._kernel is not None else self._poll)
 
     def _listen(self) -> socket.socket:
         kernel = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE)

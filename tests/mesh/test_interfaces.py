@@ -10,9 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from meshserve.config import MeshConfig
 from meshserve.errors import UsageError
 from meshserve.mesh.discovery import pack_addresses, unpack_addresses
 from meshserve.mesh.interfaces import AddressWatch, InterfaceKind, LocalAddress, choose_addresses, dialling_order, local_addresses
+from meshserve.mesh.mesh import Mesh
 from tests.harness import run_async, until
 from tests.harness.namespaces import leave_network
 from tests.harness.rights import missing_right
@@ -146,3 +148,28 @@ def test_an_address_counts_once_it_is_known_to_be_the_only_one_and_its_coming_an
             watch.close()
 
     inside_a_new_network(lambda: run_async(course()))
+
+
+def test_an_address_that_changes_while_a_peer_starts_is_noticed() -> None:
+    async def course() -> None:
+        mesh = Mesh(MeshConfig(roles=("decode",), use_mdns=False))
+        await mesh.start()
+        try:
+            ip("address del 10.1.0.2/16 dev eth0")
+            ip("address add 10.1.0.3/16 dev eth0")
+            assert mesh.own.addresses == ("10.1.0.2",)
+            await mesh.join()
+            await until(lambda: mesh.own.addresses == ("10.1.0.3",), 10.0, "the peer says where it is now")
+        finally:
+            await mesh.close()
+
+    def on_a_host() -> None:
+        ip("link set lo up")
+        ip("link add eth0 type veth peer name eth0x")
+        ip("link set eth0x up")
+        ip("address add 10.1.0.2/16 dev eth0")
+        ip("link set eth0 addrgenmode none")
+        ip("link set eth0 up")
+        run_async(course())
+
+    inside_a_new_network(on_a_host)
