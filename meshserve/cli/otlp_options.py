@@ -55,7 +55,7 @@ def _url(option: str | None, environment: Mapping[str, str]) -> str | None:
         return _checked("--otlp", option).rstrip("/") + _PATH
     exporters = environment.get("OTEL_TRACES_EXPORTER", "").strip().lower()
     is_disabled = environment.get("OTEL_SDK_DISABLED", "").strip().lower() == "true"
-    if is_disabled or (exporters and "otlp" not in exporters.split(",")):
+    if is_disabled or (exporters and "otlp" not in map(str.strip, exporters.split(","))):
         return None
     variable, value = _variable(environment, "ENDPOINT")
     if not value:
@@ -65,8 +65,15 @@ def _url(option: str | None, environment: Mapping[str, str]) -> str | None:
 
 
 def _checked(name: str, url: str) -> str:
-    if not (url.startswith(("http://", "https://")) and urlsplit(url).hostname):
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half of an IPv6 address, or a port that is none
+        is_whole = False
+    if not is_whole or not (url.isascii() and url.isprintable()) or " " in url:
         raise UsageError(f"{name} {url!r} is not a URL such as http://localhost:4318")
+    if parts.username is not None:  # the message does not show what is secret
+        raise UsageError(f"{name} has a user in its URL: {_PREFIX}HEADERS is for credentials")
     return url
 
 
@@ -97,7 +104,7 @@ def _timeout_s(environment: Mapping[str, str]) -> float:
     variable, value = _variable(environment, "TIMEOUT")
     if not value:
         return OtlpConfig("").timeout_s
-    if not value.isdecimal() or not 0 < int(value) <= 600_000:
+    if not (value.isascii() and value.isdecimal()) or not 0 < int(value[:9]) <= 600_000:
         raise UsageError(f"{variable} {value!r} is no number of milliseconds up to 600000")
     return int(value) / 1000
 

@@ -103,8 +103,15 @@ def test_headers_timeout_compression_certificates_and_resource_come_from_the_env
     ("name", "value", "words"),
     [
         ("ENDPOINT", "localhost:4318", "ENDPOINT 'localhost:4318' is not a URL"),
+        ("ENDPOINT", "http://[::1", "ENDPOINT 'http://[::1' is not a URL"),
+        ("ENDPOINT", "http://c:http", "is not a URL"),
+        ("ENDPOINT", "http://c:65536", "is not a URL"),
+        ("ENDPOINT", "http://c/a b", "is not a URL"),
+        ("ENDPOINT", "https://me:secret@c", "HEADERS is for credentials"),
         ("PROTOCOL", "grpc", "over HTTP; set http/json"),
         ("TIMEOUT", "2s", "TIMEOUT '2s' is no number of milliseconds"),
+        ("TIMEOUT", "\u0663", "is no number of milliseconds"),
+        ("TIMEOUT", "9" * 5000, "is no number of milliseconds"),
         ("COMPRESSION", "zstd", "gzip and none"),
         ("HEADERS", "authorization secret", "part 1 is not NAME=VALUE"),
         ("HEADERS", "a b=secret", "'a b' is no name of a header"),
@@ -161,6 +168,13 @@ def test_a_frontends_span_is_that_of_an_http_server() -> None:
         and found["user_agent.original"] == "openai"
     )
     assert "secret" not in json.dumps(span) and "error.type" not in found
+
+
+@pytest.mark.parametrize(("host", "port"), [(b"a:65535", "65535"), (b"a:65536", None), (b"a:99999999999999999999", None)])
+def test_a_port_that_is_none_spoils_no_message_of_spans(host: bytes, port: str | None) -> None:
+    request = Request("GET", "/", b"", b"", {b"host": host}, "10.0.0.1", "http", True, True, 0.0)
+    span = frontend_span(FrontendReceipt("r", "", 0.0, ended_s=1.0), span_attributes(request), 10**18, OWN, "", "front")
+    assert attributes(span)["server.address"] == "a" and attributes(span).get("server.port") == port
 
 
 def test_a_processors_span_is_that_of_an_inference() -> None:

@@ -69,6 +69,15 @@ def test_row_47_another_protocol_that_is_asked_for_costs_no_body(cuts: list[int]
     assert first.keeps_alive and second.keeps_alive and third.keeps_alive and not old.keeps_alive
 
 
+@given(st.lists(st.integers(0, 200), max_size=20))
+def test_row_47_connect_is_a_request_like_others(cuts: list[int]) -> None:
+    first, second = read(b"CONNECT /a HTTP/1.1\r\nhost: here\r\ncontent-length: 5\r\n\r\nhelloGET /b HTTP/1.1\r\nhost: here\r\n\r\n", cuts)
+    assert [(request.method, request.path, request.body) for request in (first, second)] == [
+        ("CONNECT", "/a", b"hello"),
+        ("GET", "/b", b""),
+    ]
+
+
 @given(st.binary(max_size=300))
 def test_what_is_no_http_is_refused_and_nothing_else_happens(data: bytes) -> None:
     try:
@@ -151,9 +160,10 @@ def test_a_websocket_is_refused_in_the_way_in_which_clients_fall_back_at_once() 
         assert isinstance(response, Response) and response.status == status
     routes = Routes(lambda path, error: error.message.encode(), 1000)
     routes.add("POST", "/asks", lambda request: Response(200))
-    (request,) = reader().feed(b"GET /asks HTTP/1.1\r\nhost: here\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n")
-    response = routes.answer(request)
-    assert isinstance(response, Response) and response.status == 426 and b"upgrade: HTTP/1.1" in response.headers
+    for name in ("websocket", "WebSocket"):
+        (request,) = reader().feed(f"GET /asks HTTP/1.1\r\nhost: here\r\nconnection: upgrade\r\nupgrade: {name}\r\n\r\n".encode())
+        response = routes.answer(request)
+        assert isinstance(response, Response) and response.status == 426 and b"upgrade: HTTP/1.1" in response.headers
 
 
 # --- bodies that come compressed

@@ -1,7 +1,9 @@
 """Responses that are kept: what the official client does with them, and what a processor keeps."""
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import httpx
@@ -10,10 +12,11 @@ import pytest
 
 from meshserve.mesh.keys import MeshKey, owner_secret
 from meshserve.roles.frontend.access import owner_of
-from meshserve.roles.frontend.kept_items import name_in
+from meshserve.roles.frontend.kept_items import input_items, name_in
+from meshserve.roles.frontend.kept_responses import gathered
 from meshserve.roles.processor.kept_responses import ResponseStore
-from meshserve.wire.completion import EndItem, TextItem
-from meshserve.wire.kept import joined
+from meshserve.wire.completion import Ending, EndItem, TextItem
+from meshserve.wire.kept import KeptResponse, joined
 from tests.harness import ALL_ROLES, Process, meshserve_command, wait_until
 from tests.roles.frontends import Frontend, started
 
@@ -108,6 +111,41 @@ def test_items_are_referred_to_by_their_ids(client: openai.OpenAI) -> None:
     reply = respond(client, input=[*references, {"role": "user", "content": "And the sea?"}], store=False)
     whole = respond(client, input="And the sea?", previous_response_id=first.id)
     assert said(reply) == said(whole)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("metadata", '{"a": 1e999}'),
+        ("tools", '[{"type": "function", "name": "f", "more": 1e999}]'),
+        ("text", '{"format": {"type": "text", "more": -1e999}}'),
+    ],
+)
+@pytest.mark.parametrize("store", ["true", "false"])
+def test_what_no_answer_could_repeat_is_refused_by_its_name(frontend: Frontend, field: str, value: str, store: str) -> None:
+    body = f'{{"model": "dummy", "input": "x", "store": {store}, "{field}": {value}}}'
+    response = httpx.post(f"{frontend.url}/v1/responses", content=body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == field
+
+
+def test_many_references_to_one_response_read_it_once() -> None:
+    messages = [{"role": "user", "content": "a"}] * 200
+    kept = KeptResponse("e1", "dummy", 0, "{}", messages, [], Ending("stop", 1, 1, 0))
+    ids = [item["id"] for item in input_items(kept)]
+    assert list(gathered(None, dict.fromkeys(ids, "e1"), {"e1": kept}).items) == ids
+    few, many = (_calls_of(partial(gathered, None, dict.fromkeys(names, "e1"), {"e1": kept})) for names in (ids[:1], ids))
+    assert many < 2 * few
+
+
+def _calls_of(work: Callable[[], object]) -> int:
+    """How many functions of Python's are called."""
+    found: list[str] = []
+    sys.setprofile(lambda frame, event, argument: found.append(event) if event == "call" else None)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return len(found)
 
 
 def test_the_input_is_listed_in_pages_in_either_order(client: openai.OpenAI) -> None:

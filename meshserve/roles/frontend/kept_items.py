@@ -55,10 +55,9 @@ def input_items(kept: KeptResponse) -> list[Json]:
     return found
 
 
-def item_of(kept: KeptResponse, item_id: str) -> Json | None:
-    """One of its items, of input or output."""
-    items = [*response_of(kept)["output"], *input_items(kept)]
-    return next((item for item in items if item["id"] == item_id), None)
+def items_of(kept: KeptResponse) -> dict[str, Json]:
+    """All of its items, of input and output, by id."""
+    return {item["id"]: item for item in (*response_of(kept)["output"], *input_items(kept))}
 
 
 def _stem(kept: KeptResponse) -> str:

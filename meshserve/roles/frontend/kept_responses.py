@@ -11,9 +11,9 @@ from meshserve.roles.frontend.completions import Completions
 from meshserve.roles.frontend.exchange import Exchange
 from meshserve.roles.frontend.http.connection import Connection
 from meshserve.roles.frontend.http.messages import Request, Response
-from meshserve.roles.frontend.kept_items import before, input_items, item_of, name_in, name_of, response_of
+from meshserve.roles.frontend.kept_items import before, input_items, items_of, name_in, name_of, response_of
 from meshserve.roles.frontend.models.common import Parsed
-from meshserve.roles.frontend.models.reading import check_json, read_object
+from meshserve.roles.frontend.models.reading import check_json, read_json, read_object
 from meshserve.roles.frontend.models.responses import NOTHING, REFERENCE, Before, parse_response, references
 from meshserve.roles.frontend.routes import Routes, json_response
 from meshserve.roles.frontend.writers import Api
@@ -62,14 +62,14 @@ class KeptResponses:
     # --- for requests that refer to something
 
     async def referred_to(self, http: Request) -> Before:
-        """What the body refers to, as far as it is kept. Raises InvalidRequest for what is no JSON object."""
-        previous, ids = references(await asyncio.to_thread(read_object, http.body))
+        """What the body refers to, as far as it is kept. Raises InvalidRequest for what is no JSON object, or takes too long to parse."""
+        previous, ids = references(await read_json(http.body, read_object))
         if len(ids) > _MAX_REFERENCES:
             raise InvalidRequest(f"input refers to more than {_MAX_REFERENCES} items", param="input")
         found = await self._find(KeptName(name_of(previous), http.owner)) if previous is not None else None
         names = {item_id: name for item_id in ids if (name := name_in(item_id)) is not None}
         responses = {name: kept for name in set(names.values()) if (kept := await self._find(KeptName(name, http.owner))) is not None}
-        return await asyncio.to_thread(_gathered, found, names, responses)
+        return await asyncio.to_thread(gathered, found, names, responses)
 
     # --- from processors
 
@@ -105,8 +105,11 @@ class KeptResponses:
         return await asyncio.gather(*map(ask, peers))
 
 
-def _gathered(found: KeptResponse | None, names: dict[str, str], responses: dict[str, KeptResponse]) -> Before:
-    items = {item_id: item for item_id, name in names.items() if name in responses and (item := item_of(responses[name], item_id))}
+def gathered(found: KeptResponse | None, names: dict[str, str], responses: dict[str, KeptResponse]) -> Before:
+    """What was found: the response before, and items. `names` has the response's name by the id of an item."""
+    # once for each response: a request may refer to hundreds of items of a long one
+    known = {name: items_of(kept) for name, kept in responses.items()}
+    items = {item_id: item for item_id, name in names.items() if name in known and (item := known[name].get(item_id))}
     earlier = NOTHING if found is None else before(found)
     return Before(earlier.messages, earlier.output, items)
 
@@ -168,7 +171,6 @@ class ResponseExchange(Exchange):
 
     async def _begin_later(self) -> None:
         try:
-            check_json(self._http.body)
             before = await self._kept.referred_to(self._http)
             parsed = await asyncio.to_thread(self._parsed, before)
         except MeshserveError as error:

@@ -51,7 +51,7 @@ class Routes:
         elif (methods := self._open_route(request)) is None:
             return self._nothing_here(request)
         handler = methods.get(request.method)
-        if handler is None and "POST" in methods and request.headers.get(b"upgrade") == b"websocket":
+        if handler is None and "POST" in methods and request.headers.get(b"upgrade", b"").lower() == b"websocket":
             # a client that would rather have a WebSocket falls back at once, and not after several tries (Codex)
             words = f"{request.path} is served by POST, and there is no WebSocket"
             return self._refusal(request, 426, words, b"upgrade: HTTP/1.1\r\nconnection: upgrade\r\n")

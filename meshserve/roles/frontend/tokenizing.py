@@ -11,7 +11,7 @@ from meshserve.roles.frontend.models.anthropic import parse_count
 from meshserve.roles.frontend.models.chat import parse_tokenize
 from meshserve.roles.frontend.models.completions import parse_detokenize
 from meshserve.roles.frontend.models.fields import header_line
-from meshserve.roles.frontend.models.reading import check_json, read_json
+from meshserve.roles.frontend.models.reading import read_json
 from meshserve.roles.frontend.models.responses import parse_response
 from meshserve.roles.frontend.routes import Routes, json_response
 from meshserve.wire.completion import Tokenized, TokenizeRequest
@@ -53,7 +53,6 @@ class Tokenizing:
 
     async def _count_of_input(self, http: Request) -> Response:
         """OpenAI's count of what a response would be an answer to, with what its request refers to."""
-        check_json(http.body)
         before = await self._kept.referred_to(http)
         request_id = self._completions.new_id()
         request, options = await asyncio.to_thread(parse_response, http.body, request_id, "", before)

@@ -95,7 +95,8 @@ class RequestReader:
         """Have a parser read on that is told of the same body, and of no upgrade."""
         assert self.request is not None, "its head was read"
         self._asks_upgrade = False
-        line = f"{self.request.method} / HTTP/{'1.1' if self.request.takes_chunks else '1.0'}\r\n"
+        # the method says nothing of where a body ends, and CONNECT would be taken for an upgrade again
+        line = f"POST / HTTP/{'1.1' if self.request.takes_chunks else '1.0'}\r\n"
         framing = [b"%b: %b\r\n" % header for header in self._headers if header[0] in _FRAMING]
         head = b"%b%b\r\n" % (line.encode(), b"".join(framing))
         self._parser = _BodyReader(self).parser_after(head)
@@ -147,7 +148,7 @@ class RequestReader:
         if self._proxies is not None:
             self.request.address = self._proxies.client(self._address, self._values(b"x-forwarded-for"))
             self.request.scheme = scheme_of(self._values(b"x-forwarded-proto"), self._scheme)
-        if b"upgrade" in headers:
+        if b"upgrade" in headers or method == "CONNECT":  # the parser takes that for an upgrade, whatever its headers say
             self._asks_upgrade = self._parser.should_upgrade()
 
     def _values(self, name: bytes) -> list[bytes]:

@@ -9,6 +9,7 @@ from meshserve.roles.frontend.http.messages import Request
 from meshserve.roles.frontend.http.request_log import CLIENT_LEFT
 
 _MAX_CHARACTERS = 256
+_MAX_PORT = 65535
 
 
 def span_attributes(request: Request) -> dict[str, Any]:
@@ -34,8 +35,10 @@ def _header(request: Request, name: bytes) -> str:
 
 
 def _host_and_port(host: str) -> tuple[str, int]:
-    """0 for a port that is not named."""
+    """0 for a port that is not named. What is no port is left out: a collector refuses all spans of a
+    message for one number that is too large.
+    """
     name, colon, port = host.rpartition(":")
     if colon and port.isdecimal():
-        return name.strip("[]"), int(port)
+        return name.strip("[]"), int(port) if int(port) <= _MAX_PORT else 0
     return host.strip("[]"), 0

@@ -220,10 +220,15 @@ def json_text(value: Any, param: str, max_characters: int) -> str:
     """What is passed on as JSON. Raises InvalidRequest for what is nested too deeply or too long."""
     if not is_shallow(value):
         raise invalid(param, f"is nested too deeply: at most {MAX_NESTING} levels")
-    try:
-        text = _dump(value)
-    except ValueError as error:  # a number like 1e999, which JSON can write and floats cannot hold
-        raise invalid(param, "holds a number that is out of range") from error
+    text = finite_text(value, param)
     if len(text) > max_characters:
         raise invalid(param, f"is too long: at most {max_characters} characters of JSON")
     return text
+
+
+def finite_text(value: Any, param: str) -> str:
+    """The value as JSON. Raises InvalidRequest for a number like 1e999, which JSON can write and floats cannot hold."""
+    try:
+        return _dump(value)
+    except ValueError as error:
+        raise invalid(param, "holds a number that is out of range") from error

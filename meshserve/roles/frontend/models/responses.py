@@ -19,6 +19,7 @@ from meshserve.roles.frontend.models.requests import (
     LabelledBody,
     Message,
     check_calls,
+    finite_text,
     format_schema,
     paired,
     sampled,
@@ -252,7 +253,8 @@ def parse_response(
     name = choice.name if isinstance(choice, FlatChoice) else None
     echoed = _echoed(asked, fields)
     has_instructions = asked.instructions is not None
-    keep = Keep(request_id, created_s, json.dumps(echoed), has_instructions) if asked.store else None
+    echo = _text_of(echoed)
+    keep = Keep(request_id, created_s, echo, has_instructions) if asked.store else None
     request = CompletionRequest(
         request_id,
         "chat",
@@ -293,6 +295,16 @@ def _echoed(asked: ResponseBody, fields: Fields) -> Fields:
         "tools": fields.get("tools") or [],
         "text": {"format": text.get("format") or {"type": "text"}, "verbosity": "medium"},
     }
+
+
+def _text_of(echoed: Fields) -> str:
+    """As JSON, which any client can read. Raises InvalidRequest that names the field."""
+    try:
+        return finite_text(echoed, "the body")
+    except InvalidRequest:
+        for name, value in echoed.items():
+            finite_text(value, name)
+        raise
 
 
 def _logprobs(asked: ResponseBody, ignored: list[str]) -> int:
