@@ -12,7 +12,7 @@ from meshserve.engines.tokenizers import ByteTokenizer
 from meshserve.roles.processor.call_formats import MAX_SPACE_CHARACTERS, CallParser, Event
 from meshserve.roles.processor.choices import Choice
 from meshserve.roles.processor.detokenizing import StopChecker
-from meshserve.roles.processor.tools import call_schema
+from meshserve.roles.processor.tools import StrictCalls, call_schema
 from meshserve.wire.completion import CompletionRequest, EndItem, TextItem, read_item
 from meshserve.wire.structs import replace
 
@@ -169,9 +169,9 @@ def test_a_schema_of_calls_is_a_choice_of_tools_and_keeps_their_references() -> 
     odd = {"type": "object", "properties": {"$ref": {"const": {"$ref": "#/kept"}}}}
     tools = [{"type": "function", "function": {"name": name, "parameters": part}} for name, part in (("city", city), ("odd", odd))]
     asked = CompletionRequest("r", "chat", "m", messages=[], tools=json.dumps(tools), tool_choice="required")
-    both = json.loads(call_schema(asked))
+    both = json.loads(call_schema(asked, StrictCalls().can_be_kept))
     assert instance(both) == {"name": "city", "arguments": {"where": "Paris"}}
-    one = json.loads(call_schema(replace(asked, tool_choice="function", tool_name="city")))
+    one = json.loads(call_schema(replace(asked, tool_choice="function", tool_name="city"), StrictCalls().can_be_kept))
     assert one["properties"]["arguments"]["properties"]["where"] == {"$ref": "#/properties/arguments/$defs/place"}
-    other = json.loads(call_schema(replace(asked, tool_choice="function", tool_name="odd")))
+    other = json.loads(call_schema(replace(asked, tool_choice="function", tool_name="odd"), StrictCalls().can_be_kept))
     assert instance(other) == {"name": "odd", "arguments": {"$ref": {"$ref": "#/kept"}}}

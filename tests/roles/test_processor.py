@@ -9,6 +9,7 @@ from meshserve.engines.dummy import DummyEngine
 from meshserve.engines.protocol import EngineOptions
 from meshserve.errors import EngineFailed
 from meshserve.roles.processor.models import sampling_of
+from meshserve.roles.processor.tools import StrictCalls
 from meshserve.wire.completion import CallItem, CompletionRequest, Ending, EndItem, StartItem, TextItem
 from meshserve.wire.generation import Sampling, SamplingDefaults
 from meshserve.wire.structs import asdict, replace
@@ -246,5 +247,5 @@ def test_each_sampling_parameter_that_a_request_names_arrives_at_the_worker() ->
     both = set(Sampling.__struct_fields__) & set(CompletionRequest.__struct_fields__)
     assert named.keys() == both, "a parameter is missing in this test"
     request = CompletionRequest("id", "completion", "dummy", "x", **named)
-    sampling = sampling_of(request, DummyEngine(EngineOptions()).card, 1, drawn_seed=5)
+    sampling = sampling_of(request, DummyEngine(EngineOptions()).card, 1, drawn_seed=5, can_be_kept=StrictCalls().can_be_kept)
     assert {name: getattr(sampling, name) for name in both} == named

@@ -7,7 +7,7 @@ import pytest
 
 from meshserve.engines.constraints.ordering import in_order
 from meshserve.errors import InvalidRequest, Unsupported
-from meshserve.roles.processor.tools import StrictCalls
+from meshserve.roles.processor.tools import StrictCalls, call_schema
 from meshserve.wire.completion import CompletionRequest
 
 JUDGES = StrictCalls()
@@ -86,6 +86,29 @@ def test_schemas_that_cannot_be_kept_to_are_refused_by_the_name_of_the_field() -
         with pytest.raises(kind) as caught:
             JUDGES.judge(request_of(tool(parameters)))
         assert caught.value.param == "tools"
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"properties": 5},
+        {"properties": {"a": {"type": 5}}},
+        {"properties": {"a": {"$ref": "#/$defs/gone"}}},
+        {"anyOf": []},
+        {"required": 5},
+        {"properties": {"a": {"minLength": -1}}},
+        {"properties": {"a": {"minimum": 10**400}}},
+        {"additionalProperties": False, "required": ["a"]},
+    ],
+)
+def test_a_schema_that_does_not_bind_is_never_refused(parameters: Any) -> None:
+    for others in ((), (tool(PLACE, "sound", strict=False),), (tool(PLACE, "bound"),)):
+        request = request_of(tool(parameters, strict=False), *others, choice="auto")
+        schema = call_schema(request, JUDGES.can_be_kept)
+        assert JUDGES.can_be_kept(schema)
+        assert "sound" not in schema or "days" in schema, "the others keep their outlines"
+    with pytest.raises(InvalidRequest):
+        JUDGES.judge(request_of(tool(parameters)))
 
 
 def test_values_are_put_in_order_however_deep_or_circular_a_schema_is() -> None:

@@ -5,6 +5,7 @@ a model: prompts of tokens, and sampling parameters.
 import asyncio
 from array import array
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import compress, count
 from operator import attrgetter
@@ -372,10 +373,14 @@ def draw_seed(request: CompletionRequest, place: int) -> int:
 
 
 def sampling_of(
-    request: CompletionRequest, card: ModelCard, num_prompt_tokens: int, drawn_seed: int
+    request: CompletionRequest,
+    card: ModelCard,
+    num_prompt_tokens: int,
+    drawn_seed: int,
+    can_be_kept: Callable[[str], bool],
 ) -> Sampling:
     """The sampling parameters: what the client left open is filled in by the model's card, by the room that
-    is left, and by a seed that was drawn for it.
+    is left, and by a seed that was drawn for it. `can_be_kept` judges schemas.
     """
     room = min(MAX_UNASKED_TOKENS, card.context_length - num_prompt_tokens)
     # Requests name few parameters: the model's own come as a whole, and only what is asked for is looked at.
@@ -391,5 +396,5 @@ def sampling_of(
         found.prompt_logprobs = request.logprobs
     if request.tool_choice != "none" and wants_call(request, card):
         # the output is made to be a call: whatever else was asked of its form does not count
-        found.json_schema, found.regex, found.choices = call_schema(request), "", ()
+        found.json_schema, found.regex, found.choices = call_schema(request, can_be_kept), "", ()
     return found

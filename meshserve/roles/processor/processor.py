@@ -202,7 +202,7 @@ class Request:
             self._prepare_answers()
         self._num_open = asked.n * len(prompts)
         for place, tokens in enumerate(prompts):
-            sampling = sampling_of(asked, card, len(tokens), draw_seed(asked, place))
+            sampling = sampling_of(asked, card, len(tokens), draw_seed(asked, place), self.role.strict_calls.can_be_kept)
             for choice in range(asked.n):
                 if choice:  # the prompt's log probabilities of the first answer are for all
                     sampling = replace(sampling, choice=choice, prompt_logprobs=-1)

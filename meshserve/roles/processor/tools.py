@@ -7,6 +7,7 @@ the same way.
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from meshserve.engines.constraints.constraint import ConstraintCompiler
@@ -80,16 +81,23 @@ def _is_tool(tool: Any) -> bool:
     return isinstance(function, dict) and isinstance(function.get("name"), str) and isinstance(function.get("parameters"), dict)
 
 
-def call_schema(request: CompletionRequest) -> str:
+def call_schema(request: CompletionRequest, can_be_kept: Callable[[str], bool]) -> str:
     """JSON Schema of a call of one of the tools, or of the one that is named: `{"name": NAME, "arguments": {...}}`.
 
-    Arguments keep to the tool's schema where a call is required, or the tool is strict. Elsewhere they are of its outline.
+    Arguments keep to the tool's schema where a call is required, or the tool is strict. Elsewhere they are of its outline, and
+    anything where `can_be_kept` says no to that: a schema that does not bind is never refused.
     """
     functions, num_binding = _callable(request)
     if not functions:
         raise ProtocolError("completion request: no tool of this name")
-    hinted = [{**function, "parameters": _hint(function["parameters"])} for function in functions[num_binding:]]
-    return _any_call([*functions[:num_binding], *_fitting(hinted, has_others=num_binding > 0)])
+    binding, others = functions[:num_binding], functions[num_binding:]
+    hinted = [{**function, "parameters": _hint(function["parameters"])} for function in others]
+    hinted = _fitting(hinted, has_others=num_binding > 0)
+    schema = _any_call([*binding, *hinted])
+    if not hinted or can_be_kept(schema):
+        return schema
+    sound = [function if can_be_kept(_any_call([function])) else {**function, "parameters": {}} for function in hinted]
+    return _any_call([*binding, *sound])
 
 
 def _hint(parameters: Json) -> Json:
@@ -170,10 +178,18 @@ def _moved(schema: Any, place: str) -> Any:
 
 
 class StrictCalls:
-    """Judges calls; keeps what it compiled for the next request. Belongs to one thread."""
+    """Judges calls, and schemas of calls; keeps what it compiled for the next request. Belongs to one thread."""
 
     def __init__(self) -> None:
         self._compiler = ConstraintCompiler(lambda: [*_BYTES, b""], [_END], lambda text: text.encode())
+
+    def can_be_kept(self, schema: str) -> bool:
+        """Whether an output can keep to this schema. Takes up to 0.1 s for a new one."""
+        try:
+            self._compiler.compile(json_schema=schema)
+        except InvalidRequest:
+            return False
+        return True
 
     def judge(self, request: CompletionRequest) -> Accepts | None:
         """What judges the calls that a model writes as text in this request's answers; None if all of them count.
