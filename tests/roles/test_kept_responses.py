@@ -1,5 +1,6 @@
 """Responses that are kept: what the official client does with them, and what a processor keeps."""
 
+import asyncio
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ import pytest
 from meshserve.mesh.keys import MeshKey, owner_secret
 from meshserve.roles.frontend.access import owner_of
 from meshserve.roles.frontend.kept_items import input_items, name_in
-from meshserve.roles.frontend.kept_responses import gathered
+from meshserve.roles.frontend.kept_responses import first_found, gathered
 from meshserve.roles.processor.kept_responses import ResponseStore
 from meshserve.wire.completion import Ending, EndItem, TextItem
 from meshserve.wire.kept import KeptResponse, joined
@@ -126,6 +127,25 @@ def test_what_no_answer_could_repeat_is_refused_by_its_name(frontend: Frontend, 
     body = f'{{"model": "dummy", "input": "x", "store": {store}, "{field}": {value}}}'
     response = httpx.post(f"{frontend.url}/v1/responses", content=body)
     assert response.status_code == 400 and response.json()["error"]["param"] == field
+
+
+def test_nobody_waits_for_a_processor_that_is_silent() -> None:
+    async def answer(found: str | None) -> str | None:
+        return found
+
+    async def find() -> tuple[str | None, bool]:
+        silent = asyncio.get_running_loop().create_future()
+
+        async def wait() -> str | None:
+            await silent
+            return None
+
+        found = await first_found([wait(), answer(None), answer("kept"), answer(None)])
+        await asyncio.sleep(0)
+        return found, silent.cancelled()
+
+    assert asyncio.run(find()) == ("kept", True)
+    assert asyncio.run(first_found([answer(None), answer(None)])) is None
 
 
 def test_many_references_to_one_response_read_it_once() -> None:

@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Coroutine
+from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
 from meshserve.errors import InvalidRequest, MeshserveError, ProtocolError, ResponseNotFound
@@ -20,6 +21,7 @@ from meshserve.roles.frontend.writers import Api
 from meshserve.wire.kept import KeptName, KeptResponse, unpacked
 from meshserve.wire.messages import FORGET_RESPONSE, KEPT_RESPONSE, Method
 
+_Found = TypeVar("_Found")
 _TIMEOUT_S = 2.0
 _MARKS = (b'"previous_response_id"', b'"%b"' % REFERENCE.encode())
 """A body that refers to anything has one of them."""
@@ -50,7 +52,8 @@ class KeptResponses:
         return json_response(await asyncio.to_thread(response_of, kept))
 
     async def _forget(self, http: Request) -> Response:
-        answers = await self._ask_all(FORGET_RESPONSE, KeptName(name_of(http.name), http.owner))
+        asked = KeptName(name_of(http.name), http.owner)
+        answers = await asyncio.gather(*(self._ask(peer, FORGET_RESPONSE, asked) for peer in self._processors(asked)))
         if not any(answers):
             raise _not_found(http.name)
         return json_response({"id": http.name, "object": "response", "deleted": True})
@@ -68,7 +71,9 @@ class KeptResponses:
             raise InvalidRequest(f"input refers to more than {_MAX_REFERENCES} items", param="input")
         found = await self._find(KeptName(name_of(previous), http.owner)) if previous is not None else None
         names = {item_id: name for item_id in ids if (name := name_in(item_id)) is not None}
-        responses = {name: kept for name in set(names.values()) if (kept := await self._find(KeptName(name, http.owner))) is not None}
+        wanted = list(dict.fromkeys(names.values()))
+        kept = await asyncio.gather(*(self._find(KeptName(name, http.owner)) for name in wanted))
+        responses = {name: each for name, each in zip(wanted, kept, strict=True) if each is not None}
         return await asyncio.to_thread(gathered, found, names, responses)
 
     # --- from processors
@@ -80,29 +85,42 @@ class KeptResponses:
         return found
 
     async def _find(self, asked: KeptName) -> KeptResponse | None:
-        """From whichever processor has it."""
-        for data in await self._ask_all(KEPT_RESPONSE, asked):
-            if data is not None:
-                try:
-                    return await asyncio.to_thread(unpacked, data)
-                except ProtocolError:
-                    continue
-        return None
+        """From whichever processor has it: nobody waits for the others, one of which may be silent."""
 
-    async def _ask_all(self, method: Method, asked: KeptName) -> list[Any]:
-        """None from a processor that is lost or does not answer. Draining ones still have what they keep."""
-        if not 0 < len(asked.name) <= _MAX_NAME:
-            return []
-        infos = [self._mesh.own, *(member.info for member in self._mesh.links.membership.listed())]
-        peers = [info.incarnation for info in infos if "processor" in info.roles]
-
-        async def ask(peer: str) -> Any:
+        async def ask(peer: str) -> KeptResponse | None:
+            data = await self._ask(peer, KEPT_RESPONSE, asked)
             try:
-                return await self._mesh.call(peer, method, asked, _TIMEOUT_S)
-            except MeshserveError:
+                return None if data is None else await asyncio.to_thread(unpacked, data)
+            except ProtocolError:
                 return None
 
-        return await asyncio.gather(*map(ask, peers))
+        return await first_found([ask(peer) for peer in self._processors(asked)])
+
+    def _processors(self, asked: KeptName) -> list[str]:
+        """Those that may have a response of this name. Draining ones still have what they keep."""
+        infos = [self._mesh.own, *(member.info for member in self._mesh.links.membership.listed())]
+        peers = [info.incarnation for info in infos if "processor" in info.roles]
+        return peers if 0 < len(asked.name) <= _MAX_NAME else []
+
+    async def _ask(self, peer: str, method: Method, asked: KeptName) -> Any:
+        """None from a processor that is lost or does not answer."""
+        try:
+            return await self._mesh.call(peer, method, asked, _TIMEOUT_S)
+        except MeshserveError:
+            return None
+
+
+async def first_found(asking: list[Coroutine[Any, Any, _Found | None]]) -> _Found | None:
+    """What the first of them finds; the others are called off. None if nobody finds anything."""
+    tasks = [asyncio.ensure_future(each) for each in asking]
+    try:
+        for answer in asyncio.as_completed(tasks):
+            if (found := await answer) is not None:
+                return found
+        return None
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def gathered(found: KeptResponse | None, names: dict[str, str], responses: dict[str, KeptResponse]) -> Before:
