@@ -105,8 +105,8 @@ class HandoffConfig:
     """A prompt with at most so much KV to compute goes with its ticket, if that goes to one worker, and its KV comes back with the claim.
     Higher puts more KV on the connection of the calls and computes more in vain where a worker is late; 0 offers nothing."""
     progress_timeout_s: float = 10.0
-    """An attempt whose blocks are on their way fails if its decode worker acknowledges not one byte for so long, of this attempt or of
-    others before it on the same link. Lower gives up on slow links (a frame of 256 KiB takes 10 s at 0.2 Mbit/s), higher holds a slot."""
+    """An attempt whose blocks are on their way fails if its decode worker acknowledges no byte for this time, of this attempt or of
+    earlier attempts on the same link. Lower gives up on slow links (a frame of 256 KiB takes 10 s at 0.2 Mbit/s), higher holds a slot."""
     prefill_slots: int = 16
     """Most prompts that a prefill worker has at once. Where more than so many wait, it batches small ones."""
     sending_slots: int = 16
@@ -129,11 +129,11 @@ class FrontendConfig:
     cors_origins: tuple[str, ...] = ()
     """Pages of these origins may ask from a browser; `*` is all."""
     allowed_hosts: tuple[str, ...] = ()
-    """More names that an open frontend on loopback may be asked under, each with any port or with the one that is named."""
+    """More host names for an open frontend on loopback, each with any port or with the port that it names."""
     root_path: str = ""
-    """Path under which a proxy offers this frontend, such as `/llm`. Requests are served with it and without."""
+    """Path under which a proxy offers this frontend, such as `/llm`. Requests with and without the path are served."""
     forwarded_allow_ips: str = ""
-    """Proxies that are believed who their client is: addresses and networks with commas between them, or `*`."""
+    """Proxies whose `X-Forwarded-For` and `X-Forwarded-Proto` are trusted: addresses and networks with commas between them, or `*`."""
     tls_cert: str | None = None
     """PEM file with the certificate and its chain; None: plain HTTP."""
     tls_key: str | None = None
@@ -156,7 +156,7 @@ class FrontendConfig:
     linger_s: float = 2.0
     """After a refusal, what the client still sends is thrown away for so long: closing at once could take the answer back."""
     stream_ping_s: float = 5.0
-    """Longest pause in a stream: then a comment says that it lives. Higher is cut off by proxies that wait for less; 0: no comments."""
+    """Longest pause in a stream before a comment is sent; 0: no comments. Proxies with a shorter read timeout end the stream."""
     max_unread_texts: int = 65_536
     """Pieces of text that wait for one client. Higher holds more for slow ones, lower ends their requests sooner."""
     max_queued: int = 4096
@@ -175,12 +175,12 @@ class OtlpConfig:
     """How spans are sent to an OpenTelemetry collector."""
 
     url: str
-    """The whole of it, mostly with `/v1/traces`."""
+    """The complete URL, usually with `/v1/traces`."""
     headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     timeout_s: float = 2.0
-    """For one message. Higher waits for slow collectors, and may hold a peer's end up as long."""
+    """For one message. Higher waits for slow collectors, and may delay the end of a peer by that time."""
     is_compressed: bool = False
-    """By gzip. True costs CPU time on a thread, and saves nine tenths of the bytes."""
+    """Whether messages are compressed with gzip: costs CPU time on a thread, and saves nine tenths of the bytes."""
     ca_file: str | None = None
     """PEM file with certificates to trust; None: those of the system."""
     client_cert: str | None = None
@@ -210,12 +210,12 @@ class ServeConfig:
     request_timeout_s: float = 600.0
     """For a whole request. Lower ends long generations, higher holds what a stuck one uses."""
     max_migrations: int = 16
-    """Times that a request whose output has begun goes on at another worker, as it lost the one that it had; and the same of processors.
-    Higher lets a request that harms workers harm more of them, if each still gives a token of it; 0 ends it in an error at the first
-    loss."""
+    """How often a request whose output has begun may continue at another worker, after the loss of one; the same for processors.
+    Higher lets a harmful request end more workers, if each worker still gives a token; 0: the first loss ends the request in an
+    error."""
     stall_timeout_s: float = 30.0
-    """A request whose decode worker lives goes on at another one when its progress is overdue for so long, by the worker's own expectation.
-    Lower leaves a hung worker sooner, and workers that are merely slow too; higher keeps clients waiting."""
+    """A request leaves a decode worker that lives when progress is overdue for this time, by the worker's own forecast. Lower leaves a
+    hung worker sooner, but also a slow worker; higher lets clients wait longer."""
     drain_timeout_s: float = 30.0
     """How long running requests may go on after a signal to stop."""
     max_requests: int = 4096
@@ -227,15 +227,15 @@ class ServeConfig:
     receipts_kept: int = 1000
     """Of the last requests, in the processor's memory."""
     responses_kept: int = 1000
-    """Of the Responses API, in the processor's memory, for later requests that refer to them. 0 keeps none."""
+    """Number of responses that a processor keeps in memory, for later requests that refer to them. 0 keeps none."""
     responses_kept_bytes: int = 64 * 1024 * 1024
-    """Of all these with their conversations. Higher takes memory; lower forgets long conversations sooner."""
+    """Bytes of all kept responses with their conversations. Higher takes memory; lower drops long conversations sooner."""
     record: str | None = None
     """A file that gets a line of JSON for every step of every request; None: no record. It costs a write each."""
     observe: bool = True
     """False: no spans, no metrics."""
     metrics_vllm: bool = False
-    """`/metrics` has vLLM's names beside meshserve's. True makes it longer by a tenth."""
+    """Whether `/metrics` has vLLM's names beside meshserve's, which makes `/metrics` a tenth longer."""
     otlp: OtlpConfig | None = None
     """The OpenTelemetry collector that gets the spans; None: no collector does."""
     handoff: HandoffConfig = field(default_factory=HandoffConfig)

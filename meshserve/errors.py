@@ -46,17 +46,17 @@ class InvalidRequest(MeshserveError):
 
 
 class ContextLengthExceeded(InvalidRequest):
-    """Prompt and output together are more tokens than any worker takes. Its words are OpenAI's, which programs look for."""
+    """Prompt and output together are more tokens than any worker accepts. The message has OpenAI's words, which programs look for."""
 
     code = "context_length_exceeded"
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
-    """That were asked for; 0: the prompt alone is too long."""
+    """The output tokens that the request asks for; 0: the prompt alone is too long."""
     context_length: int = 0
 
     @classmethod
     def of(cls, num_prompt: int, num_output: int, context_length: int, param: str) -> Self:
-        """The error for a prompt and its output, where the request names a length of that."""
+        """The error for a prompt and an output; `num_output` is 0 if the request names no length of the output."""
         is_alone = not num_output or num_prompt >= context_length
         found = f"your {param} resulted in {num_prompt} tokens"
         if not is_alone:
@@ -102,7 +102,7 @@ class HeaderTooLarge(InvalidRequest):
 
 
 class UnsupportedCoding(InvalidRequest):
-    """The body is compressed in a way that the frontend does not read."""
+    """The body has a content coding that the frontend does not support."""
 
     code, http_status = "unsupported_coding", 415
 
@@ -126,7 +126,7 @@ class ResponseNotFound(InvalidRequest):
 
 
 class PreviousResponseNotFound(ResponseNotFound):
-    """The response that a request goes on from is kept nowhere. Clients know the code, and send the conversation again."""
+    """No processor keeps the response that a request continues. Clients know the code, and send the conversation again."""
 
     code = "previous_response_not_found"
 
@@ -184,7 +184,7 @@ class PeerSilent(MeshserveError):
 
 
 class NoProgress(MeshserveError):
-    """The peer that served the stream lives, and made no progress on it for too long."""
+    """The peer that serves the stream lives, and has made no progress on the stream for too long."""
 
     code, http_status = "no_progress", 502
 
@@ -222,11 +222,11 @@ class GaveUp(MeshserveError):
 
 
 class AnswerDiffers(MeshserveError):
-    """Another processor generated an answer again of which a part was sent, and that part came out different."""
+    """A second processor generated an answer again, and the part that was already sent is different."""
 
     code, http_status = "answer_differs", 502
 
-    def __init__(self, message: str = "the answer of another processor differs from what was sent of it before", **details: Any) -> None:
+    def __init__(self, message: str = "another processor's answer differs from the part that was sent", **details: Any) -> None:
         super().__init__(message, **details)
 
 
@@ -245,7 +245,7 @@ class TokenizerFailed(MeshserveError):
 class Unsupported(InvalidRequest):
     """The request needs a feature that the engine lacks.
 
-    `beta` is the field of a client that goes on without it, if the error says so as that client expects.
+    `beta` names a field that the client removes and tries again, if the error has the form that the client expects.
     """
 
     code = "unsupported"
@@ -320,7 +320,7 @@ _MAX_TEXT, _MAX_SECONDS, _MAX_NAMES, _MOST_COUNTED = 2000, 1e6, 64, 2**53
 
 def from_wire(data: Any) -> MeshserveError:
     """The error that a peer's :meth:`MeshserveError.to_wire` described; the root class for a code that is unknown here, a
-    ProtocolError for what no peer can have made of an error."""
+    ProtocolError for data that `to_wire` cannot have written."""
     if not isinstance(data, dict):
         return ProtocolError("a peer reported an error that cannot be read")
     code, message, details = data.get("code"), data.get("message"), data.get("details", {})
@@ -334,7 +334,7 @@ def from_wire(data: Any) -> MeshserveError:
 
 
 def http_status_of(code: str) -> int | None:
-    """Of an error of this code; None for a code that this version does not know."""
+    """The HTTP status of errors with this code; None for a code that this version does not know."""
     if code == MeshserveError.code:
         return MeshserveError.http_status
     known = _BY_CODE.get(code)
@@ -342,7 +342,7 @@ def http_status_of(code: str) -> int | None:
 
 
 def _may_be(default: Any, value: Any) -> bool:
-    """Whether this can be the value of a detail with that default."""
+    """Whether `value` has the type and the bounds of a detail with this default."""
     if isinstance(default, bool):
         return isinstance(value, bool)
     if isinstance(default, int):

@@ -19,7 +19,7 @@ _ROOT_PATH = re.compile(r"(/(?!\.\.?(/|$))[A-Za-z0-9._~-]+)+")
 frontend_options = together(
     option(
         "--http", default="127.0.0.1:8000", metavar="[HOST:]PORT",
-        help="Where the frontend listens: a port is on loopback, :PORT on all addresses; port 0 takes a free one.",
+        help="Address of the frontend: PORT listens on loopback, :PORT on all addresses; port 0 takes a free port.",
     ),
     option(
         "--api-key", "api_keys", multiple=True, metavar="KEY",
@@ -33,7 +33,7 @@ frontend_options = together(
     option("--tls-key", type=click.Path(), metavar="FILE", help="The certificate's private key (PEM, not encrypted)."),
     option(
         "--cors-origin", "cors_origins", multiple=True, metavar="ORIGIN",
-        help="Pages from here may ask, e.g. https://chat.example.org, http://localhost:* for any port, or * for all; repeatable."
+        help="Origin whose pages may send requests, e.g. https://chat.example.org, http://localhost:* (any port), or * (all); repeatable."
         "  [default: none]",
     ),
     option(
@@ -42,11 +42,11 @@ frontend_options = together(
     ),
     option(
         "--root-path", default=_FRONTEND.root_path, metavar="PATH", show_default=False,
-        help="Path under which a proxy offers this frontend, e.g. /llm, whether the proxy takes it away or not.  [default: none]",
+        help="Path under which a proxy offers this frontend, e.g. /llm, whether the proxy removes the path or not.  [default: none]",
     ),
     option(
         "--forwarded-allow-ips", default=_FRONTEND.forwarded_allow_ips, metavar="ADDRESS,...", show_default=False,
-        help="Proxies whose X-Forwarded-For and X-Forwarded-Proto count: addresses, networks, or *.  [default: none]",
+        help="Proxies whose X-Forwarded-For and X-Forwarded-Proto are trusted: addresses, networks, or *.  [default: none]",
     ),
     option(
         "--request-timeout", "request_timeout_s",
@@ -67,7 +67,7 @@ frontend_options = together(
     ),
     option(
         "--stream-ping", "stream_ping_s", type=click.FloatRange(0), default=_FRONTEND.stream_ping_s,
-        help="Longest pause in a stream, in seconds: then a comment says that it lives; 0 is any.",
+        help="Longest pause in a stream, in seconds, before a comment is sent; 0: no comments.",
     ),
     option("--max-body-bytes", type=click.IntRange(1024), default=_SERVE.max_body_bytes, help="Longest HTTP body."),
     option("--max-connections", type=click.IntRange(1), default=_FRONTEND.max_connections, help="Open at a time."),

@@ -1,7 +1,7 @@
-"""Where spans go: `--otlp`, and the environment variables that all OpenTelemetry exporters heed.
+"""Where spans go: `--otlp`, and the environment variables that all OpenTelemetry exporters read.
 
-(OpenTelemetry specification 1.55: OTLP exporter, environment variables.) What `--otlp` says counts
-more than the variables, and a variable of traces more than that of all signals.
+(OpenTelemetry specification 1.55: OTLP exporter, environment variables.) `--otlp` takes
+precedence over the variables, and a variable for traces over the one for all signals.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ def otlp_config(
 ) -> OtlpConfig | None:
     """None if spans go nowhere. Raises UsageError that names the option or the variable."""
     if option is not None and not is_observing:
-        raise UsageError("--otlp sends what --no-observe turns off: leave one of them out")
+        raise UsageError("--otlp needs the spans that --no-observe turns off: remove one of them")
     url = _url(option, environment) if is_observing else None
     if url is None:
         return None
@@ -43,7 +43,7 @@ def otlp_config(
 
 
 def _variable(environment: Mapping[str, str], name: str) -> tuple[str, str]:
-    """The variable that counts and its value; an empty one is as good as none."""
+    """The variable that takes precedence, and its value; an empty variable counts as not set."""
     for variable in (_TRACES + name, _PREFIX + name):
         if value := environment.get(variable, "").strip():
             return variable, value
@@ -78,14 +78,14 @@ def _checked(name: str, url: str) -> str:
 
 
 def _headers(environment: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
-    """The errors do not show values, which are secrets."""
+    """Errors do not show values, because these are secrets."""
     variable, value = _variable(environment, "HEADERS")
     pairs = _pairs(variable, value)
     for name, text in pairs:
         if not (name.isascii() and name.replace("-", "").replace("_", "").isalnum()):
-            raise UsageError(f"{variable}: {name!r} is no name of a header")
+            raise UsageError(f"{variable}: {name!r} is not a valid header name")
         if not (text.isprintable() and text.isascii()):
-            raise UsageError(f"{variable}: the value of {name} holds what no header can")
+            raise UsageError(f"{variable}: the value of {name} has characters that no header has")
     return pairs
 
 
@@ -104,15 +104,16 @@ def _timeout_s(environment: Mapping[str, str]) -> float:
     variable, value = _variable(environment, "TIMEOUT")
     if not value:
         return OtlpConfig("").timeout_s
-    if not (value.isascii() and value.isdecimal()) or not 0 < int(value[:9]) <= 600_000:
-        raise UsageError(f"{variable} {value!r} is no number of milliseconds up to 600000")
+    is_short = value.isascii() and value.isdecimal() and len(value) < 10
+    if not is_short or not 0 < int(value) <= 600_000:
+        raise UsageError(f"{variable} {value!r} is not a number of milliseconds from 1 to 600000")
     return int(value) / 1000
 
 
 def _compression(environment: Mapping[str, str]) -> bool:
     variable, value = _variable(environment, "COMPRESSION")
     if value not in ("", "none", "gzip"):
-        raise UsageError(f"{variable} {value!r}: meshserve knows gzip and none")
+        raise UsageError(f"{variable} {value!r}: use gzip or none")
     return value == "gzip"
 
 

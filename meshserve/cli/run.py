@@ -45,11 +45,11 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
 )
 @option(
     "--max-migrations", type=click.IntRange(0), default=_SERVE.max_migrations,
-    help="Times that a request whose output has begun goes on at another worker, or processor, when it loses its own.",
+    help="How often a request whose output has begun may continue at another worker or processor, after the loss of one.",
 )
 @option(
     "--stall-timeout", "stall_timeout_s", type=click.FloatRange(0.1), default=_SERVE.stall_timeout_s,
-    help="Seconds beyond its own forecast until a decode worker that makes no progress on a request loses the request to another.",
+    help="Seconds that progress on a request may be overdue, by the worker's forecast, before another decode worker takes over.",
 )
 @option(
     "--bulk-limit", "bulk_limit_mb_per_s", type=click.FloatRange(0), default=0.0,
@@ -57,7 +57,7 @@ _POLICIES = ("kv", "round-robin", "random", "least-loaded", "power-of-two")
 )
 @option("--record", type=click.Path(), metavar="FILE", help="Append what happens to each request, as lines of JSON.")
 @option("--no-observe", is_flag=True, help="No spans and no metrics.")
-@option("--metrics-vllm", is_flag=True, help="Show vLLM's names of metrics in /metrics too, for tools that know only those.")
+@option("--metrics-vllm", is_flag=True, help="Add vLLM's metric names to /metrics, for tools that know only those names.")
 @option("--otlp", "otlp_url", metavar="URL", help="Send spans to the OpenTelemetry collector here, as OTLP over HTTP.")
 @mesh_options
 def run(**settings: Any) -> None:

@@ -22,7 +22,7 @@ checksum = xxhash.xxh3_64_digest
 
 
 def held_part(pieces: Sequence[bytes | memoryview]) -> HeldPart:
-    """For the worker that sent these pieces, the first of a block."""
+    """Describes the first pieces of a block to the worker that sent them."""
     digest = xxhash.xxh3_64()
     for piece in pieces:
         digest.update(piece)
@@ -52,10 +52,10 @@ def began_s(claim: Claim, queued_s: float, now_s: float) -> float | None:
 
 @dataclass(slots=True)
 class Link:
-    """What a sender knows of its way to one decode worker: from the acknowledgements of all attempts there."""
+    """What a sender knows of its link to one decode worker, from the acknowledgements of all attempts there."""
 
     progressed_s: float = 0.0
-    """When the latest came."""
+    """When the latest acknowledgement came."""
     is_quick: bool = False
 
 
@@ -75,7 +75,7 @@ class BlockWindow:
         link: Link,
         held: HeldPart | None = None,
     ) -> None:
-        """`held` is what the decode worker has of the first block."""
+        """`held` is the part of the first block that the decode worker has."""
         self._window_bytes, self._max_frames = window_bytes, max_frames_per_message
         self._max_message_bytes, self._max_frame_bytes = max_message_bytes, max_frame_bytes
         self.link = link
@@ -92,7 +92,7 @@ class BlockWindow:
         self._ready.extend(blocks)
 
     def _skip_held(self, block: bytes) -> None:
-        # computed once more, beside other prompts, a block may differ in its last bits: halves of two are no block
+        # a block that is computed again, beside other prompts, may differ in its last bits: two halves would not match
         held, self._held = self._held, None
         assert held is not None, "it was looked at"
         if held.num_bytes < len(block) and checksum(memoryview(block)[: held.num_bytes]) == held.digest:
@@ -121,7 +121,7 @@ class BlockWindow:
 
     @property
     def is_waiting(self) -> bool:
-        """Whether something has left that is not acknowledged."""
+        """Whether bytes were sent that are not acknowledged."""
         return self._unacknowledged_bytes > 0
 
     def _has_room(self, size_bytes: int) -> bool:

@@ -22,14 +22,14 @@ _MIN_PIECE_BYTES = 16_384
 
 @dataclass(slots=True)
 class HalfBlock:
-    """A block of which the first pieces came, all from one incarnation, in the memory that they came in."""
+    """The first pieces of a block, all from one incarnation, in the memory in which they arrived."""
 
     index: int
     size_bytes: int
     peer: str
-    """The incarnation: another worker's bytes may differ, where the two are of different classes of processors."""
+    """The incarnation that sent the pieces. The bytes of another worker may differ, if its processor is of another kind."""
     attempt: int
-    """That of the last piece."""
+    """The attempt of the last piece."""
     pieces: list[Frame] = field(default_factory=list)
     num_bytes: int = 0
 
@@ -78,7 +78,7 @@ class RunningTask:
     prefix_hashes: list[int] = field(default_factory=list)
     """Of the prompt's blocks but for its last token, once a block has come."""
     half: HalfBlock | None = None
-    """The one block that has come in part. Kept beyond its attempt, until another worker gets the task."""
+    """The one block of which only a part arrived. Kept beyond its attempt, until another worker gets the task."""
     claim: IncomingCall | None = None
     """The stream of the attempt that runs."""
     offered_block: int | None = None
@@ -91,7 +91,7 @@ class RunningTask:
 
 
 def held_of(running: RunningTask, peer: str, first_block: int) -> HeldPart | None:
-    """What this peer has sent of the first missing block, in an earlier attempt. Any other half is dropped."""
+    """The part of the first missing block that this peer sent in an earlier attempt. The part of another peer or block is dropped."""
     half = running.half
     if half is None or (half.peer, half.index) != (peer, first_block):
         running.half = None
@@ -142,7 +142,7 @@ def _whole(
     """
     half = running.half
     if half is not None and half.attempt != header.attempt:
-        # what an earlier attempt left: its sender goes on with the rest, or begins the block anew
+        # an earlier attempt left this part: its sender sends the rest, or begins the block again
         half.attempt = header.attempt
         if not mark.offset:
             half = running.half = None

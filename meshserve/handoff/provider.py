@@ -26,7 +26,7 @@ from meshserve.wire.structs import read
 
 _RENEW_TIMEOUT_S = 5.0
 _CLAIM_TIMEOUT_S = 86_400.0
-"""No more than a bound of the stream: leases and progress in bytes end attempts, however long a slow link takes."""
+"""Only a bound of the stream: leases and missing progress end attempts, however long a slow link takes."""
 _CLAIM_AFTER_S = 0.002
 """A prompt that was begun on an offer and takes longer than this is claimed: its decode worker must know
 that it is being computed."""
@@ -82,7 +82,7 @@ class PrefillJob(Job):
         mesh.counters.add("claims_sent")
 
     def claim_again(self) -> None:
-        """Blocks were lost with their connection: claim an attempt that sends what the decode worker lacks."""
+        """Blocks were lost with their connection: claim an attempt that sends the blocks that the decode worker lacks."""
         call, self.call, self.is_granted = self.call, None, False
         self.window, self.acknowledged_s = None, 0.0
         self._open_claim(Claim(self.ticket.request_id, resumes=self.attempt))
@@ -226,11 +226,11 @@ class PrefillJob(Job):
         """How long the next sign of progress is overdue; None if the job was given up for that."""
         if self.state is JobState.COMPUTING:
             return self.provider.engine.overdue_s(self.engine_id)
-        if self.is_in_line:  # it waits for its turn within the rate limit
+        if self.is_in_line:  # the job waits for its turn within the rate limit
             return 0.0
         progressed_s = self.acknowledged_s
         if self.window is not None and self.window.is_waiting:
-            # on a slow link the blocks of other jobs may be before these
+            # on a slow link the blocks of other jobs may be sent before these
             progressed_s = max(progressed_s, self.window.link.progressed_s)
         if time.monotonic() - progressed_s <= self.provider.config.progress_timeout_s:
             return 0.0
@@ -277,7 +277,7 @@ class PrefillProvider:
         self._bulk = BulkSender(mesh, self._on_acknowledgement, self._on_bulk_lost)
         self.sender = BlockSender(mesh, self._bulk)
         self.links: dict[str, Link] = {}
-        """To the decode workers that blocks were computed for."""
+        """Links to the decode workers for which blocks were computed."""
         self._is_closing = False
         self._timer: asyncio.TimerHandle | None = None
         self._listeners: list[Callable[[str], None]] = []
@@ -355,7 +355,7 @@ class PrefillProvider:
             job.acknowledged(done.num_bytes)
 
     def _on_bulk_lost(self, decode_peer: str, reason: str) -> None:
-        """Blocks that are not acknowledged may be lost with the connection: their jobs ask what the decode worker has."""
+        """Unacknowledged blocks may be lost with the connection: their jobs ask the decode worker which blocks it has."""
         for job in list(self.queue.jobs.values()):
             is_on_its_way = job.is_granted and job.window is not None and job.window.is_waiting
             if is_on_its_way and job.ticket.decode_peer == decode_peer:

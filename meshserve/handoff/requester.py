@@ -181,7 +181,7 @@ class PrefillRequester:
         self._mesh.counters.add("tickets_hedged", running.task.num_hedges)
         self._note(running, "handoff_ended", attempt=running.task.attempt, state=finish.state.value)
         self._end_claim(running, "" if finish.state is TaskState.DONE else "the task is over")
-        # the sequence gets the blocks of a task that is done; else they go back to the pool, where whole ones are prefix hits
+        # the sequence gets the blocks of a task that is done; other blocks go back to the pool, where whole ones are prefix hits
         if finish.state is not TaskState.DONE and running.reservation is not None:
             running.reservation.release()
         if finish.state is not TaskState.CANCELLED:

@@ -15,11 +15,11 @@ from meshserve.config import HandoffConfig
 _SILENT = ("peer silent", "no longer named")
 """Outcomes of an attempt after which its worker may turn out to be dead."""
 LINK_BROKE = "its link broke"
-"""Outcome of an attempt whose worker lives and can be reached again, or soon."""
+"""Outcome of an attempt whose worker lives and can be reached again, now or soon."""
 _MAY_RETURN = (LINK_BROKE, "peer silent")
-"""Outcomes after which the same worker may go on, if the attempt brought anything."""
+"""Outcomes after which the same worker may continue, if the attempt brought any bytes."""
 _MAX_ATTEMPTS = 32
-"""After so many nobody may go on: a link that carries but a little each time is no use."""
+"""After this many attempts no worker may continue: a link that carries little each time is of no use."""
 
 
 class TaskState(StrEnum):
@@ -219,7 +219,7 @@ class PrefillTask:
         self.attempts[-1].num_bytes += num_bytes
 
     def came_late(self, peer: str, attempt: int, num_blocks: int, num_bytes: int) -> None:
-        """Blocks of an attempt that is over came, and were refused."""
+        """Count blocks that arrived after the end of their attempt, and were refused."""
         past = self.attempts[attempt - 1] if 0 < attempt <= len(self.attempts) else None
         if past is not None and past.peer == peer:
             past.num_blocks += num_blocks

@@ -1,4 +1,4 @@
-"""What members say that no sound peer says: a counter for each kind, and one warning with a count."""
+"""Messages of members that no correct peer sends: a counter for each kind, and one warning with a count."""
 
 import logging
 import time
@@ -18,19 +18,19 @@ FAULTS = {
     "report": "reported a state that cannot be",
     "stall": "lives, and made no progress on a request for too long",
 }
-"""By kind, in words that follow a peer's name. The counter of a kind is `faults_KIND`."""
+"""Words for each kind of fault, which follow a peer's name. The counter of a kind is `faults_KIND`."""
 
 _MAX_DETAIL = 200
 
 
 class Faults:
-    """Of all members, as one peer met them. A fault costs its request another worker, and its peer nothing but the words here."""
+    """Counts and logs the faults of all members. The request of a fault goes to another worker; the faulty peer stays a member."""
 
     def __init__(self, counters: Counters) -> None:
         self._counters, self._repeats = counters, Repeats()
 
     def note(self, kind: str, who: str, detail: str = "") -> None:
-        """The peer of this name had a fault of this kind. People hear of the first, and then now and again how many there were."""
+        """Count a fault of this kind by the peer of this name. The first is logged, and later a count at growing pauses."""
         self._counters.add(f"faults_{kind}")
         num_times = self._repeats.again(kind, time.monotonic())
         if num_times:

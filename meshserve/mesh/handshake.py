@@ -84,7 +84,7 @@ def _delay_s(index: int, stagger_s: float) -> float:
 
 
 class _Greeting(NamedTuple):
-    """A hello that waits for its answer: which incarnation is expected (None: any), at which host."""
+    """A hello without an answer yet: the incarnation that should answer (None: any), and the host."""
 
     expected: str | None
     host: str
@@ -101,7 +101,7 @@ class Dialler:
         self.addresses = addresses
         """This host's own, which tell what it reaches best."""
         self.is_closed = False
-        """No further hello is sent: this peer leaves."""
+        """This peer leaves: no further hello is sent."""
         self._greeted: dict[Channel, _Greeting] = {}
 
     def answered(self, channel: Channel, message: Envelope) -> bool:
@@ -114,7 +114,7 @@ class Dialler:
         except MeshserveError as error:
             greeting.answer.set_exception(error)
         else:
-            channel.peer = hello.peer.incarnation  # now: a goodbye may follow in the very frame
+            channel.peer = hello.peer.incarnation  # now, because a goodbye may be the next frame
             greeting.answer.set_result(hello)
         return True
 

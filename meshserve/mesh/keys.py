@@ -35,10 +35,10 @@ class MeshKey:
 
 
 def owner_secret(key: MeshKey | None, mesh_name: str) -> bytes:
-    """The 32 bytes under which frontends make owners of API keys: the same in all frontends of a mesh.
+    """The 32-byte secret with which frontends derive owners from API keys: the same in all frontends of a mesh.
 
-    In a mesh without a key there is no secret that all have and others have not: the mesh's name stands for it. Who hears such
-    a mesh's traffic can then try guesses of API keys against owners, and finds those that are easily guessed.
+    A mesh without a key has no shared secret, so the mesh's name takes its place. An attacker who reads the traffic of such a
+    mesh can test guesses of API keys against owners, and finds keys that are easy to guess.
     """
     secret = key.secret if key is not None else mesh_name.encode()
     return hashlib.blake2b(secret, digest_size=32, person=b"ms-owner").digest()

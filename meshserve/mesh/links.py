@@ -54,7 +54,7 @@ class Links:
         """Our own connection to each peer that is up."""
         self._inbound: dict[str, list[Channel]] = {}
         self._num_lost: dict[str, int] = {}
-        """Connections to each peer that were lost, by incarnation."""
+        """Number of lost connections to each peer, by incarnation."""
         self._dialler = Dialler(config, self.transport, self._hello, addresses)
         self.search = Search(config, self._on_seed, self._on_announced, self._started_s)
         self._tasks = TaskOwner()
@@ -102,13 +102,13 @@ class Links:
             channel.send([frames.HELLO, self._hello(None).to_wire()])
 
     async def close(self) -> None:
-        """Say goodbye wherever a hello may have passed, as who hears no goodbye takes us for dead; and give everything back."""
+        """Say goodbye on each channel that may have had a hello, so that no peer counts us as dead; then release everything."""
         self._is_leaving = self._dialler.is_closed = True
         for channel in self.transport.greeted():
             channel.send([frames.GOODBYE, "bye"])
         self.transport.turn.flush()
         await self.transport.part()
-        self.transport.close()  # before the tasks end: a dial that is cancelled would drop its connection with the goodbye on it
+        self.transport.close()  # before the tasks end: a cancelled dial would drop its connection and the unsent goodbye
         await self._tasks.close()
         await self.search.close()
 
@@ -121,7 +121,7 @@ class Links:
             self._heard(channel.peer, now_s)
         receive = self._calls.received
         for message in messages:
-            if channel.is_broken and not self.transport.is_open(channel):  # the peer said goodbye, say
+            if channel.is_broken and not self.transport.is_open(channel):  # for example after a goodbye
                 return
             kind = message[0]
             if kind >= frames.OPEN and channel.peer:
@@ -183,16 +183,16 @@ class Links:
             self.transport.drop(channel)
             return
         channel.peer = hello.peer.incarnation
-        if hello.expected in (None, self.own.incarnation):  # else the number is of the links to another
+        if hello.expected in (None, self.own.incarnation):  # else the number counts the links to another incarnation
             self._accept(channel, hello.link_number)
         channel.send([frames.WELCOME, self._hello(None).to_wire()])
         if self._is_leaving:
             channel.send([frames.GOODBYE, "bye"])
 
     def _accept(self, channel: Channel, link_number: int) -> None:
-        """A peer may have several connections to us for a while, as two of its dials were answered. All count.
+        """A peer may have several connections to us for a while, if two of its dials were answered. All are kept.
 
-        Those that it lost before, as their lower numbers tell, are dropped, with their streams.
+        Connections with lower numbers were lost by the peer before this one: they are dropped, with their streams.
         """
         channels = self._inbound.setdefault(channel.peer, [])
         if channel in channels:
@@ -254,7 +254,7 @@ class Links:
         elif channel in self._inbound.get(channel.peer, ()):
             self._inbound[channel.peer].remove(channel)
             self._calls.peer_stopped_listening(channel.peer, CONNECTION_CLOSED, channel)
-            if not self._inbound[channel.peer] and channel.peer not in self.channels:  # there was no other: a dial will tell
+            if not self._inbound[channel.peer] and channel.peer not in self.channels:  # a dial shows whether the peer lives
                 self._tell(self.membership.unlinked(channel.peer, time.monotonic()))
                 self._dial_soon()
 
@@ -283,7 +283,7 @@ class Links:
     async def _dial(self, dial: Dial) -> None:
         try:
             reached = await self._dialler.dial(dial)
-        except OSError as error:  # out of descriptors, say: it is dialled again later
+        except OSError as error:  # for example no descriptors: the peer is dialled again later
             self._tell(self.membership.dial_failed(dial, False, time.monotonic()))
             _log.warning("cannot dial: %s", error.strerror)
             return

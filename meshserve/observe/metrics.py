@@ -47,7 +47,7 @@ _COUNTERS = {
     "clients_gone": "HTTP clients that left before their answer was complete.",
     "requests_done": "Requests that came to their end, as processors see them.",
     "requests_failed": "Requests that ended in an error, as processors see them.",
-    "requests_started_over": "Times that a request went to another processor, as it lost the one that it had.",
+    "requests_started_over": "Times that a request was started over at another processor, after the loss of one.",
     "requests_replayed": "Of those, times that the other one went on with a stream of which a part had left.",
     "requests_left": "Requests that their client left.",
     "requests_refused": "Requests that got no admission slot.",

@@ -26,7 +26,7 @@ from meshserve.wire.structs import plain
 MAX_PAYLOADS = 64
 """Payload frames in one message."""
 MAX_PAYLOAD_BYTES = BULK_FRAME_BYTES
-"""In one frame."""
+"""Of one frame."""
 
 _MAX_READS_PER_TURN = 16
 _MAX_BULK_READS_PER_TURN = 1

@@ -52,7 +52,7 @@ class Channel:
         self.peer = ""
         """Incarnation at the other end, once it said hello."""
         self.link_number = 0
-        """Of an inbound connection: how many its peer had lost before."""
+        """Of an inbound connection: how many connections its peer had lost before this one."""
         self.near_address = self.far_address = ""
         """Of this end and of the other one, as this host sees them; empty if not known."""
         self._outbox: list[Envelope] = []

@@ -260,7 +260,7 @@ class RouterMonitor(_Monitor):
         self._reason: str | None = None
 
     def catch_up(self) -> None:
-        """Tell all that is to be told now."""
+        """Report all events that are due."""
         self._reader.drain()
         while self._reader.has_input() and not self._reader.is_draining:
             self._reader.drain()
@@ -287,7 +287,7 @@ def address_of(descriptor: int, is_far: bool = True) -> str:
         copy = os.dup(descriptor)
         try:
             connection = socket.socket(socket.AF_INET6, socket.SOCK_STREAM, fileno=copy)
-        except OSError:  # no socket any more; `socket.fromfd` would leave the copy open
+        except OSError:  # the socket is closed; `socket.fromfd` would leave the copy open
             os.close(copy)
             raise
         with connection:

@@ -121,7 +121,7 @@ class SocketFactory:
         return socket
 
     def server_socket(self, kind: int, max_frame_bytes: int | None = None) -> "zmq.Socket[bytes]":
-        """A socket to be bound: ROUTER or PULL. A longer frame ends its connection."""
+        """A ROUTER or PULL socket that the caller binds. A frame that is too long ends its connection."""
         socket = self._socket(kind)
         if max_frame_bytes is not None:
             socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
@@ -170,9 +170,9 @@ def endpoint(host: str, port: int) -> str:
 
 BULK_OFFSET, TICKETS_OFFSET = 1, 2
 BULK_FRAME_BYTES = 256 * 1024
-"""The longest on the bulk port: half a second on 4 Mbit/s, where ZeroMQ's heartbeat counts whole frames."""
+"""The longest frame on the bulk port: half a second on 4 Mbit/s. ZeroMQ's heartbeat counts whole frames."""
 _CURVE_BYTES = 33
-"""What a frame has besides its content with a key."""
+"""Bytes that a frame has besides its content, if the mesh has a key."""
 _LAST_PORT = 65_532
 
 

@@ -62,7 +62,7 @@ class _Dealer:
         if not self.is_up.done():
             self.is_up.set_exception(PeerLost(KEYS_DIFFER if reason == CONNECTION_CLOSED else reason))
         else:
-            self.reader.drain()  # the last that it sent
+            self.reader.drain()  # the last messages of the peer
             self._transport.lose_when_read(self.channel, reason)
 
     def close(self, linger_ms: int = 0) -> None:
@@ -143,7 +143,7 @@ class Transport:
         return Channel(self.config, self.turn, send, lambda channel: self.lose_when_read(channel, "overflow or unreachable"))
 
     def is_open(self, channel: Channel) -> bool:
-        """Whether messages of this channel still count."""
+        """Whether messages of this channel are still read."""
         return channel in self._dealers or channel in self._routing_ids
 
     def drop(self, channel: Channel) -> None:
@@ -206,7 +206,7 @@ class Transport:
         self._routing_ids[channel] = routing_id
         self._unknown_since_s[channel] = time.monotonic()
         self._by_descriptor[descriptor] = channel
-        if descriptor not in self._router.monitor.addresses:  # it closed again before its first message was read
+        if descriptor not in self._router.monitor.addresses:  # the connection closed before its first message was read
             self._on_closed(descriptor)
 
     def _on_closed(self, descriptor: int) -> None:
@@ -218,7 +218,7 @@ class Transport:
     def lose_when_read(self, channel: Channel, reason: str, num_turns: int = _MAX_TURNS_TO_READ) -> None:
         """A connection broke, and the ROUTER may still hold a goodbye of its peer."""
         if num_turns and self._router is not None and self._router.reader.has_input():
-            self._router.reader.drain_soon()  # looking may have swallowed the edge of what came in
+            self._router.reader.drain_soon()  # this look may have consumed the edge that reports new messages
             self._loop.call_soon(self.lose_when_read, channel, reason, num_turns - 1)
         else:
             self.lost(channel, reason)
@@ -243,7 +243,7 @@ class Transport:
                 self.drop(channel)
 
     def greeted(self) -> list[Channel]:
-        """Channels on which a hello has passed, or may be on its way."""
+        """Channels on which a hello was sent or received, or may be on its way."""
         return [*self._dealers, *(channel for channel in self._inbound.values() if channel.peer)]
 
     async def part(self) -> None:

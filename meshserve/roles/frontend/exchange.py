@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 _MAX_LABEL_BYTES = 128
 _LOOK_AGAIN_S = 0.05
-"""Until another look for a processor, while those that are known are out of reach."""
+"""Pause between two looks for a processor, while no known processor can be reached."""
 
 
 class Exchange(QueueEntry):
@@ -151,7 +151,7 @@ class Exchange(QueueEntry):
             self._went_wrong()
 
     def _followed(self) -> Sink:
-        """The sink of a stream that another processor could go on with: what the writer is fed is kept, and left out if it comes again."""
+        """The sink of a stream that another processor could continue: keeps the items that the writer gets, and omits repeated ones."""
         if self._given is None:
             self._given = Given()
             return self
@@ -164,7 +164,7 @@ class Exchange(QueueEntry):
 
     @property
     def processor(self) -> str | None:
-        """Incarnation of the processor that has the request now."""
+        """Incarnation of the processor that now has the request."""
         return self._call.peer if self._call is not None else None
 
     # --- what comes from the processor
@@ -198,7 +198,7 @@ class Exchange(QueueEntry):
         self._flush_soon()
 
     def _is_for_another(self, error: MeshserveError, processor: str) -> bool:
-        """Whether another processor may do: this one is lost, or knows no worker, as others may."""
+        """Whether another processor may serve the request: this one is lost, or knows no worker although others may."""
         if not isinstance(error, NoWorker) or processor == self._completions.mesh.incarnation:
             return self._completions.is_lost(processor, error)
         self._losses = self._losses or Losses()
@@ -206,13 +206,13 @@ class Exchange(QueueEntry):
         return self._completions.knows_another(self._losses.blind)
 
     def processor_suspected(self) -> None:
-        """Another processor starts the request over. Should the silent one go on, nothing of it is taken any more, and it is told so."""
+        """Another processor starts the request over. The silent processor is told; if it continues, its items are dropped."""
         call, is_open = self._call, self._end is None and self._error is None
         if call is not None and is_open and self._start_over(PeerSilent("the processor fell silent")):
             call.cancel()
 
     def _start_over(self, error: MeshserveError) -> bool:
-        """Ask another processor. False if that was done too often."""
+        """Ask another processor. Returns False if the request was started over too often."""
         assert self._call is not None
         completions, receipt = self._completions, self._receipt
         losses, has_begun = self._losses or Losses(), self._connection.is_started
@@ -228,20 +228,20 @@ class Exchange(QueueEntry):
         return True
 
     def _rename(self, losses: Losses) -> None:
-        """The request is asked again under another name, as workers may still have the one of before."""
+        """Send the request again under another name, because workers may still have the earlier name."""
         is_given = self._connection.is_started or bool(self._given is not None and self._given.settle())
         self._call, self._items = None, []
         self._request = losses.renamed(self._request, self._completions.new_id(), is_given=is_given)
 
     def _went_on(self) -> None:
-        """What the client had came again, and something new."""
+        """The second answer has come further than the client's part."""
         assert self._losses is not None and self._call is not None
         self._completions.mesh.counters.add("requests_replayed")
         self._losses.went_on(self._completions.mesh.name_of(self._call.peer), time.monotonic())
 
     def _may_wait(self, error: MeshserveError) -> bool:
-        """Whether a processor may be reached in a moment: a connection that was lost just now is made anew, or a stall ends. For
-        an answer that has begun, one that was killed may be started again."""
+        """Whether a processor may be reached soon: a connection that was just lost is made again, or a stall ends. For an answer
+        that has begun, a killed processor may be started again."""
         mesh, has_begun = self._completions.mesh, self._connection.is_started
         longest_s = mesh.config.failure_timeout_s + (mesh.config.death_timeout_s if has_begun else 0.0)
         is_known = has_begun or self._call is not None or isinstance(error, PeerLost) or bool(mesh.silent_peers_with("processor"))
@@ -300,7 +300,7 @@ class Exchange(QueueEntry):
             self._went_wrong()
 
     def look_after(self, now_s: float) -> None:
-        """The sweep passes: a stream for which nothing comes shows that it lives."""
+        """The sweep passes: a stream without new text gets a ping."""
         call, connection = self._call, self._connection
         if (call is not None or connection.is_started) and not self._is_over and self._error is None and self._writer.is_stream:
             self._liveness = self._liveness or Liveness(self._completions)

@@ -1,6 +1,4 @@
-"""A stream for which nothing comes shows that it lives, so that no proxy and no client takes it for
-dead.
-"""
+"""Pings in streams without new text, so that no proxy and no client takes the stream for dead."""
 
 from meshserve.mesh.calls import OutgoingCall
 from meshserve.roles.frontend.completions import Completions
@@ -8,24 +6,24 @@ from meshserve.roles.frontend.http.connection import Connection
 from meshserve.roles.frontend.http.connections import SWEEP_S
 
 HEAD_BY_S = 5.0
-"""After its admission the head of a stream is sent, whatever becomes of the request. Lower turns
-late refusals, which clients know by their status, into errors in a stream; higher is cut off by
-proxies that wait for less."""
+"""Time from admission until the head of a stream is sent in any case. Lower turns late refusals,
+which clients know by their status, into errors in a stream; higher exceeds the read timeout of some
+proxies."""
 
 
 class Pauses:
-    """Finds pauses that are too long, by looking at each sweep: tokens pay for no clock. Pure."""
+    """Finds long pauses by a look at each sweep, so that no token reads a clock. Pure."""
 
     def __init__(self, ping_s: float, sweep_s: float) -> None:
-        """The longest pause between two writes once the head is sent, 0 for any; and the time
-        between two looks.
+        """`ping_s` is the longest pause between two writes after the head, 0 for no limit;
+        `sweep_s` is the time between two looks.
         """
         self._ping_s, self._sweep_s = ping_s, sweep_s
         self._num_written = -1
         self._since_s = 0.0
 
     def is_due(self, now_s: float, num_written: int, *, has_head: bool) -> bool:
-        """Whether it is time to write something. `num_written` counts the writes so far."""
+        """Whether a ping is due. `num_written` counts the writes so far."""
         if num_written != self._num_written:
             self._num_written, self._since_s = num_written, now_s
             return False
@@ -35,7 +33,7 @@ class Pauses:
 
 
 class Liveness:
-    """Of one stream that was admitted. Made for those that a sweep meets, so that short ones pay
+    """Sends the pings of one admitted stream. Created at the first sweep, so that short streams pay
     nothing.
     """
 
@@ -54,8 +52,8 @@ class Liveness:
         headers: bytes,
         ping: bytes,
     ) -> None:
-        """A sweep passes. The response's head has `headers`; `ping` says that the stream lives, and
-        nothing else.
+        """Look at the stream at a sweep. The response's head has `headers`; `ping` is a part of the
+        body without text.
         """
         is_first, self._is_first_look = self._is_first_look, False
         if self._pauses.is_due(now_s, connection.num_written, has_head=connection.is_started):
@@ -67,8 +65,7 @@ class Liveness:
     async def _begin_if_taken(
         self, connection: Connection, processor: str, request_id: str, headers: bytes, ping: bytes
     ) -> None:
-        """Send the head once a worker has the request: what fails before that is told by an HTTP
-        status.
+        """Send the head once a worker has the request: a failure before that has an HTTP status.
         """
         request = connection.request
         self._is_asking = True
@@ -79,8 +76,8 @@ class Liveness:
 
 
 def _show(connection: Connection, headers: bytes, ping: bytes) -> None:
-    """The head, if it is still to be sent, and a ping. A client that takes nothing in gets no more
-    of them.
+    """Send the head, if it was not sent, and a ping. A client that does not read gets no more
+    pings.
     """
     if connection.is_stuck:
         return

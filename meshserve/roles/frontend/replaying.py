@@ -1,12 +1,12 @@
-"""Answers that are generated again, as their processor was lost after a part of them was written.
+"""Answers that are generated again, because their processor was lost after a part was written.
 Pure.
 
 A request that is started over with the same seeds gives the same answer again: its tokens are a
-function of the request, and its items a function of the tokens, in what order those of several
-choices ever come. So the items of the second answer are compared with what the writer was fed of
-the first one, and left out as far as they are the same, within an item too where the items are cut
-differently. What a client gets is the second answer, whole: if it differs from what the client has,
-the request ends in an error.
+function of the request, and its items a function of the tokens, except for the order of choices. So
+the items of the second answer are compared with the items of the first answer that the writer got,
+and omitted as far as they are the same, also within an item if the items are cut differently. The
+client gets the whole second answer: if it differs from the part that the client has, the request
+ends in an error.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +27,10 @@ from meshserve.wire.completion import (
 from meshserve.wire.structs import replace
 
 MAX_ITEMS = 256
-"""That are kept as they came. Lists by the million, of a thousand streams, would hold Python's garbage
-collector up."""
+"""Number of items that are kept as they came. Millions of lists, of a thousand streams, would slow
+Python's garbage collector down."""
 _TEXT = "text"
-"""With which a text begins on the wire."""
+"""First element of a text item on the wire."""
 
 
 @dataclass(slots=True)
@@ -38,12 +38,12 @@ class _Part:
     """Text of one kind, or the arguments of one call."""
 
     opening: CallItem | PartItem | None = None
-    """The item that began it; None of a choice's first text."""
+    """The item that began the part; None for a choice's first text."""
     texts: list[str] = field(default_factory=list)
     num_logprobs: int = 0
 
     def join(self) -> str:
-        """All of its text, which is one string from then on."""
+        """All text of the part; it is one string from then on."""
         self.texts = ["".join(self.texts)]
         return self.texts[0]
 
@@ -55,26 +55,26 @@ class _Choice:
 
 
 class Given:
-    """What a writer was fed of one answer."""
+    """The items of one answer that a writer got."""
 
     __slots__ = ("_choices", "has_start", "items")
 
     def __init__(self) -> None:
         self.items: list[Any] = []
-        """The latest, as they came. The one who feeds the writer adds to them, and calls `settle`
-        beyond `MAX_ITEMS`."""
+        """The latest items, as they came. The caller that feeds the writer adds items, and calls
+        `settle` beyond `MAX_ITEMS`."""
         self.has_start = False
         self._choices: dict[int, _Choice] = {}
 
     def settle(self) -> dict[int, _Choice]:
-        """All that was given, by choice; keeps no item as it came."""
+        """Join all items by choice, and return the choices. No single item is kept."""
         items, self.items = self.items, []
         for item in items:
             if type(item) is str:
                 self._last_part(0).texts.append(item)
             elif (
                 type(item) is list and item[0] == _TEXT
-            ):  # which the writer has read, and need not be read again
+            ):  # checked before by the writer
                 _, choice, text, logprobs, *_ = *item, None
                 self._take_text(choice, text, logprobs)
             else:
@@ -108,8 +108,8 @@ class Given:
 
 
 class _Cursor:
-    """How far the second answer is in one choice of the first. What the choice was when the second
-    answer began is kept here: the sink gives out more of it meanwhile."""
+    """How far the second answer is in one choice of the first. Holds a copy of the choice from the
+    start of the second answer, because the sink adds to the choice meanwhile."""
 
     __slots__ = (
         "_end",
@@ -134,7 +134,7 @@ class _Cursor:
 
     @property
     def is_at_end(self) -> bool:
-        """All of it came again."""
+        """Whether the whole choice came again."""
         return self._has_ended and self._place == len(self._parts) - 1 and self._is_part_over
 
     @property
@@ -145,7 +145,7 @@ class _Cursor:
         )
 
     def fresh(self, item: TextItem | CallItem | PartItem | EndItem) -> Item | None:
-        """What is new of this item, if anything is. Raises AnswerDiffers."""
+        """The new part of this item, or None. Raises AnswerDiffers."""
         if isinstance(item, TextItem):
             return self._fresh_text(item)
         if not self._is_part_over:
@@ -170,8 +170,8 @@ class _Cursor:
         text, logprobs = item.text[num_known:], logprobs[num_known_logprobs:]
         if not text and not logprobs:
             return None
-        # places of tokens count from the beginning of all the choice's text: what is left out
-        # changes none
+        # offsets count from the beginning of the choice's text: the omitted part changes none of
+        # them
         offsets = item.offsets[num_known_logprobs:] if item.offsets is not None else None
         return replace(
             item,
@@ -190,13 +190,13 @@ class _Cursor:
 
 
 class Replayed(Sink, Protocol):
-    """Receives what is new."""
+    """Receives the new items."""
 
     def on_items(self, items: list[Any]) -> None:
         """The next items."""
 
     def stop(self, error: MeshserveError) -> None:
-        """The answer cannot go on: cancel its stream."""
+        """The answer cannot continue: cancel its stream."""
 
 
 class Replay:
@@ -205,7 +205,7 @@ class Replay:
     __slots__ = ("_cursors", "_has_start", "_on_fresh", "_sink")
 
     def __init__(self, given: Given, sink: Replayed, on_fresh: Callable[[], None]) -> None:
-        """`on_fresh` is called once, before the sink gets anything that it has not yet."""
+        """`on_fresh` is called once, before the sink gets the first new item."""
         self._cursors = {index: _Cursor(choice) for index, choice in given.settle().items()}
         self._has_start = given.has_start
         self._sink, self._on_fresh = sink, on_fresh
@@ -215,7 +215,7 @@ class Replay:
         self.on_items([item])
 
     def on_items(self, items: Sequence[Any]) -> None:
-        """Several at once."""
+        """The next items of the second answer."""
         try:
             fresh = [new for item in items if (new := self._fresh(read_item(item))) is not None]
         except MeshserveError as error:
@@ -244,9 +244,9 @@ class Replay:
             self._sink.on_error(AnswerDiffers())
 
     def on_error(self, error: MeshserveError) -> None:
-        """This processor failed, or was lost too."""
+        """The second processor failed, or was lost too."""
         self._sink.on_error(error)
 
 
 def _nothing() -> None:
-    """Of an answer that has gone on."""
+    """`on_fresh` was called before."""

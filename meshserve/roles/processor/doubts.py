@@ -1,5 +1,5 @@
-"""What a processor believes of a worker's stream. Pure: an item or an end, and how far the sequence is, in; what it says, or the kind of
-fault, out. The kinds are those of :data:`meshserve.mesh.faults.FAULTS`.
+"""Checks of a worker's stream. Pure: from an item or an end, and the tokens so far, to the tokens of the item, or to the kind of
+fault. The kinds are those of :data:`meshserve.mesh.faults.FAULTS`.
 """
 
 from typing import Any, NamedTuple
@@ -8,14 +8,14 @@ from meshserve.wire.generation import GenerationEnd
 
 
 class NewTokens(NamedTuple):
-    """What an item says."""
+    """The tokens of an item, with their log probabilities and the worker's account."""
 
     item: list[int]
     """The tokens, after the position of the first one."""
     logprobs: Any = None
-    """As many, not looked at."""
+    """As many as tokens; not checked."""
     account: Any = None
-    """The worker's word with its first tokens, not looked at."""
+    """The worker's account, which comes with its first tokens; not checked."""
 
 
 def tokens_in(item: Any, num_tokens: int, most_tokens: int, *, is_first: bool) -> NewTokens | str:
@@ -38,8 +38,8 @@ def tokens_in(item: Any, num_tokens: int, most_tokens: int, *, is_first: bool) -
 
 
 def is_end(end: GenerationEnd, num_tokens: int, most_tokens: int) -> bool:
-    """Whether a sequence of which `num_tokens` came can have ended so. A worker of an earlier version does not say how many there are:
-    of such a worker an end before any token is not believed.
+    """Whether `end` is a valid end of a sequence of which `num_tokens` arrived. A worker of an earlier version does not send the number
+    of tokens: an end of such a worker is valid after at least one token.
     """
     if end.num_tokens is None:
         return num_tokens > 0

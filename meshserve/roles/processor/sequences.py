@@ -34,27 +34,27 @@ from meshserve.wire.routing import RouteRequest, RoutingDecision
 
 _MAX_ATTEMPTS = 4
 _LOSSES = frozenset(("peer_lost", "protocol_error", "no_progress"))
-"""Of a worker that the request itself may have taken down."""
+"""Codes of errors after which the request itself may be what ended the worker."""
 _RETRIED_CODES = _LOSSES | {"peer_silent", "draining", "no_worker", "unknown_method", "unknown_field", "overloaded", "pool_full"}
-"""Errors that say nothing about the request itself: another worker may do."""
+"""Codes of errors that say nothing about the request itself: another worker may serve it."""
 _MAX_NAME = 255
 _ROUTE_TIMEOUT_S = 0.5
-"""A router that has not answered by now hangs. Higher waits longer for it, lower asks two where the machine is merely busy."""
+"""A router without an answer after this time hangs. Higher waits longer for it, lower asks a second router on a busy machine."""
 _LOOK_AGAIN_S, _FULL_S = 0.1, 0.5
-"""Until a sequence that has begun, and finds no worker, asks again; the second where those that are there refused it. Lower finds a new
-worker sooner, and costs a question each time, or one for each worker."""
+"""Time until a sequence that has begun, and finds no worker, asks again; the second if the workers that are there refused it. Lower finds
+a new worker sooner, and costs a question each time, or one for each worker."""
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Keeps what is needed to go on elsewhere (prompt, sampling, seed), and how far the sequence is."""
+    """Keeps prompt, sampling, seed and tokens so far, so that another worker can continue."""
 
     dispatcher: Dispatcher
     deadline_s: float
-    """Of the stream to the frontend."""
+    """Deadline of the stream to the frontend."""
     asked: CompletionRequest
     card: ModelCard
-    """Of the model that the prompt was made for, and whose output it is."""
+    """The card of the model for which the prompt was made, and which generates the output."""
     receipt: Receipt
     account: Account
     tokens: "array[int]"
@@ -63,7 +63,7 @@ class Sequence:
     choice: Choice | PlainChoice
     """Turns tokens into items of the frontend's stream."""
     on_began: "Callable[[Sequence], None] | None"
-    """Called before the first token is given out, or the end if there is none; then it is None."""
+    """Called once, before the first token is delivered, or before an end without tokens; then None."""
     on_scored: "Callable[[Sequence, list[Any]], None]"
     """Called with the prompt's log probabilities."""
     on_over: "Callable[[Sequence, EndItem | MeshserveError], None]"
@@ -97,7 +97,7 @@ class Sequence:
     _has_worker_begun: bool = False
     """The worker that has the sequence now has given tokens."""
     _refusal: Overloaded | ProtocolError | None = None
-    """Of a worker that is full, older than the request, or has a fault: the reason if there is no other."""
+    """Error of a worker that is full, older than the request, or faulty: the reason if there is no other error."""
     _num_overlap_blocks: int = 0
     _last_s: float = 0.0
     """When the last tokens came, on the monotonic clock."""
@@ -141,8 +141,8 @@ class Sequence:
             self.route()
 
     def _not_routed(self, error: MeshserveError) -> None:
-        """No worker can take the sequence; why one refused it is the better reason. A sequence waits for a while for workers that are
-        silent, and one that has begun for any: silent ones come back or turn out to be dead, and killed ones are started again.
+        """No worker can take the sequence; the reason of a worker that refused it is the better error. A sequence waits for silent workers
+        for a while, and a sequence that has begun waits for any worker: silent workers return or die, and killed ones are started again.
         """
         if not isinstance(error, NoWorker):
             self._fail(error)
@@ -233,7 +233,7 @@ class Sequence:
         on_began(self)
 
     def _worker_began(self, now_s: float) -> None:
-        """The worker's first token came, or its end without one: what failed before it counts no more."""
+        """The worker's first token arrived, or its end without tokens: earlier failures no longer count."""
         self._has_worker_begun = True
         if self.account.moved is not None:
             self.account.go_on((now_s - self._last_s) * 1000)
@@ -241,7 +241,7 @@ class Sequence:
         self._lost, self._excluded, self._num_fruitless, self._waits_until_s = (), (), 0, 0.0
 
     def _unusual(self, item: Any) -> tuple[list[int] | None, Any]:
-        """Read the rarer items. Returns tokens after their position, and their log probabilities; or nothing, of another item."""
+        """Read the rarer items. Returns tokens after their position, and their log probabilities; None for an item without tokens."""
         if isinstance(item, str):  # a prefill worker that died with the prompt
             self._lost = (*self._lost, item[:_MAX_NAME])[-self.dispatcher.max_lost_peers :]
             return None, None
@@ -293,7 +293,7 @@ class Sequence:
             self.route()
 
     def _faulty(self, kind: str, detail: str = "", error_class: type[MeshserveError] = ProtocolError) -> None:
-        """Its worker does what no sound worker does: from now on it counts as lost."""
+        """The worker sent what no correct worker sends: from now on the worker counts as lost."""
         if self._stream is not None:
             self._stream.cancel()
             self._stream = None
@@ -304,7 +304,7 @@ class Sequence:
         self.dispatcher.mesh.faults.note(kind, self.receipt.decode or "a worker", detail)
 
     def _lose(self, error: MeshserveError) -> None:
-        """The worker has the sequence no more."""
+        """The worker no longer has the sequence."""
         if error.code in _LOSSES and not self._has_worker_begun:
             self._lost += (self.receipt.decode or "a worker",)
         self._retry_or_fail(error)
@@ -338,7 +338,7 @@ class Sequence:
         self.account.leave(peer, error.code, num_tokens, self._last_s)
         self.attempt += 1
         if not self._has_worker_begun:
-            # of a sequence that has begun, workers that are full cost time and no attempt: how long it waits is bounded
+            # full workers cost a sequence that has begun time and no attempt: its waiting is bounded
             self._num_fruitless += not (self.output and isinstance(error, Overloaded))
             return
         self._num_migrations += 1
@@ -348,13 +348,13 @@ class Sequence:
             self._last_s = monotonic()
 
     def worker_suspected(self) -> None:
-        """Another worker takes over if there is one; if there is none, the silent one is all there is to wait for."""
+        """Another worker takes over if there is one; otherwise the sequence waits for the silent worker."""
         if (stream := self._stream) is not None and self._has_others():
             stream.cancel()
             self.on_error(PeerSilent("the worker fell silent"))
 
     def worker_stalled(self) -> None:
-        """The same of a worker that lives and makes no progress, which counts as lost; the last that may be lost ends the sequence."""
+        """The same for a worker that lives and makes no progress. It counts as lost; the last worker that may be lost ends the sequence."""
         is_last = not self._has_worker_begun and len(self._lost) + 1 >= self.dispatcher.max_lost_peers
         if self._stream is not None and (is_last or self._has_others()):
             self._faulty("stall", error_class=NoProgress)
@@ -365,7 +365,7 @@ class Sequence:
     # --- the end
 
     def _stop_early(self) -> None:
-        """A stop string was found. What the worker had cached, it said with its first tokens, or else the router says."""
+        """A stop string was found. The cached tokens come from the worker's first tokens, or else from the router."""
         self.account.settle()
         if self.account.early is None and not self.receipt.continuations:
             num_overlap = self._num_overlap_blocks * self.dispatcher.block_size(self.asked.model, self.card)

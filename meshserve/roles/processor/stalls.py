@@ -1,7 +1,8 @@
 """Workers that live and make no progress on a request.
 
-A sequence that gets no token may wait for its turn, or for a long prompt: so its worker is asked how long its progress is overdue by the
-worker's own expectation. What is overdue for longer than `--stall-timeout`, or what the worker knows nothing of for so long, is stalled.
+A sequence without a new token may be waiting for its turn, or for a long prompt. So the processor asks its worker how long the progress
+is overdue, by the worker's own forecast. A sequence is stalled if it is overdue for longer than `--stall-timeout`, or if the worker does
+not know the sequence for that time.
 """
 
 import asyncio
@@ -16,7 +17,7 @@ from meshserve.wire.messages import MAX_ASKED, PROGRESS
 
 _LOOKS_PER_TIMEOUT = 8
 _ASKED_AFTER = 0.25
-"""Of the timeout, without a token: then the worker is asked."""
+"""Part of the timeout without a token after which the worker is asked."""
 _LONGEST_PAUSE_S = 2.0
 
 Standing = tuple[str, int, int]
@@ -31,17 +32,17 @@ class _Quiet:
 
 @dataclass(slots=True)
 class Verdict:
-    """What is to be done about sequences, by their names."""
+    """The sequences to ask about and the stalled sequences, by their names."""
 
     asked: dict[str, list[str]] = field(default_factory=dict)
-    """By worker: those whose progress it is asked about."""
+    """By worker: the sequences whose progress the worker is asked about."""
     stalled: list[str] = field(default_factory=list)
 
 
 class Patience:
     """Decides which sequences are stalled. Pure: `look` is called with the time at pauses of `pause_s`, `heard` with what workers answer.
 
-    Time in which nobody looked is no silence of theirs: this process may have stood still.
+    Time between two late looks does not count: this process may have been suspended.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -51,7 +52,7 @@ class Patience:
         self._looked_s: float | None = None
 
     def look(self, standings: Mapping[str, Standing], now_s: float) -> Verdict:
-        """All sequences that have a worker, and how far they are."""
+        """Take in how far each sequence that has a worker is, and decide."""
         passed_s = min(now_s - self._looked_s, 2 * self.pause_s) if self._looked_s is not None else 0.0
         self._looked_s, before, verdict = now_s, self._quiet, Verdict()
         self._quiet = {}
@@ -69,7 +70,7 @@ class Patience:
         return verdict
 
     def heard(self, name: str, worker: str, overdue_s: float | None) -> None:
-        """This worker says how long the progress of a sequence is overdue; None: it knows nothing of the sequence."""
+        """This worker says how long the progress of a sequence is overdue; None: the worker does not know the sequence."""
         found = self._quiet.get(name)
         if found is not None and found.standing[0] == worker and overdue_s is not None:
             found.quiet_s = min(found.quiet_s, overdue_s)
@@ -82,7 +83,7 @@ class _Answer:
         self._patience, self._worker, self._names = patience, worker, names
 
     def on_item(self, item: Any) -> None:
-        """There are none."""
+        """The method has no items."""
 
     def on_end(self, value: list[float | None]) -> None:
         """One figure for each name."""
@@ -90,11 +91,11 @@ class _Answer:
             self._patience.heard(name, self._worker, overdue_s)
 
     def on_error(self, error: MeshserveError) -> None:
-        """No answer: nothing is known of any progress."""
+        """No answer: the sequences stay as they are."""
 
 
 async def watch_stalls(mesh: Mesh, timeout_s: float, sequences: Callable[[], Iterable[Sequence]]) -> None:
-    """Have other workers take over what is stalled. Never returns."""
+    """Moves stalled sequences to other workers. Never returns."""
     patience = Patience(timeout_s)
     while True:
         await asyncio.sleep(patience.pause_s)

@@ -31,19 +31,19 @@ def _ignored(apis: str, names: str, why: str, *unasked: Any) -> Row:
     return apis, names, Handling("ignored", why, unasked)
 
 
-def _refused(apis: str, names: str, *unasked: Any, why: str = "Not done here.") -> Row:
+def _refused(apis: str, names: str, *unasked: Any, why: str = "Not supported.") -> Row:
     return apis, names, Handling("refused", why, unasked)
 
 
-_EFFORT = "How hard a model thinks is the model's own affair."
-_SPEED = "Speed and price are one for all requests."
-_BOOKS = "Kept by nobody; no answer changes."
-_SHOWN = "How an answer is presented."
-_SERVER_TOOLS = "Tools that a server would run are left out."
-_HISTORY = "All that is sent is shown to the model."
+_EFFORT = "The model decides how much it reasons."
+_SPEED = "All requests have the same speed and price."
+_BOOKS = "Not used; the answer does not change."
+_SHOWN = "Concerns only the presentation of an answer."
+_SERVER_TOOLS = "Tools that a server would run are omitted."
+_HISTORY = "The model gets the whole conversation."
 _FITS = "A prompt that fits is never cut; one that does not fit is refused."
-_MACHINE = "How a model runs is decided where the model is started."
-_CONSTRAINT = "Would change what the text keeps to."
+_MACHINE = "Set when the model is started."
+_CONSTRAINT = "Would change the constraint on the text."
 _TEMPLATE = "Would change the prompt."
 _ALL_OPENAI = "completions generate chat"
 
@@ -70,8 +70,8 @@ TABLE: tuple[Row, ...] = (
     _ignored("responses", "truncation", _FITS, "disabled"),
     _ignored("responses", "context_management", _HISTORY, []),
     _ignored("messages count_tokens", "context_management", _HISTORY, {}),
-    _refused("responses", "conversation prompt", why="Responses are kept, and nothing else."),
-    _refused("responses", "background", False, why="An answer is given at once."),
+    _refused("responses", "conversation prompt", why="Only responses are kept."),
+    _refused("responses", "background", False, why="Answers are not computed in the background."),
     ("messages count_tokens", "thread", Handling("refused", "The client sends all messages instead.", (), True)),
     # --- what a server would do by itself
     _ignored("chat", "web_search_options", _SERVER_TOOLS),
@@ -115,7 +115,7 @@ TABLE: tuple[Row, ...] = (
     _ignored("options", "f16_kv use_mmap use_mlock vocab_only logits_all embedding_only", _MACHINE),
     _ignored("options", "repeat_last_n", "Penalties count all tokens.", -1),
     _ignored("options", "penalize_newline", "Penalties count all tokens.", True),
-    _ignored("options", "mirostat_eta mirostat_tau", "They go with `mirostat`, which is refused."),
+    _ignored("options", "mirostat_eta mirostat_tau", "Used only with `mirostat`, which is refused."),
     _refused("options", "mirostat", 0),
     _refused("options", "tfs_z typical_p", 1),
     _refused("ollama_generate", "suffix template", ""),

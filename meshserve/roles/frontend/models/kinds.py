@@ -28,7 +28,7 @@ NumChoices = Annotated[int, Meta(ge=1, le=MAX_CHOICES)]
 NumLogprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 Stream = Annotated[bool, Meta(description="Server-sent events as the text comes.")]
 Parallel = Annotated[bool, Meta(description="False: the answer ends after its first call.")]
-Refused = Annotated[None, Meta(description="Not done here: other values are refused.")]
+Refused = Annotated[None, Meta(description="Not supported: other values are refused.")]
 """Of an object inside a body: taken as null only."""
 Stops = Annotated[
     NonEmpty | Annotated[list[NonEmpty], Meta(max_length=MAX_STOPS)],

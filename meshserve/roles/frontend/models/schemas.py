@@ -10,7 +10,7 @@ from meshserve.roles.frontend.models.fields import Handling
 
 _ROOT = "#/components/schemas/"
 _NULL: Schema = {"type": "null"}
-REFUSED, IGNORED = "Not done here: other values are refused.", "Ignored."
+REFUSED, IGNORED = "Not supported: other values are refused.", "Ignored."
 
 
 def name_of(kind: str) -> str:

@@ -124,7 +124,7 @@ function row(name, schema, must, trail, description = resolved(schema).descripti
   );
 }
 
-const isRefused = (schema) => resolved(schema).description?.startsWith("Not done here");
+const isRefused = (schema) => resolved(schema).description?.startsWith("Not supported");
 
 function fields(schema, trail) {
   const must = schema.required ?? [];
