@@ -28,7 +28,7 @@ class WatchSource:
     def __init__(self, mesh: Mesh, method: Method, snapshot: Callable[[], Iterable[Any]]) -> None:
         self._mesh, self._snapshot = mesh, snapshot
         self.watchers: set[IncomingCall] = set()
-        """While there are none, a change is not worth describing."""
+        """If there are none, a caller need not describe a change."""
         mesh.serve(method, self._on_open)
 
     def _on_open(self, call: IncomingCall) -> None:
@@ -39,7 +39,7 @@ class WatchSource:
             call.send(item)
 
     def publish(self, change: Any) -> None:
-        """One change, to all watchers. It is made plain data once, however many other peers watch."""
+        """Send one change to all watchers. The change is encoded once for all of them."""
         packed = None
         for call in self.watchers:
             if call.is_local:
@@ -79,7 +79,7 @@ class Watcher:
         self._pause_s = min(2 * self._pause_s, _REOPEN_MAX_S)
 
     def on_item(self, item: Any) -> None:
-        """The snapshot, then changes. What is malformed is counted and left out: the next one may be sound."""
+        """The snapshot, then changes. A malformed item is counted and dropped: the next item may be correct."""
         self._pause_s = _REOPEN_S
         try:
             is_read = self._method.item is None or isinstance(item, Message)  # a message is from this very peer
@@ -91,15 +91,15 @@ class Watcher:
         self._on_change(change)
 
     def on_end(self, value: Any) -> None:
-        """A watch has no natural end: the peer's side was replaced."""
+        """The peer replaced its side; a watch has no other end."""
         self._refused()
 
     def on_error(self, error: MeshserveError) -> None:
-        """Broken; once it is open again it starts anew."""
+        """The watch broke. It is opened again, and starts with a new snapshot."""
         self._refused()
 
     def close(self) -> None:
-        """Follow no longer."""
+        """End the watch."""
         self._is_closed = True
         if self._timer is not None:
             self._timer.cancel()

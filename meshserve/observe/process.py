@@ -1,4 +1,4 @@
-"""What the operating system says of this process, by the names of Prometheus' own clients.
+"""The operating system's figures of this process, under the names of Prometheus' own clients.
 
 The names lack `process_`. Not by `prometheus_client.ProcessCollector`: the library is slow to import,
 and peers without a frontend need not wait for it.

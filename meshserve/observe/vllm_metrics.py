@@ -1,4 +1,4 @@
-"""Metrics by the names that vLLM 0.10 gives its own (`--metrics-vllm`).
+"""Metrics under the names that vLLM 0.10 uses (`--metrics-vllm`).
 
 They are for dashboards and autoscalers that know only those. A worker of the mesh is what vLLM calls
 an engine. Times to the first token and between tokens are of each worker, as processors measured;

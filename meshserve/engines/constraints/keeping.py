@@ -1,4 +1,4 @@
-"""Which parts of a JSON Schema an output can keep to, and what is left of the schema without the others. Pure.
+"""The parts of a JSON Schema that the engine can enforce, and the schema without the other parts. Pure.
 
 What only annotates never refuses a schema. What cannot be kept to does, unless it stands in one branch of an
 `anyOf` that has others: then those are the schema.
@@ -20,10 +20,10 @@ _NEVER_KEPT = frozenset(
         *("not", "if", "then", "else", "$dynamicRef", "$recursiveRef", "$dynamicAnchor"),
     )
 )
-"""Keywords that the grammar library does not know how to follow (llguidance 1.x, `Unimplemented keys`)."""
+"""Keywords that the grammar library does not support (llguidance 1.x, `Unimplemented keys`)."""
 _LOOK_AROUND, _BACK_REFERENCE = re.compile(r"\(\?<?[=!]"), re.compile(r"\\[1-9]")
 _FORMATS = frozenset("date time date-time duration email hostname ipv4 ipv6 uuid uri".split())
-"""What the library can keep a text to; any other format only annotates, as JSON Schema has it by default."""
+"""Formats that the library enforces; any other format is an annotation, as JSON Schema says by default."""
 _ANNOTATIONS = frozenset(
     (
         *("title", "description", "examples", "example", "default", "$comment", "deprecated", "readOnly", "writeOnly"),
@@ -31,7 +31,7 @@ _ANNOTATIONS = frozenset(
     )
 )
 _JUDGED = ("not", "if", "then", "else", "contains", "propertyNames")
-"""Keywords that hold a schema by which something is judged, and that are never kept to."""
+"""Keywords that hold a schema for a condition, and that are never enforced."""
 _SAYING_NOTHING: dict[str, Callable[[Json], bool]] = {
     "format": lambda schema: isinstance(schema["format"], str) and schema["format"] not in _FORMATS,
     "propertyNames": lambda schema: _says_string(schema["propertyNames"]),  # as names are strings: generators write it for every map
@@ -68,7 +68,7 @@ def _escaped(name: str) -> str:
 
 
 def strip(root: Json) -> None:
-    """Take out what only annotates, and keywords that say nothing where they stand, at any depth."""
+    """Remove annotations, and keywords without effect at their place, at any depth."""
     pending = [root]
     for schema in pending:  # which grows: no recursion, however deep the schema nests
         for key in _ANNOTATIONS.intersection(schema):
@@ -89,7 +89,7 @@ def _within(schema: Json) -> list[Json]:
 
 
 def prepare(root: Json) -> None:
-    """Take branches of `anyOf` that cannot be kept to out of the schema where others can."""
+    """Remove branches of `anyOf` that cannot be enforced, if another branch can."""
     bad = _bad_references(root)
     for _, schema in [*subschemas(root)]:
         branches = schema.get("anyOf")
@@ -134,7 +134,7 @@ def _reference(schema: Json) -> str | None:
 
 
 def _own_faults(schema: Json) -> list[str]:
-    """Keywords of this very schema that cannot be kept to."""
+    """Keywords of this schema, not of its parts, that cannot be enforced."""
     found = [key for key in schema if key in _NEVER_KEPT] if not _NEVER_KEPT.isdisjoint(schema) else []
     pattern = schema.get("pattern")
     if isinstance(pattern, str) and (_LOOK_AROUND.search(pattern) or _BACK_REFERENCE.search(pattern)):
@@ -143,7 +143,7 @@ def _own_faults(schema: Json) -> list[str]:
 
 
 def faults(root: Json) -> Iterator[tuple[str, str]]:
-    """Each keyword that cannot be kept to, and its place in the schema or in what the schema refers to."""
+    """Each keyword that cannot be enforced, and its place in the schema or in a schema that it refers to."""
     pending, seen = [("#", root)], set[str]()
     for place, schema in pending:  # which grows
         for path, part in subschemas(schema, place):
@@ -155,7 +155,7 @@ def faults(root: Json) -> Iterator[tuple[str, str]]:
 
 
 def referred(root: Any, reference: str) -> Any:
-    """What a reference within the schema leads to; None if nothing is there."""
+    """The target of a reference within the schema; None if there is none."""
     place = root
     for part in reference.split("/")[1:]:
         name = part.replace("~1", "/").replace("~0", "~")

@@ -48,7 +48,7 @@ class Script:
     digest: str
 
     def output(self, prompt: Sequence[int], constrained: ConstrainedOutput | None) -> "ScriptedOutput | None":
-        """What the model says after this prompt; None if the script does not say.
+        """The bytes that the model writes after this prompt; None if the script has no turn for it.
 
         Raises InvalidRequest for calls that the prompt's tools do not allow.
         """
@@ -69,7 +69,7 @@ class Script:
 
 
 def read_script(path: Path) -> Script:
-    """The script in this file. Raises UsageError, in one sentence, for what is none."""
+    """The script in this file. Raises UsageError, in one sentence, if the file has no valid script."""
     try:
         data = path.read_bytes()
         turns = json.loads(data)

@@ -1,4 +1,4 @@
-"""What all requests for completions of a frontend share."""
+"""State that all completion requests of a frontend share."""
 
 import asyncio
 import itertools
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Completions:
-    """The way to processors, the admission slots, and what is kept of requests."""
+    """Chooses processors, and holds admission slots, requests under way and receipts."""
 
     def __init__(self, mesh: Mesh, config: ServeConfig, exporter: "Exporter | None" = None) -> None:
         self.mesh, self.config, self.exporter = mesh, config, exporter
@@ -28,14 +28,14 @@ class Completions:
         self.under_way = UnderWay(mesh)
         self.receipts = FrontendReceipts(mesh, config.receipts_kept) if config.observe else None
         self.num_open = 0
-        """Requests under way."""
+        """Number of requests under way."""
         self._ids = itertools.count(1)
         self._turn = itertools.count()
         mesh.gauges.derive("http_requests", lambda: self.num_open)
         mesh.subscribe(self._on_change)
 
     def first_model(self) -> str:
-        """For requests that name none. Raises NoWorker if there is none."""
+        """The model for requests that name none. Raises NoWorker if no model is served."""
         infos = self.mesh.peers_with("decode") or self.mesh.silent_peers_with("decode")
         cards = [info.card.model for info in infos if info.card is not None]
         if not cards:
@@ -43,8 +43,8 @@ class Completions:
         return cards[0]
 
     def served_name(self, name: str) -> str:
-        """The name under which workers serve what a client of Ollama's API calls so: the tag `latest` may be left out, or
-        be said of a name that has no tag."""
+        """The name under which workers serve a model that a client of Ollama's API names: the tag `latest` may be missing, or
+        be added to a name without a tag."""
         infos = [*self.mesh.peers_with("decode"), *self.mesh.silent_peers_with("decode")]
         cards = [info.card for info in infos if info.card is not None]
         others = (name, name.removesuffix(LATEST), name + LATEST)
@@ -52,11 +52,11 @@ class Completions:
         return next(found, name)
 
     def new_id(self) -> str:
-        """The mesh's name for another request."""
+        """A new name for a request, unique in the mesh."""
         return f"{self.mesh.incarnation}-{next(self._ids)}"
 
     def processor(self, excluded: tuple[str, ...] = ()) -> str:
-        """This peer itself if it can, else each in turn, but for those that are excluded. Raises NoWorker."""
+        """A processor: this peer if it is one, else each in turn, without those that are excluded. Raises NoWorker."""
         able = self.mesh.peers_with("processor")
         if excluded:
             able = [info for info in able if info.incarnation not in excluded]
@@ -67,17 +67,17 @@ class Completions:
         return able[next(self._turn) % len(able)].incarnation
 
     def unreached(self, error: MeshserveError, deadline_s: float) -> MeshserveError:
-        """Why no processor has a request: by this error, or as its deadline came before one was in reach."""
+        """The error of a request without a processor: this one, or that of a deadline that passed first."""
         is_late = time.monotonic() >= deadline_s
         return DeadlineExceeded("no processor was in reach before the request's deadline") if is_late else error
 
     def knows_another(self, processors: tuple[str, ...]) -> bool:
-        """Whether there is a processor beside these."""
+        """Whether there is a processor other than these."""
         return any(info.incarnation not in processors for info in self.mesh.peers_with("processor"))
 
     def is_lost(self, processor: str, error: MeshserveError) -> bool:
-        """Whether a processor is gone, or its connection, or it stops, by the error that its stream ended in. Of a processor that is
-        there, it is a worker's loss that it tells of."""
+        """Whether a processor or its connection is lost, or the processor stops, by the error in which its stream ended. A processor
+        that is still there reports the loss of a worker."""
         if isinstance(error, PeerLost):
             return error.peer == self.mesh.name_of(processor) or not self.mesh.is_linked(processor)
         return error.code == Draining.code
@@ -95,5 +95,5 @@ class Completions:
                     request.processor_suspected()
 
     def close(self) -> None:
-        """No more slots for any request."""
+        """Give no further admission slots."""
         self.slots.close()

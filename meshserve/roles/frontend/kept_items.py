@@ -1,4 +1,4 @@
-"""Responses that are kept, as OpenAI's Responses API shows them: the answer again, and what it was an answer to. Pure."""
+"""Kept responses, as OpenAI's Responses API shows them: the response, and the items of its input. Pure."""
 
 import json
 import re
@@ -14,14 +14,14 @@ from meshserve.wire.kept import KeptResponse
 Json = dict[str, Any]
 
 PREFIX = "resp_"
-"""Of a response's id."""
+"""Prefix of a response's id."""
 _NAME = re.compile(r"[a-z]{2,4}_([0-9a-f]+?)(?:i[0-9]+|[0-9a-f]{2}(?:n[0-9]+)?)")
 """An item's id: the name of its response, then which item of the input, or of the output it is."""
 _TEXT_TYPES = {"user": "input_text", "system": "input_text", "assistant": "output_text"}
 
 
 def name_of(response_id: str) -> str:
-    """What the processor calls it."""
+    """The processor's name of the response."""
     return response_id.removeprefix(PREFIX)
 
 
@@ -42,7 +42,7 @@ def response_of(kept: KeptResponse) -> Json:
 
 
 def before(kept: KeptResponse) -> Before:
-    """What a request goes on from."""
+    """The conversation that a request continues."""
     return Before(kept.messages, response_of(kept)["output"])
 
 

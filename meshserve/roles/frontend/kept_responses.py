@@ -1,4 +1,4 @@
-"""The Responses API's routes for what is kept, and requests that refer to it. Processors keep it, and any frontend finds it."""
+"""The Responses API's routes for kept responses, and requests that refer to them. Any frontend finds what a processor keeps."""
 
 import asyncio
 import time
@@ -24,7 +24,7 @@ from meshserve.wire.messages import FORGET_RESPONSE, KEPT_RESPONSE, Method
 _Found = TypeVar("_Found")
 _TIMEOUT_S = 2.0
 _MARKS = (b'"previous_response_id"', b'"%b"' % REFERENCE.encode())
-"""A body that refers to anything has one of them."""
+"""A body that refers to a kept response has one of them."""
 _MAX_REFERENCES = 256
 _MAX_NAME = 256
 MAX_LISTED, _LISTED = 100, 20
@@ -32,13 +32,13 @@ ORDERS = ("asc", "desc")
 
 
 class KeptResponses:
-    """The way to what processors keep."""
+    """Finds the responses that processors keep."""
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
 
     def add_routes(self, routes: Routes) -> None:
-        """To the frontend's table."""
+        """Add the routes to the frontend's table."""
         routes.add_async("GET", "/v1/responses/{name}", self._show)
         routes.add_async("DELETE", "/v1/responses/{name}", self._forget)
         routes.add_async("GET", "/v1/responses/{name}/input_items", self._list_input)
@@ -65,7 +65,7 @@ class KeptResponses:
     # --- for requests that refer to something
 
     async def referred_to(self, http: Request) -> Before:
-        """What the body refers to, as far as it is kept. Raises InvalidRequest for what is no JSON object, or takes too long to parse."""
+        """The kept data that the body refers to. Raises InvalidRequest if the body is no JSON object, or takes too long to parse."""
         previous, ids = references(await read_json(http.body, read_object))
         if len(ids) > _MAX_REFERENCES:
             raise InvalidRequest(f"input refers to more than {_MAX_REFERENCES} items", param="input")
@@ -85,7 +85,7 @@ class KeptResponses:
         return found
 
     async def _find(self, asked: KeptName) -> KeptResponse | None:
-        """From whichever processor has it: nobody waits for the others, one of which may be silent."""
+        """The entry of the first processor that has it, without waiting for the others, as one may be silent."""
 
         async def ask(peer: str) -> KeptResponse | None:
             data = await self._ask(peer, KEPT_RESPONSE, asked)
@@ -97,7 +97,7 @@ class KeptResponses:
         return await first_found([ask(peer) for peer in self._processors(asked)])
 
     def _processors(self, asked: KeptName) -> list[str]:
-        """Those that may have a response of this name. Draining ones still have what they keep."""
+        """The processors that may have a response of this name. Draining processors still have theirs."""
         infos = [self._mesh.own, *(member.info for member in self._mesh.links.membership.listed())]
         peers = [info.incarnation for info in infos if "processor" in info.roles]
         return peers if 0 < len(asked.name) <= _MAX_NAME else []
@@ -111,7 +111,7 @@ class KeptResponses:
 
 
 async def first_found(asking: list[Coroutine[Any, Any, _Found | None]]) -> _Found | None:
-    """What the first of them finds; the others are called off. None if nobody finds anything."""
+    """The first result; the other calls are cancelled. None if there is no result."""
     tasks = [asyncio.ensure_future(each) for each in asking]
     try:
         for answer in asyncio.as_completed(tasks):
@@ -124,7 +124,7 @@ async def first_found(asking: list[Coroutine[Any, Any, _Found | None]]) -> _Foun
 
 
 def gathered(found: KeptResponse | None, names: dict[str, str], responses: dict[str, KeptResponse]) -> Before:
-    """What was found: the response before, and items. `names` has the response's name by the id of an item."""
+    """The previous response and the items that were found. `names` has the response's name by the id of an item."""
     # once for each response: a request may refer to hundreds of items of a long one
     known = {name: items_of(kept) for name, kept in responses.items()}
     items = {item_id: item for item_id, name in names.items() if name in known and (item := known[name].get(item_id))}
@@ -141,7 +141,7 @@ def _query(http: Request) -> dict[str, str]:
 
 
 def _page(items: list[dict[str, Any]], query: dict[str, str]) -> dict[str, Any]:
-    """Latest first, unless the query asks for another order."""
+    """The items, latest first unless the query asks for another order."""
     order, limit = query.get("order", "desc"), query.get("limit", str(_LISTED))
     if order not in ORDERS:
         raise InvalidRequest("order must be asc or desc", param="order")
@@ -159,7 +159,7 @@ def _page(items: list[dict[str, Any]], query: dict[str, str]) -> dict[str, Any]:
 
 
 class ResponseExchange(Exchange):
-    """A request of the Responses API: what it refers to is found first."""
+    """A request of the Responses API. The responses that it refers to are found first."""
 
     __slots__ = ("_kept",)
 
@@ -168,7 +168,7 @@ class ResponseExchange(Exchange):
         self._kept = kept
 
     def begin(self, connection: Connection) -> None:
-        """As any, unless the body refers to something."""
+        """Begin at once, or after a search if the body refers to a kept response."""
         if any(mark in self._http.body for mark in _MARKS):
             self._connection = connection
             self._completions.num_open += 1

@@ -1,4 +1,4 @@
-"""Ollama's API, without what completes: the models that there are, and what is not done here."""
+"""Ollama's API without completions: the lists of models, and the routes that are not supported."""
 
 import time
 from typing import Any
@@ -18,7 +18,7 @@ from meshserve.wire.structs import asdict
 Json = dict[str, Any]
 
 SPOKEN_VERSION = "0.12.11"
-"""Of Ollama, whose API this is: programs ask whether it has what they need."""
+"""Version of Ollama with the same API: programs check it for features."""
 _FOREVER = "2300-01-01T00:00:00Z"
 """When a model will be unloaded. Ollama writes a year near this one; later ones overflow in some clients."""
 _ARCHITECTURE = "meshserve"

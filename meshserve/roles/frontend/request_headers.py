@@ -1,4 +1,4 @@
-"""What the headers of a request for a completion ask for: a deadline, a session, a trace."""
+"""Headers of a completion request: deadline, session and trace."""
 
 import math
 from collections.abc import Mapping

@@ -15,7 +15,7 @@ from meshserve.wire.structs import replace
 
 _NOTHING = None, None
 _ENTRY_BYTES = 512
-"""What an entry takes besides its data."""
+"""Bytes of an entry besides its data."""
 
 
 class ResponseStore:
@@ -42,7 +42,7 @@ class ResponseStore:
             self._drop(next(iter(self._entries)))
 
     def find(self, name: str, owner: bytes = b"") -> bytes | None:
-        """None if it is not there, or not any more, or another's."""
+        """The data; None if the name is unknown, or belongs to another owner."""
         kept_for, data = self._entries.get(name, _NOTHING)
         if data is None or kept_for != owner:
             return None
@@ -50,7 +50,7 @@ class ResponseStore:
         return data
 
     def forget(self, name: str, owner: bytes = b"") -> bool:
-        """False if it was not there, or another's."""
+        """Delete the data. Returns False if the name is unknown, or belongs to another owner."""
         is_there = self._entries.get(name, _NOTHING)[0] == owner
         if is_there:
             self._drop(name)
@@ -95,7 +95,7 @@ class Recorded:
         self._call.end(ending)
 
     def fail(self, error: MeshserveError) -> None:
-        """Of what failed nothing is kept."""
+        """A response that failed is not kept."""
         self._call.fail(error)
 
 

@@ -1,4 +1,4 @@
-"""Bodies that come compressed (RFC 9110, section 8.4): which codings are read, and how far. Pure.
+"""Compressed bodies (RFC 9110, section 8.4): the supported codings, and their limits. Pure.
 """
 
 import sys
@@ -32,7 +32,7 @@ def coding_of(values: Sequence[bytes]) -> str:
 
 
 def inflated(body: bytes, coding: str, max_bytes: int) -> bytes:
-    """The body as it was before it was compressed.
+    """The decompressed body.
 
     Raises RequestTooLarge as soon as there are more than `max_bytes` of it, InvalidRequest for
     what is not of this coding.

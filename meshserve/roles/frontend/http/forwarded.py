@@ -1,4 +1,4 @@
-"""Proxies whose word counts: whom they speak for, and how that client came to them. Pure."""
+"""Trusted proxies: the address of their client, and the protocol that the client used. Pure."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ _SCHEMES = ("http", "https")
 
 
 class TrustedProxies:
-    """Addresses of proxies that are believed, as `--forwarded-allow-ips` names them."""
+    """Addresses of trusted proxies, from `--forwarded-allow-ips`."""
 
     def __init__(self, text: str) -> None:
         """`text` has addresses and networks with commas between them, or `*` for all. Raises
@@ -21,14 +21,14 @@ class TrustedProxies:
         self._networks = [_network(name) for name in named if name != "*"]
 
     def trusts(self, address: str) -> bool:
-        """Whether what comes from this address is believed."""
+        """Whether this address is that of a trusted proxy."""
         if self._is_any or not self._networks:
             return self._is_any
         found = _address(address)
         return found is not None and any(found in network for network in self._networks)
 
     def client(self, peer: str, forwarded: Sequence[bytes]) -> str:
-        """Address of the client for whom the proxy `peer` speaks, by all its `X-Forwarded-For`.
+        """Address of the client of the proxy `peer`, from all its `X-Forwarded-For`.
 
         Each proxy adds at the end who came to it, so the last one that is no trusted proxy is the
         client: what stands before, the client may have made up. What is no address ends the search.

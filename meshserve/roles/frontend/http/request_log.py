@@ -1,4 +1,4 @@
-"""What became of each request: a count by route, status, code and model, and a line in the log."""
+"""The result of each HTTP request: a count by route, status, code and model, and a line in the log."""
 
 import json
 import logging
@@ -18,9 +18,9 @@ from meshserve.telemetry import (
 )
 
 OTHER = "other"
-"""Instead of a route, model or code that this mesh does not know: clients may say anything."""
+"""Stands for a route, model or code that this mesh does not know, as clients may send any text."""
 CLIENT_LEFT = 499
-"""As nginx has it: the client left before the response began."""
+"""The client left before the response began; nginx uses the same status."""
 _OK = PlainAccount().outcome
 _MAX_SHOWN = 128
 _log = logging.getLogger(ACCESS_LOGGER)
@@ -70,7 +70,7 @@ class RequestLog:
         self.ended(request)
 
     def count(self, request: Request) -> None:
-        """One more request. What is counted under has few values, whatever clients send."""
+        """Count one request. The labels have few values, whatever clients send."""
         account = request.account
         model = account.model if not account.model or self._is_served(account.model) else OTHER
         code = _code_of(request)
@@ -120,6 +120,6 @@ def _code_of(request: Request) -> str:
 
 
 def _shown(value: object) -> str:
-    """A value that could be taken for more than one stands in quotes."""
+    """Put a value in quotes if it could be read as more than one value."""
     text = str(value)
     return json.dumps(text, ensure_ascii=False) if set(text) & set(" =\"'") else text
